@@ -1,0 +1,7 @@
+"""quantkit: any Hugging Face language model into the best GGUF its size budget allows, with proof.
+
+Nine stages, one spelling everywhere: fetch, convert, calibrate, quantize, database, search, stitch,
+validate, publish.
+"""
+
+__version__ = "0.1.0"

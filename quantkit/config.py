@@ -1,0 +1,250 @@
+"""What a user asks for: `RunConfig`, sizes, and the table of profiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import UsageError
+from quantkit.qtypes import FILE_TYPES, QuantType
+from quantkit.tensors import METHODS
+
+DEMO_MODEL = "demo:smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much work a run does. One table, shown in the README."""
+
+    calibration_tokens: int
+    heldout_tokens: int  # judge the quantizers (held-out Hessian) and nothing else
+    search_tokens: int  # evaluated by the search, all candidates together
+    eval_windows: int  # of 512 tokens, per domain, in validation
+    levels: tuple[str, ...]
+    about: str
+
+
+_LEVELS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0")
+
+PROFILES = {
+    "demo": Profile(
+        32_768,
+        8_192,
+        65_536,
+        10,
+        ("IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K"),
+        "minutes on 2 cores, 135M parameters",
+    ),
+    "fast": Profile(
+        65_536, 16_384, 131_072, 20, _LEVELS, "tens of minutes on 2 cores; a first look"
+    ),
+    "standard": Profile(
+        131_072, 32_768, 524_288, 40, _LEVELS, "an hour on 2 cores at 135M; minutes on a GPU"
+    ),
+    "thorough": Profile(
+        262_144,
+        65_536,
+        2_097_152,
+        80,
+        _LEVELS,
+        "overnight on a CPU; when the file will have many users",
+    ),
+}
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """'90MB' -> 90,000,000; MB and GB are decimal, MiB and GiB binary, a bare number is bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(
+            f"{text!r} is not a size.", "Write 90MB, 5.5GB, 5GiB or a number of bytes."
+        )
+    n_bytes = (
+        int(float(match[1]) * _UNITS[match[2].lower()])
+        if "." in match[1]
+        else int(match[1]) * _UNITS[match[2].lower()]
+    )
+    if n_bytes <= 0:
+        raise UsageError(f"{text!r} is not a size.", "It must be above zero.")
+    return n_bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """How large the file may be: `kind` is bpw, size or like; `value` is what the user wrote."""
+
+    kind: str
+    value: str
+
+    def __post_init__(self) -> None:
+        if self.kind == "bpw":
+            try:
+                bpw = float(self.value)
+            except ValueError:
+                bpw = 0.0
+            if not 0.5 <= bpw <= 32:
+                raise UsageError(
+                    f"--target-bpw {self.value} is not a number of bits per weight.",
+                    "Use something like 4.5.",
+                )
+        elif self.kind == "size":
+            parse_bytes(self.value)
+        elif self.kind == "like":
+            if self.value not in FILE_TYPES:
+                raise UsageError(
+                    f"There is no stock mix {self.value!r}.",
+                    "Use one of " + ", ".join(FILE_TYPES) + ".",
+                )
+        else:
+            raise UsageError(f"Unknown kind of target {self.kind!r}.", "Use bpw, size or like.")
+
+    def limit_bytes(self, n_parameters: int, stock_bytes: Any) -> int:
+        """The budget in bytes of the whole file. `stock_bytes(label)` gives the size of a stock mix
+        of this model.
+        """
+        if self.kind == "bpw":
+            return int(float(self.value) * n_parameters / 8)
+        if self.kind == "size":
+            return parse_bytes(self.value)
+        return stock_bytes(self.value)
+
+    def __str__(self) -> str:
+        return {
+            "bpw": f"{self.value} bits per weight",
+            "size": self.value,
+            "like": f"like {self.value}",
+        }[self.kind]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result. Saved as `config.json`; never holds a token."""
+
+    model: str
+    revision: str | None = None
+    target: Target = Target("like", "Q4_K_M")
+    profile: str = "standard"
+    levels: tuple[str, ...] | None = None  # tensor types to choose from; None: the profile's
+    methods: tuple[str, ...] = METHODS
+    types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched
+    tensors: str | None = None  # regex: only these are quantized
+    calibration: str = "auto"
+    eval_text: str | None = None
+    tasks: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+    publish: str | None = None
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise UsageError(
+                f"There is no profile {self.profile!r}.", "Use one of " + ", ".join(PROFILES) + "."
+            )
+        for name in self.level_names:
+            if not QuantType(name).is_quantized:
+                raise UsageError(
+                    f"{name} is not a quantized type.",
+                    "Pin single tensors to it with --types instead.",
+                )
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods:
+            raise UsageError(
+                f"Unknown method {', '.join(unknown) or '(none)'}.",
+                "Use some of " + ", ".join(METHODS) + ".",
+            )
+        for pattern, qtype in self.types:
+            QuantType(qtype)
+            compile_pattern(pattern)
+        if self.tensors is not None:
+            compile_pattern(self.tensors)
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"There is no device {self.device!r}.", "Use cpu or cuda.")
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        return self.levels or PROFILES[self.profile].levels
+
+    def pinned_type(self, tensor: str) -> QuantType | None:
+        """The type that `types` gives to `tensor`: the first pattern found in its name, else the
+        default, else None.
+        """
+        for pattern, qtype in self.types:
+            if pattern != "default" and compile_pattern(pattern).search(tensor):
+                return QuantType(qtype)
+        return next(
+            (QuantType(qtype) for pattern, qtype in self.types if pattern == "default"), None
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RunConfig:
+        value = dict(value)
+        value["target"] = Target(**value["target"])
+        value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
+        value["methods"] = tuple(value["methods"])
+        value["levels"] = None if value["levels"] is None else tuple(value["levels"])
+        return cls(**value)
+
+    # What may differ when a run is started again in the same folder: where it is published, and on
+    # what it computes.
+    FREE_ON_RESUME = ("publish", "private")
+
+    def changed_fields(self, other: RunConfig) -> list[str]:
+        """Names of the fields that differ and decide the result."""
+        names = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in self.FREE_ON_RESUME
+        ]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A user's tensor-name regex. Raises UsageError when it is not one."""
+    if len(pattern) > 200:
+        raise UsageError(
+            "A tensor pattern is longer than 200 characters.", "Write shorter patterns."
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"{pattern!r} is not a regular expression: {error}.",
+            "Write one like 'ffn_down' or 'blk\\.0\\.'.",
+        ) from None
+
+
+def load_types_map(path: Path) -> tuple[tuple[str, str], ...]:
+    """`--types MAP.json`: an object of tensor-name regexes (and `default`) to types, in the order
+    written.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"The type map {path} cannot be read: {error}.",
+            'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
+        ) from None
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise UsageError(
+            f"The type map {path} is not an object of strings.",
+            'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
+        )
+    return tuple(value.items())

@@ -1,0 +1,107 @@
+"""The nouns that modules hand to each other: frozen, without arrays, JSON in and out.
+
+Shapes are written rows first, columns (the input features, the axis that blocks divide) last, as in
+PyTorch. GGUF stores the same bytes and lists the dimensions in the other order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.qtypes import QuantType
+
+METHODS = ("gptq", "imatrix", "rtn")  # best first: the order in which ties are settled
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of `base.gguf`: its name, shape (rows first) and stored type."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QuantType
+    quantizable: bool  # llama.cpp's own answer: 2-D or 3-D weights, no norms, no router
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def n_columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_elements // self.n_columns
+
+    def n_bytes(self, qtype: QuantType | None = None) -> int:
+        """Bytes in `qtype`, by default as stored."""
+        return (qtype or self.qtype).n_bytes(self.shape)
+
+
+@dataclass(frozen=True, order=True)
+class CandidateKey:
+    """One way to store one tensor. `Q4_K/gptq` and `Q4_K/imatrix` are different candidates and
+    compete.
+    """
+
+    tensor: str
+    qtype: QuantType
+    method: str
+
+    @property
+    def level(self) -> str:
+        return f"{self.qtype}/{self.method}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Where the bytes of one candidate lie, and how far they are from the original."""
+
+    key: CandidateKey
+    file: str  # name of the level file, relative to the quantize stage's folder
+    offset: int
+    n_bytes: int
+    error: (
+        float | None
+    )  # relative error of the layer's output on held-out inputs; None where no Hessian is known
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor that did not get what was asked for, and why. Shown in the report."""
+
+    tensor: str
+    asked: str
+    used: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured number with its uncertainty and protocol."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    dataset: str
+    settings: str
+
+
+def to_json(value: Any) -> Any:
+    """`value` as JSON types: dataclasses become objects, quant types their names, tuples lists."""
+    if isinstance(value, QuantType):
+        return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
