@@ -1,0 +1,132 @@
+"""What the command lines share: options, one progress line on stderr, JSON or a table on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluators.errors import EvaluationError
+from evaluators.llama_runtime import Runtime
+
+Progress = Callable[[int, int], None]  # called with (done, total)
+
+_QUIET_SECONDS = 15.0  # between lines where stderr is not a terminal
+
+
+class ProgressLine:
+    """`label done/total` on stderr: rewritten in place on a terminal, else a line now and then."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._is_tty = sys.stderr.isatty()
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._is_tty:
+            end = "\n" if done == total else ""
+            print(f"\r{self._label} {done}/{total}", end=end, file=sys.stderr, flush=True)
+        elif done == total or now - self._last >= _QUIET_SECONDS:
+            self._last = now
+            print(f"{self._label} {done}/{total}", file=sys.stderr, flush=True)
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--threads", type=positive, default=0, metavar="N", help="else all cores")
+    group.add_argument(
+        "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all"
+    )
+    group.add_argument("--table", action="store_true", help="print a table for people, not JSON")
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """--text, --ctx and --chunks of the commands that compare files with a base."""
+    parser.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        metavar="[NAME=]FILE",
+        help="UTF-8 text, read byte for byte; several are domains, each reported and all combined",
+    )
+    parser.add_argument("--ctx", type=positive, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--chunks", type=positive, metavar="N", help="windows per text, else all")
+
+
+def runtime_of(options: argparse.Namespace) -> Runtime:
+    return Runtime(options.threads, options.gpu_layers)
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer above zero."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above zero")
+    return value
+
+
+def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FILE` or `FILE` (named by its stem) to {name: path}. Raises EvaluationError when two
+    have one name.
+    """
+    named: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, rest = argument.partition("=")
+        if not equals or "/" in name:  # an = further in belongs to the path
+            name, rest = Path(argument).stem, argument
+        if name in named:
+            raise EvaluationError(
+                f"Two texts are called {name}.", "Name them: --text first=a/x.txt second=b/x.txt."
+            )
+        named[name] = Path(rest)
+    return named
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need; the first to the left, numbers to the right."""
+    lines = [list(headers), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        first, *rest = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join([first, *rest]).rstrip())
+
+
+def with_error(value: float, error: float | None, digits: int) -> str:
+    """`12.34 ± 0.05`."""
+    if error is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    evaluate: Callable[[argparse.Namespace], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse, evaluate, print one JSON object (or what `show` makes of it), and give the exit
+    status: 0 done, 1 failed with the sentence on stderr. Wrong use exits with 2.
+    """
+    options = parser.parse_args(argv)
+    try:
+        result = evaluate(options)
+    except EvaluationError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    if options.table:
+        show(result)
+    else:
+        print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    return 0

@@ -1,0 +1,146 @@
+"""Means with their errors, and whether two files really differ.
+
+Two standard errors appear side by side. `stderr` is llama-perplexity's: the scored tokens as if
+they were independent. They are not: the tokens of one window share a topic, so a hard passage
+raises all of them. `ci95` therefore takes the *window* as the unit: the mean of each window is one
+observation, and the interval follows Student's t. Several domains are strata: only the spread
+inside each of them counts, since the mix is fixed by the user and not drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.errors import EvaluationError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of all tokens; its standard error and 95 % interval with windows as the unit.
+
+    Both are None when no domain has two windows.
+    """
+
+    mean: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    dof: int
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Mean difference of two files on the same windows (a - b; below zero, a is better).
+
+    `stderr` and `ci95` take windows as the unit, `p_value` is two-sided Student t, `significant`
+    says whether the interval excludes zero.
+    """
+
+    difference: float
+    stderr: float
+    ci95: tuple[float, float]
+    p_value: float
+    n_windows: int
+    significant: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mean_stderr(values: Array) -> float:
+    """Standard error of a mean of independent values, as llama-perplexity computes it."""
+    return math.sqrt(float(values.var()) / (values.size - 1)) if values.size > 1 else 0.0
+
+
+def windowed_interval(strata: Sequence[Array]) -> Interval:
+    """Mean and interval of values [n_windows, n_scored], one array per domain."""
+    n_total = sum(values.size for values in strata)
+    mean = sum(float(values.sum()) for values in strata) / n_total
+    variance, dof = 0.0, 0
+    for values in strata:
+        n_windows = values.shape[0]
+        if n_windows > 1:
+            share = values.size / n_total
+            variance += share**2 * float(values.mean(axis=1).var(ddof=1)) / n_windows
+            dof += n_windows - 1
+    # A domain of one window would count as one without error: then there is no interval to give.
+    if dof == 0 or any(values.shape[0] < 2 for values in strata):
+        return Interval(mean, None, None, None, dof)
+    stderr = math.sqrt(variance)
+    reach = student_t_quantile(0.975, dof) * stderr
+    return Interval(mean, stderr, mean - reach, mean + reach, dof)
+
+
+def paired_difference(a: Sequence[Array], b: Sequence[Array]) -> PairedTest:
+    """Whether two files differ: values [n_windows, n_scored] of each, one array per domain.
+
+    The same token is measured for both, so what the passages themselves vary in cancels; what is
+    left is averaged per window, because neighbouring tokens are not independent evidence.
+
+    Raises EvaluationError when they were not measured on the same windows, or on fewer than two of
+    each domain.
+    """
+    if [x.shape for x in a] != [y.shape for y in b]:
+        raise EvaluationError(
+            "The two files were not measured on the same windows.",
+            "Measure both with one text, --ctx and --chunks.",
+        )
+    interval = windowed_interval([x - y for x, y in zip(a, b, strict=True)])
+    if interval.stderr is None or interval.low is None or interval.high is None:
+        raise EvaluationError(
+            "A paired test needs at least two windows of each text.",
+            "Use more --chunks or a longer text.",
+        )
+    if interval.stderr > 0:
+        p_value = student_t_two_sided(interval.mean / interval.stderr, interval.dof)
+    else:
+        p_value = 1.0 if interval.mean == 0 else 0.0
+    return PairedTest(
+        difference=interval.mean,
+        stderr=interval.stderr,
+        ci95=(interval.low, interval.high),
+        p_value=p_value,
+        n_windows=sum(values.shape[0] for values in a),
+        significant=p_value < 0.05,
+    )
+
+
+def student_t_two_sided(t: float, dof: int) -> float:
+    """P(|T| >= |t|). With T = sqrt(dof) tan(x), the density of x is cos(x)^(dof - 1)."""
+    start = math.atan(abs(t) / math.sqrt(dof))
+    return _cosine_power(start, dof) / _cosine_power(0.0, dof)
+
+
+def _cosine_power(start: float, dof: int) -> float:
+    x = np.linspace(start, math.pi / 2, 20_001)
+    return float(np.trapezoid(np.cos(x).clip(0.0) ** (dof - 1), x))
+
+
+def student_t_quantile(probability: float, dof: int) -> float:
+    """The t with P(T <= t) = probability, for probability > 0.5; by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        if student_t_two_sided(middle, dof) > 2 * (1 - probability):
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def sign_test(n_better: int, n_worse: int) -> float:
+    """Two-sided exact p-value that `n_better` of all changed items is a coin's work (McNemar)."""
+    n = n_better + n_worse
+    if n == 0:
+        return 1.0
+    # P(X <= k) of a fair coin with exact integers; n is at most some thousands
+    tail = sum(math.comb(n, i) for i in range(min(n_better, n_worse) + 1))
+    return min(1.0, 2 * tail / 2**n)

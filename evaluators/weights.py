@@ -1,0 +1,48 @@
+"""A file's weights without the rounding of activations: the file expanded to F16.
+
+For quantized weights llama.cpp also rounds *activations* to 8 bits, which the full-precision base
+does not: even a Q8_0 file, whose weights are all but exact, has a KL of some thousandths. Expanded
+to F16 the same weights run as the base runs, and what is left of the KL is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import llama_cpp.llama_cpp as lib
+
+from evaluators.errors import EvaluationError
+from evaluators.llama_runtime import CPU, LOG, Model, Runtime, because
+from evaluators.logit_store import check_space
+
+
+@contextmanager
+def expanded_to_f16(
+    file: Path, folder: Path | None = None, runtime: Runtime = CPU
+) -> Iterator[Path]:
+    """Yield a temporary F16 copy of `file` (in `folder`, or the system's), deleted on leaving.
+
+    Raises EvaluationError when the disk has no room or llama.cpp cannot expand the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="weight-kl-", dir=folder) as name:
+        target = Path(name) / f"{file.stem}.f16.gguf"
+        with Model(file, runtime) as model:
+            n_bytes = 2 * lib.llama_model_n_params(model._model)
+        check_space(
+            Path(name), n_bytes, "The weights at F16", "Use --cache on another disk, or less."
+        )
+        params = lib.llama_model_quantize_default_params()
+        params.ftype = lib.LLAMA_FTYPE_MOSTLY_F16
+        params.allow_requantize = True
+        params.nthread = runtime.threads
+        LOG.start()
+        if lib.llama_model_quantize(os.fsencode(file), os.fsencode(target), params) != 0:
+            raise EvaluationError(
+                f"llama.cpp cannot expand {file} to F16{because(LOG.reason())}.",
+                "Leave --weight-kl out for this file.",
+            )
+        yield target

@@ -1,0 +1,210 @@
+"""A causal language model cut into embedding, blocks and head, run one block at a time.
+
+Nothing about an architecture is written down here. The model's own forward is run with the blocks'
+forwards replaced: in a
+*trace* every block passes its input through and notes the other arguments that the model hands it
+(masks, rotary tables); in a
+*head* run the first block answers with a hidden state from elsewhere, so that the model's own norm,
+head, scaling and soft-capping turn it into logits. Between the two, blocks run for real, one at a
+time, on whatever device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from quantkit.errors import QuantkitError
+
+
+def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The checkpoint in `folder` for inference: safetensors only, no remote code, no network.
+
+    Raises QuantkitError when transformers cannot load it.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise QuantkitError(
+            f"transformers cannot load this model: {str(error).splitlines()[0]}",
+            "It must be a causal language model that loads without remote code.",
+        ) from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, else float32."""
+    if device != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, without remote code or network."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls one block, beside the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockwiseModel:
+    """A loaded model whose blocks can be run one at a time.
+
+    Hidden states are (batch, n_tokens, n_embd), ids (batch, n_tokens).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.blocks_name, blocks = _find_blocks(model)
+        self.blocks: list[nn.Module] = list(blocks)
+        self._returns_tuple = self._probe_returns()
+
+    def block_name(self, index: int) -> str:
+        return f"{self.blocks_name}.{index}"
+
+    @contextmanager
+    def _forwards(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        """Replace every block's forward by `make(index)` for a while."""
+        for index, block in enumerate(self.blocks):
+            block.forward = make(index)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _answer(self, index: int, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def _probe_returns(self) -> bool:
+        """Whether blocks return tuples: asked of the first block with two tokens."""
+        found: list[bool] = []
+        first = self.blocks[0]
+        original = first.forward
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            answer = original(*args, **kwargs)
+            found.append(isinstance(answer, tuple))
+            raise _Probed
+
+        first.forward = ask  # type: ignore[method-assign]
+        try:
+            ids = torch.zeros((1, 2), dtype=torch.long, device=self.model.device)
+            with torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+        except _Probed:
+            pass
+        finally:
+            del first.forward
+        return found[0]
+
+    @torch.no_grad()
+    def trace(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
+        """Embed `ids`: the first block's hidden state, and how the model calls each block for this
+        batch.
+        """
+        calls: dict[int, BlockCall] = {}
+        embedded: list[torch.Tensor] = []
+
+        def make(index: int) -> Callable[..., Any]:
+            def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                if index == 0:
+                    embedded.append(hidden)
+                calls[index] = BlockCall(args, kwargs)
+                return self._answer(index, hidden)
+
+            return note
+
+        with self._forwards(make):
+            self._base()(input_ids=ids, use_cache=False)
+        return embedded[0], [calls[index] for index in range(len(self.blocks))]
+
+    def run_block(self, index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
+        """The hidden state after block `index`."""
+        answer = self.blocks[index](hidden, *call.args, **call.kwargs)
+        return answer[0] if isinstance(answer, tuple) else answer
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, n_tokens, n_vocab) of the last block's hidden state, by the model's own
+        norm and head.
+        """
+
+        def make(index: int) -> Callable[..., Any]:
+            def answer(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                return self._answer(index, hidden)
+
+            return answer
+
+        # The embedded input only carries shape and position, so any ids will do.
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        with self._forwards(make):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    def head_linears(self) -> dict[str, nn.Module]:
+        """The output head by name, when it is a linear layer."""
+        head = self.model.get_output_embeddings()
+        return {
+            name: m
+            for name, m in self.model.named_modules()
+            if m is head and isinstance(m, nn.Linear)
+        }
+
+    def head_input(self, hidden: torch.Tensor) -> None:
+        """Run the last block's hidden state up to the head, whose hooks see its input; no logits
+        are made.
+        """
+        (head,) = self.head_linears().values()
+
+        def stop(_: torch.Tensor) -> torch.Tensor:
+            raise _Probed
+
+        head.forward = stop  # type: ignore[method-assign]
+        try:
+            self.head(hidden)
+        except _Probed:
+            pass
+        finally:
+            del head.forward
+
+    def _base(self) -> nn.Module:
+        """The model without its head, where the architecture separates them."""
+        return self.model.base_model
+
+
+class _Probed(Exception):
+    """Leaves the model's forward once the first block has answered."""
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The stack of decoder blocks: the module list of the text model that is as long as the config
+    says.
+    """
+    config = model.config.get_text_config()
+    n_layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and "vision" not in name:
+            return name, module
+    raise QuantkitError(
+        f"The decoder blocks of {type(model).__name__} were not found.",
+        "This architecture is not supported yet: please open an issue with the model's id.",
+    )

@@ -1,0 +1,240 @@
+"""Where calibration text comes from: `--calibration name[:weight],...` to documents.
+
+Names are domains of the Hub mix (below), `builtin` or its parts (docs, code, prose, dialogue), or
+the path of a .txt, .jsonl or .parquet file. `auto` is the Hub mix when the Hub answers and
+`builtin` when not; which one it was, and why, is recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.calibration.documents import Domain
+from quantkit.errors import QuantkitError, UsageError
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A dataset on the Hub and the column that holds its text (or a list of chat messages)."""
+
+    repo: str
+    config: str | None
+    split: str
+    column: str
+
+
+HUB_TEXTS = {
+    "fineweb-edu": HubText("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
+    "c4": HubText("allenai/c4", "en", "train", "text"),
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    "code-hub": HubText("bigcode/the-stack-smol-xs", "python", "train", "content"),
+    "languages": HubText("HuggingFaceFW/fineweb-2", "deu_Latn", "train", "text"),
+    "chat": HubText("HuggingFaceH4/ultrachat_200k", "default", "train_sft", "messages"),
+}
+BUILTIN = {"docs": 0.25, "code": 0.25, "prose": 0.3, "dialogue": 0.2}
+HUB_MIX = {"fineweb-edu": 0.35, "c4": 0.15, "code": 0.2, "chat": 0.2, "prose": 0.1}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One entry of a calibration spec."""
+
+    name: str
+    weight: float
+
+
+def parse_spec(spec: str) -> tuple[Request, ...]:
+    """'docs:2,notes.txt' -> requests; weights default to 1. Raises UsageError for unknown names and
+    weights.
+    """
+    requests = []
+    for entry in filter(None, (part.strip() for part in spec.split(","))):
+        name, colon, weight_text = entry.rpartition(":")
+        if not colon:
+            name, weight_text = entry, "1"
+        try:
+            weight = float(weight_text)
+        except ValueError:
+            name, weight = entry, 1.0
+        if not 0 < weight < 1e6:
+            raise UsageError(
+                f"The weight in {entry!r} is not a positive number.",
+                "Write name:weight, such as docs:2.",
+            )
+        if name == "builtin":
+            requests += [Request(part, weight * share) for part, share in BUILTIN.items()]
+        elif name in ("auto", *BUILTIN, *HUB_TEXTS) or Path(name).suffix in _READERS:
+            requests.append(Request(name, weight))
+        else:
+            known = ", ".join(("auto", "builtin", *BUILTIN, *HUB_TEXTS))
+            raise UsageError(
+                f"There is no calibration text {name!r}.",
+                f"Use {known}, or the path of a .txt, .jsonl or .parquet file.",
+            )
+    if not requests:
+        raise UsageError(
+            "The calibration spec is empty.",
+            "Use auto, builtin or a list such as docs:2,notes.txt.",
+        )
+    return tuple(requests)
+
+
+def python_docs(limit: int) -> Iterator[str]:
+    """The topics of the language reference that ship with CPython (pydoc_data): English technical
+    prose.
+    """
+    from pydoc_data.topics import topics
+
+    return _up_to(limit, (text for _, text in sorted(topics.items())))
+
+
+def python_code(limit: int) -> Iterator[str]:
+    """Modules of the standard library, every file a document, largest packages not favoured."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(
+        p for p in root.glob("**/*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)
+    )
+    step = 7919  # a prime: walks all files in an order that mixes packages
+    order = (paths[i * step % len(paths)] for i in range(len(paths)))
+    texts = (path.read_text("utf-8", "replace") for path in order)
+    return _up_to(limit, (text[:20_000] for text in texts if len(text) > 500))
+
+
+_SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+}
+
+
+def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
+    """Texts until they hold `limit` characters."""
+    n = 0
+    for text in texts:
+        yield text
+        n += len(text)
+        if n >= limit:
+            return
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    paragraphs = path.read_text("utf-8").split("\n\n")
+    piece = ""
+    for (
+        paragraph
+    ) in paragraphs:  # documents of a few paragraphs, so that there is something to split
+        piece += paragraph + "\n\n"
+        if len(piece) > 2000:
+            yield piece.rstrip("\n")
+            piece = ""
+    if piece.strip():
+        yield piece.rstrip("\n")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            value = json.loads(line)
+            yield value if isinstance(value, str) else value["text"]
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow.parquet as parquet
+
+    for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
+        yield from batch.column("text").to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def local_file(path: Path, limit: int) -> Iterator[str]:
+    """Documents of a local file. Raises QuantkitError when it cannot be read."""
+    try:
+        yield from _up_to(limit, _READERS[path.suffix](path))
+    except FileNotFoundError:
+        raise QuantkitError(
+            f"There is no calibration file {path}.", "Check the path given to --calibration."
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise QuantkitError(
+            f"The calibration file {path} cannot be read: {error}.",
+            'Use UTF-8 text, JSON lines with a "text" field, or parquet with a "text" column.',
+        ) from error
+
+
+def hub_text(
+    name: str, limit: int, token: str | None, render_chat: Callable[[list[dict[str, str]]], str]
+) -> Iterator[str]:
+    """Documents streamed from a dataset on the Hub. Raises QuantkitError when it does not answer."""
+    import datasets
+
+    source = HUB_TEXTS[name]
+    try:
+        rows = datasets.load_dataset(
+            source.repo, source.config, split=source.split, streaming=True, token=token
+        )
+        values = (row[source.column] for row in rows)
+        yield from _up_to(limit, (v if isinstance(v, str) else render_chat(v) for v in values if v))
+    except Exception as error:  # datasets raises many kinds for one thing: the data did not come
+        raise QuantkitError(
+            f"The dataset {source.repo} cannot be read from the Hub: {str(error).splitlines()[0]}",
+            "Check the network, or use --calibration builtin.",
+        ) from error
+
+
+def hub_answers(token: str | None) -> str | None:
+    """None when the Hub answers, else the reason why not."""
+    from quantkit import hub
+
+    return hub.why_offline(token)
+
+
+def domain(name: str, source: str, documents: Iterable[str]) -> Domain:
+    """Documents as a Domain, empty ones and NUL bytes left out."""
+    kept = (text.replace("\0", "").strip() for text in documents)
+    return Domain(name, source, tuple(text for text in kept if len(text) >= 50))
+
+
+def builtin_text(name: str, limit: int) -> Domain | None:
+    """The parts of the built-in mix that need no model; None for the others."""
+    import platform
+
+    if name == "docs":
+        return domain(
+            name, f"documentation of CPython {platform.python_version()}", python_docs(limit)
+        )
+    if name == "code":
+        return domain(
+            name, f"standard library of CPython {platform.python_version()}", python_code(limit)
+        )
+    return None
+
+
+def describe(domains: Iterable[tuple[Domain, float]]) -> list[dict[str, Any]]:
+    """What the report says about the calibration text."""
+    return [
+        {
+            "name": d.name,
+            "source": d.source,
+            "weight": round(weight, 4),
+            "n_documents": len(d.documents),
+            "n_characters": sum(map(len, d.documents)),
+            "sha256": d.sha256,
+        }
+        for d, weight in domains
+    ]

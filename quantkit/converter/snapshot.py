@@ -1,0 +1,216 @@
+"""A copy of a model's snapshot that holds nothing that could run.
+
+llama.cpp's converter passes `trust_remote_code=True` to transformers. Here that finds nothing to
+trust: no Python file is copied, `auto_map` (which names files and repositories to load code from)
+is removed from every JSON at any depth, pickles stay behind, and weights are links to the files
+that were checked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.converter.checkpoint import StoredTensor, read_header
+from quantkit.errors import QuantkitError
+
+# Kinds of files that the converter reads, with the largest that is accepted. Anything else stays
+# behind. Tokenizers of 260k entries are JSON files of 33 MB; an index of 100k tensors has 9 MB.
+_MIB = 2**20
+_KINDS = {
+    ".json": 128 * _MIB,
+    ".jsonl": 64 * _MIB,  # PLaMo's vocabulary
+    ".txt": 32 * _MIB,
+    ".jinja": 4 * _MIB,
+    ".md": 4 * _MIB,
+    ".model": 64 * _MIB,  # SentencePiece
+    ".v3": 64 * _MIB,  # tokenizer.model.v3
+    ".tiktoken": 64 * _MIB,
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_INDEX = "model.safetensors.index.json"
+_MAX_CONFIG_BYTES = 16 * _MIB  # every JSON but the tokenizer's and the index
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The sanitized copy and what was done to make it."""
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+    removed: tuple[str, ...]  # sentences for the record: what the copy does not have
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+
+def model_name_of(snapshot_dir: Path) -> str:
+    """The name of the model that lies in a folder: `owner/name` in the Hub's cache, else the name
+    of the folder.
+    """
+    snapshot_dir = snapshot_dir.absolute()
+    repo = snapshot_dir.parent.parent.name
+    if snapshot_dir.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/", 1)
+    return snapshot_dir.resolve().name
+
+
+def sanitize(snapshot_dir: Path, into: Path, model_name: str) -> Snapshot:
+    """Copy a snapshot to a new folder in `into`, named after the model because the converter takes
+    `general.name` and its parts from there.
+
+    Raises QuantkitError for a folder that is no model, for weights that are only pickles, truncated
+    or missing, for a broken or oversized JSON, and for a link that leads out of the snapshot.
+    """
+    source = snapshot_dir.resolve()
+    folder = into / (
+        re.sub(r"[^\w.+ -]", "_", model_name.rpartition("/")[2]).strip(". ") or "model"
+    )
+    folder.mkdir(parents=True)
+    removed: list[str] = []
+    if not (source / "config.json").is_file():
+        raise _not_a_model(source)
+    for path in sorted(source.iterdir()):
+        _copy(path, folder, source, removed, {"_name_or_path": model_name})
+    for path in sorted(source.glob("additional_chat_templates/*.jinja")):
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        _copy(path, folder / path.parent.name, source, removed, {})
+    return Snapshot(folder, _link_weights(source, folder), tuple(removed))
+
+
+def _copy(
+    path: Path, folder: Path, source: Path, removed: list[str], config: dict[str, str]
+) -> None:
+    """Copy one file if it is of a kind that is read; note what stays behind for a reason."""
+    name, suffix = path.name, path.suffix.lower()
+    if suffix == ".py":
+        removed.append(f"{name} left out (code)")
+    elif suffix in _PICKLES:
+        removed.append(f"{name} left out (pickle)")
+    elif suffix in _KINDS and (path.is_symlink() or path.is_file()):
+        real = _resolve(path, source)
+        large = suffix != ".json" or name.startswith(("tokenizer", "vocab", _INDEX, "tekken"))
+        limit = _KINDS[suffix] if large else _MAX_CONFIG_BYTES
+        if real.stat().st_size > limit:
+            raise QuantkitError(
+                f"{name} has {real.stat().st_size:,} bytes, more than {limit:,}.",
+                "No known model has such a file; check where it came from.",
+            )
+        if suffix == ".json":
+            _copy_json(real, folder / name, removed, config if name == "config.json" else {})
+        else:
+            shutil.copyfile(real, folder / name)
+
+
+def _resolve(path: Path, source: Path) -> Path:
+    """The plain file that `path` names, inside the snapshot or the blobs of its Hub cache."""
+    real = path.resolve()
+    homes = [source]
+    if source.parent.name == "snapshots":
+        homes.append(source.parent.parent / "blobs")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise QuantkitError(
+            f"{path.name} is a link that leads out of the model's folder.",
+            "Replace the link with the file itself.",
+        )
+    if not real.is_file():
+        raise QuantkitError(f"{path.name} is no plain file.", "Download the model again.")
+    return real
+
+
+def _copy_json(path: Path, target: Path, removed: list[str], config: dict[str, str]) -> None:
+    """Copy a JSON file without `auto_map` and without names of files elsewhere. A file that has
+    neither is copied byte for byte.
+    """
+    dropped: list[str] = []
+
+    def clean(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        kept = {}
+        for key, value in pairs:  # sees repeated keys too
+            # "vocab_file": "/home/me/secret" would end up in a published GGUF
+            is_path = (
+                key.endswith("_file") and isinstance(value, str) and re.search(r"[/\\]", value)
+            )
+            if key == "auto_map" or is_path:
+                dropped.append(key)
+            else:
+                kept[key] = value
+        return kept
+
+    try:
+        data = path.read_bytes()
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=clean)
+    except (ValueError, RecursionError) as error:
+        raise QuantkitError(
+            f"{target.name} is not readable as JSON: {error}.", "Download the file again."
+        ) from None
+    if not dropped and not config:
+        target.write_bytes(data)
+        return
+    if config:
+        if not isinstance(value, dict):
+            raise QuantkitError(f"{target.name} is not an object.", "Download the file again.")
+        # What the fine-tune was made from, or its author's folder: not this model's name.
+        value.update(config)
+    target.write_text(json.dumps(value), encoding="utf-8")
+    removed.extend(f"{key} removed from {target.name}" for key in sorted(set(dropped)))
+
+
+def _link_weights(source: Path, folder: Path) -> dict[str, StoredTensor]:
+    """Link the safetensors files that belong to the model, checked, and list their tensors."""
+    index = folder / _INDEX
+    names = sorted(path.name for path in source.glob("*.safetensors"))
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise QuantkitError(f"{_INDEX} has no weight_map.", "Download the file again.")
+        listed = sorted({str(name) for name in weight_map.values()})
+        outside = [name for name in listed if Path(name).name != name or name in (".", "..")]
+        if outside:
+            raise QuantkitError(
+                f"{_INDEX} names a file outside the model's folder: {outside[0]}.",
+                "Check where the model came from.",
+            )
+        missing = [name for name in listed if name not in names]
+        if missing:
+            raise QuantkitError(
+                f"{len(missing)} of {len(listed)} weight files are missing, first {missing[0]}.",
+                "Download the model again.",
+            )
+        names = listed
+    if not names:
+        pickles = [path.name for path in source.iterdir() if path.suffix.lower() in _PICKLES]
+        found = f" ({pickles[0]} is a pickle, which can run code when it is read)"
+        raise QuantkitError(
+            f"The model has no safetensors weights{found if pickles else ''}.",
+            "Choose a revision with safetensors, or convert it on the Hub with "
+            "the `safetensors/convert` Space.",
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        real = _resolve(source / name, source)
+        tensors.update(read_header(real))
+        (folder / name).symlink_to(real)
+    return tensors
+
+
+def _not_a_model(source: Path) -> QuantkitError:
+    if (source / "adapter_config.json").is_file():
+        return QuantkitError(
+            f"{source.name} is a LoRA adapter, not a whole model.",
+            "Merge it onto its base model first.",
+        )
+    if list(source.glob("*.gguf")):
+        return QuantkitError(
+            f"{source.name} holds only GGUF files, which are already converted.",
+            "Name the original model they were made from.",
+        )
+    return QuantkitError(
+        f"{source.name} has no config.json: it is not a transformers checkpoint.",
+        "Name a model with config.json, tokenizer and safetensors weights.",
+    )

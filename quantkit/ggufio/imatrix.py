@@ -1,0 +1,63 @@
+"""The importance matrix as a GGUF file, in the format that llama-imatrix writes and llama-quantize
+reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+
+from quantkit.errors import QuantkitError
+from quantkit.ggufio.read import GgufFile
+from quantkit.kquants.native import Floats
+from quantkit.rundir import replacing
+
+
+def write_imatrix(
+    path: Path,
+    importances: Mapping[str, tuple[Floats, int]],
+    datasets: Sequence[str],
+    n_chunks: int,
+    n_ctx: int,
+) -> None:
+    """Write mean squared inputs and token counts by tensor name.
+
+    The values are float32 (n_columns,) or (n_experts, n_columns). The keys are those of llama.cpp's
+    tools/imatrix/imatrix.cpp: sums of squares as `<tensor>.in_sum2`, tokens as `<tensor>.counts`.
+    """
+    with replacing(path) as partial:
+        writer = GGUFWriter(partial, arch="")
+        writer.kv_data[0].clear()
+        writer.add_string("general.type", "imatrix")
+        writer.add_array("imatrix.datasets", list(datasets))
+        writer.add_uint32("imatrix.chunk_count", n_chunks)
+        writer.add_uint32("imatrix.chunk_size", n_ctx)
+        for name, (mean_squares, n_tokens) in sorted(importances.items()):
+            rows = np.atleast_2d(np.asarray(mean_squares, np.float32))
+            writer.add_tensor(f"{name}.in_sum2", rows * np.float32(n_tokens))
+            writer.add_tensor(f"{name}.counts", np.full((len(rows), 1), n_tokens, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_imatrix(path: Path) -> dict[str, Floats]:
+    """Mean squared inputs by tensor name, from our file or llama-imatrix's. Raises QuantkitError
+    for other files.
+    """
+    file = GgufFile(path)
+    if file.metadata.get("general.type") != "imatrix":
+        raise QuantkitError(
+            f"{path.name} is not an importance matrix.", "Make one with llama-imatrix."
+        )
+    means = {}
+    for tensor in file.tensors:
+        if tensor.endswith(".in_sum2"):
+            name = tensor.removesuffix(".in_sum2")
+            counts = file.values(f"{name}.counts").reshape(-1, 1)
+            means[name] = (file.values(tensor) / np.maximum(counts, 1)).reshape(-1)
+    return means

@@ -1,0 +1,85 @@
+"""Reading GGUF files: tensor table, raw rows (memory-mapped), metadata."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from quantkit.errors import QuantkitError
+from quantkit.kquants import native
+from quantkit.qtypes import QuantType
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: shape rows first, byte offset from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QuantType
+    offset: int
+    n_bytes: int
+
+
+class GgufFile:
+    """A GGUF file opened for reading. Tensor bytes are memory-mapped, never copied unless asked."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises QuantkitError when the file is missing, truncated or not GGUF."""
+        self.path = path
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except FileNotFoundError:
+            raise QuantkitError(f"There is no file {path}.", "Check the path.") from None
+        except (
+            Exception
+        ) as error:  # the reader raises whatever numpy or struct raise on broken files
+            raise QuantkitError(
+                f"{path.name} is not a whole GGUF file ({error}).", "Download or make it again."
+            ) from error
+        self.tensors = {
+            t.name: StoredTensor(
+                t.name,
+                tuple(int(n) for n in reversed(t.shape)),
+                QuantType.of(t.tensor_type),
+                int(t.data_offset),
+                int(t.n_bytes),
+            )
+            for t in self.reader.tensors
+        }
+        size = path.stat().st_size
+        for tensor in self.tensors.values():
+            if tensor.offset + tensor.n_bytes > size:
+                raise QuantkitError(
+                    f"{path.name} is truncated: {tensor.name} ends beyond the file.",
+                    "Make it again.",
+                )
+
+    @cached_property
+    def _bytes(self) -> np.memmap:
+        return np.memmap(self.path, np.uint8, "r")
+
+    def packed(self, name: str) -> native.Bytes:
+        """Rows of a tensor as stored: uint8 (n_rows, row_bytes), a view of the mapped file."""
+        tensor = self.tensors[name]
+        row_bytes = tensor.qtype.row_bytes(tensor.shape[-1])
+        return self._bytes[tensor.offset : tensor.offset + tensor.n_bytes].reshape(-1, row_bytes)
+
+    def values(self, name: str) -> native.Floats:
+        """A tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""
+        return native.dequantize(self.packed(name), self.tensors[name].qtype)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """All key-value pairs, decoded."""
+        fields = self.reader.fields.values()
+        return {f.name: f.contents() for f in fields if not f.name.startswith("GGUF.")}
+
+    @property
+    def n_elements(self) -> int:
+        return sum(int(np.prod(t.shape)) for t in self.tensors.values())

@@ -1,0 +1,94 @@
+"""Hessians of linear layers, H = mean over tokens of x xᵀ, collected while a block runs.
+
+Modules that read the very same tensor (q, k and v; gate and up) share one Hessian: which do is seen
+from the tensors themselves, not written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_PANEL = 256  # columns; H is symmetric, so only panels on and above the diagonal are multiplied
+
+
+def add_outer(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """hessian += xᵀx on and above the diagonal panels, float32 (n, n); x is (n_tokens, n)."""
+    x = x.float()
+    n = x.shape[1]
+    for start in range(0, n, _PANEL):
+        end = min(start + _PANEL, n)
+        hessian[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
+
+
+def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
+    """The whole matrix from its upper triangle."""
+    upper = hessian.triu()
+    return upper + upper.triu(1).T
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or transformers' Conv1D (a linear layer with a transposed weight)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+class HessianCollector:
+    """Sums of x xᵀ for every distinct input of the linear layers of one block.
+
+    Groups are named after their first module. Sums are float32 on the device of the activations.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module]) -> None:
+        self._linears = linears
+        self._inputs: dict[str, torch.Tensor] = {}  # of the call under way
+        self.members: dict[str, tuple[str, ...]] = {}  # group -> its modules
+        self.sums: dict[str, torch.Tensor] = {}
+        self.n_tokens: dict[str, int] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record the inputs of one forward call; sums are updated when it ends."""
+        handles = [
+            m.register_forward_pre_hook(self._hook(name)) for name, m in self._linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._accumulate()
+
+    def _hook(self, name: str) -> Any:
+        def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._inputs[name] = args[
+                0
+            ]  # keeping it alive also keeps its address from being reused
+
+        return note
+
+    def _accumulate(self) -> None:
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name, x in self._inputs.items():
+            groups.setdefault((x.data_ptr(), *x.shape, *x.stride()), []).append(name)
+        for names in groups.values():
+            group, x = names[0], self._inputs[names[0]]
+            x = x.reshape(-1, x.shape[-1])
+            if group not in self.sums:
+                n = x.shape[1]
+                self.members[group] = tuple(names)
+                self.sums[group] = torch.zeros((n, n), dtype=torch.float32, device=x.device)
+                self.n_tokens[group] = 0
+            add_outer(self.sums[group], x)
+            self.n_tokens[group] += len(x)
+        self._inputs.clear()
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """The Hessians: float32 (n, n) by group."""
+        return {
+            group: symmetrize(total) / max(self.n_tokens[group], 1)
+            for group, total in self.sums.items()
+        }

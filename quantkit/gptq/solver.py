@@ -1,0 +1,210 @@
+"""GPTQ onto a fixed grid: decide the codes, keep the scales.
+
+Follows Frantar et al. 2022 (arXiv:2210.17323) with static groups: the grid of every row is fixed
+before any error feedback, columns are taken in the order of falling diag(H), and the rounding error
+of a column is spread over the columns still to come by the Cholesky factor of the damped inverse
+Hessian. Rows are independent given H. So all rows of all tensors that read the same input, at all
+levels, are stacked and solved in one sweep with one factorization.
+
+Everything here is a pure function of torch tensors, float32, on the device of its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.errors import QuantkitError
+from quantkit.gptq import sweep_cpu
+from quantkit.kquants.formats import Grid
+
+_DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn when the factorization fails
+_LEAF = 128  # columns walked one by one before their errors are applied by a matrix product
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factorized Hessian: what one sweep needs and all stacked rows share.
+
+    `order` (n,) sorts the columns by falling diag(H); `upper` (n, n) is the upper Cholesky factor U
+    of the damped inverse in that order, H⁻¹ = UᵀU. `damping` is the share of mean(diag H) that was
+    added; it exceeds what was asked when the factorization failed at first (`escalated`). `n_dead`
+    columns never saw an input.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor
+    damping: float
+    escalated: bool
+    n_dead: int
+
+
+def factorize(hessian: torch.Tensor, damping: float) -> Factor:
+    """Factorize `hessian` (n, n) with `damping` times its mean diagonal added.
+
+    Raises QuantkitError when the Hessian is not finite, or not positive definite even at a
+    thousandfold damping.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise QuantkitError(
+            "The calibration activations hold NaN or infinite values.",
+            "The checkpoint is broken or overflows in its own precision: try another revision.",
+        )
+    dead = diagonal <= 0
+    mean = diagonal.mean().clamp_min(1e-30)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    for factor in _DAMPINGS:
+        damped = hessian[order][:, order]
+        damped.diagonal().add_(damping * factor * mean)
+        damped.diagonal()[dead[order]] = mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not bool(failed) and bool(torch.isfinite(upper).all()):
+            return Factor(order, upper, damping * factor, factor > 1, int(dead.sum()))
+    raise QuantkitError(
+        f"A Hessian of {len(order)} columns cannot be factorized, even heavily damped.",
+        "Give more calibration tokens, or leave gptq out of --methods.",
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Weights (n_rows, n_columns) float32 to be put onto `grid`."""
+
+    weight: torch.Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Rows of several tensors and levels side by side, transposed: every column's data is
+    contiguous.
+    """
+
+    weight: (
+        torch.Tensor
+    )  # (n_columns, n_rows), in the factor's order; becomes the scaled errors as the sweep goes
+    scale: torch.Tensor  # (n_columns / group, n_rows)
+    minimum: torch.Tensor
+    low: torch.Tensor  # (n_rows,)
+    high: torch.Tensor
+    group_of: torch.Tensor  # (n_columns,) int64: the group of the i-th column in the factor's order
+    table: torch.Tensor  # (16,), or empty for plain grids
+    codes: torch.Tensor  # (n_columns, n_rows) int8, filled by the sweep
+
+
+def _stack(rows: Sequence[Rows], order: torch.Tensor) -> Stack:
+    group = min(r.grid.group for r in rows)
+    device = order.device
+    columns = [r.weight.shape[0] for r in rows]
+
+    def per_group(values: torch.Tensor, own: int) -> torch.Tensor:
+        return values.repeat_interleave(own // group, 1).T
+
+    def per_row(values: list[int]) -> torch.Tensor:
+        return torch.cat(
+            [
+                torch.full((n,), float(v), device=device)
+                for n, v in zip(columns, values, strict=True)
+            ]
+        )
+
+    weight = torch.cat([r.weight.T[order] for r in rows], 1)
+    return Stack(
+        weight,
+        torch.cat([per_group(r.grid.scale, r.grid.group) for r in rows], 1).contiguous(),
+        torch.cat([per_group(r.grid.minimum, r.grid.group) for r in rows], 1).contiguous(),
+        per_row([r.grid.low for r in rows]),
+        per_row([r.grid.high for r in rows]),
+        order // group,
+        torch.tensor(rows[0].grid.table or (), dtype=torch.float32, device=device),
+        torch.empty(weight.shape, dtype=torch.int8, device=device),
+    )
+
+
+def walk_columns(stack: Stack, upper: torch.Tensor, start: int, end: int) -> None:
+    """Decide columns start..end one by one; their scaled errors replace them in `stack.weight`. The
+    reference.
+    """
+    weight = stack.weight
+    for column in range(start, end):
+        scale, minimum = (x[stack.group_of[column]] for x in (stack.scale, stack.minimum))
+        level = (weight[column] - minimum) / torch.where(scale == 0, 1.0, scale)
+        if stack.table.numel() == 0:
+            level = code = torch.minimum(torch.maximum(level.round(), stack.low), stack.high)
+        else:
+            code = torch.bucketize(level, (stack.table[1:] + stack.table[:-1]) / 2)
+            level = stack.table[code]
+        stack.codes[column] = code.to(torch.int8)
+        error = (weight[column] - (level * scale + minimum)) / upper[column, column]
+        weight[column + 1 : end].addr_(upper[column, column + 1 : end], error, alpha=-1)
+        weight[column] = error
+
+
+def _walk_columns_cpu(stack: Stack, upper: torch.Tensor, start: int, end: int) -> None:
+    sweep_cpu.sweep(
+        stack.weight[start:end].numpy(),
+        upper[start:end, start:end].contiguous().numpy(),
+        stack.scale.numpy(),
+        stack.minimum.numpy(),
+        stack.group_of[start:end].numpy(),
+        stack.low.numpy(),
+        stack.high.numpy(),
+        stack.table.numpy(),
+        stack.codes[start:end].numpy(),
+    )
+
+
+Walk = Callable[[Stack, torch.Tensor, int, int], None]
+
+
+def _sweep(stack: Stack, upper: torch.Tensor, start: int, end: int, walk: Walk) -> None:
+    """Decide columns start..end and leave their scaled errors in `stack.weight`.
+
+    Halves recursively, so that nearly all of the error feedback is matrix products: the left half
+    is decided, its errors reach the right half in one product, the right half is decided.
+    """
+    if end - start <= _LEAF:
+        walk(stack, upper, start, end)
+        return
+    middle = start + max(_LEAF, (end - start) // 2 // _LEAF * _LEAF)
+    _sweep(stack, upper, start, middle, walk)
+    stack.weight[middle:end].addmm_(
+        upper[start:middle, middle:end].T, stack.weight[start:middle], alpha=-1
+    )
+    _sweep(stack, upper, middle, end, walk)
+
+
+def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list[torch.Tensor]:
+    """Codes, int8 (n_rows, n_columns), of every entry of `rows`; all share the factorized input.
+
+    Grids with a table and plain grids are swept apart, the rest together. `walk` replaces the
+    fastest column walk of the device, for tests.
+    """
+    if walk is None:
+        walk = _walk_columns_cpu if factor.upper.device.type == "cpu" else walk_columns
+    codes: list[torch.Tensor | None] = [None] * len(rows)
+    for with_table in (False, True):
+        chosen = [i for i, r in enumerate(rows) if (r.grid.table is not None) == with_table]
+        if not chosen:
+            continue
+        stack = _stack([rows[i] for i in chosen], factor.order)
+        _sweep(stack, factor.upper, 0, len(factor.order), walk)
+        in_place = torch.empty_like(stack.codes)
+        in_place[factor.order] = stack.codes
+        for i, part in zip(
+            chosen, in_place.T.split([len(rows[i].weight) for i in chosen]), strict=True
+        ):
+            codes[i] = part.contiguous()
+    return codes  # type: ignore[return-value]
+
+
+def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each row's output, e H eᵀ, for weight differences (n_rows, n_columns):
+    (n_rows,).
+    """
+    return ((difference @ hessian) * difference).sum(1)

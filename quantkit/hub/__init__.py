@@ -1,0 +1,82 @@
+"""The Hugging Face Hub: look at a model, download it, search, publish. Nothing else talks to it.
+
+`token=None` means anonymous everywhere; `resolve_token()` says whose token a process may use. No
+function stores, logs or returns a token. All errors are QuantkitError: one sentence and a remedy.
+The work is done in the modules beside this one; what callers need is importable from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from quantkit.hub.client import Asked, call, client, endpoint, resolve_token, why_offline
+from quantkit.hub.download import (
+    Progress,
+    cache_dir,
+    check_disk,
+    damaged_files,
+    download,
+    fetch_metadata,
+)
+from quantkit.hub.errors import ModelNotFound, scrub
+from quantkit.hub.inspect import inspect
+from quantkit.hub.model import ModelInfo, RepoFile
+from quantkit.hub.reference import ModelRef, parse_reference
+from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, publish
+
+__all__ = [
+    "ModelHit",
+    "ModelInfo",
+    "ModelNotFound",
+    "ModelRef",
+    "Progress",
+    "PublishedFile",
+    "PublishedRepo",
+    "RepoFile",
+    "cache_dir",
+    "check_disk",
+    "check_write",
+    "damaged_files",
+    "download",
+    "endpoint",
+    "fetch_metadata",
+    "inspect",
+    "parse_reference",
+    "publish",
+    "resolve_token",
+    "scrub",
+    "search_models",
+    "why_offline",
+]
+
+
+@dataclass(frozen=True)
+class ModelHit:
+    """One answer of the search."""
+
+    id: str
+    downloads: int
+    likes: int
+
+
+def search_models(query: str, limit: int = 10, token: str | None = None) -> tuple[ModelHit, ...]:
+    """Language models whose name fits `query`, most downloaded first.
+
+    Models that also see or hear are filed under another task on the Hub and are asked for too.
+    Raises QuantkitError when the Hub does not answer.
+    """
+    api = client(token)
+
+    def ask(task: str) -> list[ModelHit]:
+        found = api.list_models(
+            search=query[:100], pipeline_tag=task, sort="downloads", limit=limit
+        )
+        return [ModelHit(m.id, m.downloads or 0, m.likes or 0) for m in found]
+
+    hits = [
+        hit
+        for task in ("text-generation", "image-text-to-text")
+        for hit in call(partial(ask, task), Asked(), token, waits=())
+    ]
+    return tuple(sorted(hits, key=lambda hit: -hit.downloads)[:limit])

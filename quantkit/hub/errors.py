@@ -1,0 +1,264 @@
+"""What went wrong at the Hub, as one sentence with a remedy, and whether it is worth another try.
+
+Nothing that leaves this module holds a token: every text that came from a library or a server is
+scrubbed, and errors are raised `from None`, because the original carries the request's headers.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx2
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    XetDownloadError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from quantkit.errors import QuantkitError, UsageError
+
+# Everything that huggingface_hub and what lies under it raise when the Hub, the network or the
+# disk fails. hf_xet reports its errors as RuntimeError.
+CAUGHT: tuple[type[Exception], ...] = (
+    httpx2.HTTPError,
+    httpx2.StreamError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    EntryNotFoundError,
+    RevisionResolutionError,
+    XetDownloadError,
+)
+
+_TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+_TOKEN_PATTERN = re.compile(r"hf_(?:oauth|jwt)_[\w.\-]+|\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+")
+_GET_TOKEN = "set HF_TOKEN or run `hf auth login`"
+
+
+class ModelNotFound(QuantkitError):
+    """No such repository, or the token does not see it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of the Hub, for the sentence. Without an id: the Hub as a whole."""
+
+    repo_id: str = ""
+    revision: str | None = None
+    writing: bool = False
+
+    @property
+    def url(self) -> str:
+        return f"{endpoint()}/{self.repo_id}"
+
+
+def endpoint() -> str:
+    """The Hub's address, read from the environment at each call (huggingface_hub reads it once)."""
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def scrub(text: str, token: str | None = None) -> str:
+    """`text` without the token and without anything that looks like one."""
+    if token:
+        text = text.replace(token, "***")
+    return _TOKEN_PATTERN.sub("***", text)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may well succeed a little later."""
+    for link in _chain(error):
+        if isinstance(link, OfflineModeIsEnabled):
+            return False
+        if isinstance(link, HfHubHTTPError):
+            return link.response.status_code in _TRANSIENT_STATUS
+        if isinstance(link, (httpx2.TransportError, httpx2.StreamError, json.JSONDecodeError)):
+            return True
+        if isinstance(link, OSError) and "Consistency check failed" in str(link):
+            return True
+    return False
+
+
+def retry_after(error: BaseException) -> float:
+    """Seconds that the Hub asks to wait; 0 when it does not say."""
+    for link in _chain(error):
+        if isinstance(link, HfHubHTTPError):
+            value = link.response.headers.get("Retry-After", "")
+            if value.isdigit():
+                return float(value)
+            limit = parse_ratelimit_headers(link.response.headers)
+            if link.response.status_code == 429 and limit is not None:
+                return float(limit.reset_in_seconds)
+    return 0.0
+
+
+def translate(error: BaseException, asked: Asked, token: str | None) -> QuantkitError:
+    """The error as a sentence and a remedy. The caller raises it `from None`."""
+    for link in _chain(error):
+        if isinstance(link, HfHubHTTPError):
+            return _from_answer(link, asked, token)
+        known = _without_answer(link, asked)
+        if known is not None:
+            return known
+    text = " ".join(scrub(str(error), token).split())[:300]
+    return QuantkitError(
+        f"The Hub did something unexpected ({type(error).__name__}: {text}).",
+        "Try again; if it stays, please report it with this sentence.",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from: huggingface_hub wraps an answer's status in other errors."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
+    """Errors in which the Hub said nothing."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return QuantkitError(
+            "Access to the Hub is switched off by HF_HUB_OFFLINE.",
+            "Unset it, or give a local folder.",
+        )
+    if isinstance(error, LocalTokenNotFoundError):
+        return QuantkitError("The Hub needs to know who you are.", f"Give a token: {_GET_TOKEN}.")
+    if isinstance(error, HFValidationError):
+        return UsageError(f"{asked.repo_id!r} is not a Hub id.", "Write owner/name.")
+    if isinstance(error, httpx2.TimeoutException):
+        return QuantkitError(
+            f"The Hub at {endpoint()} did not answer in time.",
+            "Check the network and try again; finished files are kept.",
+        )
+    if isinstance(error, (httpx2.ConnectError, httpx2.ProxyError)):
+        return QuantkitError(
+            f"The Hub at {endpoint()} cannot be reached.",
+            "Check the network, the proxy and HF_ENDPOINT, then try again.",
+        )
+    if isinstance(error, (httpx2.TransportError, httpx2.StreamError)):
+        return QuantkitError(
+            "The connection to the Hub was cut.", "Try again; finished files are kept."
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return QuantkitError(
+            f"{endpoint()} does not answer like the Hub.", "Check HF_ENDPOINT and the proxy."
+        )
+    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
+        details = " ".join(str(error).split())
+        return QuantkitError(f"The Hub refuses the model card: {scrub(details)}", "Mend README.md.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return QuantkitError(
+            "The disk became full while files came from the Hub.",
+            "Free some space, or point HF_HOME to a larger disk, and start again.",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return QuantkitError(
+            f"{error.filename} cannot be written.", "Point HF_HOME to a folder of yours."
+        )
+    return None
+
+
+def _from_answer(error: HfHubHTTPError, asked: Asked, token: str | None) -> QuantkitError:
+    """Errors in which the Hub answered with a status."""
+    status = error.response.status_code
+    said = " ".join(scrub(error.server_message or "", token).split())[:300]
+    name = asked.repo_id or "the Hub"
+    if isinstance(error, GatedRepoError):
+        return QuantkitError(
+            f"{name} is gated: its owner lets only people in who accept the terms.",
+            f"Open {asked.url}, click “Agree and access repository”, then "
+            + (
+                "run again with a token of that account (a fine-grained token needs the "
+                "permission for gated repositories)."
+                if token
+                else f"{_GET_TOKEN} with a token of that account."
+            ),
+        )
+    if isinstance(error, DisabledRepoError):
+        return QuantkitError(f"{name} was disabled by the Hub.", "Choose another model.")
+    if status == 401 and token and _is_bad_token(error):
+        return QuantkitError(
+            "The Hub does not accept this token: it is wrong, expired or revoked.",
+            f"Make a new one at {endpoint()}/settings/tokens, then {_GET_TOKEN}; or sign in again.",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return QuantkitError(
+            f"{name} has no revision {asked.revision or 'main'}.",
+            f"Give a branch, tag or commit that {asked.url}/commits/main shows.",
+        )
+    if isinstance(error, RemoteEntryNotFoundError):
+        file = str(error.response.url).rpartition("/")[2].partition("?")[0]
+        return QuantkitError(f"{name} has no file {file}.", "Check the revision, or try again.")
+    if isinstance(error, RepositoryNotFoundError) or (status == 404 and asked.repo_id):
+        return ModelNotFound(
+            f"There is no model {name} on the Hub, or it is private and "
+            + ("this token does not see it." if token else "no token was given."),
+            "Check the spelling" + ("." if token else f"; for a private model {_GET_TOKEN}."),
+        )
+    return _from_status(status, name, said, error, asked, token)
+
+
+def _from_status(
+    status: int, name: str, said: str, error: HfHubHTTPError, asked: Asked, token: str | None
+) -> QuantkitError:
+    quoted = f" The Hub says: {said}" if said else ""
+    if status == 401:
+        return QuantkitError(
+            f"{name} is only for people the Hub knows.", f"Give a token: {_GET_TOKEN}."
+        )
+    if status == 402:
+        return QuantkitError(f"The Hub asks for a payment first.{quoted}", "See the Hub's billing.")
+    if status == 403:
+        verb = "write to" if asked.writing else "read"
+        return QuantkitError(
+            f"This token may not {verb} {name}.{quoted}"
+            if token
+            else f"{name} may not be {'written' if asked.writing else 'read'} without a token.",
+            "Use a token with the permission to write there."
+            if asked.writing
+            else "Use a token whose account and permissions include it.",
+        )
+    if status == 429:
+        seconds = retry_after(error)
+        when = f"in {seconds:.0f} seconds" if seconds else "in a few minutes"
+        return QuantkitError(
+            "The Hub limits how many requests it answers, and the limit is reached.",
+            f"Try again {when}" + ("." if token else "; with a token the limit is higher."),
+        )
+    if status in (409, 412):
+        return QuantkitError(f"{name} was changed by someone else at the same time.", "Try again.")
+    if status >= 500:
+        return QuantkitError(
+            f"The Hub has a problem of its own (status {status}).",
+            "Try again in a few minutes; finished files are kept.",
+        )
+    return QuantkitError(
+        f"The Hub refused the request for {name} (status {status}).{quoted}",
+        "Try again; if it stays, please report it with this sentence.",
+    )
+
+
+def _is_bad_token(error: HfHubHTTPError) -> bool:
+    """A 401 that is about the token. The Hub also answers 401 where a repository is missing."""
+    said = (error.server_message or str(error)).lower()
+    return not isinstance(error, RepositoryNotFoundError) or any(
+        word in said for word in ("invalid", "expired", "credentials")
+    )

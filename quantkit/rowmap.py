@@ -1,0 +1,164 @@
+"""Which row of which Hugging Face weight is which row of `base.gguf`.
+
+GPTQ treats output rows independently and its Hessian lives on input columns, so it commutes with
+any permutation of rows. The converter permutes, splits, fuses and stacks rows; it does not change
+them. So a GGUF tensor is matched with the loaded model's weights row by row, bit for bit, after the
+same cast of dtype: that finds permuted q and k, fused qkv, transposed Conv1D and stacked experts
+without a table of architectures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from quantkit.errors import QuantkitError
+from quantkit.ggufio.read import GgufFile
+from quantkit.kquants import native
+from quantkit.qtypes import BF16, F16, F32, QuantType
+from quantkit.rundir import replacing
+from quantkit.tensors import TensorSpec
+
+_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Where the rows of one GGUF tensor come from.
+
+    GGUF row i is row `rows[i]` of the weight `parameter` of the loaded model, all experts' rows
+    counted through. With
+    `transposed`, rows are columns of the parameter (Conv1D). `rows` is None for the identity.
+    """
+
+    tensor: str
+    parameter: str
+    transposed: bool
+    rows: torch.Tensor | None  # int64 (n_rows,)
+
+    @property
+    def module(self) -> str:
+        """The module whose input the tensor's columns are."""
+        return self.parameter.removesuffix(".weight")
+
+    def scatter(self, values: torch.Tensor, parameter: torch.Tensor) -> None:
+        """Write GGUF rows (n_rows, n_columns) into the parameter, in place."""
+        flat = parameter.T if self.transposed else parameter.view(-1, parameter.shape[-1])
+        if self.rows is None:
+            flat.copy_(values)
+        else:
+            flat[self.rows.to(flat.device)] = values.to(flat.dtype)
+
+
+def _digests(rows: np.ndarray) -> np.ndarray:
+    """One 64-bit digest per row of a C-contiguous uint8 array: uint64 (n_rows,)."""
+    joined = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows)
+    return np.frombuffer(joined, np.uint64)
+
+
+def _row_bytes(weight: torch.Tensor, qtype: QuantType) -> np.ndarray:
+    """Rows of a weight (n_rows, n_columns) as base.gguf stores them: uint8 (n_rows, row_bytes)."""
+    cast = weight.detach().to(_DTYPES[qtype]).contiguous()
+    return cast.view(torch.uint8).numpy()
+
+
+class RowMatcher:
+    """Matches GGUF tensors with the weights of a loaded model; asks each weight for its digests
+    once.
+    """
+
+    def __init__(self, model: nn.Module, qtype: QuantType) -> None:
+        """`qtype` is the dtype of base.gguf's tensors: F32, F16 or BF16."""
+        if qtype not in _DTYPES:
+            raise QuantkitError(
+                f"base.gguf stores weights as {qtype}, which cannot be compared with the checkpoint.",
+                "Convert to f32, f16 or bf16.",
+            )
+        self._weights = {
+            name: weight for name, weight in model.named_parameters() if weight.dim() in (2, 3)
+        }
+        self._conv1d = {
+            f"{name}.weight" for name, m in model.named_modules() if type(m).__name__ == "Conv1D"
+        }
+        self._index: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # digests sorted, their rows
+        for name in self._weights:
+            digests = _digests(_row_bytes(self._rows_of(name), qtype))
+            order = np.argsort(digests, kind="stable")
+            self._index[name] = digests[order], order
+
+    def _rows_of(self, name: str) -> torch.Tensor:
+        weight = self._weights[name]
+        return weight.T if name in self._conv1d else weight.reshape(-1, weight.shape[-1])
+
+    def match(self, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
+        """The row map of a GGUF tensor with stored rows `packed`, or None where a row is not the
+        model's.
+        """
+        wanted = _digests(np.ascontiguousarray(packed))
+        for name, (digests, order) in self._index.items():
+            rows = _find(wanted, digests, order)
+            if rows is not None:
+                identity = len(rows) == len(digests) and bool((rows == np.arange(len(rows))).all())
+                index = None if identity else torch.from_numpy(rows)
+                return RowMap(spec.name, name, name in self._conv1d, index)
+        return None
+
+
+def _find(wanted: np.ndarray, digests: np.ndarray, order: np.ndarray) -> np.ndarray | None:
+    """For each wanted digest a row that has it, or None where one is missing.
+
+    Equal rows are handed out in order, so that the map is one to one wherever it can be.
+    """
+    first = np.searchsorted(digests, wanted[:1])
+    if first[0] == len(digests) or digests[first[0]] != wanted[0]:
+        return None  # the cheap answer for nearly all weights
+    by_digest = np.argsort(wanted, kind="stable")
+    ascending = wanted[by_digest]
+    start = np.searchsorted(digests, ascending)
+    repeat = np.arange(len(wanted)) - np.searchsorted(ascending, ascending)
+    at = np.minimum(start, len(digests) - 1)
+    if not bool((digests[at] == ascending).all()):
+        return None
+    n_equal = np.searchsorted(digests, ascending, "right") - start
+    rows = np.empty(len(wanted), np.int64)
+    rows[by_digest] = order[at + np.minimum(repeat, n_equal - 1)]
+    return rows
+
+
+def save_row_maps(maps: Mapping[str, RowMap], path: Path) -> None:
+    """Write row maps as safetensors: an index tensor for each that is not the identity, the rest in
+    the header.
+    """
+    header = [[m.tensor, m.parameter, m.transposed] for m in maps.values()]
+    rows = {name: m.rows for name, m in maps.items() if m.rows is not None}
+    with replacing(path) as partial:
+        save_file(rows, partial, metadata={"row_maps": json.dumps(header)})
+
+
+def load_row_maps(path: Path) -> dict[str, RowMap]:
+    """What `save_row_maps` wrote, by tensor name."""
+    with safe_open(path, "pt") as file:
+        stored = set(file.keys())
+        return {
+            tensor: RowMap(
+                tensor, parameter, transposed, file.get_tensor(tensor) if tensor in stored else None
+            )
+            for tensor, parameter, transposed in json.loads(file.metadata()["row_maps"])
+        }
+
+
+def tensor_specs(base: GgufFile, quantizable: frozenset[str]) -> dict[str, TensorSpec]:
+    """The tensors of base.gguf in file order."""
+    return {
+        t.name: TensorSpec(t.name, t.shape, t.qtype, t.name in quantizable)
+        for t in base.tensors.values()
+    }

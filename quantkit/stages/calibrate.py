@@ -1,0 +1,241 @@
+"""calibrate: text becomes tokens, and tokens become the activation statistics of every linear
+layer.
+
+Writes `tokens.safetensors` (train and heldout sequences), `eval/<domain>.txt` (text that nothing
+before validation sees),
+`hessians/block-NNN.safetensors` and `hessians/head.safetensors` (two Hessians per distinct input:
+train and heldout),
+`imatrix.gguf` (their diagonals, as llama-imatrix writes them) and `calibration.json`. The unit of
+work is one block: after a kill, blocks whose file is there are only run forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from quantkit import hub
+from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model, load_tokenizer
+from quantkit.calibration import sampling, sources
+from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split
+from quantkit.errors import QuantkitError
+from quantkit.ggufio.imatrix import write_imatrix
+from quantkit.gptq.hessian import HessianCollector, is_linear
+from quantkit.rowmap import load_row_maps
+from quantkit.rundir import replacing, write_json
+from quantkit.stages import StageResult, fetch
+from quantkit.statistics import block_file, head_file, save_statistics
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Run
+
+NAME = "calibrate"
+VERSION = 1
+FIELDS = ("calibration", "profile", "seed", "device")
+
+N_CTX = 512  # tokens per sequence
+_BATCH_TOKENS = 4096  # per forward call
+_CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
+
+
+def execute(run: Run) -> StageResult:
+    """Raises QuantkitError for texts that cannot be read and activations that are not finite."""
+    folder = run.dir.stage_dir(NAME)
+    snapshot = fetch.load(run.dir)
+    dtype = compute_dtype(run.config.device)
+    model = load_model(snapshot.folder, dtype)
+    tokenizer = load_tokenizer(snapshot.folder)
+    tokens_path, report_path = folder / "tokens.safetensors", folder / "calibration.json"
+
+    domains, note = _read_domains(run, model, tokenizer)
+    tokens = _tokens(run, domains, tokenizer)
+    with replacing(tokens_path) as partial:
+        save_file({name: torch.from_numpy(ids) for name, ids in tokens.items()}, partial)
+    outputs = [tokens_path]
+    for domain, _ in domains:
+        path = folder / "eval" / f"{Path(domain.name).stem}.txt"
+        with replacing(path) as partial:
+            partial.write_text(
+                "\n\n".join(split(domain, run.config.seed)["eval"]), "utf-8", newline=""
+            )
+        outputs.append(path)
+
+    statistics = _collect(run, BlockwiseModel(model.to(run.config.device)), tokens, folder)
+    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
+    importances = {
+        name: (statistics[m.module].diagonal, statistics[m.module].n_tokens)
+        for name, m in maps.items()
+        if m.module in statistics and statistics[m.module].in_blocks
+    }
+    imatrix_path = folder / "imatrix.gguf"
+    names = [f"{d.name} ({d.source})" for d, _ in domains]
+    write_imatrix(imatrix_path, importances, names, len(tokens["train"]), N_CTX)
+    report = {
+        "spec": run.config.calibration,
+        "note": note,
+        "domains": sources.describe(domains),
+        "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
+        "n_ctx": N_CTX,
+        "seed": run.config.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    outputs += [
+        write_json(report_path, report),
+        imatrix_path,
+        *sorted((folder / "hessians").glob("*.safetensors")),
+    ]
+    return StageResult(outputs, {"n_tokens": report["n_tokens"], "note": note})
+
+
+def is_intermediate(path: str) -> bool:
+    """Hessians are only needed by the quantize stage."""
+    return "/hessians/" in path
+
+
+def _read_domains(run: Run, model: Any, tokenizer: Any) -> tuple[list[tuple[Domain, float]], str]:
+    """The calibration mix as documents with weights that sum to 1, and a sentence on where it came
+    from.
+    """
+    spec = run.config.calibration
+    token = hub.resolve_token()
+    note = f"calibration text as asked: {spec}"
+    if spec == "auto":
+        reason = sources.hub_answers(token)
+        spec = (
+            "builtin"
+            if reason
+            else ",".join(f"{name}:{weight}" for name, weight in sources.HUB_MIX.items())
+        )
+        note = (
+            f"built-in text, because {reason}" if reason else "the Hub mix, because the Hub answers"
+        )
+    requests = sources.parse_spec(spec)
+    n_wanted = run.profile.calibration_tokens + run.profile.heldout_tokens
+    total = sum(r.weight for r in requests)
+    has_chat = sampling.has_chat_template(tokenizer)
+    domains = []
+    for request in requests:
+        share = request.weight / total
+        n_tokens = int(share * n_wanted / (1 - PARTS["eval"])) + run.profile.eval_windows * N_CTX
+        if request.name == "dialogue" and not has_chat:
+            note += "; no dialogue, because the tokenizer has no chat template"
+            continue
+        domains.append((_read(run, request.name, n_tokens, model, tokenizer, token), share))
+    if not domains:
+        raise QuantkitError("No calibration text is left.", "Give another --calibration.")
+    left = sum(weight for _, weight in domains)
+    run.events.emit(NAME, "note", note)
+    return [(domain, weight / left) for domain, weight in domains], note
+
+
+def _read(
+    run: Run, name: str, n_tokens: int, model: Any, tokenizer: Any, token: str | None
+) -> Domain:
+    """One domain with about `n_tokens` tokens of text."""
+    n_characters = n_tokens * _CHARACTERS_PER_TOKEN
+
+    def progress(done: int, total: int) -> None:
+        run.events.progress(NAME, done, total, f"the model writes calibration text ({name})")
+
+    builtin = sources.builtin_text(name, n_characters * 2)
+    if builtin is not None:
+        return builtin
+    if name in ("prose", "dialogue"):
+        n_new = 192
+        write = sampling.free_text if name == "prose" else sampling.dialogues
+        texts = write(
+            model, tokenizer, -(-n_tokens // (n_new * 3 // 4)), n_new, run.config.seed, progress
+        )
+        return sources.domain(name, "sampled from the model itself", texts)
+    if name in sources.HUB_TEXTS:
+
+        def render(messages: list[dict[str, str]]) -> str:
+            if sampling.has_chat_template(tokenizer):
+                return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            return "\n\n".join(m["content"] for m in messages)
+
+        return sources.domain(
+            name,
+            sources.HUB_TEXTS[name].repo,
+            sources.hub_text(name, n_characters * 2, token, render),
+        )
+    return sources.domain(
+        Path(name).name, Path(name).name, sources.local_file(Path(name), n_characters * 20)
+    )
+
+
+def _tokens(run: Run, domains: list[tuple[Domain, float]], tokenizer: Any) -> dict[str, np.ndarray]:
+    """Sequences of the train and heldout parts, domains interleaved by weight: int64 (n, N_CTX)
+    each.
+    """
+    wanted = {"train": run.profile.calibration_tokens, "heldout": run.profile.heldout_tokens}
+    parts = [split(domain, run.config.seed) for domain, _ in domains]
+    weights = [weight for _, weight in domains]
+    tokens = {}
+    for part, n_tokens in wanted.items():
+        n = n_tokens // N_CTX
+        packed = [pack(p[part], tokenizer, n, N_CTX) for p in parts]
+        tokens[part] = interleave(packed, weights, n)
+        if len(tokens[part]) < n:
+            run.events.emit(
+                NAME,
+                "note",
+                f"only {tokens[part].size} of {n_tokens} {part} tokens: the text is short",
+            )
+        if not len(tokens[part]):
+            raise QuantkitError(
+                f"The calibration text has fewer than {N_CTX} tokens to {part}.", "Give more text."
+            )
+    return tokens
+
+
+def _collect(
+    run: Run, model: BlockwiseModel, tokens: dict[str, np.ndarray], folder: Path
+) -> dict[str, Any]:
+    """Run all blocks over all tokens; write each block's Hessians. Returns the diagonals by module."""
+    device = run.config.device
+    batches = [
+        (part, torch.from_numpy(ids[i : i + _BATCH_TOKENS // N_CTX]).to(device))
+        for part, ids in tokens.items()
+        for i in range(0, len(ids), _BATCH_TOKENS // N_CTX)
+    ]
+    hidden = [model.trace(ids)[0].cpu() for _, ids in batches]
+    summary: dict[str, Any] = {}
+    n_blocks = len(model.blocks)
+    for index in range(n_blocks):
+        path = block_file(folder, index)
+        prefix = model.block_name(index)
+        linears = {
+            f"{prefix}.{n}": m for n, m in model.blocks[index].named_modules() if is_linear(m)
+        }
+        collectors = {part: HessianCollector(linears) for part in tokens}
+        for i, (part, ids) in enumerate(batches):
+            call = model.trace(ids)[1][index]
+            with torch.no_grad():
+                if path.exists():
+                    out = model.run_block(index, hidden[i].to(device), call)
+                else:
+                    with collectors[part].watching():
+                        out = model.run_block(index, hidden[i].to(device), call)
+            hidden[i] = out.cpu()
+        summary |= save_statistics(path, collectors, in_blocks=True)
+        run.events.progress(
+            NAME, index + 1, n_blocks + 1, f"block {index + 1} of {n_blocks}: activations"
+        )
+    path = head_file(folder)
+    collectors = {part: HessianCollector(model.head_linears()) for part in tokens}
+    if not path.exists():
+        for (part, _), state in zip(batches, hidden, strict=True):
+            with collectors[part].watching():
+                model.head_input(state.to(device))
+    summary |= save_statistics(path, collectors, in_blocks=False)
+    run.events.progress(NAME, n_blocks + 1, n_blocks + 1, "activations are done")
+    return summary
+
+
+Progress = Callable[[int, int], None]

@@ -1,0 +1,145 @@
+"""fetch: a Hub id, a folder or the demo becomes a pinned snapshot whose every weight was looked at.
+
+Writes `snapshot.json`: everything known about the model (`hub.ModelInfo`) and where its files are.
+Files from the Hub stay in huggingface_hub's cache and are not copied; their sha256 is compared with
+the Hub's. NaN and infinite weights are refused here, before hours of work on them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit import hub
+from quantkit.errors import QuantkitError
+from quantkit.rundir import RunDir, read_json, write_json
+from quantkit.safetensors_file import scan
+from quantkit.stages import StageResult
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Run
+
+NAME = "fetch"
+VERSION = 1
+FIELDS = ("model", "revision")
+
+# The converter writes the folder's name into the GGUF as the model's name.
+_DEMO_FOLDER = "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A fetched model: what it is, and the folder with its files."""
+
+    info: hub.ModelInfo
+    folder: Path
+
+
+def execute(run: Run) -> StageResult:
+    """Fetch the model of `run.config`. Raises QuantkitError for everything that is refused."""
+    token = hub.resolve_token()
+    made: list[Path] = []
+    ref = hub.parse_reference(run.config.model, run.config.revision)
+    if ref.kind == "demo":
+        from quantkit import demo  # needs torch
+
+        folder = run.dir.stage_dir(NAME) / _DEMO_FOLDER
+        run.events.emit(NAME, "note", "making the demo's full-precision checkpoint")
+        demo.make_checkpoint(folder)
+        made = sorted(path for path in folder.iterdir() if path.is_file())
+        ref = hub.ModelRef("local", str(folder))
+    info = hub.inspect(ref, token)
+    run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
+
+    # One progress bar over both halves: bytes that come, then bytes that are looked at.
+    n_to_come = 0 if info.local_path else info.n_download_bytes
+    n_weights = sum(file.n_bytes for file in info.files if file.path in info.weights)
+    n_total = n_to_come + n_weights
+
+    def downloading(done: int, total: int) -> None:
+        run.events.progress(NAME, done, n_total, f"downloading {info.id}")
+
+    def checking(done: int) -> None:
+        run.events.progress(NAME, n_to_come + done, n_total, f"checking {info.id}")
+
+    folder = hub.download(info, token, downloading)
+    check_weights(info, folder, checking)
+    path = write_json(_path(run.dir), {"info": info, "folder": str(folder)})
+    summary = {
+        "model": info.id,
+        "sha": info.sha,
+        "architecture": info.architectures[0],
+        "n_parameters": info.n_parameters,
+        "n_bytes": info.n_download_bytes,
+        "license": info.license,
+        "gated": info.gated,
+    }
+    return StageResult([path, *made], summary)
+
+
+def load(run_dir: RunDir) -> Snapshot:
+    """The snapshot of a run whose fetch stage is finished, for later stages.
+
+    What the cache has lost since (it is the user's, and may have been emptied) is downloaded again
+    at the same commit. Raises QuantkitError when a local folder has changed.
+    """
+    value = read_json(_path(run_dir))
+    info, folder = hub.ModelInfo.from_json(value["info"]), Path(value["folder"])
+    if hub.damaged_files(info, folder):
+        folder = hub.download(info, hub.resolve_token())
+    return Snapshot(info, folder)
+
+
+def _path(run_dir: RunDir) -> Path:
+    return run_dir.stage_dir(NAME) / "snapshot.json"
+
+
+def _describe(info: hub.ModelInfo) -> str:
+    return (
+        f"{info.id} at {info.sha[:12]}: {info.architectures[0]}, "
+        f"{info.n_parameters / 1e6:,.0f}M parameters, {info.n_download_bytes / 1e6:,.0f} MB, "
+        f"licence {info.license or 'not stated'}"
+    )
+
+
+def check_weights(
+    info: hub.ModelInfo, folder: Path, progress: Callable[[int], None] | None = None
+) -> None:
+    """Read every weight once. Raises QuantkitError naming the first tensor with NaN or infinite
+    values, and for a file whose bytes are not those of the Hub.
+
+    `progress(n_bytes)` is called with the bytes read so far.
+    """
+    files = [file for file in info.files if file.path in info.weights]
+    lock = threading.Lock()
+    n_done = 0
+
+    def on_bytes(n: int) -> None:
+        nonlocal n_done
+        with lock:
+            n_done += n
+            if progress is not None:
+                progress(n_done)
+
+    def check(file: hub.RepoFile) -> None:
+        # A local file's hash was taken from these very bytes a moment ago: nothing to compare.
+        hashing = info.local_path is None and file.sha256 is not None
+        found = scan(folder / file.path, hashing=hashing, on_bytes=on_bytes)
+        if found.non_finite is not None:
+            raise QuantkitError(
+                f"{info.id} has NaN or infinite weights in {found.non_finite} ({file.path}).",
+                "The checkpoint is broken (a failed merge or an overflow in float16): use another "
+                "revision, or tell its author.",
+            )
+        if hashing and found.sha256 != file.sha256:
+            raise QuantkitError(
+                f"{file.path} of {info.id} is damaged: its bytes are not those of the Hub.",
+                f"Delete {(folder / file.path).resolve()} and start again.",
+            )
+
+    with ThreadPoolExecutor(2) as pool:  # reading, hashing and numpy all let go of the GIL
+        list(pool.map(check, files))

@@ -1,0 +1,85 @@
+"""Hessians on disk: one file per block, two Hessians per distinct input.
+
+`train` decides codes and importances, `heldout` judges them: GPTQ's error under the Hessian it was
+solved with never shows that it overfits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from quantkit.gptq.hessian import HessianCollector
+from quantkit.rundir import replacing
+
+
+@dataclass(frozen=True)
+class InputDiagonal:
+    """Mean squared inputs of a module over the train tokens: float32 (n_columns,)."""
+
+    diagonal: np.ndarray
+    n_tokens: int
+    in_blocks: bool  # False for the output head, which llama-imatrix leaves out
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """The Hessians of one distinct input: float32 (n, n), and the modules that read it."""
+
+    modules: tuple[str, ...]
+    train: torch.Tensor
+    heldout: torch.Tensor
+    n_train: int
+
+
+def block_file(folder: Path, index: int) -> Path:
+    return folder / "hessians" / f"block-{index:03d}.safetensors"
+
+
+def head_file(folder: Path) -> Path:
+    return folder / "hessians" / "head.safetensors"
+
+
+def save_statistics(
+    path: Path, collectors: Mapping[str, HessianCollector], in_blocks: bool
+) -> dict[str, InputDiagonal]:
+    """Write the collectors' Hessians unless the file is there. Returns the train diagonals by
+    module.
+    """
+    if not path.exists():
+        train = collectors["train"]
+        header = {g: [list(train.members[g]), train.n_tokens[g]] for g in train.sums}
+        tensors = {
+            f"{group}/{part}": hessian.cpu().contiguous()
+            for part, collector in collectors.items()
+            for group, hessian in collector.means().items()
+        }
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"groups": json.dumps(header)})
+    return {
+        module: InputDiagonal(s.train.diagonal().numpy().copy(), s.n_train, in_blocks)
+        for s in load_statistics(path)
+        for module in s.modules
+    }
+
+
+def load_statistics(path: Path) -> list[InputStatistics]:
+    """The inputs of one block (or the head), in the order in which the block meets them."""
+    with safe_open(path, "pt") as file:
+        groups = json.loads(file.metadata()["groups"])
+        return [
+            InputStatistics(
+                tuple(modules),
+                file.get_tensor(f"{group}/train"),
+                file.get_tensor(f"{group}/heldout"),
+                n_tokens,
+            )
+            for group, (modules, n_tokens) in groups.items()
+        ]

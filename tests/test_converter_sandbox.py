@@ -1,0 +1,189 @@
+"""The converter's cage, with a stand-in for the converter: a checkout of two small files, chosen
+through QUANTKIT_CONVERTER. What is tested is the cage and not the animal; each run takes a fraction
+of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quantkit.converter import sandbox
+from quantkit.converter.checkpoint import write_shell
+from quantkit.converter.convert import ConversionResult, convert
+from quantkit.converter.sandbox import Limits
+from quantkit.errors import QuantkitError
+
+# Small enough to be hit at once, large enough for Python itself.
+SMALL = Limits(cpu_seconds=20, wall_seconds=30, address_bytes=2**31, file_bytes=2**20)
+
+
+@pytest.fixture
+def listener():
+    """A socket that notices who connects to it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        yield server
+
+
+@pytest.fixture
+def run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Call it with Python source: it is run as the converter would be, `out` being the output."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    write_shell(model / "model.safetensors", {"w": ("F16", (4, 4))})
+    tree = tmp_path / "checkout"
+    (tree / "gguf-py" / "gguf").mkdir(parents=True)
+    (tree / "gguf-py" / "gguf" / "__init__.py").write_text(
+        "class GGUFWriter:\n    def write_tensors_to_file(self): pass\n"
+    )
+    monkeypatch.setenv("QUANTKIT_CONVERTER", str(tree))
+
+    def run(source: str, limits: Limits = SMALL, **options) -> ConversionResult:
+        find_out = "import sys\nout = sys.argv[sys.argv.index('--outfile') + 1]\n"
+        (tree / "convert_hf_to_gguf.py").write_text(find_out + source)
+        return convert(model, tmp_path / "base.gguf", limits=limits, **options)
+
+    return run
+
+
+def test_the_child_sees_no_token_and_no_foreign_gguf(run_code, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("MY_API_TOKEN", "secret")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    result = run_code(
+        "import gguf, json, os\n"
+        "open(out, 'w').write(json.dumps([dict(os.environ), sys.path, gguf.__file__]))"
+    )
+    environment, path, gguf_file = json.loads(result.path.read_text())
+    expected = set(sandbox.environment(Path("/home"))) | {"LC_CTYPE"}  # Python may set the last
+    assert set(environment) <= expected
+    assert "secret" not in str(environment)
+    assert environment["HF_HUB_OFFLINE"] == environment["TRANSFORMERS_OFFLINE"] == "1"
+    assert "/somewhere" not in path
+    assert gguf_file.startswith(path[0])
+    assert "not checked" in result.converter
+
+
+def test_the_child_reaches_no_socket_and_no_program(run_code, listener: socket.socket):
+    """Neither through Python nor, where the kernel filters, through the C library."""
+    port = listener.getsockname()[1]
+    result = run_code(f"""
+import ctypes, json, os, socket, subprocess
+def attempt(function, *arguments):
+    try:
+        return repr(function(*arguments))
+    except Exception as error:
+        return type(error).__name__
+libc = ctypes.CDLL(None, use_errno=True)
+open(out, "w").write(json.dumps([
+    attempt(socket.create_connection, ("127.0.0.1", {port})),
+    attempt(socket.getaddrinfo, "localhost", 80),
+    attempt(subprocess.run, ["true"]),
+    attempt(os.system, "true"),
+    libc.socket(socket.AF_INET, socket.SOCK_STREAM, 0),
+]))
+""")
+    *denied, descriptor = json.loads(result.path.read_text())
+    assert denied == ["PermissionError"] * 4
+    assert (descriptor == -1) == ("kernel" in result.network)
+    with pytest.raises(TimeoutError):
+        listener.accept()
+
+
+def test_files_are_bounded(run_code):
+    with pytest.raises(QuantkitError, match="above its limit of 1,048,576 bytes") as it:
+        run_code("open(out, 'wb').write(bytes(2**21))")
+    assert it.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("source", "limits", "sentence"),
+    [
+        ("while True: pass", {"cpu_seconds": 1}, "its 1 seconds of processor time"),
+        ("x = bytearray(2**32)", {}, "more than its 2,147,483,648 bytes of address space"),
+        ("import time; time.sleep(60)", {"wall_seconds": 1}, "stopped after 1 seconds"),
+        ("import os; os.kill(os.getpid(), 9)", {}, "out of memory"),
+        ("import os; os.abort()", {}, "crashed \\(SIGABRT\\)"),
+        ("raise OSError(28, 'No space left on device')", {}, "The disk is full"),
+        ("raise RuntimeError('the moon is full')", {}, "failed: RuntimeError the moon is full"),
+        ("import logging; logging.error('Odd.'); sys.exit(1)", {}, "failed: ERROR:root:Odd"),
+        ("pass", {}, "failed"),  # it ends well without a file
+    ],
+)
+def test_each_way_to_fail_has_a_sentence(run_code, tmp_path, source, limits, sentence):
+    with pytest.raises(QuantkitError, match=sentence):
+        run_code(source, Limits(**{**SMALL.__dict__, **limits}))
+    assert not list(tmp_path.glob("base.gguf*"))
+
+
+def test_a_cancel_kills_the_child(run_code, tmp_path: Path):
+    """The progress callback is the place where a run notices that it was cancelled."""
+    source = f"""
+import gguf, os, time
+open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+open(out, "wb").write(bytes(100))
+class Tensor: nbytes = 1000
+writer = gguf.GGUFWriter()
+writer.arch, writer.kv_data, writer.tensors = "llama", [{{}}], [{{"w": Tensor()}}]
+Tensor.tensor = None
+gguf.LazyNumpyTensor = type("Lazy", (), {{}})
+writer.write_tensors_to_file()
+time.sleep(60)
+"""
+    seen = []
+
+    def cancel(done: int, total: int) -> None:
+        seen.append((done, total))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_code(source, progress=cancel)
+    assert seen == [(100, 1000)]
+    assert not _alive(int((tmp_path / "pid").read_text()))
+    assert not list(tmp_path.glob("base.gguf*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_the_child_dies_with_its_parent(run_code, tmp_path: Path):
+    pid_file = tmp_path / "pid"
+    source = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid()))"
+    with pytest.raises(QuantkitError):
+        run_code(source)  # writes the stand-in; now let another process run a sleeping one
+    script = tmp_path / "checkout" / "convert_hf_to_gguf.py"
+    script.write_text(script.read_text() + "; time.sleep(60)")
+    pid_file.unlink()
+    code = (
+        "from pathlib import Path; from quantkit.converter.convert import convert; "
+        f"convert(Path({str(tmp_path / 'model')!r}), Path({str(tmp_path / 'base.gguf')!r}))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 30
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = int(pid_file.read_text())
+        assert _alive(child)
+    finally:
+        parent.kill()
+        parent.wait()
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A zombie whose new parent has not looked yet is dead.
+    return ") Z " not in Path(f"/proc/{pid}/stat").read_text() if Path("/proc").exists() else True
