@@ -258,6 +258,32 @@ def _cuts_alike(model: Model, text: str, windows: Windows) -> bool:
     return bool(np.array_equal(ids, windows.tokens))
 
 
+def measure_files(
+    base: BaseLogits,
+    files: Sequence[Path],
+    weights: bool = False,
+    folder: Path | None = None,
+    runtime: Runtime = CPU,
+) -> tuple[list[dict[str, Any]], list[KLResult]]:
+    """The JSON row and the result of every file, progress on stderr: each file but the first is
+    tested against the first (`versus_first`). `weights` adds the figures of the weights alone.
+    """
+    rows: list[dict[str, Any]] = []
+    results: list[KLResult] = []
+    for file in files:
+        line = command.ProgressLine(f"{file.name} windows")
+        result = measure(base, file, runtime, line)
+        row = result.to_json()
+        if weights:
+            line = command.ProgressLine(f"{file.name} at F16 windows")
+            row |= weight_fields(measure_weights(base, file, folder, runtime, line))
+        if results:
+            row["versus_first"] = paired_test(result, results[0]).to_json()
+        results.append(result)
+        rows.append(row)
+    return rows, results
+
+
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     runtime = command.runtime_of(options)
     texts = {name: read_text(path) for name, path in command.named_paths(options.text).items()}
@@ -272,19 +298,9 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         runtime,
         command.ProgressLine("base windows"),
     ) as base:
-        rows: list[dict[str, Any]] = []
-        results: list[KLResult] = []
-        for file in options.files:
-            line = command.ProgressLine(f"{file.name} windows")
-            result = measure(base, file, runtime, line)
-            row = result.to_json()
-            if options.weight_kl:
-                line = command.ProgressLine(f"{file.name} at F16 windows")
-                row |= weight_fields(measure_weights(base, file, options.cache, runtime, line))
-            if results:
-                row["versus_first"] = paired_test(result, results[0]).to_json()
-            results.append(result)
-            rows.append(row)
+        rows, results = measure_files(
+            base, options.files, options.weight_kl, options.cache, runtime
+        )
     if options.save:
         save_tokens(results[0], options.save)
     return rows[0] if len(rows) == 1 else {"files": rows}
@@ -331,6 +347,15 @@ def _versus(test: dict[str, Any] | None) -> str:
     return f"{test['difference']:+.5f} ± {test['stderr']:.5f} ({verdict})"
 
 
+def add_kl_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep the base logits here for the next run"
+    )
+    parser.add_argument(
+        "--weight-kl", action="store_true", help="also measure each file expanded to F16"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="evaluators.kl", description="KL divergence of GGUF files from their base."
@@ -338,12 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("base", type=Path, metavar="BASE.gguf", help="full precision")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     command.add_text_options(parser)
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep the base logits here for the next run"
-    )
-    parser.add_argument(
-        "--weight-kl", action="store_true", help="also measure each file expanded to F16"
-    )
+    add_kl_options(parser)
     parser.add_argument("--save", type=Path, metavar="FILE.npz", help="per-token KL and -log p")
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, show, argv)

@@ -29,7 +29,7 @@ from evaluators.errors import EvaluationError
 
 MAX_STEP = 512  # tokens of one llama_decode; llama.cpp's own ubatch, more is not faster
 _VOCAB_TYPE_NONE = 0
-_LOG_ERROR, _LOG_CONT = 3, 5
+_LOG_ERROR, _LOG_CONT = 4, 5  # as in ggml.h; llama_cpp._logger has an older table
 
 
 @dataclass(frozen=True)

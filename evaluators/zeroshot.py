@@ -242,7 +242,7 @@ def load_sets(options: argparse.Namespace) -> list[TaskItems]:
     return [tasks.load(name, options.data, options.labels, options.limit) for name in options.task]
 
 
-def add_task_options(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_task_options(parser: argparse._ActionsContainer, required: bool) -> None:
     parser.add_argument(
         "--task",
         action="append",
@@ -256,6 +256,7 @@ def add_task_options(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     parser.add_argument("--labels", type=Path, metavar="FILE", help="labels beside --data")
     parser.add_argument("--limit", type=command.positive, metavar="N", help="first N items only")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="scored items; resumes")
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -303,7 +304,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     add_task_options(parser, required=True)
     parser.add_argument("--base", type=Path, metavar="BASE.gguf", help="count flips against it")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="scored items; resumes")
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, lambda result: show(result["tasks"]), argv)
 

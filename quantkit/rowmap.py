@@ -21,8 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
 from quantkit.kquants import native
 from quantkit.qtypes import BF16, F16, F32, QuantType
 from quantkit.rundir import replacing
@@ -44,11 +42,7 @@ class RowMap:
     parameter: str
     transposed: bool
     rows: torch.Tensor | None  # int64 (n_rows,)
-
-    @property
-    def module(self) -> str:
-        """The module whose input the tensor's columns are."""
-        return self.parameter.removesuffix(".weight")
+    module: str  # whose input the tensor's columns are: of a tied embedding, the output head
 
     def scatter(self, values: torch.Tensor, parameter: torch.Tensor) -> None:
         """Write GGUF rows (n_rows, n_columns) into the parameter, in place."""
@@ -76,24 +70,28 @@ class RowMatcher:
     once.
     """
 
-    def __init__(self, model: nn.Module, qtype: QuantType) -> None:
-        """`qtype` is the dtype of base.gguf's tensors: F32, F16 or BF16."""
-        if qtype not in _DTYPES:
-            raise QuantkitError(
-                f"base.gguf stores weights as {qtype}, which cannot be compared with the checkpoint.",
-                "Convert to f32, f16 or bf16.",
-            )
+    def __init__(self, model: nn.Module) -> None:
         self._weights = {
             name: weight for name, weight in model.named_parameters() if weight.dim() in (2, 3)
         }
         self._conv1d = {
             f"{name}.weight" for name, m in model.named_modules() if type(m).__name__ == "Conv1D"
         }
-        self._index: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # digests sorted, their rows
-        for name in self._weights:
+        self._heads = {
+            name: head
+            for head, module in model.named_modules()
+            for name, weight in self._weights.items()
+            if getattr(module, "weight", None) is weight and isinstance(module, nn.Linear)
+        }
+        self._index: dict[tuple[str, QuantType], tuple[np.ndarray, np.ndarray]] = {}
+
+    def _digests_of(self, name: str, qtype: QuantType) -> tuple[np.ndarray, np.ndarray]:
+        """The sorted digests of a weight's rows, cast to a GGUF type, and the row of each."""
+        if (name, qtype) not in self._index:
             digests = _digests(_row_bytes(self._rows_of(name), qtype))
             order = np.argsort(digests, kind="stable")
-            self._index[name] = digests[order], order
+            self._index[name, qtype] = digests[order], order
+        return self._index[name, qtype]
 
     def _rows_of(self, name: str) -> torch.Tensor:
         weight = self._weights[name]
@@ -103,13 +101,19 @@ class RowMatcher:
         """The row map of a GGUF tensor with stored rows `packed`, or None where a row is not the
         model's.
         """
+        if spec.qtype not in _DTYPES:
+            return None
         wanted = _digests(np.ascontiguousarray(packed))
-        for name, (digests, order) in self._index.items():
+        for name in self._weights:
+            if self._rows_of(name).shape[1] != spec.n_columns:
+                continue
+            digests, order = self._digests_of(name, spec.qtype)
             rows = _find(wanted, digests, order)
             if rows is not None:
                 identity = len(rows) == len(digests) and bool((rows == np.arange(len(rows))).all())
                 index = None if identity else torch.from_numpy(rows)
-                return RowMap(spec.name, name, name in self._conv1d, index)
+                module = self._heads.get(name, name.removesuffix(".weight"))
+                return RowMap(spec.name, name, name in self._conv1d, index, module)
         return None
 
 
@@ -138,7 +142,7 @@ def save_row_maps(maps: Mapping[str, RowMap], path: Path) -> None:
     """Write row maps as safetensors: an index tensor for each that is not the identity, the rest in
     the header.
     """
-    header = [[m.tensor, m.parameter, m.transposed] for m in maps.values()]
+    header = [[m.tensor, m.parameter, m.transposed, m.module] for m in maps.values()]
     rows = {name: m.rows for name, m in maps.items() if m.rows is not None}
     with replacing(path) as partial:
         save_file(rows, partial, metadata={"row_maps": json.dumps(header)})
@@ -150,15 +154,11 @@ def load_row_maps(path: Path) -> dict[str, RowMap]:
         stored = set(file.keys())
         return {
             tensor: RowMap(
-                tensor, parameter, transposed, file.get_tensor(tensor) if tensor in stored else None
+                tensor,
+                parameter,
+                transposed,
+                file.get_tensor(tensor) if tensor in stored else None,
+                module,
             )
-            for tensor, parameter, transposed in json.loads(file.metadata()["row_maps"])
+            for tensor, parameter, transposed, module in json.loads(file.metadata()["row_maps"])
         }
-
-
-def tensor_specs(base: GgufFile, quantizable: frozenset[str]) -> dict[str, TensorSpec]:
-    """The tensors of base.gguf in file order."""
-    return {
-        t.name: TensorSpec(t.name, t.shape, t.qtype, t.name in quantizable)
-        for t in base.tensors.values()
-    }

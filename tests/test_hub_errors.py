@@ -15,9 +15,9 @@ from hub_server import ALICE, BOB, SECRETS, HubServer, isolate, look, running_hu
 from hub_store import tiny_model
 from huggingface_hub import constants
 
+import quantkit.hub.client as hub_client
 from quantkit import hub
 from quantkit.errors import QuantkitError
-from quantkit.hub import client as hub_client
 
 
 @pytest.fixture

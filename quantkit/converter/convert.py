@@ -64,7 +64,7 @@ def convert(
     model_name  `owner/name`; where general.name, size label and the like come from. By default the
                 name of the folder, or of the repository for a folder in the Hub's cache
     metadata    GGUF keys (`general.author`, ...) to set whatever the model card says
-    progress    called with (bytes written, bytes in all)
+    progress    called with (bytes written, bytes in all); not for a skeleton
     limits      by default generous ones that grow with the weights
 
     Raises QuantkitError with the reason and what to do about it.
@@ -93,7 +93,7 @@ def convert(
                     log_path,
                     limits,
                     output=partial,
-                    progress=progress,
+                    progress=None if skeleton else progress,
                     arguments=arguments,
                     skeleton=skeleton,
                     pre=pre,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from quantkit.hub.client import Asked, call, client, endpoint, resolve_token, why_offline
+from quantkit.hub.client import Asked, call, endpoint, hf_api, resolve_token, why_offline
 from quantkit.hub.download import (
     Progress,
     cache_dir,
@@ -66,7 +66,7 @@ def search_models(query: str, limit: int = 10, token: str | None = None) -> tupl
     Models that also see or hear are filed under another task on the Hub and are asked for too.
     Raises QuantkitError when the Hub does not answer.
     """
-    api = client(token)
+    api = hf_api(token)
 
     def ask(task: str) -> list[ModelHit]:
         found = api.list_models(

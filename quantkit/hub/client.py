@@ -20,7 +20,7 @@ from quantkit import __version__
 from quantkit.errors import QuantkitError
 from quantkit.hub.errors import CAUGHT, Asked, endpoint, is_transient, retry_after, translate
 
-__all__ = ["PATIENT", "QUICK", "Asked", "call", "client", "endpoint", "read_start", "resolve_token"]
+__all__ = ["PATIENT", "QUICK", "Asked", "call", "hf_api", "endpoint", "read_start", "resolve_token"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def resolve_token() -> str | None:
     return get_token()
 
 
-def client(token: str | None) -> HfApi:
+def hf_api(token: str | None) -> HfApi:
     """The API for one token. None is anonymous: huggingface_hub's own fall-backs stay out."""
     _limit_waiting()
     return HfApi(
@@ -135,7 +135,7 @@ def why_offline(token: str | None) -> str | None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return "HF_HUB_OFFLINE is set"
     try:
-        call(lambda: client(token).repo_exists("datasets/none"), Asked(), token, waits=())
+        call(lambda: hf_api(token).repo_exists("datasets/none"), Asked(), token, waits=())
     except QuantkitError as error:
         return f"the Hub does not answer ({error.message.rstrip('.')})"
     return None

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub import ModelInfo as RemoteModel
 
 from quantkit.errors import QuantkitError
-from quantkit.hub.client import Asked, call, client, read_start
+from quantkit.hub.client import Asked, call, hf_api, read_start
 from quantkit.hub.errors import CAUGHT, ModelNotFound
 from quantkit.hub.model import (
     INDEX,
@@ -55,7 +55,7 @@ def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
         return _inspect_folder(Path(ref.id))
     if ref.kind != "hub":
         raise ValueError(f"{ref} has to be made first")
-    api = client(token)
+    api = hf_api(token)
 
     def ask(repo_id: str, revision: str | None) -> RemoteModel:
         return call(
@@ -108,7 +108,7 @@ def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
 
 def _refuse_other_kind(repo_id: str, token: str | None) -> None:
     """Raise QuantkitError when a dataset or a Space of this id exists."""
-    api = client(token)
+    api = hf_api(token)
     for kind, article in (("dataset", "a dataset"), ("space", "a Space")):
         try:
             found = api.repo_exists(repo_id, repo_type=kind)

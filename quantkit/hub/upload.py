@@ -25,7 +25,7 @@ from huggingface_hub.hf_api import RepoFile as RemoteFile
 from huggingface_hub.utils import disable_progress_bars
 
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.hub.client import PATIENT, Asked, call, client
+from quantkit.hub.client import PATIENT, Asked, call, hf_api
 from quantkit.hub.errors import ModelNotFound
 from quantkit.hub.reference import parse_reference
 from quantkit.rundir import PARTIAL, sha256_file
@@ -68,7 +68,7 @@ def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
     """
     if token is None:
         raise _NEED_TOKEN
-    api = client(token)
+    api = hf_api(token)
     account = call(lambda: api.whoami(token=token), Asked(writing=True), token)
     full_id = _full_id(repo_id, str(account["name"]))
     namespace = full_id.split("/")[0]
@@ -142,7 +142,7 @@ def publish(
     if token is None:
         raise _NEED_TOKEN
     files = _local_files(folder)
-    api = client(token)
+    api = hf_api(token)
     if "/" not in repo_id:
         repo_id = check_write(repo_id, token, private)
     asked = Asked(repo_id, writing=True)

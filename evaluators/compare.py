@@ -1,0 +1,142 @@
+"""Two or more GGUF files of one base, measured on the same windows: one JSON with everything.
+
+    python -m evaluators.compare --base BASE.gguf FILE.gguf FILE2.gguf --text FILE
+
+A row for each file: KL from the base, top-1 agreement, perplexity; with `--weight-kl` the KL of the
+weights alone, with `--speed` tokens per second and memory, with `--task` zero-shot accuracy and
+answer flips. Every file but the first is tested against the first, window by window: whether their
+KL really differs, and whether their perplexity does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from evaluators import command, kl, speed, zeroshot
+from evaluators.base_logits import BaseLogits
+from evaluators.kl import KLResult
+from evaluators.stats import PairedTest, paired_difference
+from evaluators.tasks.items import TaskItems
+from evaluators.texts import read_text
+from evaluators.zeroshot import ZeroShotResult
+
+
+def paired_nll(a: KLResult, b: KLResult) -> PairedTest:
+    """Whether the mean -log p (ln perplexity) of two files differs on the same windows."""
+    return paired_difference(
+        [a.tokens[domain].nll for domain in a.tokens], [b.tokens[domain].nll for domain in a.tokens]
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    runtime = command.runtime_of(options)
+    # Everything that can be wrong with the request is found before the long work.
+    texts = {name: read_text(path) for name, path in command.named_paths(options.text).items()}
+    sets = zeroshot.load_sets(options) if options.task else []
+    with BaseLogits.compute(
+        options.base,
+        texts,
+        options.ctx,
+        options.chunks,
+        options.cache,
+        runtime,
+        command.ProgressLine("base windows"),
+    ) as base:
+        rows, results = kl.measure_files(
+            base, options.files, options.weight_kl, options.cache, runtime
+        )
+        for row, result in zip(rows[1:], results[1:], strict=True):
+            row["nll_versus_first"] = paired_nll(result, results[0]).to_json()
+        base_row = {
+            "file": str(options.base),
+            "n_bytes": base.n_bytes,
+            "perplexity": asdict(results[0].combined.base_perplexity),
+        }
+    _add_tasks(options, sets, rows, base_row)
+    if options.speed:
+        files = [options.base, *options.files]
+        for i, (row, file) in enumerate(zip([base_row, *rows], files, strict=True)):
+            row["speed"] = speed.measure(
+                file,
+                options.speed_ctx,
+                options.prompt,
+                options.generate,
+                options.repeats,
+                runtime,
+            ).to_json()
+            command.ProgressLine("speed of files")(i + 1, len(files))
+    return {
+        "base": base_row,
+        "files": rows,
+        "settings": {
+            "protocol": "llama.cpp",
+            "n_ctx": options.ctx,
+            "n_windows": results[0].combined.n_windows,
+            "texts": results[0].text_sha256,
+            "n_threads": runtime.threads,
+            "n_gpu_layers": runtime.n_gpu_layers,
+            "llama_cpp_python": llama_cpp.__version__,
+        },
+    }
+
+
+def _add_tasks(
+    options: argparse.Namespace,
+    sets: Sequence[TaskItems],
+    rows: Sequence[dict[str, Any]],
+    base_row: dict[str, Any],
+) -> None:
+    if not sets:
+        return
+    answers: dict[str, ZeroShotResult] = {}
+    for row, file in zip(rows, options.files, strict=True):
+        row["tasks"] = zeroshot.run_with_base(
+            file, options.base, sets, options.out, command.runtime_of(options), answers
+        )
+    base_row["tasks"] = {name: result.to_json() for name, result in answers.items()}
+
+
+def _show(result: dict[str, Any]) -> None:
+    base = result["base"]
+    perplexity = command.with_error(base["perplexity"]["value"], base["perplexity"]["stderr"], 4)
+    print(f"base {Path(base['file']).name}: {base['n_bytes']:,} bytes, perplexity {perplexity}\n")
+    kl.show(result)
+    rows = result["files"]
+    if "tasks" in rows[0]:
+        for row in rows:
+            print(f"\n{Path(row['file']).name}")
+            zeroshot.show(row["tasks"])
+    if "speed" in base:
+        print()
+        speed.show([row["speed"] for row in [base, *rows]])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="evaluators.compare", description="Compare GGUF files of one base."
+    )
+    parser.add_argument("--base", type=Path, required=True, metavar="BASE.gguf")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
+    command.add_text_options(parser)
+    kl.add_kl_options(parser)
+    group = parser.add_argument_group("zero-shot (with --task)")
+    zeroshot.add_task_options(group, required=False)
+    group = parser.add_argument_group("speed (with --speed)")
+    group.add_argument("--speed", action="store_true", help="tokens per second and memory, too")
+    group.add_argument(
+        "--speed-ctx", type=command.positive, default=2048, metavar="N", help="default: 2048"
+    )
+    speed.add_speed_options(group)
+    command.add_runtime_options(parser)
+    return command.run_command(parser, _evaluate, _show, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Does it fit and is it quick: tokens per second, load time and memory of GGUF files.
+
+    python -m evaluators.speed FILE.gguf [FILE2.gguf ...] --ctx 2048
+
+Each file is measured in a process of its own (`evaluators.speed_probe`), one after the other.
+Prompt speed is that of one batch of `--prompt` tokens, generation that of `--generate` single
+tokens after it. `peak_rss_bytes` is the process's high-water mark, Python and the mapped file
+included; `buffers` are llama.cpp's own figures, on whatever device they lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluators import command
+from evaluators.errors import EvaluationError
+from evaluators.llama_runtime import CPU, Runtime, check_gguf
+from evaluators.speed_probe import ProbeRequest
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """`prompt` and `generation` hold tokens, tokens_per_second (the best repeat) and repeats;
+    `buffers` bytes by kind: model, kv, compute, output.
+    """
+
+    file: str
+    n_bytes: int
+    n_ctx: int
+    load_seconds: float
+    prompt: dict[str, Any]
+    generation: dict[str, Any]
+    peak_rss_bytes: int
+    buffers: dict[str, int]
+    n_threads: int
+    n_gpu_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    file: Path | str,
+    n_ctx: int = 2048,
+    n_prompt: int = 512,
+    n_generate: int = 64,
+    n_repeats: int = 3,
+    runtime: Runtime = CPU,
+) -> SpeedResult:
+    """Measure one file in a process of its own.
+
+    Raises EvaluationError when prompt and generation do not fit `n_ctx`, for a broken file, or when
+    the process dies (mostly: not enough memory).
+    """
+    check_gguf(Path(file))
+    if n_prompt + n_generate > n_ctx:
+        raise EvaluationError(
+            f"{n_prompt} prompt and {n_generate} generated tokens do not fit a context of {n_ctx}.",
+            "Use a larger --ctx.",
+        )
+    request = ProbeRequest(
+        str(file), n_ctx, n_prompt, n_generate, n_repeats, runtime.n_threads, runtime.n_gpu_layers
+    )
+    # The child must find this package however its parent did.
+    package_root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    child = subprocess.run(
+        [sys.executable, "-m", "evaluators.speed_probe", json.dumps(asdict(request))],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    try:
+        answer = json.loads(child.stdout)
+    except json.JSONDecodeError:
+        cause = f"signal {-child.returncode}" if child.returncode < 0 else child.stderr[-300:]
+        raise EvaluationError(
+            f"The measurement of {file} died ({cause.strip()}).",
+            "Free some memory or use a smaller --ctx.",
+        ) from None
+    if "error" in answer:
+        raise EvaluationError(*answer["error"])
+    return SpeedResult(str(file), n_ctx=n_ctx, n_gpu_layers=runtime.n_gpu_layers, **answer)
+
+
+def add_speed_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--prompt", type=command.positive, default=512, metavar="N", help="default: 512 tokens"
+    )
+    parser.add_argument(
+        "--generate", type=command.positive, default=64, metavar="N", help="default: 64 tokens"
+    )
+    parser.add_argument(
+        "--repeats", type=command.positive, default=3, metavar="N", help="default: 3"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    line = command.ProgressLine("files measured")
+    rows = []
+    for i, file in enumerate(options.files):
+        result = measure(
+            file,
+            options.ctx,
+            options.prompt,
+            options.generate,
+            options.repeats,
+            command.runtime_of(options),
+        )
+        rows.append(result.to_json())
+        line(i + 1, len(options.files))
+    return rows[0] if len(rows) == 1 else {"files": rows}
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print one line a file."""
+    command.print_table(
+        ["file", "bytes", "prompt t/s", "generation t/s", "load", "peak memory"],
+        [
+            [
+                Path(row["file"]).name,
+                f"{row['n_bytes']:,}",
+                f"{row['prompt']['tokens_per_second']:.1f}",
+                f"{row['generation']['tokens_per_second']:.1f}",
+                f"{row['load_seconds']:.2f} s",
+                f"{row['peak_rss_bytes'] / 1e6:,.0f} MB",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="evaluators.speed", description="Speed and memory of GGUF files."
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
+    parser.add_argument(
+        "--ctx", type=command.positive, default=2048, metavar="N", help="default: 2048"
+    )
+    add_speed_options(parser)
+    command.add_runtime_options(parser)
+    return command.run_command(
+        parser, _evaluate, lambda result: show(result.get("files", [result])), argv
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

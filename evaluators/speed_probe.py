@@ -1,0 +1,133 @@
+"""Speed and memory of one GGUF, measured in this very process; prints one JSON object.
+
+    python -m evaluators.speed_probe '{"file": "FILE.gguf", "n_ctx": 2048, ...}'
+
+`evaluators.speed` starts it, one process a file: peak memory is a property of a process, and only a
+fresh one has that of a single model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evaluators.errors import EvaluationError
+from evaluators.llama_runtime import LOG, MAX_STEP, Context, Model, Runtime
+
+# "load_tensors:   CPU_Mapped model buffer size =   258.13 MiB", and so for KV, RS, compute, output
+_BUFFER = re.compile(r"(\S+)\s+(model|KV|RS|compute|output)\s+buffer size\s*=\s*([\d.]+) MiB")
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What to measure: a context of `n_ctx` cells, `n_prompt` tokens decoded together, then
+    `n_generate` one by one, all of it `n_repeats` times.
+    """
+
+    file: str
+    n_ctx: int
+    n_prompt: int
+    n_generate: int
+    n_repeats: int
+    n_threads: int
+    n_gpu_layers: int
+
+
+def probe(request: ProbeRequest) -> dict[str, Any]:
+    """Load time, tokens per second, and memory. Raises EvaluationError as `Model` does."""
+    runtime = Runtime(request.n_threads, request.n_gpu_layers)
+    started = time.perf_counter()
+    with Model(request.file, runtime) as model:
+        load_seconds = time.perf_counter() - started
+        lines = list(LOG.lines)
+        model.check_context(request.n_ctx)
+        n_step = min(request.n_ctx, MAX_STEP)
+        with Context(model, request.n_ctx, n_step, n_outputs=1) as context:
+            lines += context.log_lines
+            # Which tokens they are does not matter for speed; llama-bench draws them, too.
+            prompt = np.random.default_rng(0).integers(0, model.n_vocab, request.n_prompt)
+            ids = prompt.astype(np.int32)
+            _prompt_seconds(context, ids)  # pages the weights in, builds the graph
+            prompt_rates, generation_rates = [], []
+            for _ in range(request.n_repeats):
+                prompt_rates.append(len(ids) / _prompt_seconds(context, ids))
+                seconds = _generation_seconds(context, len(ids), request.n_generate)
+                generation_rates.append(request.n_generate / seconds)
+        n_bytes = model.n_bytes
+    return {
+        "n_bytes": n_bytes,
+        "load_seconds": round(load_seconds, 4),
+        "prompt": _rates(prompt_rates, request.n_prompt),
+        "generation": _rates(generation_rates, request.n_generate),
+        "peak_rss_bytes": _peak_rss(),
+        "buffers": _buffers(lines),
+        "n_threads": runtime.threads,
+    }
+
+
+def _prompt_seconds(context: Context, ids: np.ndarray) -> float:
+    context.clear()
+    started = time.perf_counter()
+    for start in range(0, len(ids), context.n_step):
+        part = ids[start : start + context.n_step]
+        wanted = np.zeros(len(part), dtype=np.int8)
+        wanted[-1] = 1
+        positions = np.arange(start, start + len(part), dtype=np.int32)
+        context.decode(part, positions, wanted)
+    return time.perf_counter() - started
+
+
+def _generation_seconds(context: Context, n_past: int, n_generate: int) -> float:
+    token = np.zeros(1, dtype=np.int32)
+    wanted = np.ones(1, dtype=np.int8)
+    started = time.perf_counter()
+    for position in range(n_past, n_past + n_generate):
+        logits = context.decode(token, np.array([position], dtype=np.int32), wanted)
+        token[0] = logits[0].argmax()
+    return time.perf_counter() - started
+
+
+def _rates(rates: Sequence[float], n_tokens: int) -> dict[str, Any]:
+    """The best of the repeats (what others do on the machine only ever slows one), and all."""
+    return {
+        "tokens": n_tokens,
+        "tokens_per_second": round(max(rates), 2),
+        "repeats": [round(rate, 2) for rate in rates],
+    }
+
+
+def _buffers(lines: Sequence[str]) -> dict[str, int]:
+    """Bytes that llama.cpp allocated or mapped, by kind and summed over devices."""
+    sizes: dict[str, int] = {}
+    for line in lines:
+        if match := _BUFFER.search(line):
+            _, kind, mib = match.groups()
+            key = f"{kind.lower()}_bytes"
+            sizes[key] = sizes.get(key, 0) + int(float(mib) * (1 << 20))
+    return sizes
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def main() -> int:
+    try:
+        print(json.dumps(probe(ProbeRequest(**json.loads(sys.argv[1])))))
+    except EvaluationError as error:
+        print(json.dumps({"error": [error.message, error.remedy]}))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

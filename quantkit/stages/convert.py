@@ -1,0 +1,98 @@
+"""convert: the snapshot becomes `base.gguf` in its own 16-bit type, and every GGUF row is found in
+the model.
+
+llama.cpp's own converter does the work, sandboxed (`quantkit.converter`). Beside the file:
+`tensors.json` (shapes, types, which tensors llama.cpp lets one quantize) and `rowmaps.safetensors`
+(which row of which Hugging Face weight is which row here).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantkit.converter.convert import convert
+from quantkit.errors import QuantkitError
+from quantkit.ggufio.read import GgufFile
+from quantkit.kquants.stock import quantizable_tensors
+from quantkit.qtypes import QuantType
+from quantkit.rundir import RunDir, read_json, write_json
+from quantkit.stages import StageResult, fetch
+from quantkit.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Run
+
+NAME = "convert"
+VERSION = 1
+FIELDS: tuple[str, ...] = ()
+
+
+def execute(run: Run) -> StageResult:
+    """Raises QuantkitError when the converter does not know the model, or nothing of it is found
+    again.
+    """
+    from quantkit.blockwise import load_model
+    from quantkit.rowmap import RowMatcher, save_row_maps
+
+    folder = run.dir.stage_dir(NAME)
+    snapshot = fetch.load(run.dir)
+    base_path = folder / "base.gguf"
+
+    def progress(done: int, total: int) -> None:
+        run.events.progress(NAME, done, max(done, total), "llama.cpp's converter writes base.gguf")
+
+    result = convert(snapshot.folder, base_path, model_name=model_name(snapshot), progress=progress)
+    for warning in result.warnings:
+        run.events.emit(NAME, "note", f"converter: {warning}")
+    base = GgufFile(base_path)
+    quantizable = quantizable_tensors(base_path)
+    specs = {
+        t.name: TensorSpec(t.name, t.shape, t.qtype, t.name in quantizable)
+        for t in base.tensors.values()
+    }
+
+    matcher = RowMatcher(load_model(snapshot.folder))
+    maps = {}
+    for spec in specs.values():
+        found = matcher.match(spec, base.packed(spec.name)) if spec.quantizable else None
+        if found is not None:
+            maps[spec.name] = found
+    unmapped = sorted(quantizable - maps.keys())
+    if not maps:
+        raise QuantkitError(
+            "No tensor of base.gguf was found in the model that transformers loads.",
+            "This architecture is not supported yet: please open an issue with the model's id.",
+        )
+    rowmaps_path = folder / "rowmaps.safetensors"
+    save_row_maps(maps, rowmaps_path)
+    n_mapped = sum(specs[name].n_elements for name in maps)
+    n_all = sum(specs[name].n_elements for name in quantizable)
+    tensors = {"specs": list(specs.values()), "unmapped": unmapped, "conversion": result.to_json()}
+    outputs = [base_path, write_json(folder / "tensors.json", tensors), rowmaps_path]
+    summary = {
+        "n_bytes": result.n_bytes,
+        "mapped_share": round(n_mapped / n_all, 4),
+        "unmapped": unmapped,
+    }
+    return StageResult(outputs, summary)
+
+
+def model_name(snapshot: fetch.Snapshot) -> str:
+    """What the GGUF calls the model: the Hub id, or the folder's name."""
+    return snapshot.folder.name if snapshot.info.local_path else snapshot.info.id
+
+
+def load_base(directory: RunDir) -> GgufFile:
+    """`base.gguf` of a run whose convert stage is finished."""
+    return GgufFile(directory.stage_dir(NAME) / "base.gguf")
+
+
+def load_specs(directory: RunDir) -> dict[str, TensorSpec]:
+    """The tensors of `base.gguf` by name, in file order."""
+    table = read_json(directory.stage_dir(NAME) / "tensors.json")["specs"]
+    return {
+        row["name"]: TensorSpec(
+            row["name"], tuple(row["shape"]), QuantType(row["qtype"]), row["quantizable"]
+        )
+        for row in table
+    }

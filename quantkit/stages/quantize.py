@@ -1,0 +1,187 @@
+"""quantize: every tensor in every type it may have, each by the method that did best on held-out
+inputs.
+
+Writes one uniform GGUF per asked level, `Q4_K.gguf` and so on: whole, runnable files that differ
+from `base.gguf` in their weights alone. A tensor is stored once per type, by the winner of gptq,
+imatrix and rtn; `errors.json` keeps the errors of all of them. The unit of work is one block: files
+are laid out at once and filled block by block, finished blocks are noted in
+`done.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
+from quantkit.gptq.compete import Inputs, Solved, solve_tensor
+from quantkit.gptq.solver import Factor, factorize
+from quantkit.levels import LevelPlan, plan_levels
+from quantkit.qtypes import FILE_TYPES, QuantType
+from quantkit.rowmap import load_row_maps
+from quantkit.rundir import read_json, write_json
+from quantkit.stages import StageResult, convert
+from quantkit.statistics import InputStatistics, load_statistics
+from quantkit.tensors import Fallback, to_json
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Run
+
+NAME = "quantize"
+VERSION = 1
+FIELDS = ("profile", "levels", "methods", "types", "tensors")
+
+DAMPING = 0.01  # of mean(diag H)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are solved together: one block's, or the head's, or those without statistics."""
+
+    name: str
+    tensors: tuple[str, ...]
+    statistics: Path | None
+
+
+def execute(run: Run) -> StageResult:
+    """Raises QuantkitError when activations or weights are not finite."""
+    folder = run.dir.stage_dir(NAME)
+    base = convert.load_base(run.dir)
+    plan = plan_levels(convert.load_specs(run.dir), run.config)
+    files = {level: _open(folder / f"{level}.gguf", base, plan, level) for level in plan.levels}
+    done_path = folder / "done.json"
+    done: dict[str, Any] = (
+        read_json(done_path)
+        if done_path.exists() and all(f.resumed for f in files.values())
+        else {}
+    )
+    units = list(_units(run, plan))
+    for position, unit in enumerate(units):
+        if unit.name not in done:
+            done[unit.name] = _solve_unit(unit, run, base, plan, files)
+            for file in files.values():
+                file.flush()
+            write_json(done_path, done)
+        run.events.progress(
+            NAME, position + 1, len(units), f"{unit.name}: {len(plan.levels)} levels"
+        )
+    for name in base.tensors:
+        if name not in plan.types:
+            for file in files.values():
+                file.write(name, base.packed(name))
+    for file in files.values():
+        file.finish()
+    errors = {t: e for unit in done.values() for t, e in unit["errors"].items()}
+    fallbacks = [
+        *to_json(plan.fallbacks),
+        *(f for unit in done.values() for f in unit["fallbacks"]),
+    ]
+    report = {
+        "errors": errors,
+        "fallbacks": fallbacks,
+        "dampings": [d for u in done.values() for d in u["dampings"]],
+    }
+    outputs = [f.path for f in files.values()] + [write_json(folder / "errors.json", report)]
+    done_path.unlink(missing_ok=True)
+    winners = [level["method"] for types in errors.values() for level in types.values()]
+    return StageResult(
+        outputs,
+        {"n_fallbacks": len(fallbacks), "winners": {m: winners.count(m) for m in set(winners)}},
+    )
+
+
+def is_intermediate(path: str) -> bool:
+    """Level files are dropped by `clean`; the table of errors stays."""
+    return path.endswith(".gguf")
+
+
+def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType) -> SlotFile:
+    labels = (
+        level.name,
+        f"{level}_M",
+        f"{level}_S",
+    )  # Q4_K files are labelled by the mix they are nearest to
+    label = next((name for name in labels if name in FILE_TYPES), "Q8_0")
+    key_values = [
+        KeyValue.uint32("general.file_type", FILE_TYPES[label]),
+        KeyValue.uint32("general.quantization_version", 2),
+    ]
+    return SlotFile(path, lay_out(base, plan.uniform(level), key_values))
+
+
+def _units(run: Run, plan: LevelPlan) -> Iterator[Unit]:
+    """One unit per statistics file, in model order, then one tensor at a time what no Hessian is
+    known of.
+    """
+    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
+    of_module: dict[str, list[str]] = {}
+    for name in plan.types:
+        if name in maps:
+            of_module.setdefault(maps[name].module, []).append(name)
+    left = set(plan.types)
+    for path in sorted((run.dir.stage_dir("calibrate") / "hessians").glob("*.safetensors")):
+        modules = [m for s in load_statistics(path) for m in s.modules]
+        tensors = tuple(name for module in modules for name in of_module.get(module, ()))
+        left -= set(tensors)
+        if tensors:
+            yield Unit(path.stem, tensors, path)
+    for name in plan.types:
+        if name in left:
+            yield Unit(name, (name,), None)
+
+
+def _solve_unit(
+    unit: Unit, run: Run, base: GgufFile, plan: LevelPlan, files: dict[QuantType, SlotFile]
+) -> dict[str, Any]:
+    """Solve a unit's tensors and fill their slots in every file. Returns what `errors.json` will
+    say of them.
+    """
+    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
+    methods = run.config.methods
+    errors: dict[str, Any] = {}
+    fallbacks: list[Fallback] = []
+    dampings: list[dict[str, Any]] = []
+
+    def solve(name: str, inputs: Inputs | None) -> None:
+        solved = solve_tensor(base.values(name), plan.choices(name), methods, inputs)
+        for level, file in files.items():
+            file.write(name, solved[plan.types[name][level]].packed)
+        errors[name] = {str(q): {"method": s.method, "errors": s.errors} for q, s in solved.items()}
+        fallbacks.extend(_method_fallbacks(name, solved, methods, inputs))
+
+    if unit.statistics is None:
+        for name in unit.tensors:
+            solve(name, None)
+        return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": dampings}
+    for statistics in load_statistics(unit.statistics):
+        tensors = [name for name in unit.tensors if maps[name].module in statistics.modules]
+        if not tensors:
+            continue
+        inputs = _inputs(statistics, methods, run.config.device)
+        if inputs.factor is not None and inputs.factor.escalated:
+            dampings.append({"modules": list(statistics.modules), "damping": inputs.factor.damping})
+        for name in tensors:
+            solve(name, inputs)
+    return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": dampings}
+
+
+def _inputs(statistics: InputStatistics, methods: tuple[str, ...], device: str) -> Inputs:
+    train, heldout = statistics.train.to(device), statistics.heldout.to(device)
+    factor: Factor | None = factorize(train, DAMPING) if "gptq" in methods else None
+    return Inputs(statistics.train.diagonal().numpy().copy(), train, heldout, factor)
+
+
+def _method_fallbacks(
+    name: str, solved: dict[QuantType, Solved], methods: tuple[str, ...], inputs: Inputs | None
+) -> Iterator[Fallback]:
+    """What is to be said where a tensor was made by a method that was not asked for."""
+    for qtype, result in solved.items():
+        if result.method in methods or not qtype.is_quantized:
+            continue
+        reason = (
+            "no statistics of its inputs" if inputs is None else f"{qtype} has no grid for GPTQ"
+        )
+        yield Fallback(name, f"{qtype}/{methods[0]}", f"{qtype}/{result.method}", reason)

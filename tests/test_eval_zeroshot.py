@@ -1,0 +1,359 @@
+"""Templates, token splits, scores of shared prefixes, resuming and flips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from eval_fixtures import (
+    ONE,
+    SPEC,
+    TinyFiles,
+    byte_ids,
+    log_softmax,
+    reference_logits,
+    run_json,
+    tiny,
+)
+
+from evaluators import choice_scores, tasks, zeroshot
+from evaluators.choice_scores import encode_item, encode_pair, score_items
+from evaluators.errors import EvaluationError
+from evaluators.llama_runtime import Model
+from evaluators.logprobs import RowWorkers
+from evaluators.tasks.items import Item, TaskItems, shared_context
+
+run = partial(zeroshot.run, runtime=ONE)
+
+__all__ = ["run_json", "tiny"]  # fixtures: used by name
+
+
+def task_item(name: str, row: Mapping[str, Any]) -> Item:
+    return tasks.TASKS[name].item(row)
+
+
+# Expected strings below are lm-evaluation-harness 0.4.13's prompts for these very rows.
+
+
+def test_arc_template_from_the_hub_and_from_ai2s_file() -> None:
+    expected = Item(
+        contexts=("Question: Which is a star?\nAnswer:",) * 3,
+        continuations=(" Mars", " the Sun", " the Moon"),
+        n_chars=(4, 7, 8),
+        gold=1,
+    )
+    texts, labels = ["Mars", "the Sun", "the Moon"], ["1", "2", "3"]
+    row = {
+        "question": "Which is a star?",
+        "choices": {"text": texts, "label": labels},
+        "answerKey": "2",
+    }
+    assert task_item("arc_easy", row) == expected
+    pairs = [{"text": text, "label": label} for text, label in zip(texts, "ABC", strict=True)]
+    nested = {"question": {"stem": "Which is a star?", "choices": pairs}, "answerKey": "B"}
+    assert task_item("arc_challenge", nested) == expected
+
+
+def test_hellaswag_template_cleans_up_as_the_harness_does() -> None:
+    row = {
+        "activity_label": "Painting a fence",
+        "ctx_a": "[header] How to paint [title] Buy paint.  Stir.",
+        "ctx_b": "then HE",
+        "endings": [" paints [substeps] slowly. ", "leaves"],
+        "label": "1",
+    }
+    item = task_item("hellaswag", row)
+    assert item.contexts[0] == "Painting a fence: How to paint. Buy paint. Stir. Then he"
+    assert item.continuations == (" paints slowly.", " leaves")
+    assert item.n_chars == (14, 6)
+    assert item.gold == 1
+
+
+def test_piqa_template_keeps_the_spaces_of_the_row() -> None:
+    row = {"goal": "dresser", "sol1": "use a pin ", "sol2": "finish, with  pin", "label": 0}
+    item = task_item("piqa", row)
+    assert item.contexts == ("Question: dresser\nAnswer:",) * 2
+    assert item.continuations == (" use a pin ", " finish, with  pin")
+    assert item.n_chars == (10, 17)
+
+
+def test_winogrande_scores_the_rest_after_either_option() -> None:
+    row = {
+        "sentence": "The cup fell on the plate, so the _ broke. ",
+        "option1": "cup",
+        "option2": "plate",
+        "answer": "2",
+    }
+    item = task_item("winogrande", row)
+    assert item.contexts == (
+        "The cup fell on the plate, so the cup",
+        "The cup fell on the plate, so the plate",
+    )
+    assert item.continuations == (" broke.", " broke.")
+    assert item.gold == 1
+    assert tasks.TASKS["winogrande"].metrics == ("acc",)
+
+
+def test_our_own_items_are_sound() -> None:
+    everyday = tasks.load("everyday")
+    assert len(everyday.items) == 60
+    assert len({item.contexts[0] for item in everyday.items}) == 60
+    assert everyday.metrics == ("acc", "acc_norm")
+    for item in everyday.items:
+        assert 2 <= len(item.continuations) <= 4
+        assert len(set(item.continuations)) == len(item.continuations)
+    # the place of the right answer gives nothing away
+    for n_choices in (2, 3):
+        gold = [item.gold for item in everyday.items if len(item.continuations) == n_choices]
+        counts = np.bincount(gold, minlength=n_choices)
+        assert counts.max() - counts.min() <= 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"context": "Q:", "choices": ["yes", " "], "gold": 0}, "Choice 1 is empty"),
+        ({"context": "Q:", "choices": ["yes", ""], "gold": 0}, "Choice 1 is empty"),
+        ({"context": "Q:", "choices": ["yes"], "gold": 0}, "It has 1 choices"),
+        ({"context": "Q:", "choices": "yes", "gold": 0}, "list of strings"),
+        ({"context": "Q:", "choices": ["yes", 3], "gold": 0}, "list of strings"),
+        ({"context": "Q:", "choices": ["yes", "no"], "gold": 2}, "gold answer 2 is none"),
+        ({"context": "Q:", "choices": ["yes", "no"], "gold": -1}, "gold answer -1 is none"),
+        ({"context": "Q:", "choices": ["yes", "no"], "gold": None}, "malformed"),
+        ({"context": "Q:", "choices": ["yes", "no"]}, "no usable 'gold'"),
+        ({"context": None, "choices": ["yes", "no"], "gold": 0}, "context must be a string"),
+    ],
+)
+def test_malformed_items_are_named(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    good = {"context": "Q:", "choices": ["yes", "no"], "gold": 0}
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
+    with pytest.raises(EvaluationError, match=reason) as caught:
+        tasks.load("choices", path)
+    assert "Item 1 of" in caught.value.message
+    assert len(tasks.load("choices", path, limit=1).items) == 1
+
+
+@pytest.mark.parametrize("content", ["[1]\n", "{nope\n", ""])
+def test_files_that_hold_no_items(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(EvaluationError, match="not a JSON object|not JSON|no items"):
+        tasks.load("choices", path)
+
+
+def test_labels_beside_the_items(tmp_path: Path) -> None:
+    data, labels = tmp_path / "valid.jsonl", tmp_path / "valid-labels.lst"
+    rows = [{"goal": f"g{i}", "sol1": "a\u2028b", "sol2": "c"} for i in range(3)]
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    labels.write_text("1\n0\n1\n")
+    loaded = tasks.load("piqa", data, labels)
+    assert [item.gold for item in loaded.items] == [1, 0, 1]
+    labels.write_text("1\n0\n")
+    with pytest.raises(EvaluationError, match="2 labels for the 3 items"):
+        tasks.load("piqa", data, labels)
+    with pytest.raises(EvaluationError, match="no usable 'label'"):
+        tasks.load("piqa", data)
+
+
+def test_hub_rows_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def rows(*request: Any) -> list[dict[str, Any]]:
+        asked.append(request)
+        return [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}] * 5
+
+    monkeypatch.setattr(tasks, "load_dataset_rows", rows)
+    loaded = tasks.load("piqa", limit=3)
+    assert asked == [("baber/piqa", None, "validation")]
+    assert len(loaded.items) == 3 and loaded.source == "baber/piqa"
+
+
+def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(EvaluationError, match="cannot be loaded.*no route to host") as caught:
+        tasks.load("hellaswag")
+    assert "trace" not in caught.value.message
+
+
+def test_token_split(tiny: TinyFiles) -> None:
+    with Model(tiny.base, ONE) as model:
+        head, tail = encode_pair(model, "zz: 1", " q")
+        assert head.tolist() == [1, *byte_ids("zz: 1")]
+        assert tail.tolist() == byte_ids(" q")[3:].tolist()
+        # spaces at the end of a context belong to the continuation
+        moved_head, moved_tail = encode_pair(model, "zz: 1  ", "q")
+        assert moved_head.tolist() == head.tolist()
+        assert moved_tail.tolist() == byte_ids("  q")[3:].tolist()
+        # without a context the model starts from BOS
+        empty_head, empty_tail = encode_pair(model, "", " q")
+        assert empty_head.tolist() == [1]
+        assert len(empty_tail) > 0 and empty_tail[0] != 1
+
+
+def test_a_merge_over_the_boundary_follows_the_harness(tiny: TinyFiles) -> None:
+    # the vocabulary has " do" and " dog" but not "g": the context's last token changes
+    with Model(tiny.base, ONE) as model:
+        head, tail = encode_pair(model, "zz do", "g 123456789")
+        whole = model.tokenize("zz dog 123456789")
+        assert head[:-1].tolist() == whole[: len(head) - 1].tolist()
+        assert head[-1] != whole[len(head) - 1]
+        assert tail.tolist() == whole[len(head) :].tolist() == byte_ids(" 123456789")[3:].tolist()
+        with pytest.raises(EvaluationError, match="no token to score"):
+            encode_pair(model, "zz do", "g")
+
+
+def reference_sums(item: Item) -> list[float]:
+    """Sum of log p of each choice, one sequence at a time in numpy."""
+    sums = []
+    for context, continuation in zip(item.contexts, item.continuations, strict=True):
+        head = np.array([1, *byte_ids(context)])
+        whole = np.array([1, *byte_ids(context + continuation)])
+        logp = log_softmax(reference_logits(SPEC, whole))
+        at = np.arange(len(head) - 1, len(whole) - 1)
+        sums.append(float(logp[at, whole[at + 1]].sum()))
+    return sums
+
+
+ITEMS = [
+    shared_context("Question: 12?\nAnswer:", ["qq", "q", "zzz zz", "qqx"], 0),
+    Item(("xy 1", "xy 22"), (" zq.", " zq."), (3, 3), 1),
+    shared_context("z", ["q" * 60, "x" * 3], 1),
+    *[shared_context(f"{i}{i}: z", [f"q{i}", f"x{i}x", "z"], i % 3) for i in range(40)],
+]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_scores_equal_separate_sequences(tiny: TinyFiles, share: bool) -> None:
+    scores: dict[int, list[float]] = {}
+    with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
+        encoded = [encode_item(model, item, share) for item in ITEMS]
+        assert (encoded[0].n_shared > 20) == share
+        score_items(model, ITEMS, workers, scores.__setitem__, share)
+    assert list(scores) == list(range(len(ITEMS)))
+    for i, item in enumerate(ITEMS):
+        assert scores[i] == pytest.approx(reference_sums(item), rel=2e-3)
+
+
+def test_several_batches_are_needed_and_none_is_too_large(
+    tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice_scores, "_OUTPUT_BYTES", 4 * SPEC.n_vocab * 70)
+    packs: list[range] = []
+    original = choice_scores._packs
+
+    def spy(*arguments: Any) -> Any:
+        for pack in original(*arguments):
+            packs.append(pack)
+            yield pack
+
+    monkeypatch.setattr(choice_scores, "_packs", spy)
+    scores: dict[int, list[float]] = {}
+    with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
+        score_items(model, ITEMS, workers, scores.__setitem__)
+    assert len(packs) > 3 and [i for pack in packs for i in pack] == list(range(len(ITEMS)))
+    assert scores[2] == pytest.approx(reference_sums(ITEMS[2]), rel=2e-3)
+
+
+def test_items_longer_than_the_model(tiny: TinyFiles) -> None:
+    item = shared_context("z" * 300, ["q", "x"], 0)
+    with pytest.raises(EvaluationError, match="longer than the 256"):
+        run(tiny.base, TaskItems("long", (item,), ("acc",), "test"))
+
+
+def test_accuracy_by_sum_and_by_characters(tiny: TinyFiles) -> None:
+    items = TaskItems("t", tuple(ITEMS), ("acc", "acc_norm"), "test")
+    result = run(tiny.base, items)
+    sums = [reference_sums(item) for item in ITEMS]
+    acc = [int(np.argmax(values)) for values in sums]
+    norm = [
+        int(np.argmax(np.array(values) / np.array(item.n_chars)))
+        for values, item in zip(sums, ITEMS, strict=True)
+    ]
+    assert list(result.picks["acc"]) == acc and list(result.picks["acc_norm"]) == norm
+    assert acc != norm
+    right = np.array(acc) == [item.gold for item in ITEMS]
+    assert result.accuracy["acc"].value == pytest.approx(right.mean())
+    assert result.accuracy["acc"].stderr == pytest.approx(right.std(ddof=1) / np.sqrt(len(ITEMS)))
+
+
+def test_flips_count_every_changed_pick(tiny: TinyFiles) -> None:
+    items = TaskItems("t", tuple(ITEMS), ("acc",), "test")
+    base, other = run(tiny.base, items), run(tiny.noisy, items)
+    flips = zeroshot.answer_flips(other, base)["acc"]
+    changed = [a != b for a, b in zip(other.picks["acc"], base.picks["acc"], strict=True)]
+    assert flips.n == sum(changed) > 0
+    assert flips.fraction == pytest.approx(flips.n / len(ITEMS))
+    gain = other.accuracy["acc"].value - base.accuracy["acc"].value
+    assert flips.gained - flips.lost == round(gain * len(ITEMS))
+    assert zeroshot.answer_flips(base, base)["acc"].n == 0
+    fewer = TaskItems("t", tuple(ITEMS[:5]), ("acc",), "test")
+    with pytest.raises(EvaluationError, match="same items"):
+        zeroshot.answer_flips(run(tiny.base, fewer), base)
+
+
+def test_a_rerun_scores_only_what_is_missing(
+    tiny: TinyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = TaskItems("t", tuple(ITEMS), ("acc",), "test")
+    out = tmp_path / "scores.jsonl"
+    run(tiny.noisy, items, out)  # another model's lines in the same file do not count
+    n_other = len(out.read_text().splitlines())
+    whole = run(tiny.base, items, out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    assert len(lines) == n_other + len(ITEMS)
+    # a run that died in the middle of a line
+    out.write_bytes(b"".join(lines[: n_other + 10]) + lines[n_other + 10][:7])
+    scored: list[int] = []
+    original = zeroshot.score_items
+
+    def spy(model: Any, todo: Any, *rest: Any) -> None:
+        scored.append(len(todo))
+        original(model, todo, *rest)
+
+    monkeypatch.setattr(zeroshot, "score_items", spy)
+    again = run(tiny.base, items, out)
+    assert scored == [len(ITEMS) - 10]
+    assert again.picks == whole.picks
+    assert np.allclose(np.concatenate(again.scores), np.concatenate(whole.scores), rtol=1e-3)
+    run(tiny.base, items, out)
+    assert scored == [len(ITEMS) - 10]  # nothing was left to score
+    assert len(out.read_bytes().splitlines()) == n_other + len(ITEMS)
+
+
+def test_an_out_file_of_something_else_is_refused(tiny: TinyFiles, tmp_path: Path) -> None:
+    out = tmp_path / "notes.jsonl"
+    out.write_text('{"hello": 1}\n')
+    with pytest.raises(EvaluationError, match="something else"):
+        run(tiny.base, TaskItems("t", tuple(ITEMS[:2]), ("acc",), "test"), out)
+
+
+def test_command(tiny: TinyFiles, tmp_path: Path, run_json: Callable[..., dict[str, Any]]) -> None:
+    data = tmp_path / "mine.jsonl"
+    rows = [{"context": f"{i}:", "choices": ["q", "zz", "x"], "gold": i % 3} for i in range(9)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--task", "choices", "--data", data, "--base", tiny.base, "--limit", 7]
+    result = run_json(zeroshot.main, tiny.noisy, *settings)
+    task = result["tasks"]["mine"]
+    assert task["n_items"] == task["acc"]["n"] == 7
+    assert set(task["acc"]) == {"value", "stderr", "n"}
+    assert set(task["flips"]["acc"]) == {"n", "fraction", "gained", "lost", "p_value"}
+    assert result["average_acc"] == task["acc"]["value"]
+    assert zeroshot.main([str(tiny.base), "--task", "choices"]) == 1  # needs a file
+
+
+def test_command_table(tiny: TinyFiles, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--task", "everyday", "--limit", "4", "--base", str(tiny.base), "--threads", "1"]
+    assert zeroshot.main([str(tiny.noisy), *options, "--table"]) == 0
+    out = capsys.readouterr().out
+    assert "everyday acc_norm" in out and "flips" in out
