@@ -23,6 +23,7 @@ from evaluators.logprobs import RowWorkers
 from evaluators.tasks.items import MAX_CHOICES, Item
 
 _MAX_SEQUENCES = 64  # of one batch
+_MAX_RECURRENT = 8  # each has a state of its own, some megabytes a layer
 _OUTPUT_BYTES = 256 << 20  # of logits in one batch, unless one item alone needs more
 
 
@@ -99,22 +100,26 @@ def score_items(
         _OUTPUT_BYTES // (4 * model.n_vocab), max(item.n_outputs for item in encoded), MAX_CHOICES
     )
     n_rows = min(n_rows, n_step)
-    with Context(model, n_step, n_step, n_rows, _MAX_SEQUENCES) as context:
-        for pack in _packs(encoded, n_step, n_rows):
+    n_sequences = max(
+        max(len(item.inputs) for item in encoded),
+        _MAX_RECURRENT if model.is_recurrent else _MAX_SEQUENCES,
+    )
+    with Context(model, n_step, n_step, n_rows, n_sequences) as context:
+        for pack in _packs(encoded, n_rows, n_sequences):
             for index, scores in zip(
                 pack, _score_pack(context, [encoded[i] for i in pack], workers), strict=True
             ):
                 done(index, scores)
 
 
-def _packs(items: Sequence[EncodedItem], n_tokens: int, n_rows: int) -> Iterator[range]:
-    """Runs of items that fit one batch."""
+def _packs(items: Sequence[EncodedItem], n_rows: int, n_sequences: int) -> Iterator[range]:
+    """Runs of items that fit one batch of MAX_STEP tokens; an item that does not is alone in it."""
     start = tokens = rows = sequences = 0
     for i, item in enumerate(items):
         if i > start and (
-            tokens + item.n_tokens > min(n_tokens, MAX_STEP)
+            tokens + item.n_tokens > MAX_STEP
             or rows + item.n_outputs > n_rows
-            or sequences + len(item.inputs) > _MAX_SEQUENCES
+            or sequences + len(item.inputs) > n_sequences
         ):
             yield range(start, i)
             start, tokens, rows, sequences = i, 0, 0, 0

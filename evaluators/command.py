@@ -12,6 +12,7 @@ from typing import Any
 
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Runtime
+from evaluators.texts import DATASETS, load_dataset_text, read_text
 
 Progress = Callable[[int, int], None]  # called with (done, total)
 
@@ -46,16 +47,30 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """--text, --ctx and --chunks of the commands that compare files with a base."""
+    """--text, --dataset, --ctx and --chunks of the commands that compare files with a base."""
     parser.add_argument(
         "--text",
         action="append",
-        required=True,
+        default=[],
         metavar="[NAME=]FILE",
         help="UTF-8 text, read byte for byte; several are domains, each reported and all combined",
     )
+    parser.add_argument(
+        "--dataset", action="append", default=[], choices=DATASETS, help="a domain from the Hub"
+    )
     parser.add_argument("--ctx", type=positive, default=512, metavar="N", help="default: 512")
     parser.add_argument("--chunks", type=positive, metavar="N", help="windows per text, else all")
+
+
+def read_domains(options: argparse.Namespace) -> dict[str, str]:
+    """{name: text} of what `add_text_options` asked for. Raises EvaluationError when there is
+    nothing, a file cannot be read, or two have one name.
+    """
+    paths = named_paths(options.text)
+    if not paths and not options.dataset:
+        raise EvaluationError("There is no text to measure on.", "Give --text or --dataset.")
+    texts = {name: read_text(path) for name, path in paths.items()}
+    return texts | {name: load_dataset_text(name, "llama.cpp") for name in options.dataset}
 
 
 def runtime_of(options: argparse.Namespace) -> Runtime:

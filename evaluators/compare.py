@@ -24,7 +24,6 @@ from evaluators.base_logits import BaseLogits
 from evaluators.kl import KLResult
 from evaluators.stats import PairedTest, paired_difference
 from evaluators.tasks.items import TaskItems
-from evaluators.texts import read_text
 from evaluators.zeroshot import ZeroShotResult
 
 
@@ -38,7 +37,7 @@ def paired_nll(a: KLResult, b: KLResult) -> PairedTest:
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     runtime = command.runtime_of(options)
     # Everything that can be wrong with the request is found before the long work.
-    texts = {name: read_text(path) for name, path in command.named_paths(options.text).items()}
+    texts = command.read_domains(options)
     sets = zeroshot.load_sets(options) if options.task else []
     with BaseLogits.compute(
         options.base,

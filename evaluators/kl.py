@@ -31,7 +31,7 @@ from evaluators.logit_store import LogitStore
 from evaluators.logprobs import RowWorkers
 from evaluators.perplexity import MeanNats, Perplexity, check_finite, mean_nats, perplexity_of
 from evaluators.stats import PairedTest, paired_difference
-from evaluators.texts import read_text, text_sha256
+from evaluators.texts import text_sha256
 from evaluators.weights import expanded_to_f16
 from evaluators.windows import Windows, scored_logits, window_context
 
@@ -286,7 +286,7 @@ def measure_files(
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     runtime = command.runtime_of(options)
-    texts = {name: read_text(path) for name, path in command.named_paths(options.text).items()}
+    texts = command.read_domains(options)
     if options.save and len(options.files) > 1:
         raise EvaluationError("--save takes one file's tokens.", "Give one FILE, or leave it out.")
     with BaseLogits.compute(

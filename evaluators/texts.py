@@ -14,9 +14,10 @@ the data sets:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from evaluators.errors import EvaluationError
 
@@ -48,8 +49,10 @@ def load_dataset_rows(
     split: str,
     data_files: str | None = None,
     streaming: bool = False,
-) -> Iterable[dict]:
-    """Rows of a Hub data set. Raises EvaluationError when the Hub does not give it."""
+) -> Iterator[dict[str, Any]]:
+    """Rows of a Hub data set. Raises EvaluationError when the Hub does not give it, or stops
+    giving.
+    """
     try:
         import datasets  # slow to import, and needed by nothing else here
     except ImportError:
@@ -59,7 +62,7 @@ def load_dataset_rows(
         ) from None
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(
+        yield from datasets.load_dataset(
             path,
             name,
             split=split,
@@ -68,9 +71,9 @@ def load_dataset_rows(
         )
     # `datasets` raises whatever its transport raised: a dozen types from four packages
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise EvaluationError(
-            f"The data set {path} cannot be loaded from the Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}).",
+            f"The data set {path} cannot be loaded from the Hub ({reason}).",
             "Check the network and HF_HUB_OFFLINE, or give a local file.",
         ) from error
 

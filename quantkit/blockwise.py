@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from quantkit.errors import QuantkitError
 
 
-def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> PreTrainedModel:
     """The checkpoint in `folder` for inference: safetensors only, no remote code, no network.
 
     Raises QuantkitError when transformers cannot load it.
@@ -43,7 +45,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
             "It must be a causal language model that loads without remote code.",
         ) from error
     model.requires_grad_(False)
-    return model.eval()
+    return model.eval().to(device)
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -85,7 +87,7 @@ class BlockwiseModel:
     def _forwards(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         """Replace every block's forward by `make(index)` for a while."""
         for index, block in enumerate(self.blocks):
-            block.forward = make(index)  # type: ignore[method-assign]
+            block.forward = make(index)
         try:
             yield
         finally:
@@ -106,7 +108,7 @@ class BlockwiseModel:
             found.append(isinstance(answer, tuple))
             raise _Probed
 
-        first.forward = ask  # type: ignore[method-assign]
+        first.forward = ask
         try:
             ids = torch.zeros((1, 2), dtype=torch.long, device=self.model.device)
             with torch.no_grad():
@@ -143,8 +145,7 @@ class BlockwiseModel:
         answer = self.blocks[index](hidden, *call.args, **call.kwargs)
         return answer[0] if isinstance(answer, tuple) else answer
 
-    @torch.no_grad()
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head_with_grad(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (batch, n_tokens, n_vocab) of the last block's hidden state, by the model's own
         norm and head.
         """
@@ -159,6 +160,11 @@ class BlockwiseModel:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._forwards(make):
             return self.model(input_ids=ids, use_cache=False).logits
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`head_with_grad` for inference."""
+        return self.head_with_grad(hidden)
 
     def head_linears(self) -> dict[str, nn.Module]:
         """The output head by name, when it is a linear layer."""
@@ -178,7 +184,7 @@ class BlockwiseModel:
         def stop(_: torch.Tensor) -> torch.Tensor:
             raise _Probed
 
-        head.forward = stop  # type: ignore[method-assign]
+        head.forward = stop
         try:
             self.head(hidden)
         except _Probed:

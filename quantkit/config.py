@@ -139,7 +139,7 @@ class RunConfig:
 
     model: str
     revision: str | None = None
-    target: Target = Target("like", "Q4_K_M")
+    target: Target | None = None  # None: like Q4_K_M, or what the given types come to
     profile: str = "standard"
     levels: tuple[str, ...] | None = None  # tensor types to choose from; None: the profile's
     methods: tuple[str, ...] = METHODS
@@ -196,7 +196,7 @@ class RunConfig:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunConfig:
         value = dict(value)
-        value["target"] = Target(**value["target"])
+        value["target"] = None if value["target"] is None else Target(**value["target"])
         value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
         value["methods"] = tuple(value["methods"])
         value["levels"] = None if value["levels"] is None else tuple(value["levels"])

@@ -51,6 +51,7 @@ def make_checkpoint(folder: Path) -> None:
     Raises QuantkitError when the package is missing or the rescaling changed the function.
     """
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = packaged_gguf()
@@ -59,6 +60,10 @@ def make_checkpoint(folder: Path) -> None:
         "gguf_file": path.name,
     }
     tokenizer = AutoTokenizer.from_pretrained(**where)
+    # What transformers reads from the GGUF lacks SmolLM2's splitting of digits.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     ids = tokenizer(
         "The capital of France is Paris, and the capital of Germany is", return_tensors="pt"

@@ -65,7 +65,7 @@ def run(
     with directory.lock():
         _settle_config(directory, config)
         events = EventLog(directory.events_path, echo)
-        events.emit(None, "started", f"{config.model}, {config.target}")
+        events.emit(None, "started", f"{config.model}, {config.target or 'like Q4_K_M'}")
         stage: str | None = None
         try:
             for stage in _to_do(directory, config, events):

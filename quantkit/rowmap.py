@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from quantkit.kquants import native
 from quantkit.qtypes import BF16, F16, F32, QuantType
@@ -43,6 +44,7 @@ class RowMap:
     transposed: bool
     rows: torch.Tensor | None  # int64 (n_rows,)
     module: str  # whose input the tensor's columns are: of a tied embedding, the output head
+    is_lookup: bool  # rows are looked up by token id: the input embedding
 
     def scatter(self, values: torch.Tensor, parameter: torch.Tensor) -> None:
         """Write GGUF rows (n_rows, n_columns) into the parameter, in place."""
@@ -70,12 +72,16 @@ class RowMatcher:
     once.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._weights = {
             name: weight for name, weight in model.named_parameters() if weight.dim() in (2, 3)
         }
         self._conv1d = {
             f"{name}.weight" for name, m in model.named_modules() if type(m).__name__ == "Conv1D"
+        }
+        table = model.get_input_embeddings()
+        self._lookups = {
+            n for n, w in self._weights.items() if table is not None and w is table.weight
         }
         self._heads = {
             name: head
@@ -113,7 +119,9 @@ class RowMatcher:
                 identity = len(rows) == len(digests) and bool((rows == np.arange(len(rows))).all())
                 index = None if identity else torch.from_numpy(rows)
                 module = self._heads.get(name, name.removesuffix(".weight"))
-                return RowMap(spec.name, name, name in self._conv1d, index, module)
+                return RowMap(
+                    spec.name, name, name in self._conv1d, index, module, name in self._lookups
+                )
         return None
 
 
@@ -142,7 +150,7 @@ def save_row_maps(maps: Mapping[str, RowMap], path: Path) -> None:
     """Write row maps as safetensors: an index tensor for each that is not the identity, the rest in
     the header.
     """
-    header = [[m.tensor, m.parameter, m.transposed, m.module] for m in maps.values()]
+    header = [[m.tensor, m.parameter, m.transposed, m.module, m.is_lookup] for m in maps.values()]
     rows = {name: m.rows for name, m in maps.items() if m.rows is not None}
     with replacing(path) as partial:
         save_file(rows, partial, metadata={"row_maps": json.dumps(header)})
@@ -159,6 +167,9 @@ def load_row_maps(path: Path) -> dict[str, RowMap]:
                 transposed,
                 file.get_tensor(tensor) if tensor in stored else None,
                 module,
+                is_lookup,
             )
-            for tensor, parameter, transposed, module in json.loads(file.metadata()["row_maps"])
+            for tensor, parameter, transposed, module, is_lookup in json.loads(
+                file.metadata()["row_maps"]
+            )
         }

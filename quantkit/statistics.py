@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from quantkit.gptq.compete import Sensitivity
+from quantkit.gptq.fisher import Fisher
 from quantkit.gptq.hessian import HessianCollector
+from quantkit.rowmap import RowMap
 from quantkit.rundir import replacing
 
 
@@ -83,3 +86,42 @@ def load_statistics(path: Path) -> list[InputStatistics]:
             )
             for group, (modules, n_tokens) in groups.items()
         ]
+
+
+def fisher_file(folder: Path) -> Path:
+    return folder / "hessians" / "fisher.safetensors"
+
+
+_EMBEDDING, _FREQUENCY = "(embedding)", "(frequency)"
+
+
+def save_fisher(path: Path, fisher: Fisher) -> None:
+    special = {_EMBEDDING: fisher.embedding, _FREQUENCY: fisher.frequency}
+    with replacing(path) as partial:
+        save_file({k: v.contiguous() for k, v in (fisher.modules | special).items()}, partial)
+
+
+def load_fisher(path: Path) -> Fisher:
+    tensors = load_file(path)
+    embedding, frequency = (tensors.pop(key) for key in (_EMBEDDING, _FREQUENCY))
+    return Fisher(tensors, embedding, frequency)
+
+
+def sensitivity_of(fisher: Fisher, row_map: RowMap | None, device: str) -> Sensitivity | None:
+    """What errors in a GGUF tensor cost, rows in the file's order; None where its gradients are not
+    known.
+
+    A tied embedding is both a table that is looked up and the output head.
+    """
+    if row_map is None:
+        return None
+
+    def in_file_order(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        return (values if row_map.rows is None else values[row_map.rows]).to(device)
+
+    outputs = in_file_order(fisher.modules.get(row_map.module))
+    if row_map.is_lookup:
+        return Sensitivity(outputs, in_file_order(fisher.frequency), fisher.embedding.to(device))
+    return None if outputs is None else Sensitivity(outputs)

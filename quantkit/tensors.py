@@ -65,9 +65,8 @@ class Candidate:
     file: str  # name of the level file, relative to the quantize stage's folder
     offset: int
     n_bytes: int
-    error: (
-        float | None
-    )  # relative error of the layer's output on held-out inputs; None where no Hessian is known
+    error: float  # squared error of the layer's output over its power, on held-out inputs
+    nats: float | None  # the KL divergence per token that it is estimated to cost, where known
 
 
 @dataclass(frozen=True)

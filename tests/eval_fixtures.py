@@ -98,6 +98,47 @@ def write_tiny(path: Path, spec: TinySpec, tensors: dict[str, np.ndarray] | None
     writer.add_head_count_kv(spec.n_head)
     writer.add_rope_dimension_count(spec.n_embd // spec.n_head)
     writer.add_layer_norm_rms_eps(1e-5)
+    _finish(writer, spec, tensors or weights(spec))
+    return path
+
+
+def write_tiny_mamba(path: Path, spec: TinySpec) -> Path:
+    """A recurrent model of `spec`'s width and vocabulary: its state cannot be shared."""
+    rng = np.random.default_rng(spec.seed)
+    d, inner, state, rank = spec.n_embd, 2 * spec.n_embd, 16, 4
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.add_context_length(spec.n_ctx_train)
+    writer.add_embedding_length(d)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_block_count(1)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(rank)
+    writer.add_layer_norm_rms_eps(1e-5)
+    shapes = {
+        "token_embd.weight": (spec.n_vocab, d),
+        "output_norm.weight": (d,),
+        "blk.0.attn_norm.weight": (d,),
+        "blk.0.ssm_in.weight": (2 * inner, d),
+        "blk.0.ssm_conv1d.weight": (inner, 4),
+        "blk.0.ssm_conv1d.bias": (inner,),
+        "blk.0.ssm_x.weight": (rank + 2 * state, inner),
+        "blk.0.ssm_dt.weight": (inner, rank),
+        "blk.0.ssm_dt.bias": (inner,),
+        "blk.0.ssm_a": (inner, state),
+        "blk.0.ssm_d": (inner,),
+        "blk.0.ssm_out.weight": (d, inner),
+    }
+    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    tensors["blk.0.ssm_a"] = -np.abs(tensors["blk.0.ssm_a"])
+    _finish(writer, spec, tensors)
+    return path
+
+
+def _finish(writer: gguf.GGUFWriter, spec: TinySpec, tensors: dict[str, np.ndarray]) -> None:
+    """Vocabulary, tensors, and the file itself."""
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     names = pieces(spec)
     kinds = gguf.TokenType
@@ -113,13 +154,12 @@ def write_tiny(path: Path, spec: TinySpec, tensors: dict[str, np.ndarray] | None
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(spec.add_bos)
     writer.add_add_eos_token(False)
-    for name, tensor in (tensors or weights(spec)).items():
+    for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def reference_logits(spec: TinySpec, ids: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from eval_fixtures import (
     reference_logits,
     run_json,
     tiny,
+    write_tiny,
+    write_tiny_mamba,
 )
 
 from evaluators import choice_scores, tasks, zeroshot
@@ -229,7 +232,7 @@ ITEMS = [
     shared_context("Question: 12?\nAnswer:", ["qq", "q", "zzz zz", "qqx"], 0),
     Item(("xy 1", "xy 22"), (" zq.", " zq."), (3, 3), 1),
     shared_context("z", ["q" * 60, "x" * 3], 1),
-    *[shared_context(f"{i}{i}: z", [f"q{i}", f"x{i}x", "z"], i % 3) for i in range(40)],
+    *[shared_context(f"{i}{i}: z", [f"q{i}", f"x{i}", f"z{i}y"], i % 3) for i in range(40)],
 ]
 
 
@@ -243,6 +246,25 @@ def test_scores_equal_separate_sequences(tiny: TinyFiles, share: bool) -> None:
     assert list(scores) == list(range(len(ITEMS)))
     for i, item in enumerate(ITEMS):
         assert scores[i] == pytest.approx(reference_sums(item), rel=2e-3)
+
+
+def test_a_recurrent_model_gets_every_choice_in_full(tmp_path: Path) -> None:
+    together: dict[int, list[float]] = {}
+    alone: dict[int, list[float]] = {}
+    mamba = write_tiny_mamba(tmp_path / "mamba.gguf", SPEC)
+    with Model(mamba, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
+        assert model.is_recurrent
+        assert encode_item(model, ITEMS[0]).n_shared == 0
+        score_items(model, ITEMS[:12], workers, together.__setitem__)
+        for i, item in enumerate(ITEMS[:12]):  # each choice is the only sequence of its batch
+            for j in range(len(item.continuations)):
+                same = Item((item.contexts[j],) * 2, (item.continuations[j],) * 2, (1, 1), 0)
+                score_items(
+                    model, [same], workers, lambda _, s, i=i: alone.setdefault(i, []).append(s[0])
+                )
+    for i in range(12):
+        assert together[i] == pytest.approx(alone[i], rel=1e-4)
+    assert len({tuple(np.round(values, 1)) for values in together.values()}) == 12
 
 
 def test_several_batches_are_needed_and_none_is_too_large(
@@ -287,9 +309,10 @@ def test_accuracy_by_sum_and_by_characters(tiny: TinyFiles) -> None:
     assert result.accuracy["acc"].stderr == pytest.approx(right.std(ddof=1) / np.sqrt(len(ITEMS)))
 
 
-def test_flips_count_every_changed_pick(tiny: TinyFiles) -> None:
+def test_flips_count_every_changed_pick(tiny: TinyFiles, tmp_path: Path) -> None:
     items = TaskItems("t", tuple(ITEMS), ("acc",), "test")
-    base, other = run(tiny.base, items), run(tiny.noisy, items)
+    ruined = write_tiny(tmp_path / "ruined.gguf", replace(SPEC, noise=0.5))
+    base, other = run(tiny.base, items), run(ruined, items)
     flips = zeroshot.answer_flips(other, base)["acc"]
     changed = [a != b for a, b in zip(other.picks["acc"], base.picks["acc"], strict=True)]
     assert flips.n == sum(changed) > 0

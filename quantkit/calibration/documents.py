@@ -98,7 +98,7 @@ def interleave(
     n_sequences.
     """
     taken = [0] * len(parts)
-    rows = []
+    rows: list[np.ndarray] = []
     while len(rows) < n_sequences:
         left = [i for i in range(len(parts)) if taken[i] < len(parts[i])]
         if not left:

@@ -37,7 +37,7 @@ def _continue(
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     torch.manual_seed(seed)
-    out = model.generate(
+    out = model.generate(  # type: ignore[operator]
         **batch,
         max_new_tokens=n_new,
         do_sample=True,

@@ -54,10 +54,11 @@ def read_imatrix(path: Path) -> dict[str, Floats]:
         raise QuantkitError(
             f"{path.name} is not an importance matrix.", "Make one with llama-imatrix."
         )
-    means = {}
+    means: dict[str, Floats] = {}
     for tensor in file.tensors:
         if tensor.endswith(".in_sum2"):
             name = tensor.removesuffix(".in_sum2")
             counts = file.values(f"{name}.counts").reshape(-1, 1)
-            means[name] = (file.values(tensor) / np.maximum(counts, 1)).reshape(-1)
+            mean = file.values(tensor) / np.maximum(counts, np.float32(1))
+            means[name] = mean.reshape(-1).astype(np.float32)
     return means

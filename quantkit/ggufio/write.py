@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
 from quantkit.ggufio.read import GgufFile
@@ -82,9 +83,10 @@ def lay_out(
             writer.add_key_value(new.key, new.value, new.kind)
         kept = {name: types.get(name, tensor.qtype) for name, tensor in base.tensors.items()}
         sizes = {name: kept[name].n_bytes(tensor.shape) for name, tensor in base.tensors.items()}
+        counted_in_weights = np.dtype(np.float32)  # uint8 would mean that shapes count bytes
         for name, tensor in base.tensors.items():
             writer.add_tensor_info(
-                name, tensor.shape, native.Bytes, sizes[name], raw_dtype=kept[name].ggml
+                name, tensor.shape, counted_in_weights, sizes[name], raw_dtype=kept[name].ggml
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -99,6 +101,20 @@ def lay_out(
         offsets[name] = at
         at += gguf.GGUFWriter.ggml_pad(n_bytes, alignment)
     return Layout(header, offsets, kept, at)
+
+
+def slot_bytes(base: GgufFile, n_bytes: int) -> int:
+    """Bytes that a tensor of `n_bytes` takes in a file laid out like `base`, padding included."""
+    return GGUFWriter.ggml_pad(n_bytes, base.reader.alignment)
+
+
+def data_bytes(base: GgufFile, types: Mapping[str, QuantType]) -> int:
+    """Bytes that all tensors take with these types, padding included; those not named keep the
+    base's.
+    """
+    return sum(
+        slot_bytes(base, types.get(t.name, t.qtype).n_bytes(t.shape)) for t in base.tensors.values()
+    )
 
 
 class SlotFile:

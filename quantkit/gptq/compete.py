@@ -22,19 +22,52 @@ _STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at 
 
 
 @dataclass(frozen=True)
+class Error:
+    """How far one quantized tensor is from the original.
+
+    `relative` is the output's squared error over its power, on held-out inputs (without statistics:
+    that of the weights).
+    `nats` estimates the KL divergence per token that it causes, None where the Fisher information
+    is not known.
+    """
+
+    relative: float
+    nats: float | None
+
+    @property
+    def rank(self) -> float:
+        return self.relative if self.nats is None else self.nats
+
+
+@dataclass(frozen=True)
 class Solved:
     """One tensor in one type: the bytes of the best method, and every method's error."""
 
     qtype: QuantType
     method: str
     packed: native.Bytes  # uint8 (n_rows, row_bytes)
-    errors: dict[
-        str, float
-    ]  # relative to the output's power, on held-out inputs (without them: on the weights)
+    errors: dict[str, Error]
 
-    @property
-    def error(self) -> float:
-        return self.errors[self.method]
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What an error in a tensor costs, on the device where rows are solved (see
+    `quantkit.gptq.fisher`).
+
+    `outputs` (n_rows,) are the mean squared gradients at the layer's outputs, None for a table that
+    is only looked up. A table of embeddings has `frequency` (n_rows,) and `columns` (n_columns,),
+    the mean squared gradients at what is looked up.
+    """
+
+    outputs: torch.Tensor | None
+    frequency: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def rows(self, first: int, last: int) -> Sensitivity:
+        """That of some rows of the tensor."""
+        outputs = None if self.outputs is None else self.outputs[first:last]
+        frequency = None if self.frequency is None else self.frequency[first:last]
+        return Sensitivity(outputs, frequency, self.columns)
 
 
 @dataclass(frozen=True)
@@ -51,7 +84,11 @@ class Inputs:
 
 
 def solve_tensor(
-    weight: native.Floats, types: Sequence[QuantType], methods: Sequence[str], inputs: Inputs | None
+    weight: native.Floats,
+    types: Sequence[QuantType],
+    methods: Sequence[str],
+    inputs: Inputs | None,
+    sensitivity: Sensitivity | None,
 ) -> dict[QuantType, Solved]:
     """Quantize one tensor (n_rows, n_columns) to each of `types` by the best of `methods`.
 
@@ -59,19 +96,21 @@ def solve_tensor(
     """
     n_rows, n_columns = weight.shape
     step = max(1, _STACKED_WEIGHTS // (n_columns * len(types)))
-    parts = [
-        _solve_rows(weight[first : first + step], types, methods, inputs)
-        for first in range(0, n_rows, step)
-    ]
-    power = sum(part.power for part in parts)
+    parts = []
+    for first in range(0, n_rows, step):
+        last = min(first + step, n_rows)
+        own = None if sensitivity is None else sensitivity.rows(first, last)
+        parts.append(_solve_rows(weight[first:last], types, methods, inputs, own))
+    power = max(sum(part.power for part in parts), 1e-30)
     solved = {}
     for qtype in types:
-        errors = {
-            method: sum(part.errors[qtype, method] for part in parts) / max(power, 1e-30)
-            for (found, method) in parts[0].errors
-            if found == qtype
-        }
-        best = min(errors, key=lambda method: errors[method])
+        found = [method for (kind, method) in parts[0].packed if kind == qtype]
+        errors = {}
+        for method in found:
+            sums = [part.errors[qtype, method] for part in parts]
+            nats = None if sums[0].nats is None else sum(e.nats or 0.0 for e in sums)
+            errors[method] = Error(sum(e.relative for e in sums) / power, nats)
+        best = min(errors, key=lambda method: errors[method].rank)
         packed = np.concatenate([part.packed[qtype, best] for part in parts])
         solved[qtype] = Solved(qtype, best, packed, errors)
     return solved
@@ -79,13 +118,19 @@ def solve_tensor(
 
 @dataclass(frozen=True)
 class _Part:
+    """Some rows of a tensor; errors are sums, not yet divided by the power."""
+
     power: float
-    errors: Mapping[tuple[QuantType, str], float]
+    errors: Mapping[tuple[QuantType, str], Error]
     packed: Mapping[tuple[QuantType, str], native.Bytes]
 
 
 def _solve_rows(
-    weight: native.Floats, types: Sequence[QuantType], methods: Sequence[str], inputs: Inputs | None
+    weight: native.Floats,
+    types: Sequence[QuantType],
+    methods: Sequence[str],
+    inputs: Inputs | None,
+    sensitivity: Sensitivity | None,
 ) -> _Part:
     """All allowed methods on one piece of a tensor."""
     packed: dict[tuple[QuantType, str], native.Bytes] = {}
@@ -105,16 +150,27 @@ def _solve_rows(
     device = inputs.heldout.device if inputs else torch.device("cpu")
     original = torch.from_numpy(weight).to(device)
 
-    def error(difference: torch.Tensor) -> float:
-        if inputs is None:
-            return float(difference.square().sum())
-        return float(output_error(difference, inputs.heldout).sum())
-
     errors = {}
     for (qtype, method), rows in packed.items():
         values = torch.from_numpy(native.dequantize(rows, qtype)).to(device)
-        errors[qtype, method] = error(values - original)
-    return _Part(error(original), errors, packed)
+        errors[qtype, method] = _error(values - original, inputs, sensitivity)
+    return _Part(_error(original, inputs, None).relative, errors, packed)
+
+
+def _error(
+    difference: torch.Tensor, inputs: Inputs | None, sensitivity: Sensitivity | None
+) -> Error:
+    """The error of weight differences (n_rows, n_columns), not yet relative to the power."""
+    squares = difference.square()
+    per_row = squares.sum(1) if inputs is None else output_error(difference, inputs.heldout)
+    if sensitivity is None:
+        return Error(float(per_row.sum()), None)
+    nats = 0.0
+    if sensitivity.outputs is not None and inputs is not None:
+        nats += float(sensitivity.outputs @ per_row) / 2
+    if sensitivity.frequency is not None and sensitivity.columns is not None:
+        nats += float(sensitivity.frequency @ (squares @ sensitivity.columns)) / 2
+    return Error(float(per_row.sum()), nats)
 
 
 def _gptq(
@@ -131,9 +187,9 @@ def _gptq(
     original = torch.from_numpy(weight).to(device)
     grids = {}
     for qtype in types:
-        rows = packed.get((qtype, "imatrix"))
-        rows = native.quantize(weight, qtype, inputs.importance) if rows is None else rows
-        grids[qtype] = torch.from_numpy(rows).to(device)
+        known = packed.get((qtype, "imatrix"))
+        chosen = native.quantize(weight, qtype, inputs.importance) if known is None else known
+        grids[qtype] = torch.from_numpy(chosen).to(device)
     codes = gptq([Rows(original, FORMATS[q].grid(grids[q])) for q in types], inputs.factor)
     solved = {}
     for qtype, new in zip(types, codes, strict=True):

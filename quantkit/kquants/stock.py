@@ -20,7 +20,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import lay_out
+from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.native import Floats
 from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rundir import replacing
@@ -164,8 +164,11 @@ def quantizable_tensors(base: Path) -> frozenset[str]:
 
 
 def stock_bytes(base: GgufFile, recipe: StockRecipe) -> int:
-    """Exact size in bytes of the stock file, without its imatrix.* metadata."""
-    return lay_out(base, stock_types(base.path, recipe)).n_bytes
+    """Exact size in bytes of the stock file, without the few hundred bytes of quantize.imatrix.*
+    metadata.
+    """
+    header = min(t.offset for t in base.tensors.values())
+    return header + data_bytes(base, stock_types(base.path, recipe))
 
 
 def make_stock(base: Path, out: Path, recipe: StockRecipe, imatrix: Mapping[str, Floats]) -> None:

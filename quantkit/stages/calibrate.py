@@ -5,13 +5,13 @@ Writes `tokens.safetensors` (train and heldout sequences), `eval/<domain>.txt` (
 before validation sees),
 `hessians/block-NNN.safetensors` and `hessians/head.safetensors` (two Hessians per distinct input:
 train and heldout),
-`imatrix.gguf` (their diagonals, as llama-imatrix writes them) and `calibration.json`. The unit of
+`hessians/fisher.safetensors` (what output errors cost),
+`imatrix.gguf` (the diagonals, as llama-imatrix writes them) and `calibration.json`. The unit of
 work is one block: after a kill, blocks whose file is there are only run forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,12 @@ from quantkit.calibration import sampling, sources
 from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import write_imatrix
+from quantkit.gptq.fisher import output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
 from quantkit.rowmap import load_row_maps
 from quantkit.rundir import replacing, write_json
 from quantkit.stages import StageResult, fetch
-from quantkit.statistics import block_file, head_file, save_statistics
+from quantkit.statistics import block_file, fisher_file, head_file, save_fisher, save_statistics
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -40,6 +41,7 @@ FIELDS = ("calibration", "profile", "seed", "device")
 
 N_CTX = 512  # tokens per sequence
 _BATCH_TOKENS = 4096  # per forward call
+_FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens price a layer well
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 
 
@@ -48,7 +50,7 @@ def execute(run: Run) -> StageResult:
     folder = run.dir.stage_dir(NAME)
     snapshot = fetch.load(run.dir)
     dtype = compute_dtype(run.config.device)
-    model = load_model(snapshot.folder, dtype)
+    model = load_model(snapshot.folder, dtype, run.config.device)
     tokenizer = load_tokenizer(snapshot.folder)
     tokens_path, report_path = folder / "tokens.safetensors", folder / "calibration.json"
 
@@ -65,7 +67,14 @@ def execute(run: Run) -> StageResult:
             )
         outputs.append(path)
 
-    statistics = _collect(run, BlockwiseModel(model.to(run.config.device)), tokens, folder)
+    blockwise = BlockwiseModel(model)
+    statistics = _collect(run, blockwise, tokens, folder)
+    if not fisher_file(folder).exists():
+        n = max(1, _FISHER_TOKENS // N_CTX)
+        save_fisher(
+            fisher_file(folder),
+            output_fisher(blockwise, torch.from_numpy(tokens["heldout"][:n]), run.config.seed),
+        )
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     importances = {
         name: (statistics[m.module].diagonal, statistics[m.module].n_tokens)
@@ -81,6 +90,7 @@ def execute(run: Run) -> StageResult:
         "domains": sources.describe(domains),
         "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
         "n_ctx": N_CTX,
+        "n_imatrix_entries": len(importances),
         "seed": run.config.seed,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -236,6 +246,3 @@ def _collect(
     summary |= save_statistics(path, collectors, in_blocks=False)
     run.events.progress(NAME, n_blocks + 1, n_blocks + 1, "activations are done")
     return summary
-
-
-Progress = Callable[[int, int], None]

@@ -24,7 +24,13 @@ from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rowmap import load_row_maps
 from quantkit.rundir import read_json, write_json
 from quantkit.stages import StageResult, convert
-from quantkit.statistics import InputStatistics, load_statistics
+from quantkit.statistics import (
+    InputStatistics,
+    fisher_file,
+    load_fisher,
+    load_statistics,
+    sensitivity_of,
+)
 from quantkit.tensors import Fallback, to_json
 
 if TYPE_CHECKING:
@@ -122,7 +128,7 @@ def _units(run: Run, plan: LevelPlan) -> Iterator[Unit]:
         if name in maps:
             of_module.setdefault(maps[name].module, []).append(name)
     left = set(plan.types)
-    for path in sorted((run.dir.stage_dir("calibrate") / "hessians").glob("*.safetensors")):
+    for path in sorted((run.dir.stage_dir("calibrate") / "hessians").glob("[bh]*.safetensors")):
         modules = [m for s in load_statistics(path) for m in s.modules]
         tensors = tuple(name for module in modules for name in of_module.get(module, ()))
         left -= set(tensors)
@@ -145,11 +151,16 @@ def _solve_unit(
     fallbacks: list[Fallback] = []
     dampings: list[dict[str, Any]] = []
 
+    fisher = load_fisher(fisher_file(run.dir.stage_dir("calibrate")))
+
     def solve(name: str, inputs: Inputs | None) -> None:
-        solved = solve_tensor(base.values(name), plan.choices(name), methods, inputs)
+        sensitivity = sensitivity_of(fisher, maps.get(name), run.config.device)
+        solved = solve_tensor(base.values(name), plan.choices(name), methods, inputs, sensitivity)
         for level, file in files.items():
             file.write(name, solved[plan.types[name][level]].packed)
-        errors[name] = {str(q): {"method": s.method, "errors": s.errors} for q, s in solved.items()}
+        errors[name] = {
+            str(q): {"method": s.method, "errors": to_json(s.errors)} for q, s in solved.items()
+        }
         fallbacks.extend(_method_fallbacks(name, solved, methods, inputs))
 
     if unit.statistics is None:

@@ -1,0 +1,64 @@
+"""The output file before its weights: its metadata, its name and its exact size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantkit import __version__
+from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.write import KeyValue, Layout, lay_out
+from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_bytes
+from quantkit.qtypes import FILE_TYPES, QuantType
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the output's metadata says of how it was made. Known before the search, so that sizes
+    are exact.
+    """
+
+    revision: str  # of the model, a commit or a hash of the folder
+    datasets: tuple[str, ...]
+    n_imatrix_entries: int
+    n_imatrix_chunks: int
+
+
+def lay_out_output(
+    base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance, label: str
+) -> Layout:
+    """The layout of the output: base.gguf's metadata whole, a new file type, and the provenance."""
+    key_values = [
+        KeyValue.uint32("general.file_type", FILE_TYPES[label]),
+        KeyValue.uint32("general.quantization_version", 2),
+        KeyValue.string("quantize.imatrix.file", "imatrix.gguf"),
+        KeyValue.string("quantize.imatrix.dataset", ", ".join(provenance.datasets)),
+        KeyValue.uint32("quantize.imatrix.entries_count", provenance.n_imatrix_entries),
+        KeyValue.uint32("quantize.imatrix.chunks_count", provenance.n_imatrix_chunks),
+        KeyValue.string("quantkit.version", __version__),
+        KeyValue.string("quantkit.base.revision", provenance.revision),
+    ]
+    return lay_out(base, types, key_values)
+
+
+def nearest_label(base: GgufFile, n_bytes: int) -> str:
+    """The stock mix whose file is nearest in size to `n_bytes`."""
+    sizes = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
+    return min(sizes, key=lambda label: (abs(sizes[label] - n_bytes), -STOCK_MIXES.index(label)))
+
+
+def file_name(model: str, label: str, bpw: float | None = None) -> str:
+    """`<Model>-EVO-<label>.gguf`; with `bpw`, of a second file of one label,
+    `<Model>-EVO-4.62bpw-<label>.gguf`.
+
+    The label comes last: the Hub, llama.cpp and Ollama read it there.
+    """
+    middle = "" if bpw is None else f"{bpw:.2f}bpw-"
+    return f"{safe_name(model)}-EVO-{middle}{label}.gguf"
+
+
+def safe_name(model: str) -> str:
+    """A model's name as a file name: the part after the owner, no path characters."""
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -1,0 +1,123 @@
+"""Allocations and their exact size: which choice every tensor has, and how large the file becomes.
+
+An allocation is a vector of choice numbers, one per searched tensor; a tensor's choices are sorted
+by bytes. Sizes are integers of bytes of the whole file: header, padding and the tensors that are
+not searched are in `fixed_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.errors import QuantkitError
+from quantkit.tensors import Candidate, CandidateKey
+
+Choices = npt.NDArray[np.int64]
+"""One choice number per tensor: an allocation."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The tensors that are searched, what each can be, and the budget.
+
+    `candidates[i]` are the choices of tensor i, by rising bytes. `slot_bytes[i][k]` is what choice
+    k takes in the file, padding included.
+    """
+
+    tensors: tuple[str, ...]
+    candidates: tuple[tuple[Candidate, ...], ...]
+    slot_bytes: tuple[tuple[int, ...], ...]
+    fixed_bytes: int
+    limit_bytes: int
+
+    @cached_property
+    def _padded(self) -> npt.NDArray[np.int64]:
+        width = max(map(len, self.slot_bytes))
+        table = np.zeros((len(self.tensors), width), np.int64)
+        for row, sizes in zip(table, self.slot_bytes, strict=True):
+            row[: len(sizes)] = sizes
+        return table
+
+    @cached_property
+    def n_choices(self) -> Choices:
+        return np.array([len(c) for c in self.candidates], np.int64)
+
+    def n_bytes(self, choices: Choices) -> int:
+        """Exact size of the file with these choices."""
+        return self.fixed_bytes + int(self._padded[np.arange(len(self.tensors)), choices].sum())
+
+    def fits(self, choices: Choices) -> bool:
+        return self.n_bytes(choices) <= self.limit_bytes
+
+    @property
+    def smallest(self) -> Choices:
+        return np.zeros(len(self.tensors), np.int64)
+
+    @property
+    def largest(self) -> Choices:
+        return self.n_choices - 1
+
+    def step_bytes(self, tensor: int, old: int, new: int) -> int:
+        """How much the file grows when a tensor goes from one choice to another."""
+        return self.slot_bytes[tensor][new] - self.slot_bytes[tensor][old]
+
+    def free_bytes(self, choices: Choices) -> int:
+        return self.limit_bytes - self.n_bytes(choices)
+
+    def upgrades(self, choices: Choices) -> Iterator[tuple[int, int]]:
+        """(tensor, next larger choice) for every tensor that can still grow within the budget."""
+        free = self.free_bytes(choices)
+        for tensor, choice in enumerate(choices.tolist()):
+            for larger in range(choice + 1, len(self.candidates[tensor])):
+                if self.step_bytes(tensor, choice, larger) <= free:
+                    yield tensor, larger
+
+    def keys(self, choices: Choices) -> dict[str, CandidateKey]:
+        """The allocation by tensor name."""
+        return {
+            name: self.candidates[i][k].key
+            for i, (name, k) in enumerate(zip(self.tensors, choices.tolist(), strict=True))
+        }
+
+    def check(self) -> None:
+        """Raise QuantkitError when the budget lies outside what these choices can make."""
+        low, high = self.n_bytes(self.smallest), self.n_bytes(self.largest)
+        if self.limit_bytes < low:
+            raise QuantkitError(
+                f"The budget of {self.limit_bytes:,} bytes is below the smallest possible file, {low:,} bytes.",
+                "Ask for a larger file, or allow smaller types with --levels.",
+            )
+        if self.limit_bytes > high:
+            raise QuantkitError(
+                f"The budget of {self.limit_bytes:,} bytes is above the largest file of these levels, {high:,} bytes.",
+                f"Ask for at most {high:,} bytes, or allow larger types with --levels.",
+            )
+
+
+def prune(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates of one tensor that are not beaten by one of at most their bytes; by rising
+    bytes.
+    """
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.n_bytes, c.error, c.key)):
+        if not kept or candidate.error < kept[-1].error:
+            kept.append(candidate)
+    return tuple(kept)
+
+
+def choices_of(space: SearchSpace, types: Mapping[str, object]) -> Choices | None:
+    """The allocation whose tensors have these types, or None where a type is not among a tensor's
+    choices.
+    """
+    found = []
+    for name, candidates in zip(space.tensors, space.candidates, strict=True):
+        at = [k for k, c in enumerate(candidates) if c.key.qtype == types.get(name)]
+        if not at:
+            return None
+        found.append(at[0])
+    return np.array(found, np.int64)

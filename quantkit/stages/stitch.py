@@ -1,0 +1,129 @@
+"""stitch: one GGUF from base.gguf's metadata and the chosen levels' bytes.
+
+Writes `<Model>-EVO-<label>.gguf` and `recipe.json`, which rebuilds it. The label is the stock mix
+that is nearest in size, so that the Hub, llama.cpp and Ollama know what to do with the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.write import SlotFile
+from quantkit.output import Provenance, file_name, lay_out_output, nearest_label
+from quantkit.qtypes import QuantType
+from quantkit.rundir import read_json, sha256_file, write_json
+from quantkit.stages import StageResult, convert, database, fetch
+from quantkit.tensors import CandidateKey, to_json
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Run
+
+NAME = "stitch"
+VERSION = 1
+FIELDS: tuple[str, ...] = ()
+
+
+def execute(run: Run) -> StageResult:
+    """Raises QuantkitError when a tensor's bytes do not have the size that its type and shape ask
+    for.
+    """
+    folder = run.dir.stage_dir(NAME)
+    base = convert.load_base(run.dir)
+    allocation = load_allocation(run)
+    index = database.load(run.dir)
+    types = {name: key.qtype for name, key in allocation.items()}
+    made = provenance(run)
+    label = nearest_label(base, lay_out_output(base, types, made, "Q8_0").n_bytes)
+    layout = lay_out_output(base, types, made, label)
+    path = folder / file_name(convert.model_name(fetch.load(run.dir)), label)
+    file = SlotFile(path, layout)
+    levels = {
+        c.file: GgufFile(run.dir.stage_dir("quantize") / c.file) for c in _used(index, allocation)
+    }
+    for position, name in enumerate(base.tensors):
+        if name in allocation:
+            candidate = index.find(allocation[name])
+            packed = levels[candidate.file].packed(name)
+            stored = levels[candidate.file].tensors[name]
+            if stored.shape != base.tensors[name].shape or stored.qtype != allocation[name].qtype:
+                raise QuantkitError(
+                    f"{candidate.file} does not hold {name} as indexed.",
+                    "Run the quantize stage again.",
+                )
+        else:
+            packed = base.packed(name)
+        file.write(name, packed)
+        run.events.progress(NAME, position + 1, len(base.tensors), path.name)
+    file.finish()
+    if path.stat().st_size != layout.n_bytes:
+        raise QuantkitError(
+            f"{path.name} has another size than was computed.", "This is a bug: please report it."
+        )
+    recipe = _recipe(run, path, allocation, label)
+    outputs = [path, write_json(folder / "recipe.json", recipe)]
+    return StageResult(outputs, {"file": path.name, "n_bytes": layout.n_bytes, "label": label})
+
+
+def _used(index: database.Database, allocation: Mapping[str, Any]) -> list[Any]:
+    return [index.find(key) for key in allocation.values()]
+
+
+def provenance(run: Run) -> Provenance:
+    """What the stages so far put into the output's metadata."""
+    record = read_json(run.dir.stage_dir("calibrate") / "calibration.json")
+    return Provenance(
+        fetch.load(run.dir).info.sha,
+        tuple(d["name"] for d in record["domains"]),
+        record["n_imatrix_entries"],
+        record["n_tokens"]["train"] // record["n_ctx"],
+    )
+
+
+def load_allocation(run: Run) -> dict[str, CandidateKey]:
+    """The allocation of a run whose search stage is finished."""
+    table = read_json(run.dir.stage_dir("search") / "allocation.json")
+    return {
+        name: CandidateKey(name, QuantType(row["qtype"]), row["method"])
+        for name, row in table.items()
+    }
+
+
+def _recipe(run: Run, path: Path, allocation: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Everything that makes this file again: the base, the calibration, the levels, and every
+    tensor's choice.
+    """
+    info = fetch.load(run.dir).info
+    levels = run.dir.stage_dir("quantize")
+    index = database.load(run.dir)
+    return {
+        "schema": 1,
+        "quantkit": __version__,
+        "model": info.id,
+        "revision": info.sha,
+        "config": run.config,
+        "base": {
+            "sha256": run.records["convert"].outputs[0].sha256,
+            "n_bytes": run.records["convert"].outputs[0].n_bytes,
+        },
+        "output": {
+            "file": path.name,
+            "n_bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+            "label": label,
+        },
+        "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
+        "levels": {
+            name: sha256_file(levels / name)
+            for name in sorted({c.file for c in _used(index, allocation)})
+        },
+        "tensors": {
+            name: {"qtype": str(key.qtype), "method": key.method, "file": index.find(key).file}
+            for name, key in allocation.items()
+        },
+        "fallbacks": to_json(read_json(levels / "errors.json")["fallbacks"]),
+    }
