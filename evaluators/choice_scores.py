@@ -4,9 +4,11 @@ Tokens are split as lm-evaluation-harness splits them: context and context + con
 tokenized whole, and what the second has beyond the first's length is the continuation; spaces at
 the end of a context go to the continuation first; an empty context becomes BOS (or EOS).
 
-All choices of an item share the tokens they begin with. Those are decoded once, as members of all
-the choices' sequences at the same time (`kv_unified`), so a context costs one pass and not one per
-choice. A recurrent state cannot be shared like that: such models get every choice in full.
+Sequences that begin alike share what they begin with: a batch is a prefix tree, where a token is
+decoded once, as a member of every sequence that passes through it (`kv_unified`). So a context
+costs one pass and not one per choice, and items are taken in the order of their tokens, so that
+neighbours share "Question: How do you" and WinoGrande's twins most of their sentence. A recurrent
+state cannot be shared like that: such models get every choice in full.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ _OUTPUT_BYTES = 256 << 20  # of logits in one batch, unless one item alone needs
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """Token ids per choice (context and continuation, without the last one, which is only ever a
-    target), the number of context tokens, and how many first tokens all choices share.
+    """Token ids per choice: `inputs` are context and continuation without the last token, which is
+    only ever a target, and `targets` the continuation. `n_shared` first inputs are the same in all
+    choices, and may be decoded once.
     """
 
     inputs: tuple[NDArray[np.int32], ...]
@@ -39,13 +42,65 @@ class EncodedItem:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens to decode."""
+        """Tokens to decode, if nothing is shared with other items."""
         return self.n_shared + sum(len(ids) - self.n_shared for ids in self.inputs)
 
     @property
     def n_outputs(self) -> int:
         """Rows of logits at most."""
         return sum(len(ids) for ids in self.targets)
+
+
+class PrefixTree:
+    """The sequences of one batch; a node is a token. Parents come before their children, so the
+    nodes in order are a valid batch. With `share` False every sequence has nodes of its own.
+    """
+
+    def __init__(self, share: bool) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.members: list[list[int]] = []  # sequences through each node
+        self.n_sequences = 0
+        self._share = share
+        self._children: dict[tuple[int, int], int] = {}  # (parent or -1, token) -> node
+
+    def depth(self, ids: NDArray[np.int32]) -> int:
+        """How many first tokens of a sequence are in the tree."""
+        node = -1
+        for depth, token in enumerate(ids.tolist()):
+            child = self._children.get((node, token))
+            if child is None:
+                return depth
+            node = child
+        return len(ids)
+
+    def add(self, ids: NDArray[np.int32]) -> list[int]:
+        """Add one sequence; gives its nodes, one for each token."""
+        node, path = -1, []
+        for position, token in enumerate(ids.tolist()):
+            child = self._children.get((node, token))
+            if child is None:
+                child = len(self.tokens)
+                self.tokens.append(token)
+                self.positions.append(position)
+                self.members.append([])
+                if self._share:
+                    self._children[node, token] = child
+            node = child
+            self.members[node].append(self.n_sequences)
+            path.append(node)
+        self.n_sequences += 1
+        return path
+
+
+@dataclass
+class Pack:
+    """Items of one batch: their indices, and for each of their choices the nodes of its inputs."""
+
+    tree: PrefixTree
+    indices: list[int]
+    paths: list[list[list[int]]]
+    n_outputs: int = 0
 
 
 def encode_pair(
@@ -74,13 +129,13 @@ def encode_pair(
 
 
 def encode_item(model: Model, item: Item, share: bool = True) -> EncodedItem:
-    """Token ids of every choice of an item. `share` False keeps the choices apart."""
+    """Token ids of every choice of an item; nothing is shared with `share` False."""
     inputs, targets = [], []
     for context, continuation in zip(item.contexts, item.continuations, strict=True):
         head, tail = encode_pair(model, context, continuation)
         inputs.append(np.concatenate([head, tail[:-1]]))
         targets.append(tail)
-    n_shared = _n_common(inputs) if share and not model.is_recurrent else 0
+    n_shared = _n_common(inputs) if share else 0
     encoded = EncodedItem(tuple(inputs), tuple(targets), n_shared)
     model.check_context(max(len(ids) for ids in inputs))
     return encoded
@@ -93,7 +148,10 @@ def score_items(
     done: Callable[[int, list[float]], None],
     share: bool = True,
 ) -> None:
-    """Call `done(index, [sum of log p of each choice's tokens])` for every item, in order."""
+    """Call `done(index, [sum of log p of each choice's tokens])` for every item, in the order that
+    shares most. `share` False keeps all sequences apart.
+    """
+    share = share and not model.is_recurrent
     encoded = [encode_item(model, item, share) for item in items]
     n_step = max(MAX_STEP, max(item.n_tokens for item in encoded))
     n_rows = max(
@@ -105,79 +163,66 @@ def score_items(
         _MAX_RECURRENT if model.is_recurrent else _MAX_SEQUENCES,
     )
     with Context(model, n_step, n_step, n_rows, n_sequences) as context:
-        for pack in _packs(encoded, n_rows, n_sequences):
-            for index, scores in zip(
-                pack, _score_pack(context, [encoded[i] for i in pack], workers), strict=True
-            ):
-                done(index, scores)
+        for pack in _packs(encoded, n_rows, n_sequences, share):
+            chosen = [encoded[i] for i in pack.indices]
+            scores = _score_pack(context, pack, chosen, workers)
+            for index, sums in zip(pack.indices, scores, strict=True):
+                done(index, sums)
 
 
-def _packs(items: Sequence[EncodedItem], n_rows: int, n_sequences: int) -> Iterator[range]:
-    """Runs of items that fit one batch of MAX_STEP tokens; an item that does not is alone in it."""
-    start = tokens = rows = sequences = 0
-    for i, item in enumerate(items):
-        if i > start and (
-            tokens + item.n_tokens > MAX_STEP
-            or rows + item.n_outputs > n_rows
-            or sequences + len(item.inputs) > n_sequences
+def _packs(
+    items: Sequence[EncodedItem], n_rows: int, n_sequences: int, share: bool
+) -> Iterator[Pack]:
+    """Items that fit one batch of MAX_STEP tokens; an item that does not is alone in its batch."""
+    order = sorted(range(len(items)), key=lambda i: items[i].inputs[0].tolist())
+    pack = Pack(PrefixTree(share), [], [])
+    for i in order:
+        item = items[i]
+        n_new = item.n_tokens - min(item.n_shared, pack.tree.depth(item.inputs[0]))
+        if pack.indices and (
+            len(pack.tree.tokens) + n_new > MAX_STEP
+            or pack.n_outputs + item.n_outputs > n_rows
+            or pack.tree.n_sequences + len(item.inputs) > n_sequences
         ):
-            yield range(start, i)
-            start, tokens, rows, sequences = i, 0, 0, 0
-        tokens, rows = tokens + item.n_tokens, rows + item.n_outputs
-        sequences += len(item.inputs)
-    yield range(start, len(items))
+            yield pack
+            pack = Pack(PrefixTree(share), [], [])
+        pack.indices.append(i)
+        pack.paths.append([pack.tree.add(ids) for ids in item.inputs])
+        pack.n_outputs += item.n_outputs
+    yield pack
 
 
 def _score_pack(
-    context: Context, items: Sequence[EncodedItem], workers: RowWorkers
+    context: Context, pack: Pack, items: Sequence[EncodedItem], workers: RowWorkers
 ) -> list[list[float]]:
     """Sum of log p of each choice of each item, in one batch."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    wanted: list[int] = []
-    sequences: list[list[int]] = []
-    # for each choice, the batch index of the logits that predict each of its targets
-    sources: list[list[int]] = []
-    n_sequences = 0
-
-    def add(ids: NDArray[np.int32], position: int, members: list[int]) -> int:
-        """Append tokens; gives the batch index of the first."""
-        begin = len(tokens)
-        tokens.extend(ids.tolist())
-        positions.extend(range(position, position + len(ids)))
-        wanted.extend([0] * len(ids))
-        sequences.extend([members] * len(ids))
-        return begin
-
-    for item in items:
-        members = list(range(n_sequences, n_sequences + len(item.inputs)))
-        n_sequences += len(item.inputs)
-        p = item.n_shared
-        shared = add(item.inputs[0][:p], 0, members)
-        for member, ids, targets in zip(members, item.inputs, item.targets, strict=True):
-            own = add(ids[p:], p, [member])
-            first = len(ids) - len(targets)  # logits at the context's last token are the first used
-            source = [
-                shared + i if i < p else own + i - p for i in range(first, first + len(targets))
-            ]
-            for i in source:
-                wanted[i] = 1
-            sources.append(source)
-
-    flags = np.array(wanted, dtype=np.int8)
+    tree = pack.tree
+    # The logits at the context's last token predict the first token of the continuation.
+    sources = [
+        [path[len(path) - len(ids) :] for path, ids in zip(paths, item.targets, strict=True)]
+        for paths, item in zip(pack.paths, items, strict=True)
+    ]
+    wanted = np.zeros(len(tree.tokens), dtype=np.int8)
+    for nodes in sources:
+        wanted[[node for source in nodes for node in source]] = 1
     context.clear()
     logits = context.decode(
-        np.array(tokens, dtype=np.int32), np.array(positions, dtype=np.int32), flags, sequences
+        np.array(tree.tokens, dtype=np.int32),
+        np.array(tree.positions, dtype=np.int32),
+        wanted,
+        tree.members,
     )
-    row_of = np.cumsum(flags) - 1
+    row_of = np.cumsum(wanted) - 1
     log_sums = workers.log_sums(logits)
-    scores, choice = [], iter(sources)
-    for item in items:
-        sums = []
-        for targets in item.targets:
-            rows = row_of[next(choice)]
-            sums.append(float((logits[rows, targets] - log_sums[rows]).sum()))
-        scores.append(sums)
+    scores = []
+    for nodes, item in zip(sources, items, strict=True):
+        rows = [row_of[source] for source in nodes]
+        scores.append(
+            [
+                float((logits[at, targets] - log_sums[at]).sum())
+                for at, targets in zip(rows, item.targets, strict=True)
+            ]
+        )
     return scores
 
 

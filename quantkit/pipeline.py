@@ -6,16 +6,18 @@ that command.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from quantkit import hub
 from quantkit.config import PROFILES, Profile, RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.rundir import (
@@ -30,6 +32,8 @@ from quantkit.rundir import (
     write_json,
 )
 from quantkit.tensors import to_json
+
+Echo = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -51,43 +55,70 @@ class Run:
 
 
 def stage_module(stage: str) -> ModuleType:
+    """The module of a stage: NAME, VERSION, FIELDS, execute(run), and what else it defines of
+
+    extra_inputs(config)       more that its result depends on, such as a file's hash
+    is_intermediate(path)      whether `clean` may drop an output
+    is_current(config, record) False when the record, though its inputs are the same, is not enough
+    """
     return importlib.import_module(f"quantkit.stages.{stage}")
 
 
 def run(
-    config: RunConfig, folder: Path, echo: Callable[[Event], None] | None = None
+    config: RunConfig, folder: Path, echo: Echo | None = None, until: str = STAGES[-1]
 ) -> dict[str, StageRecord]:
-    """Run all stages of `config` in `folder`, or what is left of them. Returns the records.
+    """Run the stages of `config` in `folder` up to `until`, or what is left of them.
 
-    Raises QuantkitError; whatever was finished by then stays and is taken up by the next call.
+    Returns the records of all finished stages. Raises QuantkitError; whatever was finished by then
+    stays and is taken up by the next call.
     """
     directory = RunDir(folder)
     with directory.lock():
         _settle_config(directory, config)
         events = EventLog(directory.events_path, echo)
         events.emit(None, "started", f"{config.model}, {config.target or 'like Q4_K_M'}")
-        stage: str | None = None
-        try:
-            for stage in _to_do(directory, config, events):
+        with _failures_told(events) as told:
+            if config.publish:
+                hub.check_write(config.publish, hub.resolve_token(), config.private)
+            for stage in _to_do(directory, config, events, until):
+                told.append(stage)
                 _execute(stage, config, directory, events)
-        except QuantkitError as error:
-            events.emit(stage, "failed", error.message, remedy=error.remedy)
-            raise
-        except KeyboardInterrupt:
-            events.emit(
-                stage, "failed", "Interrupted.", remedy="Run the same command again to go on."
-            )
-            raise
-        except Exception as error:
-            events.emit(
-                stage,
-                "failed",
-                f"{type(error).__name__}: {error}",
-                remedy="This is a bug: please report it.",
-            )
-            raise
         events.emit(None, "finished", "all stages are done")
         return directory.records()
+
+
+@contextmanager
+def _failures_told(events: EventLog) -> Iterator[list[str | None]]:
+    """Whatever goes wrong becomes the last event. Yields the list of stages begun."""
+    begun: list[str | None] = [None]
+    try:
+        yield begun
+    except QuantkitError as error:
+        events.emit(begun[-1], "failed", error.message, remedy=error.remedy)
+        raise
+    except KeyboardInterrupt:
+        events.emit(begun[-1], "failed", "Interrupted.", remedy="Run the same command again.")
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        events.emit(begun[-1], "failed", message, remedy="This is a bug: please report it.")
+        raise
+
+
+def publish(folder: Path, repo: str, private: bool, echo: Echo | None = None) -> dict[str, Any]:
+    """Upload a finished run to `repo`. Returns the summary of its publish stage.
+
+    Raises QuantkitError when the run is not validated or the Hub refuses.
+    """
+    directory = RunDir(folder)
+    if "validate" not in directory.records():
+        raise QuantkitError(
+            f"The run in {folder} is not validated, and only validated files are published.",
+            f"Finish it first: quantkit resume {folder}",
+        )
+    saved = RunConfig.from_json(read_json(directory.config_path))
+    config = dataclasses.replace(saved, publish=repo, private=private)
+    return run(config, folder, echo)["publish"].summary
 
 
 def _settle_config(directory: RunDir, config: RunConfig) -> None:
@@ -98,12 +129,11 @@ def _settle_config(directory: RunDir, config: RunConfig) -> None:
         if changed:
             name = changed[0]
             raise UsageError(
-                f"{directory.path} holds a run with {name} = {_shown(saved, name)}, not {_shown(config, name)}.",
+                f"{directory.path} holds a run with {name} = {_shown(saved, name)},"
+                f" not {_shown(config, name)}.",
                 "Choose another --out, or `quantkit resume` to go on with what is there.",
             )
-    elif any(
-        path.name not in ("lock", "events.jsonl", "log.txt") for path in directory.path.iterdir()
-    ):
+    elif any(p.name not in ("lock", "events.jsonl", "log.txt") for p in directory.path.iterdir()):
         raise UsageError(
             f"{directory.path} is not empty and holds no run.", "Choose another --out."
         )
@@ -131,40 +161,40 @@ def stage_inputs(stage: str, config: RunConfig, directory: RunDir) -> dict[str, 
     return inputs
 
 
-def _to_do(directory: RunDir, config: RunConfig, events: EventLog) -> list[str]:
-    """The stages to run: from the first whose record or files are missing, to the last.
+def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -> list[str]:
+    """The stages to run, up to `until`: from the first whose record or files are missing.
 
     A stage whose files were dropped on purpose counts as done as long as nothing after it has to
     run. Raises QuantkitError when a record was made from other inputs.
     """
     records = directory.records()
+    stages = STAGES[: STAGES.index(until) + 1]
     done = 0
-    for stage in STAGES:
+    for stage in stages:
         record = records.get(stage)
         if record is None:
             break
         inputs = stage_inputs(stage, config, directory)
         if fingerprint(inputs) != record.fingerprint:
-            name = next(
-                k
-                for k in sorted({*inputs, *record.inputs})
-                if inputs.get(k) != record.inputs.get(k)
-            )
+            names = sorted({*inputs, *record.inputs})
+            name = next(k for k in names if inputs.get(k) != record.inputs.get(k))
             raise QuantkitError(
-                f"The {stage} stage in {directory.path} was made with {name} = {record.inputs.get(name)},"
-                f" which is now {inputs.get(name)}.",
+                f"The {stage} stage in {directory.path} was made with"
+                f" {name} = {record.inputs.get(name)}, which is now {inputs.get(name)}.",
                 "Start again with another --out.",
             )
-        if not record.cleaned and not all(directory.is_whole(output) for output in record.outputs):
-            events.emit(stage, "note", "files of this stage are missing or changed: it runs again")
+        if not getattr(stage_module(stage), "is_current", lambda *_: True)(config, record):
+            break
+        if not record.cleaned and not all(directory.is_whole(o) for o in record.outputs):
+            events.emit(stage, "note", "files are missing or changed: this stage runs again")
             break
         done += 1
-    if done < len(STAGES):
-        cleaned = next((i for i, stage in enumerate(STAGES[:done]) if records[stage].cleaned), done)
-        done = min(done, cleaned)
-    for stage in STAGES[:done]:
+    if stages[done:] not in ((), ("publish",)):  # publishing needs no dropped file
+        cleaned = (i for i, stage in enumerate(stages[:done]) if records[stage].cleaned)
+        done = min(done, next(cleaned, done))
+    for stage in stages[:done]:
         events.emit(stage, "skipped", "done before")
-    return list(STAGES[done:])
+    return list(stages[done:])
 
 
 def _execute(stage: str, config: RunConfig, directory: RunDir, events: EventLog) -> None:
@@ -190,30 +220,30 @@ def _execute(stage: str, config: RunConfig, directory: RunDir, events: EventLog)
 
 
 def clean(folder: Path) -> int:
-    """Drop what only the stages themselves need (levels, Hessians, search state); keep results.
+    """Drop what only the stages themselves need (levels, Hessians); keep results.
+
     Returns the bytes freed.
     """
     directory = RunDir(folder)
+    if not directory.config_path.exists():
+        raise UsageError(f"{folder} holds no run.", "Give the folder that was --out of a run.")
     with directory.lock():
         freed = 0
         for stage, record in directory.records().items():
-            module = stage_module(stage)
-            dropped = [
-                o
-                for o in record.outputs
-                if getattr(module, "is_intermediate", lambda _: False)(o.path)
-            ]
+            is_intermediate = getattr(stage_module(stage), "is_intermediate", lambda _: False)
+            dropped = [output for output in record.outputs if is_intermediate(output.path)]
             for output in dropped:
-                path = folder / output.path
-                if path.exists():
-                    freed += path.stat().st_size
-                    path.unlink()
+                freed += _unlink(folder / output.path)
             if dropped:
-                directory.save_record(StageRecord(**{**vars(record), "cleaned": True}))
+                directory.save_record(dataclasses.replace(record, cleaned=True))
         for left in folder.glob(f"*/**/*{PARTIAL}"):
-            freed += left.stat().st_size
-            left.unlink()
-        for path in sorted(folder.glob("*/**/"), reverse=True):
-            if path.is_dir() and not any(path.iterdir()):
-                shutil.rmtree(path)
+            freed += _unlink(left)
         return freed
+
+
+def _unlink(path: Path) -> int:
+    if not path.exists():
+        return 0
+    n_bytes = path.stat().st_size
+    path.unlink()
+    return n_bytes

@@ -243,7 +243,7 @@ def test_scores_equal_separate_sequences(tiny: TinyFiles, share: bool) -> None:
         encoded = [encode_item(model, item, share) for item in ITEMS]
         assert (encoded[0].n_shared > 20) == share
         score_items(model, ITEMS, workers, scores.__setitem__, share)
-    assert list(scores) == list(range(len(ITEMS)))
+    assert sorted(scores) == list(range(len(ITEMS)))
     for i, item in enumerate(ITEMS):
         assert scores[i] == pytest.approx(reference_sums(item), rel=2e-3)
 
@@ -254,7 +254,6 @@ def test_a_recurrent_model_gets_every_choice_in_full(tmp_path: Path) -> None:
     mamba = write_tiny_mamba(tmp_path / "mamba.gguf", SPEC)
     with Model(mamba, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
         assert model.is_recurrent
-        assert encode_item(model, ITEMS[0]).n_shared == 0
         score_items(model, ITEMS[:12], workers, together.__setitem__)
         for i, item in enumerate(ITEMS[:12]):  # each choice is the only sequence of its batch
             for j in range(len(item.continuations)):
@@ -267,11 +266,27 @@ def test_a_recurrent_model_gets_every_choice_in_full(tmp_path: Path) -> None:
     assert len({tuple(np.round(values, 1)) for values in together.values()}) == 12
 
 
+def test_prefixes_are_decoded_once(tiny: TinyFiles) -> None:
+    twins = [
+        Item(("The dog saw 12 and x", "The dog saw 12 and zz"), (ending, ending), (2, 2), 0)
+        for ending in (" qq.", " 77.")
+    ]
+    with Model(tiny.base, ONE) as model:
+        encoded = [encode_item(model, item) for item in twins]
+    [pack] = choice_scores._packs(encoded, 100, 64, True)
+    assert max(len(sequences) for sequences in pack.tree.members) == 4
+    sequences = {tuple(ids.tolist()) for item in encoded for ids in item.inputs}
+    prefixes = {ids[:n] for ids in sequences for n in range(1, len(ids) + 1)}
+    assert len(pack.tree.tokens) == len(prefixes) < sum(len(ids) for ids in sequences) / 2
+    [apart] = choice_scores._packs(encoded, 100, 64, False)
+    assert len(apart.tree.tokens) == sum(len(ids) for item in encoded for ids in item.inputs)
+
+
 def test_several_batches_are_needed_and_none_is_too_large(
     tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice_scores, "_OUTPUT_BYTES", 4 * SPEC.n_vocab * 70)
-    packs: list[range] = []
+    packs: list[choice_scores.Pack] = []
     original = choice_scores._packs
 
     def spy(*arguments: Any) -> Any:
@@ -283,7 +298,9 @@ def test_several_batches_are_needed_and_none_is_too_large(
     scores: dict[int, list[float]] = {}
     with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
         score_items(model, ITEMS, workers, scores.__setitem__)
-    assert len(packs) > 3 and [i for pack in packs for i in pack] == list(range(len(ITEMS)))
+    assert len(packs) > 3
+    assert sorted(i for pack in packs for i in pack.indices) == list(range(len(ITEMS)))
+    assert all(pack.n_outputs <= 70 for pack in packs)
     assert scores[2] == pytest.approx(reference_sums(ITEMS[2]), rel=2e-3)
 
 

@@ -64,7 +64,7 @@ def execute(run: Run) -> StageResult:
         raise QuantkitError(
             f"{path.name} has another size than was computed.", "This is a bug: please report it."
         )
-    recipe = _recipe(run, path, allocation, label)
+    recipe = _recipe(run, path, allocation, label, made)
     outputs = [path, write_json(folder / "recipe.json", recipe)]
     return StageResult(outputs, {"file": path.name, "n_bytes": layout.n_bytes, "label": label})
 
@@ -93,7 +93,9 @@ def load_allocation(run: Run) -> dict[str, CandidateKey]:
     }
 
 
-def _recipe(run: Run, path: Path, allocation: Mapping[str, Any], label: str) -> dict[str, Any]:
+def _recipe(
+    run: Run, path: Path, allocation: Mapping[str, Any], label: str, made: Provenance
+) -> dict[str, Any]:
     """Everything that makes this file again: the base, the calibration, the levels, and every
     tensor's choice.
     """
@@ -116,6 +118,7 @@ def _recipe(run: Run, path: Path, allocation: Mapping[str, Any], label: str) -> 
             "sha256": sha256_file(path),
             "label": label,
         },
+        "provenance": made,
         "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
         "levels": {
             name: sha256_file(levels / name)

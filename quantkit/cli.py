@@ -1,0 +1,294 @@
+"""The command line: one subcommand per thing a person does. Heavy imports wait until they are
+needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Waiting threads must sleep: busy-waiting ones starve every other process on a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from quantkit import __version__
+from quantkit.config import DEMO_MODEL, PROFILES, RunConfig, Target, load_types_map
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json
+from quantkit.tensors import METHODS, to_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0 when done, 2 for wrong use, 1 when it failed with a sentence on
+    stderr.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        answer = arguments.command(arguments)
+    except UsageError as error:
+        print(f"quantkit: {error}", file=sys.stderr)
+        return 2
+    except QuantkitError as error:
+        print(f"quantkit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("quantkit: interrupted; the same command goes on from here", file=sys.stderr)
+        return 1
+    if getattr(arguments, "json", False):
+        print(json.dumps(to_json(answer), ensure_ascii=False))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantkit",
+        description="Any Hugging Face language model into the best GGUF of a given size, with proof.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run all stages, or go on with a run that was interrupted"
+    )
+    _add_model_options(run)
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    run.add_argument(
+        "--publish", metavar="REPO", help="upload the result to this repository of the Hub"
+    )
+    run.add_argument("--private", action="store_true", help="make that repository private")
+    run.add_argument("--json", action="store_true", help="print one JSON object last")
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", help="what would run: sizes, levels, time and disk; no work")
+    _add_model_options(plan)
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(command=_plan)
+
+    for name, help_text, command in (
+        ("status", "how far a run is", _status),
+        ("resume", "go on with an interrupted run", _resume),
+        ("clean", "drop what only the stages need, keep the results", _clean),
+    ):
+        sub = commands.add_parser(name, help=help_text)
+        sub.add_argument("folder", type=Path, metavar="DIR")
+        sub.add_argument("--json", action="store_true", help="print one JSON object last")
+        sub.set_defaults(command=command)
+
+    publish = commands.add_parser("publish", help="upload a finished run to the Hub")
+    publish.add_argument("folder", type=Path, metavar="DIR")
+    publish.add_argument("repo", metavar="REPO")
+    publish.add_argument("--private", action="store_true", help="make the repository private")
+    publish.add_argument("--json", action="store_true", help="print one JSON object last")
+    publish.set_defaults(command=_publish)
+
+    rebuild = commands.add_parser("rebuild", help="make a published file again from its recipe")
+    rebuild.add_argument("recipe", type=Path, metavar="RECIPE")
+    rebuild.add_argument("--base", type=Path, required=True, metavar="BASE.gguf")
+    rebuild.add_argument(
+        "--levels",
+        type=Path,
+        metavar="DIR",
+        help="the kept level files; without them they are made again",
+    )
+    rebuild.add_argument("--out", type=Path, required=True, metavar="FILE")
+    rebuild.add_argument("--json", action="store_true", help="print one JSON object last")
+    rebuild.set_defaults(command=_rebuild)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"a Hub id, a Hub URL, a local folder, or {DEMO_MODEL}"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--target-bpw", metavar="X", help="bits per weight of the whole file, such as 4.5"
+    )
+    size.add_argument(
+        "--target-size", metavar="S", help="bytes of the whole file, such as 90MB or 5.5GB"
+    )
+    size.add_argument("--like", metavar="TYPE", help="the size of this stock mix (default: Q4_K_M)")
+    parser.add_argument(
+        "--profile", choices=PROFILES, default="standard", help="how much work to spend"
+    )
+    parser.add_argument(
+        "--types",
+        type=Path,
+        metavar="MAP.json",
+        help="tensor patterns to types: these are not searched",
+    )
+    parser.add_argument(
+        "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
+    )
+    parser.add_argument(
+        "--methods", metavar="LIST", default=",".join(METHODS), help="methods that compete"
+    )
+    parser.add_argument(
+        "--tensors", metavar="REGEX", help="quantize only tensors whose name matches"
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the model")
+    parser.add_argument(
+        "--calibration", metavar="SPEC", default="auto", help="name[:weight],... (default: auto)"
+    )
+    parser.add_argument(
+        "--eval-text", metavar="FILE", help="text to validate on instead of the held-out tenth"
+    )
+    parser.add_argument(
+        "--tasks", metavar="FILE", help="multiple-choice items to validate on, JSON lines"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    """The RunConfig of `run` and `plan`. Raises UsageError."""
+    target = None
+    for kind, value in (
+        ("bpw", arguments.target_bpw),
+        ("size", arguments.target_size),
+        ("like", arguments.like),
+    ):
+        if value is not None:
+            target = Target(kind, value)
+    return RunConfig(
+        model=arguments.model,
+        revision=arguments.revision,
+        target=target,
+        profile=arguments.profile,
+        levels=tuple(arguments.levels.split(",")) if arguments.levels else None,
+        methods=tuple(arguments.methods.split(",")),
+        types=load_types_map(arguments.types) if arguments.types else (),
+        tensors=arguments.tensors,
+        calibration=arguments.calibration,
+        eval_text=arguments.eval_text,
+        tasks=arguments.tasks,
+        seed=arguments.seed,
+        device=arguments.device,
+        publish=getattr(arguments, "publish", None),
+        private=getattr(arguments, "private", False),
+    )
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    return _execute(_config(arguments), arguments.out)
+
+
+def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
+    path = RunDir(arguments.folder).config_path
+    if not path.exists():
+        raise UsageError(
+            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
+        )
+    return _execute(RunConfig.from_json(read_json(path)), arguments.folder)
+
+
+def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
+    from quantkit import pipeline
+
+    shown = _Printer()
+    records = pipeline.run(config, folder, shown)
+    report_path = RunDir(folder).stage_dir("validate") / "report.md"
+    print(report_path.read_text("utf-8"), file=sys.stderr)
+    print(f"\nfiles: {RunDir(folder).stage_dir('publish')}\nweb page: make app", file=sys.stderr)
+    return {
+        "folder": str(folder),
+        "stages": {name: record.summary for name, record in records.items()},
+    }
+
+
+class _Printer:
+    """Prints events to stderr as they come: a line per stage, progress in place on a terminal."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._on_terminal = sys.stderr.isatty()
+        self._open_line = False
+        self._last_percent = -100
+
+    def __call__(self, event: Event) -> None:
+        seconds = int(time.monotonic() - self._started)
+        head = f"{seconds // 60:3d}:{seconds % 60:02d}  {event.stage or '':<10}"
+        if event.kind == "progress":
+            percent = 100 * event.data["done"] // max(event.data["total"], 1)
+            if not self._on_terminal and percent < self._last_percent + 25 and percent < 100:
+                return
+            self._last_percent = percent
+            self._write(f"{head} {percent:3d} %  {event.message}", keep_open=self._on_terminal)
+        elif event.kind in ("started", "finished", "skipped", "note", "failed"):
+            self._last_percent = -100
+            self._write(f"{head} {event.kind}  {event.message}".rstrip(), keep_open=False)
+
+    def _write(self, text: str, keep_open: bool) -> None:
+        start = "\r\033[K" if self._open_line else ""
+        print(start + text, end="" if keep_open else "\n", file=sys.stderr, flush=True)
+        self._open_line = keep_open
+
+
+def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+    directory = RunDir(arguments.folder)
+    if not directory.config_path.exists():
+        raise UsageError(
+            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
+        )
+    records = directory.records()
+    events, _ = read_events(directory.events_path)
+    running = directory.is_locked()
+    last = events[-1] if events else None
+    failed = last is not None and last.kind == "failed"
+    state = (
+        "running"
+        if running
+        else "done"
+        if len(records) == len(STAGES)
+        else "failed"
+        if failed
+        else "interrupted"
+    )
+    if not arguments.json:
+        print(f"{arguments.folder}: {state}")
+        for stage in STAGES:
+            record = records.get(stage)
+            print(f"  {stage:<10} " + (f"done in {record.seconds:.0f} s" if record else "-"))
+        if last is not None and state != "done":
+            print(
+                f"  last: {last.stage or 'run'} {last.kind} {last.message} {last.data.get('remedy', '')}".rstrip()
+            )
+        if state in ("interrupted", "failed"):
+            print(f"  go on with: quantkit resume {arguments.folder}")
+    return {"folder": str(arguments.folder), "state": state, "done": list(records), "last": last}
+
+
+def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
+    from quantkit import pipeline
+
+    freed = pipeline.clean(arguments.folder)
+    if not arguments.json:
+        print(f"{freed / 1e6:,.0f} MB freed; results are kept")
+    return {"folder": str(arguments.folder), "freed_bytes": freed}
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from quantkit import plan
+
+    made = plan.make_plan(_config(arguments))
+    if not arguments.json:
+        print(plan.render(made))
+    return made
+
+
+def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
+    from quantkit import pipeline
+
+    return pipeline.publish(arguments.folder, arguments.repo, arguments.private, _Printer())
+
+
+def _rebuild(arguments: argparse.Namespace) -> dict[str, Any]:
+    from quantkit import rebuild
+
+    return rebuild.rebuild(arguments.recipe, arguments.base, arguments.levels, arguments.out)

@@ -1,0 +1,94 @@
+"""publish: everything a downloader needs in one folder, and that folder on the Hub when it was
+asked for.
+
+Stages GGUF, imatrix, recipe, report and model card under `upload/` (hard links: no second copy of a
+weight). Only a validated run comes here. Without a repository the folder stays as it is, ready for
+`quantkit publish`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit import hub
+from quantkit.card import model_card
+from quantkit.config import RunConfig
+from quantkit.output import safe_name
+from quantkit.rundir import StageRecord, read_json, replacing
+from quantkit.stages import StageResult, convert, fetch
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Run
+
+NAME = "publish"
+VERSION = 1
+FIELDS: tuple[str, ...] = ()
+
+
+def is_current(config: RunConfig, record: StageRecord) -> bool:
+    """A staged folder is not enough once a repository is asked for."""
+    return config.publish is None or record.summary.get("asked") == config.publish
+
+
+def execute(run: Run) -> StageResult:
+    """Raises QuantkitError for whatever the Hub refuses."""
+    folder = run.dir.stage_dir(NAME) / "upload"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    snapshot = fetch.load(run.dir)
+    validate = run.dir.stage_dir("validate")
+    stitched = [run.dir.path / output.path for output in run.records["stitch"].outputs]
+    _link(run.dir.stage_dir("calibrate") / "imatrix.gguf", folder / f"{_name(run)}-imatrix.gguf")
+    for path in [*stitched, validate / "report.json"]:
+        _link(path, folder / path.name)
+    report, recipe = (
+        read_json(validate / "report.json"),
+        read_json(run.dir.stage_dir("stitch") / "recipe.json"),
+    )
+    with replacing(folder / "README.md") as partial:
+        partial.write_text(model_card(snapshot.info, report, recipe, run.config.publish), "utf-8")
+    outputs = sorted(path for path in folder.rglob("*") if path.is_file())
+    if run.config.publish is None:
+        run.events.emit(
+            NAME, "note", f"not uploaded: quantkit publish {run.dir.path} <owner>/<repo>"
+        )
+        return StageResult(outputs, {"published": False, "files": [path.name for path in outputs]})
+    return StageResult(outputs, _upload(run, folder))
+
+
+def _upload(run: Run, folder: Path) -> dict[str, Any]:
+    assert run.config.publish is not None
+
+    def progress(done: int, total: int) -> None:
+        run.events.progress(NAME, done, total, f"uploading to {run.config.publish}")
+
+    message = (
+        f"{_name(run)}: {read_json(run.dir.stage_dir('stitch') / 'recipe.json')['output']['file']}"
+    )
+    made = hub.publish(
+        folder, run.config.publish, hub.resolve_token(), run.config.private, message, progress
+    )
+    return {
+        "published": True,
+        "asked": run.config.publish,
+        "repo": made.repo_id,
+        "url": made.url,
+        "commit": made.sha,
+        "files": {file.path: file.sha256 for file in made.files},
+        "changed": list(made.changed),
+    }
+
+
+def _name(run: Run) -> str:
+    return safe_name(convert.model_name(fetch.load(run.dir)))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
