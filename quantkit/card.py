@@ -52,7 +52,9 @@ def card_data(info: ModelInfo, report: dict[str, Any]) -> ModelCardData:
 
 
 def _base_model(info: ModelInfo) -> str | list[str] | None:
-    """The Hub id that this is quantized from; for a local folder what its card names, if anything."""
+    """The Hub id that this is quantized from; for a local folder what its card names, if
+    anything.
+    """
     return info.card.get("base_model") if info.local_path else info.id
 
 
@@ -80,9 +82,9 @@ def model_card(
     ]
     body = f"""# {name.removesuffix(".gguf")}
 
-{info.id} as one GGUF of {reports.size(output["n_bytes"])} ({output["bpw"]:.2f} bits per weight). The type of every tensor was
-searched by measuring the KL divergence to the full-precision model, the weights were quantized with GPTQ onto llama.cpp's own
-grids. It runs in every llama.cpp build.
+{info.id} as one GGUF of {reports.size(output["n_bytes"])} ({output["bpw"]:.2f} bits per weight).
+The type of every tensor was searched by measuring the KL divergence to the full-precision model;
+the weights were quantized with GPTQ onto llama.cpp's own grids. It runs in every llama.cpp build.
 
 {reports.verdict(report)}
 
@@ -90,8 +92,8 @@ grids. It runs in every llama.cpp build.
 
 {reports.comparison(report)}
 
-Protocol: {report["protocol"]}. The text was held out: {", ".join(report["texts"])}. The llama.cpp rows were made in the same run
-from the same base with the same importance matrix.
+Protocol: {report["protocol"]}. The text was held out: {", ".join(report["texts"])}.
+The llama.cpp rows were made in the same run from the same base with the same importance matrix.
 
 {reports.domains(report)}
 
@@ -111,8 +113,9 @@ llm = Llama.from_pretrained(repo_id="{where}", filename="{name}")
 
 ## How it was made
 
-quantkit {report["versions"]["quantkit"]}, from revision `{recipe["revision"][:12]}`, seed {recipe["config"]["seed"]}, profile
-{recipe["config"]["profile"]}. {calibration["note"][0].upper() + calibration["note"][1:]}.
+quantkit {report["versions"]["quantkit"]}, from revision `{recipe["revision"][:12]}`,
+seed {recipe["config"]["seed"]}, profile {recipe["config"]["profile"]}.
+{calibration["note"][0].upper() + calibration["note"][1:]}.
 
 {reports.table(["calibration", "source", "share", "sha256"], mix)}
 
@@ -126,7 +129,8 @@ sha256 of `{name}`: `{output["sha256"]}`
 
 ## Limits
 
-The figures above are for the texts named there; on other text they differ. The licence is that of the base model{_licence(info)}.
+The figures above are for the texts named there; on other text they differ.
+The licence is that of the base model{_licence(info)}.
 """
     if report["fallbacks"]:
         body += f"\n## Fallbacks\n\n{reports.fallbacks(report)}\n"

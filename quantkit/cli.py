@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantkit",
-        description="Any Hugging Face language model into the best GGUF of a given size, with proof.",
+        description="Any Hugging Face language model into the best GGUF of a size, with proof.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -256,9 +256,14 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
             record = records.get(stage)
             print(f"  {stage:<10} " + (f"done in {record.seconds:.0f} s" if record else "-"))
         if last is not None and state != "done":
-            print(
-                f"  last: {last.stage or 'run'} {last.kind} {last.message} {last.data.get('remedy', '')}".rstrip()
+            words = (
+                "  last:",
+                last.stage or "run",
+                last.kind,
+                last.message,
+                last.data.get("remedy", ""),
             )
+            print(" ".join(words).rstrip())
         if state in ("interrupted", "failed"):
             print(f"  go on with: quantkit resume {arguments.folder}")
     return {"folder": str(arguments.folder), "state": state, "done": list(records), "last": last}

@@ -32,14 +32,16 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
         raise QuantkitError(
             f"{base_path.name} is not the base of this recipe: its sha256 is {found[:12]}…, not"
             f" {recipe['base']['sha256'][:12]}….",
-            f"Convert {recipe['model']} at revision {recipe['revision'][:12]} with quantkit {recipe['quantkit']}.",
+            f"Convert {recipe['model']} at revision {recipe['revision'][:12]}"
+            f" with quantkit {recipe['quantkit']}.",
         )
     if levels is not None:
         for name, sha256 in recipe["levels"].items():
             path = levels / name
             if not path.exists() or sha256_file(path) != sha256:
+                what = "not the level file of this recipe" if path.exists() else "missing"
                 raise QuantkitError(
-                    f"{path} is {'not the level file of this recipe' if path.exists() else 'missing'}.",
+                    f"{path} is {what}.",
                     "Leave --levels out to make the levels again.",
                 )
         return _stitch(recipe, base_path, levels, out)

@@ -16,8 +16,13 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *rows])
 
 
+def number(value: float) -> str:
+    """A KL divergence with three digits that mean something."""
+    return f"{value:.4f}" if value >= 0.01 else f"{value:.2e}" if value < 1e-4 else f"{value:.5f}"
+
+
 def _kl(row: dict[str, Any]) -> str:
-    return f"{row['kl']['mean']:.4f} ± {row['kl']['stderr']:.4f}"
+    return f"{number(row['kl']['mean'])} ± {number(row['kl']['stderr'])}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -61,8 +66,8 @@ def verdict(report: dict[str, Any]) -> str:
     ratio = ours["kl"]["mean"] / best["kl"]["mean"]
     word = "less" if ratio < 1 else "MORE"
     return (
-        f"The best llama.cpp file of at most this size, {best['name']}, has a mean KL divergence of {best['kl']['mean']:.4f}:"
-        f" this file's is {ratio:.2f} times that ({word})."
+        f"The best llama.cpp file of at most this size, {best['name']}, has a mean KL divergence of"
+        f" {number(best['kl']['mean'])}: this file's is {ratio:.2f} times that ({word})."
     )
 
 
@@ -73,7 +78,7 @@ def domains(report: dict[str, Any]) -> str:
     for label, row in [(r["path"].rsplit("/", 1)[-1], r) for r in report["outputs"]] + [
         (f"llama.cpp {r['name']}", r) for r in report["baselines"]
     ]:
-        rows.append([label, *[f"{row['domains'][name]['kl']['mean']:.4f}" for name in names]])
+        rows.append([label, *[number(row["domains"][name]["kl"]["mean"]) for name in names]])
     return table(["mean KL on", *names], rows)
 
 
@@ -87,7 +92,8 @@ def zero_shot(report: dict[str, Any]) -> str:
             continue
         acc, base, flips = zero["acc"], zero["base"]["acc"], zero["flips"]["acc"]
         lines.append(
-            f"Zero-shot, {zero['task']} ({acc['n']} items): {100 * acc['value']:.1f} ± {100 * acc['stderr']:.1f} %,"
+            f"Zero-shot, {zero['task']} ({acc['n']} items):"
+            f" {100 * acc['value']:.1f} ± {100 * acc['stderr']:.1f} %,"
             f" full precision {100 * base['value']:.1f} %; {flips['n']} answers differ."
         )
     return "\n".join(lines)
@@ -99,7 +105,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"# {report['model']}",
         verdict(report),
         comparison(report),
-        f"Protocol: {report['protocol']}. Text: {', '.join(report['texts'])}, not seen by any earlier stage.",
+        f"Protocol: {report['protocol']}. Text: {', '.join(report['texts'])},"
+        " not seen by any earlier stage.",
         "## By domain",
         domains(report),
         "## Tasks",

@@ -180,7 +180,9 @@ def local_file(path: Path, limit: int) -> Iterator[str]:
 def hub_text(
     name: str, limit: int, token: str | None, render_chat: Callable[[list[dict[str, str]]], str]
 ) -> Iterator[str]:
-    """Documents streamed from a dataset on the Hub. Raises QuantkitError when it does not answer."""
+    """Documents streamed from a dataset on the Hub. Raises QuantkitError when it does not
+    answer.
+    """
     import datasets
 
     source = HUB_TEXTS[name]

@@ -98,7 +98,9 @@ def _backward(
     gradient: torch.Tensor,
     sums: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """Back through block `index`; adds the squared output gradients of its linear layers to `sums`."""
+    """Back through block `index`; adds the squared output gradients of its linear layers to
+    `sums`.
+    """
     prefix = model.block_name(index)
     handles = []
 

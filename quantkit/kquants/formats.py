@@ -132,7 +132,9 @@ class Format:
         return blocks.view(packed.shape)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integer scale and minimum codes per group, float32 (n_rows, n_blocks, groups per block)."""
+        """Integer scale and minimum codes per group, float32 (n_rows, n_blocks, groups per
+        block).
+        """
         one = torch.ones((), device=blocks.device).expand(*blocks.shape[:2], 1)
         return one, one
 

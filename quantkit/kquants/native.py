@@ -49,9 +49,16 @@ def library() -> ctypes.CDLL:
         )
     lib = ctypes.CDLL(str(path))
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
     lib.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        pointer,
+        pointer,
+        count,
+        count,
+        count,
+        pointer,
+    ]
     lib.ggml_quantize_init.argtypes = [ctypes.c_int]
     lib.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     lib.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]

@@ -26,14 +26,16 @@ from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rundir import replacing
 
 # The mixes that people download, smallest first; TQ and MXFP4_MOE are for models trained that way.
-STOCK_MIXES = (
-    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M",
-    "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q4_1", "Q4_K_M", "Q5_0", "Q5_K_S", "Q5_1",
-    "Q5_K_M", "Q6_K", "Q8_0",
-)  # fmt: skip
+STOCK_MIXES = tuple(
+    """
+    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M Q2_K_S Q2_K IQ3_XXS IQ3_XS IQ3_S IQ3_M Q3_K_S Q3_K_M
+    Q3_K_L IQ4_XS IQ4_NL Q4_0 Q4_K_S Q4_1 Q4_K_M Q5_0 Q5_K_S Q5_1 Q5_K_M Q6_K Q8_0
+    """.split()
+)
 
 _LINE = re.compile(
-    r"^\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[^\]]*\], type = +(?P<old>\w+), size = .*?MiB(?: -> .*?MiB \((?P<new>\w+)\))?$",
+    r"^\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[^\]]*\], type = +(?P<old>\w+), "
+    r"size = .*?MiB(?: -> .*?MiB \((?P<new>\w+)\))?$",
     re.MULTILINE,
 )
 
@@ -99,7 +101,8 @@ def _run(base: Path, out: Path, params: Any) -> str:
             "",
         )
         raise QuantkitError(
-            f"llama.cpp cannot quantize {base.name}: {reason.split(': ', 1)[-1].strip() or 'no reason given'}.",
+            f"llama.cpp cannot quantize {base.name}:"
+            f" {reason.split(': ', 1)[-1].strip() or 'no reason given'}.",
             "The architecture or the file is not one that this llama.cpp supports.",
         )
     return log
@@ -186,7 +189,9 @@ def make_override(
     imatrix: Mapping[str, Floats],
     types: Mapping[str, QuantType],
 ) -> None:
-    """`make_stock`, with the types of single tensors given as `llama-quantize --tensor-type` would."""
+    """`make_stock`, with the types of single tensors given as `llama-quantize --tensor-type`
+    would.
+    """
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()

@@ -14,7 +14,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.errors import QuantkitError
 from quantkit.tensors import Candidate, CandidateKey
 
 Choices = npt.NDArray[np.int64]
@@ -83,20 +82,6 @@ class SearchSpace:
             name: self.candidates[i][k].key
             for i, (name, k) in enumerate(zip(self.tensors, choices.tolist(), strict=True))
         }
-
-    def check(self) -> None:
-        """Raise QuantkitError when the budget lies outside what these choices can make."""
-        low, high = self.n_bytes(self.smallest), self.n_bytes(self.largest)
-        if self.limit_bytes < low:
-            raise QuantkitError(
-                f"The budget of {self.limit_bytes:,} bytes is below the smallest possible file, {low:,} bytes.",
-                "Ask for a larger file, or allow smaller types with --levels.",
-            )
-        if self.limit_bytes > high:
-            raise QuantkitError(
-                f"The budget of {self.limit_bytes:,} bytes is above the largest file of these levels, {high:,} bytes.",
-                f"Ask for at most {high:,} bytes, or allow larger types with --levels.",
-            )
 
 
 def prune(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

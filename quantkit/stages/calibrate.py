@@ -207,7 +207,9 @@ def _tokens(run: Run, domains: list[tuple[Domain, float]], tokenizer: Any) -> di
 def _collect(
     run: Run, model: BlockwiseModel, tokens: dict[str, np.ndarray], folder: Path
 ) -> dict[str, Any]:
-    """Run all blocks over all tokens; write each block's Hessians. Returns the diagonals by module."""
+    """Run all blocks over all tokens; write each block's Hessians. Returns the diagonals by
+    module.
+    """
     device = run.config.device
     batches = [
         (part, torch.from_numpy(ids[i : i + _BATCH_TOKENS // N_CTX]).to(device))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from quantkit.converter.convert import convert
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
-from quantkit.kquants.stock import quantizable_tensors
+from quantkit.levels import plan_levels
+from quantkit.plan import check_sizes, specs_of
 from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.stages import StageResult, fetch
@@ -45,11 +46,9 @@ def execute(run: Run) -> StageResult:
     for warning in result.warnings:
         run.events.emit(NAME, "note", f"converter: {warning}")
     base = GgufFile(base_path)
-    quantizable = quantizable_tensors(base_path)
-    specs = {
-        t.name: TensorSpec(t.name, t.shape, t.qtype, t.name in quantizable)
-        for t in base.tensors.values()
-    }
+    specs = specs_of(base)
+    check_sizes(run.config, base, plan_levels(specs, run.config))  # before the long work
+    quantizable = {spec.name for spec in specs.values() if spec.quantizable}
 
     matcher = RowMatcher(load_model(snapshot.folder))
     maps = {}

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import slot_bytes
-from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_bytes, stock_types
+from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
 from quantkit.levels import plan_levels
 from quantkit.output import lay_out_output
+from quantkit.plan import budget_bytes, check_budget
 from quantkit.rundir import read_json, replacing, write_json
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, prune
 from quantkit.search.evolve import Plan, SearchState, begin, evolve
@@ -44,7 +44,7 @@ def execute(run: Run) -> StageResult:
     folder.mkdir(parents=True, exist_ok=True)
     base = convert.load_base(run.dir)
     space = make_space(run, base)
-    space.check()
+    check_budget(space.limit_bytes, space.n_bytes(space.smallest), space.n_bytes(space.largest))
     costs = damages(space)
     outputs: list[Path] = []
     if bool((space.n_choices == 1).all()):
@@ -84,21 +84,8 @@ def make_space(run: Run, base: GgufFile) -> SearchSpace:
     slots = tuple(tuple(slot_bytes(base, c.n_bytes) for c in of_tensor) for of_tensor in candidates)
     fixed = layout.n_bytes - sum(sizes[0] for sizes in slots)
     largest = fixed + sum(sizes[-1] for sizes in slots)
-    limit = budget_bytes(run.config, base, largest)
+    limit = budget_bytes(run.config, base) or largest
     return SearchSpace(tensors, candidates, slots, fixed, limit)
-
-
-def budget_bytes(config: RunConfig, base: GgufFile, only_size: int) -> int:
-    """The budget of the whole file in bytes. Without a target: that of Q4_K_M, or of the given
-    types when all are given.
-    """
-    if config.target is None:
-        if any(pattern == "default" for pattern, _ in config.types):
-            return only_size
-        return stock_bytes(base, StockRecipe("Q4_K_M"))
-    return config.target.limit_bytes(
-        base.n_elements, lambda label: stock_bytes(base, StockRecipe(label))
-    )
 
 
 def damages(space: SearchSpace) -> Costs:

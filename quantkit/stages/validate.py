@@ -130,7 +130,8 @@ def _validate(run: Run) -> StageResult:
             for path, zero, generation in zip(ours, zero_shot, generations, strict=True)
         ],
         "baselines": sorted(baselines, key=lambda row: row["n_bytes"]),
-        "protocol": f"llama.cpp: windows of {N_CTX} tokens, second half scored, KL(base || file) in nats",
+        "protocol": f"llama.cpp: windows of {N_CTX} tokens, second half scored,"
+        " KL(base || file) in nats",
         "texts": {name: next(iter(results.values())).text_sha256[name] for name in texts},
         "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
         "search": read_json(run.dir.stage_dir("search") / "budget.json"),
@@ -149,7 +150,9 @@ def _validate(run: Run) -> StageResult:
 
 
 def _texts(run: Run) -> dict[str, str]:
-    """Evaluation text by domain: the given file, or the held-out tenth of every calibration domain."""
+    """Evaluation text by domain: the given file, or the held-out tenth of every calibration
+    domain.
+    """
     if run.config.eval_text:
         path = Path(run.config.eval_text)
         try:

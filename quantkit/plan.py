@@ -1,0 +1,224 @@
+"""What a run would do, before it does it: sizes, levels, fallbacks, memory, disk and time.
+
+Nothing is guessed that can be asked. The real converter makes the skeleton of `base.gguf` from
+config, tokenizer and the headers of the weights; llama.cpp's own dry run tells from it what every
+stock mix and level would weigh. So an architecture or tokenizer that is not supported, a pattern
+that names nothing and a budget that cannot be met are refused before any weight is downloaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit import hub
+from quantkit.config import PROFILES, RunConfig
+from quantkit.converter.architectures import check_architecture
+from quantkit.converter.convert import convert
+from quantkit.errors import QuantkitError
+from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.write import data_bytes
+from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
+from quantkit.levels import LevelPlan, plan_levels
+from quantkit.report import size, table
+from quantkit.tensors import TensorSpec, to_json
+
+_HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to the base's header
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of whole files: the budget, and what the levels can make."""
+
+    limit_bytes: int | None  # None: every type is given
+    smallest_bytes: int
+    largest_bytes: int
+    levels: dict[str, int]  # uniform file of each asked level
+
+
+def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
+    """The tensors of a GGUF (its header is enough) by name, in file order."""
+    quantizable = quantizable_tensors(base.path)
+    return {
+        t.name: TensorSpec(t.name, t.shape, t.qtype, t.name in quantizable)
+        for t in base.tensors.values()
+    }
+
+
+def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
+    """Sizes of what can be made. Raises QuantkitError when the budget lies outside."""
+    header = min(t.offset for t in base.tensors.values()) + _HEADER_MARGIN
+    uniform = {
+        str(level): header + data_bytes(base, levels.uniform(level)) for level in levels.levels
+    }
+    smallest = header + data_bytes(base, {t: levels.choices(t)[0] for t in levels.types})
+    largest = header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})
+    limit = budget_bytes(config, base)
+    if limit is not None:
+        check_budget(limit, smallest, largest)
+    return Sizes(limit, smallest, largest, uniform)
+
+
+def budget_bytes(config: RunConfig, base: GgufFile) -> int | None:
+    """The budget of the whole file in bytes; without a target that of Q4_K_M, None where all types
+    are given.
+    """
+    if config.target is None:
+        if any(pattern == "default" for pattern, _ in config.types):
+            return None
+        return stock_bytes(base, StockRecipe("Q4_K_M"))
+    return config.target.limit_bytes(
+        base.n_elements, lambda label: stock_bytes(base, StockRecipe(label))
+    )
+
+
+def check_budget(limit_bytes: int, smallest: int, largest: int) -> None:
+    """Raises QuantkitError when no file, or every file, of the levels fits."""
+    if limit_bytes < smallest:
+        raise QuantkitError(
+            f"The budget of {limit_bytes:,} bytes is below the smallest possible file,"
+            f" {smallest:,} bytes.",
+            "Ask for a larger file, or allow smaller types with --levels.",
+        )
+    if limit_bytes > largest:
+        raise QuantkitError(
+            f"The budget of {limit_bytes:,} bytes is above the largest file of these levels,"
+            f" {largest:,} bytes.",
+            f"Ask for at most {largest:,} bytes, or allow larger types with --levels.",
+        )
+
+
+def make_plan(
+    config: RunConfig, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """The plan of a run as JSON values. Downloads a few MB at most.
+
+    Raises QuantkitError for everything that can be refused now.
+    """
+    token = hub.resolve_token()
+    ref = hub.parse_reference(config.model, config.revision)
+    with tempfile.TemporaryDirectory(prefix="quantkit-plan-") as folder:
+        if ref.kind == "demo":
+            from quantkit import demo
+
+            made = Path(folder) / "SmolLM2-135M-Instruct"
+            demo.make_checkpoint(made)
+            ref = hub.ModelRef("local", str(made))
+        info = hub.inspect(ref, token)
+        check_architecture(info.config)
+        snapshot = hub.fetch_metadata(info, token, Path(folder) / "metadata")
+        skeleton = Path(folder) / "base.gguf"
+        conversion = convert(
+            snapshot, skeleton, skeleton=True, model_name=info.id, progress=progress
+        )
+        base = GgufFile(skeleton)
+        levels = plan_levels(specs_of(base), config)
+        sizes = check_sizes(config, base, levels)
+        stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
+        return {
+            "schema": 1,
+            "model": {
+                "id": info.id,
+                "sha": info.sha,
+                "architecture": info.architectures[0],
+                "n_parameters": base.n_elements,
+                "license": info.license,
+                "gated": info.gated,
+                "download_bytes": info.n_download_bytes,
+            },
+            "sizes": to_json(sizes),
+            "stock": stock,
+            "levels": [str(level) for level in levels.levels],
+            "fallbacks": to_json(levels.fallbacks),
+            "warnings": list(conversion.warnings),
+            "estimates": estimates(config, info, base, levels),
+        }
+
+
+def estimates(
+    config: RunConfig, info: hub.ModelInfo, base: GgufFile, levels: LevelPlan
+) -> dict[str, Any]:
+    """Disk, memory and time that the run is expected to take, from the model's shapes.
+
+    Time is counted in multiply-adds over what the device does in a second, measured on two cores of
+    a server CPU (bf16) and one H200; it is within a factor of two or so.
+    """
+    profile = PROFILES[config.profile]
+    n_linear = sum(
+        t.shape[-1] * (t.n_bytes // t.qtype.row_bytes(t.shape[-1])) for t in _blocks(base)
+    )
+    widths = _hessian_widths(base)
+    hessians = 2 * sum(4 * n * n for n in widths)
+    uniform = sum(data_bytes(base, levels.uniform(level)) for level in levels.levels)
+    base_bytes = base.path.stat().st_size
+    disk = (
+        (0 if info.local_path else info.n_download_bytes)
+        + base_bytes
+        + hessians
+        + uniform
+        + 3 * base_bytes // 2
+    )
+    memory = base_bytes + 2_000_000_000 + max(widths, default=0) ** 2 * 4 * 8
+    speed = 1.2e11 if config.device == "cpu" else 2e14  # multiply-adds a second
+    n_calibrated = profile.calibration_tokens + profile.heldout_tokens
+    forward = n_linear * (n_calibrated + profile.search_tokens)
+    gather = sum(n * n for n in widths) * n_calibrated
+    solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
+    return {
+        "disk_bytes": disk,
+        "memory_bytes": memory,
+        "seconds": round(60 + (forward + gather + solve) / speed),
+    }
+
+
+def _blocks(base: GgufFile) -> list[Any]:
+    return [t for t in base.tensors.values() if len(t.shape) > 1 and t.name.startswith("blk.")]
+
+
+def _hessian_widths(base: GgufFile) -> list[int]:
+    """Columns of the distinct inputs of every block: q, k and v share one, gate and up another."""
+    shared = {"attn_k", "attn_v", "ffn_up"}
+    return [t.shape[-1] for t in _blocks(base) if t.name.split(".")[2] not in shared]
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
+    licence = model["license"] or "not stated"
+    lines = [
+        f"{model['id']} at {model['sha'][:12]}",
+        f"  {model['architecture']}, {model['n_parameters'] / 1e6:,.0f}M parameters,"
+        f" licence {licence}, {size(model['download_bytes'])} to read",
+        "",
+    ]
+    limit = sizes["limit_bytes"]
+    budget = (
+        "every type is given"
+        if limit is None
+        else f"{limit:,} bytes ({8 * limit / model['n_parameters']:.2f} bpw)"
+    )
+    lines += [
+        f"budget    {budget}",
+        f"possible  {sizes['smallest_bytes']:,} to {sizes['largest_bytes']:,} bytes",
+        f"time      about {max(1, estimate['seconds'] // 60)} minutes",
+        f"disk      about {size(estimate['disk_bytes'])}",
+        f"memory    about {size(estimate['memory_bytes'])}",
+        "",
+        table(
+            ["level, uniform", "bytes"], [[name, f"{n:,}"] for name, n in sizes["levels"].items()]
+        ),
+        "",
+        table(["llama.cpp mix", "bytes"], [[name, f"{n:,}"] for name, n in plan["stock"].items()]),
+    ]
+    groups: dict[tuple[str, str, str], int] = {}
+    for f in plan["fallbacks"]:
+        key = (f["asked"], f["used"], f["reason"])
+        groups[key] = groups.get(key, 0) + 1
+    if groups:
+        rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
+        lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
+    lines += ["", *(f"note: {warning}" for warning in plan["warnings"])]
+    return "\n".join(lines).rstrip()
