@@ -180,6 +180,7 @@ class Model:
                 f"{self.path} carries no vocabulary.", "Convert the model with its tokenizer."
             )
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.n_params: int = lib.llama_model_n_params(self._model)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
         self.adds_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos: int = lib.llama_vocab_bos(self._vocab)  # -1 when there is none

@@ -31,7 +31,7 @@ def expanded_to_f16(
     with tempfile.TemporaryDirectory(prefix="weight-kl-", dir=folder) as name:
         target = Path(name) / f"{file.stem}.f16.gguf"
         with Model(file, runtime) as model:
-            n_bytes = 2 * lib.llama_model_n_params(model._model)
+            n_bytes = 2 * model.n_params
         check_space(
             Path(name), n_bytes, "The weights at F16", "Use --cache on another disk, or less."
         )

@@ -14,7 +14,7 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import SlotFile
+from quantkit.ggufio.stitch import stitch
 from quantkit.output import Provenance, lay_out_output
 from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, sha256_file
@@ -76,12 +76,10 @@ def _stitch(recipe: dict[str, Any], base_path: Path, levels: Path, out: Path) ->
     provenance = Provenance(
         **{**recipe["provenance"], "datasets": tuple(recipe["provenance"]["datasets"])}
     )
-    file = SlotFile(out, lay_out_output(base, types, provenance, recipe["output"]["label"]))
-    opened = {row["file"]: GgufFile(levels / row["file"]) for row in recipe["tensors"].values()}
-    for name in base.tensors:
-        row = recipe["tensors"].get(name)
-        file.write(name, opened[row["file"]].packed(name) if row else base.packed(name))
-    file.finish()
+    layout = lay_out_output(base, types, provenance, recipe["output"]["label"])
+    stitch(
+        out, layout, base, {name: levels / row["file"] for name, row in recipe["tensors"].items()}
+    )
     sha256 = sha256_file(out)
     return {
         "file": str(out),

@@ -351,7 +351,7 @@ def test_llama_perplexity_agrees(tiny: TinyFiles, tmp_path: Path) -> None:
     output = answer.stdout + answer.stderr
 
     def value(pattern: str) -> float:
-        match = re.search(pattern + r"\s*:?\s*([\d.]+)", output)
+        match = re.search(pattern + r"\s*:\s*([\d.]+)", output)
         assert match, pattern
         return float(match[1])
 

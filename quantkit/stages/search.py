@@ -60,7 +60,7 @@ def execute(run: Run) -> StageResult:
     }
     n_bytes = space.n_bytes(chosen)
     budget = {
-        "target": str(run.config.target) if run.config.target else "(given types)",
+        "target": str(run.config.target or "like Q4_K_M"),
         "limit_bytes": space.limit_bytes,
         "n_bytes": n_bytes,
         "smallest_bytes": space.n_bytes(space.smallest),

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import SlotFile
+from quantkit.ggufio.stitch import stitch
 from quantkit.output import Provenance, file_name, lay_out_output, nearest_label
 from quantkit.qtypes import QuantType
 from quantkit.rundir import read_json, sha256_file, write_json
 from quantkit.stages import StageResult, convert, database, fetch
-from quantkit.tensors import CandidateKey, to_json
+from quantkit.tensors import Candidate, CandidateKey, to_json
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -41,36 +40,20 @@ def execute(run: Run) -> StageResult:
     label = nearest_label(base, lay_out_output(base, types, made, "Q8_0").n_bytes)
     layout = lay_out_output(base, types, made, label)
     path = folder / file_name(convert.model_name(fetch.load(run.dir)), label)
-    file = SlotFile(path, layout)
-    levels = {
-        c.file: GgufFile(run.dir.stage_dir("quantize") / c.file) for c in _used(index, allocation)
-    }
-    for position, name in enumerate(base.tensors):
-        if name in allocation:
-            candidate = index.find(allocation[name])
-            packed = levels[candidate.file].packed(name)
-            stored = levels[candidate.file].tensors[name]
-            if stored.shape != base.tensors[name].shape or stored.qtype != allocation[name].qtype:
-                raise QuantkitError(
-                    f"{candidate.file} does not hold {name} as indexed.",
-                    "Run the quantize stage again.",
-                )
-        else:
-            packed = base.packed(name)
-        file.write(name, packed)
-        run.events.progress(NAME, position + 1, len(base.tensors), path.name)
-    file.finish()
+    used = {name: index.find(key) for name, key in allocation.items()}
+    levels = run.dir.stage_dir("quantize")
+
+    def progress(done: int, total: int) -> None:
+        run.events.progress(NAME, done, total, path.name)
+
+    stitch(path, layout, base, {name: levels / c.file for name, c in used.items()}, progress)
     if path.stat().st_size != layout.n_bytes:
         raise QuantkitError(
             f"{path.name} has another size than was computed.", "This is a bug: please report it."
         )
-    recipe = _recipe(run, path, allocation, label, made)
+    recipe = _recipe(run, path, used, label, made)
     outputs = [path, write_json(folder / "recipe.json", recipe)]
     return StageResult(outputs, {"file": path.name, "n_bytes": layout.n_bytes, "label": label})
-
-
-def _used(index: database.Database, allocation: Mapping[str, Any]) -> list[Any]:
-    return [index.find(key) for key in allocation.values()]
 
 
 def provenance(run: Run) -> Provenance:
@@ -94,24 +77,19 @@ def load_allocation(run: Run) -> dict[str, CandidateKey]:
 
 
 def _recipe(
-    run: Run, path: Path, allocation: Mapping[str, Any], label: str, made: Provenance
+    run: Run, path: Path, used: Mapping[str, Candidate], label: str, made: Provenance
 ) -> dict[str, Any]:
-    """Everything that makes this file again: the base, the calibration, the levels, and every
-    tensor's choice.
-    """
+    """Everything that makes this file again: base, calibration, levels, every tensor's choice."""
     info = fetch.load(run.dir).info
     levels = run.dir.stage_dir("quantize")
-    index = database.load(run.dir)
+    base = run.records["convert"].outputs[0]
     return {
         "schema": 1,
         "quantkit": __version__,
         "model": info.id,
         "revision": info.sha,
         "config": run.config,
-        "base": {
-            "sha256": run.records["convert"].outputs[0].sha256,
-            "n_bytes": run.records["convert"].outputs[0].n_bytes,
-        },
+        "base": {"sha256": base.sha256, "n_bytes": base.n_bytes},
         "output": {
             "file": path.name,
             "n_bytes": path.stat().st_size,
@@ -121,12 +99,11 @@ def _recipe(
         "provenance": made,
         "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
         "levels": {
-            name: sha256_file(levels / name)
-            for name in sorted({c.file for c in _used(index, allocation)})
+            file: sha256_file(levels / file) for file in sorted({c.file for c in used.values()})
         },
         "tensors": {
-            name: {"qtype": str(key.qtype), "method": key.method, "file": index.find(key).file}
-            for name, key in allocation.items()
+            name: {"qtype": str(c.key.qtype), "method": c.key.method, "file": c.file}
+            for name, c in used.items()
         },
         "fallbacks": to_json(read_json(levels / "errors.json")["fallbacks"]),
     }

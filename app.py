@@ -1,0 +1,29 @@
+"""The web page of quantkit: `python app.py`, then open the address that it prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Before Gradio is imported: it reports to its makers by default, and takes `spaces/` for a package.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from quantkit.errors import QuantkitError
+from quantkit.web.guard import hide_spaces_folder
+
+hide_spaces_folder()
+
+
+def main() -> int:
+    from quantkit.web.server import launch, make_page
+
+    try:
+        launch(*make_page())
+    except QuantkitError as error:
+        sys.stderr.write(f"quantkit: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What a run would take, asked of `python -m quantkit plan` in a process of its own.
+
+The planner reads configs and tokenizers that strangers wrote and starts the converter: none of
+that happens in the server, and a visitor's token reaches it through the environment only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
+from quantkit.launch.process import worker_environment
+
+_SECONDS = 180
+_AT_ONCE = threading.BoundedSemaphore(2)
+_KEPT = 64
+_cache: dict[str, dict[str, Any]] = {}
+
+
+def estimate(config: RunConfig, token: str | None = None, public: bool = False) -> dict[str, Any]:
+    """The plan of a run as JSON values. Raises QuantkitError with the planner's own sentence."""
+    key = None if token else repr(config)
+    if key is not None and key in _cache:
+        return _cache[key]
+    if not _AT_ONCE.acquire(timeout=20):
+        raise QuantkitError("Too many previews are being made.", "Try again in a minute.")
+    try:
+        plan = _ask(config, token, public)
+    finally:
+        _AT_ONCE.release()
+    if key is not None:
+        while len(_cache) >= _KEPT:
+            _cache.pop(next(iter(_cache)), None)
+        _cache[key] = plan
+    return plan
+
+
+def _ask(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="quantkit-preview-") as folder:
+        command = [sys.executable, "-m", "quantkit", "plan", *_arguments(config, Path(folder))]
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=_SECONDS,
+                env=worker_environment(os.environ, token, public),
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise QuantkitError(
+                "The preview took too long.", "Start the run without it, or try again."
+            ) from None
+    if done.returncode == 0:
+        try:
+            plan = json.loads(done.stdout.decode("utf-8", "replace").strip().splitlines()[-1])
+        except (ValueError, IndexError):
+            plan = None
+        if isinstance(plan, dict):
+            return plan
+    raise QuantkitError(_sentence(done.stderr.decode("utf-8", "replace")))
+
+
+def _arguments(config: RunConfig, folder: Path) -> list[str]:
+    """The command line of `plan`; values are joined to their options, so none reads as one."""
+    arguments = ["--json", f"--profile={config.profile}", f"--device={config.device}"]
+    if config.target is not None:
+        option = {"bpw": "target-bpw", "size": "target-size", "like": "like"}[config.target.kind]
+        arguments.append(f"--{option}={config.target.value}")
+    if config.revision:
+        arguments.append(f"--revision={config.revision}")
+    if config.levels:
+        arguments.append(f"--levels={','.join(config.levels)}")
+    arguments.append(f"--methods={','.join(config.methods)}")
+    if config.types:
+        path = folder / "types.json"
+        path.write_text(json.dumps(dict(config.types)), "utf-8")
+        arguments.append(f"--types={path}")
+    return [*arguments, "--", config.model]
+
+
+def _sentence(stderr: str) -> str:
+    """The last sentence that the command line printed for people; never a traceback."""
+    for line in reversed(stderr.strip().splitlines()):
+        if line.startswith("quantkit: "):
+            return line.removeprefix("quantkit: ")
+    return "The preview could not be made. Start the run without it, or try again."

@@ -1,0 +1,259 @@
+"""Reads a run's folder as it grows: only what is new, and only when something is new."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
+from quantkit.launch import view as views
+from quantkit.launch.process import is_alive, started_at
+from quantkit.launch.progress import Progress
+from quantkit.launch.record import (
+    CANCELLED,
+    JOB_FILE,
+    LOG_FILE,
+    QUEUED,
+    STOPPED,
+    JobRecord,
+    load_record,
+)
+from quantkit.launch.view import JobSummary, JobView, ResultFile
+from quantkit.rundir import RunDir, read_events, read_json
+
+_MAX_CARD_BYTES = 200_000
+_MAX_REPORT_BYTES = 20_000_000
+
+
+@dataclass
+class _Cached:
+    """A parsed file and the stamp it was read at."""
+
+    stamp: tuple[int, int, int] | None = None
+    value: Any = None
+
+
+class Follower:
+    """One job's folder. Not thread-safe: the store holds a lock around it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.dir = RunDir(folder)
+        self.progress = Progress()
+        self._offset = 0
+        self._files: dict[str, _Cached] = {}
+
+    @property
+    def record(self) -> JobRecord | None:
+        return self._read(JOB_FILE, lambda path: load_record(self.folder))
+
+    @property
+    def config(self) -> RunConfig | None:
+        """What was asked for; None for a folder whose config cannot be read."""
+        return self._read("config.json", lambda path: RunConfig.from_json(read_json(path)))
+
+    def refresh(self) -> None:
+        """Take in the events written since the last call."""
+        path = self.dir.events_path
+        try:
+            n_bytes = path.stat().st_size
+        except FileNotFoundError:
+            return
+        if n_bytes < self._offset:  # another file than the one followed so far
+            self._offset, self.progress = 0, Progress()
+        if n_bytes == self._offset:
+            return
+        try:
+            events, self._offset = read_events(path, self._offset)
+        except (ValueError, TypeError):
+            self._offset = n_bytes  # not ours to repair: go on behind it
+            return
+        for event in events:
+            self.progress.feed(event)
+
+    def is_running(self) -> bool:
+        """Whether a worker is at work in the folder."""
+        record = self.record
+        if record is not None and is_alive(record.pid, record.pid_started):
+            return True
+        # A run started by hand. Trying the lock takes it for a moment, which would turn away a
+        # worker that starts just then; so it is only tried while its holder is alive.
+        try:
+            holder = int((self.folder / "lock").read_text("utf-8").strip() or 0)
+        except (OSError, ValueError):
+            return False
+        return started_at(holder) is not None and self.dir.is_locked()
+
+    def state(self) -> str:
+        record = self.record
+        if record is not None and record.phase == QUEUED:
+            return views.QUEUED
+        if self.is_running():
+            return views.RUNNING
+        if record is not None and record.phase == CANCELLED:
+            return views.CANCELLED
+        if record is not None and record.phase == STOPPED:
+            return views.INTERRUPTED
+        return self.progress.outcome or (views.FAILED if self._last_words() else views.INTERRUPTED)
+
+    def summary(self, position: int | None) -> JobSummary | None:
+        """None for a folder that holds no run."""
+        self.refresh()
+        config, record = self.config, self.record
+        if config is None:
+            return None
+        current = self.progress.current
+        return JobSummary(
+            self.folder.name,
+            config.model,
+            str(config.target) if config.target else "like Q4_K_M",
+            config.profile,
+            self.state(),
+            self.created,
+            is_local=record is None or record.owner is None,
+            position=position,
+            stage=current.name if current else None,
+            percent=current.percent if current else None,
+        )
+
+    @property
+    def created(self) -> float:
+        record = self.record
+        if record is not None:
+            return record.created
+        return self.progress.log[0].time if self.progress.log else self.folder.stat().st_mtime
+
+    def view(self, position: int | None) -> JobView | None:
+        """Everything about the job; None for a folder that holds no run."""
+        summary = self.summary(position)
+        config, record, progress = self.config, self.record, self.progress
+        if summary is None or config is None:
+            return None
+        running = summary.state == views.RUNNING
+        current = progress.current
+        error, remedy = self._error(summary.state)
+        return JobView(
+            id=summary.id,
+            model=config.model,
+            revision=config.revision,
+            target=summary.target,
+            profile=config.profile,
+            seed=config.seed,
+            state=summary.state,
+            created=summary.created,
+            stages=tuple(progress.stages.values()),
+            is_local=summary.is_local,
+            position=position,
+            current=summary.stage,
+            message=current.message if current else "",
+            eta_seconds=progress.eta_seconds(time.time()) if running else None,
+            stopping=running and record is not None and record.phase == CANCELLED,
+            error=error,
+            remedy=remedy,
+            curve=tuple(progress.curve),
+            log=tuple(progress.log),
+            report=self._read("8-validate/report.json", _read_report),
+            allocation=self._read("6-search/allocation.json", _read_report),
+            files=self.files(),
+            card=self._read("9-publish/upload/README.md", _read_card) or "",
+            publish_to=config.publish,
+            published_url=progress.published_url,
+        )
+
+    def files(self) -> tuple[ResultFile, ...]:
+        """The finished files that a person wants: the GGUF first, never a stage's own working
+        files.
+        """
+        found = self._read("manifest.json", lambda path: self._result_paths()) or {}
+        return tuple(file for file, _ in found.values())
+
+    def file_path(self, name: str) -> Path | None:
+        """Where a result file lies; None for a name that is not in `files()`."""
+        found = self._read("manifest.json", lambda path: self._result_paths()) or {}
+        return self.folder / found[name][1] if name in found else None
+
+    def _result_paths(self) -> dict[str, tuple[ResultFile, str]]:
+        records = self.dir.records()
+        stage = "publish" if "publish" in records else "stitch"
+        outputs = records[stage].outputs if stage in records else ()
+        files = {
+            path.name: (ResultFile(path.name, output.n_bytes, output.sha256), output.path)
+            for output in outputs
+            if not (path := Path(output.path)).is_absolute() and ".." not in path.parts
+        }
+        return dict(sorted(files.items(), key=lambda item: _file_order(item[0])))
+
+    def _error(self, state: str) -> tuple[str, str]:
+        record = self.record
+        if state == views.FAILED:
+            if self.progress.outcome == "failed":
+                return self.progress.error, self.progress.remedy
+            return self._last_words(), ""
+        if state == views.INTERRUPTED:
+            if record is not None and record.phase == STOPPED:
+                return record.reason, ""
+            return (
+                "The run was cut off: its process ended without a word.",
+                "Resume it; finished stages are kept.",
+            )
+        return "", ""
+
+    def _last_words(self) -> str:
+        """The sentence on stderr of a worker that ended before it could write an event."""
+        text = tail(self.folder / LOG_FILE, 4000).strip()
+        last = text.splitlines()[-1] if text else ""
+        return last.removeprefix("quantkit: ") if last.startswith("quantkit: ") else ""
+
+    def _read(self, name: str, read: Any) -> Any:
+        """`read(path)`, again only when the file was replaced; None when it cannot be read."""
+        cached = self._files.setdefault(name, _Cached())
+        path = self.folder / name
+        try:
+            stat = path.stat()
+        except OSError:
+            self._files[name] = _Cached()
+            return None
+        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if cached.stamp != stamp:
+            try:
+                value = read(path)
+            except (OSError, ValueError, TypeError, KeyError, QuantkitError):
+                value = None
+            self._files[name] = cached = _Cached(stamp, value)
+        return cached.value
+
+
+def tail(path: Path, n_bytes: int) -> str:
+    """The end of a text file, from the first whole line on."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            start = max(0, size - n_bytes)
+            file.seek(start)
+            data = file.read(n_bytes)
+    except OSError:
+        return ""
+    if start:
+        data = data.partition(b"\n")[2]
+    return data.decode("utf-8", "replace")
+
+
+def _file_order(name: str) -> tuple[int, str]:
+    is_main = name.endswith(".gguf") and not name.endswith("imatrix.gguf")
+    return (0 if is_main else 1 if name.endswith(".gguf") else 2, name)
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    if path.stat().st_size > _MAX_REPORT_BYTES:
+        return None
+    value = json.loads(path.read_text("utf-8"))
+    return value if isinstance(value, dict) else None
+
+
+def _read_card(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(_MAX_CARD_BYTES).decode("utf-8", "replace")

@@ -1,0 +1,95 @@
+"""A run as a process of its own: it outlives the page and the server that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantkit.launch.record import LOG_FILE
+
+# Whose token a worker uses is decided here, so nothing of the server's own may leak into it.
+_TOKEN_VARIABLES = ("QUANTKIT_HF_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# What only the server needs to know.
+_SERVER_VARIABLES = ("QUANTKIT_SECRET", "OAUTH_CLIENT_SECRET", "OAUTH_CLIENT_ID")
+
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
+
+
+def worker_environment(
+    environment: Mapping[str, str], token: str | None, public: bool
+) -> dict[str, str]:
+    """The environment of a worker.
+
+    A visitor's token travels here and nowhere else. Without one, a worker of a public page is
+    anonymous; one of a private page uses what this machine is logged in with.
+    """
+    child = {name: v for name, v in environment.items() if name not in _SERVER_VARIABLES}
+    if token or public:
+        for name in _TOKEN_VARIABLES:
+            child.pop(name, None)
+        child["QUANTKIT_HF_TOKEN"] = token or ""
+    child.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    child["PYTHONUNBUFFERED"] = "1"
+    return child
+
+
+def start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start, or go on with, the run whose config lies in `folder`."""
+    with (folder / LOG_FILE).open("ab") as log:
+        return subprocess.Popen(
+            [*COMMAND, str(folder.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+
+
+def started_at(pid: int | None) -> str | None:
+    """A mark of when the process began; None when it is gone or only its exit status is left."""
+    if pid is None or pid <= 0:
+        return None
+    try:
+        # The name in parentheses may hold anything, so fields are counted from behind it.
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:  # no /proc: whether it is there is all that can be known
+        os.kill(pid, 0)
+    except OSError:
+        return None
+    return "?"
+
+
+def is_alive(pid: int | None, pid_started: str | None) -> bool:
+    """Whether that very process still runs."""
+    now = started_at(pid)
+    return now is not None and now == pid_started
+
+
+def kill_group(pid: int, pid_started: str | None, number: signal.Signals) -> None:
+    """Send a signal to a worker and everything it started, if it is still that worker."""
+    if is_alive(pid, pid_started):
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def wait_until_gone(pid: int, pid_started: str | None, seconds: float) -> bool:
+    """Whether the process ended within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while is_alive(pid, pid_started):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

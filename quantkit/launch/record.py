@@ -1,0 +1,92 @@
+"""Jobs as they lie on disk: ids, owners and `job.json` beside a run's other files.
+
+    <root>/<job id>/{job.json, log.txt, config.json, events.jsonl, ...}
+
+What was asked for is in `config.json`, what happened in `events.jsonl`; `job.json` knows only whose
+job it is and what the launcher did with it. A folder without one is a run started from the command
+line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import UsageError
+from quantkit.rundir import read_json, write_json
+
+JOB_FILE = "job.json"
+LOG_FILE = "log.txt"
+
+QUEUED, STARTED, CANCELLED, STOPPED = "queued", "started", "cancelled", "stopped"
+
+_JOB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", re.ASCII)
+
+
+class NoSuchJob(UsageError):
+    """There is no such job, or it belongs to somebody else: the two cannot be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "There is no such run, or it belongs to somebody else.",
+            "Open it in the browser that started it, or choose one from your list.",
+        )
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What the launcher did with a job, and for whom. Never holds a token."""
+
+    owner: str | None  # hash of the visitor's id; None: a run of this machine, started by hand
+    created: float
+    phase: str = QUEUED
+    since: float = 0.0  # when the phase began
+    pid: int | None = None
+    pid_started: str | None = None  # tells the process from a later one of the same number
+    has_token: bool = False  # a token was given; it is kept in memory only
+    reason: str = ""  # why a job was stopped by the launcher
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> JobRecord:
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: item for name, item in value.items() if name in names})
+
+
+def new_job_id() -> str:
+    """An id that nobody guesses. It is also the folder's name, so it does not begin with a dash."""
+    while (job_id := secrets.token_urlsafe(16)).startswith(("-", "_")):
+        pass
+    return job_id
+
+
+def job_folder(root: Path, job_id: object) -> Path:
+    """The folder of a job directly under `root`. Raises NoSuchJob for anything else."""
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
+        raise NoSuchJob
+    folder = root / job_id
+    if folder.is_symlink() or not folder.is_dir():
+        raise NoSuchJob
+    return folder
+
+
+def owner_hash(owner: str) -> str:
+    """What is stored of a visitor's id: enough to know it again, not enough to use it."""
+    return hashlib.sha256(f"quantkit owner {owner}".encode()).hexdigest()
+
+
+def load_record(folder: Path) -> JobRecord | None:
+    """The job's record; None for a run that was started from the command line."""
+    path = folder / JOB_FILE
+    try:
+        return JobRecord.from_json(read_json(path))
+    except FileNotFoundError:
+        return None
+
+
+def save_record(folder: Path, record: JobRecord) -> None:
+    write_json(folder / JOB_FILE, record)

@@ -1,0 +1,363 @@
+"""The jobs under one root folder: who may do what, the queue, and the thread that starts the next.
+
+Nothing here is remembered that is not on disk, but for the visitors' tokens: a server that comes
+back scans the folder and goes on, with the workers that ran meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.launch import process, view
+from quantkit.launch.follow import Follower, tail
+from quantkit.launch.record import (
+    CANCELLED,
+    LOG_FILE,
+    QUEUED,
+    STARTED,
+    STOPPED,
+    JobRecord,
+    NoSuchJob,
+    job_folder,
+    new_job_id,
+    owner_hash,
+    save_record,
+)
+from quantkit.launch.view import JobSummary, JobView
+from quantkit.rundir import RunDir, write_json
+
+logger = logging.getLogger(__name__)
+
+_TRASH = ".deleted-"
+_GRACE_SECONDS = 10.0  # between asking a worker to end and ending it
+_FORGOTTEN = (
+    "The server was restarted while this run was waiting, and it keeps sign-ins in memory only:"
+    " sign in (or give the token) again and resume it."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one server and one visitor may ask for."""
+
+    workers: int = 1  # runs at once
+    active_per_owner: int = 3  # queued or running, on a public page
+    active: int = 100
+    min_free_bytes: int = 1_000_000_000
+
+
+class JobStore:
+    """All jobs of one root folder. Safe to use from several threads."""
+
+    def __init__(self, root: Path, limits: Limits | None = None, public: bool = False) -> None:
+        self.root = root
+        self.limits = limits or Limits()
+        self.public = public
+        self._lock = threading.RLock()
+        self._followers: dict[str, Follower] = {}
+        self._tokens: dict[str, str] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._scheduler_lock: IO[bytes] | None = None
+
+    # What a visitor sees.
+
+    def jobs(self, owner: str | None) -> tuple[JobSummary, ...]:
+        """The visitor's jobs and, on a private page, those of the command line; newest first."""
+        with self._lock:
+            positions = self._positions()
+            found = [
+                summary
+                for job_id, follower in self._scan().items()
+                if self._may_see(follower.record, owner)
+                and (summary := follower.summary(positions.get(job_id))) is not None
+            ]
+        return tuple(sorted(found, key=lambda job: -job.created))
+
+    def view(self, job_id: object, owner: str | None) -> JobView:
+        """Everything about one job. Raises NoSuchJob also when it is somebody else's."""
+        with self._lock:
+            follower = self._follower(job_id, owner)
+            found = follower.view(self._positions().get(follower.folder.name))
+        if found is None:
+            raise NoSuchJob
+        return found
+
+    def log_tail(self, job_id: object, owner: str | None, n_bytes: int = 20_000) -> str:
+        """The end of what the worker printed."""
+        with self._lock:
+            return tail(self._follower(job_id, owner).folder / LOG_FILE, n_bytes)
+
+    def result_path(self, job_id: object, name: str, owner: str | None) -> Path:
+        """Where a result file lies. Raises NoSuchJob for any other file."""
+        with self._lock:
+            path = self._follower(job_id, owner).file_path(name)
+        if path is None or not path.is_file():
+            raise NoSuchJob
+        return path
+
+    # What a visitor does.
+
+    def submit(self, config: RunConfig, owner: str, token: str | None = None) -> str:
+        """Queue a run. Returns its id. Raises UsageError when a limit is reached."""
+        with self._lock:
+            self._check_limits(owner)
+            job_id = new_job_id()
+            folder = self.root / job_id
+            folder.mkdir(parents=True)
+            write_json(RunDir(folder).config_path, config)
+            now = time.time()
+            record = JobRecord(owner_hash(owner), now, QUEUED, now, has_token=bool(token))
+            self._remember_token(job_id, token)
+            save_record(folder, record)
+            return job_id
+
+    def cancel(self, job_id: object, owner: str | None) -> None:
+        """Take a job out of the queue, or end its worker; finished stages stay."""
+        with self._lock:
+            follower = self._follower(job_id, owner)
+            record = follower.record
+            if record is None:
+                raise UsageError(
+                    "This run was started from the command line.", "Stop it there with Ctrl-C."
+                )
+            state = follower.state()
+            if state not in (view.QUEUED, view.RUNNING):
+                raise UsageError("This run is not running.", "There is nothing to cancel.")
+            self._set_phase(follower, record, CANCELLED)
+            if record.pid is not None:
+                process.kill_group(record.pid, record.pid_started, signal.SIGTERM)
+
+    def resume(self, job_id: object, owner: str | None, token: str | None = None) -> None:
+        """Queue a job again that failed, was interrupted or cancelled; it goes on where it was."""
+        with self._lock:
+            follower = self._follower(job_id, owner)
+            if follower.state() not in (view.FAILED, view.INTERRUPTED, view.CANCELLED):
+                raise UsageError("This run has not stopped.", "There is nothing to resume.")
+            self._queue_again(follower, token)
+
+    def publish(
+        self, job_id: object, owner: str | None, repo: str, private: bool, token: str | None
+    ) -> None:
+        """Queue the upload of a validated run to a repository of the Hub."""
+        with self._lock:
+            follower = self._follower(job_id, owner)
+            if follower.state() in (view.QUEUED, view.RUNNING):
+                raise UsageError("This run is still at work.", "Publish it when it has finished.")
+            config = follower.config
+            if config is None or "validate" not in follower.dir.records():
+                raise QuantkitError(
+                    "This run is not validated, and only validated files are published.",
+                    "Resume it first.",
+                )
+            asked = dataclasses.replace(config, publish=repo, private=private)
+            write_json(follower.dir.config_path, asked)
+            self._queue_again(follower, token)
+
+    def delete(self, job_id: object, owner: str | None) -> None:
+        """Remove a job and all its files. Raises UsageError while it is at work."""
+        with self._lock:
+            follower = self._follower(job_id, owner)
+            record = follower.record
+            if record is None or record.owner is None:
+                raise UsageError(
+                    "This run was started from the command line.", "Remove its folder there."
+                )
+            if follower.is_running():
+                raise UsageError("This run is still at work.", "Cancel it first.")
+            trash = self.root / f"{_TRASH}{follower.folder.name}"
+            os.replace(follower.folder, trash)  # gone at once, however long removing takes
+            self._followers.pop(follower.folder.name, None)
+            self._tokens.pop(follower.folder.name, None)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    # The scheduler.
+
+    def start(self) -> None:
+        """Start the thread that starts queued jobs. Does nothing when it runs already."""
+        if self._thread is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for left in self.root.glob(f"{_TRASH}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the thread. Workers go on."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join(5)
+            self._thread = None
+        if self._scheduler_lock is not None:
+            self._scheduler_lock.close()
+            self._scheduler_lock = None
+
+    def _loop(self) -> None:
+        while not self._closing.wait(0.5):
+            try:
+                self.tick()
+            except Exception:
+                logger.exception("the scheduler stumbled and goes on")
+
+    def tick(self) -> None:
+        """Start what may start, end what was cancelled. Only one server of a root does."""
+        with self._lock:
+            if not self._is_scheduler():
+                return
+            for job_id, child in list(self._children.items()):
+                if child.poll() is not None:  # takes the exit status, so that no zombie stays
+                    del self._children[job_id]
+            waiting, n_running = [], 0
+            for follower in self._scan().values():
+                record = follower.record
+                if record is None:
+                    continue
+                if record.phase == QUEUED:
+                    waiting.append(follower)
+                elif process.is_alive(record.pid, record.pid_started):
+                    n_running += 1
+                    if record.phase == CANCELLED and time.time() > record.since + _GRACE_SECONDS:
+                        assert record.pid is not None
+                        process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
+            waiting.sort(key=lambda follower: _record(follower).since)
+            for follower in waiting[: max(0, self.limits.workers - n_running)]:
+                self._start_worker(follower)
+
+    def _start_worker(self, follower: Follower) -> None:
+        record, job_id = _record(follower), follower.folder.name
+        token = self._tokens.pop(job_id, None)
+        if record.has_token and token is None:
+            self._set_phase(follower, record, STOPPED, reason=_FORGOTTEN)
+            return
+        environment = process.worker_environment(os.environ, token, self.public)
+        try:
+            child = process.start(follower.folder, environment)
+        except OSError as error:
+            reason = f"The worker could not be started: {error.strerror or error}."
+            self._set_phase(follower, record, STOPPED, reason=reason)
+            return
+        self._children[job_id] = child
+        started = process.started_at(child.pid)
+        self._set_phase(follower, record, STARTED, pid=child.pid, pid_started=started)
+
+    def _is_scheduler(self) -> bool:
+        """Whether this process is the one that starts jobs: the kernel hands the lock over."""
+        if self._scheduler_lock is not None:
+            return True
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = (self.root / ".scheduler").open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return False
+        self._scheduler_lock = file
+        return True
+
+    # Common parts.
+
+    def _scan(self) -> dict[str, Follower]:
+        """Followers of all job folders, by id."""
+        try:
+            with os.scandir(self.root) as entries:
+                names = {e.name for e in entries if e.is_dir(follow_symlinks=False)}
+        except FileNotFoundError:
+            names = set()
+        for gone in self._followers.keys() - names:
+            del self._followers[gone]
+        for name in sorted(names - self._followers.keys()):
+            if not name.startswith("."):
+                self._followers[name] = Follower(self.root / name)
+        return self._followers
+
+    def _follower(self, job_id: object, owner: str | None) -> Follower:
+        """The follower of a job that `owner` may see. Raises NoSuchJob."""
+        folder = job_folder(self.root, job_id)
+        if folder.name.startswith("."):
+            raise NoSuchJob
+        follower = self._followers.get(folder.name)
+        if follower is None:
+            follower = self._followers[folder.name] = Follower(folder)
+        if not self._may_see(follower.record, owner) or follower.config is None:
+            raise NoSuchJob
+        follower.refresh()
+        return follower
+
+    def _may_see(self, record: JobRecord | None, owner: str | None) -> bool:
+        if record is None or record.owner is None:
+            return not self.public
+        return owner is not None and record.owner == owner_hash(owner)
+
+    def _positions(self) -> dict[str, int]:
+        """Place in the queue of every waiting job; 1 is next."""
+        waiting = [
+            (record.since, job_id)
+            for job_id, follower in self._scan().items()
+            if (record := follower.record) is not None and record.phase == QUEUED
+        ]
+        return {job_id: place for place, (_, job_id) in enumerate(sorted(waiting), 1)}
+
+    def _queue_again(self, follower: Follower, token: str | None) -> None:
+        record = follower.record
+        if record is not None and record.owner is not None:
+            self._check_disk()
+        now = time.time()
+        if record is None:
+            record = JobRecord(None, follower.created)
+        self._remember_token(follower.folder.name, token)
+        self._set_phase(follower, record, QUEUED, since=now, has_token=bool(token), reason="")
+
+    def _set_phase(
+        self, follower: Follower, record: JobRecord, phase: str, **fields: object
+    ) -> None:
+        fields.setdefault("since", time.time())
+        changed = dataclasses.replace(record, phase=phase, **fields)  # type: ignore[arg-type]
+        save_record(follower.folder, changed)
+
+    def _remember_token(self, job_id: str, token: str | None) -> None:
+        self._tokens.pop(job_id, None)
+        if token:
+            self._tokens[job_id] = token
+
+    def _check_limits(self, owner: str) -> None:
+        self._check_disk()
+        mine = owner_hash(owner)
+        active = [
+            record.owner
+            for follower in self._scan().values()
+            if (record := follower.record) is not None
+            and (record.phase == QUEUED or process.is_alive(record.pid, record.pid_started))
+        ]
+        if len(active) >= self.limits.active:
+            raise UsageError("Too many runs are waiting.", "Try again in a while.")
+        if self.public and active.count(mine) >= self.limits.active_per_owner:
+            raise UsageError(
+                f"You have {self.limits.active_per_owner} runs waiting or running already.",
+                "Wait for one to finish, or cancel one.",
+            )
+
+    def _check_disk(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.root).free < self.limits.min_free_bytes:
+            raise UsageError(
+                "The disk of this machine is full.", "Delete runs that are no longer needed."
+            )
+
+
+def _record(follower: Follower) -> JobRecord:
+    record = follower.record
+    assert record is not None
+    return record

@@ -1,0 +1,87 @@
+"""What a page or an API caller is told about a job: frozen, without paths of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.launch.progress import KlPoint, LogLine, StageView
+
+QUEUED, RUNNING, FINISHED = "queued", "running", "finished"
+FAILED, INTERRUPTED, CANCELLED = "failed", "interrupted", "cancelled"
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """One line of the job list."""
+
+    id: str
+    model: str
+    target: str
+    profile: str
+    state: str
+    created: float
+    is_local: bool  # started from this machine's command line
+    position: int | None = None  # in the queue, 1 is next
+    stage: str | None = None  # the one at work
+    percent: int | None = None
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A file that a visitor may download."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JobView:
+    """Everything about one job."""
+
+    id: str
+    model: str
+    revision: str | None
+    target: str
+    profile: str
+    seed: int
+    state: str
+    created: float
+    stages: tuple[StageView, ...]
+    is_local: bool = False
+    position: int | None = None
+    current: str | None = None  # the stage at work, or the one that failed
+    message: str = ""
+    eta_seconds: float | None = None  # of the current stage
+    stopping: bool = False  # a cancelled job whose process has not ended yet
+    error: str = ""
+    remedy: str = ""
+    curve: tuple[KlPoint, ...] = ()
+    log: tuple[LogLine, ...] = ()
+    report: dict[str, Any] | None = None  # 8-validate/report.json
+    allocation: dict[str, Any] | None = None  # tensor -> {qtype, method}
+    files: tuple[ResultFile, ...] = ()
+    card: str = ""  # the model card, Markdown
+    publish_to: str | None = None
+    published_url: str | None = None
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in (QUEUED, RUNNING)
+
+    @property
+    def can_resume(self) -> bool:
+        return self.state in (FAILED, INTERRUPTED, CANCELLED)
+
+    @property
+    def can_cancel(self) -> bool:
+        return self.is_active and not self.is_local and not self.stopping
+
+    @property
+    def can_delete(self) -> bool:
+        return not self.is_active and not self.is_local
+
+    @property
+    def can_publish(self) -> bool:
+        return bool(self.report) and not self.is_active

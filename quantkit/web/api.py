@@ -1,0 +1,183 @@
+"""The documented endpoints: `estimate`, `start_job`, `job_status`, `cancel_job`.
+
+For gradio_client, plain HTTP and agents. A caller is known by its `key`: `start_job` returns one,
+and it is given to the other calls. On a Space a caller signs in with its Hub token instead
+(`Client(..., oauth_token=...)`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from quantkit.errors import QuantkitError
+from quantkit.hub import client as hub_client
+from quantkit.launch import JobForm, estimate, to_config
+from quantkit.tensors import to_json
+from quantkit.web.desk import Desk, known
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def add_endpoints(desk: Desk) -> None:
+    """Register the endpoints with the Blocks under construction."""
+
+    def owner_of(
+        key: str, request: gr.Request, profile: gr.OAuthProfile | None, token: gr.OAuthToken | None
+    ) -> tuple[str | None, str | None]:
+        """The caller as the store knows it, and its Hub name."""
+        username = profile.username if profile is not None else None
+        if username is None and desk.on_space and token is not None:
+            api = hub_client.hf_api(token.token)
+            asked = hub_client.Asked()
+            username = hub_client.call(
+                lambda: str(api.whoami(cache=True)["name"]), asked, token.token
+            )
+        if username is None and (visitor := desk.visitors.check(key)) is not None:
+            return f"visitor:{visitor}", None
+        return desk.owner(request.cookies, username), username
+
+    def estimate_job(
+        model: str,
+        size: str = "",
+        like: str = "Q4_K_M",
+        bpw: float = 0.0,
+        profile: str = "standard",
+        revision: str = "",
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """What a run would take, before anything runs: architecture, licence, sizes, time, disk.
+
+        Args:
+            model: owner/name on the Hugging Face Hub, its address, or demo:smollm2-135m.
+            size: bytes of the whole file, such as 5.5GB; empty to use bpw or like.
+            like: the stock mix whose size is the limit, such as Q4_K_M.
+            bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
+            profile: how much work to spend: demo, fast, standard or thorough.
+            revision: branch, tag or commit of the model; empty for its main branch.
+        """
+        form = _form(model, size, like, bpw, profile, revision)
+        secret = token.token if token is not None else None
+        return _told(
+            lambda: estimate(to_config(form, desk.store.public), secret, desk.store.public)
+        )
+
+    def start_job(
+        request: gr.Request,
+        model: str,
+        size: str = "",
+        like: str = "Q4_K_M",
+        bpw: float = 0.0,
+        profile: str = "standard",
+        revision: str = "",
+        calibration: str = "auto",
+        seed: int = 0,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """Start turning a model into a GGUF. Returns the job's id and the key to ask for it with.
+
+        Args:
+            model: owner/name on the Hugging Face Hub, its address, or demo:smollm2-135m.
+            size: bytes of the whole file, such as 5.5GB; empty to use bpw or like.
+            like: the stock mix whose size is the limit, such as Q4_K_M.
+            bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
+            profile: how much work to spend: demo, fast, standard or thorough.
+            revision: branch, tag or commit of the model; empty for its main branch.
+            calibration: calibration texts, name[:weight],...; auto chooses.
+            seed: seed of the search.
+            key: the key of an earlier answer, to keep jobs together; empty for a new one.
+        """
+        form = _form(model, size, like, bpw, profile, revision, calibration, seed)
+
+        def start() -> dict[str, Any]:
+            owner, username = owner_of(key, request, user, token)
+            own_key = key
+            if username is None and (not key or owner is None):
+                own_key = desk.visitors.new_key()
+                owner = f"visitor:{desk.visitors.check(own_key)}"
+            secret = token.token if token is not None else ""
+            return {"job_id": desk.start(form, secret, owner, username), "key": own_key}
+
+        return _told(start)
+
+    def job_status(
+        request: gr.Request,
+        job_id: str,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """How a job fares: its state, its nine stages, and the report when there is one.
+
+        Args:
+            job_id: as `start_job` returned it.
+            key: as `start_job` returned it.
+        """
+
+        def status() -> dict[str, Any]:
+            owner, _ = owner_of(key, request, user, token)
+            job = to_json(desk.store.view(job_id, owner))
+            for long in ("log", "allocation", "card", "curve"):
+                job.pop(long)
+            return job
+
+        return _told(status)
+
+    def cancel_job(
+        request: gr.Request,
+        job_id: str,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """Stop a job that waits or runs. Finished stages are kept.
+
+        Args:
+            job_id: as `start_job` returned it.
+            key: as `start_job` returned it.
+        """
+
+        def cancel() -> dict[str, Any]:
+            owner, _ = owner_of(key, request, user, token)
+            desk.store.cancel(job_id, known(owner))
+            return {"job_id": job_id, "state": desk.store.view(job_id, owner).state}
+
+        return _told(cancel)
+
+    gr.api(estimate_job, api_name="estimate", concurrency_limit=2)
+    gr.api(start_job, api_name="start_job", concurrency_limit=8)
+    gr.api(job_status, api_name="job_status", concurrency_limit=8)
+    gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)
+
+
+def _form(
+    model: str,
+    size: str,
+    like: str,
+    bpw: float,
+    profile: str,
+    revision: str,
+    calibration: str = "auto",
+    seed: int = 0,
+) -> JobForm:
+    kind = "size" if size else "bpw" if bpw else "like"
+    return JobForm(
+        model, kind, like, size, bpw, profile, revision, calibration=calibration, seed=seed
+    )
+
+
+def _told(action: Callable[[], T]) -> T:
+    """The action's value; what went wrong becomes one sentence for the caller."""
+    try:
+        return action()
+    except QuantkitError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+    except Exception:
+        logger.exception("an API call failed")
+        raise gr.Error("Something went wrong here. Try again.", print_exception=False) from None

@@ -1,0 +1,217 @@
+"""The form: what to make, how large, with how much work. One id and one click are enough."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import gradio as gr
+
+from quantkit.config import DEMO_MODEL, PROFILES
+from quantkit.launch import JobForm
+from quantkit.launch.request import CALIBRATION_TEXTS
+from quantkit.qtypes import FILE_TYPES, QUANTIZED
+from quantkit.tensors import METHODS
+from quantkit.web.desk import Desk
+
+QUIET: dict[str, Any] = {
+    "queue": False,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
+_SUGGESTIONS: list[Any] = [
+    ("demo:smollm2-135m (small, needs no network)", DEMO_MODEL),
+    "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "Qwen/Qwen3-0.6B",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "meta-llama/Llama-3.2-1B-Instruct",
+]
+_MIXES = [label for label in FILE_TYPES if label.startswith(("Q", "IQ"))]
+
+
+class Form:
+    """The form's components, made where the page is being laid out."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        places = "." if desk.store.public else ", or the path of a folder."
+        self.model = gr.Dropdown(
+            _SUGGESTIONS,
+            value=None,
+            label="Model",
+            info=f"Type to search the Hugging Face Hub, or paste an id or address{places}",
+            allow_custom_value=True,
+            elem_id="model",
+        )
+        self._size()
+        self.profile = gr.Radio(
+            [(f"{name}: {profile.about}", name) for name, profile in PROFILES.items()],
+            value="standard",
+            label="How much work?",
+            elem_id="profile",
+            elem_classes="qk-stack",
+        )
+        self._advanced()
+        self._publish()
+        with gr.Row(elem_classes="qk-buttons"):
+            self.start_button = gr.Button("Start", variant="primary", elem_id="start", scale=2)
+            self.preview_button = gr.Button("Preview", elem_id="preview", scale=1)
+        self.error = gr.HTML(visible=False, elem_id="form-error")
+        self.plan = gr.HTML(visible=False, elem_id="plan")
+        self._wire()
+
+    def _size(self) -> None:
+        self.kind = gr.Radio(
+            [("Like a stock mix", "like"), ("File size", "size"), ("Bits per weight", "bpw")],
+            value="like",
+            label="How large may the file be?",
+            elem_id="size-kind",
+        )
+        self.like = gr.Dropdown(
+            _MIXES,
+            value="Q4_K_M",
+            label="Stock mix",
+            info="At most what llama.cpp's own mix of this name weighs.",
+            elem_id="like",
+        )
+        self.size = gr.Textbox(
+            label="File size",
+            placeholder="5.5GB",
+            info="Of the whole file, such as 90MB, 5.5GB or 5GiB.",
+            visible=False,
+            max_length=30,
+            elem_id="size",
+        )
+        self.bpw = gr.Number(
+            4.5,
+            label="Bits per weight",
+            info="Of the whole file, over all parameters.",
+            step=0.1,
+            visible=False,
+            elem_id="bpw",
+        )
+
+    def _advanced(self) -> None:
+        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            self.revision = gr.Textbox(
+                label="Revision", info="Branch, tag or commit. Empty: main.", max_length=200
+            )
+            self.levels = gr.Dropdown(
+                [qtype.name for qtype in sorted(QUANTIZED)],
+                value=[],
+                multiselect=True,
+                label="Levels",
+                info="Tensor types to choose from. Empty: those of the profile.",
+            )
+            self.methods = gr.CheckboxGroup(
+                list(METHODS),
+                value=list(METHODS),
+                label="Methods",
+                info="Ways of rounding that compete for every tensor.",
+            )
+            self.calibration = gr.Textbox(
+                "auto",
+                label="Calibration text",
+                info=f"name[:weight], … of {', '.join(CALIBRATION_TEXTS)}.",
+                max_length=300,
+            )
+            self.types = gr.Textbox(
+                label="Pinned types",
+                info="JSON of tensor patterns to types. What it names is not searched.",
+                placeholder='{"token_embd": "Q8_0", "ffn_down": "Q6_K"}',
+                lines=2,
+                max_length=10_000,
+            )
+            self.seed = gr.Number(0, label="Seed", info="Same seed, same file.", precision=0)
+            has_gpu = shutil.which("nvidia-smi") is not None
+            self.device = gr.Radio(
+                ["cpu", "cuda"],
+                value="cuda" if has_gpu else "cpu",
+                label="Device",
+                info="What the model runs on.",
+                visible=has_gpu,
+            )
+
+    def _publish(self) -> None:
+        with gr.Accordion("Publish to the Hub", open=False, elem_id="publish-form"):
+            self.repo = gr.Textbox(
+                label="Repository",
+                placeholder="you/my-model-GGUF",
+                info="Empty: nothing is uploaded. You can also publish once you see the result.",
+                max_length=200,
+            )
+            self.private = gr.Checkbox(False, label="Private repository")
+            self.token = gr.Textbox(
+                label="Hugging Face token",
+                info="To publish, and for private or gated models. It is never written down.",
+                type="password",
+                visible=not self._desk.sign_in,
+                elem_id="token",
+            )
+
+    @property
+    def fields(self) -> list[Any]:
+        """The inputs, in the order of `read`. The token comes last."""
+        return [
+            *(self.model, self.kind, self.like, self.size, self.bpw, self.profile),
+            *(self.revision, self.levels, self.methods, self.calibration, self.types),
+            *(self.seed, self.device, self.repo, self.private, self.token),
+        ]
+
+    @staticmethod
+    def read(values: tuple[Any, ...]) -> JobForm:
+        """The form's values without the token, as `launch` takes them."""
+        model, kind, like, size, bpw, profile, revision, levels, methods, *rest = values
+        calibration, types, seed, device, repo, private = rest
+        return JobForm(
+            model=model or "",
+            size_kind=kind,
+            like=like or "",
+            size=size or "",
+            bpw=bpw,
+            profile=profile,
+            revision=revision or "",
+            levels=tuple(levels or ()),
+            methods=tuple(methods or ()),
+            calibration=calibration or "",
+            types=types or "",
+            seed=seed,
+            device=device,
+            publish=repo or "",
+            private=bool(private),
+        )
+
+    def _wire(self) -> None:
+        desk = self._desk
+
+        def sizes(kind: str) -> list[Any]:
+            return [gr.update(visible=kind == name) for name in ("like", "size", "bpw")]
+
+        def search(event: gr.KeyUpData) -> Any:
+            found = desk.search(str(event.input_value)[:100])
+            return gr.update(choices=found) if found else gr.skip()
+
+        def preview(oauth: gr.OAuthToken | None, *values: Any) -> list[Any]:
+            *fields, typed = values
+            made = desk.preview(self.read(tuple(fields)), oauth.token if oauth else typed)
+            return [gr.update(value=made, visible=True), gr.update(value="", visible=False)]
+
+        self.kind.change(sizes, self.kind, [self.like, self.size, self.bpw], **QUIET)
+        self.model.key_up(
+            search,
+            None,
+            self.model,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            concurrency_limit=4,
+            api_visibility="private",
+        )
+        self.preview_button.click(
+            preview,
+            self.fields,
+            [self.plan, self.error],
+            concurrency_limit=4,
+            show_progress="full",
+            show_progress_on=self.preview_button,
+            api_visibility="private",
+        )

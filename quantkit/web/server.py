@@ -1,0 +1,85 @@
+"""Serves the page: downloads straight from disk, the visitor's cookie, and Gradio's own routes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_space
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from quantkit.errors import QuantkitError
+from quantkit.launch import JobStore, open_store
+from quantkit.web.page import build_app
+from quantkit.web.theme import CSS_PATH, HEAD, make_theme
+from quantkit.web.visitor import VisitorCookie, Visitors
+
+
+def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
+    """The page of the store that the environment describes."""
+    store = open_store()
+    visitors = Visitors.of_root(store.root, os.environ)
+    return build_app(store, visitors), store, visitors
+
+
+def launch(
+    app: gr.Blocks, store: JobStore, visitors: Visitors, **options: Any
+) -> tuple[Any, str, str]:
+    """Start the scheduler and listen; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where."""
+    store.start()
+    return app.launch(
+        theme=make_theme(),
+        css_paths=CSS_PATH,
+        head=HEAD,
+        ssr_mode=False,
+        run_history=False,  # the form holds a token
+        show_error=False,
+        footer_links=["api"],
+        max_file_size="1mb",
+        enable_monitoring=False,
+        app_kwargs={
+            "routes": [_download_route(store, visitors)],
+            "middleware": [
+                Middleware(VisitorCookie, visitors=visitors, framed=get_space() is not None)
+            ],
+        },
+        **options,
+    )
+
+
+def _download_route(store: JobStore, visitors: Visitors) -> Route:
+    """`files/<job>/<name>`: result files of one's own jobs, from disk, in ranges.
+
+    Gradio's file components would copy a GGUF into its cache, and its static paths are public.
+    """
+
+    def download(request: Request) -> Response:
+        owner = _owner(request, visitors)
+        name = request.path_params["name"]
+        try:
+            path = store.result_path(request.path_params["job"], name, owner)
+        except QuantkitError as error:
+            return PlainTextResponse(str(error), 404)
+        return FileResponse(
+            path,
+            filename=name,
+            media_type="application/octet-stream",
+            headers={"cache-control": "private, no-cache"},
+        )
+
+    return Route("/files/{job}/{name}", download, methods=["GET", "HEAD"])
+
+
+def _owner(request: Request, visitors: Visitors) -> str | None:
+    """Who asks for a file: the signed-in Hub user, the cookie, or an API caller's key."""
+    user = request.scope.get("session", {}).get("oauth_info", {}).get("userinfo", {})
+    if get_space() is not None and user.get("preferred_username"):
+        return f"hf:{user['preferred_username']}"
+    visitor = visitors.of_cookies(request.cookies) or visitors.check(
+        request.headers.get("x-quantkit-key")
+    )
+    return None if visitor is None else f"visitor:{visitor}"

@@ -1,0 +1,111 @@
+"""Who is asking: the Hub user on a Space, elsewhere whoever holds an unguessable signed cookie."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import Any
+
+COOKIE = "quantkit_visitor"
+_FORM = re.compile(r"([A-Za-z0-9_-]{24})\.([0-9a-f]{64})", re.ASCII)
+_SECONDS = 400 * 24 * 3600  # the longest that browsers keep a cookie
+
+
+class Visitors:
+    """Gives out and checks signed visitor keys. The same secret must be used after a restart."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    @classmethod
+    def of_root(cls, root: Path, environment: Mapping[str, str]) -> Visitors:
+        """With QUANTKIT_SECRET, else with a secret kept beside the jobs, readable by us only."""
+        given = environment.get("QUANTKIT_SECRET")
+        if given:
+            return cls(given.encode())
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / ".secret"
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+                f.write(secrets.token_bytes(32))
+        except FileExistsError:
+            pass
+        return cls(path.read_bytes())
+
+    def new_key(self) -> str:
+        visitor = secrets.token_urlsafe(18)
+        return f"{visitor}.{self._sign(visitor)}"
+
+    def check(self, key: object) -> str | None:
+        """The visitor of a key; None for a forged one."""
+        match = _FORM.fullmatch(key) if isinstance(key, str) else None
+        if match is None or not hmac.compare_digest(self._sign(match[1]), match[2]):
+            return None
+        return match[1]
+
+    def of_cookies(self, cookies: Mapping[str, Any]) -> str | None:
+        return self.check(cookies.get(COOKIE))
+
+    def _sign(self, visitor: str) -> str:
+        return hmac.new(self._secret, visitor.encode(), hashlib.sha256).hexdigest()
+
+
+class VisitorCookie:
+    """ASGI middleware: answers a page request of a visitor without a cookie with a new one, and
+    adds the headers that every answer has.
+    """
+
+    def __init__(self, app: Any, visitors: Visitors, framed: bool) -> None:
+        self._app = app
+        self._visitors = visitors
+        self._framed = framed  # on a Space the page lives in a frame of the Hub's
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        cookie = b""
+        if scope["path"] == "/" and scope["method"] == "GET":
+            if self._visitors.of_cookies(_cookies(headers)) is None:
+                secure = scope.get("scheme") == "https" or (
+                    headers.get(b"x-forwarded-proto", b"").split(b",")[0].strip() == b"https"
+                )
+                cookie = self._set_cookie(secure)
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                added = [
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"same-origin"),
+                ]
+                if not self._framed:
+                    added.append((b"x-frame-options", b"SAMEORIGIN"))
+                if cookie:
+                    added += [(b"set-cookie", cookie), (b"cache-control", b"no-store")]
+                message["headers"] = [*message.get("headers", []), *added]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _set_cookie(self, secure: bool) -> bytes:
+        # A frame of another site sends a cookie only when it says so, and only over https.
+        site = "SameSite=None; Secure" if self._framed and secure else "SameSite=Lax"
+        if secure and "Secure" not in site:
+            site += "; Secure"
+        key = self._visitors.new_key()
+        return f"{COOKIE}={key}; Path=/; Max-Age={_SECONDS}; HttpOnly; {site}".encode()
+
+
+def _cookies(headers: Mapping[bytes, bytes]) -> dict[str, str]:
+    try:
+        jar = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1"))
+    except CookieError:
+        return {}
+    return {name: morsel.value for name, morsel in jar.items()}

@@ -1,0 +1,529 @@
+"""The launcher: states from what lies on disk, the queue, real worker processes, what is refused.
+
+    pytest tests/test_launch.py
+
+Workers are `tests/test_app_fixtures.py`, a real process that takes the run's lock and writes real
+events; the slow test runs the pipeline itself on a tiny model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import test_app_fixtures as fixtures
+
+from quantkit.config import RunConfig, Target
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.launch import (
+    JobForm,
+    JobStore,
+    Limits,
+    NoSuchJob,
+    check_repo,
+    is_public,
+    open_store,
+    process,
+    to_config,
+)
+from quantkit.launch.progress import Progress
+from quantkit.launch.record import job_folder, load_record, new_job_id
+from quantkit.launch.request import check_pattern
+from quantkit.rundir import Event, EventLog
+
+ALICE, MALLORY = "visitor:alice", "visitor:mallory"
+WORKER = (sys.executable, fixtures.__file__)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:
+    """A store whose workers are the test worker."""
+    monkeypatch.setattr(process, "COMMAND", WORKER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
+    made = JobStore(tmp_path / "runs")
+    yield made
+    made.close()
+    for folder in made.root.glob("*"):
+        record = load_record(folder) if folder.is_dir() else None
+        if record is not None and record.pid is not None:
+            process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
+
+
+def until(check: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.05)
+
+
+def state(store: JobStore, job_id: str) -> str:
+    store.tick()
+    return store.view(job_id, ALICE).state
+
+
+def test_a_job_runs_to_its_end(store: JobStore) -> None:
+    job_id = store.submit(fixtures.CONFIG, ALICE)
+    queued = store.view(job_id, ALICE)
+    assert (queued.state, queued.position) == ("queued", 1)
+    assert [stage.state for stage in queued.stages] == ["waiting"] * 9
+    until(lambda: state(store, job_id) == "finished")
+    view = store.view(job_id, ALICE)
+    assert [stage.state for stage in view.stages] == ["done"] * 9
+    assert view.report is not None and view.files[0].name == fixtures.GGUF
+    assert len(view.curve) == 5 and view.curve[-1].kl == pytest.approx(0.004)
+    assert "search 4" in store.log_tail(job_id, ALICE)
+
+
+def test_the_queue_runs_one_after_the_other(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.3")
+    first, second, third = (store.submit(fixtures.CONFIG, ALICE) for _ in range(3))
+    store.tick()
+    assert state(store, first) == "running"
+    assert [store.view(j, ALICE).position for j in (second, third)] == [1, 2]
+    store.cancel(second, ALICE)
+    assert store.view(second, ALICE).state == "cancelled"
+    assert store.view(third, ALICE).position == 1
+    until(lambda: state(store, third) == "running")
+    assert state(store, first) == "finished"
+
+
+def test_cancel_ends_the_worker_and_resume_goes_on(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.5")
+    job_id = store.submit(fixtures.CONFIG, ALICE)
+    until(lambda: state(store, job_id) == "running" and bool(store.view(job_id, ALICE).log))
+    until(lambda: store.view(job_id, ALICE).stages[0].state == "done")
+    record = load_record(store.root / job_id)
+    assert record is not None and record.pid is not None
+    store.cancel(job_id, ALICE)
+    assert process.wait_until_gone(record.pid, record.pid_started, 10)
+    assert state(store, job_id) == "cancelled"
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
+    store.resume(job_id, ALICE)
+    until(lambda: state(store, job_id) == "finished")
+    skipped = [line.stage for line in store.view(job_id, ALICE).log if line.kind == "skipped"]
+    assert skipped[:1] == ["fetch"]
+
+
+def test_a_killed_worker_is_seen_and_resumed(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.5")
+    job_id = store.submit(fixtures.CONFIG, ALICE)
+    until(lambda: state(store, job_id) == "running" and bool(store.view(job_id, ALICE).log))
+    record = load_record(store.root / job_id)
+    assert record is not None and record.pid is not None
+    os.killpg(record.pid, signal.SIGKILL)
+    until(lambda: state(store, job_id) == "interrupted")
+    view = store.view(job_id, ALICE)
+    assert "cut off" in view.error and view.can_resume
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
+    store.resume(job_id, ALICE)
+    until(lambda: state(store, job_id) == "finished")
+
+
+def test_another_server_takes_over(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that comes back finds the running job and starts the waiting one."""
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.2")
+    running, waiting = store.submit(fixtures.CONFIG, ALICE), store.submit(fixtures.CONFIG, ALICE)
+    with_token = store.submit(fixtures.CONFIG, ALICE, token="hf_secret")
+    store.tick()
+    other = JobStore(store.root)
+    other.tick()  # the first one still holds the scheduler's lock
+    assert other.view(waiting, ALICE).state == "queued"
+    store.close()
+    assert other.view(running, ALICE).state == "running"
+    until(lambda: state(other, waiting) == "finished", 60)
+    assert other.view(running, ALICE).state == "finished"
+    until(lambda: state(other, with_token) == "interrupted")
+    assert "sign" in other.view(with_token, ALICE).error
+    other.close()
+
+
+def test_a_token_is_only_in_the_environment(store: JobStore) -> None:
+    token = "hf_onlyInTheEnvironment"
+    job_id = store.submit(fixtures.CONFIG, ALICE, token=token)
+    until(lambda: state(store, job_id) == "finished")
+    assert "a token is there" in [line.text for line in store.view(job_id, ALICE).log]
+    written = [path for path in store.root.rglob("*") if path.is_file()]
+    assert written and not any(token.encode() in path.read_bytes() for path in written)
+    assert token not in repr(store.view(job_id, ALICE))
+
+
+def test_a_public_worker_is_anonymous_without_a_token() -> None:
+    ours = {"HF_TOKEN": "hf_ours", "QUANTKIT_SECRET": "s", "PATH": "/bin"}
+    public = process.worker_environment(ours, None, public=True)
+    assert public["QUANTKIT_HF_TOKEN"] == "" and "HF_TOKEN" not in public
+    assert "QUANTKIT_SECRET" not in public and public["PATH"] == "/bin"
+    private = process.worker_environment(ours, None, public=False)
+    assert private["HF_TOKEN"] == "hf_ours" and "QUANTKIT_HF_TOKEN" not in private
+    given = process.worker_environment(ours, "hf_theirs", public=False)
+    assert given["QUANTKIT_HF_TOKEN"] == "hf_theirs" and "HF_TOKEN" not in given
+
+
+def test_nobody_reaches_the_job_of_another(store: JobStore) -> None:
+    fixtures.own(fixtures.write_run(store.root / "hers"), ALICE)
+    for refused in (
+        lambda who: store.view("hers", who),
+        lambda who: store.log_tail("hers", who),
+        lambda who: store.cancel("hers", who),
+        lambda who: store.resume("hers", who),
+        lambda who: store.delete("hers", who),
+        lambda who: store.publish("hers", who, "a/b", False, None),
+        lambda who: store.result_path("hers", fixtures.GGUF, who),
+    ):
+        for who in (MALLORY, None, ""):
+            with pytest.raises(NoSuchJob):
+                refused(who)
+    assert store.jobs(MALLORY) == () and len(store.jobs(ALICE)) == 1
+    assert store.result_path("hers", fixtures.GGUF, ALICE).is_file()
+
+
+@pytest.mark.parametrize(
+    "job_id",
+    ["", ".", "..", "../x", "a/b", "/etc", "a\x00b", "x" * 101, ".secret", None, 3, ["a"], "Ω"],
+)
+def test_an_id_never_leaves_the_root(store: JobStore, job_id: object) -> None:
+    (store.root.parent / "x").mkdir()
+    (store.root / ".secret").mkdir(parents=True)
+    with pytest.raises(NoSuchJob):
+        store.view(job_id, ALICE)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../config.json", "config.json", "job.json", "a/b"])
+def test_only_results_are_served(store: JobStore, name: str) -> None:
+    fixtures.own(fixtures.write_run(store.root / "hers"), ALICE)
+    with pytest.raises(NoSuchJob):
+        store.result_path("hers", name, ALICE)
+
+
+def test_a_link_is_no_job(store: JobStore) -> None:
+    outside = fixtures.write_run(store.root.parent / "outside")
+    store.root.mkdir(exist_ok=True)
+    (store.root / "link").symlink_to(outside)
+    assert store.jobs(ALICE) == ()
+    with pytest.raises(NoSuchJob):
+        store.view("link", ALICE)
+
+
+def test_runs_of_the_command_line_show_on_a_private_page_only(store: JobStore) -> None:
+    fixtures.write_run(store.root / "demo")
+    assert [job.id for job in store.jobs(ALICE)] == ["demo"]
+    assert store.view("demo", None).is_local
+    with pytest.raises(UsageError):
+        store.delete("demo", ALICE)
+    public = JobStore(store.root, public=True)
+    assert public.jobs(ALICE) == ()
+    with pytest.raises(NoSuchJob):
+        public.view("demo", ALICE)
+
+
+def test_a_run_of_the_command_line_is_seen_running(store: JobStore) -> None:
+    folder = fixtures.write_run(store.root / "cli", until="search", share=0.5, outcome=None)
+    assert store.view("cli", ALICE).state == "interrupted"
+    hold = "import sys,time;from pathlib import Path;from quantkit.rundir import RunDir\n"
+    hold += "with RunDir(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", hold, folder], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline()
+        assert store.view("cli", ALICE).state == "running"
+    finally:
+        child.kill()
+        child.wait()
+    assert store.view("cli", ALICE).state == "interrupted"
+
+
+def test_a_worker_that_dies_before_its_first_event_tells_why(store: JobStore) -> None:
+    job_id = store.submit(fixtures.CONFIG, ALICE)
+    config = store.root / job_id / "config.json"
+    config.write_text(config.read_text().replace('"standard"', '"demo"'))
+    (store.root / job_id / "log.txt").write_text("x\nquantkit: It holds another run. Do this.\n")
+    fixtures.own(store.root / job_id, ALICE, "started", pid=2**22 + 1, pid_started="1")
+    view = store.view(job_id, ALICE)
+    assert (view.state, view.error) == ("failed", "It holds another run. Do this.")
+
+
+def test_a_failure_is_shown_with_its_remedy(store: JobStore) -> None:
+    job_id = store.submit(dataclasses.replace(fixtures.CONFIG, seed=13), ALICE)
+    until(lambda: state(store, job_id) == "failed")
+    view = store.view(job_id, ALICE)
+    assert (view.error, view.remedy) == ("Not enough <b>disk</b>.", "Free 3 GB.")
+    assert view.current == "calibrate"
+
+
+def test_publishing_queues_the_finished_run_again(store: JobStore) -> None:
+    job_id = store.submit(fixtures.CONFIG, ALICE)
+    until(lambda: state(store, job_id) == "finished")
+    store.publish(job_id, ALICE, "me/model", True, "hf_x")
+    assert store.view(job_id, ALICE).publish_to == "me/model"
+    until(lambda: state(store, job_id) == "finished")
+    assert "a token is there" in [line.text for line in store.view(job_id, ALICE).log]
+
+
+def test_deleting_removes_the_folder(store: JobStore) -> None:
+    job_id = store.submit(fixtures.CONFIG, ALICE)
+    store.delete(job_id, ALICE)
+    assert store.jobs(ALICE) == () and not (store.root / job_id).exists()
+
+
+def test_limits(tmp_path: Path) -> None:
+    public = JobStore(tmp_path, Limits(active_per_owner=2), public=True)
+    for _ in range(2):
+        public.submit(fixtures.CONFIG, ALICE)
+    with pytest.raises(UsageError, match="2 runs"):
+        public.submit(fixtures.CONFIG, ALICE)
+    public.submit(fixtures.CONFIG, MALLORY)
+    full = JobStore(tmp_path, Limits(min_free_bytes=2**62))
+    with pytest.raises(UsageError, match="full"):
+        full.submit(fixtures.CONFIG, ALICE)
+
+
+def test_damaged_folders_do_not_take_the_list_down(store: JobStore) -> None:
+    broken = fixtures.own(fixtures.write_run(store.root / "broken"), ALICE)
+    (broken / "events.jsonl").write_bytes(b'{"time": 1}\n\xff\n')
+    for name in ("manifest.json", "8-validate/report.json", "6-search/allocation.json"):
+        (broken / name).write_text("{")
+    no_config = fixtures.own(fixtures.write_run(store.root / "none"), ALICE)
+    (no_config / "config.json").write_text('{"model": 3}')
+    view = store.view("broken", ALICE)
+    assert view.report is None and view.files == ()
+    assert [job.id for job in store.jobs(ALICE)] == ["broken"]
+
+
+def test_environment_opens_the_store(tmp_path: Path) -> None:
+    store = open_store({"QUANTKIT_RUNS": str(tmp_path), "QUANTKIT_WORKERS": "3"})
+    assert (store.root, store.limits.workers, store.public) == (tmp_path, 3, False)
+    assert open_store({"SYSTEM": "spaces"}).public and is_public({"QUANTKIT_PUBLIC": "1"})
+    with pytest.raises(UsageError):
+        open_store({"QUANTKIT_WORKERS": "many"})
+
+
+def test_ids_cannot_be_guessed() -> None:
+    ids = {new_job_id() for _ in range(300)}
+    assert len(ids) == 300 and all(len(i) >= 20 and i[0] not in "-_." for i in ids)
+
+
+def test_job_folder_takes_plain_names(tmp_path: Path) -> None:
+    (tmp_path / "SmolLM2-1.7B").mkdir()
+    assert job_folder(tmp_path, "SmolLM2-1.7B").name == "SmolLM2-1.7B"
+
+
+class TestProgress:
+    """Events to what is shown."""
+
+    def feed(self, progress: Progress, times: list[tuple[float, int]], total: int = 100) -> None:
+        for moment, done in times:
+            data = {"done": done, "total": total}
+            progress.feed(Event(moment, "search", "progress", "", data))
+
+    def test_time_left_falls_and_follows_the_rate(self) -> None:
+        progress = Progress()
+        progress.feed(Event(0, "search", "started"))
+        self.feed(progress, [(0, 0), (1, 1)])
+        assert progress.eta_seconds(1) is None  # too early to tell
+        self.feed(progress, [(10, 10)])
+        assert progress.eta_seconds(10) == pytest.approx(90)
+        shown = []
+        for moment, done in [(20, 12), (30, 30), (40, 35), (60, 70), (80, 90)]:
+            self.feed(progress, [(moment, done)])
+            shown.append(progress.eta_seconds(moment))
+        assert all(a is not None and b is not None and b < a for a, b in zip(shown, shown[1:]))
+
+    def test_an_estimate_that_has_run_out_is_replaced(self) -> None:
+        progress = Progress()
+        self.feed(progress, [(0, 0), (10, 50)])
+        assert progress.eta_seconds(15) == pytest.approx(5)
+        assert progress.eta_seconds(25) is None
+        self.feed(progress, [(40, 60)])
+        assert progress.eta_seconds(40) == pytest.approx(40 * 40 / 60)
+
+    def test_another_total_is_another_phase(self) -> None:
+        progress = Progress()
+        self.feed(progress, [(0, 0), (10, 100)])
+        self.feed(progress, [(11, 1)], total=7)
+        assert progress.eta_seconds(11) is None
+        assert progress.stages["search"].percent == 14
+
+    def test_a_second_attempt_forgets_the_failure_of_the_first(self, tmp_path: Path) -> None:
+        progress = Progress()
+        progress.feed(Event(0, None, "started"))
+        progress.feed(Event(1, "fetch", "started"))
+        progress.feed(Event(2, "fetch", "failed", "No.", {"remedy": "Yes."}))
+        assert (progress.outcome, progress.error, progress.remedy) == ("failed", "No.", "Yes.")
+        progress.feed(Event(3, None, "started"))
+        assert (progress.outcome, progress.error) == (None, "")
+        assert progress.stages["fetch"].state == "waiting"
+
+    def test_a_search_that_begins_anew_replaces_its_curve(self) -> None:
+        progress = Progress()
+        for generation in (0, 1, 2, 3, 0, 1):
+            data = {"done": generation, "total": 9, "kl": 0.1, "generation": generation}
+            progress.feed(Event(1, "search", "progress", "", data))
+        assert [point.generation for point in progress.curve] == [0, 1]
+
+    def test_odd_events_are_survived(self) -> None:
+        progress = Progress()
+        for event in (
+            Event(1, "search", "progress", "", {"done": "x", "total": None, "kl": "nan"}),
+            Event(1, "search", "progress", "", {"done": 5, "total": 0, "kl": float("nan")}),
+            Event(1, "nowhere", "finished"),
+            Event(1, None, "what"),
+            Event(1, "publish", "finished", "", {"url": ["x"]}),
+        ):
+            progress.feed(event)
+        assert progress.curve == [] and progress.published_url is None
+
+
+class TestForm:
+    """What a stranger may ask for."""
+
+    def test_one_id_is_enough(self) -> None:
+        config = to_config(JobForm("HuggingFaceTB/SmolLM2-135M"), public=True)
+        assert config == RunConfig("HuggingFaceTB/SmolLM2-135M", target=Target("like", "Q4_K_M"))
+
+    def test_all_fields(self) -> None:
+        form = JobForm(
+            "https://huggingface.co/a/b/tree/main",
+            "size",
+            size="5.5GB",
+            profile="fast",
+            levels=("Q4_K", "Q6_K"),
+            methods=("rtn", "gptq"),
+            calibration="docs:2,code",
+            types='{"ffn_down": "Q6_K", "default": "Q4_K"}',
+            seed=7.0,
+            publish="me/it",
+            private=True,
+        )
+        config = to_config(form, public=True)
+        assert (config.model, config.revision, config.seed) == ("a/b", "main", 7)
+        assert config.methods == ("gptq", "rtn") and config.levels == ("Q4_K", "Q6_K")
+        assert config.types == (("ffn_down", "Q6_K"), ("default", "Q4_K"))
+        assert (config.publish, config.private) == ("me/it", True)
+
+    def test_folders_are_for_private_pages(self, tmp_path: Path) -> None:
+        assert to_config(JobForm(str(tmp_path)), public=False).model == str(tmp_path)
+        with pytest.raises(UsageError, match="Local folders"):
+            to_config(JobForm(str(tmp_path)), public=True)
+
+    @pytest.mark.parametrize(
+        "field",
+        [
+            {"model": ""},
+            {"model": "a/b/c/d"},
+            {"model": "../../etc"},
+            {"model": "file:///etc/passwd"},
+            {"model": "x" * 600},
+            {"model": 3},
+            {"model": "https://evil.example/a/b"},
+            {"revision": "../../x"},
+            {"revision": "-rf"},
+            {"size_kind": "huge"},
+            {"size_kind": "size", "size": ""},
+            {"size_kind": "size", "size": "9" * 40},
+            {"size_kind": "size", "size": "-4GB"},
+            {"size_kind": "bpw", "bpw": None},
+            {"size_kind": "bpw", "bpw": float("nan")},
+            {"size_kind": "bpw", "bpw": 1e300},
+            {"like": "Q9_X"},
+            {"profile": "enormous"},
+            {"levels": ("F16",)},
+            {"levels": ("Q4_K",) * 50},
+            {"levels": "Q4_K;rm"},
+            {"methods": ("magic",)},
+            {"calibration": "/etc/passwd.txt"},
+            {"calibration": "notes.jsonl"},
+            {"calibration": "docs:1e99"},
+            {"types": "{"},
+            {"types": "[1]"},
+            {"types": '{"a": 3}'},
+            {"types": '{"(a+)+$": "Q4_K"}'},
+            {"types": '{"[": "Q4_K"}'},
+            {"types": "[" * 9000},
+            {"types": json.dumps({f"p{i}": "Q4_K" for i in range(200)})},
+            {"types": " " * 20_000},
+            {"seed": -1},
+            {"seed": 1.5},
+            {"seed": float("inf")},
+            {"seed": "0; drop"},
+            {"device": "tpu"},
+            {"publish": "no-owner"},
+            {"publish": "../../x"},
+            {"publish": "a/b/c"},
+        ],
+    )
+    def test_hostile_input_is_one_sentence(self, field: dict[str, object]) -> None:
+        form = JobForm(**{"model": "a/b", **field})  # type: ignore[arg-type]
+        with pytest.raises(QuantkitError) as caught:
+            to_config(form, public=True)
+        assert caught.value.message.endswith(".") and len(str(caught.value)) < 700
+
+    @pytest.mark.parametrize(
+        "pattern",
+        ["(a+)+$", "(a|a)*b", "a*" * 9, "a?" * 30 + "a" * 30, "(a|a)" * 30, r"(a)\1", "(?=x)x"],
+    )
+    def test_patterns_that_explode_are_refused(self, pattern: str) -> None:
+        with pytest.raises(UsageError):
+            check_pattern(pattern)
+
+    @pytest.mark.parametrize(
+        "pattern", ["ffn_down", r"blk\.0\.", r"blk\.(0|1|29)\.attn_[kv]", r"^blk\.\d+\.ffn_.*$"]
+    )
+    def test_useful_patterns_pass(self, pattern: str) -> None:
+        check_pattern(pattern)
+
+    def test_repositories(self) -> None:
+        assert check_repo(" me/My-Model.GGUF ") == "me/My-Model.GGUF"
+
+
+def test_reading_is_incremental(store: JobStore) -> None:
+    folder = fixtures.own(
+        fixtures.write_run(store.root / "hers", until="search", share=0.5, outcome=None), ALICE
+    )
+    before = len(store.view("hers", ALICE).curve)
+    follower = store._followers["hers"]
+    offset = follower._offset
+    EventLog(folder / "events.jsonl").emit(
+        "search", "progress", "", done=1, total=2, generation=99, kl=0.001, stderr=0.0
+    )
+    assert len(store.view("hers", ALICE).curve) == before + 1
+    assert follower._offset > offset
+
+
+def test_the_list_of_many_jobs_is_cheap(store: JobStore) -> None:
+    for number in range(50):
+        fixtures.own(fixtures.write_run(store.root / f"job{number}"), ALICE)
+    store.jobs(ALICE)
+    began = time.perf_counter()
+    for _ in range(10):
+        assert len(store.jobs(ALICE)) == 50
+    assert (time.perf_counter() - began) / 10 < 0.1
+
+
+@pytest.mark.slow
+def test_the_real_pipeline(tmp_path: Path) -> None:
+    """A tiny model through `python -m quantkit resume` as the server starts it."""
+    from tiny_models import tiny_llama
+
+    model = tiny_llama(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
+    store = JobStore(tmp_path / "runs")
+    form = JobForm(str(model), profile="demo", calibration="builtin", levels=("Q4_K", "Q6_K"))
+    job_id = store.submit(to_config(form, public=False), ALICE)
+    until(lambda: state(store, job_id) not in ("queued", "running"), 480)
+    view = store.view(job_id, ALICE)
+    assert (view.state, view.error) == ("finished", "")
+    assert view.report is not None and view.files[0].name == "tiny-EVO-Q4_K_M.gguf"
+    assert store.result_path(job_id, view.files[0].name, ALICE).read_bytes()[:4] == b"GGUF"
+    store.close()

@@ -1,0 +1,407 @@
+"""GPTQ onto fixed grids: against rounding, against a plain reading of the paper in float64, and the
+compiled column walk against the torch one.
+
+Also `quantkit.gptq.compete`, which lets the methods compete: what it returns is never worse than
+what it was asked to beat.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit.errors import QuantkitError
+from quantkit.gptq import compete
+from quantkit.gptq.compete import Inputs, Sensitivity, solve_tensor
+from quantkit.gptq.solver import Rows, factorize, gptq, output_error, walk_columns
+from quantkit.kquants import native
+from quantkit.kquants.formats import FORMATS, Grid
+from quantkit.qtypes import F16, QuantType
+
+TYPES = tuple(FORMATS)
+DAMPING = 0.01
+
+
+def hessian(n: int, seed: int = 0, n_tokens: int = 2048) -> torch.Tensor:
+    """Mean x xᵀ of correlated inputs whose columns differ in size by a factor of a hundred."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=generator) / n**0.5 + torch.eye(n)
+    sizes = torch.logspace(-1, 1, n)[torch.randperm(n, generator=generator)]
+    x = torch.randn(n_tokens, n, generator=generator) @ mix * sizes
+    return x.T @ x / n_tokens
+
+
+def weight(n_rows: int, n: int, seed: int = 1) -> torch.Tensor:
+    values = torch.randn(n_rows, n, generator=torch.Generator().manual_seed(seed))
+    values[0] = 0  # ggml gives such a row scales of zero
+    return values
+
+
+def rounded(w: torch.Tensor, h: torch.Tensor, qtype: QuantType) -> torch.Tensor:
+    """ggml's own rows with diag(H) as importances: uint8 (n_rows, row_bytes)."""
+    importance = h.diagonal().numpy().copy()
+    return torch.from_numpy(native.quantize(w.numpy(), qtype, importance))
+
+
+def rows_of(w: torch.Tensor, h: torch.Tensor, qtype: QuantType) -> Rows:
+    return Rows(w, FORMATS[qtype].grid(rounded(w, h, qtype)))
+
+
+def levels(grid: Grid) -> torch.Tensor:
+    """Every value that each weight can take: (n_codes, n_rows, n_columns)."""
+    n_rows, n_columns = grid.scale.shape[0], grid.scale.shape[1] * grid.group
+    codes = torch.arange(grid.low, grid.high + 1, dtype=torch.int16)
+    return torch.stack([grid.values(c.expand(n_rows, n_columns)) for c in codes])
+
+
+def is_nearest(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+    """Whether each code is a nearest one; a relative 1e-5 decides nothing."""
+    distance = (levels(grid) - w).abs()
+    ours = (grid.values(codes) - w).abs()
+    return ours <= distance.amin(0) * (1 + 1e-5) + 1e-5 * grid.scale.abs().repeat_interleave(
+        grid.group, 1
+    )
+
+
+def textbook(rows: Rows, h: torch.Tensor, damping: float) -> torch.Tensor:
+    """GPTQ as the paper derives it, in float64, without Cholesky: after each column the inverse
+    Hessian loses that column by Gaussian elimination.
+    """
+    n = h.shape[0]
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    damped = h.double() + damping * h.diagonal().double().mean() * torch.eye(n)
+    inverse = torch.linalg.inv(damped[order][:, order])
+    w = rows.weight.double()[:, order]
+    codes = torch.empty(w.shape, dtype=torch.int8)
+    values = levels(rows.grid).double()[:, :, order]
+    for i in range(n):
+        best = (values[:, :, i] - w[:, i]).abs().argmin(0)
+        codes[:, order[i]] = (best + rows.grid.low).to(torch.int8)
+        error = w[:, i] - values[best, torch.arange(len(w)), i]
+        w -= torch.outer(error / inverse[i, i], inverse[i])
+        inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return codes
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_with_a_multiple_of_the_identity_it_is_rounding(scale: float) -> None:
+    n = 512
+    h = scale * torch.eye(n)
+    w = weight(5, n)
+    stacked = [rows_of(w, h, qtype) for qtype in TYPES]
+    for qtype, rows, codes in zip(
+        TYPES, stacked, gptq(stacked, factorize(h, DAMPING)), strict=True
+    ):
+        assert codes.dtype == torch.int8 and codes.shape == (5, n)
+        assert bool(is_nearest(w, rows.grid, codes).all()), qtype
+
+
+@pytest.mark.parametrize("qtype", TYPES, ids=str)
+def test_it_is_the_papers_algorithm(qtype: QuantType) -> None:
+    """float32 and float64 may round a weight at a tie to different sides, and then part ways for
+    the rest of the row: at most one row of twenty may differ, and no row's error by a hundredth.
+    """
+    h, w = hessian(256), weight(20, 256)
+    rows = rows_of(w, h, qtype)
+    (ours,) = gptq([rows], factorize(h, DAMPING))
+    wanted = textbook(rows, h, DAMPING)
+    assert int((ours != wanted).any(1).sum()) <= 1
+    errors = [output_error(rows.grid.values(c) - w, h)[1:] for c in (ours, wanted)]
+    assert torch.allclose(*errors, rtol=0.01)
+
+
+@pytest.mark.parametrize("n", [32, 96, 128, 160, 320, 768])
+def test_compiled_walk_equals_the_torch_walk(n: int) -> None:
+    """Code for code, at widths below, at and between the 128-column leaves."""
+    h, w = hessian(n), weight(70, n)  # more rows than one tile of 64
+    types = [q for q in TYPES if q.fits(n)]
+    stacked = [rows_of(w, h, qtype) for qtype in types]
+    factor = factorize(h, DAMPING)
+    compiled, plain = gptq(stacked, factor), gptq(stacked, factor, walk_columns)
+    for qtype, one, other in zip(types, compiled, plain, strict=True):
+        assert torch.equal(one, other), qtype
+
+
+def test_stacking_changes_nothing() -> None:
+    """Tensors of different heights at all levels in one sweep, and each alone."""
+    h = hessian(256)
+    factor = factorize(h, DAMPING)
+    tensors = [weight(n, 256, seed) for seed, n in enumerate((3, 65, 20))]
+    stacked = [rows_of(w, h, qtype) for w in tensors for qtype in TYPES]
+    for together, rows in zip(gptq(stacked, factor), stacked, strict=True):
+        (alone,) = gptq([rows], factor)
+        assert torch.equal(together, alone)
+
+
+def test_arguments_are_left_alone() -> None:
+    h, w = hessian(256), weight(4, 256)
+    stacked = [rows_of(w, h, qtype) for qtype in TYPES]
+    kept = [t.clone() for t in (h, w, *(r.grid.scale for r in stacked))]
+    gptq(stacked, factorize(h, DAMPING))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(kept, (h, w, *(r.grid.scale for r in stacked)), strict=True)
+    )
+
+
+def test_codes_are_the_grids() -> None:
+    h, w = hessian(256), 100 * weight(8, 256)  # far outside of every grid made for the tame weights
+    tame = weight(8, 256)
+    for qtype in TYPES:
+        grid = FORMATS[qtype].grid(rounded(tame, h, qtype))
+        (codes,) = gptq([Rows(w, grid)], factorize(h, DAMPING))
+        assert int(codes.min()) >= grid.low and int(codes.max()) <= grid.high
+        assert int(codes.min()) == grid.low and int(codes.max()) == grid.high
+
+
+def test_it_pays() -> None:
+    """On correlated inputs the output error falls well below rounding's, for every type."""
+    h, w = hessian(256), weight(40, 256)
+    stacked = [rows_of(w, h, qtype) for qtype in TYPES]
+    for qtype, rows, codes in zip(
+        TYPES, stacked, gptq(stacked, factorize(h, DAMPING)), strict=True
+    ):
+        form, packed = FORMATS[qtype], rounded(w, h, qtype)
+        before = output_error(rows.grid.values(form.codes(packed)) - w, h).sum()
+        after = output_error(rows.grid.values(codes) - w, h).sum()
+        assert after < 0.8 * before, qtype
+
+
+def test_factor_is_that_of_the_damped_inverse() -> None:
+    h = hessian(96)
+    factor = factorize(h, DAMPING)
+    order = factor.order
+    assert bool((h.diagonal()[order].diff() <= 0).all())
+    damped = h.double() + DAMPING * h.diagonal().double().mean() * torch.eye(96)
+    inverse = torch.linalg.inv(damped[order][:, order])
+    upper = factor.upper.double()
+    assert torch.equal(factor.upper, factor.upper.triu())
+    assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-3 * float(inverse.max()))
+    assert (factor.damping, factor.escalated, factor.n_dead) == (DAMPING, False, 0)
+
+
+def test_dead_columns() -> None:
+    """Columns that never saw an input are rounded, and take no part in the others' feedback."""
+    h, w = hessian(256), weight(6, 256)
+    dead = torch.zeros(256, dtype=torch.bool)
+    dead[[0, 17, 200, 255]] = True
+    dead[64:96] = True
+    h[dead] = 0
+    h[:, dead] = 0
+    factor = factorize(h, DAMPING)
+    assert factor.n_dead == int(dead.sum())
+    stacked = [rows_of(w, h, qtype) for qtype in TYPES]
+    other = w.clone()
+    other[:, dead] = 5 * w[:, dead]
+    for rows, codes in zip(stacked, gptq(stacked, factor), strict=True):
+        assert bool(is_nearest(w, rows.grid, codes)[:, dead].all())
+        (changed,) = gptq([Rows(other, rows.grid)], factor)
+        assert torch.equal(changed[:, ~dead], codes[:, ~dead])
+
+
+def test_no_input_at_all() -> None:
+    h, w = torch.zeros(256, 256), weight(3, 256)
+    factor = factorize(h, DAMPING)
+    assert factor.n_dead == 256
+    grid = FORMATS[QuantType("Q4_K")].grid(
+        torch.from_numpy(native.quantize(w.numpy(), QuantType("Q4_K")))
+    )
+    (codes,) = gptq([Rows(w, grid)], factor)
+    assert bool(is_nearest(w, grid, codes).all())
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40, 255])
+def test_fewer_tokens_than_columns(n_tokens: int) -> None:
+    """A Hessian without full rank is solved with the asked damping, and still pays."""
+    h, w = hessian(256, n_tokens=n_tokens), weight(16, 256)
+    factor = factorize(h, DAMPING)
+    assert not factor.escalated and factor.damping == DAMPING
+    for qtype in TYPES:
+        rows, form = rows_of(w, h, qtype), FORMATS[qtype]
+        (codes,) = gptq([rows], factor)
+        before = output_error(rows.grid.values(form.codes(rounded(w, h, qtype))) - w, h).sum()
+        assert output_error(rows.grid.values(codes) - w, h).sum() < before
+
+
+def test_damping_is_escalated_and_recorded() -> None:
+    """A slightly indefinite matrix, as rounding makes them: tenfold damping mends it."""
+    h = hessian(64)
+    mean = float(h.diagonal().mean())
+    values, vectors = torch.linalg.eigh(h.double())
+    values[0] = -0.05 * mean
+    broken = (vectors * values) @ vectors.T
+    factor = factorize(broken.float(), DAMPING)
+    assert factor.escalated and factor.damping == pytest.approx(0.1)
+    values[0] = -50 * mean
+    with pytest.raises(QuantkitError, match="cannot be factorized"):
+        factorize(((vectors * values) @ vectors.T).float(), DAMPING)
+
+
+@pytest.mark.parametrize("at", [(3, 3), (3, 7)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite(at: tuple[int, int], bad: float) -> None:
+    h = hessian(64)
+    h[at] = h[at[::-1]] = bad
+    with pytest.raises(QuantkitError) as error:
+        factorize(h, DAMPING)
+    assert error.value.remedy
+
+
+def test_order_of_columns_does_not_show() -> None:
+    """Groups of 32 columns in another order, with H and grid in the same order: the same codes."""
+    n = 256
+    h, w = hessian(n), weight(9, n)
+    assert len(set(h.diagonal().tolist())) == n  # no ties in the order
+    groups = torch.randperm(n // 32, generator=torch.Generator().manual_seed(4))
+    columns = (groups[:, None] * 32 + torch.arange(32)).flatten()
+    inside = torch.cat(
+        [
+            g + torch.randperm(32, generator=torch.Generator().manual_seed(int(g)))
+            for g in columns[::32]
+        ]
+    )
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K"):
+        rows = rows_of(w, h, QuantType(name))
+        grid = rows.grid
+        moved = Grid(
+            grid.scale[:, groups], grid.minimum[:, groups], 32, grid.low, grid.high, grid.table
+        )
+        (codes,) = gptq([rows], factorize(h, DAMPING))
+        (permuted,) = gptq(
+            [Rows(w[:, inside], moved)], factorize(h[inside][:, inside].clone(), DAMPING)
+        )
+        assert torch.equal(permuted, codes[:, inside]), name
+
+
+def test_output_error_is_the_mean_squared_output() -> None:
+    """e H eᵀ with H = mean x xᵀ is the mean of (e x)²."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 48, generator=generator)
+    e = torch.randn(7, 48, generator=generator)
+    wanted = (x @ e.T).square().mean(0)
+    assert torch.allclose(output_error(e, x.T @ x / 500), wanted, rtol=1e-4)
+
+
+def inputs_of(h: torch.Tensor, heldout: torch.Tensor | None = None) -> Inputs:
+    other = hessian(len(h), seed=7) if heldout is None else heldout
+    return Inputs(h.diagonal().numpy().copy(), h, other, factorize(h, DAMPING))
+
+
+def errors_of(w: torch.Tensor, packed: np.ndarray, qtype: QuantType, h: torch.Tensor) -> np.ndarray:
+    e = torch.from_numpy(native.dequantize(packed, qtype)).double() - w.double()
+    return ((e @ h.double()) * e).sum(1).numpy()
+
+
+@pytest.mark.parametrize("qtype", TYPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [20, 2048])
+def test_no_row_is_worse_than_ggmls(qtype: QuantType, n_tokens: int) -> None:
+    """On the Hessian it was solved with, and in float64: 1e-5 is for the float32 comparison."""
+    h, w = hessian(256, n_tokens=n_tokens), weight(30, 256)
+    ggml = rounded(w, h, qtype).numpy()
+    packed = compete._gptq(w.numpy(), [qtype], {(qtype, "imatrix"): ggml}, inputs_of(h))
+    before = errors_of(w, ggml, qtype, h)
+    after = errors_of(w, packed[qtype, "gptq"], qtype, h)
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < before.sum()
+    if n_tokens == 2048:
+        scales = FORMATS[qtype].grid
+        assert torch.equal(
+            scales(torch.from_numpy(packed[qtype, "gptq"])).scale,
+            scales(torch.from_numpy(ggml)).scale,
+        )
+
+
+ALL_METHODS = ("gptq", "imatrix", "rtn")
+
+
+def test_the_best_on_heldout_inputs_wins() -> None:
+    h, heldout, w = hessian(256), hessian(256, seed=3), weight(12, 256)
+    inputs = Inputs(h.diagonal().numpy().copy(), h, heldout, factorize(h, DAMPING))
+    solved = solve_tensor(w.numpy(), TYPES, ALL_METHODS, inputs, None)
+    power = ((w.double() @ heldout.double()) * w.double()).sum()
+    assert set(solved) == set(TYPES)
+    for qtype, result in solved.items():
+        assert set(result.errors) == set(ALL_METHODS)
+        assert result.errors[result.method].rank == min(e.rank for e in result.errors.values())
+        measured = errors_of(w, result.packed, qtype, heldout).sum() / float(power)
+        assert result.errors[result.method].relative == pytest.approx(measured, rel=1e-4)
+        assert result.errors[result.method].nats is None
+        plain = native.quantize(w.numpy(), qtype)
+        assert result.errors["rtn"].relative == pytest.approx(
+            errors_of(w, plain, qtype, heldout).sum() / float(power), rel=1e-4
+        )
+
+
+def test_with_sensitivities_the_costly_rows_decide() -> None:
+    """Errors in nats weigh rows by their gradients: ½ G_r e_r H e_rᵀ, held out."""
+    h, w = hessian(256), weight(12, 256)
+    outputs = torch.logspace(-3, 1, 12)
+    inputs = inputs_of(h)
+    solved = solve_tensor(w.numpy(), TYPES, ALL_METHODS, inputs, Sensitivity(outputs))
+    for qtype, result in solved.items():
+        per_row = errors_of(w, result.packed, qtype, inputs.heldout)
+        error = result.errors[result.method]
+        assert error.nats == pytest.approx(0.5 * (per_row @ outputs.double().numpy()), rel=1e-4)
+        assert error.nats == min(e.nats for e in result.errors.values() if e.nats is not None)
+
+
+def test_a_looked_up_table_is_priced_by_how_often_rows_are_read() -> None:
+    w = weight(12, 256)
+    frequency, columns = torch.rand(12), torch.rand(256)
+    solved = solve_tensor(
+        w.numpy(), TYPES, ALL_METHODS, None, Sensitivity(None, frequency, columns)
+    )
+    for qtype, result in solved.items():
+        assert result.method == "rtn" and set(result.errors) == {"rtn"}
+        squares = (native.dequantize(result.packed, qtype).astype(np.float64) - w.numpy()) ** 2
+        wanted = 0.5 * float(frequency.numpy() @ (squares @ columns.numpy()))
+        assert result.errors["rtn"].nats == pytest.approx(wanted, rel=1e-4)
+
+
+def test_large_tensors_are_cut_and_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, w = hessian(256), weight(50, 256)
+    inputs, sensitivity = inputs_of(h), Sensitivity(torch.rand(50))
+    whole = solve_tensor(w.numpy(), TYPES, ALL_METHODS, inputs, sensitivity)
+    monkeypatch.setattr(compete, "_STACKED_WEIGHTS", 256 * len(TYPES) * 7)
+    cut = solve_tensor(w.numpy(), TYPES, ALL_METHODS, inputs, sensitivity)
+    for qtype in TYPES:
+        assert cut[qtype].method == whole[qtype].method
+        assert np.array_equal(cut[qtype].packed, whole[qtype].packed)
+        for method, error in whole[qtype].errors.items():
+            assert cut[qtype].errors[method].relative == pytest.approx(error.relative, rel=1e-5)
+            assert cut[qtype].errors[method].nats == pytest.approx(error.nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("methods", [("gptq",), ("imatrix",), ("rtn",), ("gptq", "rtn")])
+def test_only_the_asked_methods_compete(methods: tuple[str, ...]) -> None:
+    h, w = hessian(256), weight(6, 256)
+    known = factorize(h, DAMPING) if "gptq" in methods else None
+    inputs = Inputs(h.diagonal().numpy().copy(), h, h, known)
+    solved = solve_tensor(w.numpy(), TYPES, methods, inputs, None)
+    assert all(set(result.errors) == set(methods) for result in solved.values())
+
+
+def test_types_without_a_grid_fall_back_to_imatrix() -> None:
+    h, w, qtype = hessian(256), weight(6, 256), QuantType("IQ3_S")
+    solved = solve_tensor(w.numpy(), [qtype], ("gptq",), inputs_of(h), None)
+    assert solved[qtype].method == "imatrix"
+    wanted = native.quantize(w.numpy(), qtype, h.diagonal().numpy().copy())
+    assert np.array_equal(solved[qtype].packed, wanted)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="compete: imatrix competes for types without a grid, unasked"
+)
+def test_types_without_a_grid_and_rounding_asked() -> None:
+    h, w, qtype = hessian(256), weight(6, 256), QuantType("IQ3_S")
+    inputs = Inputs(h.diagonal().numpy().copy(), h, h, None)
+    solved = solve_tensor(w.numpy(), [qtype], ("rtn",), inputs, None)
+    assert set(solved[qtype].errors) == {"rtn"}
+
+
+def test_sixteen_bits_are_exact_or_rounded_and_nothing_competes() -> None:
+    h, w = hessian(256), weight(6, 256)
+    solved = solve_tensor(w.numpy(), [F16], ALL_METHODS, inputs_of(h), None)
+    assert solved[F16].method == "rtn"
+    assert np.array_equal(solved[F16].packed, native.quantize(w.numpy(), F16))
