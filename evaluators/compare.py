@@ -38,7 +38,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     runtime = command.runtime_of(options)
     # Everything that can be wrong with the request is found before the long work.
     texts = command.read_domains(options)
-    sets = zeroshot.load_sets(options) if options.task else []
+    sets = zeroshot.load_sets(options)
     with BaseLogits.compute(
         options.base,
         texts,

@@ -305,7 +305,10 @@ class Context:
             Logits [wanted.sum(), n_vocab] in the order of the batch. This is llama.cpp's own
             buffer: read it before the next call.
         """
-        n = len(tokens)
+        n, n_rows = len(tokens), int(wanted.sum())
+        # llama.cpp ends the whole process over either
+        if not 0 < n <= self.n_step or n_rows > self.n_outputs:
+            raise ValueError(f"{n} tokens, {n_rows} rows; made for {self.n_step}, {self.n_outputs}")
         if int(tokens.max()) >= self.model.n_vocab or int(tokens.min()) < 0:
             raise EvaluationError(
                 f"A token id lies outside the {self.model.n_vocab} of {self.model.path}.",
@@ -336,7 +339,6 @@ class Context:
                 f"{because(LOG.reason())}.",
                 "Free some memory or use a smaller --ctx.",
             )
-        n_rows = int(wanted.sum())
         if n_rows == 0:
             return np.empty((0, self.model.n_vocab), dtype=np.float32)
         rows = lib.llama_get_logits(self._context)

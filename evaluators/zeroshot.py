@@ -236,10 +236,11 @@ def run_with_base(
 
 
 def load_sets(options: argparse.Namespace) -> list[TaskItems]:
-    """The tasks that `add_task_options` asked for."""
-    if (options.data or options.labels) and len(options.task) > 1:
-        raise EvaluationError("--data goes with one --task.", "Run the other tasks on their own.")
-    return [tasks.load(name, options.data, options.labels, options.limit) for name in options.task]
+    """The tasks that `add_task_options` asked for; none without --task."""
+    names = options.task or []
+    if options.data and len(names) != 1:
+        raise EvaluationError("--data goes with one --task.", "Run other tasks on their own.")
+    return [tasks.load(name, options.data, options.labels, options.limit) for name in names]
 
 
 def add_task_options(parser: argparse._ActionsContainer, required: bool) -> None:

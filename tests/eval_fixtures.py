@@ -51,6 +51,7 @@ class TinySpec:
     n_layer: int = 2
     n_ctx_train: int = 256
     add_bos: bool = True
+    add_eos: bool = False
 
 
 def pieces(spec: TinySpec) -> list[str]:
@@ -153,7 +154,7 @@ def _finish(writer: gguf.GGUFWriter, spec: TinySpec, tensors: dict[str, np.ndarr
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(spec.add_bos)
-    writer.add_add_eos_token(False)
+    writer.add_add_eos_token(spec.add_eos)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

@@ -11,15 +11,19 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quantkit.config import RunConfig, Target
-from quantkit.launch import process
-from quantkit.launch.record import JobRecord, owner_hash, save_record
+from quantkit.launch import JobStore, process
+from quantkit.launch.record import JobRecord, load_record, owner_hash, save_record
 from quantkit.rundir import STAGES, EventLog, RunDir, StageRecord, read_json, write_json
+from quantkit.web.visitor import Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", target=Target("like", "Q4_K_M"))
 GGUF = "SmolLM2-135M-Instruct-EVO-Q4_K_M.gguf"
@@ -223,6 +227,37 @@ def own(folder: Path, owner: str | None, phase: str = "started", **fields: Any) 
 def alive(folder: Path, owner: str, pid: int) -> Path:
     """Make a folder the running job of a visitor, with a real process as its worker."""
     return own(folder, owner, "started", pid=pid, pid_started=process.started_at(pid))
+
+
+@contextmanager
+def serving(
+    root: Path, *, public: bool = False, schedule: bool = True
+) -> Iterator[tuple[str, JobStore, Visitors]]:
+    """The page on a free port, its workers being `work`. Yields its address, store and visitors."""
+    from quantkit.web import server
+    from quantkit.web.page import build_app
+
+    command, process.COMMAND = process.COMMAND, (sys.executable, __file__)
+    path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)
+    store, visitors = JobStore(root, public=public), Visitors(b"test")
+    app = build_app(store, visitors)
+    if not schedule:
+        store.start = lambda: None  # type: ignore[method-assign]
+    try:
+        _, url, _ = server.launch(app, store, visitors, prevent_thread_lock=True, quiet=True)
+        yield url, store, visitors
+    finally:
+        app.close(verbose=False)
+        store.close()
+        for folder in root.glob("*/"):
+            record = load_record(folder)
+            if schedule and record is not None and record.pid is not None:
+                process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
+        process.COMMAND = command
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
 
 
 def make_states(root: Path, owner: str, pid: int) -> dict[str, str]:

@@ -107,6 +107,22 @@ def test_tokenize_adds_bos_as_the_vocabulary_says(tiny: TinyFiles) -> None:
         assert model.tokenize("qq").tolist() == list(byte_ids("qq"))
 
 
+def test_no_eos_ends_a_text_that_goes_on(tmp_path: Path) -> None:
+    with Model(write_tiny(tmp_path / "eos.gguf", replace(SPEC, add_eos=True)), ONE) as model:
+        assert model.tokenize("qq").tolist() == [1, *byte_ids("qq")]
+        assert model.tokenize("").tolist() == [1]
+
+
+def test_a_batch_larger_than_its_context_is_a_bug_not_an_abort(tiny: TinyFiles) -> None:
+    ids = byte_ids("qqqqqqq")
+    positions, all_rows = np.arange(len(ids), dtype=np.int32), np.ones(len(ids), dtype=np.int8)
+    with Model(tiny.base, ONE) as model:
+        with Context(model, 64, 4, 4) as context, pytest.raises(ValueError, match="made for 4"):
+            context.decode(ids, positions, all_rows)
+        with Context(model, 64, 64, 2) as context, pytest.raises(ValueError, match="10 rows"):
+            context.decode(ids, positions, all_rows)
+
+
 def test_missing_file() -> None:
     with pytest.raises(EvaluationError, match="no file"):
         Model("nowhere.gguf")

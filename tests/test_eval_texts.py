@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from evaluators import tasks
 from evaluators.command import named_paths
 from evaluators.errors import EvaluationError
 from evaluators.texts import load_dataset_text, read_text
@@ -67,6 +68,16 @@ def test_a_stream_that_breaks_off_is_explained(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets, "load_dataset", breaking)
     with pytest.raises(EvaluationError, match="TimeoutError: read timed out"):
         load_dataset_text("c4", "gptq")
+
+
+def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(EvaluationError, match="cannot be loaded.*no route to host") as caught:
+        tasks.load("hellaswag")
+    assert "trace" not in caught.value.message
 
 
 def test_unknown_data_set() -> None:

@@ -9,6 +9,7 @@ events; the slow test runs the pipeline itself on a tiny model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -339,7 +340,7 @@ class TestProgress:
         for moment, done in [(20, 12), (30, 30), (40, 35), (60, 70), (80, 90)]:
             self.feed(progress, [(moment, done)])
             shown.append(progress.eta_seconds(moment))
-        assert all(a is not None and b is not None and b < a for a, b in zip(shown, shown[1:]))
+        assert all(a is not None and b is not None and b < a for a, b in itertools.pairwise(shown))
 
     def test_an_estimate_that_has_run_out_is_replaced(self) -> None:
         progress = Progress()

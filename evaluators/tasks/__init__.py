@@ -74,6 +74,8 @@ def load(
     """
     if name not in TASKS:
         raise EvaluationError(f"There is no task {name!r}.", f"Use one of {', '.join(TASKS)}.")
+    if labels and not data:
+        raise EvaluationError("Labels belong to a file of items.", "Give --data FILE.jsonl, too.")
     task = TASKS[name]
     file = data or task.builtin
     rows: Iterable[Mapping[str, Any]]

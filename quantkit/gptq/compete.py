@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from quantkit.gptq.descent import descend, row_errors
 from quantkit.gptq.solver import Factor, Rows, gptq, output_error
 from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
@@ -81,6 +82,14 @@ class Inputs:
     train: torch.Tensor
     heldout: torch.Tensor
     factor: Factor | None
+
+    @property
+    def damped(self) -> torch.Tensor:
+        """The train Hessian as it was factorized, float32 (n, n), columns in their own order."""
+        assert self.factor is not None
+        damped = self.train.clone()
+        damped.diagonal().copy_(self.factor.diagonal)
+        return damped
 
 
 def solve_tensor(
@@ -194,11 +203,9 @@ def _gptq(
     solved = {}
     for qtype, new in zip(types, codes, strict=True):
         form, rounded = FORMATS[qtype], grids[qtype]
-        grid = form.grid(rounded)
-        before = output_error(grid.values(form.codes(rounded)) - original, inputs.train)
-        after = output_error(grid.values(new) - original, inputs.train)
-        rows = torch.where(
-            (after <= before)[:, None], form.with_codes(rounded, new.to(torch.int16)), rounded
-        )
-        solved[qtype, "gptq"] = rows.cpu().numpy()
+        rows = descend(form, form.with_codes(rounded, new), original, inputs.damped)
+        before = row_errors(form, rounded, original, inputs.train)
+        after = row_errors(form, rows, original, inputs.train)
+        kept = torch.where((after <= before)[:, None], rows, rounded)
+        solved[qtype, "gptq"] = kept.cpu().numpy()
     return solved

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.gptq import sweep_cpu
+from quantkit.gptq import kernels_cpu
 from quantkit.kquants.formats import Grid
 
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn when the factorization fails
@@ -36,13 +36,14 @@ class Factor:
 
     order: torch.Tensor
     upper: torch.Tensor
+    diagonal: torch.Tensor  # (n,) of the damped Hessian, columns in their own order
     damping: float
     escalated: bool
     n_dead: int
 
 
 def factorize(hessian: torch.Tensor, damping: float) -> Factor:
-    """Factorize `hessian` (n, n) with `damping` times its mean diagonal added.
+    """Factorize `hessian` (n, n) with `damping` times the median of its diagonal added.
 
     Raises QuantkitError when the Hessian is not finite, or not positive definite even at a
     thousandfold damping.
@@ -54,17 +55,17 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factor:
             "The checkpoint is broken or overflows in its own precision: try another revision.",
         )
     dead = diagonal <= 0
-    mean = diagonal.mean().clamp_min(1e-30)
+    typical = diagonal[~dead].median() if bool((~dead).any()) else diagonal.new_ones(())
     order = torch.argsort(diagonal, descending=True, stable=True)
     for factor in _DAMPINGS:
+        raised = torch.where(dead, typical, diagonal + damping * factor * typical)
         damped = hessian[order][:, order]
-        damped.diagonal().add_(damping * factor * mean)
-        damped.diagonal()[dead[order]] = mean
+        damped.diagonal().copy_(raised[order])
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not bool(failed) and bool(torch.isfinite(upper).all()):
-            return Factor(order, upper, damping * factor, factor > 1, int(dead.sum()))
+            return Factor(order, upper, raised, damping * factor, factor > 1, int(dead.sum()))
     raise QuantkitError(
         f"A Hessian of {len(order)} columns cannot be factorized, even heavily damped.",
         "Give more calibration tokens, or leave gptq out of --methods.",
@@ -146,7 +147,7 @@ def walk_columns(stack: Stack, upper: torch.Tensor, start: int, end: int) -> Non
 
 
 def _walk_columns_cpu(stack: Stack, upper: torch.Tensor, start: int, end: int) -> None:
-    sweep_cpu.sweep(
+    kernels_cpu.gptq(
         stack.weight[start:end].numpy(),
         upper[start:end, start:end].contiguous().numpy(),
         stack.scale.numpy(),

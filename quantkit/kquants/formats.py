@@ -39,14 +39,17 @@ class Grid:
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 values of integer codes (n_rows, n_columns)."""
-        levels = codes.float()
-        if self.table is not None:
-            levels = torch.tensor(self.table, dtype=torch.float32, device=codes.device)[
-                codes.long()
-            ]
+        levels = levels_of(codes, self.table)
         n_rows = codes.shape[0]
         grouped = levels.view(n_rows, -1, self.group)
         return (grouped * self.scale[..., None] + self.minimum[..., None]).view(n_rows, -1)
+
+
+def levels_of(codes: torch.Tensor, table: tuple[int, ...] | None) -> torch.Tensor:
+    """What codes are multiplied with, float32: themselves, or their entry in the table."""
+    if table is None:
+        return codes.float()
+    return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.long()]
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
@@ -86,6 +89,8 @@ class Format:
     d_at = 0  # byte of the block's float16 scale d
     dmin_at: int | None = None  # byte of the block's float16 minimum or minimum scale
     dmin_sign = 1  # value = ... + dmin_sign * dmin * minimum code
+    scale_range: tuple[int, int] | None = None  # of the integers that d is multiplied with
+    minimum_range: tuple[int, int] | None = None  # of those that dmin is multiplied with
 
     def __init__(self, name: str) -> None:
         self.qtype = QuantType(name)
@@ -121,14 +126,38 @@ class Format:
         self.store_codes(blocks, stored)
         return blocks.view(packed.shape)
 
-    def with_scales(
-        self, packed: torch.Tensor, d: torch.Tensor, dmin: torch.Tensor | None
-    ) -> torch.Tensor:
-        """A copy of packed rows with other float16 `d` and `dmin`, (n_rows, n_blocks) each."""
+    def nearest(self, level: torch.Tensor) -> torch.Tensor:
+        """Codes whose levels are nearest to float32 `level`, of any shape."""
+        if self.table is None:
+            return level.round().clamp(self.low, self.high)
+        table = torch.tensor(self.table, dtype=torch.float32, device=level.device)
+        return torch.bucketize(level, (table[1:] + table[:-1]) / 2)
+
+    def scales(self, packed: torch.Tensor) -> torch.Tensor:
+        """d of every block, then dmin of every block: float32 (n_rows, n_blocks or 2 n_blocks)."""
+        blocks = self.blocks(packed)
+        return torch.cat([_half(blocks, at)[..., 0] for at in self._half_at], 1)
+
+    def with_scales(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """A copy of packed rows with other `scales`, rounded to float16."""
         blocks = self.blocks(packed).clone()
-        blocks[..., self.d_at : self.d_at + 2] = d.half()[..., None].view(torch.uint8)
-        if dmin is not None and self.dmin_at is not None:
-            blocks[..., self.dmin_at : self.dmin_at + 2] = dmin.half()[..., None].view(torch.uint8)
+        parts = scales.half().chunk(len(self._half_at), 1)
+        for at, values in zip(self._half_at, parts, strict=True):
+            blocks[..., at : at + 2] = values.contiguous()[..., None].view(torch.uint8)
+        return blocks.view(packed.shape)
+
+    @property
+    def _half_at(self) -> tuple[int, ...]:
+        return (self.d_at,) if self.dmin_at is None else (self.d_at, self.dmin_at)
+
+    def with_multipliers(
+        self, packed: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> torch.Tensor:
+        """A copy of packed rows with other integer scales and minimums, (n_rows, n_groups) each."""
+        blocks = self.blocks(packed).clone()
+        shape = (*blocks.shape[:2], -1)
+        integers = (x.to(torch.int16).view(shape) for x in (scale, minimum))
+        self.store_multipliers(blocks, *integers)
         return blocks.view(packed.shape)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,6 +166,12 @@ class Format:
         """
         one = torch.ones((), device=blocks.device).expand(*blocks.shape[:2], 1)
         return one, one
+
+    def store_multipliers(
+        self, blocks: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> None:
+        """Write integer scales and minimums, int16 (n_rows, n_blocks, groups), into `blocks`."""
+        raise NotImplementedError
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         """Unsigned codes as stored, uint8 (n_rows, n_blocks, block_size)."""
@@ -202,10 +237,16 @@ class Q2K(Format):
 
     group, low, high = 16, 0, 3
     d_at, dmin_at, dmin_sign = 80, 82, -1
+    scale_range = minimum_range = (0, 15)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         packed = blocks[..., 0:16]
         return (packed & 15).float(), (packed >> 4).float()
+
+    def store_multipliers(
+        self, blocks: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> None:
+        blocks[..., 0:16] = (scale | (minimum << 4)).to(torch.uint8)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         return _bits(blocks[..., 16:80].unflatten(-1, (2, 32)), 2, 4).flatten(-3)
@@ -219,6 +260,7 @@ class Q3K(Format):
 
     group, low, high, offset = 16, -4, 3, 4
     d_at = 108
+    scale_range = (-32, 31)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         packed = blocks[..., 96:108]
@@ -226,6 +268,13 @@ class Q3K(Format):
         high = _bits(packed[..., 8:12], 2, 4).flatten(-2)
         scale = (low | (high << 4)).float() - 32
         return scale, scale
+
+    def store_multipliers(
+        self, blocks: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> None:
+        stored = (scale + 32).to(torch.uint8)
+        blocks[..., 96:104] = _join_nibbles(stored & 15)
+        blocks[..., 104:108] = _join_bits((stored >> 4).unflatten(-1, (4, 4)), 2)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         low = _bits(blocks[..., 32:96].unflatten(-1, (2, 32)), 2, 4).flatten(-3)
@@ -242,12 +291,21 @@ class Q4K(Format):
 
     group, low, high = 32, 0, 15
     d_at, dmin_at, dmin_sign = 0, 2, -1
+    scale_range = minimum_range = (0, 63)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, second, last = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
         scale = torch.cat([first & 63, (last & 15) | ((first >> 6) << 4)], -1)
         minimum = torch.cat([second & 63, (last >> 4) | ((second >> 6) << 4)], -1)
         return scale.float(), minimum.float()
+
+    def store_multipliers(
+        self, blocks: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> None:
+        s, m = scale.to(torch.uint8), minimum.to(torch.uint8)
+        blocks[..., 4:8] = s[..., :4] | ((s[..., 4:] >> 4) << 6)
+        blocks[..., 8:12] = m[..., :4] | ((m[..., 4:] >> 4) << 6)
+        blocks[..., 12:16] = (s[..., 4:] & 15) | ((m[..., 4:] & 15) << 4)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         return _nibbles(blocks[..., -128:].unflatten(-1, (4, 32))).flatten(-2)
@@ -275,10 +333,16 @@ class Q6K(Format):
 
     group, low, high, offset = 16, -32, 31, 32
     d_at = 208
+    scale_range = (-128, 127)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = blocks[..., 192:208].contiguous().view(torch.int8).float()
         return scale, scale
+
+    def store_multipliers(
+        self, blocks: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> None:
+        blocks[..., 192:208] = scale.to(torch.int8).view(torch.uint8)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         low = _nibbles(blocks[..., 0:128].unflatten(-1, (2, 64)))  # (..., 2, 128)
@@ -295,12 +359,21 @@ class IQ4XS(Format):
     """256 weights: d, 2 + 4 bytes of signed 6-bit scales, 128 bytes of nibbles into IQ4's table."""
 
     group, low, high, table = 32, 0, 15, IQ4_TABLE
+    scale_range = (-32, 31)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low = _bits(blocks[..., 4:8], 4, 2).transpose(-1, -2).flatten(-2)
         high = _bits(blocks[..., 2:4], 2, 4).transpose(-1, -2).flatten(-2)
         scale = (low | (high << 4)).float() - 32
         return scale, scale
+
+    def store_multipliers(
+        self, blocks: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    ) -> None:
+        stored = (scale + 32).to(torch.uint8)
+        low, high = (stored & 15).unflatten(-1, (4, 2)), (stored >> 4).unflatten(-1, (2, 4))
+        blocks[..., 4:8] = _join_bits(low.transpose(-1, -2), 4)
+        blocks[..., 2:4] = _join_bits(high.transpose(-1, -2), 2)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         return _nibbles(blocks[..., 8:].unflatten(-1, (8, 16))).flatten(-2)

@@ -125,7 +125,7 @@ def add_endpoints(desk: Desk) -> None:
             job = to_json(desk.store.view(job_id, owner))
             for long in ("log", "allocation", "card", "curve"):
                 job.pop(long)
-            return job
+            return _without_paths(job)
 
         return _told(status)
 
@@ -170,6 +170,15 @@ def _form(
     return JobForm(
         model, kind, like, size, bpw, profile, revision, calibration=calibration, seed=seed
     )
+
+
+def _without_paths(value: Any) -> Any:
+    """The same with `path` called `file`: what has a `path`, Gradio takes for a file to send."""
+    if isinstance(value, dict):
+        return {"file" if k == "path" else k: _without_paths(item) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return value
 
 
 def _told(action: Callable[[], T]) -> T:

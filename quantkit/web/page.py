@@ -60,7 +60,9 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
         gr.HTML(_HEADER)
         if sign_in:
             gr.LoginButton(elem_id="sign-in", size="sm")
-        job_id, sent = gr.State(""), gr.State({})
+        # In the page and not in the server's session: a tab goes on after the server restarted.
+        job_id = gr.Textbox("", visible=False, max_length=100)
+        sent = gr.State({})  # what this tab shows, as hashes
         # Nothing is visible before `load` says which page it is: no flash of the other one.
         with gr.Column(elem_id="new-run", visible=False) as new_run:
             form = Form(desk)

@@ -7,7 +7,9 @@ from pathlib import Path
 import gradio as gr
 
 CSS_PATH = Path(__file__).with_name("style.css")
-HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+# Start and Delete change the address in place; the browser's way back then loads what it names.
+HEAD = """<meta name="viewport" content="width=device-width, initial-scale=1">
+<script>addEventListener("popstate", () => location.reload())</script>"""
 
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")

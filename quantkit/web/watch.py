@@ -76,7 +76,7 @@ class Watch:
 
     def wire(
         self,
-        job_id: gr.State,
+        job_id: gr.Textbox,
         parts: list[Any],
         refresh: Callable[..., list[Any]],
         areas: list[Any],

@@ -1,0 +1,412 @@
+"""The web page over real HTTP: what it is made of, who reaches what, the API, how it starts.
+
+pytest tests/test_app.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_app_fixtures as fixtures
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from quantkit.launch import JobStore, JobSummary
+from quantkit.launch.progress import KlPoint, LogLine
+from quantkit.rundir import STAGES
+from quantkit.web import charts, results, view
+from quantkit.web.page import build_app
+from quantkit.web.tensor_map import tensor_map
+from quantkit.web.visitor import COOKIE, Visitors
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = "<img src=x onerror=alert(1)>\"'&"
+
+
+@pytest.fixture
+def page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, JobStore, Visitors]]:
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
+    with fixtures.serving(tmp_path / "runs") as served:
+        yield served
+
+
+def get(url: str, cookie: str = "", **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers (lower case) and body, whatever the status."""
+    if cookie:
+        headers["Cookie"] = f"{COOKIE}={cookie}"
+    request = urllib.request.Request(
+        url, headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+
+def test_only_the_documented_endpoints_are_public(tmp_path: Path) -> None:
+    app = build_app(JobStore(tmp_path), Visitors(b"k"))
+    shown = {fn.api_name for fn in app.fns.values() if fn.api_visibility != "private"}
+    assert shown == {"estimate", "start_job", "job_status", "cancel_job"}
+    names = set(app.get_api_info()["named_endpoints"])
+    assert names == {"/estimate", "/start_job", "/job_status", "/cancel_job"}
+
+
+def test_stages_have_one_spelling() -> None:
+    assert tuple(view.STAGE_ABOUT) == STAGES
+
+
+def test_cookie_and_headers(page: tuple[str, JobStore, Visitors]) -> None:
+    url, _, visitors = page
+    status, headers, _ = get(url)
+    jar: SimpleCookie = SimpleCookie(headers["set-cookie"])
+    assert status == 200 and visitors.check(jar[COOKIE].value)
+    assert jar[COOKIE]["httponly"] and jar[COOKIE]["samesite"] == "Lax"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "SAMEORIGIN"
+    _, again, _ = get(url, jar[COOKIE].value)
+    assert "set-cookie" not in again
+    _, forged, _ = get(url, jar[COOKIE].value[:-1] + "0z")
+    assert "set-cookie" in forged
+
+
+def test_keys_are_signed() -> None:
+    ours, theirs = Visitors(b"ours"), Visitors(b"theirs")
+    key = ours.new_key()
+    assert ours.check(key) and theirs.check(key) is None
+    for forged in ("", key[1:], key + "0", None, 3, "a.b", "x" * 10_000):
+        assert ours.check(forged) is None
+
+
+def test_the_secret_survives_a_restart(tmp_path: Path) -> None:
+    key = Visitors.of_root(tmp_path, {}).new_key()
+    assert Visitors.of_root(tmp_path, {}).check(key)
+    assert (tmp_path / ".secret").stat().st_mode & 0o077 == 0
+
+
+def test_downloads_stream_in_ranges_to_their_owner_only(
+    page: tuple[str, JobStore, Visitors],
+) -> None:
+    url, store, visitors = page
+    hers, his = visitors.new_key(), visitors.new_key()
+    owner = f"visitor:{visitors.check(hers)}"
+    folder = fixtures.own(fixtures.write_run(store.root / "hers"), owner)
+    file = f"{url}files/hers/{fixtures.GGUF}"
+    whole = (folder / "7-stitch" / fixtures.GGUF).read_bytes()
+    status, headers, body = get(file, hers)
+    assert (status, body) == (200, whole)
+    assert fixtures.GGUF in headers["content-disposition"]
+    status, headers, body = get(file, hers, Range="bytes=100-299")
+    assert (status, body) == (206, whole[100:300])
+    assert headers["content-range"] == f"bytes 100-299/{len(whole)}"
+    assert get(file, X_Quantkit_Key=hers)[0] == 200
+    for refused in (
+        get(file),
+        get(file, his),
+        get(f"{url}files/hers/config.json", hers),
+        get(f"{url}files/hers/..%2Fconfig.json", hers),
+        get(f"{url}files/..%2Fhers/{fixtures.GGUF}", hers),
+        get(f"{url}files/nope/x", hers),
+    ):
+        assert refused[0] == 404 and b"Traceback" not in refused[2]
+    # Nothing of a run is reachable by Gradio's own file route either.
+    for path in (
+        folder / "config.json",
+        store.root / ".secret",
+        folder / "7-stitch" / fixtures.GGUF,
+    ):
+        assert get(f"{url}gradio_api/file={path}", hers)[0] in (403, 404)
+
+
+def test_api_runs_a_job(page: tuple[str, JobStore, Visitors]) -> None:
+    client = Client(page[0], verbose=False)
+    job = client.predict("demo:smollm2-135m", profile="demo", api_name="/start_job")
+    deadline = time.monotonic() + 60
+    while True:
+        status = client.predict(job["job_id"], job["key"], api_name="/job_status")
+        if status["state"] == "finished":
+            break
+        assert time.monotonic() < deadline and status["state"] in ("queued", "running")
+        time.sleep(0.3)
+    assert [stage["name"] for stage in status["stages"]] == list(STAGES)
+    assert status["report"]["outputs"][0]["n_bytes"] > 0
+    assert status["files"][0]["name"] == fixtures.GGUF
+    second = client.predict("demo:smollm2-135m", key=job["key"], api_name="/start_job")
+    assert second["key"] == job["key"]
+    ended = client.predict(second["job_id"], second["key"], api_name="/cancel_job")
+    assert ended["state"] in ("cancelled", "running")
+
+
+def test_api_errors_are_sentences(page: tuple[str, JobStore, Visitors]) -> None:
+    url, store, visitors = page
+    owner = f"visitor:{visitors.check(visitors.new_key())}"
+    fixtures.own(fixtures.write_run(store.root / "hers"), owner)
+    client = Client(url, verbose=False)
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("/start_job", {"model": "not a model!"}),
+        ("/start_job", {"model": "a/b", "size": "many"}),
+        ("/start_job", {"model": "a/b", "profile": "all"}),
+        ("/job_status", {"job_id": "hers"}),
+        ("/job_status", {"job_id": "hers", "key": visitors.new_key()}),
+        ("/job_status", {"job_id": "../hers"}),
+        ("/cancel_job", {"job_id": "hers", "key": "forged"}),
+        ("/estimate", {"model": "a/b/c/d"}),
+    ]
+    for name, arguments in calls:
+        with pytest.raises(AppError) as caught:
+            client.predict(api_name=name, **arguments)
+        assert "Traceback" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_estimate_asks_the_planner(page: tuple[str, JobStore, Visitors], tmp_path: Path) -> None:
+    """The planner's refusal of a folder without a model arrives as its own sentence."""
+    (tmp_path / "empty").mkdir()
+    client = Client(page[0], verbose=False)
+    with pytest.raises(AppError) as caught:
+        client.predict(str(tmp_path / "empty"), api_name="/estimate")
+    assert "empty has no safetensors weights" in str(caught.value)
+
+
+def test_polling_is_cheap(page: tuple[str, JobStore, Visitors]) -> None:
+    """Fifty jobs, twenty visitors at once: a poll that finds nothing new."""
+    url, store, visitors = page
+    key = visitors.new_key()
+    owner = f"visitor:{visitors.check(key)}"
+    for number in range(50):
+        fixtures.own(fixtures.write_run(store.root / f"job{number}"), owner)
+    config = json.loads(get(f"{url}config")[2])
+    ticks = [d for d in config["dependencies"] if d["targets"] and d["targets"][0][1] == "tick"]
+    took: list[float] = []
+
+    def poll(number: int) -> None:
+        for _ in range(3):
+            body = {"data": [None, None], "fn_index": ticks[0]["id"], "session_hash": f"s{number}"}
+            request = urllib.request.Request(
+                f"{url}gradio_api/run/predict",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json", "Cookie": f"{COOKIE}={key}"},
+            )
+            began = time.perf_counter()
+            urllib.request.urlopen(request, timeout=20).read()
+            took.append(time.perf_counter() - began)
+            time.sleep(0.5)
+
+    threads = [threading.Thread(target=poll, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert len(took) == 60
+    took.sort()
+    print(f"polls: median {1e3 * took[30]:.0f} ms, p95 {1e3 * took[56]:.0f} ms")
+    assert took[56] < 1.5  # the target is 0.15 on a quiet machine; tests share theirs
+
+
+def test_all_text_is_escaped() -> None:
+    """What comes from models, events and users never becomes markup."""
+    log = (LogLine(1.0, "fetch", "note", HOSTILE), LogLine(1.0, None, HOSTILE, HOSTILE))
+    job = _replace(
+        _view(),
+        model=f"a/{HOSTILE}",
+        revision=HOSTILE,
+        target=HOSTILE,
+        state="failed",
+        error=HOSTILE,
+        remedy=HOSTILE,
+        log=log,
+        files=(_file(HOSTILE),),
+        published_url=f"https://x/{HOSTILE}",
+    )
+    summary = JobSummary("id", HOSTILE, HOSTILE, HOSTILE, "running", 1.0, False, stage=HOSTILE)
+    report = fixtures.make_report()
+    report["baselines"][0]["name"] = HOSTILE
+    report["outputs"][0]["path"] = HOSTILE
+    report["texts"], report["protocol"] = [HOSTILE], HOSTILE
+    allocation = {f"blk.0.{HOSTILE}": {"qtype": HOSTILE}, HOSTILE: {"qtype": "Q4_K"}}
+    plan = {"model": {"architecture": HOSTILE, "n_parameters": 1, "license": HOSTILE, "gated": 1}}
+    sizes = {"limit_bytes": 1, "smallest_bytes": 1, "largest_bytes": 1}
+    plan |= {
+        "sizes": sizes,
+        "estimates": dict.fromkeys(("seconds", "disk_bytes", "memory_bytes"), 1),
+    }
+    plan |= {"warnings": [HOSTILE]}
+    finished = _replace(job, state="finished", report=report, allocation=allocation)
+    for html in (
+        view.head(job),
+        view.head(finished),
+        view.stages(job),
+        view.log(job),
+        view.raw_log(HOSTILE),
+        view.files(job),
+        view.job_list([summary]),
+        view.notice(HOSTILE, HOSTILE),
+        results.results(finished),
+        results.preview(plan),
+        charts.frontier(report),
+        tensor_map(allocation),
+    ):
+        assert html and "<img" not in html
+
+
+def test_links_are_only_to_the_web() -> None:
+    job = _replace(_view(), state="finished", published_url="javascript:alert(1)")
+    assert "javascript" not in view.head(job)
+
+
+def test_a_report_of_another_kind_is_a_sentence() -> None:
+    job = _replace(_view(), report={"schema": 9, "outputs": []})
+    assert "cannot be read" in results.results(job)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, ""), (4, "a few seconds left"), (33, "about 30 s left"), (200, "about 3 min left")],
+)
+def test_time_left(seconds: float | None, text: str) -> None:
+    assert view.time_left(seconds) == text
+
+
+def test_charts_of_little_data() -> None:
+    assert charts.kl_curve([]) == "" and charts.kl_curve([KlPoint(0, 1, 0.1, 0.01)]) == ""
+    flat = [KlPoint(i, 1000 * i, 0.01, 0.0) for i in range(3)]
+    assert charts.kl_curve(flat).count("<polyline") == 1
+    assert "nan" not in charts.kl_curve(flat)
+    assert charts.kl_text(0.014712) == "0.0147" and charts.kl_text(0) == "0"
+
+
+def _view() -> Any:
+    from quantkit.launch import JobView, StageView
+
+    stages = tuple(StageView(name) for name in STAGES)
+    return JobView("id", "a/b", None, "like Q4_K_M", "demo", 0, "queued", 1.0, stages)
+
+
+def _replace(job: Any, **fields: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(job, **fields)
+
+
+def _file(name: str) -> Any:
+    from quantkit.launch import ResultFile
+
+    return ResultFile(name, 5, name)
+
+
+# How it starts.
+
+
+def test_the_front_end_is_light() -> None:
+    """No torch and the like, however it is imported."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); import app; from quantkit.web import server\n"
+        "heavy = {'torch', 'transformers', 'llama_cpp', 'datasets', 'accelerate'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("on_space", [True, False])
+def test_app_starts_beside_the_folder_spaces(tmp_path: Path, on_space: bool) -> None:
+    """On a Space, Gradio imports `spaces`: our folder of that name must not answer."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    shutil.copy(ROOT / "app.py", clone)
+    (clone / "quantkit").symlink_to(ROOT / "quantkit")
+    (clone / "spaces").mkdir()
+    (clone / "spaces" / "deploy.py").write_text("raise RuntimeError('this is not the package')\n")
+    with _app(clone, tmp_path / "runs", on_space) as url:
+        status, headers, body = get(url)
+        assert status == 200 and b"quantkit" in body
+        assert ("x-frame-options" in headers) is not on_space
+
+
+def test_a_wrong_setting_is_a_sentence(tmp_path: Path) -> None:
+    environment = {**os.environ, "QUANTKIT_WORKERS": "many", "QUANTKIT_RUNS": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.startswith(b"quantkit: QUANTKIT_WORKERS=many")
+
+
+class _app:
+    """`python app.py` in a folder, on a free port."""
+
+    def __init__(self, folder: Path, runs: Path, on_space: bool) -> None:
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        environment = {
+            **os.environ,
+            "GRADIO_SERVER_PORT": str(self._port),
+            "QUANTKIT_RUNS": str(runs),
+            "HF_HUB_OFFLINE": "1",
+        }
+        if on_space:
+            environment |= {"SYSTEM": "spaces", "SPACE_ID": "a/b"}
+        self._child = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> str:
+        url = f"http://127.0.0.1:{self._port}/"
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                get(url)
+                return url
+            except OSError:
+                if self._child.poll() is not None or time.monotonic() > deadline:
+                    self._child.kill()
+                    assert self._child.stdout is not None
+                    raise AssertionError(self._child.stdout.read().decode()) from None
+                time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        self._child.terminate()
+        self._child.wait(20)
+
+
+@pytest.mark.slow
+def test_api_runs_the_real_pipeline(tmp_path: Path) -> None:
+    """A tiny local model from `start_job` to the report, by `python app.py` itself."""
+    from tiny_models import tiny_llama
+
+    model = tiny_llama(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
+    with _app(ROOT, tmp_path / "runs", False) as url:
+        client = Client(url, verbose=False)
+        options = {"profile": "demo", "calibration": "builtin"}
+        job = client.predict(str(model), api_name="/start_job", **options)
+        deadline = time.monotonic() + 480
+        while True:
+            status = client.predict(job["job_id"], job["key"], api_name="/job_status")
+            if status["state"] not in ("queued", "running"):
+                break
+            assert time.monotonic() < deadline
+            time.sleep(2)
+        assert (status["state"], status["error"]) == ("finished", "")
+        name = status["files"][0]["name"]
+        body = get(f"{url}files/{job['job_id']}/{name}", X_Quantkit_Key=job["key"])[2]
+        assert body[:4] == b"GGUF" and len(body) == status["report"]["outputs"][0]["n_bytes"]
