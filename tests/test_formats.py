@@ -216,17 +216,74 @@ def test_ggmls_codes_lie_within_the_format(qtype: QuantType) -> None:
 @settings(max_examples=20)
 @given(halves=st.lists(finite_halves, min_size=2, max_size=8))
 def test_other_scales_go_in_and_nothing_else_changes(qtype: QuantType, halves: list[int]) -> None:
-    form = FORMATS[qtype]
+    form, at = FORMATS[qtype], HALVES[qtype.name]
     packed = torch.from_numpy(native.quantize(weights(2, seed=5), qtype, importance()))
-    shape = (2, N_COLUMNS // qtype.block_size)
-    bits = torch.from_numpy(np.resize(np.array(halves, np.uint16), (2, *shape)))
-    d, dmin = bits.view(torch.float16).float()
-    changed = form.with_scales(packed, d, dmin if form.dmin_at is not None else None)
+    n_blocks = N_COLUMNS // qtype.block_size
+    bits = np.resize(np.array(halves, np.uint16), (2, len(at), n_blocks))
+    scales = torch.from_numpy(bits.view(np.float16).astype(np.float32).reshape(2, -1))
+    changed = form.with_scales(packed, scales)
     assert torch.equal(form.codes(changed), form.codes(packed))
-    wanted = packed.numpy().copy().reshape(*shape, -1)
-    for field, at in enumerate(HALVES[qtype.name]):
-        wanted[..., at : at + 2] = bits[field].numpy()[..., None].view(np.uint8)
+    wanted = packed.numpy().copy().reshape(2, n_blocks, -1)
+    for field, start in enumerate(at):
+        wanted[..., start : start + 2] = bits[:, field, :, None].view(np.uint8)
     assert np.array_equal(changed.numpy().reshape(wanted.shape), wanted)
+    assert torch.equal(form.scales(changed), scales)
+    assert torch.equal(form.with_scales(packed, form.scales(packed)), packed)
+
+
+HAVE_INTEGERS = pytest.mark.parametrize(
+    "qtype", [q for q, f in FORMATS.items() if f.scale_range], ids=str
+)
+
+
+@HAVE_INTEGERS
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_integer_scales_round_trip(qtype: QuantType, seed: int) -> None:
+    """Any integers in the format's ranges, the ends among them; codes, d and dmin stay."""
+    form, rng = FORMATS[qtype], np.random.default_rng(seed)
+    packed = torch.from_numpy(random_blocks(qtype, rng, 3, [0x3C00, 0x0001, 0xBC00]))
+
+    def draw(limits: tuple[int, int] | None) -> torch.Tensor:
+        low, high = limits or (0, 0)
+        values = rng.integers(low, high + 1, (3, N_COLUMNS // form.group))
+        values.flat[rng.integers(values.size, size=9)] = low
+        values.flat[rng.integers(values.size, size=9)] = high
+        return torch.from_numpy(values).float()
+
+    scale, minimum = draw(form.scale_range), draw(form.minimum_range)
+    changed = form.with_multipliers(packed, scale, minimum)
+    read_scale, read_minimum = form.multipliers(form.blocks(changed))
+    assert torch.equal(read_scale.reshape(3, -1), scale)
+    if form.minimum_range is not None:
+        assert torch.equal(read_minimum.reshape(3, -1), minimum)
+    assert torch.equal(form.codes(changed), form.codes(packed))
+    assert torch.equal(form.scales(changed), form.scales(packed))
+    assert same_bits(our_values(changed.numpy(), form), native.dequantize(changed.numpy(), qtype))
+    own = (x.reshape(3, -1) for x in form.multipliers(form.blocks(packed)))
+    assert torch.equal(form.with_multipliers(packed, *own), packed)
+
+
+@HAVE_INTEGERS
+def test_integer_ranges_are_what_the_bits_hold(qtype: QuantType) -> None:
+    """Over random bytes every value of the range is met, and none outside."""
+    form = FORMATS[qtype]
+    packed = random_blocks(qtype, np.random.default_rng(1), 400, [0x3C00])
+    found = form.multipliers(form.blocks(torch.from_numpy(packed)))
+    for limits, values in zip((form.scale_range, form.minimum_range), found, strict=True):
+        if limits is not None:
+            assert (int(values.min()), int(values.max())) == limits
+            assert len(values.unique()) == limits[1] - limits[0] + 1
+
+
+@ALL_FORMATS
+@given(level=st.floats(-200, 200, width=32))
+def test_nearest_code(qtype: QuantType, level: float) -> None:
+    form = FORMATS[qtype]
+    levels = np.array(form.table or range(form.low, form.high + 1), np.float64)
+    code = int(form.nearest(torch.tensor([level]))[0])
+    assert form.low <= code <= form.high
+    assert abs(levels[code - form.low] - level) == np.abs(levels - level).min()
 
 
 def test_the_order_of_the_two_scales_is_as_the_fields_say() -> None:

@@ -20,7 +20,7 @@ from quantkit.kquants.formats import FORMATS, Grid
 from quantkit.qtypes import F16, QuantType
 
 TYPES = tuple(FORMATS)
-DAMPING = 0.01
+DAMPING = 0.1
 
 
 def hessian(n: int, seed: int = 0, n_tokens: int = 2048) -> torch.Tensor:
@@ -64,14 +64,19 @@ def is_nearest(w: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor
     )
 
 
+def damped(h: torch.Tensor, damping: float) -> torch.Tensor:
+    """H with a share of its median diagonal added, float64."""
+    diagonal = h.diagonal().double()
+    return h.double() + damping * diagonal.median() * torch.eye(len(h))
+
+
 def textbook(rows: Rows, h: torch.Tensor, damping: float) -> torch.Tensor:
     """GPTQ as the paper derives it, in float64, without Cholesky: after each column the inverse
     Hessian loses that column by Gaussian elimination.
     """
     n = h.shape[0]
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    damped = h.double() + damping * h.diagonal().double().mean() * torch.eye(n)
-    inverse = torch.linalg.inv(damped[order][:, order])
+    inverse = torch.linalg.inv(damped(h, damping)[order][:, order])
     w = rows.weight.double()[:, order]
     codes = torch.empty(w.shape, dtype=torch.int8)
     values = levels(rows.grid).double()[:, :, order]
@@ -173,8 +178,8 @@ def test_factor_is_that_of_the_damped_inverse() -> None:
     factor = factorize(h, DAMPING)
     order = factor.order
     assert bool((h.diagonal()[order].diff() <= 0).all())
-    damped = h.double() + DAMPING * h.diagonal().double().mean() * torch.eye(96)
-    inverse = torch.linalg.inv(damped[order][:, order])
+    inverse = torch.linalg.inv(damped(h, DAMPING)[order][:, order])
+    assert torch.allclose(factor.diagonal.double(), damped(h, DAMPING).diagonal())
     upper = factor.upper.double()
     assert torch.equal(factor.upper, factor.upper.triu())
     assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-3 * float(inverse.max()))
@@ -226,14 +231,14 @@ def test_fewer_tokens_than_columns(n_tokens: int) -> None:
 
 def test_damping_is_escalated_and_recorded() -> None:
     """A slightly indefinite matrix, as rounding makes them: tenfold damping mends it."""
-    h = hessian(64)
-    mean = float(h.diagonal().mean())
-    values, vectors = torch.linalg.eigh(h.double())
-    values[0] = -0.05 * mean
-    broken = (vectors * values) @ vectors.T
-    factor = factorize(broken.float(), DAMPING)
-    assert factor.escalated and factor.damping == pytest.approx(0.1)
-    values[0] = -50 * mean
+    generator = torch.Generator().manual_seed(0)
+    vectors, _ = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))
+    values = torch.linspace(0.5, 1.5, 64, dtype=torch.float64)
+    values[0] = -0.3
+    factor = factorize(((vectors * values) @ vectors.T).float(), DAMPING)
+    assert factor.escalated and factor.damping == pytest.approx(10 * DAMPING)
+    values[0] = -1e4
+    values[1:] += 200  # the diagonal stays above zero
     with pytest.raises(QuantkitError, match="cannot be factorized"):
         factorize(((vectors * values) @ vectors.T).float(), DAMPING)
 
@@ -288,6 +293,11 @@ def inputs_of(h: torch.Tensor, heldout: torch.Tensor | None = None) -> Inputs:
     return Inputs(h.diagonal().numpy().copy(), h, other, factorize(h, DAMPING))
 
 
+def without(inputs: Inputs) -> Inputs:
+    """The same without GPTQ's factor."""
+    return Inputs(inputs.importance, inputs.train, inputs.heldout, None)
+
+
 def errors_of(w: torch.Tensor, packed: np.ndarray, qtype: QuantType, h: torch.Tensor) -> np.ndarray:
     e = torch.from_numpy(native.dequantize(packed, qtype)).double() - w.double()
     return ((e @ h.double()) * e).sum(1).numpy()
@@ -304,12 +314,6 @@ def test_no_row_is_worse_than_ggmls(qtype: QuantType, n_tokens: int) -> None:
     after = errors_of(w, packed[qtype, "gptq"], qtype, h)
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < before.sum()
-    if n_tokens == 2048:
-        scales = FORMATS[qtype].grid
-        assert torch.equal(
-            scales(torch.from_numpy(packed[qtype, "gptq"])).scale,
-            scales(torch.from_numpy(ggml)).scale,
-        )
 
 
 ALL_METHODS = ("gptq", "imatrix", "rtn")
@@ -359,18 +363,30 @@ def test_a_looked_up_table_is_priced_by_how_often_rows_are_read() -> None:
         assert result.errors["rtn"].nats == pytest.approx(wanted, rel=1e-4)
 
 
-def test_large_tensors_are_cut_and_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are independent: ggml's methods give the same bytes. After GPTQ the descent follows
+    gradients from matrix products, which round by the number of rows: its bytes may differ, its
+    errors by 1 %.
+    """
     h, w = hessian(256), weight(50, 256)
     inputs, sensitivity = inputs_of(h), Sensitivity(torch.rand(50))
-    whole = solve_tensor(w.numpy(), TYPES, ALL_METHODS, inputs, sensitivity)
+    whole = {
+        m: solve_tensor(
+            w.numpy(), TYPES, (m,), inputs if m == "gptq" else without(inputs), sensitivity
+        )
+        for m in ALL_METHODS
+    }
     monkeypatch.setattr(compete, "_STACKED_WEIGHTS", 256 * len(TYPES) * 7)
-    cut = solve_tensor(w.numpy(), TYPES, ALL_METHODS, inputs, sensitivity)
-    for qtype in TYPES:
-        assert cut[qtype].method == whole[qtype].method
-        assert np.array_equal(cut[qtype].packed, whole[qtype].packed)
-        for method, error in whole[qtype].errors.items():
-            assert cut[qtype].errors[method].relative == pytest.approx(error.relative, rel=1e-5)
-            assert cut[qtype].errors[method].nats == pytest.approx(error.nats, rel=1e-5)
+    for method, solved in whole.items():
+        known = inputs if method == "gptq" else without(inputs)
+        cut = solve_tensor(w.numpy(), TYPES, (method,), known, sensitivity)
+        for qtype in TYPES:
+            tolerance = 0.01 if method == "gptq" else 1e-5
+            one, other = cut[qtype].errors[method], solved[qtype].errors[method]
+            assert one.relative == pytest.approx(other.relative, rel=tolerance)
+            assert one.nats == pytest.approx(other.nats, rel=tolerance)
+            if method != "gptq":
+                assert np.array_equal(cut[qtype].packed, solved[qtype].packed)
 
 
 @pytest.mark.parametrize("methods", [("gptq",), ("imatrix",), ("rtn",), ("gptq", "rtn")])

@@ -46,10 +46,12 @@ class Follower:
         self.progress = Progress()
         self._offset = 0
         self._files: dict[str, _Cached] = {}
+        self.record: JobRecord | None = None  # as of the last `load`
+        self._settled: tuple[JobRecord, JobSummary] | None = None
 
-    @property
-    def record(self) -> JobRecord | None:
-        return self._read(JOB_FILE, lambda path: load_record(self.folder))
+    def load(self) -> None:
+        """Take in the job's record, if it was written since the last call."""
+        self.record = self._read(JOB_FILE, lambda path: load_record(self.folder))
 
     @property
     def config(self) -> RunConfig | None:
@@ -102,12 +104,16 @@ class Follower:
 
     def summary(self, position: int | None) -> JobSummary | None:
         """None for a folder that holds no run."""
+        record = self.record
+        # Nothing happens to a job that has ended before its record changes; most of a list has.
+        if self._settled is not None and self._settled[0] is record:
+            return self._settled[1]
         self.refresh()
-        config, record = self.config, self.record
+        config = self.config
         if config is None:
             return None
         current = self.progress.current
-        return JobSummary(
+        summary = JobSummary(
             self.folder.name,
             config.model,
             str(config.target) if config.target else "like Q4_K_M",
@@ -119,6 +125,9 @@ class Follower:
             stage=current.name if current else None,
             percent=current.percent if current else None,
         )
+        if record is not None and summary.state not in (views.QUEUED, views.RUNNING):
+            self._settled = (record, summary)
+        return summary
 
     @property
     def created(self) -> float:

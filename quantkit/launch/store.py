@@ -78,10 +78,11 @@ class JobStore:
     def jobs(self, owner: str | None) -> tuple[JobSummary, ...]:
         """The visitor's jobs and, on a private page, those of the command line; newest first."""
         with self._lock:
-            positions = self._positions()
+            followers = self._scan()
+            positions = _positions(followers)
             found = [
                 summary
-                for job_id, follower in self._scan().items()
+                for job_id, follower in followers.items()
                 if self._may_see(follower.record, owner)
                 and (summary := follower.summary(positions.get(job_id))) is not None
             ]
@@ -91,7 +92,10 @@ class JobStore:
         """Everything about one job. Raises NoSuchJob also when it is somebody else's."""
         with self._lock:
             follower = self._follower(job_id, owner)
-            found = follower.view(self._positions().get(follower.folder.name))
+            record = follower.record
+            waits = record is not None and record.phase == QUEUED
+            positions = _positions(self._scan()) if waits else {}
+            found = follower.view(positions.get(follower.folder.name))
         if found is None:
             raise NoSuchJob
         return found
@@ -270,7 +274,7 @@ class JobStore:
     # Common parts.
 
     def _scan(self) -> dict[str, Follower]:
-        """Followers of all job folders, by id."""
+        """Followers of all job folders by id, with their records as they are now."""
         try:
             with os.scandir(self.root) as entries:
                 names = {e.name for e in entries if e.is_dir(follow_symlinks=False)}
@@ -281,6 +285,8 @@ class JobStore:
         for name in sorted(names - self._followers.keys()):
             if not name.startswith("."):
                 self._followers[name] = Follower(self.root / name)
+        for follower in self._followers.values():
+            follower.load()
         return self._followers
 
     def _follower(self, job_id: object, owner: str | None) -> Follower:
@@ -291,6 +297,7 @@ class JobStore:
         follower = self._followers.get(folder.name)
         if follower is None:
             follower = self._followers[folder.name] = Follower(folder)
+        follower.load()
         if not self._may_see(follower.record, owner) or follower.config is None:
             raise NoSuchJob
         follower.refresh()
@@ -300,15 +307,6 @@ class JobStore:
         if record is None or record.owner is None:
             return not self.public
         return owner is not None and record.owner == owner_hash(owner)
-
-    def _positions(self) -> dict[str, int]:
-        """Place in the queue of every waiting job; 1 is next."""
-        waiting = [
-            (record.since, job_id)
-            for job_id, follower in self._scan().items()
-            if (record := follower.record) is not None and record.phase == QUEUED
-        ]
-        return {job_id: place for place, (_, job_id) in enumerate(sorted(waiting), 1)}
 
     def _queue_again(self, follower: Follower, token: str | None) -> None:
         record = follower.record
@@ -326,6 +324,7 @@ class JobStore:
         fields.setdefault("since", time.time())
         changed = dataclasses.replace(record, phase=phase, **fields)  # type: ignore[arg-type]
         save_record(follower.folder, changed)
+        follower.load()
 
     def _remember_token(self, job_id: str, token: str | None) -> None:
         self._tokens.pop(job_id, None)
@@ -355,6 +354,16 @@ class JobStore:
             raise UsageError(
                 "The disk of this machine is full.", "Delete runs that are no longer needed."
             )
+
+
+def _positions(followers: dict[str, Follower]) -> dict[str, int]:
+    """Place in the queue of every waiting job; 1 is next."""
+    waiting = [
+        (record.since, job_id)
+        for job_id, follower in followers.items()
+        if (record := follower.record) is not None and record.phase == QUEUED
+    ]
+    return {job_id: place for place, (_, job_id) in enumerate(sorted(waiting), 1)}
 
 
 def _record(follower: Follower) -> JobRecord:
