@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QuantkitError as error:
         print(f"quantkit: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("quantkit: interrupted; the same command goes on from here", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.tensors import to_json
@@ -157,6 +157,17 @@ def fingerprint(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(to_json(inputs), sort_keys=True).encode()).hexdigest()
 
 
+def _try_lock(file: IO[str]) -> bool:
+    """Take the lock, for up to half a second: whoever asks `is_locked` holds it for an instant."""
+    for _ in range(5):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
 class RunDir:
     """Names and records inside one run's folder."""
 
@@ -221,15 +232,13 @@ class RunDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _try_lock(file):
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise QuantkitError(
                     f"Another run (process {holder}) is at work in {self.path}.",
                     "Wait for it, follow it with `quantkit status`, or choose another --out.",
-                ) from None
+                )
             file.seek(0)
             file.truncate()
             file.write(f"{os.getpid()}\n")

@@ -364,29 +364,21 @@ def test_a_looked_up_table_is_priced_by_how_often_rows_are_read() -> None:
 
 
 def test_large_tensors_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are independent: ggml's methods give the same bytes. After GPTQ the descent follows
-    gradients from matrix products, which round by the number of rows: its bytes may differ, its
-    errors by 1 %.
+    """Rows are independent: ggml's methods give the same bytes. The descent after GPTQ follows
+    gradients from matrix products, which round by the number of rows: few rows may differ.
     """
     h, w = hessian(256), weight(50, 256)
-    inputs, sensitivity = inputs_of(h), Sensitivity(torch.rand(50))
-    whole = {
-        m: solve_tensor(
-            w.numpy(), TYPES, (m,), inputs if m == "gptq" else without(inputs), sensitivity
-        )
-        for m in ALL_METHODS
-    }
+    known = {method: inputs_of(h) for method in ALL_METHODS}
+    known |= {method: without(known["gptq"]) for method in ("imatrix", "rtn")}
+    whole = {m: solve_tensor(w.numpy(), TYPES, (m,), known[m], None) for m in ALL_METHODS}
     monkeypatch.setattr(compete, "_STACKED_WEIGHTS", 256 * len(TYPES) * 7)
     for method, solved in whole.items():
-        known = inputs if method == "gptq" else without(inputs)
-        cut = solve_tensor(w.numpy(), TYPES, (method,), known, sensitivity)
+        cut = solve_tensor(w.numpy(), TYPES, (method,), known[method], None)
         for qtype in TYPES:
-            tolerance = 0.01 if method == "gptq" else 1e-5
+            differs = (cut[qtype].packed != solved[qtype].packed).any(1)
+            assert differs.sum() <= (3 if method == "gptq" else 0)
             one, other = cut[qtype].errors[method], solved[qtype].errors[method]
-            assert one.relative == pytest.approx(other.relative, rel=tolerance)
-            assert one.nats == pytest.approx(other.nats, rel=tolerance)
-            if method != "gptq":
-                assert np.array_equal(cut[qtype].packed, solved[qtype].packed)
+            assert one.relative == pytest.approx(other.relative, rel=0.01)
 
 
 @pytest.mark.parametrize("methods", [("gptq",), ("imatrix",), ("rtn",), ("gptq", "rtn")])

@@ -220,7 +220,7 @@ def _step_cpu(state: RowState, block: Block) -> torch.Tensor:
     d, dmin = d.clone(), dmin.clone()
     kernels_cpu.descend(
         codes.numpy(),
-        state.gradient[:, block.columns].contiguous().numpy(),
+        state.gradient[:, block.columns].clone().contiguous().numpy(),
         change.numpy(),
         d.numpy(),
         dmin.numpy(),

@@ -161,8 +161,8 @@ def _byte_bar(progress: Progress | None, n_cached: int, n_total: int) -> type[tq
 def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
     """`folder` with everything but the weights: a converter can be asked for its plan there.
 
-    Small files are links into the cache (or to the local folder). Each safetensors file has its
-    header and its size, and a hole where the weights are. Raises QuantkitError.
+    Small files are copied. Each safetensors file has its header and its size, and a hole where the
+    weights are. Raises QuantkitError.
     """
     small = [file for file in info.files if file.path not in info.weights]
     source = (
@@ -173,7 +173,7 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         if file.path not in info.weights:
-            target.symlink_to((source / file.path).resolve())
+            shutil.copyfile(source / file.path, target)
 
     def make_shell(file: RepoFile) -> None:
         header = (

@@ -96,7 +96,9 @@ def _frame(axes: _Axes, x_label: str, x_text: Any, label: str) -> list[str]:
 
 
 def _tokens(value: float) -> str:
-    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value else "0"
+    if value >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
 def kl_curve(points: Sequence[KlPoint]) -> str:

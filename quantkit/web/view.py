@@ -8,7 +8,6 @@ from html import escape
 from urllib.parse import quote
 
 from quantkit.launch import JobSummary, JobView, StageView
-from quantkit.report import size as size_text
 from quantkit.web.charts import kl_curve, kl_with_error
 
 STAGE_ABOUT = {
@@ -33,9 +32,11 @@ STATE_TEXT = {
 _MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
 
 
-def file_size(n_bytes: int) -> str:
-    """Bytes for people, small files too."""
-    return size_text(n_bytes) if n_bytes >= 1e6 else f"{max(1, round(n_bytes / 1e3))} kB"
+def file_size(n_bytes: float) -> str:
+    """Bytes for people, decimal, from kB to GB."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:,.2f} GB"
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{max(1, round(n_bytes / 1e3))} kB"
 
 
 def duration(seconds: float) -> str:
