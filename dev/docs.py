@@ -1,4 +1,4 @@
-"""Write into README.md what the code knows: the table of profiles. `--check` fails when it is not current."""
+"""Write into README.md what the code knows: the table of profiles. `--check`: fail when stale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ README = Path(__file__).parent.parent / "README.md"
 def profiles() -> str:
     headers = ["profile", "calibration tokens", "search tokens", "levels", ""]
     rows = [
-        [f"`{name}`", f"{p.calibration_tokens:,}", f"{p.search_tokens:,}", " ".join(p.levels), p.about]
+        [
+            f"`{name}`",
+            f"{p.calibration_tokens:,}",
+            f"{p.search_tokens:,}",
+            " ".join(p.levels),
+            p.about,
+        ]
         for name, p in PROFILES.items()
     ]
     return table(headers, rows)

@@ -47,16 +47,17 @@ def test_children_keep_the_budget_and_use_it(drawn: tuple, seed: int, n_raised: 
     assert bool((child == parent)[space.n_choices == 1].all()), "a pinned tensor moved"
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(spaces(max_choices=4), st.integers(0, 2**32 - 1))
 def test_something_changes_where_a_swap_is_possible(drawn: tuple, seed: int) -> None:
-    """Among a hundred children; each of them may find itself without a partner."""
+    """However unlikely the estimates make it: an eightieth of the odds is left to each tensor."""
     space, costs = drawn
     parent = start(space, costs, seed)
     rng = np.random.default_rng(seed)
-    children = {tuple(mutate(space, parent, costs, rng, 1).tolist()) for _ in range(100)}
-    moved = children - {tuple(parent.tolist())}
-    assert bool(moved) == swap_exists(space, parent)
+    possible = swap_exists(space, parent)
+    children = (mutate(space, parent, costs, rng, 1) for _ in range(2000 if possible else 20))
+    moved = any(not np.array_equal(child, parent) for child in children)
+    assert moved == possible
 
 
 def test_a_swap_is_found() -> None:

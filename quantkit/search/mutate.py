@@ -14,6 +14,7 @@ from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.propose import Costs, spend
 
 _FLATNESS = 0.5  # exponent on the odds: 0 draws uniformly, 1 in proportion to the estimated gain
+_UNIFORM_SHARE = 0.1  # of the odds, whatever is estimated: no tensor is ever out of reach
 
 
 def mutate(
@@ -53,4 +54,5 @@ def _odds(
         damage = abs(float(costs[tensor][old] - costs[tensor][old + step])) + 1e-30
         rates.append(damage / n_bytes if step > 0 else n_bytes / damage)
     weights = np.array(rates, np.float64) ** _FLATNESS
-    return weights / weights.sum()
+    odds = (1 - _UNIFORM_SHARE) * weights / weights.sum() + _UNIFORM_SHARE / len(weights)
+    return odds / odds.sum()

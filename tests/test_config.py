@@ -1,0 +1,294 @@
+"""What a user asks for: sizes, targets, type maps, the config's way through JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from quantkit.config import (
+    PROFILES,
+    Profile,
+    RunConfig,
+    Target,
+    compile_pattern,
+    load_types_map,
+    parse_bytes,
+)
+from quantkit.errors import UsageError
+from quantkit.qtypes import FILE_TYPES, QuantType
+from quantkit.tensors import METHODS, to_json
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("90MB", 90_000_000),
+        ("5.5GB", 5_500_000_000),
+        ("5GiB", 5 * 2**30),
+        ("1.5MiB", 3 * 2**19),
+        ("123456789", 123_456_789),
+        ("64 kB", 64_000),
+        (" 2TiB ", 2**41),
+        ("7b", 7),
+        ("0.5gb", 500_000_000),
+        ("18446744073709551617", 2**64 + 1),
+    ],
+)
+def test_sizes(text: str, n_bytes: int) -> None:
+    """MB and GB are decimal, MiB and GiB binary, a bare number is bytes."""
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MB", "-5GB", "5 G B", "5gigabytes", "0", "0.0MB", "1e9", "nan", "5,5GB", "0.4"]
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="size") as error:
+        parse_bytes(text)
+    assert error.value.remedy
+
+
+@given(
+    st.decimals("0.001", 9999, places=3),
+    st.sampled_from([("MB", 10**6), ("GB", 10**9), ("MiB", 2**20), ("GiB", 2**30)]),
+)
+def test_decimal_sizes_are_never_rounded_up(value: Decimal, unit: tuple[str, int]) -> None:
+    """A byte may be lost to floating point, none may be won: a budget is never exceeded."""
+    exact = int(value * unit[1])
+    assert exact - 1 <= parse_bytes(f"{value}{unit[0]}") <= exact
+
+
+@pytest.mark.xfail(
+    strict=True, reason="parse_bytes multiplies as float: 1.001MB is 1,000,999 bytes"
+)
+def test_decimal_sizes_are_exact() -> None:
+    wrong = [n for n in range(1, 10_000) if parse_bytes(f"{n // 1000}.{n % 1000:03}MB") != n * 1000]
+    assert not wrong, f"{len(wrong)} of 9,999, the first is {wrong[0]}"
+
+
+@pytest.mark.parametrize("value", ["4.5", "0.5", "32", "3", "4.62"])
+def test_bits_per_weight(value: str) -> None:
+    target = Target("bpw", value)
+    limit = target.limit_bytes(1_000_003, lambda label: 1 // 0)
+    assert limit == int(Decimal(value) * 1_000_003 / 8)
+    assert value in str(target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        *(("bpw", v) for v in ("", "x", "0", "-4", "33", "nan", "inf", "4,5", "4.5bpw")),
+        *(("like", v) for v in ("", "Q4_K", "q4_k_m", "Q4_K_L", "4")),
+        *(("size", v) for v in ("", "big", "-1")),
+        ("bits", "4"),
+    ],
+)
+def test_what_is_no_target(kind: str, value: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Target(kind, value)
+    assert error.value.message and error.value.remedy
+
+
+def test_a_stock_mix_as_target() -> None:
+    asked = []
+    target = Target("like", "Q4_K_M")
+    assert target.limit_bytes(1, lambda label: asked.append(label) or 777) == 777
+    assert asked == ["Q4_K_M"] and str(target) == "like Q4_K_M"
+    for label in FILE_TYPES:
+        Target("like", label)
+
+
+def test_profiles_are_steps_of_the_same_work() -> None:
+    """One table: demo <= fast <= standard <= thorough in every count; types exist and rise."""
+    rows = [PROFILES[name] for name in ("demo", "fast", "standard", "thorough")]
+    assert list(PROFILES) == ["demo", "fast", "standard", "thorough"]
+    counts = [f.name for f in fields(Profile) if f.type == "int"]
+    assert len(counts) >= 4
+    for name in counts:
+        values = [getattr(row, name) for row in rows]
+        assert values == sorted(values) and values[0] > 0
+    for row in rows:
+        assert all(QuantType(level).is_quantized for level in row.levels)
+        assert len(set(row.levels)) == len(row.levels)
+
+
+CONFIGS = st.builds(
+    RunConfig,
+    model=st.text(min_size=1),
+    revision=st.none() | st.text(),
+    target=st.none()
+    | st.builds(Target, st.just("bpw"), st.sampled_from(["4.5", "3"]))
+    | st.builds(Target, st.just("like"), st.sampled_from(sorted(FILE_TYPES))),
+    profile=st.sampled_from(sorted(PROFILES)),
+    levels=st.none() | st.just(("Q4_K", "Q6_K")),
+    methods=st.sampled_from([METHODS, ("imatrix",), ("rtn", "gptq")]),
+    types=st.lists(
+        st.tuples(st.sampled_from(["default", "ffn_down", r"blk\.\d\."]), st.just("Q5_K"))
+    ).map(tuple),
+    tensors=st.none() | st.just("attn"),
+    calibration=st.sampled_from(["auto", "docs:2,code"]),
+    seed=st.integers(0, 2**31),
+    device=st.sampled_from(["cpu", "cuda"]),
+    publish=st.none() | st.just("me/it"),
+    private=st.booleans(),
+)
+
+
+@given(CONFIGS)
+@example(RunConfig("m"))
+def test_a_config_survives_json(config: RunConfig) -> None:
+    again = RunConfig.from_json(json.loads(json.dumps(to_json(config))))
+    assert again == config and not config.changed_fields(again)
+
+
+def test_every_field_is_compared_but_where_it_is_published() -> None:
+    """A folder holds one run: whatever decides the result counts as a change."""
+    config = RunConfig("m")
+    other = RunConfig(
+        "n",
+        "r",
+        Target("bpw", "4"),
+        "fast",
+        ("Q4_K",),
+        ("rtn",),
+        (("default", "Q4_0"),),
+        "attn",
+        "docs",
+        "e.txt",
+        "t.jsonl",
+        1,
+        "cuda",
+        "me/it",
+        True,
+    )
+    names = [f.name for f in fields(RunConfig)]
+    assert all(getattr(config, n) != getattr(other, n) for n in names)
+    assert config.changed_fields(other) == [n for n in names if n not in ("publish", "private")]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"profile": "quick"},
+        {"levels": ("Q4_K_M",)},
+        {"levels": ("F16",)},
+        {"methods": ()},
+        {"methods": ("gptq", "awq")},
+        {"methods": ("",)},
+        {"types": (("attn(", "Q4_K"),)},
+        {"types": (("attn", "Q4"),)},
+        {"types": (("a" * 300, "Q4_K"),)},
+        {"tensors": "*"},
+        {"device": "tpu"},
+    ],
+    ids=str,
+)
+def test_wrong_use(wrong: dict) -> None:
+    with pytest.raises(UsageError) as error:
+        RunConfig("m", **wrong)
+    assert error.value.remedy
+
+
+_LATE = pytest.mark.xfail(
+    strict=True, reason="RunConfig takes it, and a stage refuses it after hours of work"
+)
+
+
+@_LATE
+@pytest.mark.parametrize(
+    "wrong", [{"calibration": "nonsense"}, {"calibration": ""}, {"calibration": "docs:0"}], ids=str
+)
+def test_a_calibration_that_is_none(wrong: dict) -> None:
+    with pytest.raises(UsageError):
+        RunConfig("m", **wrong)
+
+
+@_LATE
+def test_a_negative_seed() -> None:
+    """numpy refuses it, in the search."""
+    with pytest.raises(UsageError):
+        RunConfig("m", seed=-1)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="any name in ggml's enum is taken; quantizing to these aborts the process"
+)
+@pytest.mark.parametrize("name", ["I8", "I32", "F64", "Q8_1", "Q8_K", "NVFP4"])
+def test_types_that_cannot_be_asked_for(name: str) -> None:
+    for wrong in ({"types": (("default", name),)}, {"levels": (name,)}):
+        with pytest.raises(UsageError):
+            RunConfig("m", **wrong)
+
+
+def test_pinned_types() -> None:
+    """The first pattern found in the name decides, `default` comes last wherever it stands."""
+    types = (("default", "Q4_0"), ("ffn", "Q5_0"), (r"ffn_down", "Q6_K"), ("^blk.0", "Q8_0"))
+    config = RunConfig("m", types=types)
+    wanted = {
+        "blk.0.ffn_down.weight": "Q5_0",
+        "blk.0.attn_q.weight": "Q8_0",
+        "blk.10.attn_q.weight": "Q4_0",
+        "token_embd.weight": "Q4_0",
+    }
+    assert {name: str(config.pinned_type(name)) for name in wanted} == wanted
+    assert RunConfig("m", types=types[1:]).pinned_type("token_embd.weight") is None
+    assert RunConfig("m").pinned_type("x") is None
+
+
+def test_a_tensor_may_be_called_default() -> None:
+    """`default` is a word, not a pattern."""
+    config = RunConfig("m", types=(("default", "Q4_0"), ("x", "Q8_0")))
+    assert str(config.pinned_type("my_default.weight")) == "Q4_0"
+
+
+def test_level_names() -> None:
+    assert RunConfig("m").level_names == PROFILES["standard"].levels
+    assert RunConfig("m", profile="demo").level_names == PROFILES["demo"].levels
+    assert RunConfig("m", levels=("Q4_K",)).level_names == ("Q4_K",)
+
+
+def test_patterns() -> None:
+    assert compile_pattern(r"ffn_(up|down)").search("blk.1.ffn_up.weight")
+    for pattern in ("(", "a{2,1}", "x" * 201):
+        with pytest.raises(UsageError):
+            compile_pattern(pattern)
+
+
+def test_a_type_map_keeps_its_order(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text('{"z": "Q4_K", "default": "Q2_K", "a": "Q6_K"}', "utf-8")
+    assert load_types_map(path) == (("z", "Q4_K"), ("default", "Q2_K"), ("a", "Q6_K"))
+    path.write_text("{}", "utf-8")
+    assert load_types_map(path) == ()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 4.5}', '{"a": ["Q4_K"]}', "{", "\x00"])
+def test_what_is_no_type_map(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(UsageError, match="map.json") as error:
+        load_types_map(path)
+    assert "default" in error.value.remedy
+
+
+def test_a_type_map_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.json", tmp_path):
+        with pytest.raises(UsageError):
+            load_types_map(path)
+    (tmp_path / "latin.json").write_bytes(b'{"\xfc": "Q4_K"}')
+    with pytest.raises(UsageError):
+        load_types_map(tmp_path / "latin.json")
+
+
+def test_configs_are_values() -> None:
+    config = RunConfig("m")
+    with pytest.raises(AttributeError):
+        config.seed = 3  # type: ignore[misc]
+    assert replace(config, seed=3).changed_fields(config) == ["seed"]
+    assert hash(config) == hash(RunConfig("m"))

@@ -1,0 +1,138 @@
+"""Which types each tensor may have: levels, pins, patterns, fallbacks with their reasons."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.config import RunConfig
+from quantkit.errors import UsageError
+from quantkit.levels import LevelPlan, plan_levels
+from quantkit.qtypes import BF16, F16, F32, QUANTIZED, QuantType, fallback
+from quantkit.tensors import TensorSpec
+
+Q2, Q4, Q6, Q40 = (QuantType(name) for name in ("Q2_K", "Q4_K", "Q6_K", "Q4_0"))
+
+
+def spec(name: str, n_columns: int, quantizable: bool = True) -> TensorSpec:
+    return TensorSpec(name, (8, n_columns), BF16, quantizable)
+
+
+SPECS = {
+    s.name: s
+    for s in (
+        spec("token_embd.weight", 256),
+        spec("blk.0.attn_norm.weight", 256, False),
+        spec("blk.0.attn_q.weight", 256),
+        spec("blk.0.ffn_down.weight", 96),
+        spec("blk.1.attn_q.weight", 256),
+        spec("blk.1.ffn_down.weight", 80),
+        spec("output.weight", 256),
+    )
+}
+QUANTIZABLE = [name for name, s in SPECS.items() if s.quantizable]
+
+
+def plan(**config: object) -> LevelPlan:
+    return plan_levels(SPECS, RunConfig("m", **{"levels": ("Q2_K", "Q4_K", "Q6_K"), **config}))  # type: ignore[arg-type]
+
+
+def test_every_quantizable_tensor_at_every_level() -> None:
+    made = plan()
+    assert made.levels == (Q2, Q4, Q6)
+    assert list(made.types) == QUANTIZABLE
+    assert made.types["blk.0.attn_q.weight"] == {Q2: Q2, Q4: Q4, Q6: Q6}
+    assert made.choices("blk.0.attn_q.weight") == (Q2, Q4, Q6)
+    assert made.uniform(Q4)["output.weight"] == Q4
+    assert set(made.uniform(Q2)) == set(QUANTIZABLE)
+
+
+def test_fallbacks_by_width_with_their_reason() -> None:
+    made = plan()
+    assert [str(q) for q in made.choices("blk.0.ffn_down.weight")] == ["Q4_0", "Q5_0", "Q8_0"]
+    assert made.choices("blk.1.ffn_down.weight") == (F16,)
+    found = {(f.tensor, f.asked): (f.used, f.reason) for f in made.fallbacks}
+    assert len(found) == len(made.fallbacks) == 6
+    for tensor, width in (("blk.0.ffn_down.weight", 96), ("blk.1.ffn_down.weight", 80)):
+        for level in (Q2, Q4, Q6):
+            used, reason = found[tensor, level.name]
+            assert used == fallback(level, width).name
+            assert str(width) in reason and "256" in reason
+
+
+def test_pins_are_one_choice_and_fall_back_too() -> None:
+    made = plan(types=(("ffn_down", "Q5_K"), ("token_embd", "F32")))
+    assert made.choices("blk.0.ffn_down.weight") == (QuantType("Q5_1"),)
+    assert made.choices("blk.1.ffn_down.weight") == (F16,)
+    assert made.choices("token_embd.weight") == (F32,)
+    assert made.choices("blk.0.attn_q.weight") == (Q2, Q4, Q6)
+    assert sorted((f.tensor, f.asked, f.used) for f in made.fallbacks) == [
+        ("blk.0.ffn_down.weight", "Q5_K", "Q5_1"),
+        ("blk.1.ffn_down.weight", "Q5_K", "F16"),
+    ]
+
+
+def test_a_default_is_the_only_level() -> None:
+    """As llama-quantize --pure: embeddings and head included; patterns still come first."""
+    made = plan(types=(("default", "Q4_0"), ("attn_q", "Q6_K")))
+    assert made.levels == (Q40,)
+    assert made.uniform(Q40) == {
+        "token_embd.weight": Q40,
+        "blk.0.attn_q.weight": Q6,
+        "blk.0.ffn_down.weight": Q40,
+        "blk.1.attn_q.weight": Q6,
+        "blk.1.ffn_down.weight": F16,
+        "output.weight": Q40,
+    }
+    assert all(len(made.choices(name)) == 1 for name in made.types)
+
+
+def test_only_the_tensors_that_were_named() -> None:
+    made = plan(tensors=r"^blk\.1\.")
+    assert list(made.types) == ["blk.1.attn_q.weight", "blk.1.ffn_down.weight"]
+    assert {f.tensor for f in made.fallbacks} == {"blk.1.ffn_down.weight"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tensors": "nothing"},
+        {"tensors": "attn_norm"},
+        {"types": (("nothing", "Q4_K"),)},
+        {"types": (("attn_norm", "Q4_K"),)},
+        {"types": (("default", "Q4_K"), ("nothing", "Q4_K"))},
+    ],
+    ids=str,
+)
+def test_patterns_that_name_nothing(config: dict) -> None:
+    with pytest.raises(UsageError, match="nothing|attn_norm") as error:
+        plan(**config)
+    assert "plan" in error.value.remedy
+
+
+@pytest.mark.xfail(strict=True, reason="levels: 'No quantizable tensor matches None'")
+def test_a_model_without_quantizable_tensors() -> None:
+    """An F16 model whose every width is no multiple of 32; the sentence must not speak of None."""
+    specs = {"t": spec("t", 80, False)}
+    with pytest.raises(UsageError) as error:
+        plan_levels(specs, RunConfig("m"))
+    assert "None" not in error.value.message
+
+
+@given(
+    st.lists(st.sampled_from(QUANTIZED), min_size=1, max_size=6),
+    st.lists(st.integers(1, 40).map(lambda n: 16 * n), min_size=1, max_size=6),
+)
+def test_every_type_fits_its_tensor(levels: list[QuantType], widths: list[int]) -> None:
+    """And a fallback is recorded exactly where another type than the asked one is used."""
+    specs = {f"t{i}": spec(f"t{i}", n) for i, n in enumerate(widths)}
+    made = plan_levels(specs, RunConfig("m", levels=tuple(q.name for q in levels)))
+    wanted = set()
+    for name, types in made.types.items():
+        for asked, used in types.items():
+            assert used.fits(specs[name].n_columns)
+            if used != asked:
+                wanted.add((name, asked.name, used.name))
+        assert list(made.choices(name)) == sorted(set(types.values()))
+    assert {(f.tensor, f.asked, f.used) for f in made.fallbacks} == wanted
