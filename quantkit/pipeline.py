@@ -121,6 +121,10 @@ def publish(folder: Path, repo: str, private: bool, echo: Echo | None = None) ->
     return run(config, folder, echo)["publish"].summary
 
 
+# What may lie in a folder before its config does, a config that a kill cut short included.
+_BEFORE_CONFIG = ("lock", "events.jsonl", "log.txt", f"config.json{PARTIAL}")
+
+
 def _settle_config(directory: RunDir, config: RunConfig) -> None:
     """Save the config of a new run; in a folder that has one, refuse another."""
     if directory.config_path.exists():
@@ -133,7 +137,7 @@ def _settle_config(directory: RunDir, config: RunConfig) -> None:
                 f" not {_shown(config, name)}.",
                 "Choose another --out, or `quantkit resume` to go on with what is there.",
             )
-    elif any(p.name not in ("lock", "events.jsonl", "log.txt") for p in directory.path.iterdir()):
+    elif any(path.name not in _BEFORE_CONFIG for path in directory.path.iterdir()):
         raise UsageError(
             f"{directory.path} is not empty and holds no run.", "Choose another --out."
         )

@@ -96,11 +96,11 @@ class EventLog:
 
     def emit(self, stage: str | None, kind: str, message: str = "", **data: Any) -> None:
         event = Event(round(time.time(), 3), stage, kind, message, data)
-        line = json.dumps(to_json(event), ensure_ascii=False) + "\n"
-        with self._path.open(
-            "ab"
-        ) as file:  # one write: a reader never sees half an event but at the very end
-            file.write(line.encode())
+        line = (json.dumps(to_json(event), ensure_ascii=False) + "\n").encode()
+        with self._path.open("a+b") as file:
+            # One write: a reader never sees half an event but at the very end. Half a line that a
+            # full disk or a lost machine left there is ended first.
+            file.write(line if _ends_whole(file) else b"\n" + line)
         if self._echo is not None:
             self._echo(event)
 
@@ -115,15 +115,36 @@ class EventLog:
         self.emit(stage, "progress", message, done=done, total=total, **data)
 
 
+def _ends_whole(file: IO[bytes]) -> bool:
+    """Whether the last line of a file has its end."""
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
 def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
-    """Events from byte `start` of an events file, and the byte after the last whole line."""
+    """Events from byte `start` of an events file, and the byte after the last whole line.
+
+    A line that was cut and ended later is no event: what it was to tell is lost.
+    """
     if not path.exists():
         return [], start
     with path.open("rb") as file:
         file.seek(start)
         data = file.read()
     end = data.rfind(b"\n") + 1
-    return [Event(**json.loads(line)) for line in data[:end].splitlines()], start + end
+    events = [_event(line) for line in data[:end].split(b"\n")]
+    return [event for event in events if event is not None], start + end
+
+
+def _event(line: bytes) -> Event | None:
+    """The event of a line, None where the line is cut or empty: no part of an object is JSON."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return Event(**value)
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,6 @@ def test_half_a_line_at_the_end_is_left_for_later(
     assert [e.message for e in read_events(path, at)[0]] == ["second"]
 
 
-@pytest.mark.xfail(strict=True, reason="EventLog appends to half a line; read_events then raises")
 def test_events_go_on_after_half_a_line(tmp_path: Path) -> None:
     """A full disk or a lost machine leaves one; the next run appends to the same file."""
     path = tmp_path / "events.jsonl"
@@ -329,9 +328,6 @@ def test_what_a_launcher_wrote_first_does_not_matter(left: str, tmp_path: Path) 
     settle(tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_settle_config takes config.json.partial for something else"
-)
 def test_killed_while_the_config_was_written(tmp_path: Path) -> None:
     (tmp_path / "config.json.partial").write_text('{"model": "m"')
     settle(tmp_path)
