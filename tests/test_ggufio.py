@@ -73,7 +73,6 @@ def test_its_own_layout_is_the_file_itself(
     assert fill(tmp_path / "copy.gguf", base, {}).read_bytes() == data
 
 
-@pytest.mark.xfail(strict=True, reason="write: gguf's reader gives the alignment as numpy.uint32")
 def test_sizes_are_plain_integers(tmp_path: Path) -> None:
     """With numpy's 32-bit integers in them, sizes above 4 GB wrap around."""
     base = GgufFile(write_llama(tmp_path / "base.gguf", alignment=64))
@@ -214,7 +213,6 @@ def test_padding_is_zero(base: GgufFile, tmp_path: Path) -> None:
     assert not data[min(t.offset for t in made.tensors.values()) :].any()
 
 
-@pytest.mark.xfail(strict=True, reason="SlotFile.write takes rows of any size")
 def test_rows_of_the_wrong_size_are_refused(base: GgufFile, tmp_path: Path) -> None:
     """They would run into the next tensor."""
     file = SlotFile(tmp_path / "out.gguf", lay_out(base, {}))
@@ -260,10 +258,6 @@ def test_broken_files(case: str, tmp_path: Path) -> None:
     assert error.value.remedy
 
 
-_UNCHECKED = pytest.mark.xfail(strict=True, reason="GgufFile: offsets and empty shapes unchecked")
-
-
-@_UNCHECKED
 @pytest.mark.parametrize(
     "data",
     [one_tensor((32,), offset=(1 << 64) - 64), one_tensor((0,)), one_tensor((64, 0))],
@@ -277,14 +271,11 @@ def test_tensors_that_cannot_be(data: bytes, tmp_path: Path) -> None:
         GgufFile(path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="gguf's reader walks arrays item by item past the file's end"
-)
 def test_an_array_longer_than_the_file(tmp_path: Path) -> None:
-    """With 2**40 items in place of these 20,000 a file of 60 bytes fills all memory."""
+    """Walked item by item it would fill all memory."""
     path = tmp_path / "endless.gguf"
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"a")
-    path.write_bytes(head + struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.UINT8, 20_000))
+    path.write_bytes(head + struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.UINT8, 1 << 40))
     with pytest.raises(QuantkitError):
         GgufFile(path)
 
@@ -360,9 +351,6 @@ def test_other_files_are_no_imatrix(base: GgufFile) -> None:
         read_imatrix(base.path)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="read_imatrix: counts are taken for granted"
-)
 def test_an_imatrix_without_counts(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "i.gguf", "x")
     writer.add_string("general.type", "imatrix")

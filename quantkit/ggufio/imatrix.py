@@ -58,6 +58,11 @@ def read_imatrix(path: Path) -> dict[str, Floats]:
     for tensor in file.tensors:
         if tensor.endswith(".in_sum2"):
             name = tensor.removesuffix(".in_sum2")
+            if f"{name}.counts" not in file.tensors:
+                raise QuantkitError(
+                    f"{path.name} has sums for {name} and no counts.",
+                    "It is damaged: make it again with llama-imatrix.",
+                )
             counts = file.values(f"{name}.counts").reshape(-1, 1)
             mean = file.values(tensor) / np.maximum(counts, np.float32(1))
             means[name] = mean.reshape(-1).astype(np.float32)

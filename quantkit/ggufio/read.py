@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 from quantkit.errors import QuantkitError
 from quantkit.kquants import native
@@ -26,6 +27,19 @@ class StoredTensor:
     n_bytes: int
 
 
+class _Reader(gguf.GGUFReader):
+    """gguf's reader, held to the file's end: its own slices are shorter there without a word, and
+    an array of 2**40 items would be walked to its end.
+    """
+
+    def _get(
+        self, offset: int, dtype: npt.DTypeLike, count: int = 1, *order: Any, **named: Any
+    ) -> Any:
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends in the middle")
+        return super()._get(offset, dtype, count, *order, **named)
+
+
 class GgufFile:
     """A GGUF file opened for reading. Tensor bytes are memory-mapped, never copied unless asked."""
 
@@ -33,7 +47,7 @@ class GgufFile:
         """Raises QuantkitError when the file is missing, truncated or not GGUF."""
         self.path = path
         try:
-            self.reader = gguf.GGUFReader(path)
+            self.reader = _Reader(path)
         except FileNotFoundError:
             raise QuantkitError(f"There is no file {path}.", "Check the path.") from None
         except (
@@ -52,12 +66,12 @@ class GgufFile:
             )
             for t in self.reader.tensors
         }
-        size = path.stat().st_size
         for tensor in self.tensors.values():
-            if tensor.offset + tensor.n_bytes > size:
+            # An offset that wraps around 64 bits ends up before the data.
+            if tensor.offset < self.reader.data_offset or 0 in tensor.shape:
                 raise QuantkitError(
-                    f"{path.name} is truncated: {tensor.name} ends beyond the file.",
-                    "Make it again.",
+                    f"{path.name} is broken: {tensor.name} lies in the header or has no elements.",
+                    "Download or make it again.",
                 )
 
     @cached_property
@@ -79,6 +93,11 @@ class GgufFile:
         """All key-value pairs, decoded."""
         fields = self.reader.fields.values()
         return {f.name: f.contents() for f in fields if not f.name.startswith("GGUF.")}
+
+    @property
+    def alignment(self) -> int:
+        """Tensors begin at multiples of this many bytes."""
+        return int(self.reader.alignment)
 
     @property
     def n_elements(self) -> int:

@@ -52,6 +52,7 @@ class Layout:
 
     header: bytes
     offsets: dict[str, int]
+    sizes: dict[str, int]  # bytes of each tensor, without padding
     types: dict[str, QuantType]
     n_bytes: int
 
@@ -69,7 +70,7 @@ def lay_out(
         path = Path(folder) / "header.gguf"
         writer = GGUFWriter(path, arch="")
         writer.kv_data[0].clear()
-        writer.data_alignment = base.reader.alignment
+        writer.data_alignment = base.alignment
         for field in base.reader.fields.values():
             if field.name.startswith("GGUF."):
                 continue
@@ -100,12 +101,12 @@ def lay_out(
     for name, n_bytes in sizes.items():
         offsets[name] = at
         at += gguf.GGUFWriter.ggml_pad(n_bytes, alignment)
-    return Layout(header, offsets, kept, at)
+    return Layout(header, offsets, sizes, kept, at)
 
 
 def slot_bytes(base: GgufFile, n_bytes: int) -> int:
     """Bytes that a tensor of `n_bytes` takes in a file laid out like `base`, padding included."""
-    return GGUFWriter.ggml_pad(n_bytes, base.reader.alignment)
+    return GGUFWriter.ggml_pad(n_bytes, base.alignment)
 
 
 def data_bytes(base: GgufFile, types: Mapping[str, QuantType]) -> int:
@@ -142,7 +143,14 @@ class SlotFile:
             return file.read(len(self.layout.header)) == self.layout.header
 
     def write(self, name: str, packed: native.Bytes) -> None:
-        """Fill a tensor's slot with its packed rows, uint8 (n_rows, row_bytes)."""
+        """Fill a tensor's slot with its packed rows, uint8 (n_rows, row_bytes).
+
+        Raises ValueError when they are not the slot's size: they would run into the next tensor.
+        """
+        if packed.nbytes != self.layout.sizes[name]:
+            raise ValueError(
+                f"{name} takes {self.layout.sizes[name]:,} bytes, not {packed.nbytes:,}"
+            )
         self._file.seek(self.layout.offsets[name])
         self._file.write(packed.tobytes())
 
