@@ -6,11 +6,13 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from quantkit.calibration.spec import parse_spec
 from quantkit.errors import UsageError
-from quantkit.qtypes import FILE_TYPES, QuantType
+from quantkit.qtypes import FILE_TYPES, QuantType, askable
 from quantkit.tensors import METHODS
 
 DEMO_MODEL = "demo:smollm2-135m"
@@ -76,11 +78,7 @@ def parse_bytes(text: str) -> int:
         raise UsageError(
             f"{text!r} is not a size.", "Write 90MB, 5.5GB, 5GiB or a number of bytes."
         )
-    n_bytes = (
-        int(float(match[1]) * _UNITS[match[2].lower()])
-        if "." in match[1]
-        else int(match[1]) * _UNITS[match[2].lower()]
-    )
+    n_bytes = int(Fraction(match[1]) * _UNITS[match[2].lower()])  # exact: 1.001MB is 1,001,000
     if n_bytes <= 0:
         raise UsageError(f"{text!r} is not a size.", "It must be above zero.")
     return n_bytes
@@ -120,7 +118,7 @@ class Target:
         of this model.
         """
         if self.kind == "bpw":
-            return int(float(self.value) * n_parameters / 8)
+            return int(Fraction(self.value) * n_parameters / 8)
         if self.kind == "size":
             return parse_bytes(self.value)
         return stock_bytes(self.value)
@@ -159,7 +157,7 @@ class RunConfig:
                 f"There is no profile {self.profile!r}.", "Use one of " + ", ".join(PROFILES) + "."
             )
         for name in self.level_names:
-            if not QuantType(name).is_quantized:
+            if not askable(name).is_quantized:
                 raise UsageError(
                     f"{name} is not a quantized type.",
                     "Pin single tensors to it with --types instead.",
@@ -171,10 +169,15 @@ class RunConfig:
                 "Use some of " + ", ".join(METHODS) + ".",
             )
         for pattern, qtype in self.types:
-            QuantType(qtype)
+            askable(qtype)
             compile_pattern(pattern)
         if self.tensors is not None:
             compile_pattern(self.tensors)
+        parse_spec(self.calibration)
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(
+                f"{self.seed} is not a seed.", "Use a number from 0 to 9223372036854775807."
+            )
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"There is no device {self.device!r}.", "Use cpu or cuda.")
 

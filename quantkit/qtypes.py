@@ -25,10 +25,7 @@ class QuantType:
 
     def __post_init__(self) -> None:
         if self.name not in gguf.GGMLQuantizationType.__members__:
-            known = ", ".join(q.name for q in sorted(QUANTIZED))
-            raise UsageError(
-                f"There is no tensor type {self.name!r}.", f"Use one of {known}, F16, BF16 or F32."
-            )
+            raise UsageError(f"There is no tensor type {self.name!r}.", _use_askable())
 
     @classmethod
     def of(cls, ggml: int) -> QuantType:
@@ -97,6 +94,22 @@ _QUANTIZED = """
     Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4
 """
 QUANTIZED = tuple(QuantType(name) for name in _QUANTIZED.split())
+
+
+def askable(name: str) -> QuantType:
+    """The type of this name, for tensors of a file. Raises UsageError for what is no type and for
+    those of ggml's that no weights are stored in.
+    """
+    qtype = QuantType(name)
+    if qtype not in (*QUANTIZED, F16, BF16, F32):
+        raise UsageError(f"Weights cannot be quantized to {name}.", _use_askable())
+    return qtype
+
+
+def _use_askable() -> str:
+    known = ", ".join(q.name for q in sorted(QUANTIZED))
+    return f"Use one of {known}, F16, BF16 or F32."
+
 
 _FALLBACK = {
     "Q4_0": ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"),

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from quantkit.calibration import sources
 from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split
-from quantkit.calibration.sources import BUILTIN, HUB_MIX, HUB_TEXTS, Request, parse_spec
+from quantkit.calibration.spec import (
+    BUILTIN,
+    HUB_MIX,
+    HUB_TEXTS,
+    SUFFIXES,
+    Request,
+    parse_spec,
+)
 from quantkit.errors import QuantkitError, UsageError
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=200)
@@ -177,12 +184,15 @@ def test_what_is_no_spec(spec: str) -> None:
     assert error.value.remedy
 
 
-@pytest.mark.xfail(
-    strict=True, reason="parse_spec takes auto beside others; a stage reads it as a file"
-)
 def test_auto_stands_alone() -> None:
-    with pytest.raises(UsageError):
-        parse_spec("auto:2,docs")
+    assert parse_spec(" auto ") == (Request("auto", 1),)
+    for spec in ("auto:2,docs", "docs,auto", "auto,auto", "builtin,auto"):
+        with pytest.raises(UsageError, match="alone"):
+            parse_spec(spec)
+
+
+def test_every_suffix_has_a_reader() -> None:
+    assert set(sources._READERS) == set(SUFFIXES)
 
 
 def read(path: Path, limit: int = 10**9) -> list[str]:

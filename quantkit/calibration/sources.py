@@ -1,8 +1,5 @@
-"""Where calibration text comes from: `--calibration name[:weight],...` to documents.
-
-Names are domains of the Hub mix (below), `builtin` or its parts (docs, code, prose, dialogue), or
-the path of a .txt, .jsonl or .parquet file. `auto` is the Hub mix when the Hub answers and
-`builtin` when not; which one it was, and why, is recorded.
+"""Where calibration text comes from: the names of a spec (`quantkit.calibration.spec`) to
+documents, from CPython itself, local files and datasets on the Hub.
 """
 
 from __future__ import annotations
@@ -10,78 +7,12 @@ from __future__ import annotations
 import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.calibration.documents import Domain
-from quantkit.errors import QuantkitError, UsageError
-
-
-@dataclass(frozen=True)
-class HubText:
-    """A dataset on the Hub and the column that holds its text (or a list of chat messages)."""
-
-    repo: str
-    config: str | None
-    split: str
-    column: str
-
-
-HUB_TEXTS = {
-    "fineweb-edu": HubText("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
-    "c4": HubText("allenai/c4", "en", "train", "text"),
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "code-hub": HubText("bigcode/the-stack-smol-xs", "python", "train", "content"),
-    "languages": HubText("HuggingFaceFW/fineweb-2", "deu_Latn", "train", "text"),
-    "chat": HubText("HuggingFaceH4/ultrachat_200k", "default", "train_sft", "messages"),
-}
-BUILTIN = {"docs": 0.25, "code": 0.25, "prose": 0.3, "dialogue": 0.2}
-HUB_MIX = {"fineweb-edu": 0.35, "c4": 0.15, "code": 0.2, "chat": 0.2, "prose": 0.1}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One entry of a calibration spec."""
-
-    name: str
-    weight: float
-
-
-def parse_spec(spec: str) -> tuple[Request, ...]:
-    """'docs:2,notes.txt' -> requests; weights default to 1. Raises UsageError for unknown names and
-    weights.
-    """
-    requests = []
-    for entry in filter(None, (part.strip() for part in spec.split(","))):
-        name, colon, weight_text = entry.rpartition(":")
-        if not colon:
-            name, weight_text = entry, "1"
-        try:
-            weight = float(weight_text)
-        except ValueError:
-            name, weight = entry, 1.0
-        if not 0 < weight < 1e6:
-            raise UsageError(
-                f"The weight in {entry!r} is not a positive number.",
-                "Write name:weight, such as docs:2.",
-            )
-        if name == "builtin":
-            requests += [Request(part, weight * share) for part, share in BUILTIN.items()]
-        elif name in ("auto", *BUILTIN, *HUB_TEXTS) or Path(name).suffix in _READERS:
-            requests.append(Request(name, weight))
-        else:
-            known = ", ".join(("auto", "builtin", *BUILTIN, *HUB_TEXTS))
-            raise UsageError(
-                f"There is no calibration text {name!r}.",
-                f"Use {known}, or the path of a .txt, .jsonl or .parquet file.",
-            )
-    if not requests:
-        raise UsageError(
-            "The calibration spec is empty.",
-            "Use auto, builtin or a list such as docs:2,notes.txt.",
-        )
-    return tuple(requests)
+from quantkit.calibration.spec import HUB_TEXTS
+from quantkit.errors import QuantkitError
 
 
 def python_docs(limit: int) -> Iterator[str]:

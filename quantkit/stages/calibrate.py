@@ -23,6 +23,7 @@ from quantkit import hub
 from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model, load_tokenizer
 from quantkit.calibration import sampling, sources
 from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split
+from quantkit.calibration.spec import AUTO, HUB_MIX, HUB_TEXTS, Request, parse_spec
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import write_imatrix
 from quantkit.gptq.fisher import output_fisher
@@ -111,20 +112,17 @@ def _read_domains(run: Run, model: Any, tokenizer: Any) -> tuple[list[tuple[Doma
     """The calibration mix as documents with weights that sum to 1, and a sentence on where it came
     from.
     """
-    spec = run.config.calibration
+    requests = parse_spec(run.config.calibration)
     token = hub.resolve_token()
-    note = f"calibration text as asked: {spec}"
-    if spec == "auto":
+    note = f"calibration text as asked: {run.config.calibration}"
+    if requests[0].name == AUTO:
         reason = sources.hub_answers(token)
-        spec = (
-            "builtin"
-            if reason
-            else ",".join(f"{name}:{weight}" for name, weight in sources.HUB_MIX.items())
-        )
-        note = (
-            f"built-in text, because {reason}" if reason else "the Hub mix, because the Hub answers"
-        )
-    requests = sources.parse_spec(spec)
+        if reason:
+            requests = parse_spec("builtin")
+            note = f"built-in text, because {reason}"
+        else:
+            requests = tuple(Request(name, weight) for name, weight in HUB_MIX.items())
+            note = "the Hub mix, because the Hub answers"
     n_wanted = run.profile.calibration_tokens + run.profile.heldout_tokens
     total = sum(r.weight for r in requests)
     has_chat = sampling.has_chat_template(tokenizer)
@@ -162,7 +160,7 @@ def _read(
             model, tokenizer, -(-n_tokens // (n_new * 3 // 4)), n_new, run.config.seed, progress
         )
         return sources.domain(name, "sampled from the model itself", texts)
-    if name in sources.HUB_TEXTS:
+    if name in HUB_TEXTS:
 
         def render(messages: list[dict[str, str]]) -> str:
             if sampling.has_chat_template(tokenizer):
@@ -171,7 +169,7 @@ def _read(
 
         return sources.domain(
             name,
-            sources.HUB_TEXTS[name].repo,
+            HUB_TEXTS[name].repo,
             sources.hub_text(name, n_characters * 2, token, render),
         )
     return sources.domain(
