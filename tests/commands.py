@@ -1,0 +1,169 @@
+"""The real `python -m quantkit` in a process of its own, and what it leaves in a run's folder.
+
+Tests that need a finished run share one, and what differs from it only in later stages is forked
+from it: a copy of its first stages with another config, which `resume` finishes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.config import RunConfig
+from quantkit.ggufio.read import GgufFile
+from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json, sha256_file, write_json
+from quantkit.tensors import to_json
+
+ROOT = Path(__file__).parent.parent
+CHEAP = ("--profile", "demo", "--calibration", "docs,code")  # nothing is sampled from the model
+
+_ABSENT = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "QUANTKIT_HF_TOKEN", "SYSTEM", "HF_ENDPOINT")
+
+
+def environment(home: Path, **changes: str) -> dict[str, str]:
+    """This process's environment without a token or cache of this machine, and without network."""
+    kept = {k: v for k, v in os.environ.items() if k not in _ABSENT}
+    return {**kept, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", **changes}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The object that `--json` prints as the last line of stdout."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+def quantkit(*arguments: str | Path, env: Mapping[str, str]) -> Answer:
+    """Run `python -m quantkit` to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "quantkit", *map(str, arguments)],
+        cwd=ROOT,
+        env=dict(env),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def start(*arguments: str | Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start `python -m quantkit` as the leader of a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "quantkit", *map(str, arguments)],
+        cwd=ROOT,
+        env=dict(env),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[bytes], folder: Path, stage: str, kind: str) -> bool:
+    """Watch a run's events from now on. False when the process ended without such an event."""
+    path = RunDir(folder).events_path
+    at = path.stat().st_size if path.exists() else 0
+    while True:
+        ended = process.poll() is not None
+        events, at = read_events(path, at)
+        if any(e.stage == stage and e.kind == kind for e in events):
+            return True
+        if ended:
+            return False
+        time.sleep(0.001)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the process and all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Run:
+    """A run's folder, read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.dir = RunDir(folder)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = read_json(self.dir.stage_dir("validate") / "report.json")
+        return report
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        recipe: dict[str, Any] = read_json(self.recipe_path)
+        return recipe
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.dir.stage_dir("stitch") / "recipe.json"
+
+    @property
+    def base(self) -> Path:
+        return self.dir.stage_dir("convert") / "base.gguf"
+
+    @property
+    def levels(self) -> Path:
+        return self.dir.stage_dir("quantize")
+
+    @property
+    def imatrix(self) -> Path:
+        return self.dir.stage_dir("calibrate") / "imatrix.gguf"
+
+    @property
+    def output(self) -> Path:
+        (path,) = self.dir.stage_dir("stitch").glob("*.gguf")
+        return path
+
+    @property
+    def events(self) -> list[Event]:
+        return read_events(self.dir.events_path)[0]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the base, the level files and the output, by name."""
+        files = [self.base, *sorted(self.levels.glob("*.gguf")), self.output]
+        return {path.name: sha256_file(path) for path in files}
+
+    def fork(self, folder: Path, stage: str, **changes: Any) -> Run:
+        """A folder with this run's stages before `stage`, and its config changed: as if a run with
+        that config had come so far. Fields of earlier stages must stay as they are.
+        """
+        done = STAGES[: STAGES.index(stage)]
+        folder.mkdir()
+        records = {name: record for name, record in self.dir.records().items() if name in done}
+        for name in done:
+            source = self.dir.stage_dir(name)
+            shutil.copytree(source, folder / source.name)  # keeps modification times
+        config = {**read_json(self.dir.config_path), **to_json(changes)}
+        write_json(folder / "config.json", RunConfig.from_json(config))
+        write_json(folder / "manifest.json", {"schema": 1, "stages": records})
+        return Run(folder)
+
+
+def packed_tensors(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Type and bytes of every tensor of a GGUF."""
+    file = GgufFile(path)
+    return {
+        name: (str(tensor.qtype), np.ascontiguousarray(file.packed(name)).tobytes())
+        for name, tensor in file.tensors.items()
+    }

@@ -1,0 +1,190 @@
+"""A whole run on a tiny model: the real command, converter and llama.cpp, and what it promises."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import llama_cpp
+import pytest
+from commands import Answer, Run, packed_tensors, quantkit
+
+from quantkit.ggufio.read import GgufFile
+from quantkit.kquants.stock import StockRecipe, stock_bytes, stock_types
+from quantkit.qtypes import FILE_TYPES, QuantType
+from quantkit.rundir import STAGES, sha256_file
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(whole_run: tuple[Run, Answer]) -> Run:
+    return whole_run[0]
+
+
+def test_answers_with_one_object(whole_run: tuple[Run, Answer]) -> None:
+    run, answer = whole_run
+    assert len(answer.out.splitlines()) == 1
+    assert answer.json["folder"] == str(run.folder)
+    assert tuple(answer.json["stages"]) == STAGES
+    assert answer.json["stages"]["stitch"]["file"] == run.output.name
+    assert "| **Tiny-Llama-EVO-Q4_K_M.gguf** |" in answer.err  # the table, for people
+    assert "Traceback" not in answer.err
+
+
+def test_budget(run: Run) -> None:
+    """Without a size: that of Q4_K_M, and no byte more."""
+    (output,) = run.report["outputs"]
+    limit = stock_bytes(GgufFile(run.base), StockRecipe("Q4_K_M"))
+    assert output["budget_bytes"] == limit
+    assert output["n_bytes"] == run.output.stat().st_size <= limit
+    assert output["n_bytes"] > 0.99 * limit  # a budget is there to be used
+    assert output["bpw"] == 8 * output["n_bytes"] / GgufFile(run.base).n_elements
+
+
+def test_report(run: Run) -> None:
+    report = run.report
+    base = report["base"]
+    assert run.folder / base["path"] == run.base and base["n_bytes"] == run.base.stat().st_size
+    assert math.isfinite(base["perplexity"]["value"]) and base["perplexity"]["stderr"] > 0
+    (output,) = report["outputs"]
+    assert run.folder / output["path"] == run.output
+    assert output["sha256"] == sha256_file(run.output)
+    for row in (output, *report["baselines"]):
+        assert 0 < row["kl"]["mean"] < 1 and row["kl"]["stderr"] > 0
+        assert 0 < row["top1"] < 1
+        assert math.isfinite(row["perplexity"]["value"]) and row["perplexity"]["stderr"] > 0
+        assert {*row["domains"]} == {"docs", "code"}
+        assert row["bpw"] == pytest.approx(8 * row["n_bytes"] / base["n_parameters"])
+    assert output["zero_shot"]["status"] == "not run" and "HF_HUB_OFFLINE" in str(output)
+    assert report["versions"].keys() >= {"quantkit", "python", "llama-cpp-python", "torch"}
+
+
+def test_baselines_are_the_neighbours_in_size(run: Run) -> None:
+    """The largest stock files of at most our bytes, and the next one."""
+    report = run.report
+    n_bytes = report["outputs"][0]["n_bytes"]
+    sizes = {row["name"]: row["n_bytes"] for row in report["baselines"]}
+    assert list(sizes.values()) == sorted(sizes.values())
+    assert sizes["Q4_K_M"] >= report["outputs"][0]["budget_bytes"]
+    assert sum(size <= n_bytes for size in sizes.values()) >= 2
+    assert sum(size > n_bytes for size in sizes.values()) >= 1
+
+
+def test_output_loads_and_talks(run: Run) -> None:
+    model = llama_cpp.Llama(str(run.output), n_ctx=64, verbose=False, seed=0)
+    answer = model.create_completion("The import statement", max_tokens=8, temperature=0)
+    assert answer["usage"]["completion_tokens"] == 8
+    assert model.metadata["general.file_type"] == str(FILE_TYPES["Q4_K_M"])
+    assert model.metadata["quantize.imatrix.entries_count"] == "14"
+    assert model.metadata["quantkit.base.revision"] == run.recipe["revision"]
+    model.close()
+
+
+def test_metadata_of_the_base_is_carried_whole(run: Run) -> None:
+    base, output = (GgufFile(path).reader.fields for path in (run.base, run.output))
+    for name in base.keys() - {"GGUF.kv_count", "general.file_type"}:
+        assert output[name].contents() == base[name].contents(), name
+    added = output.keys() - base.keys()
+    assert all(name.startswith(("quantkit.", "quantize.", "general.quant")) for name in added)
+
+
+def test_fallbacks_are_those_of_llama_cpp(run: Run) -> None:
+    """For every level: what llama-quantize --pure makes of the same base."""
+    listed = {(f["tensor"], f["asked"]): f for f in run.report["fallbacks"]}
+    labels = {"IQ4_XS": "IQ4_XS", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "Q6_K": "Q6_K"}
+    found = 0
+    for asked, label in labels.items():
+        for name, used in stock_types(run.base, StockRecipe(label, pure=True)).items():
+            if "norm" in name:
+                continue
+            row = listed.get((name, asked))
+            assert (row["used"] if row else asked) == str(used)
+            if row is not None:
+                n_columns = GgufFile(run.base).tensors[name].shape[-1]
+                reason = f"rows of {n_columns} do not divide into blocks of 256"
+                assert (n_columns, row["reason"]) == (96, reason)
+                found += 1
+    assert found == len(listed) == 4 * 14
+    assert not any("ffn_down" in tensor for tensor, _ in listed)
+
+
+def test_every_tensor_comes_from_the_level_that_the_recipe_names(run: Run) -> None:
+    """And all others from the base."""
+    output, base = packed_tensors(run.output), packed_tensors(run.base)
+    levels = {path.name: packed_tensors(path) for path in run.levels.glob("*.gguf")}
+    tensors = run.recipe["tensors"]
+    for name, (qtype, packed) in output.items():
+        if name in tensors:
+            assert qtype == tensors[name]["qtype"]
+            assert packed == levels[tensors[name]["file"]][name][1]
+        else:
+            assert (qtype, packed) == base[name] and "norm" in name
+    assert len({tensors[name]["qtype"] for name in tensors}) > 2  # it did choose
+
+
+def test_levels_are_whole_files(run: Run) -> None:
+    """Every uniform level is a runnable GGUF whose types are the asked ones or their fallbacks."""
+    fallbacks = {(f["tensor"], f["asked"]): f["used"] for f in run.report["fallbacks"]}
+    for path in run.levels.glob("*.gguf"):
+        for name, tensor in GgufFile(path).tensors.items():
+            if "norm" not in name:
+                used = fallbacks.get((name, path.stem), path.stem)
+                assert tensor.qtype == QuantType(used)
+        model = llama_cpp.Llama(str(path), n_ctx=64, verbose=False)
+        model.eval(model.tokenize(b"import sys"))
+        model.close()
+
+
+def test_events_tell_the_story(run: Run) -> None:
+    events = run.events
+    for stage in STAGES:
+        kinds = [e.kind for e in events if e.stage == stage]
+        assert kinds[0] == "started" and kinds[-1] == "finished"
+    for event in events:
+        if event.kind == "progress":
+            assert 0 <= event.data["done"] <= event.data["total"]
+    assert (events[0].stage, events[0].kind) == (None, "started")
+    assert (events[-1].stage, events[-1].kind) == (None, "finished")
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_status(run: Run, offline: dict[str, str]) -> None:
+    answer = quantkit("status", run.folder, "--json", env=offline)
+    assert answer.code == 0
+    assert answer.json["state"] == "done" and tuple(answer.json["done"]) == STAGES
+    shown = quantkit("status", run.folder, env=offline).out
+    assert all(f"  {stage:<10} done in" in shown for stage in STAGES)
+
+
+def test_a_second_run_does_nothing(
+    run: Run, whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
+) -> None:
+    copy = run.fork(tmp_path / "copy", "publish")
+    first = quantkit("resume", copy.folder, "--json", env=offline)
+    assert first.code == 0, first.err
+    n = len(copy.events)
+    again = quantkit("resume", copy.folder, "--json", env=offline)
+    assert again.code == 0 and again.json["stages"] == first.json["stages"]
+    kinds = [e.kind for e in copy.events[n:]]
+    assert kinds == ["started", *["skipped"] * len(STAGES), "finished"]
+
+
+def test_rebuild_from_kept_levels(run: Run, tmp_path: Path, offline: dict[str, str]) -> None:
+    out = tmp_path / "again.gguf"
+    options = ("--base", run.base, "--levels", run.levels, "--out", out)
+    answer = quantkit("rebuild", run.recipe_path, *options, "--json", env=offline)
+    assert answer.code == 0, answer.err
+    assert answer.json["equal"] is True
+    assert sha256_file(out) == sha256_file(run.output)
+
+
+def test_rebuild_from_the_base_alone(run: Run, tmp_path: Path, offline: dict[str, str]) -> None:
+    out = tmp_path / "again.gguf"
+    options = ("--base", run.base, "--out", out, "--json")
+    answer = quantkit("rebuild", run.recipe_path, *options, env=offline)
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["equal"] is True
+    assert sha256_file(out) == sha256_file(run.output)
+    assert [path.name for path in tmp_path.iterdir()] == ["again.gguf"]
