@@ -7,83 +7,150 @@ elsewhere the same allocation.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
 from quantkit.output import Provenance, lay_out_output
-from quantkit.qtypes import QuantType
+from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rundir import RunDir, read_json, sha256_file
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a `recipe.json` says of how its file is made."""
+
+    quantkit: str
+    model: str
+    revision: str
+    config: RunConfig
+    base_sha256: str
+    label: str
+    sha256: str  # of the published file
+    provenance: Provenance
+    levels: dict[str, str]  # level file -> sha256
+    types: dict[str, QuantType]  # tensor -> type
+    files: dict[str, str]  # tensor -> level file
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Raises QuantkitError for what is no recipe; it may come from anywhere."""
+        try:
+            return cls._from_json(read_json(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise QuantkitError(
+                f"{path} is not a recipe ({error}).",
+                "Give the recipe.json that lies beside the GGUF.",
+            ) from None
+
+    @classmethod
+    def _from_json(cls, value: dict[str, Any]) -> Recipe:
+        if value["schema"] != 1:
+            raise QuantkitError("The recipe is of another version.", "Use a newer quantkit.")
+        made, output, tensors = value["provenance"], value["output"], value["tensors"]
+        recipe = cls(
+            value["quantkit"],
+            value["model"],
+            value["revision"],
+            RunConfig.from_json(value["config"]),
+            value["base"]["sha256"],
+            output["label"],
+            output["sha256"],
+            Provenance(**{**made, "datasets": tuple(made["datasets"])}),
+            dict(value["levels"]),
+            {name: QuantType(row["qtype"]) for name, row in tensors.items()},
+            {name: row["file"] for name, row in tensors.items()},
+        )
+        if recipe.label not in FILE_TYPES:
+            raise ValueError(f"there is no stock mix {recipe.label!r}")
+        for file in recipe.levels:
+            if Path(file).name != file:
+                raise ValueError(f"{file!r} is not the name of a file")
+        for name, file in recipe.files.items():
+            if file not in recipe.levels:
+                raise ValueError(f"{name} comes from {file!r}, which is not a level file")
+        return recipe
+
+    @property
+    def pinned_config(self) -> RunConfig:
+        """The config that makes the levels again: of a model on the Hub the very commit, and
+        nothing published.
+        """
+        config = dataclasses.replace(self.config, publish=None, private=False)
+        reference = hub.parse_reference(config.model, config.revision)
+        if reference.kind != "hub":
+            return config
+        return dataclasses.replace(config, model=reference.id, revision=self.revision)
 
 
 def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) -> dict[str, Any]:
     """Write the recipe's file to `out`. Returns its size, sha256 and whether it equals the
     published one.
 
-    Raises QuantkitError when the recipe, the base or a level file is not what the recipe says.
+    Raises QuantkitError when the recipe, the base or a level file is not what the recipe says, and
+    when `out` is one of them.
     """
-    recipe = _read(recipe_path)
-    found = sha256_file(base_path)
-    if found != recipe["base"]["sha256"]:
+    recipe = Recipe.load(recipe_path)
+    kept = [levels / name for name in recipe.levels] if levels is not None else []
+    if out.resolve() in {path.resolve() for path in (recipe_path, base_path, *kept)}:
+        raise QuantkitError(f"{out} is what the file is made of.", "Choose another --out.")
+    base = GgufFile(base_path)
+    _check_base(recipe, base)
+    if levels is None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
+            return _stitch(recipe, base, _make_levels(recipe, Path(folder)), out)
+    for name, sha256 in recipe.levels.items():
+        path = levels / name
+        if not path.exists() or sha256_file(path) != sha256:
+            what = "not the level file of this recipe" if path.exists() else "missing"
+            raise QuantkitError(
+                f"{path} is {what}.",
+                "Leave --levels out to make the levels again.",
+            )
+    return _stitch(recipe, base, levels, out)
+
+
+def _check_base(recipe: Recipe, base: GgufFile) -> None:
+    """Raises QuantkitError when `base` is another file than the recipe's, or lacks its tensors."""
+    found = sha256_file(base.path)
+    if found != recipe.base_sha256:
         raise QuantkitError(
-            f"{base_path.name} is not the base of this recipe: its sha256 is {found[:12]}…, not"
-            f" {recipe['base']['sha256'][:12]}….",
-            f"Convert {recipe['model']} at revision {recipe['revision'][:12]}"
-            f" with quantkit {recipe['quantkit']}.",
+            f"{base.path.name} is not the base of this recipe: its sha256 is {found[:12]}…, not"
+            f" {recipe.base_sha256[:12]}….",
+            f"Convert {recipe.model} at revision {recipe.revision[:12]}"
+            f" with quantkit {recipe.quantkit}.",
         )
-    if levels is not None:
-        for name, sha256 in recipe["levels"].items():
-            path = levels / name
-            if not path.exists() or sha256_file(path) != sha256:
-                what = "not the level file of this recipe" if path.exists() else "missing"
-                raise QuantkitError(
-                    f"{path} is {what}.",
-                    "Leave --levels out to make the levels again.",
-                )
-        return _stitch(recipe, base_path, levels, out)
-    with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
-        return _stitch(recipe, base_path, _make_levels(recipe, Path(folder)), out)
+    for name, qtype in recipe.types.items():
+        if name not in base.tensors or not qtype.fits(base.tensors[name].shape[-1]):
+            raise QuantkitError(
+                f"The recipe stores {name} as {qtype}, which the base does not allow.",
+                "The recipe is damaged: download it again.",
+            )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        recipe = read_json(path)
-        if recipe["schema"] != 1:
-            raise QuantkitError(f"{path} is a recipe of another version.", "Use a newer quantkit.")
-        return recipe
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QuantkitError(
-            f"{path} is not a recipe ({error}).", "Give the recipe.json that lies beside the GGUF."
-        ) from None
-
-
-def _make_levels(recipe: dict[str, Any], folder: Path) -> Path:
+def _make_levels(recipe: Recipe, folder: Path) -> Path:
     """Run the stages up to the levels again, at the recipe's revision and settings."""
     from quantkit import pipeline
 
-    config = RunConfig.from_json(recipe["config"])
-    pipeline.run(config, folder, until="quantize")
+    pipeline.run(recipe.pinned_config, folder, until="quantize")
     return RunDir(folder).stage_dir("quantize")
 
 
-def _stitch(recipe: dict[str, Any], base_path: Path, levels: Path, out: Path) -> dict[str, Any]:
-    base = GgufFile(base_path)
-    types = {name: QuantType(row["qtype"]) for name, row in recipe["tensors"].items()}
-    provenance = Provenance(
-        **{**recipe["provenance"], "datasets": tuple(recipe["provenance"]["datasets"])}
-    )
-    layout = lay_out_output(base, types, provenance, recipe["output"]["label"])
-    stitch(
-        out, layout, base, {name: levels / row["file"] for name, row in recipe["tensors"].items()}
-    )
+def _stitch(recipe: Recipe, base: GgufFile, levels: Path, out: Path) -> dict[str, Any]:
+    layout = lay_out_output(base, recipe.types, recipe.provenance, recipe.label)
+    stitch(out, layout, base, {name: levels / file for name, file in recipe.files.items()})
     sha256 = sha256_file(out)
     return {
         "file": str(out),
         "n_bytes": out.stat().st_size,
         "sha256": sha256,
-        "equal": sha256 == recipe["output"]["sha256"],
+        "equal": sha256 == recipe.sha256,
     }
