@@ -7,7 +7,7 @@ llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.config import RunConfig, compile_pattern
@@ -37,7 +37,8 @@ def plan_levels(specs: Mapping[str, TensorSpec], config: RunConfig) -> LevelPlan
     """Decide the types of every quantizable tensor from the config's levels, pins and tensor
     pattern.
 
-    Raises UsageError when a pattern of `types` or `tensors` names no tensor.
+    Raises UsageError when a pattern of `types` or `tensors` names no tensor, or when there is none
+    to quantize.
     """
     default = dict(config.types).get("default")
     levels = tuple(QuantType(name) for name in ((default,) if default else config.level_names))
@@ -67,7 +68,12 @@ def _is_chosen(tensor: str, config: RunConfig) -> bool:
     return config.tensors is None or compile_pattern(config.tensors).search(tensor) is not None
 
 
-def _check_patterns(config: RunConfig, tensors: Iterable[str], any_chosen: bool) -> None:
+def _check_patterns(config: RunConfig, tensors: Sequence[str], any_chosen: bool) -> None:
+    if not tensors:
+        raise UsageError(
+            "The model has no tensor that llama.cpp would quantize.",
+            "Its rows do not divide into blocks of 32: use its full-precision GGUF as it is.",
+        )
     if not any_chosen:
         raise UsageError(
             f"No quantizable tensor matches {config.tensors!r}.",

@@ -7,7 +7,7 @@ from typing import Any
 
 def size(n_bytes: int) -> str:
     """Bytes for people: decimal MB or GB."""
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e10 else f"{n_bytes / 1e6:,.1f} MB"
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:

@@ -108,7 +108,6 @@ def test_sizes_for_people() -> None:
     assert report.size(15_500_000_000) == "15.50 GB"
 
 
-@pytest.mark.xfail(strict=True, reason="report.size: GB begin at 10 GB; 5.5 GB is '5,500.0 MB'")
 def test_gigabytes_begin_at_one() -> None:
     assert report.size(5_500_000_000) == "5.50 GB"
 
