@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.calibration import sources
-from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split
+from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split, without
 from quantkit.calibration.spec import (
     BUILTIN,
     HUB_MIX,
@@ -43,12 +43,6 @@ def test_every_document_is_in_exactly_one_part(docs: tuple[str, ...], seed: int)
         assert list(part) == sorted(part, key=docs.index), "the order of a part is the domain's"
 
 
-_EMPTY = pytest.mark.xfail(
-    strict=True, reason="split: eval may take so many of few documents that heldout gets none"
-)
-
-
-@_EMPTY
 def test_every_part_has_a_document() -> None:
     """Two short documents and a long one: for some seeds eval takes both short ones."""
     domain = Domain("d", "s", ("a", "b", "c" * 1000))
@@ -56,10 +50,6 @@ def test_every_part_has_a_document() -> None:
         assert all(split(domain, seed).values()), seed
 
 
-_LEAK = pytest.mark.xfail(strict=True, reason="split: equal documents may fall into two parts")
-
-
-@_LEAK
 def test_equal_documents_do_not_leak() -> None:
     """Web text repeats itself; what is evaluated must not have been calibrated on."""
     docs = tuple(line for line in lines(40) for _ in range(3))
@@ -68,6 +58,14 @@ def test_equal_documents_do_not_leak() -> None:
         for one in parts:
             for other in parts:
                 assert one == other or not set(parts[one]) & set(parts[other])
+
+
+def test_equal_documents_of_two_domains_do_not_leak() -> None:
+    one, other = Domain("a", "a.txt", lines(30)), Domain("b", "b.txt", lines(60))
+    apart = without(other, set(one.documents))
+    assert apart.name == "b" and apart.documents == lines(60)[30:]
+    with pytest.raises(QuantkitError, match="another text"):
+        without(one, set(other.documents))
 
 
 def test_shares_are_by_characters() -> None:
@@ -96,6 +94,8 @@ def test_one_piece_of_text_cannot_be_split() -> None:
     with pytest.raises(QuantkitError, match="one piece") as error:
         split(Domain("d", "notes.txt", ("a", "b")), 0)
     assert "blank lines" in error.value.remedy
+    with pytest.raises(QuantkitError, match="one piece"):
+        split(Domain("d", "notes.txt", ("a", "b", "a", "b")), 0)
 
 
 class Bytes:
@@ -123,7 +123,6 @@ def test_packing(docs: list[str], n: int, n_tokens: int, with_bos: bool) -> None
     assert rows[:, int(with_bos) :].flatten().tolist() == stream[: n_rows * body]
 
 
-@pytest.mark.xfail(strict=True, reason="pack takes all that a tokenizer adds for a beginning")
 def test_a_token_at_the_end_is_not_the_beginning() -> None:
     """Tokenizers that add </s> after a text: rows must begin with <s>, not with the letter a."""
     rows = pack(["hello world " * 9], Bytes((300,), (301,)), 2, 10)

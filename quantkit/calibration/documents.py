@@ -8,8 +8,9 @@ decided by its own hash and the seed, so adding a source moves nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,36 +34,51 @@ class Domain:
         return hashlib.sha256("\n\n".join(self.documents).encode()).hexdigest()
 
 
+def without(domain: Domain, known: Container[str]) -> Domain:
+    """The domain without documents that another one has: they could fall into two parts.
+
+    Raises QuantkitError when none is left.
+    """
+    kept = tuple(text for text in domain.documents if text not in known)
+    if domain.documents and not kept:
+        raise QuantkitError(
+            f"All of the calibration text {domain.source} is in another text too.",
+            "Name every text once.",
+        )
+    return replace(domain, documents=kept)
+
+
 def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
     """The documents of each part, in their own order.
 
     Documents are ranked by hash and dealt out by characters, so that each part has its share of
-    text, and every part at least one document. Raises QuantkitError when there are fewer than three
-    documents.
+    text, and every part at least one document. Equal documents stay together: what is evaluated
+    was not calibrated on. Raises QuantkitError when there are fewer than three different ones.
     """
-    if len(domain.documents) < len(PARTS):
+    n_copies = Counter(domain.documents)
+    if len(n_copies) < len(PARTS):
         raise QuantkitError(
             f"The calibration text {domain.source} is one piece.",
             "Give at least three documents: blank lines separate them in a .txt file.",
         )
 
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(
-            f"{seed}\0{domain.name}\0".encode() + domain.documents[index].encode()
-        ).digest()
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}\0{domain.name}\0{text}".encode()).digest()
 
-    ranked = sorted(range(len(domain.documents)), key=lambda i: (rank(i), i))
+    left = deque(sorted(n_copies, key=rank))
     n_total = sum(map(len, domain.documents))
-    parts: dict[str, list[int]] = {part: [] for part in PARTS}
-    # The small parts first: they take documents until they have their share, train takes the rest.
-    for part in ("eval", "heldout"):
+    part_of: dict[str, str] = {}
+    # The small parts first: they take documents until they have their share and leave one for each
+    # part that comes after; train takes the rest.
+    for part, n_after in (("eval", 2), ("heldout", 1)):
         n_taken = 0
-        while (n_taken < PARTS[part] * n_total or not parts[part]) and len(ranked) > 1:
-            parts[part].append(ranked.pop(0))
-            n_taken += len(domain.documents[parts[part][-1]])
-    parts["train"] = ranked
+        while len(left) > n_after and (not n_taken or n_taken < PARTS[part] * n_total):
+            text = left.popleft()
+            part_of[text] = part
+            n_taken += len(text) * n_copies[text]
     return {
-        part: tuple(domain.documents[i] for i in sorted(chosen)) for part, chosen in parts.items()
+        part: tuple(text for text in domain.documents if part_of.get(text, "train") == part)
+        for part in PARTS
     }
 
 
@@ -73,9 +89,7 @@ def pack(documents: Iterable[str], tokenizer: Any, n_sequences: int, n_tokens: i
     Documents follow each other with a blank line between; the tail that does not fill a row is
     dropped.
     """
-    bos = tokenizer("a").input_ids[
-        : len(tokenizer("a").input_ids) - len(tokenizer("a", add_special_tokens=False).input_ids)
-    ]
+    bos = _beginning(tokenizer)
     body = n_tokens - len(bos)
     stream: list[int] = []
     rows: list[list[int]] = []
@@ -87,6 +101,19 @@ def pack(documents: Iterable[str], tokenizer: Any, n_sequences: int, n_tokens: i
         if len(rows) == n_sequences:
             break
     return np.array(rows, np.int64).reshape(-1, n_tokens)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text, without those that it puts behind."""
+    text = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    n = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
+    if n is None:
+        raise QuantkitError(
+            "The tokenizer reads a text otherwise when it adds its special tokens.",
+            "This tokenizer is not supported yet: please open an issue with the model's id.",
+        )
+    return whole[:n]
 
 
 def interleave(

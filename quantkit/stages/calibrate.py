@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from quantkit import hub
 from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model, load_tokenizer
 from quantkit.calibration import sampling, sources
-from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split
+from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split, without
 from quantkit.calibration.spec import AUTO, HUB_MIX, HUB_TEXTS, Request, parse_spec
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import write_imatrix
@@ -126,14 +126,17 @@ def _read_domains(run: Run, model: Any, tokenizer: Any) -> tuple[list[tuple[Doma
     n_wanted = run.profile.calibration_tokens + run.profile.heldout_tokens
     total = sum(r.weight for r in requests)
     has_chat = sampling.has_chat_template(tokenizer)
-    domains = []
+    domains: list[tuple[Domain, float]] = []
+    known: set[str] = set()
     for request in requests:
         share = request.weight / total
         n_tokens = int(share * n_wanted / (1 - PARTS["eval"])) + run.profile.eval_windows * N_CTX
         if request.name == "dialogue" and not has_chat:
             note += "; no dialogue, because the tokenizer has no chat template"
             continue
-        domains.append((_read(run, request.name, n_tokens, model, tokenizer, token), share))
+        found = _read(run, request.name, n_tokens, model, tokenizer, token)
+        domains.append((without(found, known), share))
+        known |= set(found.documents)
     if not domains:
         raise QuantkitError("No calibration text is left.", "Give another --calibration.")
     left = sum(weight for _, weight in domains)
