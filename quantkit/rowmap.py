@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from quantkit.qtypes import BF16, F16, F32, QuantType
 from quantkit.rundir import replacing
 from quantkit.tensors import TensorSpec
 
+_TABLE = "token_embd.weight"  # what llama.cpp calls the input embeddings of every architecture
 _DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
@@ -90,6 +92,7 @@ class RowMatcher:
             if getattr(module, "weight", None) is weight and isinstance(module, nn.Linear)
         }
         self._index: dict[tuple[str, QuantType], tuple[np.ndarray, np.ndarray]] = {}
+        self._taken: dict[str, np.ndarray] = {}  # weight -> which rows are a tensor's already
 
     def _digests_of(self, name: str, qtype: QuantType) -> tuple[np.ndarray, np.ndarray]:
         """The sorted digests of a weight's rows, cast to a GGUF type, and the row of each."""
@@ -106,23 +109,62 @@ class RowMatcher:
     def match(self, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
         """The row map of a GGUF tensor with stored rows `packed`, or None where a row is not the
         model's.
+
+        Where several weights have these rows (repeated layers, constant weights), the best is a
+        map that is one to one, of rows that no tensor before had, to the weight that its name
+        speaks for.
         """
         if spec.qtype not in _DTYPES:
             return None
         wanted = _digests(np.ascontiguousarray(packed))
+        best: tuple[tuple[bool, ...], str, np.ndarray] | None = None
         for name in self._weights:
             if self._rows_of(name).shape[1] != spec.n_columns:
                 continue
             digests, order = self._digests_of(name, spec.qtype)
-            rows = _find(wanted, digests, order)
-            if rows is not None:
-                identity = len(rows) == len(digests) and bool((rows == np.arange(len(rows))).all())
-                index = None if identity else torch.from_numpy(rows)
-                module = self._heads.get(name, name.removesuffix(".weight"))
-                return RowMap(
-                    spec.name, name, name in self._conv1d, index, module, name in self._lookups
-                )
-        return None
+            if not _has(digests, wanted[0]):
+                continue
+            free = ~self._taken.setdefault(name, np.zeros(len(digests), bool))[order]
+            rows = _find(wanted, digests[free], order[free])
+            is_free = rows is not None
+            if rows is None:
+                rows = _find(wanted, digests, order)
+            if rows is None:
+                continue
+            misfit = (
+                len(np.unique(rows)) < len(rows),
+                not is_free,
+                (spec.name == _TABLE) != (name in self._lookups),
+                _first_number(spec.name) != _first_number(name),
+            )
+            if best is None or misfit < best[0]:
+                best = misfit, name, rows
+        if best is None:
+            return None
+        _, name, rows = best
+        taken = self._taken[name]
+        taken[rows] = True
+        identity = len(rows) == len(taken) and bool((rows == np.arange(len(rows))).all())
+        return RowMap(
+            spec.name,
+            name,
+            name in self._conv1d,
+            None if identity else torch.from_numpy(rows),
+            self._heads.get(name, name.removesuffix(".weight")),
+            name in self._lookups,
+        )
+
+
+def _has(digests: np.ndarray, digest: np.uint64) -> bool:
+    """Whether sorted digests have one: the cheap answer "no" for nearly all weights."""
+    at = np.searchsorted(digests, digest)
+    return bool(at < len(digests) and digests[at] == digest)
+
+
+def _first_number(name: str) -> str | None:
+    """The layer's number, in the names of either side."""
+    found = re.search(r"\d+", name)
+    return found[0] if found else None
 
 
 def _find(wanted: np.ndarray, digests: np.ndarray, order: np.ndarray) -> np.ndarray | None:
@@ -130,9 +172,8 @@ def _find(wanted: np.ndarray, digests: np.ndarray, order: np.ndarray) -> np.ndar
 
     Equal rows are handed out in order, so that the map is one to one wherever it can be.
     """
-    first = np.searchsorted(digests, wanted[:1])
-    if first[0] == len(digests) or digests[first[0]] != wanted[0]:
-        return None  # the cheap answer for nearly all weights
+    if not _has(digests, wanted[0]):
+        return None
     by_digest = np.argsort(wanted, kind="stable")
     ascending = wanted[by_digest]
     start = np.searchsorted(digests, ascending)

@@ -193,14 +193,8 @@ def test_stacked_experts() -> None:
     assert torch.equal(model.gate_up_proj[:, 5:], ups)
 
 
-_NOT_ONE_TO_ONE = pytest.mark.xfail(
-    strict=True,
-    reason="RowMatcher.match takes the first weight with such rows, be it another tensor's",
-)
-
-
-@_NOT_ONE_TO_ONE
-def test_repeated_layers_keep_apart() -> None:
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_repeated_layers_keep_apart(order: tuple[int, int]) -> None:
     """Depth-upscaled and self-merged models repeat layers bit for bit. Each must get its own input
     and its own parameter: else the search puts one layer's candidate into the other.
     """
@@ -208,13 +202,34 @@ def test_repeated_layers_keep_apart() -> None:
     model.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
     matcher = RowMatcher(model)
     found = [
-        matcher.match(*stored(layer.mlp.down_proj.weight, name=f"blk.{i}"))
-        for i, layer in enumerate(model.model.layers)
+        matcher.match(*stored(model.model.layers[i].mlp.down_proj.weight, name=f"blk.{i}"))
+        for i in order
     ]
-    assert [m.module for m in found if m] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert [m.module for m in found if m] == [f"model.layers.{i}.mlp.down_proj" for i in order]
 
 
-@_NOT_ONE_TO_ONE
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_head_equal_to_the_embeddings_keeps_apart(order: tuple[int, int]) -> None:
+    """Untied, and never trained apart."""
+    model = llama()
+    model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    matcher = RowMatcher(model)
+    names = [("token_embd.weight", "model.embed_tokens"), ("output.weight", "lm_head")]
+    for name, module in (names[i] for i in order):
+        found = matcher.match(*stored(model.lm_head.weight, name=name))
+        assert found is not None and found.module == module
+
+
+def test_equal_halves_of_a_fused_weight_keep_apart() -> None:
+    model = llama()
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    weight[40:] = weight[:40]
+    matcher = RowMatcher(model)
+    found = [matcher.match(*stored(weight[:40], name=name)) for name in "ab"]
+    rows = torch.cat([m.rows for m in found if m is not None and m.rows is not None])
+    assert torch.equal(rows, torch.arange(80))
+
+
 def test_constant_weights_keep_apart() -> None:
     """A zero-initialized projection is not the padding row of the embeddings."""
     model = llama()
