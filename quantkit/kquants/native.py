@@ -100,17 +100,18 @@ def quantize(weight: Floats, qtype: QuantType, importance: Floats | None = None)
 
     `weight` is (n_rows, n_columns) float32, `importance` (n_columns,) float32 for all rows or None.
     Returns uint8 (n_rows, row_bytes). Raises ValueError where rows do not divide into blocks, and
-    QuantkitError when the type needs importances and has none, or when the result does not validate
-    (NaN or infinite weights).
+    QuantkitError when the type needs importances and has none, when weights are NaN or infinite, or
+    when the result does not validate (weights too large for the type's scales).
     """
-    if qtype == F32:
-        return np.ascontiguousarray(weight, np.float32).view(np.uint8)
     n_rows, n_columns = weight.shape
     if requires_imatrix(qtype) and importance is None:
         raise QuantkitError(
             f"{qtype} cannot be made without an importance matrix.", "Leave this type out."
         )
     weight = np.ascontiguousarray(weight, np.float32)
+    if qtype == F32:
+        _check_finite(weight)
+        return weight.view(np.uint8)
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (n_columns,):
@@ -123,6 +124,8 @@ def quantize(weight: Floats, qtype: QuantType, importance: Floats | None = None)
     importances = None if importance is None else importance.ctypes.data
 
     def work(first: int, last: int) -> None:
+        # Of these ggml makes valid blocks of nonsense for most types.
+        _check_finite(weight[first:last])
         lib.ggml_quantize_chunk(
             kind,
             weight[first:].ctypes.data,
@@ -137,9 +140,17 @@ def quantize(weight: Floats, qtype: QuantType, importance: Floats | None = None)
     if not lib.ggml_validate_row_data(kind, packed.ctypes.data, packed.nbytes):
         raise QuantkitError(
             f"Quantizing to {qtype} gave invalid blocks.",
-            "The weights hold NaN or infinite values.",
+            "The weights are too large for its scales: leave this type out.",
         )
     return packed
+
+
+def _check_finite(weight: Floats) -> None:
+    if not np.isfinite(weight).all():
+        raise QuantkitError(
+            "The weights are invalid: they hold NaN or infinite values.",
+            "The checkpoint is broken: use another revision, or tell its author.",
+        )
 
 
 def dequantize(packed: Bytes, qtype: QuantType) -> Floats:
