@@ -34,12 +34,20 @@ class InputDiagonal:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """The Hessians of one distinct input: float32 (n, n), and the modules that read it."""
+    """The Hessians of one distinct input: float32 (n, n), and the modules that read it.
+
+    An input that no held-out token reached, as an expert's may be, has no Hessian of its own to be
+    judged with: `heldout` is `train` then.
+    """
 
     modules: tuple[str, ...]
     train: torch.Tensor
     heldout: torch.Tensor
     n_train: int
+
+    @property
+    def is_judged_on_train(self) -> bool:
+        return self.heldout is self.train
 
 
 def block_file(folder: Path, index: int) -> Path:
@@ -76,16 +84,14 @@ def save_statistics(
 def load_statistics(path: Path) -> list[InputStatistics]:
     """The inputs of one block (or the head), in the order in which the block meets them."""
     with safe_open(path, "pt") as file:
-        groups = json.loads(file.metadata()["groups"])
-        return [
-            InputStatistics(
-                tuple(modules),
-                file.get_tensor(f"{group}/train"),
-                file.get_tensor(f"{group}/heldout"),
-                n_tokens,
-            )
-            for group, (modules, n_tokens) in groups.items()
-        ]
+        stored = set(file.keys())
+        found = []
+        for group, (modules, n_tokens) in json.loads(file.metadata()["groups"]).items():
+            train = file.get_tensor(f"{group}/train")
+            name = f"{group}/heldout"
+            heldout = file.get_tensor(name) if name in stored else train
+            found.append(InputStatistics(tuple(modules), train, heldout, n_tokens))
+        return found
 
 
 def fisher_file(folder: Path) -> Path:

@@ -182,11 +182,6 @@ def test_statistics_that_are_there_are_kept(tmp_path: Path) -> None:
     assert all(np.array_equal(first[m].diagonal, again[m].diagonal) for m in first)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="statistics: an expert that met no held-out token has no held-out Hessian, and the file"
-    " of its block cannot be read",
-)
 def test_a_module_that_only_met_train_tokens(tmp_path: Path) -> None:
     """As an expert that the router chose for no held-out token."""
     module = Attention()
@@ -197,6 +192,10 @@ def test_a_module_that_only_met_train_tokens(tmp_path: Path) -> None:
         block_file(tmp_path, 0), {"train": train, "heldout": heldout}, in_blocks=True
     )
     assert "o" in diagonals
+    loaded = {s.modules[0]: s for s in load_statistics(block_file(tmp_path, 0))}
+    assert loaded["o"].is_judged_on_train and torch.equal(loaded["o"].heldout, loaded["o"].train)
+    assert not loaded["q"].is_judged_on_train
+    assert torch.equal(loaded["q"].heldout, heldout.means()["q"])
 
 
 def test_fisher_round_trip(tmp_path: Path) -> None:

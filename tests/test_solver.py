@@ -398,9 +398,6 @@ def test_types_without_a_grid_fall_back_to_imatrix() -> None:
     assert np.array_equal(solved[qtype].packed, wanted)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="compete: imatrix competes for types without a grid, unasked"
-)
 def test_types_without_a_grid_and_rounding_asked() -> None:
     h, w, qtype = hessian(256), weight(6, 256), QuantType("IQ3_S")
     inputs = Inputs(h.diagonal().numpy().copy(), h, h, None)

@@ -19,7 +19,9 @@ from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
 from quantkit.qtypes import QuantType
 
-_STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at work
+# Weights times types in one sweep: about 600 MB at work on a CPU, 8 GB on a GPU, which needs many
+# rows to be busy.
+_STACKED_WEIGHTS = {"cpu": 1 << 26, "cuda": 1 << 29}
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def solve_tensor(
     Without inputs there are no importances: only round-to-nearest is possible.
     """
     n_rows, n_columns = weight.shape
-    step = max(1, _STACKED_WEIGHTS // (n_columns * len(types)))
+    device = inputs.heldout.device if inputs else torch.device("cpu")
+    limit = _STACKED_WEIGHTS.get(device.type, _STACKED_WEIGHTS["cpu"])
+    step = max(1, limit // (n_columns * len(types)))
     parts = []
     for first in range(0, n_rows, step):
         last = min(first + step, n_rows)
@@ -152,7 +156,8 @@ def _solve_rows(
             packed[qtype, "rtn"] = native.quantize(weight, qtype, flat)
         if exact or importance is None:
             continue
-        if "imatrix" in methods or qtype not in FORMATS:
+        # Types without a grid for GPTQ: asked for alone, it has to leave them to another method.
+        if "imatrix" in methods or (qtype not in FORMATS and "rtn" not in methods):
             packed[qtype, "imatrix"] = native.quantize(weight, qtype, importance)
     if inputs is not None and inputs.factor is not None:
         packed |= _gptq(weight, [q for q in types if q in FORMATS], packed, inputs)
@@ -161,9 +166,18 @@ def _solve_rows(
 
     errors = {}
     for (qtype, method), rows in packed.items():
-        values = torch.from_numpy(native.dequantize(rows, qtype)).to(device)
+        values = _values(rows, qtype, device)
         errors[qtype, method] = _error(values - original, inputs, sensitivity)
     return _Part(_error(original, inputs, None).relative, errors, packed)
+
+
+def _values(packed: native.Bytes, qtype: QuantType, device: torch.device) -> torch.Tensor:
+    """float32 values of packed rows; a GPU reads the grids itself: bytes travel faster than
+    floats.
+    """
+    if device.type == "cuda" and qtype in FORMATS:
+        return FORMATS[qtype].values(torch.from_numpy(packed).to(device))
+    return torch.from_numpy(native.dequantize(packed, qtype)).to(device)
 
 
 def _error(

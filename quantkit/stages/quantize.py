@@ -176,6 +176,9 @@ def _solve_unit(
             dampings.append({"modules": list(statistics.modules), "damping": inputs.factor.damping})
         for name in tensors:
             solve(name, inputs)
+            if statistics.is_judged_on_train:
+                reason = "no held-out token reached its inputs"
+                fallbacks.append(Fallback(name, "error held out", "error on train", reason))
     return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": dampings}
 
 
