@@ -16,6 +16,7 @@ from typing import Any
 
 from quantkit import hub
 from quantkit.config import PROFILES, RunConfig
+from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.errors import QuantkitError
@@ -131,6 +132,7 @@ def make_plan(
             },
             "sizes": to_json(sizes),
             "stock": stock,
+            "context": to_json(context_memory(base)),
             "levels": [str(level) for level in levels.levels],
             "fallbacks": to_json(levels.fallbacks),
             "warnings": list(conversion.warnings),
@@ -170,6 +172,7 @@ def estimates(
     return {
         "disk_bytes": disk,
         "memory_bytes": memory,
+        "multiply_adds": forward + gather + solve,
         "seconds": round(60 + (forward + gather + solve) / speed),
     }
 

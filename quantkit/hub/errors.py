@@ -57,11 +57,12 @@ class ModelNotFound(QuantkitError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked of the Hub, for the sentence. Without an id: the Hub as a whole."""
+    """What was asked of the Hub, for the sentence. Without an id or a thing: the Hub as a whole."""
 
     repo_id: str = ""
     revision: str | None = None
     writing: bool = False
+    thing: str = ""  # what has no id: "the Jobs of alice"
 
     @property
     def url(self) -> str:
@@ -180,7 +181,7 @@ def _from_answer(error: HfHubHTTPError, asked: Asked, token: str | None) -> Quan
     """Errors in which the Hub answered with a status."""
     status = error.response.status_code
     said = " ".join(scrub(error.server_message or "", token).split())[:300]
-    name = asked.repo_id or "the Hub"
+    name = asked.repo_id or asked.thing or "the Hub"
     if isinstance(error, GatedRepoError):
         return QuantkitError(
             f"{name} is gated: its owner lets only people in who accept the terms.",

@@ -7,16 +7,18 @@ transformers or llama_cpp.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.errors import UsageError
 from quantkit.launch.estimate import estimate
+from quantkit.launch.limits import PUBLIC_LIMITS, Limits, Order
 from quantkit.launch.progress import KlPoint, LogLine, StageView
 from quantkit.launch.record import NoSuchJob
 from quantkit.launch.request import JobForm, check_repo, to_config
-from quantkit.launch.store import JobStore, Limits
+from quantkit.launch.store import JobStore
 from quantkit.launch.view import JobSummary, JobView, ResultFile
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Limits",
     "LogLine",
     "NoSuchJob",
+    "Order",
     "ResultFile",
     "StageView",
     "check_repo",
@@ -54,4 +57,6 @@ def open_store(environment: Mapping[str, str] | None = None) -> JobStore:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise UsageError(f"QUANTKIT_WORKERS={text} is not a number of runs.", "Use 1 to 64.")
     root = Path(environment.get("QUANTKIT_RUNS") or "runs").absolute()
-    return JobStore(root, Limits(workers=int(text)), is_public(environment))
+    public = is_public(environment)
+    limits = PUBLIC_LIMITS if public else Limits()
+    return JobStore(root, dataclasses.replace(limits, workers=int(text)), public)

@@ -6,6 +6,8 @@ that happens in the server, and a visitor's token reaches it through the environ
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -18,29 +20,55 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.launch.process import worker_environment
+from quantkit.launch.sizes import with_limit
 
 _SECONDS = 180
 _AT_ONCE = threading.BoundedSemaphore(2)
 _KEPT = 64
 _cache: dict[str, dict[str, Any]] = {}
+_locks: dict[str, threading.Lock] = {}
+_locks_lock = threading.Lock()
 
 
 def estimate(config: RunConfig, token: str | None = None, public: bool = False) -> dict[str, Any]:
-    """The plan of a run as JSON values. Raises QuantkitError with the planner's own sentence."""
-    key = None if token else repr(config)
-    if key is not None and key in _cache:
-        return _cache[key]
+    """The plan of a run as JSON values. Raises QuantkitError with the planner's own sentence.
+
+    The model is looked at once; another size of it is answered at once.
+    """
+    key = _key(config, token)
+    with _locks_lock:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:  # whoever asks the same meanwhile waits for this answer
+        plan = _cache.get(key)
+        if plan is None:
+            plan = _ask_in_turn(config, token, public)
+            while len(_cache) >= _KEPT:
+                oldest = next(iter(_cache))
+                _cache.pop(oldest, None)
+                _locks.pop(oldest, None)
+            _cache[key] = plan
+    return with_limit(plan, config)
+
+
+def known_plan(config: RunConfig, token: str | None = None) -> dict[str, Any] | None:
+    """The plan when the model was looked at before; None when it would have to be."""
+    plan = _cache.get(_key(config, token))
+    return None if plan is None else with_limit(plan, config)
+
+
+def _key(config: RunConfig, token: str | None) -> str:
+    """What the planner's answer depends on; answers for a token are for that token alone."""
+    asked = dataclasses.replace(config, target=None, seed=0, publish=None, private=False)
+    return hashlib.sha256(f"{asked!r} {token or ''}".encode()).hexdigest()
+
+
+def _ask_in_turn(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
     if not _AT_ONCE.acquire(timeout=20):
         raise QuantkitError("Too many previews are being made.", "Try again in a minute.")
     try:
-        plan = _ask(config, token, public)
+        return _ask(config, token, public)
     finally:
         _AT_ONCE.release()
-    if key is not None:
-        while len(_cache) >= _KEPT:
-            _cache.pop(next(iter(_cache)), None)
-        _cache[key] = plan
-    return plan
 
 
 def _ask(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:

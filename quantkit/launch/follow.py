@@ -17,6 +17,7 @@ from quantkit.launch.record import (
     CANCELLED,
     JOB_FILE,
     LOG_FILE,
+    MACHINE_FILE,
     QUEUED,
     STOPPED,
     JobRecord,
@@ -143,6 +144,7 @@ class Follower:
         if summary is None or config is None:
             return None
         running = summary.state == views.RUNNING
+        files = self.files()
         current = progress.current
         error, remedy = self._error(summary.state)
         return JobView(
@@ -160,17 +162,24 @@ class Follower:
             current=summary.stage,
             message=current.message if current else "",
             eta_seconds=progress.eta_seconds(time.time()) if running else None,
+            machine=record.machine if record else None,
+            usd_per_hour=record.usd_per_hour if record else None,
+            hours=record.hours if record else None,
+            job=self._read(MACHINE_FILE, _read_report),
             stopping=running and record is not None and record.phase == CANCELLED,
             error=error,
             remedy=remedy,
             curve=tuple(progress.curve),
             log=tuple(progress.log),
             report=self._read("8-validate/report.json", _read_report),
-            allocation=self._read("6-search/allocation.json", _read_report),
-            files=self.files(),
+            allocation=self._read("6-search/allocation.json", _read_report)
+            or self._read("6-search/best.json", _read_report),
+            files=files,
             card=self._read("9-publish/upload/README.md", _read_card) or "",
             publish_to=config.publish,
             published_url=progress.published_url,
+            can_try=not running and any(f.is_here and _is_model(f.name) for f in files),
+            has_base=self.base_path() is not None,
         )
 
     def files(self) -> tuple[ResultFile, ...]:
@@ -185,12 +194,31 @@ class Follower:
         found = self._read("manifest.json", lambda path: self._result_paths()) or {}
         return self.folder / found[name][1] if name in found else None
 
+    def model_path(self) -> Path | None:
+        """The finished GGUF, where it lies here."""
+        name = next((f.name for f in self.files() if _is_model(f.name)), None)
+        path = None if name is None else self.file_path(name)
+        return path if path is not None and path.is_file() else None
+
+    def base_path(self) -> Path | None:
+        """The original at full precision, until it is cleaned away."""
+        path = self.folder / "2-convert" / "base.gguf"
+        return path if path.is_file() else None
+
     def _result_paths(self) -> dict[str, tuple[ResultFile, str]]:
         records = self.dir.records()
         stage = "publish" if "publish" in records else "stitch"
         outputs = records[stage].outputs if stage in records else ()
         files = {
-            path.name: (ResultFile(path.name, output.n_bytes, output.sha256), output.path)
+            path.name: (
+                ResultFile(
+                    path.name,
+                    output.n_bytes,
+                    output.sha256,
+                    (self.folder / output.path).is_file(),
+                ),
+                output.path,
+            )
             for output in outputs
             if not (path := Path(output.path)).is_absolute() and ".." not in path.parts
         }
@@ -251,9 +279,12 @@ def tail(path: Path, n_bytes: int) -> str:
     return data.decode("utf-8", "replace")
 
 
+def _is_model(name: str) -> bool:
+    return name.endswith(".gguf") and not name.endswith("imatrix.gguf")
+
+
 def _file_order(name: str) -> tuple[int, str]:
-    is_main = name.endswith(".gguf") and not name.endswith("imatrix.gguf")
-    return (0 if is_main else 1 if name.endswith(".gguf") else 2, name)
+    return (0 if _is_model(name) else 1 if name.endswith(".gguf") else 2, name)
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:

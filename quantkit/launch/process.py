@@ -18,6 +18,7 @@ _TOKEN_VARIABLES = ("QUANTKIT_HF_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SERVER_VARIABLES = ("QUANTKIT_SECRET", "OAUTH_CLIENT_SECRET", "OAUTH_CLIENT_ID")
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
+REMOTE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit.launch.dispatch")
 
 
 def worker_environment(
@@ -38,17 +39,32 @@ def worker_environment(
     return child
 
 
-def start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start, or go on with, the run whose config lies in `folder`."""
+def start(
+    folder: Path, environment: Mapping[str, str], remote: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start, or go on with, the run whose config lies in `folder`: here, or in a Job."""
+    command = REMOTE_COMMAND if remote else COMMAND
     with (folder / LOG_FILE).open("ab") as log:
         return subprocess.Popen(
-            [*COMMAND, str(folder.resolve())],
+            [*command, str(folder.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=dict(environment),
             start_new_session=True,
         )
+
+
+def start_cleaning(folder: Path) -> subprocess.Popen[bytes]:
+    """Drop what only the stages of a finished run needed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "quantkit", "clean", str(folder.resolve())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=worker_environment(os.environ, None, True),
+        start_new_session=True,
+    )
 
 
 def started_at(pid: int | None) -> str | None:

@@ -22,6 +22,8 @@ from quantkit.rundir import read_json, write_json
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"
+JOB_LOG_FILE = "job.txt"  # what a Job printed
+MACHINE_FILE = "machine.json"  # which Job, where, how busy, what it has cost
 
 QUEUED, STARTED, CANCELLED, STOPPED = "queued", "started", "cancelled", "stopped"
 
@@ -50,6 +52,11 @@ class JobRecord:
     pid_started: str | None = None  # tells the process from a later one of the same number
     has_token: bool = False  # a token was given; it is kept in memory only
     reason: str = ""  # why a job was stopped by the launcher
+    machine: str | None = None  # of a Job of Hugging Face; None: this machine
+    hours: int | None = None  # after which that Job is ended
+    usd_per_hour: float | None = None
+    estimate_seconds: float | None = None  # how long it was expected to take
+    based_on: str | None = None  # a run of the same model whose first stages are shared
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> JobRecord:

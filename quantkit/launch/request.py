@@ -15,7 +15,13 @@ from quantkit.config import PROFILES, RunConfig, Target, compile_pattern
 from quantkit.errors import UsageError
 from quantkit.tensors import METHODS
 
-SIZE_KINDS = ("like", "size", "bpw")
+SIZE_KINDS = ("like", "fits", "size", "bpw", "family")
+FAMILIES = {
+    "everyday": ("Q3_K_M", "Q4_K_M", "Q5_K_M"),
+    "small": ("Q2_K", "Q3_K_M", "IQ4_XS"),
+    "whole": ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K"),
+}
+HERE = "here"
 CALIBRATION_TEXTS = (
     *("auto", "builtin", "docs", "code", "prose", "dialogue"),
     *("fineweb-edu", "c4", "wikitext2", "code-hub", "languages", "chat"),
@@ -24,6 +30,7 @@ CALIBRATION_TEXTS = (
 _MAX_TYPES_TEXT = 10_000
 _MAX_TYPES = 100
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}", re.ASCII)
+_MACHINE = re.compile(r"[a-z0-9][a-z0-9-]{0,39}", re.ASCII)
 # A repeated group, a row of optional characters or of groups with alternatives can take exponential
 # time on the right name. A few repeats of single characters, or a few groups, cannot.
 _REPEATED_GROUP = re.compile(r"\)[*+{?]")
@@ -40,6 +47,9 @@ class JobForm:
     like: str = "Q4_K_M"
     size: str = ""
     bpw: float | str | None = None
+    memory: str = ""  # with `context`: what the file has to fit in
+    context: int | float = 8192  # tokens
+    family: tuple[str, ...] = ()  # stock mixes whose sizes are all made
     profile: str = "standard"
     revision: str = ""
     levels: tuple[str, ...] = ()
@@ -50,10 +60,15 @@ class JobForm:
     device: str = "cpu"
     publish: str = ""
     private: bool = False
+    machine: str = HERE  # or auto, or the name of a Job's machine
 
 
 def to_config(form: JobForm, public: bool) -> RunConfig:
-    """The run that the form asks for. Raises UsageError with what to write instead."""
+    """The run that the form asks for, but for the sizes that `sizes.to_configs` knows.
+
+    Raises UsageError with what to write instead.
+    """
+    _names(form.family, "size")
     revision = _text(form.revision, "revision", 200) or None
     model = hub.parse_reference(_text(form.model, "model", 500), revision, allow_local=not public)
     return RunConfig(
@@ -70,6 +85,13 @@ def to_config(form: JobForm, public: bool) -> RunConfig:
         publish=check_repo(form.publish) if form.publish else None,
         private=form.private is True,
     )
+
+
+def check_machine(name: Any) -> str:
+    """The name of a machine. Raises UsageError when it cannot be one."""
+    if not isinstance(name, str) or not _MACHINE.fullmatch(name):
+        raise UsageError("That is not the name of a machine.", "Use here or auto.")
+    return name
 
 
 def check_repo(repo: str) -> str:
@@ -115,8 +137,12 @@ def _methods(values: Any) -> tuple[str, ...]:
     return tuple(method for method in METHODS if method in chosen) or METHODS
 
 
-def _target(form: JobForm) -> Target:
+def _target(form: JobForm) -> Target | None:
     kind = _one_of(form.size_kind, "kind of size", SIZE_KINDS)
+    if kind in ("fits", "family"):
+        for mix in form.family if kind == "family" else ():
+            Target("like", _text(mix, "stock mix", 20))
+        return None
     if kind == "like":
         return Target("like", _text(form.like, "stock mix", 20))
     if kind == "size":

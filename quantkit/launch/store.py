@@ -21,9 +21,12 @@ from typing import IO
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.launch import process, view
+from quantkit.launch.family import share_stages
 from quantkit.launch.follow import Follower, tail
+from quantkit.launch.limits import Limits, Order, folder_bytes, positions, wait_seconds
 from quantkit.launch.record import (
     CANCELLED,
+    JOB_LOG_FILE,
     LOG_FILE,
     QUEUED,
     STARTED,
@@ -41,21 +44,13 @@ from quantkit.rundir import RunDir, write_json
 logger = logging.getLogger(__name__)
 
 _TRASH = ".deleted-"
+_CLEANED = ".cleaned"
+_SWEEP_SECONDS = 600.0
 _GRACE_SECONDS = 10.0  # between asking a worker to end and ending it
 _FORGOTTEN = (
     "The server was restarted while this run was waiting, and it keeps sign-ins in memory only:"
     " sign in (or give the token) again and resume it."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one server and one visitor may ask for."""
-
-    workers: int = 1  # runs at once
-    active_per_owner: int = 3  # queued or running, on a public page
-    active: int = 100
-    min_free_bytes: int = 1_000_000_000
 
 
 class JobStore:
@@ -72,6 +67,7 @@ class JobStore:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._scheduler_lock: IO[bytes] | None = None
+        self._next_sweep = 0.0
 
     # What a visitor sees.
 
@@ -79,12 +75,12 @@ class JobStore:
         """The visitor's jobs and, on a private page, those of the command line; newest first."""
         with self._lock:
             followers = self._scan()
-            positions = _positions(followers)
+            places = positions(followers)
             found = [
                 summary
                 for job_id, follower in followers.items()
                 if self._may_see(follower.record, owner)
-                and (summary := follower.summary(positions.get(job_id))) is not None
+                and (summary := follower.summary(places.get(job_id))) is not None
             ]
         return tuple(sorted(found, key=lambda job: -job.created))
 
@@ -94,8 +90,12 @@ class JobStore:
             follower = self._follower(job_id, owner)
             record = follower.record
             waits = record is not None and record.phase == QUEUED
-            positions = _positions(self._scan()) if waits else {}
-            found = follower.view(positions.get(follower.folder.name))
+            followers = self._scan() if waits else {}
+            places = positions(followers)
+            found = follower.view(places.get(follower.folder.name))
+            if found is not None and waits:
+                seconds = wait_seconds(followers, follower, self.limits.workers)
+                found = dataclasses.replace(found, wait_seconds=seconds)
         if found is None:
             raise NoSuchJob
         return found
@@ -103,7 +103,9 @@ class JobStore:
     def log_tail(self, job_id: object, owner: str | None, n_bytes: int = 20_000) -> str:
         """The end of what the worker printed."""
         with self._lock:
-            return tail(self._follower(job_id, owner).folder / LOG_FILE, n_bytes)
+            folder = self._follower(job_id, owner).folder
+            of_job = folder / JOB_LOG_FILE
+            return tail(of_job if of_job.exists() else folder / LOG_FILE, n_bytes)
 
     def result_path(self, job_id: object, name: str, owner: str | None) -> Path:
         """Where a result file lies. Raises NoSuchJob for any other file."""
@@ -115,8 +117,15 @@ class JobStore:
 
     # What a visitor does.
 
-    def submit(self, config: RunConfig, owner: str, token: str | None = None) -> str:
+    def submit(
+        self,
+        config: RunConfig,
+        owner: str,
+        token: str | None = None,
+        order: Order | None = None,
+    ) -> str:
         """Queue a run. Returns its id. Raises UsageError when a limit is reached."""
+        order = order or Order()
         with self._lock:
             self._check_limits(owner)
             job_id = new_job_id()
@@ -124,7 +133,14 @@ class JobStore:
             folder.mkdir(parents=True)
             write_json(RunDir(folder).config_path, config)
             now = time.time()
-            record = JobRecord(owner_hash(owner), now, QUEUED, now, has_token=bool(token))
+            record = JobRecord(
+                owner_hash(owner),
+                now,
+                QUEUED,
+                now,
+                has_token=bool(token),
+                **dataclasses.asdict(order),
+            )
             self._remember_token(job_id, token)
             save_record(folder, record)
             return job_id
@@ -182,11 +198,7 @@ class JobStore:
                 )
             if follower.is_running():
                 raise UsageError("This run is still at work.", "Cancel it first.")
-            trash = self.root / f"{_TRASH}{follower.folder.name}"
-            os.replace(follower.folder, trash)  # gone at once, however long removing takes
-            self._followers.pop(follower.folder.name, None)
-            self._tokens.pop(follower.folder.name, None)
-        shutil.rmtree(trash, ignore_errors=True)
+            self._remove(follower)
 
     # The scheduler.
 
@@ -224,7 +236,8 @@ class JobStore:
             for job_id, child in list(self._children.items()):
                 if child.poll() is not None:  # takes the exit status, so that no zombie stays
                     del self._children[job_id]
-            waiting, n_running = [], 0
+            waiting, n_here, n_away = [], 0, 0
+            now = time.time()
             for follower in self._scan().values():
                 record = follower.record
                 if record is None:
@@ -232,13 +245,67 @@ class JobStore:
                 if record.phase == QUEUED:
                     waiting.append(follower)
                 elif process.is_alive(record.pid, record.pid_started):
-                    n_running += 1
-                    if record.phase == CANCELLED and time.time() > record.since + _GRACE_SECONDS:
-                        assert record.pid is not None
+                    assert record.pid is not None
+                    n_here += record.machine is None
+                    n_away += record.machine is not None
+                    ending = record.phase in (CANCELLED, STOPPED)
+                    if ending and now > record.since + _GRACE_SECONDS:
                         process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
+                    elif not ending and self._is_overdue(record, now):
+                        self._stop_overdue(follower, record)
             waiting.sort(key=lambda follower: _record(follower).since)
-            for follower in waiting[: max(0, self.limits.workers - n_running)]:
-                self._start_worker(follower)
+            for follower in waiting:
+                if _record(follower).machine is not None:
+                    if n_away < self.limits.jobs:
+                        n_away += 1
+                        self._start_worker(follower)
+                elif n_here < self.limits.workers:
+                    n_here += 1
+                    self._start_worker(follower)
+            if now > self._next_sweep:
+                self._next_sweep = now + _SWEEP_SECONDS
+                self._sweep(now)
+
+    def _is_overdue(self, record: JobRecord, now: float) -> bool:
+        limit = self.limits.seconds
+        started_by_us = record.owner is not None and record.machine is None
+        return limit is not None and started_by_us and now > record.since + limit
+
+    def _stop_overdue(self, follower: Follower, record: JobRecord) -> None:
+        assert record.pid is not None and self.limits.seconds is not None
+        hours = self.limits.seconds / 3600
+        reason = f"It took longer than the {hours:g} hours that a run may take on this machine."
+        self._set_phase(follower, record, STOPPED, reason=reason)
+        process.kill_group(record.pid, record.pid_started, signal.SIGTERM)
+
+    def _sweep(self, now: float) -> None:
+        """Drop what is old by rule: first what only the stages need, then the whole run."""
+        for follower in list(self._scan().values()):
+            record = follower.record
+            if record is None or record.owner is None or record.phase == QUEUED:
+                continue
+            if follower.is_running():
+                continue
+            follower.refresh()
+            ended = max(record.since, follower.progress.last_time or 0.0)
+            if self.limits.keep_days and now > ended + 86400 * self.limits.keep_days:
+                logger.info("run %s is deleted: it ended long ago", follower.folder.name)
+                self._remove(follower)
+            elif self.limits.clean_after_hours and follower.progress.outcome == "finished":
+                marker = follower.folder / _CLEANED
+                due = now > ended + 3600 * self.limits.clean_after_hours
+                if due and not marker.exists():
+                    marker.touch()
+                    child = process.start_cleaning(follower.folder)
+                    self._children[f"clean {follower.folder.name}"] = child
+
+    def _remove(self, follower: Follower) -> None:
+        name = follower.folder.name
+        trash = self.root / f"{_TRASH}{name}"
+        os.replace(follower.folder, trash)  # gone at once, however long removing takes
+        self._followers.pop(name, None)
+        self._tokens.pop(name, None)
+        threading.Thread(target=shutil.rmtree, args=(trash, True), daemon=True).start()
 
     def _start_worker(self, follower: Follower) -> None:
         record, job_id = _record(follower), follower.folder.name
@@ -247,8 +314,10 @@ class JobStore:
             self._set_phase(follower, record, STOPPED, reason=_FORGOTTEN)
             return
         environment = process.worker_environment(os.environ, token, self.public)
+        if record.based_on is not None and record.machine is None:
+            share_stages(self.root / record.based_on, follower.folder)
         try:
-            child = process.start(follower.folder, environment)
+            child = process.start(follower.folder, environment, record.machine is not None)
         except OSError as error:
             reason = f"The worker could not be started: {error.strerror or error}."
             self._set_phase(follower, record, STOPPED, reason=reason)
@@ -347,6 +416,17 @@ class JobStore:
                 f"You have {self.limits.active_per_owner} runs waiting or running already.",
                 "Wait for one to finish, or cancel one.",
             )
+        if self.limits.bytes_per_owner is not None:
+            used = sum(
+                folder_bytes(follower.folder)
+                for follower in self._followers.values()
+                if follower.record is not None and follower.record.owner == mine
+            )
+            if used > self.limits.bytes_per_owner:
+                raise UsageError(
+                    f"Your runs take {used / 1e9:.1f} GB of this machine's disk.",
+                    "Delete one that you no longer need.",
+                )
 
     def _check_disk(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -354,16 +434,6 @@ class JobStore:
             raise UsageError(
                 "The disk of this machine is full.", "Delete runs that are no longer needed."
             )
-
-
-def _positions(followers: dict[str, Follower]) -> dict[str, int]:
-    """Place in the queue of every waiting job; 1 is next."""
-    waiting = [
-        (record.since, job_id)
-        for job_id, follower in followers.items()
-        if (record := follower.record) is not None and record.phase == QUEUED
-    ]
-    return {job_id: place for place, (_, job_id) in enumerate(sorted(waiting), 1)}
 
 
 def _record(follower: Follower) -> JobRecord:

@@ -34,6 +34,7 @@ class ResultFile:
     name: str
     n_bytes: int
     sha256: str
+    is_here: bool = True  # on this machine's disk
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class JobView:
     current: str | None = None  # the stage at work, or the one that failed
     message: str = ""
     eta_seconds: float | None = None  # of the current stage
+    wait_seconds: float | None = None  # until a queued job starts
+    machine: str | None = None  # of a Job; None: this machine
+    usd_per_hour: float | None = None
+    hours: int | None = None
+    job: dict[str, Any] | None = None  # machine.json: the Job's address, stage, load and cost
     stopping: bool = False  # a cancelled job whose process has not ended yet
     error: str = ""
     remedy: str = ""
@@ -65,6 +71,8 @@ class JobView:
     card: str = ""  # the model card, Markdown
     publish_to: str | None = None
     published_url: str | None = None
+    can_try: bool = False  # the file lies here and can be talked to
+    has_base: bool = False  # so does the original
 
     @property
     def is_active(self) -> bool:

@@ -1,0 +1,86 @@
+"""What a server and its visitors may use, and who is next."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+from quantkit.launch import process
+from quantkit.launch.follow import Follower
+from quantkit.launch.record import QUEUED
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one server and one visitor may ask for."""
+
+    workers: int = 1  # runs at once on this machine
+    jobs: int = 20  # runs in Jobs at once: each is a small process here that listens
+    active_per_owner: int = 3  # queued or running, on a public page
+    active: int = 100
+    min_free_bytes: int = 1_000_000_000
+    bytes_per_owner: int | None = None  # of finished and unfinished runs together
+    seconds: int | None = None  # a run on this machine is ended after so long
+    clean_after_hours: int | None = None  # what only the stages need is dropped after the end
+    keep_days: int | None = None  # a run that has ended is deleted after so long
+
+
+# What strangers may use of a machine that is not theirs.
+PUBLIC_LIMITS = Limits(
+    bytes_per_owner=30_000_000_000, seconds=6 * 3600, clean_after_hours=24, keep_days=14
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How a run is to be done: here, or on a Job's machine; how long that may take."""
+
+    machine: str | None = None
+    hours: int | None = None
+    usd_per_hour: float | None = None
+    estimate_seconds: float | None = None
+    based_on: str | None = None
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files under a folder take; what vanishes meanwhile counts nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: int) -> float | None:
+    """About how long until a waiting run is started; None when nothing is known."""
+    mine = waiting.record
+    assert mine is not None
+    if mine.machine is not None:
+        return 0.0
+    left = []
+    for follower in followers.values():
+        record = follower.record
+        if record is None or record.machine is not None or record.estimate_seconds is None:
+            continue
+        if record.phase == QUEUED and record.since < mine.since:
+            left.append(record.estimate_seconds)
+        elif process.is_alive(record.pid, record.pid_started):
+            left.append(max(60.0, record.estimate_seconds - (time.time() - record.since)))
+    return sum(left) / n_workers if left else None
+
+
+def positions(followers: dict[str, Follower]) -> dict[str, int]:
+    """Place in the queue of every waiting job; 1 is next."""
+    waiting = [
+        (record.since, job_id)
+        for job_id, follower in followers.items()
+        if (record := follower.record) is not None
+        and record.phase == QUEUED
+        and record.machine is None
+    ]
+    return {job_id: place for place, (_, job_id) in enumerate(sorted(waiting), 1)}
