@@ -21,6 +21,7 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
+from quantkit.kquants import native
 from quantkit.kquants.native import Floats
 from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rundir import replacing
@@ -141,10 +142,16 @@ def stock_types(base: Path, recipe: StockRecipe) -> dict[str, QuantType]:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[recipe.label]
     params.pure = recipe.pure
-    params.dry_run = True
     imatrix = _Imatrix(_NO_IMATRIX)
     params.imatrix = ctypes.cast(imatrix.array, type(params.imatrix))
+    return _dry_run(base, params)
+
+
+def _dry_run(base: Path, params: Any) -> dict[str, QuantType]:
+    """The type of every tensor in the file that llama.cpp would make with these parameters."""
+    params.dry_run = True
     log = _run(base, base, params)
+    params.dry_run = False
     types = {m["name"]: _type(m["new"] or m["old"]) for m in _LINE.finditer(log)}
     if not types:
         raise QuantkitError(
@@ -178,6 +185,8 @@ def make_stock(base: Path, out: Path, recipe: StockRecipe, imatrix: Mapping[str,
     """Make the stock file with llama.cpp itself: what a user would download instead of ours.
 
     `imatrix` holds mean squared inputs per tensor, float32 (n_columns,) or (n_experts, n_columns).
+    Raises QuantkitError when llama.cpp refuses, as it does types of about 2 bits for tensors that
+    are not in `imatrix`.
     """
     make_override(base, out, recipe, imatrix, {})
 
@@ -204,5 +213,14 @@ def make_override(
         entry.pattern = f"^{re.escape(name)}$".encode()
         entry.type = int(qtype.ggml)
     params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
+    # llama.cpp asks for the importances of most tensors, but not of the embeddings and the head:
+    # there ggml ends the process.
+    for name, qtype in _dry_run(base, params).items():
+        if qtype.is_quantized and native.requires_imatrix(qtype) and name not in imatrix:
+            raise QuantkitError(
+                f"llama.cpp cannot make {recipe} of {base.name}: {name} would be {qtype}, which"
+                " needs importances, and this tensor has none.",
+                "Choose a larger file.",
+            )
     with replacing(out) as partial:
         _run(base, partial, params)
