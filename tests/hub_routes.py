@@ -114,8 +114,8 @@ class Routes:
         if verb == "revision":
             raise Answer(200, self._info(repo, commit, "blobs" in query))
         if verb == "tree":
-            entries = [tree_entry(path, blob) for path, blob in sorted(commit.files.items())]
-            raise Answer(200, entries)
+            whole = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+            raise Answer(200, self._tree(commit, "/".join(rest[2:]), whole))
         if verb == "paths-info":
             wanted = parse_qs(body.decode()).get("paths", [])
             found = [tree_entry(p, commit.files[p]) for p in wanted if p in commit.files]
@@ -127,6 +127,47 @@ class Routes:
         if verb == "commit":
             self._need_write(repo)
             self._make_commit(repo, revision, body)
+
+    def _tree(self, commit: Commit, folder: str, recursive: bool) -> list[dict[str, Any]]:
+        """The files and folders right under a folder; with `recursive` all files there are."""
+        start = f"{folder}/" if folder else ""
+        below = {p: blob for p, blob in sorted(commit.files.items()) if p.startswith(start)}
+        if folder and not below:
+            raise Answer(404, {"error": f"{folder} does not exist"}, X_Error_Code="EntryNotFound")
+        if recursive:
+            return [tree_entry(path, blob) for path, blob in below.items()]
+        entries = {}
+        for path, blob in below.items():
+            name, inside, _ = path[len(start) :].partition("/")
+            is_folder = {"type": "directory", "path": start + name, "size": 0, "oid": "0" * 40}
+            entries[name] = is_folder if inside else tree_entry(path, blob)
+        return list(entries.values())
+
+    def _bucket(self, bucket: str) -> None:
+        self._need_user()
+        if self.command == "GET" and bucket not in self.hub.jobs.buckets:
+            raise Answer(404, {"error": "Bucket not found"})
+        if not self.hub.jobs.may_make_buckets or not self._owns(bucket.split("/")[0]):
+            raise Answer(403, {"error": "Missing permissions"})
+        url = f"{self.hub.url()}/buckets/{bucket}"
+        if bucket in self.hub.jobs.buckets:
+            raise Answer(409, {"error": "It exists", "url": url})
+        self.hub.jobs.buckets.add(bucket)
+        raise Answer(200, {"url": url})
+
+    def _collection(self, path: str, body: bytes) -> None:
+        self._need_user()
+        slug, _, what = path.rpartition("/")
+        items = self.hub.collections.get(slug)
+        if what not in ("items", "item") or items is None:
+            raise Answer(404, {"error": "Collection not found"})
+        if not self._owns(slug.split("/")[0]):
+            raise Answer(403, {"error": "You may not write to this collection"})
+        item = json.loads(body)["item"]
+        if item in items:
+            raise Answer(409, {"error": "The item is in the collection already"})
+        items.append(item)
+        raise Answer(200, {"slug": slug, "items": [], "title": "t", "owner": {"name": "a"}})
 
     def _search(self, kind: str, query: dict[str, list[str]]) -> None:
         def value(name: str) -> str:
