@@ -92,6 +92,7 @@ def convert(
                     tree,
                     log_path,
                     limits,
+                    folder=work,  # cleared by the next try when this one is killed
                     output=partial,
                     progress=None if skeleton else progress,
                     arguments=arguments,

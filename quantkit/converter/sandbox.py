@@ -94,14 +94,16 @@ def run(
     log: Path,
     limits: Limits,
     *,
+    folder: Path | None = None,
     output: Path | None = None,
     progress: Progress | None = None,
     **job: Any,
 ) -> Outcome:
     """Run one job of `entry.py` and wait for it. Its log goes to `log`; `progress` is called with
-    the bytes of `output` and the bytes it will have.
+    the bytes of `output` and the bytes it will have. The child's home is made in `folder`, by
+    default beside the log; only a kill of this process leaves it there.
     """
-    with tempfile.TemporaryDirectory(dir=log.parent, prefix="sandbox-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder or log.parent, prefix="sandbox-") as scratch:
         home = Path(scratch)
         status = home / "status.json"
         hard = dataclasses.asdict(limits)
