@@ -6,9 +6,11 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote
 
+import hub_jobs
 from hub_store import Blob, Commit, Repo, is_large, tree_entry
 
 if TYPE_CHECKING:
@@ -28,6 +30,13 @@ class Answer(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+class Stream(Exception):
+    """Ends the handling of a request with server-sent events."""
+
+    def __init__(self, events: Iterator[dict[str, Any]]) -> None:
+        self.events = events
+
+
 class Routes:
     """The part of the request handler that knows the Hub's protocol."""
 
@@ -36,6 +45,7 @@ class Routes:
     user: str | None  # the account whose token came with the request
     account: dict[str, Any] | None
     headers: Message
+    command: str
 
     def route(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
         parts = [unquote(part) for part in path.split("/") if part]
@@ -48,6 +58,17 @@ class Routes:
             self._create(json.loads(body))
         if path == "/api/validate-yaml":
             self._validate_yaml(json.loads(body)["content"])
+        if parts[:2] == ["api", "jobs"]:
+            status, answer = hub_jobs.route(
+                self.hub, self.user, self.command, parts[2:], query, body
+            )
+            if not isinstance(answer, (dict, list)):
+                raise Stream(answer)
+            raise Answer(status, answer)
+        if parts[:2] == ["api", "buckets"]:
+            self._bucket("/".join(parts[2:]))
+        if parts[:2] == ["api", "collections"]:
+            self._collection("/".join(parts[2:]), body)
         if parts[:1] == ["api"] and parts[1] in ("models", "datasets", "spaces"):
             self._api(parts[1][:-1], parts[2:], query, body)
         if "resolve" in parts:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from hub_routes import Answer, Routes
+from hub_jobs import Jobs
+from hub_routes import Answer, Routes, Stream
 from hub_store import Blob, Repo, is_large
 from huggingface_hub import constants
 
@@ -76,6 +78,9 @@ class HubServer:
         self._faults: list[_Fault] = []
         self._lock = threading.RLock()
         self.stopping = threading.Event()
+        self.collections: dict[str, list[dict[str, Any]]] = {}  # slug -> items
+        self._machines = tempfile.TemporaryDirectory(prefix="test-hub-")
+        self.jobs = Jobs(Path(self._machines.name))
         self._servers = {"hub": self._listen("hub")}
         if cdn:
             self._servers["cdn"] = self._listen("cdn")
@@ -92,9 +97,11 @@ class HubServer:
 
     def __exit__(self, *exc: object) -> None:
         self.stopping.set()
+        self.jobs.close()
         for server in self._servers.values():
             server.shutdown()
             server.server_close()
+        self._machines.cleanup()
 
     def url(self, name: str = "hub") -> str:
         return f"http://127.0.0.1:{self._servers[name].server_port}"
@@ -217,6 +224,8 @@ class _Handler(Routes, BaseHTTPRequestHandler):
             with self.hub._lock:
                 self.route(address.path, parse_qs(address.query), body)
             raise Answer(404, {"error": "Not found"})
+        except Stream as stream:
+            self._stream(stream, fault)
         except Answer as answer:
             self._send(answer, fault)
 
@@ -229,6 +238,22 @@ class _Handler(Routes, BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
         return body
+
+    def _stream(self, stream: Stream, fault: _Fault | None) -> None:
+        """Server-sent events; a fault cuts the connection after so many of them."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        cut = fault.cut_after if fault is not None else None
+        try:
+            for number, event in enumerate(stream.events):
+                if cut is not None and number >= cut:
+                    return
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                self.wfile.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            return
 
     def _send(self, answer: Answer, fault: _Fault | None) -> None:
         if fault is not None and fault.lose:

@@ -43,6 +43,7 @@ MOUNT = "/state"
 APP_LABEL = {"app": "quantkit"}
 _METRICS_SECONDS = 15.0
 _POLL_SECONDS = 5.0
+_TRIES = 20
 
 
 class Cancelled(BaseException):
@@ -104,13 +105,9 @@ class Dispatch:
         watcher = threading.Thread(target=self._watch_machine, daemon=True)
         watcher.start()
         try:
-            self._listen()
+            job = self._job = self._listen_to_the_end()
         finally:
             self._ended.set()
-        job = self._job = jobs.look(job, self._token)
-        while not job.has_ended:  # the log ended a moment before the Job
-            time.sleep(_POLL_SECONDS)
-            job = self._job = jobs.look(job, self._token)
         self._tell_machine(job)
         return self._end(job)
 
@@ -188,10 +185,38 @@ class Dispatch:
             time.sleep(_POLL_SECONDS)
             self._job = jobs.look(self._job, self._token)
 
-    def _listen(self) -> None:
-        """Take in everything that the Job prints. What was heard before is skipped."""
+    def _listen_to_the_end(self) -> jobs.RemoteJob:
+        """Listen until the Job has ended and everything it said was heard.
+
+        A connection that is cut just before the end looks like the end: then the log is read again.
+        """
         assert self._job is not None
-        job, listener = self._job, Listener()
+        job, n_tries = self._job, 0
+        while True:
+            was_over = job.has_ended
+            try:
+                self._listen(job)
+            except QuantkitError as error:
+                n_tries += 1
+                if n_tries > _TRIES:
+                    raise
+                self._events.emit(None, "note", f"listening again: {error.message}")
+                time.sleep(_POLL_SECONDS * n_tries)
+            job = jobs.look(job, self._token)
+            if job.has_ended and (was_over or self._outcome() is not None):
+                return job
+            time.sleep(_POLL_SECONDS)
+
+    def _outcome(self) -> str | None:
+        """How the run ended, by what was heard: finished, failed, or None."""
+        progress = Progress()
+        for event in read_events(self._dir.events_path)[0]:
+            progress.feed(event)
+        return progress.outcome
+
+    def _listen(self, job: jobs.RemoteJob) -> None:
+        """Take in everything that the Job prints. What was heard before is skipped."""
+        listener = Listener()
         n_heard = self._heard.get(job.id, 0)
         # Output is replayed from its beginning: the log file is of one Job, and written anew.
         with (self._dir.path / JOB_LOG_FILE).open("w", encoding="utf-8") as log:
@@ -200,7 +225,7 @@ class Dispatch:
                 if isinstance(said, SentEvent):
                     if said.number >= n_heard:
                         self._take(job, said)
-                        n_heard = said.number + 1
+                        n_heard = self._heard[job.id] = said.number + 1
                 elif isinstance(said, SentFile):
                     self._save(said)
                 elif said is not None:
@@ -245,12 +270,10 @@ class Dispatch:
 
     def _end(self, job: jobs.RemoteJob) -> int:
         """Say how the Job ended when the run itself did not."""
-        progress = Progress()
-        for event in read_events(self._dir.events_path)[0]:
-            progress.feed(event)
-        if progress.outcome == "finished" and job.stage == jobs.COMPLETED:
+        outcome = self._outcome()
+        if outcome == "finished" and job.stage == jobs.COMPLETED:
             return 0
-        if progress.outcome != "failed":
+        if outcome != "failed":
             said = f" The Hub says: {hub.scrub(job.message, self._token)}" if job.message else ""
             how = {"CANCELED": "was cancelled", "DELETED": "was deleted"}.get(job.stage, "ended")
             self._events.emit(

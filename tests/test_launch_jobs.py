@@ -1,0 +1,362 @@
+"""Runs in Jobs of Hugging Face: the real client against a server that speaks the Jobs endpoints and
+really runs them; what is sent, told back, found again, cancelled, and what it costs.
+
+    pytest tests/test_launch_jobs.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hub_jobs
+import pytest
+import test_app_fixtures as fixtures
+from hub_server import ALICE, BOB, HubServer, running_hub
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.errors import QuantkitError
+from quantkit.hub import jobs
+from quantkit.launch import JobStore, Limits, Order, process, wheel
+from quantkit.launch.in_job import keep, restore
+from quantkit.launch.machine import choices, choose
+from quantkit.launch.record import load_record
+from quantkit.launch.wire import Listener, SentEvent, SentFile, event_line, file_lines
+from quantkit.rundir import RunDir, read_events
+
+OWNER = "hf:alice"
+IN_JOB = (
+    "from quantkit.launch import in_job, process\n"
+    f"process.COMMAND = ({sys.executable!r}, {fixtures.__file__!r})\n"
+    "in_job.SET_UP, in_job._POLL_SECONDS = (), 0.05\n"
+    "raise SystemExit(in_job.main())"
+)
+DISPATCH = (
+    "import sys; from quantkit.launch import dispatch\n"
+    "dispatch._POLL_SECONDS, dispatch._METRICS_SECONDS = 0.1, 0.3\n"
+    "sys.exit(dispatch.main(['', sys.argv[-1]]))"
+)
+ORDER = Order("cpu-upgrade", hours=2, usd_per_hour=0.03)
+PLAN = {
+    "estimates": {"memory_bytes": 12e9, "disk_bytes": 30e9, "multiply_adds": 4e15, "seconds": 33e3}
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    sleep = time.sleep
+    with running_hub(monkeypatch, tmp_path) as server:
+        monkeypatch.setattr("time.sleep", sleep)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
+        monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/quantkit-0.1.0-py3-none-any.whl")
+        monkeypatch.setattr(process, "REMOTE_COMMAND", (sys.executable, "-c", DISPATCH))
+        server.jobs.command = [sys.executable, "-c", IN_JOB]
+        yield server
+
+
+@pytest.fixture
+def store(tmp_path: Path, hub: HubServer) -> Iterator[JobStore]:
+    made = JobStore(tmp_path / "runs", public=True)
+    yield made
+    made.close()
+    for folder in made.root.glob("*/"):
+        record = load_record(folder)
+        if record is not None and record.pid is not None:
+            process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
+
+
+def until(check: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.05)
+
+
+def state(store: JobStore, run: str) -> str:
+    store.tick()
+    return store.view(run, OWNER).state
+
+
+def test_a_run_in_a_job(store: JobStore, hub: HubServer) -> None:
+    """From the order to the report, with what the Hub was sent and what it was not."""
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) in ("finished", "failed"))
+    view = store.view(run, OWNER)
+    assert (view.state, view.error) == ("finished", "")
+    assert [stage.state for stage in view.stages] == ["done"] * 9
+    assert view.report is not None and view.allocation is not None and "A card." in view.card
+    assert view.curve and view.files and not view.files[0].is_here and not view.can_try
+    assert view.job is not None and view.job["stage"] == "COMPLETED"
+    assert any(line.text == "a token is there" or "Job" in line.text for line in view.log)
+
+    (job,) = hub.jobs.all.values()
+    spec = job.spec
+    assert spec["flavor"] == "cpu-upgrade" and spec["timeoutSeconds"] == 7200
+    assert spec["labels"]["quantkit-run"] == run and spec["labels"]["app"] == "quantkit"
+    assert spec["secrets"] == {"HF_TOKEN": ALICE}
+    assert ALICE not in json.dumps({**spec, "secrets": None})
+    assert spec["volumes"][0]["source"] == "alice/quantkit-jobs"
+    assert "quantkit @ https://example.org/quantkit-0.1.0-py3-none-any.whl" in spec["command"]
+    for path in (store.root / run).rglob("*"):
+        assert not path.is_file() or ALICE.encode() not in path.read_bytes(), path
+    # What the run made lies in the bucket, for a later Job to go on from.
+    kept = hub.jobs.root / "buckets" / "alice/quantkit-jobs" / run
+    assert "validate" in RunDir(kept).records()
+
+
+@pytest.mark.slow
+def test_publishing_later_goes_on_from_the_bucket(store: JobStore, hub: HubServer) -> None:
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) == "finished")
+    store.publish(run, OWNER, "alice/new", True, ALICE)
+    until(lambda: state(store, run) == "finished" and len(hub.jobs.all) == 2)
+    second = list(hub.jobs.all.values())[1]
+    config = json.loads(second.spec["environment"]["QUANTKIT_CONFIG"])
+    assert (config["publish"], config["private"]) == ("alice/new", True)
+    skipped = [line for line in store.view(run, OWNER).log if line.kind == "skipped"]
+    assert len(skipped) == 8
+
+
+@pytest.mark.slow
+def test_a_killed_listener_takes_up_where_it_was(
+    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's machine dies; the Job does not, and is not started twice."""
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.6")
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) == "running" and store.view(run, OWNER).current == "convert")
+    record = load_record(store.root / run)
+    assert record is not None and record.pid is not None
+    os.killpg(record.pid, signal.SIGKILL)
+    until(lambda: state(store, run) == "interrupted")
+    again = JobStore(store.root, public=True)  # another server, which knows no token
+    assert again.view(run, OWNER).can_resume
+    again.resume(run, OWNER, ALICE)
+    store.close()
+    until(lambda: state(again, run) in ("finished", "failed"))
+    assert again.view(run, OWNER).state == "finished" and len(hub.jobs.all) == 1
+    events, _ = read_events(store.root / run / "events.jsonl")
+    told = [event.data["at"][1] for event in events if "at" in event.data]
+    assert told == sorted(set(told)), "an event was heard twice or out of order"
+    again.close()
+
+
+@pytest.mark.slow
+def test_a_job_that_finished_unheard_is_heard_later(store: JobStore, hub: HubServer) -> None:
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    hub.jobs.waiting_seconds = 0.5
+    until(lambda: state(store, run) == "running" and len(hub.jobs.all) == 1)
+    record = load_record(store.root / run)
+    assert record is not None and record.pid is not None
+    os.killpg(record.pid, signal.SIGKILL)
+    (job,) = hub.jobs.all.values()
+    until(lambda: job.stage == "COMPLETED")
+    until(lambda: state(store, run) == "interrupted")
+    store.resume(run, OWNER, ALICE)
+    until(lambda: state(store, run) == "finished")
+    assert len(hub.jobs.all) == 1
+
+
+@pytest.mark.slow
+def test_cancel_ends_the_job_and_a_lost_listener_does_not(
+    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "3")
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) == "running" and bool(hub.jobs.all))
+    (job,) = hub.jobs.all.values()
+    until(lambda: job.stage == "RUNNING")
+    record = load_record(store.root / run)
+    assert record is not None and record.pid is not None
+    os.killpg(record.pid, signal.SIGTERM)  # as when the Space is shut down
+    until(lambda: state(store, run) == "interrupted")
+    assert job.stage == "RUNNING"
+    store.resume(run, OWNER, ALICE)
+    until(lambda: state(store, run) == "running")
+    until(lambda: any("again" in line.text for line in store.view(run, OWNER).log))
+    store.cancel(run, OWNER)
+    until(lambda: state(store, run) == "cancelled")
+    assert job.stage == "CANCELED" and len(hub.jobs.all) == 1
+
+
+@pytest.mark.slow
+def test_a_job_out_of_time_says_so_and_goes_on_in_the_next(
+    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.5")
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    kept = hub.jobs.root / "buckets" / "alice/quantkit-jobs" / run
+    until(lambda: state(store, run) == "running" and len(RunDir(kept).records()) >= 2)
+    (job,) = hub.jobs.all.values()
+    hub.jobs.stop(job, "ERROR", "Job timeout")
+    until(lambda: state(store, run) == "failed")
+    assert "Job timeout" in store.view(run, OWNER).error
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
+    store.resume(run, OWNER, ALICE)
+    until(lambda: state(store, run) == "finished")
+    assert len(hub.jobs.all) == 2
+    skipped = [line.stage for line in store.view(run, OWNER).log if line.kind == "skipped"]
+    assert skipped[:2] == ["fetch", "convert"]
+
+
+@pytest.mark.slow
+def test_faults_on_the_way(store: JobStore, hub: HubServer) -> None:
+    """503, 429, a lost answer and cut streams: one Job, one whole story."""
+    hub.fail_next(r"/api/jobs/alice$", 503, method="POST")
+    hub.lose_next(r"/api/jobs/alice$", method="POST")
+    hub.fail_next(r"/api/jobs/alice/\w+$", 429, headers={"Retry-After": "1"})
+    hub.cut_next(r"/logs", after_bytes=3)
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) in ("finished", "failed"))
+    assert store.view(run, OWNER).error == ""
+    assert len(hub.jobs.all) == 1
+    events, _ = read_events(store.root / run / "events.jsonl")
+    told = [event.data["at"][1] for event in events if "at" in event.data]
+    assert told == list(range(len(told)))
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(402, "payment"), (403, "may not write to the Jobs"), (401, "token")]
+)
+def test_refusals_are_sentences(hub: HubServer, store: JobStore, status: int, words: str) -> None:
+    hub.fail_next(r"/api/jobs/alice$", status, times=9, method="POST")
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) == "failed")
+    assert words in store.view(run, OWNER).error
+
+
+@pytest.mark.slow
+def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: JobStore) -> None:
+    hub.jobs.may_make_buckets = False
+    run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) == "failed")
+    view = store.view(run, OWNER)
+    assert "no place to stay" in view.error and not hub.jobs.all
+    config = fixtures.dataclasses.replace(fixtures.CONFIG, publish="alice/x")
+    run = store.submit(config, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) == "finished")
+    (job,) = hub.jobs.all.values()
+    assert "volumes" not in job.spec
+
+
+def test_nobody_signed_in(store: JobStore) -> None:
+    run = store.submit(fixtures.CONFIG, OWNER, None, ORDER)
+    until(lambda: state(store, run) == "failed")
+    assert "nobody is signed in" in store.view(run, OWNER).error
+
+
+@pytest.mark.slow
+def test_jobs_do_not_wait_for_this_machine(store: JobStore, hub: HubServer) -> None:
+    store.limits = Limits(workers=0, jobs=2)
+    here = store.submit(fixtures.CONFIG, OWNER, ALICE)
+    away = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
+    until(lambda: state(store, away) == "finished")
+    assert store.view(here, OWNER).state == "queued"
+
+
+# The client's own part.
+
+
+def test_jobs_of_others_are_not_seen(hub: HubServer) -> None:
+    hub.jobs.command = [sys.executable, "-c", "print('hello')"]
+    order = jobs.JobOrder("x", ("true",), "cpu-basic", 60, {}, {"A": "b"})
+    mine = jobs.start(order, "run1", ALICE)
+    assert [job.id for job in jobs.find("run1", ALICE)] == [mine.id]
+    assert jobs.find("run1", BOB) == () and jobs.find("run2", ALICE) == ()
+    with pytest.raises(QuantkitError):
+        jobs.cancel(mine, BOB)
+    assert list(jobs.lines(mine, ALICE)) == ["hello"]
+
+
+def test_machines_and_prices(hub: HubServer) -> None:
+    found = {machine.name: machine for machine in jobs.machines()}
+    assert found["cpu-upgrade"].usd_per_hour == pytest.approx(0.03)
+    assert found["a10g-large"].gpu == "1x A10G"
+    assert found["a10g-large"].gpu_bytes == 24_000_000_000
+    assert (found["h200"].n_cpu, found["h200"].usd_per_hour) == (23, pytest.approx(5.0, abs=0.01))
+
+
+def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
+    offered = jobs.machines()
+    names = [choice.machine.name for choice in choices(PLAN, offered)]
+    assert "t4-small" in names and names[0] == choose(PLAN, offered).machine.name
+    chosen = choose(PLAN, offered)
+    assert chosen.seconds < 3600 * chosen.hours_limit and 0 < chosen.usd <= chosen.most_usd
+    large = {"estimates": {**PLAN["estimates"], "memory_bytes": 100e9, "multiply_adds": 1e18}}
+    assert choose(large, offered).machine.name == "h200"
+    assert choose(large, offered).device == "cuda"
+    with pytest.raises(QuantkitError, match="No machine"):
+        choose({"estimates": {**PLAN["estimates"], "memory_bytes": 1e12}}, offered)
+    with pytest.raises(QuantkitError, match="does not fit on 'cpu-basic'"):
+        choose(large, offered, "cpu-basic")
+
+
+def test_the_wheel_is_pinned_by_its_hash(tmp_path: Path) -> None:
+    (tmp_path / "quantkit-0.1.0-py3-none-any.whl").write_bytes(b"wheel")
+    space = {"SPACE_ID": "a/b"}
+    assert wheel.can_start_jobs(space, tmp_path) and not wheel.can_start_jobs({}, tmp_path)
+    found = wheel.job_requirement(space, tmp_path)
+    assert "/spaces/a/b/resolve/main/quantkit-0.1.0-py3-none-any.whl#sha256=" in found
+    with pytest.raises(QuantkitError):
+        wheel.job_requirement({}, tmp_path)
+
+
+# What is told in a log.
+
+
+@given(st.dictionaries(st.text(), st.text() | st.integers()), st.binary(max_size=40_000))
+def test_what_is_told_arrives(value: dict[str, Any], data: bytes) -> None:
+    listener, event = Listener(), {**value, "kind": "note"}
+    assert listener.hear(event_line(7, event)) == SentEvent(7, event)
+    heard = [listener.hear(line) for line in file_lines("manifest.json", data)]
+    assert heard[:-1] == [None] * (len(heard) - 1)
+    assert heard[-1] == SentFile("manifest.json", data)
+
+
+@given(st.text())
+def test_any_other_line_is_text(line: str) -> None:
+    for start in ("", "@quantkit event ", "@quantkit file ", "@quantkit file manifest.json "):
+        said = Listener().hear(start + line)
+        assert isinstance(said, (str, SentEvent)) or said is None
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "job.json", "7-stitch/a.gguf", "lock"])
+def test_only_results_are_taken_from_a_log(path: str) -> None:
+    for line in file_lines(path, b"data"):
+        assert Listener().hear(line) == line
+
+
+def test_a_bomb_in_a_log_is_text() -> None:
+    bomb = list(file_lines("manifest.json", bytes(30_000_000)))
+    heard = [Listener().hear(line) for line in bomb]
+    assert not any(isinstance(said, SentFile) for said in heard)
+
+
+def test_keep_and_restore(tmp_path: Path) -> None:
+    """A run moves to another machine whole, with the times that its manifest knows."""
+    source = fixtures.write_run(tmp_path / "a", until="stitch", outcome=None)
+    keep(source, tmp_path / "state")
+    (tmp_path / "b").mkdir()
+    restore(tmp_path / "state", tmp_path / "b")
+    there = RunDir(tmp_path / "b")
+    assert there.records() == RunDir(source).records()
+    for record in there.records().values():
+        for output in record.outputs:
+            assert (tmp_path / "b" / output.path).stat().st_mtime_ns == output.mtime_ns
+    # A stage whose file did not make it is done again, and all after it.
+    (tmp_path / "state/6-search/allocation.json").unlink()
+    (tmp_path / "c").mkdir()
+    restore(tmp_path / "state", tmp_path / "c")
+    assert list(RunDir(tmp_path / "c").records())[-1] == "database"
+
+
+def test_prices_are_the_servers(hub: HubServer) -> None:
+    assert len(jobs.machines()) == len(hub_jobs.PRICES)
