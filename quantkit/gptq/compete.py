@@ -19,9 +19,8 @@ from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
 from quantkit.qtypes import QuantType
 
-# Weights times types in one sweep: about 600 MB at work on a CPU, 8 GB on a GPU, which needs many
-# rows to be busy.
-_STACKED_WEIGHTS = {"cpu": 1 << 26, "cuda": 1 << 29}
+_STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at work
+_STACKED_WEIGHTS_CUDA = 1 << 29  # a GPU needs many rows to be busy: about 8 GB
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def solve_tensor(
     """
     n_rows, n_columns = weight.shape
     device = inputs.heldout.device if inputs else torch.device("cpu")
-    limit = _STACKED_WEIGHTS.get(device.type, _STACKED_WEIGHTS["cpu"])
+    limit = _STACKED_WEIGHTS_CUDA if device.type == "cuda" else _STACKED_WEIGHTS
     step = max(1, limit // (n_columns * len(types)))
     parts = []
     for first in range(0, n_rows, step):

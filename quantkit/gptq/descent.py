@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from quantkit.gptq import kernels_cpu
+from quantkit.gptq.products import add_product, product
+from quantkit.gptq.solver import output_error
 from quantkit.kquants.formats import Format, levels_of
 
 N_SWEEPS = 4  # dev/LOG.md: what each sweep is worth
@@ -71,9 +73,12 @@ def descend(
     `weight` is float32 (n_rows, n_columns), `hessian` float32 (n, n). `step` replaces the device's
     fastest block step, for tests.
     """
+    state = take_apart(form, packed, weight, hessian)
+    if step is None and packed.is_cuda:
+        _sweep_cuda(state, hessian, n_sweeps)
+        return put_together(state, packed)
     if step is None:
         step = _step_cpu if packed.device.type == "cpu" else step_block
-    state = take_apart(form, packed, weight, hessian)
     width = form.qtype.block_size
     per_block = width // form.group
     for _ in range(n_sweeps):
@@ -82,7 +87,7 @@ def descend(
             groups = slice(index * per_block, (index + 1) * per_block)
             own = hessian[columns, columns].contiguous()
             change = step(state, Block(index, columns, groups, own))
-            state.gradient.addmm_(change, hessian[columns])
+            add_product(state.gradient, change, hessian[columns])
     return put_together(state, packed)
 
 
@@ -95,7 +100,7 @@ def take_apart(
     scales = form.scales(packed)
     n_blocks = form.blocks(packed).shape[1]
     scale, minimum = (x.reshape(n_rows, -1).clone() for x in form.multipliers(form.blocks(packed)))
-    gradient = (form.grid(packed).values(codes) - weight) @ hessian
+    gradient = product(form.grid(packed).values(codes) - weight, hessian)
     d, dmin = scales[:, :n_blocks].clone(), scales[:, n_blocks:].clone()
     return RowState(form, codes, d, dmin, scale, minimum, gradient)
 
@@ -110,7 +115,8 @@ def put_together(state: RowState, packed: torch.Tensor) -> torch.Tensor:
 
 
 def step_block(state: RowState, block: Block) -> torch.Tensor:
-    """One block in torch, all rows side by side: the reference, and the way of other devices."""
+    """One block in torch, all rows side by side: the reference, and the way of devices without a
+    kernel."""
     gradient = state.gradient[:, block.columns].clone()
     change = torch.zeros_like(gradient)
     _move_codes(state, block, gradient, change)
@@ -239,10 +245,25 @@ def _step_cpu(state: RowState, block: Block) -> torch.Tensor:
     return change
 
 
+def _sweep_cuda(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
+    """All sweeps by the compiled kernel, which takes several narrow blocks at once."""
+    from quantkit.gptq import kernels_cuda  # needs triton
+
+    n_columns, group = len(hessian), state.form.group
+    group_sums = hessian.view(n_columns // group, group, n_columns).sum(1)
+    for sweep in range(n_sweeps):
+        for first in range(0, n_columns, kernels_cuda.WINDOW):
+            change = kernels_cuda.descend(state, hessian, group_sums, first)
+            end = first + change.shape[1]
+            reach = end if sweep == n_sweeps - 1 else 0  # nobody comes back to earlier columns
+            if reach < n_columns:
+                add_product(state.gradient[:, reach:], change, hessian[first:end, reach:])
+
+
 def row_errors(
     form: Format, packed: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
     """e H eᵀ of every packed row: float32 (n_rows,); inf where scales are not finite."""
-    difference = form.grid(packed).values(form.codes(packed)) - weight
-    errors = ((difference @ hessian) * difference).sum(1)
+    difference = form.values(packed) - weight
+    errors = output_error(difference, hessian)
     return torch.where(torch.isfinite(errors), errors, torch.inf)

@@ -18,6 +18,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.gptq import kernels_cpu
+from quantkit.gptq.products import add_product, product
 from quantkit.kquants.formats import Grid
 
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn when the factorization fails
@@ -160,6 +161,24 @@ def _walk_columns_cpu(stack: Stack, upper: torch.Tensor, start: int, end: int) -
     )
 
 
+def _walk_columns_cuda(stack: Stack, upper: torch.Tensor, start: int, end: int) -> None:
+    from quantkit.gptq import kernels_cuda  # needs triton
+
+    kernels_cuda.gptq(
+        stack.weight[start:end],
+        upper[start:end, start:end],
+        stack.scale,
+        stack.minimum,
+        stack.group_of[start:end],
+        stack.low,
+        stack.high,
+        stack.table,
+        stack.codes[start:end],
+    )
+
+
+_WALKS = {"cpu": _walk_columns_cpu, "cuda": _walk_columns_cuda}
+
 Walk = Callable[[Stack, torch.Tensor, int, int], None]
 
 
@@ -174,8 +193,8 @@ def _sweep(stack: Stack, upper: torch.Tensor, start: int, end: int, walk: Walk) 
         return
     middle = start + max(_LEAF, (end - start) // 2 // _LEAF * _LEAF)
     _sweep(stack, upper, start, middle, walk)
-    stack.weight[middle:end].addmm_(
-        upper[start:middle, middle:end].T, stack.weight[start:middle], alpha=-1
+    add_product(
+        stack.weight[middle:end], upper[start:middle, middle:end].T, stack.weight[start:middle], -1
     )
     _sweep(stack, upper, middle, end, walk)
 
@@ -187,7 +206,7 @@ def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list
     fastest column walk of the device, for tests.
     """
     if walk is None:
-        walk = _walk_columns_cpu if factor.upper.device.type == "cpu" else walk_columns
+        walk = _WALKS.get(factor.upper.device.type, walk_columns)
     codes: list[torch.Tensor | None] = [None] * len(rows)
     for with_table in (False, True):
         chosen = [i for i, r in enumerate(rows) if (r.grid.table is not None) == with_table]
@@ -208,4 +227,4 @@ def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tenso
     """Mean squared error of each row's output, e H eᵀ, for weight differences (n_rows, n_columns):
     (n_rows,).
     """
-    return ((difference @ hessian) * difference).sum(1)
+    return (product(difference, hessian) * difference).sum(1)

@@ -117,6 +117,10 @@ class Format:
         stored = self.stored_codes(self.blocks(packed)).to(torch.int16)
         return stored.reshape(packed.shape[0], -1) - self.offset
 
+    def values(self, packed: torch.Tensor) -> torch.Tensor:
+        """float32 values (n_rows, n_columns) of packed rows."""
+        return self.grid(packed).values(self.codes(packed))
+
     def with_codes(self, packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """A copy of packed rows whose weights have other codes; scales stay."""
         blocks = self.blocks(packed).clone()

@@ -1,0 +1,207 @@
+"""GPTQ, descent, products and Hessians on a GPU against the same on the CPU.
+
+The column walks are compiled apart for each device and may settle a tie on different sides, and
+then part ways for the rest of the row; what must agree is nearly every row, and the errors.
+Where Triton is installed without a GPU, `TRITON_INTERPRET=1` runs its kernels slowly on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit.gptq.compete import Inputs, solve_tensor
+from quantkit.gptq.descent import (
+    _sweep_cuda,
+    descend,
+    put_together,
+    row_errors,
+    step_block,
+    take_apart,
+)
+from quantkit.gptq.hessian import add_outer, symmetrize
+from quantkit.gptq.products import add_product, product
+from quantkit.gptq.solver import (
+    Rows,
+    _walk_columns_cuda,
+    factorize,
+    gptq,
+    output_error,
+    walk_columns,
+)
+from quantkit.kquants import native
+from quantkit.kquants.formats import FORMATS
+from quantkit.qtypes import QuantType
+
+TYPES = tuple(FORMATS)
+EACH = pytest.mark.parametrize("qtype", TYPES, ids=str)
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
+)
+
+
+def hessian(n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(n, n, generator=generator) / n**0.5 + torch.eye(n)
+    x = torch.randn(2 * n, n, generator=generator) @ mix
+    h = x.T @ x / len(x)
+    h.diagonal().add_(0.05 * h.diagonal().median())
+    return h
+
+
+def weight(n_rows: int, n: int) -> torch.Tensor:
+    w = torch.randn(n_rows, n, generator=torch.Generator().manual_seed(1))
+    w[0] = 0
+    w[1, : n // 2] = 0
+    return w
+
+
+def rounded(w: torch.Tensor, h: torch.Tensor, qtype: QuantType) -> torch.Tensor:
+    return torch.from_numpy(native.quantize(w.numpy(), qtype, h.diagonal().numpy().copy()))
+
+
+@ON_GPU
+@pytest.mark.parametrize("n", [32, 96, 320, 1024, 2048])
+def test_gptq(n: int) -> None:
+    h, w = hessian(n), weight(301, n)
+    types = [q for q in TYPES if q.fits(n)]
+    packed = [rounded(w, h, q) for q in types]
+    found = []
+    for device in ("cpu", "cuda"):
+        moved = w.to(device)
+        rows = [
+            Rows(moved, FORMATS[q].grid(p.to(device))) for q, p in zip(types, packed, strict=True)
+        ]
+        found.append([c.cpu() for c in gptq(rows, factorize(h.to(device), 0.1))])
+    for qtype, start, cpu, cuda in zip(types, packed, *found, strict=True):
+        differ = int((cpu != cuda).any(1).sum())
+        assert differ <= 0.05 * len(w) * max(1, n / 512), (qtype, differ)
+        grid = FORMATS[qtype].grid(start)
+        errors = [float(output_error(grid.values(c) - w, h).sum()) for c in (cpu, cuda)]
+        assert errors[1] == pytest.approx(errors[0], rel=2e-3), qtype
+
+
+@ON_GPU
+@pytest.mark.parametrize("n", [32, 288, 512, 1024])
+@EACH
+def test_descent(qtype: QuantType, n: int) -> None:
+    if not qtype.fits(n):
+        pytest.skip("rows do not divide into blocks")
+    h, w, form = hessian(n), weight(77, n), FORMATS[qtype]
+    packed = rounded(w, h, qtype)
+    on_cpu = descend(form, packed, w, h, n_sweeps=2)
+    on_gpu = descend(form, packed.cuda(), w.cuda(), h.cuda(), n_sweeps=2).cpu()
+    before, cpu, gpu = (row_errors(form, p, w, h) for p in (packed, on_cpu, on_gpu))
+    assert bool((gpu <= before * (1 + 1e-4) + 1e-9).all())
+    assert float(gpu.sum()) == pytest.approx(float(cpu.sum()), rel=5e-3)
+    assert int((on_cpu != on_gpu).any(1).sum()) <= 0.2 * len(w) * max(1, n / 512)
+
+
+@ON_GPU
+@EACH
+def test_it_does_what_torch_does_on_the_gpu(qtype: QuantType) -> None:
+    """One sweep by the kernels and by their references, on the same device."""
+    h, w, form = hessian(512).cuda(), weight(77, 512).cuda(), FORMATS[qtype]
+    packed = rounded(w.cpu(), h.cpu(), qtype).cuda()
+    factor, rows = factorize(h, 0.1), [Rows(w, form.grid(packed))]
+    assert int((gptq(rows, factor)[0] != gptq(rows, factor, walk_columns)[0]).any(1).sum()) <= 4
+    kernel = descend(form, packed, w, h, n_sweeps=1)
+    plain = descend(form, packed, w, h, n_sweeps=1, step=step_block)
+    assert int((kernel != plain).any(1).sum()) <= 8
+
+
+@ON_GPU
+def test_twice_is_the_same() -> None:
+    """A race would show as another result now and then."""
+    h, w = hessian(512).cuda(), weight(3000, 512).cuda()
+    for qtype in TYPES:
+        packed = rounded(w.cpu(), h.cpu(), qtype).cuda()
+        form, factor = FORMATS[qtype], factorize(h, 0.1)
+        first = gptq([Rows(w, form.grid(packed))], factor)[0]
+        swept = descend(form, packed, w, h)
+        for _ in range(3):
+            assert torch.equal(gptq([Rows(w, form.grid(packed))], factor)[0], first)
+            assert torch.equal(descend(form, packed, w, h), swept)
+
+
+@ON_GPU
+@EACH
+def test_values_are_ggmls(qtype: QuantType) -> None:
+    packed = rounded(weight(9, 512), hessian(512), qtype)
+    ours = FORMATS[qtype].values(packed.cuda()).cpu().numpy()
+    theirs = native.dequantize(packed.numpy(), qtype)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@ON_GPU
+def test_products_are_float32() -> None:
+    """As good as float32's own units, hundreds of times better than TF32."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    a = torch.randn(300, 2000, generator=generator, device="cuda")
+    b = torch.randn(2000, 500, generator=generator, device="cuda")
+    exact = a.double() @ b.double()
+    assert float((product(a, b) - exact).norm() / exact.norm()) < 2e-6
+    target = torch.ones(300, 600, device="cuda")
+    add_product(target[:, 50:550], a, b, -1)
+    assert float((target[:, 50:550] - (1 - exact)).norm() / exact.norm()) < 2e-6
+    assert bool((target[:, :50] == 1).all() and (target[:, 550:] == 1).all())
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_hessian(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(3000, 1500, generator=generator, device="cuda").to(dtype)
+    total = torch.zeros(1500, 1500, device="cuda")
+    for part in x.split(1000):
+        add_outer(total, part)
+    exact = x.double().T @ x.double()
+    assert float((symmetrize(total) - exact).norm() / exact.norm()) < 2e-6
+
+
+@ON_GPU
+def test_factor() -> None:
+    h = hessian(1500)
+    cpu, cuda = factorize(h, 0.1), factorize(h.cuda(), 0.1)
+    assert torch.equal(cpu.order, cuda.order.cpu())
+    assert torch.allclose(cpu.upper, cuda.upper.cpu(), rtol=1e-3, atol=1e-5)
+    assert bool((cuda.upper.tril(-1) == 0).all())
+
+
+@ON_GPU
+def test_a_tensor_at_all_levels() -> None:
+    """The whole competition, with a codebook type, which only ggml can make."""
+    h, w = hessian(512), weight(64, 512).numpy()
+    types = [QuantType(name) for name in ("Q2_K", "Q4_K", "IQ4_XS", "IQ3_S", "Q8_0", "F16")]
+    solved = []
+    for device in ("cpu", "cuda"):
+        moved = h.to(device)
+        inputs = Inputs(h.diagonal().numpy().copy(), moved, moved, factorize(moved, 0.1))
+        solved.append(solve_tensor(w, types, ("gptq", "imatrix", "rtn"), inputs, None))
+    for qtype in types:
+        cpu, cuda = (s[qtype] for s in solved)
+        assert cpu.method == cuda.method and set(cpu.errors) == set(cuda.errors)
+        for method, error in cpu.errors.items():
+            assert cuda.errors[method].relative == pytest.approx(error.relative, rel=0.01)
+
+
+@pytest.mark.slow
+@INTERPRETED
+@pytest.mark.parametrize("name", ["Q4_1", "IQ4_XS", "Q6_K", "Q4_K"])
+def test_interpreted_kernels_are_their_references(name: str) -> None:
+    qtype, n = QuantType(name), 256
+    h, w, form = hessian(n), weight(6, n), FORMATS[QuantType(name)]
+    packed = rounded(w, h, qtype)
+    rows, factor = [Rows(w, form.grid(packed))], factorize(h, 0.1)
+    assert torch.equal(
+        gptq(rows, factor, _walk_columns_cuda)[0], gptq(rows, factor, walk_columns)[0]
+    )
+    state = take_apart(form, packed, w, h)
+    _sweep_cuda(state, h, 1)
+    plain = descend(form, packed, w, h, n_sweeps=1, step=step_block)
+    assert int((put_together(state, packed) != plain).any(1).sum()) <= 1
