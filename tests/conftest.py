@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=_QUIET)
 settings.register_profile("explore", deadline=None, suppress_health_check=_QUIET)
+settings.register_profile(
+    "fast", max_examples=20, deadline=None, derandomize=True, suppress_health_check=_QUIET
+)
 settings.load_profile("steady")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`make test` tries fewer examples: 20 where the whole suite tries 100."""
+    if "not slow" in config.option.markexpr and not config.getoption("--hypothesis-profile"):
+        settings.load_profile("fast")
 
 
 # The one whole run that tests of the pipeline share. Imports wait until a test asks for it.

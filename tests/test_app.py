@@ -182,6 +182,7 @@ def test_estimate_asks_the_planner(page: tuple[str, JobStore, Visitors], tmp_pat
     assert "empty has no safetensors weights" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_polling_is_cheap(page: tuple[str, JobStore, Visitors]) -> None:
     """Fifty jobs, twenty visitors at once: a poll that finds nothing new."""
     url, store, visitors = page
@@ -322,7 +323,7 @@ def test_the_front_end_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("on_space", [True, False])
+@pytest.mark.parametrize("on_space", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_app_starts_beside_the_folder_spaces(tmp_path: Path, on_space: bool) -> None:
     """On a Space, Gradio imports `spaces`: our folder of that name must not answer."""
     clone = tmp_path / "clone"
@@ -337,6 +338,7 @@ def test_app_starts_beside_the_folder_spaces(tmp_path: Path, on_space: bool) -> 
         assert ("x-frame-options" in headers) is not on_space
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_a_sentence(tmp_path: Path) -> None:
     environment = {**os.environ, "QUANTKIT_WORKERS": "many", "QUANTKIT_RUNS": str(tmp_path)}
     done = subprocess.run(

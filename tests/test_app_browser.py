@@ -65,6 +65,7 @@ def open_page(
     return page
 
 
+@pytest.mark.slow
 def test_from_the_form_to_the_result(
     browser: Any, tmp_path: Path, shots: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def test_from_the_form_to_the_result(
         assert not [there for there in asked if not there.startswith((url, "data:", "blob:"))]
 
 
+@pytest.mark.slow
 def test_cancel_and_resume(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from playwright.sync_api import expect
 
@@ -169,6 +171,7 @@ def test_the_page_with_one_run(browser: Any, tmp_path: Path) -> None:
         expect(page.locator("#job-head")).to_contain_text("It is next in line.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_state(browser: Any, tmp_path: Path, shots: Path, width: int, scheme: str) -> None:

@@ -182,6 +182,7 @@ def test_a_sentencepiece_model(dtype: torch.dtype, tmp_path: Path):
     same_tokens(result.path, model)
 
 
+@pytest.mark.slow
 def test_a_skeleton_of_shells_has_the_header_of_the_real_file(
     malicious: Path, converted: ConversionResult, tmp_path: Path
 ):
@@ -218,6 +219,7 @@ def test_what_the_converter_supports():
         check_architecture({})
 
 
+@pytest.mark.slow
 def test_an_unknown_architecture(tmp_path: Path):
     model = tiny_llama(tmp_path / "model")
     edit_json(model / "config.json", architectures=["FooForCausalLM"], model_type="foo")

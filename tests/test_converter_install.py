@@ -114,6 +114,7 @@ def test_another_checkout_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.
     assert install.ensure_converter() == tmp_path
 
 
+@pytest.mark.slow
 def test_pip_hands_over_the_package_without_building_it(
     pinned_sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -34,6 +34,7 @@ def test_figures(tiny: TinyFiles) -> None:
     assert (result.n_threads, result.n_gpu_layers) == (1, 0)
 
 
+@pytest.mark.slow
 def test_failures_of_the_child_are_the_callers(tiny: TinyFiles, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="do not fit a context of 16"):
         measure(tiny.base, n_ctx=16)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from search_spaces import Toy, make_space, spaces
 
@@ -50,7 +51,7 @@ def same(one: SearchState, other: SearchState) -> bool:
     return json.dumps(to_json(one)) == json.dumps(to_json(other))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(spaces(max_tensors=6), st.integers(0, 2**32 - 1))
 def test_no_candidate_exceeds_the_budget(drawn: tuple, seed: int) -> None:
     """The toy refuses any that does; the winner leaves less than the smallest upgrade unused."""

@@ -145,6 +145,7 @@ def test_the_heads_price_is_exact(untied: Case) -> None:
     assert torch.allclose(untied.fisher.modules["lm_head"], wanted, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_from_the_models_own_distribution(untied: Case) -> None:
     """Against the expectation over all labels, computed outright at the last hidden state."""
     blocks = BlockwiseModel(untied.model)

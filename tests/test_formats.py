@@ -15,7 +15,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -127,7 +128,7 @@ def test_grid_and_codes_reproduce_ggmls_values(qtype: QuantType, weighted: bool)
 
 
 @ALL_FORMATS
-@settings(max_examples=30)
+@examples(30)
 @given(seed=st.integers(0, 2**32 - 1), halves=half_lists)
 def test_any_bytes_are_read_as_ggml_reads_them(
     qtype: QuantType, seed: int, halves: list[int]
@@ -149,7 +150,7 @@ def test_all_finite_scales_are_read_as_ggml_reads_them(qtype: QuantType) -> None
 
 
 @ALL_FORMATS
-@settings(max_examples=30)
+@examples(30)
 @given(data=st.data())
 def test_packing_round_trips(qtype: QuantType, data: st.DataObject) -> None:
     """Any codes go in and come out; the scales and everything else of the bytes stay."""
@@ -213,7 +214,7 @@ def test_ggmls_codes_lie_within_the_format(qtype: QuantType) -> None:
 
 
 @ALL_FORMATS
-@settings(max_examples=20)
+@examples(20)
 @given(halves=st.lists(finite_halves, min_size=2, max_size=8))
 def test_other_scales_go_in_and_nothing_else_changes(qtype: QuantType, halves: list[int]) -> None:
     form, at = FORMATS[qtype], HALVES[qtype.name]
@@ -237,7 +238,7 @@ HAVE_INTEGERS = pytest.mark.parametrize(
 
 
 @HAVE_INTEGERS
-@settings(max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_integer_scales_round_trip(qtype: QuantType, seed: int) -> None:
     """Any integers in the format's ranges, the ends among them; codes, d and dmin stay."""
@@ -294,7 +295,7 @@ def test_the_order_of_the_two_scales_is_as_the_fields_say() -> None:
 
 
 @ALL_TYPES
-@settings(max_examples=10)
+@examples(10)
 @given(seed=st.integers(0, 2**32 - 1), halves=half_lists)
 def test_any_bytes_have_ggufs_values(qtype: QuantType, seed: int, halves: list[int]) -> None:
     packed = random_blocks(qtype, np.random.default_rng(seed), 3, halves)
@@ -379,6 +380,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_thread_count_does_not_show() -> None:
     digests = set()
     for n in (1, 7):

@@ -8,8 +8,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from examples import examples
 from gguf import GGUFValueType
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_gguf import Shape, write_llama
 
@@ -82,7 +83,7 @@ def test_sizes_are_plain_integers(tmp_path: Path) -> None:
     assert slot_bytes(base, 5 * 10**9) == 5 * 10**9
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data())
 def test_the_computed_size_is_the_files(
     data: st.DataObject, base: GgufFile, tmp_path_factory: pytest.TempPathFactory
@@ -286,7 +287,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
             GgufFile(path)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(share=st.floats(0, 0.999))
 def test_truncated_anywhere(
     share: float, base_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -135,6 +135,7 @@ def test_a_killed_worker_is_seen_and_resumed(
     until(lambda: state(store, job_id) == "finished")
 
 
+@pytest.mark.slow
 def test_another_server_takes_over(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that comes back finds the running job and starts the waiting one."""
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.2")
@@ -264,6 +265,7 @@ def test_a_failure_is_shown_with_its_remedy(store: JobStore) -> None:
     assert view.current == "calibrate"
 
 
+@pytest.mark.slow
 def test_publishing_queues_the_finished_run_again(store: JobStore) -> None:
     job_id = store.submit(fixtures.CONFIG, ALICE)
     until(lambda: state(store, job_id) == "finished")
@@ -503,6 +505,7 @@ def test_reading_is_incremental(store: JobStore) -> None:
     assert follower._offset > offset
 
 
+@pytest.mark.slow
 def test_the_list_of_many_jobs_is_cheap(store: JobStore) -> None:
     for number in range(50):
         fixtures.own(fixtures.write_run(store.root / f"job{number}"), ALICE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from search_spaces import make_space, spaces
 
@@ -34,7 +35,7 @@ def swap_exists(space: SearchSpace, parent: Choices) -> bool:
     return False
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(spaces(), st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_children_keep_the_budget_and_use_it(drawn: tuple, seed: int, n_raised: int) -> None:
     space, costs = drawn
@@ -47,7 +48,7 @@ def test_children_keep_the_budget_and_use_it(drawn: tuple, seed: int, n_raised: 
     assert bool((child == parent)[space.n_choices == 1].all()), "a pinned tensor moved"
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(spaces(max_choices=4), st.integers(0, 2**32 - 1))
 def test_something_changes_where_a_swap_is_possible(drawn: tuple, seed: int) -> None:
     """However unlikely the estimates make it: an eightieth of the odds is left to each tensor."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -65,7 +66,7 @@ def test_whole_weights_are_the_identity(qtype: QuantType, dtype: torch.dtype) ->
             assert found == RowMap(name, name, False, None, module, lookup)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_permuted_rows_are_found(seed: int) -> None:
     """As the converter permutes q and k for RoPE; here by any permutation."""
