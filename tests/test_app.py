@@ -27,7 +27,7 @@ from gradio_client.exceptions import AppError
 from quantkit.launch import JobStore, JobSummary
 from quantkit.launch.progress import KlPoint, LogLine
 from quantkit.rundir import STAGES
-from quantkit.web import charts, results, view
+from quantkit.web import charts, previews, results, view
 from quantkit.web.page import build_app
 from quantkit.web.tensor_map import tensor_map
 from quantkit.web.visitor import COOKIE, Visitors
@@ -258,7 +258,7 @@ def test_all_text_is_escaped() -> None:
         view.job_list([summary]),
         view.notice(HOSTILE, HOSTILE),
         results.results(finished),
-        results.preview(plan),
+        previews.preview(plan),
         charts.frontier(report),
         tensor_map(allocation),
     ):
@@ -286,7 +286,7 @@ def test_time_left(seconds: float | None, text: str) -> None:
 def test_charts_of_little_data() -> None:
     assert charts.kl_curve([]) == "" and charts.kl_curve([KlPoint(0, 1, 0.1, 0.01)]) == ""
     flat = [KlPoint(i, 1000 * i, 0.01, 0.0) for i in range(3)]
-    assert charts.kl_curve(flat).count("<polyline") == 1
+    assert "<polyline" in charts.kl_curve(flat)
     assert "nan" not in charts.kl_curve(flat)
     assert charts.kl_text(0.014712) == "0.0147" and charts.kl_text(0) == "0"
 

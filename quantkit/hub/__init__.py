@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from quantkit.hub.changes import Change, RepoChanges, add_to_collection, compare
 from quantkit.hub.client import Asked, call, endpoint, hf_api, resolve_token, why_offline
 from quantkit.hub.download import (
     Progress,
@@ -26,6 +27,7 @@ from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, publish
 
 __all__ = [
+    "Change",
     "ModelHit",
     "ModelInfo",
     "ModelNotFound",
@@ -33,10 +35,13 @@ __all__ = [
     "Progress",
     "PublishedFile",
     "PublishedRepo",
+    "RepoChanges",
     "RepoFile",
+    "add_to_collection",
     "cache_dir",
     "check_disk",
     "check_write",
+    "compare",
     "damaged_files",
     "download",
     "endpoint",

@@ -193,7 +193,7 @@ def _position(path: Path) -> int:
     return best
 
 
-def _is_same(file: PublishedFile, remote: RemoteFile, path: Path) -> bool:
+def is_same(file: PublishedFile, remote: RemoteFile, path: Path) -> bool:
     """By content: sha256 for large (LFS) files, git's own hash for small ones."""
     if remote.size != file.n_bytes:
         return False
@@ -292,7 +292,7 @@ class _Upload:
             file
             for file in self._files
             if file.path not in remote
-            or not _is_same(file, remote[file.path], self._folder / file.path)
+            or not is_same(file, remote[file.path], self._folder / file.path)
         ]
 
     def _report(self, n_left: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
+from quantkit.hub import PublishedFile
 from quantkit.launch import view as views
 from quantkit.launch.process import is_alive, started_at
 from quantkit.launch.progress import Progress
@@ -193,6 +194,19 @@ class Follower:
         """Where a result file lies; None for a name that is not in `files()`."""
         found = self._read("manifest.json", lambda path: self._result_paths()) or {}
         return self.folder / found[name][1] if name in found else None
+
+    def staged(self) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
+        """The files under `9-publish/upload`, and where those lie that are here."""
+        record = self.dir.records().get("publish")
+        outputs = record.outputs if record is not None else ()
+        folder = "9-publish/upload/"
+        files = [
+            PublishedFile(output.path.removeprefix(folder), output.n_bytes, output.sha256)
+            for output in outputs
+            if output.path.startswith(folder) and ".." not in Path(output.path).parts
+        ]
+        places = {file.path: self.folder / folder / file.path for file in files}
+        return tuple(files), {name: path for name, path in places.items() if path.is_file()}
 
     def model_path(self) -> Path | None:
         """The finished GGUF, where it lies here."""

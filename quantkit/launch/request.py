@@ -94,6 +94,19 @@ def check_machine(name: Any) -> str:
     return name
 
 
+def check_collection(slug: Any) -> str | None:
+    """A collection as its address names it; None for none. Raises UsageError."""
+    text = _text(slug, "collection", 300).removeprefix("https://huggingface.co/collections/")
+    if not text:
+        return None
+    if not _REPO.fullmatch(text) or ".." in text:
+        raise UsageError(
+            f"{text[:80]!r} is not a collection.",
+            "Write the end of its address, such as you/my-models-65f1c3.",
+        )
+    return text
+
+
 def check_repo(repo: str) -> str:
     """A repository to publish to. Raises UsageError when it is not owner/name."""
     repo = _text(repo, "repository", 200)

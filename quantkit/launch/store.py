@@ -20,6 +20,7 @@ from typing import IO
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.hub import PublishedFile
 from quantkit.launch import process, view
 from quantkit.launch.family import share_stages
 from quantkit.launch.follow import Follower, tail
@@ -115,6 +116,19 @@ class JobStore:
             raise NoSuchJob
         return path
 
+    def staged(
+        self, job_id: object, owner: str | None
+    ) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
+        """The files that publishing uploads, and where those lie that are on this machine."""
+        with self._lock:
+            return self._follower(job_id, owner).staged()
+
+    def models(self, job_id: object, owner: str | None) -> tuple[Path | None, Path | None]:
+        """The finished GGUF and the original, where they lie on this machine."""
+        with self._lock:
+            follower = self._follower(job_id, owner)
+            return follower.model_path(), follower.base_path()
+
     # What a visitor does.
 
     def submit(
@@ -170,7 +184,13 @@ class JobStore:
             self._queue_again(follower, token)
 
     def publish(
-        self, job_id: object, owner: str | None, repo: str, private: bool, token: str | None
+        self,
+        job_id: object,
+        owner: str | None,
+        repo: str,
+        private: bool,
+        token: str | None,
+        collection: str | None = None,
     ) -> None:
         """Queue the upload of a validated run to a repository of the Hub."""
         with self._lock:
@@ -183,7 +203,9 @@ class JobStore:
                     "This run is not validated, and only validated files are published.",
                     "Resume it first.",
                 )
-            asked = dataclasses.replace(config, publish=repo, private=private)
+            asked = dataclasses.replace(
+                config, publish=repo, private=private, collection=collection
+            )
             write_json(follower.dir.config_path, asked)
             self._queue_again(follower, token)
 

@@ -71,6 +71,8 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
     made = hub.publish(
         folder, run.config.publish, hub.resolve_token(), run.config.private, message, progress
     )
+    if run.config.collection is not None:
+        hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
     return {
         "published": True,
         "asked": run.config.publish,

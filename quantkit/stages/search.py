@@ -135,6 +135,7 @@ def _search(
     def save(state: SearchState) -> None:
         write_json(state_path, state)
         best = state.best
+        _show_best(space, np.array(best.choices, np.int64), folder / "best.json")
         run.events.progress(
             NAME,
             min(state.n_tokens, plan.n_tokens),
@@ -165,6 +166,12 @@ def _search(
         "kl_stderr": state.best.stderr,
     }
     return state, report
+
+
+def _show_best(space: SearchSpace, choices: Choices, path: Path) -> None:
+    """The best allocation so far, for whoever watches; the stage itself never reads it."""
+    keys = space.keys(choices)
+    write_json(path, {n: {"qtype": str(k.qtype), "method": k.method} for n, k in keys.items()})
 
 
 def _evaluator(run: Run, space: SearchSpace, plan: Plan) -> Fitness:

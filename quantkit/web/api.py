@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from quantkit.errors import QuantkitError
-from quantkit.hub import client as hub_client
-from quantkit.launch import JobForm, estimate, to_config
+from quantkit.hub import jobs
+from quantkit.launch import JobForm, to_config
 from quantkit.tensors import to_json
-from quantkit.web.desk import Desk, known
+from quantkit.web.desk import Asker, Desk, known
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,28 +26,29 @@ T = TypeVar("T")
 def add_endpoints(desk: Desk) -> None:
     """Register the endpoints with the Blocks under construction."""
 
-    def owner_of(
+    def asker_of(
         key: str, request: gr.Request, profile: gr.OAuthProfile | None, token: gr.OAuthToken | None
-    ) -> tuple[str | None, str | None]:
-        """The caller as the store knows it, and its Hub name."""
-        username = profile.username if profile is not None else None
-        if username is None and desk.on_space and token is not None:
-            api = hub_client.hf_api(token.token)
-            asked = hub_client.Asked()
-            username = hub_client.call(
-                lambda: str(api.whoami(cache=True)["name"]), asked, token.token
-            )
-        if username is None and (visitor := desk.visitors.check(key)) is not None:
-            return f"visitor:{visitor}", None
-        return desk.owner(request.cookies, username), username
+    ) -> Asker:
+        """The caller: a signed-in user, whoever a Hub token belongs to, or the holder of a key."""
+        asker = desk.asker(request, profile)
+        if asker.username is None and desk.on_space and token is not None:
+            name = jobs.account(token.token)
+            return Asker(f"hf:{name}", name, asker.address)
+        if asker.username is None and (visitor := desk.visitors.check(key)) is not None:
+            return Asker(f"visitor:{visitor}", None, asker.address)
+        return asker
 
     def estimate_job(
+        request: gr.Request,
         model: str,
         size: str = "",
         like: str = "Q4_K_M",
         bpw: float = 0.0,
         profile: str = "standard",
         revision: str = "",
+        memory: str = "",
+        context: int = 8192,
+        user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
         """What a run would take, before anything runs: architecture, licence, sizes, time, disk.
@@ -59,12 +60,27 @@ def add_endpoints(desk: Desk) -> None:
             bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
             profile: how much work to spend: demo, fast, standard or thorough.
             revision: branch, tag or commit of the model; empty for its main branch.
+            memory: what the file has to fit in with its context, such as 8GB; empty for no limit.
+            context: tokens of context that have to fit beside it.
         """
-        form = _form(model, size, like, bpw, profile, revision)
-        secret = token.token if token is not None else None
-        return _told(
-            lambda: estimate(to_config(form, desk.store.public), secret, desk.store.public)
+        form = _form(
+            model,
+            size,
+            like,
+            bpw,
+            profile=profile,
+            revision=revision,
+            memory=memory,
+            context=context,
         )
+        secret = token.token if token is not None else None
+
+        def make() -> dict[str, Any]:
+            to_config(form, desk.store.public)  # what is wrong is said before it is counted
+            desk.allow("preview", asker_of("", request, user, token))
+            return desk.estimate(form, secret)
+
+        return _told(make)
 
     def start_job(
         request: gr.Request,
@@ -76,6 +92,11 @@ def add_endpoints(desk: Desk) -> None:
         revision: str = "",
         calibration: str = "auto",
         seed: int = 0,
+        memory: str = "",
+        context: int = 8192,
+        machine: str = "here",
+        publish: str = "",
+        private: bool = False,
         key: str = "",
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
@@ -91,18 +112,37 @@ def add_endpoints(desk: Desk) -> None:
             revision: branch, tag or commit of the model; empty for its main branch.
             calibration: calibration texts, name[:weight],...; auto chooses.
             seed: seed of the search.
+            memory: what the file has to fit in with its context, such as 8GB; empty for no limit.
+            context: tokens of context that have to fit beside it.
+            machine: here, or auto or a name for a Job of Hugging Face, paid by the caller.
+            publish: owner/name on the Hub to upload the result to; empty for none.
+            private: whether that repository is made private.
             key: the key of an earlier answer, to keep jobs together; empty for a new one.
         """
-        form = _form(model, size, like, bpw, profile, revision, calibration, seed)
+        form = _form(
+            model,
+            size,
+            like,
+            bpw,
+            profile=profile,
+            revision=revision,
+            calibration=calibration,
+            seed=seed,
+            memory=memory,
+            context=context,
+            machine=machine,
+            publish=publish,
+            private=private,
+        )
 
         def start() -> dict[str, Any]:
-            owner, username = owner_of(key, request, user, token)
-            own_key = key
-            if username is None and (not key or owner is None):
+            asker, own_key = asker_of(key, request, user, token), key
+            if asker.username is None and (not key or asker.owner is None):
                 own_key = desk.visitors.new_key()
                 owner = f"visitor:{desk.visitors.check(own_key)}"
+                asker = Asker(owner, None, asker.address)
             secret = token.token if token is not None else ""
-            return {"job_id": desk.start(form, secret, owner, username), "key": own_key}
+            return {"job_id": desk.start(form, secret, asker)[0], "key": own_key}
 
         return _told(start)
 
@@ -121,7 +161,7 @@ def add_endpoints(desk: Desk) -> None:
         """
 
         def status() -> dict[str, Any]:
-            owner, _ = owner_of(key, request, user, token)
+            owner = asker_of(key, request, user, token).owner
             job = to_json(desk.store.view(job_id, owner))
             for long in ("log", "allocation", "card", "curve"):
                 job.pop(long)
@@ -144,7 +184,7 @@ def add_endpoints(desk: Desk) -> None:
         """
 
         def cancel() -> dict[str, Any]:
-            owner, _ = owner_of(key, request, user, token)
+            owner = asker_of(key, request, user, token).owner
             desk.store.cancel(job_id, known(owner))
             return {"job_id": job_id, "state": desk.store.view(job_id, owner).state}
 
@@ -156,20 +196,11 @@ def add_endpoints(desk: Desk) -> None:
     gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)
 
 
-def _form(
-    model: str,
-    size: str,
-    like: str,
-    bpw: float,
-    profile: str,
-    revision: str,
-    calibration: str = "auto",
-    seed: int = 0,
-) -> JobForm:
-    kind = "size" if size else "bpw" if bpw else "like"
-    return JobForm(
-        model, kind, like, size, bpw, profile, revision, calibration=calibration, seed=seed
-    )
+def _form(model: str, size: str, like: str, bpw: float, **rest: Any) -> JobForm:
+    """The first that is given of memory, size and bits per weight is the size asked for."""
+    given = {"fits": rest.get("memory"), "size": size, "bpw": bpw}
+    kind = next((name for name, value in given.items() if value), "like")
+    return JobForm(model, kind, like, size, bpw, **rest)
 
 
 def _without_paths(value: Any) -> Any:

@@ -2,70 +2,229 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit import hub
-from quantkit.errors import QuantkitError
-from quantkit.launch import JobForm, JobStore, JobView, check_repo, estimate, to_config
-from quantkit.web import results, view
+from quantkit.config import DEMO_MODEL, RunConfig
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.hub import jobs
+from quantkit.launch import JobForm, JobStore, JobView, Order, check_repo, estimate, to_config
+from quantkit.launch.estimate import known_plan
+from quantkit.launch.machine import Choice, choices, choose, why_not_here
+from quantkit.launch.request import HERE, check_collection, check_machine
+from quantkit.launch.sizes import fits, to_configs
+from quantkit.launch.talk import check_prompt, say
+from quantkit.launch.wheel import can_start_jobs
+from quantkit.web import previews, publishing, results, view
+from quantkit.web.allowance import Allowance
 from quantkit.web.visitor import Visitors
 
 logger = logging.getLogger(__name__)
 
 # The parts of a job's page that are sent only when they changed, in the order of the outputs.
 CHUNKS = ("head", "stages", "curve", "files", "results", "card", "log", "raw")
-SWITCHES = ("can_cancel", "can_resume", "can_delete", "can_publish", "has_card", "is_there")
+SWITCHES = (
+    *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
+    *("has_card", "is_there"),
+)
 _MAX_TOKEN = 500
 _SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
+_PRICES_SECONDS = 600.0
 _BUG = "Something went wrong here."
 _BUG_REMEDY = "Try again; if it stays, report it with the server's log."
 
 
+@dataclass(frozen=True)
+class Asker:
+    """Who is asking, as the server made sure of it; never what a page claims."""
+
+    owner: str | None = None  # a signed-in Hub user or the holder of a cookie; None: neither
+    username: str | None = None
+    address: str = ""  # of the network, to count by: cookies can be thrown away
+
+    @property
+    def counted_as(self) -> str:
+        return f"hf:{self.username}" if self.username else self.address or str(self.owner)
+
+
 class Desk:
-    """Handlers. `owner` is the visitor that the server made sure of, never what a page claims."""
+    """Handlers of the page and of the API."""
 
     def __init__(self, store: JobStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
         self.store = store
         self.visitors = visitors
         self.on_space = on_space
         self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
+        self.has_jobs = can_start_jobs()
+        self.allowance = Allowance()
         self._no_search_until = 0.0
+        self._machines: tuple[float, tuple[jobs.Machine, ...]] = (-1e9, ())
 
     def owner(self, cookies: Mapping[str, Any], username: str | None) -> str | None:
-        """Who is asking; None for a visitor without a cookie."""
+        """The visitor's id; None for a visitor without a cookie."""
         if username is not None:
             return f"hf:{username}"
         visitor = self.visitors.of_cookies(cookies)
         return None if visitor is None else f"visitor:{visitor}"
 
+    def asker(self, request: Any, user: Any) -> Asker:
+        """Who sent a request of the page: the signed-in user, else the holder of its cookie.
+
+        On a Space requests come through the Hub's proxy, which appends the address that it saw.
+        """
+        username = user.username if user else None
+        address = request.client.host if request.client else ""
+        if self.on_space:
+            seen = request.headers.get("x-forwarded-for", "").split(",")[-1].strip()
+            address = seen or address
+        return Asker(self.owner(request.cookies, username), username, address)
+
+    def allow(self, action: str, asker: Asker) -> None:
+        """Raises QuantkitError when a stranger does this too often."""
+        if self.store.public:
+            self.allowance.take(action, asker.counted_as)
+
     # Forms.
 
-    def start(self, form: JobForm, token: str, owner: str | None, username: str | None) -> str:
-        """Queue the run that the form asks for. Returns its id. Raises QuantkitError."""
-        if self.sign_in and username is None:
-            raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
-        config = to_config(form, self.store.public)
-        return self.store.submit(config, known(owner), checked_token(token))
+    def start(self, form: JobForm, token: str, asker: Asker) -> tuple[str, ...]:
+        """Queue what the form asks for. Returns the ids, the first to run first.
 
-    def preview(self, form: JobForm, token: str) -> str:
-        """What the run would take, as HTML."""
-        return answered(
-            lambda: results.preview(
-                estimate(
-                    to_config(form, self.store.public), checked_token(token), self.store.public
+        Raises QuantkitError.
+        """
+        if self.sign_in and asker.username is None:
+            raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
+        owner, secret = known(asker.owner), checked_token(token)
+        config = to_config(form, self.store.public)  # what is wrong is said at once
+        self.allow("start", asker)
+        configs = to_configs(form, self.store.public, lambda c: self._plan(c, secret))
+        order = self._order(form, config, secret)
+        ids: list[str] = []
+        for config in configs:
+            if order.machine is not None:
+                device = order_device(order.machine, self.machines(secret))
+                config = dataclasses.replace(config, device=device)
+            elif ids:
+                order = dataclasses.replace(order, based_on=ids[0])
+            ids.append(self.store.submit(config, owner, secret, order))
+        return tuple(ids)
+
+    def _order(self, form: JobForm, config: RunConfig, token: str | None) -> Order:
+        """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
+        if check_machine(form.machine) != HERE:
+            if not self.has_jobs:
+                raise UsageError(
+                    "This server cannot start Jobs.", "Run it here, or on a deployed Space."
                 )
+            if config.model == DEMO_MODEL:
+                raise UsageError("The demo's model is on this machine.", "Run it here.")
+            jobs.check_token(token)
+            plan = self._plan(config, token)
+            choice = choose(plan, self.machines(token), form.machine)
+            machine = choice.machine
+            return Order(
+                machine.name, choice.hours_limit, machine.usd_per_hour, round(choice.seconds)
             )
+        # On one's own machine nobody has to wait for a plan.
+        found = self._plan(config, token) if self.on_space else known_plan(config, token)
+        if found is None:
+            return Order()
+        why_not = self._why_not_here(found)
+        if why_not and self.store.public:
+            raise QuantkitError(
+                f"The run is too large for this page. {why_not}",
+                "Choose a Job, or a smaller model." if self.has_jobs else "Choose a smaller model.",
+            )
+        return Order(estimate_seconds=found["estimates"]["seconds"])
+
+    def estimate(self, form: JobForm, token: str | None) -> dict[str, Any]:
+        """The planner's answer. Raises QuantkitError."""
+        configs = to_configs(form, self.store.public, lambda c: self._plan(c, token))
+        return self._plan(configs[0], token)
+
+    def _plan(self, config: RunConfig, token: str | None) -> dict[str, Any]:
+        return estimate(config, token, self.store.public)
+
+    def _why_not_here(self, plan: dict[str, Any]) -> str:
+        return why_not_here(plan, self.store.root, self.store.limits.seconds)
+
+    def machines(self, token: str | None) -> tuple[jobs.Machine, ...]:
+        """What Jobs may run on, and its price; asked of the Hub every ten minutes."""
+        asked, found = self._machines
+        if time.monotonic() > asked + _PRICES_SECONDS:
+            found = jobs.machines(token)
+            self._machines = (time.monotonic(), found)
+        return found
+
+    def preview(self, form: JobForm, token: str, asker: Asker) -> Iterator[str]:
+        """What the run would take, as HTML: first facts at once, all of it when it is known.
+
+        Empty when no model was named yet.
+        """
+        if not str(form.model or "").strip():
+            yield ""
+            return
+        try:
+            secret = checked_token(token)
+            config = to_config(form, self.store.public)
+            if form.size_kind == "fits":
+                fits(form)
+            if known_plan(config, secret) is None:
+                self.allow("preview", asker)
+                yield previews.looked_at(self._look(config, secret))
+            yield self._preview(form, config, secret)
+        except QuantkitError as error:
+            yield view.notice(error.message, error.remedy)
+        except Exception:
+            logger.exception("a preview failed")
+            yield view.notice(_BUG, _BUG_REMEDY)
+
+    def _look(self, config: RunConfig, token: str | None) -> hub.ModelInfo | None:
+        """First facts of a model on the Hub; None for the demo's and for folders."""
+        ref = hub.parse_reference(config.model, config.revision, allow_local=not self.store.public)
+        if ref.kind != "hub":
+            return None
+        return hub.inspect(ref, token or (None if self.store.public else hub.resolve_token()))
+
+    def _preview(self, form: JobForm, config: RunConfig, token: str | None) -> str:
+        plan = self._plan(config, token)
+        configs = to_configs(form, self.store.public, lambda _: plan)
+        plans = [self._plan(config, token) for config in configs]
+        offered: tuple[Choice, ...] = ()
+        chosen = None
+        if self.has_jobs and config.model != DEMO_MODEL:
+            try:
+                machines = self.machines(token)
+                offered = choices(plan, machines)
+                if check_machine(form.machine) != HERE:
+                    chosen = choose(plan, machines, form.machine)
+            except QuantkitError as error:
+                if form.machine != HERE:
+                    return view.notice(error.message, error.remedy)
+        return previews.preview(
+            plans[0],
+            limits=[plan["sizes"]["limit_bytes"] or 0 for plan in plans],
+            context=fits(form)[1] if form.size_kind == "fits" else None,
+            here="This Space" if self.on_space else "This machine",
+            why_not=self._why_not_here(plan),
+            machines=offered,
+            chosen=chosen,
         )
 
-    def search(self, text: str) -> list[str]:
+    def search(self, text: str, asker: Asker) -> list[str]:
         """Names of models for what was typed so far; empty when the Hub does not answer."""
         text = text.strip()
         if len(text) < 2 or "://" in text or time.monotonic() < self._no_search_until:
             return []
         if text[0] in "/.~" or text.lower().startswith("demo:"):
+            return []
+        try:
+            self.allow("search", asker)
+        except QuantkitError:
             return []
         try:
             return [hit.id for hit in hub.search_models(text, limit=10)]
@@ -75,29 +234,64 @@ class Desk:
 
     # A job.
 
-    def act(self, action: str, job_id: Any, owner: str | None, token: str = "") -> str:
+    def act(self, action: str, job_id: Any, asker: Asker, token: str = "") -> str:
         """Cancel, resume or delete. Returns a notice as HTML, empty when it worked."""
 
         def do() -> str:
+            self.allow("act", asker)
             if action == "cancel":
-                self.store.cancel(job_id, owner)
+                self.store.cancel(job_id, asker.owner)
             elif action == "resume":
-                self.store.resume(job_id, owner, checked_token(token))
+                self.store.resume(job_id, asker.owner, checked_token(token))
             elif action == "delete":
-                self.store.delete(job_id, owner)
+                self.store.delete(job_id, asker.owner)
             return ""
 
         return answered(do)
 
-    def publish(self, job_id: Any, repo: str, private: bool, owner: str | None, token: str) -> str:
-        """Queue the upload of a validated run. Returns a notice as HTML."""
+    def compare(self, job_id: Any, repo: str, private: bool, asker: Asker, token: str) -> str:
+        """What publishing would change, as HTML. Raises QuantkitError."""
+        files, places = self.store.staged(job_id, asker.owner)
+        self.allow("compare", asker)
+        secret = self._token_to_publish(token)
+        changes = hub.compare(files, places, check_repo(repo), secret, private is True)
+        return publishing.changes(changes)
 
-        def do() -> str:
-            checked = checked_token(token)
-            self.store.publish(job_id, owner, check_repo(repo), private is True, checked)
-            return view.notice("The upload is on its way.", "Its progress is above.", "info")
+    def publish(
+        self, job_id: Any, repo: str, private: bool, collection: str, asker: Asker, token: str
+    ) -> None:
+        """Queue the upload of a validated run. Raises QuantkitError."""
+        checked = checked_token(token)  # none on one's own machine: what it is logged in with
+        self.allow("publish", asker)
+        slug = check_collection(collection)
+        self.store.publish(
+            job_id,
+            asker.owner,
+            check_repo(repo),
+            private is True,
+            checked,
+            slug,
+        )
 
-        return answered(do)
+    def _token_to_publish(self, token: str) -> str | None:
+        """The visitor's token; on one's own machine the one it is logged in with will do."""
+        checked = checked_token(token)
+        return checked if checked or self.store.public else hub.resolve_token()
+
+    def talk(self, job_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
+        """What the finished file, or the original, answers; it grows. Raises QuantkitError."""
+        text = check_prompt(prompt)
+        ours, base = self.store.models(job_id, asker.owner)
+        path = base if original else ours
+        if path is None:
+            raise QuantkitError(
+                "The original is no longer on this machine."
+                if original
+                else "The file is not on this machine.",
+                "Download the file to try it.",
+            )
+        self.allow("talk", asker)
+        yield from say(path, [{"role": "user", "content": text}])
 
     # What is shown.
 
@@ -117,6 +311,7 @@ class Desk:
             "can_resume": job.can_resume,
             "can_delete": job.can_delete,
             "can_publish": job.can_publish,
+            "can_try": job.can_try,
             "has_card": bool(job.card),
             "is_there": True,
         }
@@ -125,11 +320,17 @@ class Desk:
         return answered(lambda: view.job_list(self.store.jobs(owner)))
 
 
+def order_device(name: str, machines: tuple[jobs.Machine, ...]) -> str:
+    """What a run computes on there: cuda where the machine has a GPU."""
+    machine = next((machine for machine in machines if machine.name == name), None)
+    return "cuda" if machine is not None and machine.gpu else "cpu"
+
+
 def _rendered(job: JobView) -> dict[str, Any]:
     return {
         "head": view.head(job),
         "stages": view.stages(job),
-        "curve": view.curve(job),
+        "curve": view.curve(job) + results.live_map(job),
         "files": view.files(job),
         "results": results.results(job),
         "card": view.card(job),

@@ -1,15 +1,18 @@
-"""The form: what to make, how large, with how much work. One id and one click are enough."""
+"""The form: what to make, how large, with how much work, and where. One id and one click are
+enough.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from quantkit.config import DEMO_MODEL, PROFILES
 from quantkit.launch import JobForm
-from quantkit.launch.request import CALIBRATION_TEXTS
+from quantkit.launch.request import CALIBRATION_TEXTS, FAMILIES, HERE
 from quantkit.qtypes import FILE_TYPES, QUANTIZED
 from quantkit.tensors import METHODS
 from quantkit.web.desk import Desk
@@ -27,6 +30,14 @@ _SUGGESTIONS: list[Any] = [
     "meta-llama/Llama-3.2-1B-Instruct",
 ]
 _MIXES = [label for label in FILE_TYPES if label.startswith(("Q", "IQ"))]
+_KINDS = [
+    ("Like a stock mix", "like"),
+    ("Fits my memory", "fits"),
+    ("File size", "size"),
+    ("Bits per weight", "bpw"),
+    ("Several sizes", "family"),
+]
+_CONTEXTS = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
 class Form:
@@ -51,21 +62,18 @@ class Form:
             elem_id="profile",
             elem_classes="qk-stack",
         )
+        self._where()
         self._advanced()
         self._publish()
-        with gr.Row(elem_classes="qk-buttons"):
-            self.start_button = gr.Button("Start", variant="primary", elem_id="start", scale=2)
-            self.preview_button = gr.Button("Preview", elem_id="preview", scale=1)
-        self.error = gr.HTML(visible=False, elem_id="form-error")
         self.plan = gr.HTML(visible=False, elem_id="plan")
+        self.error = gr.HTML(visible=False, elem_id="form-error")
+        with gr.Row(elem_classes="qk-buttons"):
+            self.start_button = gr.Button("Start", variant="primary", elem_id="start")
         self._wire()
 
     def _size(self) -> None:
         self.kind = gr.Radio(
-            [("Like a stock mix", "like"), ("File size", "size"), ("Bits per weight", "bpw")],
-            value="like",
-            label="How large may the file be?",
-            elem_id="size-kind",
+            _KINDS, value="like", label="How large may the file be?", elem_id="size-kind"
         )
         self.like = gr.Dropdown(
             _MIXES,
@@ -74,6 +82,21 @@ class Form:
             info="At most what llama.cpp's own mix of this name weighs.",
             elem_id="like",
         )
+        with gr.Row(visible=False, elem_id="fits") as self.fits:
+            self.memory = gr.Textbox(
+                "8GB",
+                label="Memory",
+                info="For the file and its context, such as 8GB or 24GiB.",
+                max_length=30,
+                elem_id="memory",
+            )
+            self.context = gr.Dropdown(
+                [(f"{n:,} tokens", n) for n in _CONTEXTS],
+                value=8192,
+                label="Context",
+                info="How much text it reads at once.",
+                elem_id="context",
+            )
         self.size = gr.Textbox(
             label="File size",
             placeholder="5.5GB",
@@ -89,6 +112,35 @@ class Form:
             step=0.1,
             visible=False,
             elem_id="bpw",
+        )
+        self.family = gr.CheckboxGroup(
+            list(FAMILIES["whole"]),
+            value=list(FAMILIES["everyday"]),
+            label="Sizes",
+            info="One run for each, as large as these stock mixes; they share all but the search.",
+            visible=False,
+            elem_id="family",
+        )
+
+    def _where(self) -> None:
+        here = "On this Space, free" if self._desk.on_space else "On this machine"
+        away = "In a Job of Hugging Face, paid from your account"
+        self.where = gr.Radio(
+            [(here, HERE), (away, "auto")],
+            value=HERE,
+            label="Where?",
+            visible=self._desk.has_jobs,
+            elem_id="where",
+            elem_classes="qk-stack",
+        )
+        self.machine = gr.Dropdown(
+            [("the cheapest that takes less than a working day", "auto")],
+            value="auto",
+            label="Machine",
+            info="Time and price of each are in the preview below.",
+            visible=False,
+            allow_custom_value=True,
+            elem_id="machine",
         )
 
     def _advanced(self) -> None:
@@ -153,7 +205,8 @@ class Form:
     def fields(self) -> list[Any]:
         """The inputs, in the order of `read`. The token comes last."""
         return [
-            *(self.model, self.kind, self.like, self.size, self.bpw, self.profile),
+            *(self.model, self.kind, self.like, self.size, self.bpw, self.memory, self.context),
+            *(self.family, self.profile, self.where, self.machine),
             *(self.revision, self.levels, self.methods, self.calibration, self.types),
             *(self.seed, self.device, self.repo, self.private, self.token),
         ]
@@ -161,14 +214,18 @@ class Form:
     @staticmethod
     def read(values: tuple[Any, ...]) -> JobForm:
         """The form's values without the token, as `launch` takes them."""
-        model, kind, like, size, bpw, profile, revision, levels, methods, *rest = values
-        calibration, types, seed, device, repo, private = rest
+        model, kind, like, size, bpw, memory, context, family, profile, *rest = values
+        where, machine, revision, levels, methods, calibration, types, *rest = rest
+        seed, device, repo, private = rest
         return JobForm(
             model=model or "",
             size_kind=kind,
             like=like or "",
             size=size or "",
             bpw=bpw,
+            memory=memory or "",
+            context=_number(context),
+            family=tuple(family or ()),
             profile=profile,
             revision=revision or "",
             levels=tuple(levels or ()),
@@ -179,24 +236,37 @@ class Form:
             device=device,
             publish=repo or "",
             private=bool(private),
+            machine=HERE if where == HERE else machine or "auto",
         )
 
     def _wire(self) -> None:
         desk = self._desk
 
         def sizes(kind: str) -> list[Any]:
-            return [gr.update(visible=kind == name) for name in ("like", "size", "bpw")]
+            return [gr.update(visible=kind == n) for n in ("like", "fits", "size", "bpw", "family")]
 
-        def search(event: gr.KeyUpData) -> Any:
-            found = desk.search(str(event.input_value)[:100])
+        def search(event: gr.KeyUpData, request: gr.Request) -> Any:
+            found = desk.search(str(event.input_value)[:100], desk.asker(request, None))
             return gr.update(choices=found) if found else gr.skip()
 
-        def preview(oauth: gr.OAuthToken | None, *values: Any) -> list[Any]:
+        def preview(
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+            *values: Any,
+        ) -> Iterator[Any]:
             *fields, typed = values
-            made = desk.preview(self.read(tuple(fields)), oauth.token if oauth else typed)
-            return [gr.update(value=made, visible=True), gr.update(value="", visible=False)]
+            token = oauth.token if oauth else typed
+            asker = desk.asker(request, user)
+            for made in desk.preview(self.read(tuple(fields)), token, asker):
+                yield gr.update(value=made, visible=bool(made))
 
-        self.kind.change(sizes, self.kind, [self.like, self.size, self.bpw], **QUIET)
+        self.kind.change(
+            sizes, self.kind, [self.like, self.fits, self.size, self.bpw, self.family], **QUIET
+        )
+        self.where.change(
+            lambda where: gr.update(visible=where != HERE), self.where, self.machine, **QUIET
+        )
         self.model.key_up(
             search,
             None,
@@ -206,12 +276,24 @@ class Form:
             concurrency_limit=4,
             api_visibility="private",
         )
-        self.preview_button.click(
+        shown: list[Any] = [self.model, self.kind, self.like, self.size, self.bpw, self.memory]
+        shown += [self.context, self.family, self.profile, self.where, self.machine]
+        shown += [self.levels, self.types]
+        gr.on(
+            [component.change for component in shown],
             preview,
             self.fields,
-            [self.plan, self.error],
-            concurrency_limit=4,
-            show_progress="full",
-            show_progress_on=self.preview_button,
+            self.plan,
+            trigger_mode="always_last",
+            concurrency_limit=8,
+            show_progress="hidden",
             api_visibility="private",
         )
+
+
+def _number(value: Any) -> int | float:
+    """A context as chosen or typed; what is none is refused further on."""
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value or "").replace(",", "").removesuffix("tokens").strip()
+    return int(text) if text.isdecimal() and len(text) < 10 else -1

@@ -80,11 +80,10 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
             *values: Any,
         ) -> list[Any]:
             *fields, typed = values
-            username = user.username if user else None
-            owner = desk.owner(request.cookies, username)
-            token = oauth.token if oauth else typed
+            asker = desk.asker(request, user)
+            owner, token = asker.owner, oauth.token if oauth else typed
             try:
-                new = desk.start(form.read(tuple(fields)), token, owner, username)
+                new = desk.start(form.read(tuple(fields)), token, asker)[0]
             except QuantkitError as error:
                 notice = view.notice(error.message, error.remedy)
                 kept = [gr.skip()] * (len(areas) + len(parts))
@@ -95,7 +94,13 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
         app.load(load, None, [job_id, *areas, *parts], **QUIET)
         gr.Timer(_POLL_SECONDS).tick(poll, [job_id, sent], parts, **QUIET)
         form.start_button.click(
-            start, form.fields, [job_id, form.error, form.token, *areas, *parts], **QUIET
+            start,
+            form.fields,
+            [job_id, form.error, form.token, *areas, *parts],
+            show_progress="full",
+            show_progress_on=form.start_button,
+            concurrency_limit=8,
+            api_visibility="private",
         ).then(None, job_id, None, js=_SET_URL, api_visibility="private")
         watch.wire(job_id, parts, refresh, areas, opened)
         add_endpoints(desk)

@@ -105,8 +105,43 @@ def head(job: JobView) -> str:
     state = badge("stopping") if job.stopping else badge(job.state)
     return (
         f'<div class="qk-head"><div class="qk-title">{title}{state}</div>'
-        f'<ul class="qk-facts">{items}</ul>{_state_note(job)}</div>'
+        f'<ul class="qk-facts">{items}</ul>{_state_note(job)}{_machine(job)}</div>'
     )
+
+
+def _machine(job: JobView) -> str:
+    """Where a Job runs, how busy it is and what it has cost; empty for runs of this machine."""
+    if job.machine is None:
+        return ""
+    facts = [f"Job on {job.machine}"]
+    if job.usd_per_hour:
+        facts.append(f"${job.usd_per_hour:.2f} an hour")
+    if job.hours:
+        facts.append(f"ended after {job.hours} h at the latest")
+    link, load = "", ""
+    if job.job:
+        facts.append(f"${float(job.job.get('usd') or 0):.2f} so far")
+        load = _load(job.job.get("metrics")) if job.state == "running" else ""
+        url = str(job.job.get("url", ""))
+        if url.startswith(("https://", "http://")):
+            link = f' <a href="{escape(url)}" rel="noopener" target="_blank">its page</a>'
+    return f'<p class="qk-machine">{escape(" · ".join(facts))}{escape(load)}{link}</p>'
+
+
+def _load(metrics: object) -> str:
+    if not isinstance(metrics, dict):
+        return ""
+    said = []
+    if isinstance(metrics.get("cpu_usage_pct"), (int, float)):
+        said.append(f"processor {metrics['cpu_usage_pct']:.0f} %")
+    used, total = metrics.get("memory_used_bytes"), metrics.get("memory_total_bytes")
+    if isinstance(used, (int, float)) and isinstance(total, (int, float)) and total > 0:
+        said.append(f"memory {used / 1e9:.1f} of {total / 1e9:.0f} GB")
+    gpus = metrics.get("gpus")
+    for gpu in gpus.values() if isinstance(gpus, dict) else ():
+        if isinstance(gpu, dict) and isinstance(gpu.get("utilization"), (int, float)):
+            said.append(f"GPU {gpu['utilization']:.0f} %")
+    return " · " + ", ".join(said) if said else ""
 
 
 def _state_note(job: JobView) -> str:
@@ -115,6 +150,10 @@ def _state_note(job: JobView) -> str:
     if job.state == "queued":
         place = job.position or 1
         text = "It is next in line." if place == 1 else f"It is number {place} in line."
+        if job.machine is not None:
+            text = "Its Job is about to be started."
+        elif job.wait_seconds:
+            text += f" It starts in about {duration(60 * max(1, round(job.wait_seconds / 60)))}."
         return notice(
             text, "You can close this page: its address and your list find it again.", "info"
         )
@@ -230,8 +269,13 @@ def files(job: JobView) -> str:
     rows = []
     for file in job.files:
         url = f"files/{quote(job.id)}/{quote(file.name)}"
+        link = (
+            f'<a href="{escape(url)}" download="{escape(file.name)}">{escape(file.name)}</a>'
+            if file.is_here
+            else f"<b>{escape(file.name)}</b>"
+        )
         rows.append(
-            f'<li><a href="{escape(url)}" download="{escape(file.name)}">{escape(file.name)}</a>'
+            f"<li>{link}"
             f"<span>{file_size(file.n_bytes)}</span>"
             f'<code title="sha256">{escape(file.sha256)}</code></li>'
         )
@@ -240,13 +284,26 @@ def files(job: JobView) -> str:
         f'<a class="qk-download" href="{escape(f"files/{quote(job.id)}/{quote(main.name)}")}"'
         f' download="{escape(main.name)}">Download {escape(main.name)}<small>'
         f"{file_size(main.n_bytes)}</small></a>"
-        if main.name.endswith(".gguf")
-        else ""
+        if main.name.endswith(".gguf") and main.is_here
+        else _elsewhere(job)
     )
     return (
         f'<section class="qk-section"><h3>Files</h3>{button}'
         f'<ul class="qk-files">{"".join(rows)}</ul></section>'
     )
+
+
+def _elsewhere(job: JobView) -> str:
+    """Where the files of a Job are."""
+    if job.machine is None:
+        return ""
+    text = (
+        "They are in the repository that it was published to."
+        if job.published_url
+        else "They are in your bucket quantkit-jobs on the Hub. Publish them to download them from"
+        " a repository."
+    )
+    return f'<p class="qk-help">{text}</p>'
 
 
 def job_list(jobs: Sequence[JobSummary]) -> str:

@@ -1,14 +1,16 @@
-"""One run: its head and controls, stages, pictures, files, results and logs."""
+"""One run: its head and controls, stages, pictures, files, results, publishing and logs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
 
-from quantkit.web.desk import CHUNKS, SWITCHES, Desk
+from quantkit.errors import QuantkitError
+from quantkit.web.desk import CHUNKS, SWITCHES, Asker, Desk
 from quantkit.web.form import QUIET
+from quantkit.web.view import notice
 
 
 class Watch:
@@ -33,8 +35,12 @@ class Watch:
         self.notice = gr.HTML(visible=False, elem_id="job-notice")
         for name in ("stages", "results", "files", "curve"):
             self.chunks[name] = gr.HTML(elem_id=f"job-{name}", visible=False)
+        with gr.Column(visible=False, elem_id="talk-area") as self.talk_area:
+            with gr.Accordion("Try it", open=False, elem_id="talk"):
+                self._talk()
         with gr.Column(visible=False, elem_id="publish-area") as self.publish_area:
-            self._publish()
+            with gr.Accordion("Publish to the Hugging Face Hub", open=False, elem_id="publish-now"):
+                self._publish()
         with gr.Accordion("Model card", open=False, elem_id="card", visible=False) as self.card:
             self.chunks["card"] = gr.Markdown(elem_id="job-card", visible=False)
         with gr.Column(visible=False) as self.logs:
@@ -43,23 +49,64 @@ class Watch:
                 with gr.Accordion("Raw output of the worker", open=False, elem_id="raw"):
                     self.chunks["raw"] = gr.HTML(elem_id="job-raw")
 
+    def _talk(self) -> None:
+        gr.HTML(
+            '<p class="qk-help">Answers of up to 200 tokens, without chance: the same prompt gives'
+            " the same answer. On a small machine it takes a moment.</p>"
+        )
+        self.prompt = gr.Textbox(
+            label="Prompt",
+            placeholder="What is the capital of France?",
+            lines=2,
+            max_length=4000,
+            elem_id="prompt",
+        )
+        with gr.Row(elem_classes="qk-buttons"):
+            self.ask = gr.Button("Ask this file", variant="primary", elem_id="ask", size="sm")
+            self.ask_both = gr.Button("Ask the original too", elem_id="ask-both", size="sm")
+        with gr.Row(elem_classes="qk-answers"):
+            self.answer = gr.Textbox(
+                label="This file", lines=4, interactive=False, elem_id="answer", buttons=["copy"]
+            )
+            self.base_answer = gr.Textbox(
+                label="The original",
+                lines=4,
+                interactive=False,
+                visible=False,
+                elem_id="base-answer",
+                buttons=["copy"],
+            )
+        self.talk_notice = gr.HTML(visible=False, elem_id="talk-notice")
+
     def _publish(self) -> None:
-        with gr.Accordion("Publish to the Hugging Face Hub", open=False, elem_id="publish-now"):
-            gr.HTML(
-                '<p class="qk-help">Uploads the files above: the GGUF, its importance matrix,'
-                " recipe, report and model card. Other files in the repository stay.</p>"
+        gr.HTML(
+            '<p class="qk-help">Uploads the files above: the GGUF, its importance matrix,'
+            " recipe, report and model card. Other files in the repository stay.</p>"
+        )
+        self.repo = gr.Textbox(
+            label="Repository", placeholder="you/my-model-GGUF", max_length=200, elem_id="repo"
+        )
+        self.private = gr.Checkbox(False, label="Private repository", elem_id="private")
+        self.token = gr.Textbox(
+            label="Hugging Face token",
+            info="With write access. It is never written down.",
+            type="password",
+            visible=not self._desk.sign_in,
+            elem_id="publish-token",
+        )
+        self.collection = gr.Textbox(
+            label="Collection",
+            info="The end of its address. Empty: none.",
+            placeholder="you/my-models-65f1c3",
+            max_length=300,
+            elem_id="collection",
+        )
+        self.changes = gr.HTML(visible=False, elem_id="changes")
+        with gr.Row(elem_classes="qk-buttons"):
+            self.compare = gr.Button("Show what would change", elem_id="compare", size="sm")
+            self.publish = gr.Button(
+                "Publish", variant="primary", visible=False, elem_id="publish", size="sm"
             )
-            self.repo = gr.Textbox(
-                label="Repository", placeholder="you/my-model-GGUF", max_length=200, elem_id="repo"
-            )
-            self.private = gr.Checkbox(False, label="Private repository")
-            self.token = gr.Textbox(
-                label="Hugging Face token",
-                info="With write access. It is never written down.",
-                type="password",
-                visible=not self._desk.sign_in,
-            )
-            self.publish = gr.Button("Publish", variant="primary", elem_id="publish")
 
     @property
     def outputs(self) -> list[Any]:
@@ -69,6 +116,7 @@ class Watch:
             "can_resume": self.resume,
             "can_delete": self.delete,
             "can_publish": self.publish_area,
+            "can_try": self.talk_area,
             "has_card": self.card,
             "is_there": self.logs,
         }
@@ -85,18 +133,15 @@ class Watch:
         """Connect the buttons. `refresh(job, owner, known)` gives the updates of `parts`."""
         desk = self._desk
 
-        def act(
-            action: str, current: str, request: gr.Request, user: gr.OAuthProfile | None, token: str
-        ) -> list[Any]:
-            owner = desk.owner(request.cookies, user.username if user else None)
-            notice = desk.act(action, current, owner, token)
+        def act(action: str, current: str, asker: Asker, token: str = "") -> list[Any]:
+            notice = desk.act(action, current, asker, token)
             return [
                 gr.update(value=notice, visible=bool(notice)),
-                *refresh(current, owner, {}),
+                *refresh(current, asker.owner, {}),
             ]
 
         def cancel(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
-            return act("cancel", current, request, user, "")
+            return act("cancel", current, desk.asker(request, user))
 
         def resume(
             current: str,
@@ -105,33 +150,20 @@ class Watch:
             user: gr.OAuthProfile | None,
             oauth: gr.OAuthToken | None,
         ) -> list[Any]:
-            return act("resume", current, request, user, oauth.token if oauth else typed)
+            token = oauth.token if oauth else typed
+            return act("resume", current, desk.asker(request, user), token)
 
         def delete(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
-            owner = desk.owner(request.cookies, user.username if user else None)
-            notice = desk.act("delete", current, owner)
+            asker = desk.asker(request, user)
+            notice = desk.act("delete", current, asker)
             left = current if notice else ""
             return [
                 left,
                 gr.update(visible=False),
                 gr.update(value=notice, visible=bool(notice)),
                 *opened(left),
-                *refresh(left, owner, {}),
+                *refresh(left, asker.owner, {}),
             ]
-
-        def publish(
-            current: str,
-            repo: str,
-            private: bool,
-            typed: str,
-            request: gr.Request,
-            user: gr.OAuthProfile | None,
-            oauth: gr.OAuthToken | None,
-        ) -> list[Any]:
-            owner = desk.owner(request.cookies, user.username if user else None)
-            token = oauth.token if oauth else typed
-            notice = desk.publish(current, repo, private, owner, token)
-            return [gr.update(value=notice, visible=True), "", *refresh(current, owner, {})]
 
         shown = [self.notice, *parts]
         self.cancel.click(cancel, job_id, shown, **QUIET)
@@ -147,12 +179,122 @@ class Watch:
             js="(id) => { if (!id) history.pushState(null, '', location.pathname) }",
             api_visibility="private",
         )
+        self._wire_publish(job_id, parts, refresh)
+        self._wire_talk(job_id)
+
+    def _wire_publish(
+        self, job_id: gr.Textbox, parts: list[Any], refresh: Callable[..., list[Any]]
+    ) -> None:
+        desk = self._desk
+
+        def compare(
+            current: str,
+            repo: str,
+            private: bool,
+            typed: str,
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+        ) -> list[Any]:
+            token, asker = oauth.token if oauth else typed, desk.asker(request, user)
+            found, ok = told(lambda: desk.compare(current, repo, private, asker, token))
+            return [gr.update(value=found, visible=True), gr.update(visible=ok)]
+
+        def publish(
+            current: str,
+            repo: str,
+            private: bool,
+            collection: str,
+            typed: str,
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+        ) -> list[Any]:
+            token, asker = oauth.token if oauth else typed, desk.asker(request, user)
+
+            def do() -> str:
+                desk.publish(current, repo, private, collection, asker, token)
+                return notice("The upload is on its way.", "Its progress is above.", "info")
+
+            said, ok = told(do)
+            return [
+                gr.update(value=said, visible=True),
+                gr.update(visible=not ok),
+                "" if ok else gr.skip(),
+                *refresh(current, asker.owner, {}),
+            ]
+
+        inputs = [job_id, self.repo, self.private]
+        self.compare.click(
+            compare,
+            [*inputs, self.token],
+            [self.changes, self.publish],
+            show_progress="full",
+            show_progress_on=self.changes,
+            concurrency_limit=4,
+            api_visibility="private",
+        )
         self.publish.click(
             publish,
-            [job_id, self.repo, self.private, self.token],
-            [self.notice, self.token, *parts],
+            [*inputs, self.collection, self.token],
+            [self.changes, self.publish, self.token, *parts],
             **QUIET,
         )
+        # What was shown is for what was asked: another name has to be looked at again.
+        gr.on(
+            [self.repo.input, self.private.input],
+            lambda: [gr.update(visible=False), gr.update(visible=False)],
+            None,
+            [self.changes, self.publish],
+            **QUIET,
+        )
+
+    def _wire_talk(self, job_id: gr.Textbox) -> None:
+        desk = self._desk
+
+        def talk(
+            current: str, prompt: str, original: bool, asker: Asker
+        ) -> Iterator[tuple[Any, Any]]:
+            """The growing answer and a notice."""
+            try:
+                yield "", gr.update(visible=False)
+                for text in desk.talk(current, prompt, original, asker):
+                    yield text, gr.skip()
+            except QuantkitError as error:
+                yield gr.skip(), gr.update(value=notice(error.message, error.remedy), visible=True)
+
+        def ask(
+            current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
+        ) -> Iterator[Any]:
+            yield from talk(current, prompt, False, desk.asker(request, user))
+
+        def ask_base(
+            current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
+        ) -> Iterator[Any]:
+            for text, said in talk(current, prompt, True, desk.asker(request, user)):
+                if isinstance(text, str):
+                    text = gr.update(value=text, visible=True)
+                yield text, said
+
+        limits: dict[str, Any] = {
+            "concurrency_limit": 2,
+            "concurrency_id": "talk",
+            "show_progress": "minimal",
+            "api_visibility": "private",
+        }
+        inputs = [job_id, self.prompt]
+        for button in (self.ask, self.ask_both):
+            event = button.click(ask, inputs, [self.answer, self.talk_notice], **limits)
+            if button is self.ask_both:
+                event.then(ask_base, inputs, [self.base_answer, self.talk_notice], **limits)
+
+
+def told(action: Callable[[], str]) -> tuple[str, bool]:
+    """The action's HTML, or what went wrong as a notice; and whether it went well."""
+    try:
+        return action(), True
+    except QuantkitError as error:
+        return notice(error.message, error.remedy), False
 
 
 def updates(shown: dict[str, Any], known: dict[str, int], names: tuple[str, ...]) -> list[Any]:
