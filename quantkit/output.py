@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from quantkit import __version__
@@ -42,10 +42,30 @@ def lay_out_output(
     return lay_out(base, types, key_values)
 
 
-def nearest_label(base: GgufFile, n_bytes: int) -> str:
-    """The stock mix whose file is nearest in size to `n_bytes`."""
-    sizes = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
+def nearest_label(base: GgufFile, n_bytes: int, types: Iterable[QuantType] = ()) -> str:
+    """The stock mix whose file is nearest in size to `n_bytes`, among those that a file with these
+    `types` may be called after.
+    """
+    sizes = {label: stock_bytes(base, StockRecipe(label)) for label in _labels(set(types))}
     return min(sizes, key=lambda label: (abs(sizes[label] - n_bytes), -STOCK_MIXES.index(label)))
+
+
+def _labels(types: set[QuantType]) -> list[str]:
+    """A file of one type is called after that type. No file is called after codebooks that it does
+    not use: where rows are narrow, stock mixes of many names have nearly the same size.
+    """
+    names = {str(qtype) for qtype in types}
+    if len(names) == 1:
+        (name,) = names
+        of_type = [label for label in STOCK_MIXES if f"{label}_".startswith(f"{name}_")]
+        if of_type:
+            return of_type
+    families = {name[:3] for name in names}  # IQ2, IQ3, ...
+    return [
+        label
+        for label in STOCK_MIXES
+        if not names or not label.startswith("IQ") or label[:3] in families
+    ]
 
 
 def file_name(model: str, label: str, bpw: float | None = None) -> str:

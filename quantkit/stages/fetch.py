@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit import hub
+from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
+from quantkit.qtypes import BF16, QuantType
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.safetensors_file import scan
 from quantkit.stages import StageResult
@@ -54,6 +56,7 @@ def execute(run: Run) -> StageResult:
         ref = hub.ModelRef("local", str(folder))
     info = hub.inspect(ref, token)
     run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
+    hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
     # One progress bar over both halves: bytes that come, then bytes that are looked at.
     n_to_come = 0 if info.local_path else info.n_download_bytes
@@ -96,6 +99,15 @@ def load(run_dir: RunDir) -> Snapshot:
 
 def _path(run_dir: RunDir) -> Path:
     return run_dir.stage_dir(NAME) / "snapshot.json"
+
+
+def run_bytes(config: RunConfig, info: hub.ModelInfo) -> int:
+    """About the bytes that a run writes: base.gguf, every level, the output and, one at a time,
+    the files it is compared with. `quantkit plan` knows more exactly.
+    """
+    levels = [q for pattern, q in config.types if pattern == "default"] or config.level_names
+    types = [BF16, *map(QuantType, levels), BF16]
+    return sum(info.n_parameters * q.block_bytes // q.block_size for q in types)
 
 
 def _describe(info: hub.ModelInfo) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "stitch"
-VERSION = 1
+VERSION = 2
 FIELDS: tuple[str, ...] = ()
 
 
@@ -37,7 +37,9 @@ def execute(run: Run) -> StageResult:
     index = database.load(run.dir)
     types = {name: key.qtype for name, key in allocation.items()}
     made = provenance(run)
-    label = nearest_label(base, lay_out_output(base, types, made, "Q8_0").n_bytes)
+    layout = lay_out_output(base, types, made, "Q8_0")  # the label does not change its size
+    matrices = [layout.types[t.name] for t in base.tensors.values() if len(t.shape) > 1]
+    label = nearest_label(base, layout.n_bytes, matrices)
     layout = lay_out_output(base, types, made, label)
     path = folder / file_name(convert.model_name(fetch.load(run.dir)), label)
     used = {name: index.find(key) for name, key in allocation.items()}
