@@ -323,7 +323,8 @@ def test_the_front_end_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("on_space", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_space", [True, False])
 def test_app_starts_beside_the_folder_spaces(tmp_path: Path, on_space: bool) -> None:
     """On a Space, Gradio imports `spaces`: our folder of that name must not answer."""
     clone = tmp_path / "clone"

@@ -136,6 +136,7 @@ def test_the_bare_converter_would_run_it(malicious: Path, tmp_path: Path):
     canary.unlink()
 
 
+@pytest.mark.slow
 def test_the_result_is_the_model(malicious: Path, converted: ConversionResult, tmp_path: Path):
     """Metadata from the real name, weights bit for bit, and llama.cpp tokenizes like the original
     tokenizer and runs it.

@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_search() -> None:
     assert not same(search(space, costs, 5)[0], search(space, costs, 6)[0])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_resumed_from_any_state_it_ends_the_same(seed: int) -> None:
     """Through JSON and with a fresh evaluator, as after kill -9: every later state is equal."""
     space, costs = problem(seed)
