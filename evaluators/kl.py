@@ -136,12 +136,17 @@ def summarize(scores: Sequence[TokenScores]) -> KLSummary:
 
 
 def measure(
-    base: BaseLogits, file: Path | str, runtime: Runtime = CPU, progress: Progress | None = None
+    base: BaseLogits,
+    file: Path | str,
+    runtime: Runtime = CPU,
+    progress: Progress | None = None,
+    max_windows: int | None = None,
 ) -> KLResult:
     """KL of one file against computed base logits.
 
     Args:
         progress: called with (windows done, windows in all).
+        max_windows: of each domain, from its start; all that the base has when None.
 
     Raises:
         EvaluationError: a broken file, a vocabulary of another size, logits that are not finite.
@@ -149,6 +154,7 @@ def measure(
     started = time.monotonic()
     tokens: dict[str, TokenScores] = {}
     done = 0
+    n_windows = {d: _first(s.windows.n_windows, max_windows) for d, s in base.stores.items()}
     with Model(file, runtime) as model, RowWorkers(model.n_vocab, runtime.threads) as workers:
         same_tokens = True
         for domain, store in base.stores.items():
@@ -163,10 +169,10 @@ def measure(
 
             def advance(n: int, _total: int, before: int = done) -> None:
                 if progress:
-                    progress(before + n, base.n_windows)
+                    progress(before + n, sum(n_windows.values()))
 
-            tokens[domain] = _score(model, store, workers, advance)
-            done += store.windows.n_windows
+            tokens[domain] = _score(model, store, n_windows[domain], workers, advance)
+            done += n_windows[domain]
         n_bytes = model.n_bytes
     return KLResult(
         file=str(file),
@@ -190,13 +196,14 @@ def measure_weights(
     folder: Path | None = None,
     runtime: Runtime = CPU,
     progress: Progress | None = None,
+    max_windows: int | None = None,
 ) -> KLResult:
     """As `measure`, of the file expanded to F16: the KL of its weights alone.
 
     `folder` takes the temporary F16 file (2 bytes a parameter); the system's when None.
     """
     with expanded_to_f16(Path(file), folder, runtime) as expanded:
-        return measure(base, expanded, runtime, progress)
+        return measure(base, expanded, runtime, progress, max_windows)
 
 
 def paired_test(a: KLResult, b: KLResult) -> PairedTest:
@@ -231,20 +238,28 @@ def weight_fields(result: KLResult) -> dict[str, Any]:
     }
 
 
-def _score(model: Model, store: LogitStore, workers: RowWorkers, progress: Progress) -> TokenScores:
+def _first(n_windows: int, max_windows: int | None) -> int:
+    if max_windows is not None and max_windows < 1:
+        raise EvaluationError(f"{max_windows} windows have nothing to score.", "Use 1 or more.")
+    return n_windows if max_windows is None else min(n_windows, max_windows)
+
+
+def _score(
+    model: Model, store: LogitStore, n_windows: int, workers: RowWorkers, progress: Progress
+) -> TokenScores:
     windows = store.windows
-    shape = (windows.n_windows, windows.n_scored)
+    shape = (n_windows, windows.n_scored)
     kl, nll, same = np.empty(shape), np.empty(shape), np.empty(shape, np.bool_)
     with window_context(model, windows.n_ctx, windows.first) as context:
-        for i, window in enumerate(windows.tokens):
+        for i, window in enumerate(windows.tokens[:n_windows]):
             for row, logits, targets in scored_logits(context, window, windows.first):
                 start, part = i * windows.n_scored + row, slice(row, row + len(logits))
                 kl[i, part], nll[i, part], same[i, part] = workers.kl(
                     logits, targets, store.rows_of(start, len(logits)), store.reader(start)
                 )
             check_finite(nll[i], model.path)
-            progress(i + 1, windows.n_windows)
-    return TokenScores(kl, nll, store.rows.nll.reshape(shape), same)
+            progress(i + 1, n_windows)
+    return TokenScores(kl, nll, store.rows.nll[: kl.size].reshape(shape), same)
 
 
 def _cuts_alike(model: Model, text: str, windows: Windows) -> bool:

@@ -1,4 +1,4 @@
-"""The model card: what the files are, which to choose, the evidence, and how to make them again."""
+"""The model card: which file to choose, the evidence, how to run it, and how to make it again."""
 
 from __future__ import annotations
 
@@ -7,45 +7,35 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quantkit import report as reports
+from quantkit.config import PROFILES
 from quantkit.hub import ModelInfo
+from quantkit.report import tables, text
+from quantkit.report.schema import OURS, Report, Row
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_TAGS = ("gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq")
+_NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")  # of the base
 
 
-def card_data(info: ModelInfo, report: dict[str, Any]) -> ModelCardData:
-    """The card's YAML: the base card's licence and languages, where the model comes from, measured
-    results.
+def card_data(info: ModelInfo, report: Report) -> ModelCardData:
+    """The card's YAML: the base card's licence, languages and tags, where the model comes from,
+    measured results.
     """
-    output = report["outputs"][0]
-    name = output["path"].rsplit("/", 1)[-1]
+    output = report.first
     kept = {key: info.card[key] for key in _KEPT if info.card.get(key)}
     results = [
-        _result(
-            name,
-            "text-generation",
-            "held-out calibration domains",
-            "perplexity",
-            output["perplexity"]["value"],
-        ),
-        _result(
-            name,
-            "text-generation",
-            "held-out calibration domains",
-            "kl_divergence",
-            output["kl"]["mean"],
-        ),
+        _result("held-out text", "perplexity", "Perplexity", output.perplexity.value),
+        _result("held-out text", "kl_divergence", "Mean KL divergence, nats", output.kl.value),
+        _result("held-out text", "top1_agreement", "Same most likely token", output.top1),
     ]
-    zero = output["zero_shot"]
-    if zero["status"] == "done":
-        results.append(
-            _result(name, "text-generation", zero["task"], "accuracy", zero["acc"]["value"])
-        )
+    results += [_result(t.name, "accuracy", "Accuracy", t.value) for t in output.tasks]
+    tags = dict.fromkeys([*_TAGS, *(str(t) for t in info.card.get("tags") or [])])
     return ModelCardData(
-        model_name=name.removesuffix(".gguf"),
+        model_name=output.name.removesuffix(".gguf"),
         base_model=_base_model(info),
         base_model_relation="quantized",
         quantized_by="quantkit",
-        tags=["gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq"],
+        tags=[tag for tag in tags if tag not in _NOT_OURS],
         eval_results=results,
         **{"pipeline_tag": "text-generation", **kept},
     )
@@ -58,86 +48,250 @@ def _base_model(info: ModelInfo) -> str | list[str] | None:
     return info.card.get("base_model") if info.local_path else info.id
 
 
-def _result(name: str, task: str, dataset: str, metric: str, value: float) -> EvalResult:
+def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
     return EvalResult(
-        task_type=task,
-        dataset_type=dataset,
+        task_type="text-generation",
+        dataset_type=dataset.replace(" ", "-"),
         dataset_name=dataset,
         metric_type=metric,
+        metric_name=name,
         metric_value=round(value, 5),
     )
 
 
 def model_card(
-    info: ModelInfo, report: dict[str, Any], recipe: dict[str, Any], repo: str | None
+    info: ModelInfo, value: dict[str, Any], recipe: dict[str, Any], repo: str | None
 ) -> str:
-    """The whole card as Markdown with YAML in front."""
-    output = report["outputs"][0]
-    name = output["path"].rsplit("/", 1)[-1]
-    where = repo or "<owner>/<repo>"
-    calibration = report["calibration"]
+    """The whole card as Markdown with YAML in front.
+
+    Args:
+        value: the JSON of report.json.
+        recipe: the JSON of recipe.json.
+        repo: where it will be published; None leaves a place to fill in.
+
+    Raises:
+        QuantkitError: the report is of another version.
+    """
+    report = reports.read(value)
+    output = report.first
+    parts = [
+        f"# {output.name.removesuffix('.gguf')}",
+        f"{_origin(info)} as one GGUF of {text.size(output.n_bytes)} ({output.bpw:.2f} bits per"
+        " weight). The type of every tensor was searched by measuring the KL divergence to the"
+        " full-precision model; the weights were quantized with GPTQ onto llama.cpp's own grids. It"
+        " runs in every llama.cpp build.",
+        text.verdict(report),
+        "## Which file should I choose?",
+        _choice(report, repo),
+        "## Measured",
+        _measured(report, repo),
+        _plot("frontier", "KL divergence over file size, ours and llama.cpp's"),
+        text.protocol_line(report)
+        + " The llama.cpp rows were made in the same run from the same base with the same"
+        " importance matrix. Weight KL is that of the file expanded to F16: llama.cpp also rounds"
+        " the activations of quantized files, which costs each the same few thousandths.",
+        *_losses(report),
+        reports.set_table(tables.domains(report)),
+        *([reports.bullets(lines)] if (lines := text.task_lines(report)) else []),
+        "## Run it",
+        _commands(output.name, recipe["output"]["label"], repo or "<owner>/<repo>"),
+        "## What is inside",
+        _plot("tensor-map", "The type of every tensor"),
+        _inside(report),
+        "## How it was made",
+        _made(info, report, value, recipe),
+        "## Checked before upload",
+        reports.bullets(f"{name}: {state}. {about}." for name, state, about in _checks(report)),
+        "## Limits and licence",
+        _limits(info),
+    ]
+    groups = tables.fallbacks(report)
+    if groups is not None:
+        parts += ["## Fallbacks", reports.set_table(groups)]
+    body = "\n\n".join(parts) + "\n"
+    return str(ModelCard(f"---\n{card_data(info, report).to_yaml()}\n---\n\n{body}"))
+
+
+def _origin(info: ModelInfo) -> str:
+    name = info.id.rsplit("/", 1)[-1]
+    return f"[{info.id}](https://huggingface.co/{info.id})" if not info.local_path else name
+
+
+def _link(name: str, repo: str | None) -> str:
+    if repo is None:
+        return f"`{name}`"
+    return f"[{name}](https://huggingface.co/{repo}/resolve/main/{name}?download=true)"
+
+
+def _choice(report: Report, repo: str | None) -> str:
+    """The files by the memory that they need."""
+    base = report.base.speed
+    rows = []
+    for row in report.by_size:
+        if row.kind == OURS:
+            needed = text.size(row.speed.peak_bytes) if row.speed else "-"
+            rows.append([_link(row.name, repo), text.size(row.n_bytes), needed, "nearly everyone"])
+    rows.append(
+        [
+            "full precision, not here",
+            text.size(report.base.n_bytes),
+            text.size(base.peak_bytes) if base else "-",
+            "the memory is there, and every last answer counts",
+        ]
+    )
+    n_ctx = base.n_ctx if base else 0
+    return reports.table(["file", "size", f"memory at {n_ctx:,} tokens", "choose it when"], rows)
+
+
+def _measured(report: Report, repo: str | None) -> str:
+    """Every file with all of its figures; ours are links."""
+    has_tasks = any(row.tasks for row in report.rows)
+    has_speed = any(row.speed for row in report.rows)
+    headers = ["file", "size", "bits per weight", "mean KL", "weight KL", "same top-1"]
+    headers += ["perplexity", *["tasks"] * has_tasks, *["tokens/s"] * has_speed, "against ours"]
+    lines = []
+    for row in report.by_size:
+        cells = [_name(row, repo), text.size(row.n_bytes), f"{row.bpw:.2f}"]
+        cells += (
+            [text.with_error(row.kl), text.number(row.weight_kl.value)]
+            if row.weight_kl
+            else [
+                text.with_error(row.kl),
+                "-",
+            ]
+        )
+        cells += [text.percent(row.top1), f"{row.perplexity.value:.2f}"]
+        cells += [_tasks(row)] * has_tasks
+        cells += [f"{row.speed.generation:.0f}" if row.speed else "-"] * has_speed
+        lines.append([*cells, text.tested(row.kl_versus)])
+    base = report.base
+    bpw = f"{8 * base.n_bytes / base.n_parameters:.2f}"
+    cells = ["full precision", text.size(base.n_bytes), bpw, "0", "0", "100 %"]
+    cells += [f"{base.perplexity.value:.2f}", *[_base_tasks(report)] * has_tasks]
+    cells += [f"{base.speed.generation:.0f}" if base.speed else "-"] * has_speed
+    return reports.table(headers, [*lines, [*cells, "-"]])
+
+
+def _name(row: Row, repo: str | None) -> str:
+    return f"**{_link(row.name, repo)}**" if row.kind == OURS else row.label
+
+
+def _tasks(row: Row) -> str:
+    return ", ".join(f"{t.name} {100 * t.value:.1f} %" for t in row.tasks) or "-"
+
+
+def _base_tasks(report: Report) -> str:
+    shown = [t for t in report.first.tasks if t.base is not None]
+    return ", ".join(f"{t.name} {100 * (t.base or 0):.1f} %" for t in shown) or "-"
+
+
+def _plot(name: str, about: str) -> str:
+    return f"![{about}](plots/{name}.png)"
+
+
+def _losses(report: Report) -> list[str]:
+    lost = text.losses(report)
+    return ["Where this file loses:", reports.bullets(lost)] if lost else []
+
+
+def _commands(name: str, label: str, repo: str) -> str:
+    return f"""llama.cpp:
+
+```
+llama-server -hf {repo}:{label}
+```
+
+Ollama:
+
+```
+ollama run hf.co/{repo}:{label}
+```
+
+LM Studio: search for `{repo}`, or
+
+```
+lms get https://huggingface.co/{repo}
+```
+
+llama-cpp-python:
+
+```python
+from llama_cpp import Llama
+
+llm = Llama.from_pretrained(repo_id="{repo}", filename="{name}", n_ctx=4096)
+messages = [{{"role": "user", "content": "Name three things that float on water."}}]
+print(llm.create_chat_completion(messages)["choices"][0]["message"]["content"])
+```"""
+
+
+def _inside(report: Report) -> str:
+    """How many tensors have each type, and by which method."""
+    counts: dict[tuple[str, str], int] = {}
+    for tensor in report.first.tensors:
+        key = (tensor.qtype, tensor.method)
+        counts[key] = counts.get(key, 0) + 1
+    said = [
+        f"{n} {qtype}{f' by {method}' if method else ''}"
+        for (qtype, method), n in sorted(counts.items())
+    ]
+    return f"Quantized tensors: {', '.join(said)}. Every one is named in `recipe.json`."
+
+
+def _made(info: ModelInfo, report: Report, value: dict[str, Any], recipe: dict[str, Any]) -> str:
+    config, search = recipe["config"], value["search"]
+    levels = config["levels"] or PROFILES[config["profile"]].levels
+    calibration = value["calibration"]
     mix = [
         [d["name"], d["source"], f"{100 * d['weight']:.0f} %", f"`{d['sha256'][:16]}…`"]
         for d in calibration["domains"]
     ]
-    body = f"""# {name.removesuffix(".gguf")}
+    note = calibration["note"]
+    lines = [
+        f"Model revision `{recipe['revision']}`, profile {config['profile']}, seed"
+        f" {config['seed']}. {note[0].upper() + note[1:]}.",
+        f"Levels to choose from: {', '.join(levels)}; methods: {', '.join(config['methods'])}.",
+        _search(search),
+        reports.table(["calibration", "source", "share", "sha256"], mix),
+        f"The same file again, from the full-precision GGUF (sha256 `{recipe['base']['sha256']}`):",
+        f"```\nquantkit rebuild recipe.json --base base.gguf --out {report.first.name}\n```",
+        f"sha256 of `{report.first.name}`:\n`{report.first.sha256}`",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".",
+    ]
+    return "\n\n".join(lines)
 
-{info.id} as one GGUF of {reports.size(output["n_bytes"])} ({output["bpw"]:.2f} bits per weight).
-The type of every tensor was searched by measuring the KL divergence to the full-precision model;
-the weights were quantized with GPTQ onto llama.cpp's own grids. It runs in every llama.cpp build.
 
-{reports.verdict(report)}
+def _search(search: dict[str, Any]) -> str:
+    budget = f"Budget: {search['limit_bytes']:,} bytes" if search.get("limit_bytes") else "Budget"
+    if not search.get("searched"):
+        return f"{budget}; every type was given, nothing was searched."
+    return (
+        f"{budget} ({search['target']}), used: {search['n_bytes']:,}. Search:"
+        f" {search['generations']} generations over {search['tokens']:,} evaluated tokens, from KL"
+        f" {text.number(search['proposal_kl'])} to {text.number(search['kl'])} on its own text."
+    )
 
-## Measured
 
-{reports.comparison(report)}
+def _checks(report: Report) -> list[tuple[str, str, str]]:
+    return text.check_lines(report)
 
-Protocol: {report["protocol"]}. The text was held out: {", ".join(report["texts"])}.
-The llama.cpp rows were made in the same run from the same base with the same importance matrix.
 
-{reports.domains(report)}
-
-{reports.zero_shot(report)}
-
-## Run it
-
-```
-llama serve -hf {where}:{recipe["output"]["label"]}
-ollama run hf.co/{where}:{recipe["output"]["label"]}
-```
-
-```python
-from llama_cpp import Llama
-llm = Llama.from_pretrained(repo_id="{where}", filename="{name}")
-```
-
-## How it was made
-
-quantkit {report["versions"]["quantkit"]}, from revision `{recipe["revision"][:12]}`,
-seed {recipe["config"]["seed"]}, profile {recipe["config"]["profile"]}.
-{calibration["note"][0].upper() + calibration["note"][1:]}.
-
-{reports.table(["calibration", "source", "share", "sha256"], mix)}
-
-Every tensor's type and method, and the sha256 of everything that went in, are in `recipe.json`:
-
-```
-quantkit rebuild recipe.json --base base.gguf --out {name}
-```
-
-sha256 of `{name}`: `{output["sha256"]}`
-
-## Limits
-
-The figures above are for the texts named there; on other text they differ.
-The licence is that of the base model{_licence(info)}.
-"""
-    if report["fallbacks"]:
-        body += f"\n## Fallbacks\n\n{reports.fallbacks(report)}\n"
-    return str(ModelCard(f"---\n{card_data(info, report).to_yaml()}\n---\n\n{body}"))
+def _limits(info: ModelInfo) -> str:
+    lines = [
+        "The figures above are for the texts named there; on other text they differ. Speed is that"
+        " of the machine that made the file and is good for comparing rows only.",
+        f"The licence is that of the base model{_licence(info)}.",
+    ]
+    if info.gated:
+        lines.append(
+            f"Access to {info.id} is gated: its owner's terms apply to this file, too. Such files"
+            " are published privately unless their maker decides otherwise."
+        )
+    return "\n\n".join(lines)
 
 
 def _licence(info: ModelInfo) -> str:
     if not info.license:
         return ", which does not state one"
-    return f" ({info.license_name or info.license})"
+    name = info.license_name or info.license
+    link = info.license_link
+    return f" ([{name}]({link}))" if link and link.startswith("https://") else f" ({name})"

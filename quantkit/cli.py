@@ -145,12 +145,23 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", metavar="FILE", help="multiple-choice items to validate on, JSON lines"
     )
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="GGUF",
+        help="measure this file of the same model beside ours: a path or hf://owner/name/file.gguf",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
     """The RunConfig of `run` and `plan`. Raises UsageError."""
+    from quantkit import given
+
+    for name in arguments.compare:
+        given.check_name(name)
     target = None
     for kind, value in (
         ("bpw", arguments.target_bpw),
@@ -171,11 +182,17 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         calibration=arguments.calibration,
         eval_text=arguments.eval_text,
         tasks=arguments.tasks,
+        compare=tuple(_absolute(name) for name in arguments.compare),
         seed=arguments.seed,
         device=arguments.device,
         publish=getattr(arguments, "publish", None),
         private=getattr(arguments, "private", False),
     )
+
+
+def _absolute(name: str) -> str:
+    """A local path that means the same wherever the run is taken up again."""
+    return name if name.startswith("hf://") else str(Path(name).expanduser().absolute())
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

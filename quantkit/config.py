@@ -146,6 +146,7 @@ class RunConfig:
     calibration: str = "auto"
     eval_text: str | None = None
     tasks: str | None = None
+    compare: tuple[str, ...] = ()  # GGUFs to measure beside ours: paths or hf://owner/name/file
     seed: int = 0
     device: str = "cpu"
     publish: str | None = None
@@ -202,6 +203,7 @@ class RunConfig:
         value["target"] = None if value["target"] is None else Target(**value["target"])
         value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
         value["methods"] = tuple(value["methods"])
+        value["compare"] = tuple(value.get("compare", ()))
         value["levels"] = None if value["levels"] is None else tuple(value["levels"])
         return cls(**value)
 

@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quantkit import hub
 from quantkit.config import RunConfig, Target
+from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore, process
 from quantkit.launch.record import JobRecord, load_record, owner_hash, save_record
 from quantkit.rundir import STAGES, EventLog, RunDir, StageRecord, read_json, write_json
@@ -69,13 +71,15 @@ def make_report() -> dict[str, Any]:
     ]
     zero = {"status": "not run", "reason": "no --tasks file"}
     ours = {
+        "kind": "ours",
+        "name": GGUF,
         "path": f"7-stitch/{GGUF}",
         "budget_bytes": 105_500_000,
         "sha256": "6a" * 32,
         "zero_shot": zero,
     }
     return {
-        "schema": 1,
+        "schema": 2,
         "model": "SmolLM2-135M-Instruct",
         "base": {
             "path": "2-convert/base.gguf",
@@ -84,7 +88,7 @@ def make_report() -> dict[str, Any]:
             "perplexity": {"value": 16.3, "stderr": 0.2},
         },
         "outputs": [{**ours, **row(105_400_000, 0.0147, 16.45, 0.93)}],
-        "baselines": [{"name": name, **row(*values)} for name, *values in stock],
+        "baselines": [{"kind": "stock", "name": name, **row(*values)} for name, *values in stock],
         "protocol": "llama.cpp: windows of 512 tokens, second half scored, KL in nats",
         "texts": ["code", "docs", "prose"],
         "calibration": {"note": "calibration text as asked: builtin"},
@@ -138,6 +142,8 @@ def work(folder: Path, seconds: float) -> None:
         config = RunConfig.from_json(read_json(directory.config_path))
         events = EventLog(directory.events_path)
         events.emit(None, "started", f"{config.model}, {config.target}")
+        if config.publish:
+            hub.check_write(config.publish, hub.resolve_token(), config.private)
         done = directory.records()
         for stage in STAGES:
             if stage in done and not (stage == "publish" and config.publish):
@@ -156,7 +162,7 @@ def work(folder: Path, seconds: float) -> None:
                 print(f"{stage} {step}", flush=True)
                 time.sleep(seconds / 5)
             shutil.rmtree(directory.stage_dir(stage), ignore_errors=True)
-            _finish(directory, stage, events)
+            _finish(directory, stage, events, config)
         if os.environ.get("QUANTKIT_HF_TOKEN"):
             events.emit("publish", "note", "a token is there")
         events.emit(None, "finished", "all stages are done")
@@ -179,7 +185,19 @@ def _search_events(path: Path, share: float) -> None:
             file.write(json.dumps({**event, "data": data}, ensure_ascii=False) + "\n")
 
 
-def _finish(directory: RunDir, stage: str, events: EventLog) -> None:
+def _upload(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """As the real publish stage does it."""
+    assert config.publish is not None
+    token = hub.resolve_token()
+    made = hub.publish(folder, config.publish, token, config.private, "Upload")
+    if config.collection is not None:
+        hub.add_to_collection(config.collection, made.repo_id, token)
+    return {"url": made.url, "commit": made.sha, "changed": list(made.changed)}
+
+
+def _finish(
+    directory: RunDir, stage: str, events: EventLog, config: RunConfig | None = None
+) -> None:
     folder = directory.stage_dir(stage)
     folder.mkdir(exist_ok=True)
     outputs = []
@@ -210,10 +228,13 @@ def _finish(directory: RunDir, stage: str, events: EventLog) -> None:
             os.link(directory.path / source / name, upload / name)
         (upload / "SmolLM2-135M-Instruct-imatrix.gguf").write_bytes(b"GGUF" + b"i" * 2000)
         outputs += sorted(upload.iterdir())
+    summary: dict[str, Any] = {}
+    if stage == "publish" and config is not None and config.publish:
+        summary = _upload(folder / "upload", config)
     seconds = {"calibrate": 68.0, "quantize": 142.0, "search": 213.0}.get(stage, 9.0)
     described = tuple(directory.describe(path) for path in outputs)
-    directory.save_record(StageRecord(stage, {}, described, seconds, {}))
-    events.emit(stage, "finished", f"{seconds:.0f} s", seconds=seconds)
+    directory.save_record(StageRecord(stage, {}, described, seconds, summary))
+    events.emit(stage, "finished", f"{seconds:.0f} s", seconds=seconds, **summary)
 
 
 def own(folder: Path, owner: str | None, phase: str = "started", **fields: Any) -> Path:
@@ -297,4 +318,10 @@ def make_states(root: Path, owner: str, pid: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[-1]), float(os.environ.get("QUANTKIT_TEST_SECONDS", "0.2")))
+    target = Path(sys.argv[-1])
+    try:
+        work(target, float(os.environ.get("QUANTKIT_TEST_SECONDS", "0.2")))
+    except QuantkitError as error:
+        log = EventLog(RunDir(target).events_path)
+        log.emit("publish", "failed", error.message, remedy=error.remedy)
+        sys.exit(1)

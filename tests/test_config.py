@@ -158,6 +158,7 @@ def test_every_field_is_compared_but_where_it_is_published() -> None:
         "docs",
         "e.txt",
         "t.jsonl",
+        ("other.gguf",),
         1,
         "cuda",
         "me/it",

@@ -1,20 +1,31 @@
-"""The report's words and tables: ours beside theirs, wins and losses said alike."""
+"""The report's schema, words and tables: ours beside theirs, wins and losses said alike."""
 
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantkit import report
+from quantkit.errors import QuantkitError
+from quantkit.report import tables, text
+from quantkit.report.schema import Mean
 
-KL = {"mean": 0.0123, "stderr": 0.0004}
+KL = {"mean": 0.0123, "stderr": 0.0004, "ci95": [0.0115, 0.0131]}
+
+
+def versus(difference: float, p_value: float) -> dict[str, Any]:
+    test = {"difference": difference, "p_value": p_value, "significant": p_value < 0.05}
+    return {"kl": {**test, "n_windows": 20}, "weight_kl": {**test, "n_windows": 8}}
 
 
 def row(**changes: Any) -> dict[str, Any]:
     """One file's figures."""
     values = {
+        "kind": "stock",
         "n_bytes": 1_000_000,
         "bpw": 4.5,
         "kl": KL,
@@ -25,17 +36,55 @@ def row(**changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
+def tensors() -> dict[str, Any]:
+    table = {
+        f"blk.{block}.{kind}.weight": {
+            "qtype": qtype,
+            "n_elements": 4096,
+            "n_bytes": n_bytes,
+            "method": "gptq",
+        }
+        for block in range(3)
+        for kind, qtype, n_bytes in (("attn_q", "Q4_K", 2304), ("ffn_up", "Q8_0", 4352))
+    }
+    embedding = {"qtype": "Q6_K", "n_elements": 8192, "n_bytes": 6720, "method": "imatrix"}
+    return table | {"token_embd.weight": embedding}
+
+
+def speed(rate: float) -> dict[str, Any]:
+    return {
+        "prompt": {"tokens_per_second": 10 * rate},
+        "generation": {"tokens_per_second": rate},
+        "load_seconds": 0.25,
+        "peak_rss_bytes": 180_000_000,
+        "n_ctx": 2048,
+    }
+
+
 def values() -> dict[str, Any]:
     ours = row(
+        kind="ours",
+        name="Tiny-EVO-Q4_K_M.gguf",
         path="7-stitch/Tiny-EVO-Q4_K_M.gguf",
-        zero_shot={"status": "not run", "reason": "no --tasks file"},
+        tasks_not_run="no --tasks file",
+        sha256="ab" * 32,
+        tensors=tensors(),
+        speed=speed(50),
+        generation={"prompt": "Say <hi>.", "asked": "chat template", "text": "Hi | there."},
     )
     return {
+        "schema": report.SCHEMA,
+        "kind": "run",
         "model": "owner/Tiny",
         "outputs": [ours],
         "baselines": [
             row(name="Q4_K_S", n_bytes=900_000, kl={"mean": 0.05, "stderr": 0.001}),
-            row(name="Q5_1 --pure", n_bytes=990_000, kl={"mean": 0.0246, "stderr": 0.001}),
+            row(
+                name="Q5_1 --pure",
+                n_bytes=990_000,
+                kl={"mean": 0.0246, "stderr": 0.001},
+                versus=versus(0.0123, 0.0001),
+            ),
             row(name="Q4_K_M", n_bytes=1_100_000, kl={"mean": 0.001, "stderr": 0.001}),
         ],
         "base": {
@@ -46,93 +95,162 @@ def values() -> dict[str, Any]:
         "protocol": "llama.cpp",
         "texts": {"docs": "ab", "code": "cd"},
         "calibration": {"note": "built-in text"},
+        "trace": [
+            {"generation": i, "tokens": 1000 * (i + 1), "kl": 0.03 / (i + 1), "stderr": 0.001}
+            for i in range(4)
+        ],
+        "integrity": [
+            {"name": "dequantized weights", "passed": True, "about": "all of them"},
+            {"name": "logits", "passed": None, "about": "too little memory"},
+        ],
         "fallbacks": [],
         "unmapped": [],
+        "versions": {"quantkit": "0.1.0"},
     }
 
 
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def losing() -> dict[str, Any]:
+    """A smaller stock file is better, and ours fails a check."""
+    worse = values()
+    worse["outputs"][0]["kl"] = {"mean": 0.0738, "stderr": 0.001}
+    worse["baselines"][0]["domains"]["code"]["kl"]["mean"] = 0.00001
+    worse["integrity"][1] = {"name": "chat turn", "passed": False, "about": "0 characters"}
+    return worse
 
 
 def test_the_comparison_is_by_size_and_marks_ours() -> None:
-    lines = report.comparison(values()).splitlines()
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
-    names = [cells(line)[0] for line in lines[2:]]
-    assert names == [
-        "llama.cpp Q4_K_S, same imatrix",
-        "llama.cpp Q5_1 --pure, same imatrix",
-        "**Tiny-EVO-Q4_K_M.gguf**",
-        "llama.cpp Q4_K_M, same imatrix",
+    made = tables.comparison(report.read(values()))
+    assert [line.cells[0] for line in made.lines] == [
+        "llama.cpp Q4_K_S",
+        "llama.cpp Q5_1 pure",
+        "Tiny-EVO-Q4_K_M.gguf",
+        "llama.cpp Q4_K_M",
         "full precision",
     ]
-    assert cells(lines[4])[1:] == ["1,000,000", "4.50", "0.0123 ± 0.00040", "91.2 %", "12.346"]
-    assert cells(lines[-1])[1:] == ["4,000,000", "16.00", "0", "100 %", "11.000"]
+    ours = made.lines[2]
+    assert ours.kind == "ours"
+    assert ours.cells[1:6] == ("1.0 MB", "4.50", "0.0123 ± 0.0004", "91.2 %", "12.346")
+    assert made.lines[1].cells[-1] == "worse (p < 0.001)" and ours.cells[-1] == "-"
+    assert made.lines[-1].cells[1:6] == ("4.0 MB", "16.00", "0", "100 %", "11.000")
+    assert all(len(line.cells) == len(made.headers) for line in made.lines)
+    assert "weight KL" not in made.headers, "a column that no file has"
+
+
+def test_weight_kl_is_a_column_where_it_was_measured() -> None:
+    changed = values()
+    changed["outputs"][0]["weight_kl"] = {"mean": 0.005, "stderr": 0.0002}
+    made = tables.comparison(report.read(changed))
+    at = made.headers.index("weight KL")
+    assert made.lines[2].cells[at] == "0.00500 ± 0.00020"
+    assert made.lines[0].cells[at] == "-"
 
 
 def test_the_verdict_is_against_the_best_file_of_at_most_our_size() -> None:
-    found = report.verdict(values())
-    assert "Q5_1 --pure" in found and "0.50 times" in found and "(less)" in found
+    found = report.verdict(report.read(values()))
+    assert "Q5_1 --pure" in found and "0.50 times" in found and "(less; significant" in found
     assert "Q4_K_M," not in found, "larger files are no fair opponent"
 
 
+def test_the_verdict_knows_the_weights_too() -> None:
+    changed = values()
+    changed["outputs"][0]["weight_kl"] = {"mean": 0.03, "stderr": 0.0002}
+    changed["baselines"][1]["weight_kl"] = {"mean": 0.02, "stderr": 0.0002}
+    assert "weights alone it is 1.50 times (MORE)" in report.verdict(report.read(changed))
+
+
+def test_a_uniform_file_is_no_llama_cpp_file() -> None:
+    changed = values()
+    small = {"mean": 0.001, "stderr": 0.0001}
+    changed["baselines"].append(row(kind="uniform", name="Q4_K", n_bytes=980_000, kl=small))
+    read = report.read(changed)
+    assert "Q5_1 --pure" in report.verdict(read)
+    assert any("uniform Q4_K" in line and "not larger" in line for line in report.losses(read))
+
+
 def test_a_loss_is_said_plainly() -> None:
-    worse = values()
-    worse["outputs"][0]["kl"] = {"mean": 0.0738, "stderr": 0.001}
-    assert "3.00 times" in report.verdict(worse) and "(MORE)" in report.verdict(worse)
+    found = report.read(losing())
+    assert "3.00 times" in report.verdict(found) and "(MORE" in report.verdict(found)
+    lines = report.losses(found)
+    assert any(line.startswith("llama.cpp Q4_K_S") and "0.0738" in line for line in lines)
+    assert lines[-1] == "FAILED: chat turn: 0 characters."
+    text_of_all = report.markdown(found)
+    assert "## Where this file loses" in text_of_all and "FAILED" in text_of_all
+    assert "Where this file loses" in report.html(found)
+
+
+def test_a_domain_lost_is_said() -> None:
+    changed = values()
+    changed["baselines"][0]["domains"]["code"]["kl"]["mean"] = 0.00001
+    assert report.losses(report.read(changed)) == [
+        "llama.cpp Q4_K_S is closer to the base on code (0.0000100 against 0.0000200)."
+    ]
+
+
+def test_nothing_lost_is_no_section() -> None:
+    assert report.losses(report.read(values())) == []
+    assert "loses" not in report.markdown(report.read(values()))
 
 
 def test_nothing_as_small() -> None:
     alone = values()
     alone["baselines"] = alone["baselines"][2:]
-    assert report.verdict(alone) == "No llama.cpp file is as small as this one."
-    assert "full precision" in report.comparison(alone)
+    assert "No llama.cpp file" in report.verdict(report.read(alone))
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("difference", "p_value", "said"),
     [
-        (1.5, "1.5000"),
-        (0.0506, "0.0506"),
-        (0.00431, "0.00431"),
-        (0.000431, "0.00043"),
-        (0.0000431, "4.31e-05"),
+        (0.01, 0.0004, "worse (p < 0.001)"),
+        (-0.01, 0.031, "BETTER (p = 0.031)"),
+        (-0.01, 0.4, "no difference shown (p = 0.4)"),
     ],
 )
-def test_digits_that_mean_something(value: float, text: str) -> None:
-    assert report.number(value) == text
+def test_significance_in_words(difference: float, p_value: float, said: str) -> None:
+    changed = values()
+    changed["baselines"][0]["versus"] = versus(difference, p_value)
+    assert text.tested(report.read(changed).others[0].kl_versus) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.5, "1.50"), (0.0506, "0.0506"), (0.00431, "0.00431"), (0.0000431, "0.0000431"), (0, "0")],
+)
+def test_digits_that_count(value: float, shown: str) -> None:
+    assert report.number(value) == shown
+
+
+def test_an_error_has_the_digits_of_its_value() -> None:
+    assert report.with_error(Mean(0.01234, 0.00041)) == "0.0123 ± 0.0004"
 
 
 def test_sizes_for_people() -> None:
     assert report.size(105_454_144) == "105.5 MB"
-    assert report.size(15_500_000_000) == "15.50 GB"
-
-
-def test_gigabytes_begin_at_one() -> None:
+    assert report.size(999_000_000) == "999.0 MB"
     assert report.size(5_500_000_000) == "5.50 GB"
 
 
 def test_domains_one_column_each() -> None:
-    lines = report.domains(values()).splitlines()
-    assert cells(lines[0]) == ["mean KL on", "docs", "code"]
-    assert cells(lines[2]) == ["Tiny-EVO-Q4_K_M.gguf", "0.0123", "2.00e-05"]
-    assert len(lines) == 2 + 4
+    made = tables.domains(report.read(values()))
+    assert made.headers == ("mean KL on", "docs", "code")
+    assert made.lines[2].cells == ("Tiny-EVO-Q4_K_M.gguf", "0.0123", "0.0000200")
+    assert len(made.lines) == 4
 
 
 def test_zero_shot_run_and_not_run() -> None:
-    assert report.zero_shot(values()) == "Zero-shot: not run (no --tasks file)."
+    assert text.task_lines(report.read(values())) == ["Zero-shot: not run (no --tasks file)."]
     done = values()
     accuracy = {"value": 0.62, "stderr": 0.031, "n": 200}
-    done["outputs"][0]["zero_shot"] = {
-        "status": "done",
-        "task": "everyday",
-        "acc": accuracy,
-        "base": {"acc": {**accuracy, "value": 0.64}},
-        "flips": {"acc": {"n": 7}},
+    done["outputs"][0]["tasks"] = {
+        "everyday": {
+            "acc": accuracy,
+            "base": {"acc": {**accuracy, "value": 0.64}},
+            "flips": {"acc": {"n": 7}},
+        }
     }
-    assert report.zero_shot(done) == (
-        "Zero-shot, everyday (200 items): 62.0 ± 3.1 %, full precision 64.0 %; 7 answers differ."
-    )
+    assert text.task_lines(report.read(done)) == [
+        "Tiny-EVO-Q4_K_M.gguf, everyday (200 items): 62.0 ± 3.1 %, full precision 64.0 %;"
+        " 7 answers differ from full precision's."
+    ]
 
 
 def fallback(tensor: str, asked: str = "Q4_K", reason: str = "rows of 96") -> dict[str, str]:
@@ -142,27 +260,86 @@ def fallback(tensor: str, asked: str = "Q4_K", reason: str = "rows of 96") -> di
 def test_fallbacks_are_grouped() -> None:
     changed = values()
     changed["fallbacks"] = [fallback("a"), fallback("b"), fallback("c", "Q5_K"), fallback("d")]
-    lines = report.fallbacks(changed).splitlines()
-    assert [cells(line) for line in lines[2:]] == [
-        ["Q4_K", "Q5_0", "3", "rows of 96"],
-        ["Q5_K", "Q5_0", "1", "rows of 96"],
+    made = tables.fallbacks(report.read(changed))
+    assert made is not None
+    assert [line.cells for line in made.lines] == [
+        ("Q4_K", "Q5_0", "3", "rows of 96"),
+        ("Q5_K", "Q5_0", "1", "rows of 96"),
     ]
 
 
 def test_the_whole_report() -> None:
-    text = report.markdown(values())
-    assert text.startswith("# owner/Tiny\n") and text.endswith("\n")
-    for part in ("0.50 times", "By domain", "not run", "built-in text", "docs, code"):
-        assert part in text
-    assert "Fallbacks" not in text and "not found in the model" not in text
+    shown = report.markdown(report.read(values()))
+    assert shown.startswith("# owner/Tiny\n") and shown.endswith("\n")
+    for part in ("0.50 times", "By domain", "not run", "built-in text", "docs, code", "180.0 MB"):
+        assert part in shown
+    assert "Fallbacks" not in shown and "not found in the model" not in shown
     changed = values()
     changed["fallbacks"], changed["unmapped"] = [fallback("a")], ["blk.0.x", "blk.1.x"]
-    text = report.markdown(changed)
-    assert "## Fallbacks" in text and "blk.0.x, blk.1.x." in text
+    changed["not_measured"] = [{"name": "other.gguf", "reason": "another vocabulary."}]
+    shown = report.markdown(report.read(changed))
+    assert "## Fallbacks" in shown and "blk.0.x, blk.1.x." in shown
+    assert "- other.gguf: another vocabulary." in shown
 
 
 def test_nothing_is_changed() -> None:
     given = values()
     before = copy.deepcopy(given)
-    report.markdown(given)
+    report.markdown(report.read(given))
     assert given == before
+
+
+def test_names_cannot_break_a_table_or_a_page() -> None:
+    changed = values()
+    changed["baselines"][0] |= {"kind": "given", "name": "a|b<script>\n.gguf"}
+    read = report.read(changed)
+    line = next(x for x in report.markdown(read).splitlines() if "script" in x)
+    assert "a\\|b" in line
+    page = report.html(read)
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_a_page_of_its_own() -> None:
+    page = report.html(report.read(values()))
+    assert page.count("<svg") == 5
+    for outside in ("http://", "https://", "<script", "<link", "@import", "url("):
+        assert outside not in page, outside
+    assert "prefers-color-scheme:dark" in page and "width=device-width" in page
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {},
+        {"schema": 1},
+        {**values(), "schema": 99},
+        {**values(), "outputs": []},
+        {**values(), "outputs": [{}]},
+        {**values(), "base": {}},
+        {**values(), "base": None},
+        {**values(), "outputs": [{**values()["outputs"][0], "kind": "mine"}]},
+        {**values(), "baselines": 3},
+    ],
+)
+def test_a_broken_report_is_one_sentence(broken: dict[str, Any]) -> None:
+    with pytest.raises(QuantkitError, match=r"report (has schema|cannot be read)"):
+        report.read(broken)
+
+
+def test_all_files_are_written(tmp_path: Path) -> None:
+    written = report.write_report(tmp_path, values())
+    names = {path.relative_to(tmp_path).as_posix() for path in written}
+    plots = ("frontier", "domains", "tensor-map", "bits-by-kind", "convergence")
+    assert names == {"report.json", "report.md", "report.html"} | {
+        f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")
+    }
+    assert written[0].name == "report.json"
+    assert report.read(json.loads(written[0].read_text("utf-8"))).model == "owner/Tiny"
+
+
+def test_the_schema_is_documented() -> None:
+    """Every key of a report stands in docs/report.md."""
+    told = (Path(__file__).parent.parent / "docs" / "report.md").read_text("utf-8")
+    assert f"schema {report.SCHEMA}" in told
+    for key in [*values(), *values()["outputs"][0], *values()["base"], "versus", "weight_kl"]:
+        assert f"`{key}`" in told, key

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit import hub
 from quantkit.card import model_card
 from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
 from quantkit.output import safe_name
 from quantkit.rundir import StageRecord, read_json, replacing
 from quantkit.stages import StageResult, convert, fetch
@@ -44,6 +45,9 @@ def execute(run: Run) -> StageResult:
     _link(run.dir.stage_dir("calibrate") / "imatrix.gguf", folder / f"{_name(run)}-imatrix.gguf")
     for path in [*stitched, validate / "report.json"]:
         _link(path, folder / path.name)
+    (folder / "plots").mkdir()
+    for path in sorted((validate / "plots").iterdir()):
+        _link(path, folder / "plots" / path.name)
     report, recipe = (
         read_json(validate / "report.json"),
         read_json(run.dir.stage_dir("stitch") / "recipe.json"),
@@ -72,7 +76,10 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
         folder, run.config.publish, hub.resolve_token(), run.config.private, message, progress
     )
     if run.config.collection is not None:
-        hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
+        try:
+            hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
+        except QuantkitError as error:  # what was asked for first is done
+            run.events.emit(NAME, "note", f"it was not put into the collection: {error}")
     return {
         "published": True,
         "asked": run.config.publish,

@@ -13,22 +13,21 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import __version__, given, hub, integrity
+from quantkit import __version__, hub, integrity, opponents
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import read_imatrix
 from quantkit.ggufio.read import GgufFile
-from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
-from quantkit.qtypes import FILE_TYPES, QUANTIZED
+from quantkit.opponents import Opponent, as_it_is
 from quantkit.report import SCHEMA, write_report
-from quantkit.report.schema import GIVEN, OURS, STOCK, UNIFORM, Check
+from quantkit.report.schema import OURS, Check
 from quantkit.rundir import read_json, sha256_file
 from quantkit.stages import StageResult, convert, fetch, stitch
 from quantkit.tensors import to_json
@@ -65,16 +64,15 @@ class Effort:
     n_below: int  # stock files of at most our size that are measured: the largest ones
     weight_windows: int | None  # of each domain, for the KL of the weights alone; None: all
     rows: int | None  # of each tensor, decoded a second time; None: all
-    logit_tokens: int  # run through PyTorch
     n_items: int  # zero-shot items
     speed: tuple[int, int, int]  # tokens of prompt and of answer, repeats
 
 
 EFFORTS = {
-    "demo": Effort(2, 2, 32, 128, 60, (128, 16, 1)),
-    "fast": Effort(3, 10, None, 256, 200, (256, 32, 2)),
-    "standard": Effort(3, None, None, 512, 500, (512, 64, 3)),
-    "thorough": Effort(3, None, None, 512, 2000, (512, 64, 3)),
+    "demo": Effort(1, 2, 32, 60, (128, 16, 1)),
+    "fast": Effort(2, 10, None, 200, (256, 32, 2)),
+    "standard": Effort(3, None, None, 500, (512, 64, 3)),
+    "thorough": Effort(3, None, None, 2000, (512, 64, 3)),
 }
 
 
@@ -107,7 +105,7 @@ def _validate(run: Run) -> StageResult:
     texts = _texts(run)
     runtime = _runtime(run)
     checks = _checks(run, base, ours, next(iter(texts.values())), runtime)
-    others = _others(run, base, ours.stat().st_size)
+    others = _opponents(run, base, ours.stat().st_size)
     items, reason = _items(run)
     meter = _Meter(run, base, runtime, items, 2 + 3 * (1 + len(others)))
     with BaseLogits.compute(
@@ -118,7 +116,9 @@ def _validate(run: Run) -> StageResult:
         runtime=runtime,
         progress=meter.step("the base's predictions"),
     ) as logits:
-        output = meter.row(logits, _Other(OURS, ours.name, lambda: _as_it_is(ours), True))
+        output = meter.row(
+            logits, Opponent(OURS, ours.name, partial(as_it_is, ours), is_rival=True)
+        )
         rows, not_measured = [], []
         for other in others:
             try:
@@ -170,7 +170,7 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
                 f"{ours.name} is not what was stitched: {check.about}.",
                 "This is a bug: please report it.",
             )
-    found += _logit_checks(run, file, text, effort.logit_tokens, runtime)
+    found += _logit_checks(run, file, text, runtime)
     said = generation.answer(ours, _PROMPT, n_tokens=48, runtime=runtime)
     found.append(integrity.chat_check(said))
     for check in found:
@@ -180,9 +180,7 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
     return _Checks(found, said)
 
 
-def _logit_checks(
-    run: Run, file: GgufFile, text: str, n_tokens: int, runtime: Runtime
-) -> list[Check]:
+def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list[Check]:
     """PyTorch with the file's weights against llama.cpp, at F16 and on the file itself."""
     from evaluators import agreement
     from evaluators.weights import expanded_to_f16
@@ -191,7 +189,7 @@ def _logit_checks(
     names = ("logits at F16 against PyTorch's", "logits of the file against PyTorch's")
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     folder = fetch.load(run.dir).folder
-    ids = agreement.tokens_of(file.path, text, n_tokens, runtime)
+    ids = agreement.tokens_of(file.path, text, N_CTX, runtime)
     try:
         logits = integrity.torch_logits(folder, maps, file, ids, run.config.device)
     except QuantkitError as error:
@@ -205,92 +203,20 @@ def _logit_checks(
     ]
 
 
-# ---- what is compared
-
-
-@dataclass(frozen=True)
-class _Other:
-    """A file to measure: `make` gives its path for as long as it is needed. `beside` files are the
-    ones whose speed and answers stand in the report, too.
-    """
-
-    kind: str
-    name: str
-    make: Callable[[], Any]
-    beside: bool = False
-
-
-@contextmanager
-def _as_it_is(path: Path) -> Iterator[Path]:
-    yield path
-
-
-def _others(run: Run, base: GgufFile, n_bytes: int) -> list[_Other]:
+def _opponents(run: Run, base: GgufFile, n_bytes: int) -> list[Opponent]:
     """Stock files around our size, our own uniform files around it, and what the user named."""
     imatrix = read_imatrix(run.dir.stage_dir("calibrate") / "imatrix.gguf")
-
-    @contextmanager
-    def stock(recipe: StockRecipe) -> Iterator[Path]:
-        """Made by llama.cpp with our imatrix, dropped when it was measured."""
-        name = f"stock-{recipe.label}{'-pure' if recipe.pure else ''}.gguf"
-        path = run.dir.stage_dir(NAME) / name
-        try:
-            make_stock(base.path, path, recipe, imatrix)
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-    recipes = _stock_around(run, base, n_bytes)
-    sizes = {recipe: stock_bytes(base, recipe) for recipe in recipes}
-    rival = max((r for r in recipes if sizes[r] <= n_bytes), key=lambda r: sizes[r], default=None)
-    others = [_Other(STOCK, str(r), lambda r=r: stock(r), r == rival) for r in recipes]
-    others += [
-        _Other(UNIFORM, path.stem, lambda path=path: _as_it_is(path))
-        for path in _uniform_around(run, n_bytes)
-    ]
-    others += [
-        _Other(GIVEN, name.rsplit("/", 1)[-1], lambda name=name: _as_it_is(given.locate(name)))
-        for name in run.config.compare
-    ]
-    return others
-
-
-def _stock_around(run: Run, base: GgufFile, n_bytes: int) -> list[StockRecipe]:
-    """The largest stock files of at most our size, the next larger one, and the one that we were
-    asked to be like.
-    """
-    recipes = [StockRecipe(label) for label in STOCK_MIXES]
-    recipes += [
-        StockRecipe(q.name, pure=True)
-        for q in QUANTIZED
-        if q.name in FILE_TYPES and q.name in STOCK_MIXES
-    ]
-    sizes = {recipe: stock_bytes(base, recipe) for recipe in recipes}
-    # Of two files of one size the mix is the better known name.
-    by_size = {
-        size: recipe for recipe, size in sorted(sizes.items(), key=lambda item: not item[0].pure)
-    }
     n_below = EFFORTS[run.config.profile].n_below
-    below = sorted((size for size in by_size if size <= n_bytes), reverse=True)[:n_below]
-    above = sorted(size for size in by_size if size > n_bytes)[:1]
-    chosen = [by_size[size] for size in [*sorted(below), *above]]
-    target = run.config.target
-    liked = StockRecipe(target.value) if target and target.kind == "like" else None
-    if liked and liked.label in STOCK_MIXES and sizes[liked] not in (*below, *above):
-        chosen.append(liked)
-    return chosen
-
-
-def _uniform_around(run: Run, n_bytes: int) -> list[Path]:
-    """Our own files of one level, quantized like the output but not searched: the largest of at
-    most its size and the next larger one.
-    """
-    levels = run.dir.stage_dir("quantize")
-    paths = sorted(levels.glob("*.gguf"), key=lambda path: path.stat().st_size)
-    if not paths:
+    uniform = opponents.uniform_opponents(run.dir.stage_dir("quantize"), n_bytes)
+    if not uniform:
         run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
-    below = [path for path in paths if path.stat().st_size <= n_bytes][-1:]
-    return below + [path for path in paths if path.stat().st_size > n_bytes][:1]
+    return [
+        *opponents.stock_opponents(
+            base, n_bytes, n_below, run.config.target, imatrix, run.dir.stage_dir(NAME)
+        ),
+        *uniform,
+        *opponents.given_opponents(run.config.compare),
+    ]
 
 
 # ---- measuring
@@ -322,13 +248,13 @@ class _Meter:
 
         return progress
 
-    def row(self, logits: BaseLogits, other: _Other) -> dict[str, Any]:
+    def row(self, logits: BaseLogits, other: Opponent) -> dict[str, Any]:
         """Everything that is measured of one file. Raises QuantkitError when that fails."""
         from evaluators import kl
         from evaluators.errors import EvaluationError
 
         try:
-            with other.make() as path:
+            with other.open() as path:
                 result = kl.measure(logits, path, self._runtime, self.step(f"KL of {other.name}"))
                 weights = kl.measure_weights(
                     logits,
@@ -339,14 +265,14 @@ class _Meter:
                     self._effort.weight_windows,
                 )
                 row = self._figures(other, result, weights)
-                if other.beside:
+                if other.is_rival:
                     row |= {"speed": self.speed(path), "tasks": self._tasks(path)}
                 self.step("")
                 return row
         except EvaluationError as error:
             raise QuantkitError(error.message, error.remedy) from error
 
-    def _figures(self, other: _Other, result: KLResult, weights: KLResult) -> dict[str, Any]:
+    def _figures(self, other: Opponent, result: KLResult, weights: KLResult) -> dict[str, Any]:
         from evaluators import kl
         from evaluators.compare import paired_nll
         from evaluators.errors import EvaluationError

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from quantkit import report as reports
+from quantkit.errors import QuantkitError
 from quantkit.launch import JobView
 from quantkit.web.charts import frontier, kl_text, kl_with_error
 from quantkit.web.tensor_map import tensor_map
@@ -18,7 +19,7 @@ def results(job: JobView) -> str:
         return ""
     try:
         return _results(job.report, job)
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+    except (QuantkitError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
         return (
             '<div class="qk-notice error" role="alert"><strong>The report of this run cannot be'
             " read.</strong> <span>Download report.json and look into it.</span></div>"
@@ -28,7 +29,7 @@ def results(job: JobView) -> str:
 def _results(report: dict[str, Any], job: JobView) -> str:
     parts = [
         f'<section class="qk-section"><h3>Result</h3><p class="qk-verdict">'
-        f"{escape(reports.verdict(report))}</p>{_tiles(report)}{_comparison(report)}",
+        f"{escape(reports.verdict(reports.read(report)))}</p>{_tiles(report)}{_comparison(report)}",
     ]
     picture = frontier(report)
     if picture:
@@ -57,7 +58,8 @@ def _tiles(report: dict[str, Any]) -> str:
         (kl_text(ours["kl"]["mean"]), "mean KL divergence"),
         (f"{100 * ours['top1']:.1f} %", "same most likely token"),
     ]
-    smaller = [row for row in report["baselines"] if row["n_bytes"] <= ours["n_bytes"]]
+    stock = [row for row in report["baselines"] if row["kind"] == "stock"]
+    smaller = [row for row in stock if row["n_bytes"] <= ours["n_bytes"]]
     if smaller:
         best = min(smaller, key=lambda row: row["kl"]["mean"])
         ratio = ours["kl"]["mean"] / best["kl"]["mean"]
@@ -70,9 +72,7 @@ def _comparison(report: dict[str, Any]) -> str:
     rows = [
         (row["n_bytes"], row["path"].rsplit("/", 1)[-1], row, True) for row in report["outputs"]
     ]
-    rows += [
-        (row["n_bytes"], f"llama.cpp {row['name']}", row, False) for row in report["baselines"]
-    ]
+    rows += [(row["n_bytes"], _label(row), row, False) for row in report["baselines"]]
     rows.sort(key=lambda row: row[0])
     lines = []
     for n_bytes, name, row, is_ours in rows:
@@ -100,13 +100,17 @@ def _comparison(report: dict[str, Any]) -> str:
 def _domains(report: dict[str, Any]) -> str:
     names = list(report["outputs"][0]["domains"])
     rows = [(row["path"].rsplit("/", 1)[-1], row, "ours") for row in report["outputs"]]
-    rows += [(f"llama.cpp {row['name']}", row, "") for row in report["baselines"]]
+    rows += [(_label(row), row, "") for row in report["baselines"]]
     lines = [
         _row(name, [kl_text(row["domains"][domain]["kl"]["mean"]) for domain in names], kind)
         for name, row, kind in rows
     ]
     table = _table(["mean KL on", *names], lines)
     return f'<section class="qk-section"><h3>By kind of text</h3>{table}</section>'
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"llama.cpp {row['name']}" if row["kind"] == "stock" else str(row["name"])
 
 
 def _row(name: str, cells: list[str], kind: str) -> str:

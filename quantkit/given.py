@@ -1,0 +1,55 @@
+"""A GGUF that the user names to be compared with: a local file, or `hf://owner/name/file.gguf`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from quantkit import hub
+from quantkit.errors import UsageError
+from quantkit.hub.client import PATIENT, Asked, call, hf_api
+
+_SCHEME = "hf://"
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError when `name` cannot be a GGUF to compare with. Reads nothing."""
+    if not name.endswith(".gguf"):
+        raise UsageError(f"{name} is not a .gguf file.", _EXAMPLE)
+    if name.startswith(_SCHEME):
+        _parts(name)
+
+
+def locate(name: str) -> Path:
+    """The file on this machine; one on the Hub is downloaded into the user's cache.
+
+    Raises UsageError when it is not there, QuantkitError for whatever the Hub refuses.
+    """
+    check_name(name)
+    if not name.startswith(_SCHEME):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UsageError(f"There is no file {name}.", "Check the path.")
+        return path
+    repo_id, revision, file = _parts(name)
+    token = hub.resolve_token()
+    fetch = partial(
+        hf_api(token).hf_hub_download,
+        repo_id,
+        file,
+        revision=revision,
+        cache_dir=hub.cache_dir(),
+    )
+    return Path(call(fetch, Asked(repo_id, revision), token, PATIENT))
+
+
+_EXAMPLE = "Give a local .gguf, or hf://owner/name/file.gguf."
+
+
+def _parts(name: str) -> tuple[str, str | None, str]:
+    """Repository, revision and file of `hf://owner/name[@revision]/file.gguf`."""
+    parts = name.removeprefix(_SCHEME).split("/", 2)
+    if len(parts) < 3 or ".." in name:
+        raise UsageError(f"{name} does not name a file of a repository.", _EXAMPLE)
+    ref = hub.parse_reference(f"{parts[0]}/{parts[1]}", allow_local=False)
+    return ref.id, ref.revision, parts[2]

@@ -1,0 +1,38 @@
+"""The report: what was measured, as a document that people and programs read.
+
+    schema    report.json as dataclasses, versioned            docs/report.md
+    text      numbers and sentences, wins and losses alike
+    tables    the tables as headers and cells
+    markdown, html        the whole report, for a terminal and for a browser
+    plots     the five plots as pictures; picture, axes, svg, png draw them
+    write     all of it into a folder
+
+Written once, used by the command line, the web page and the model card.
+"""
+
+from __future__ import annotations
+
+from quantkit.report.html import html
+from quantkit.report.markdown import bullets, markdown, set_table, table
+from quantkit.report.schema import SCHEMA, Mean, Report, Row, read
+from quantkit.report.text import losses, number, size, verdict, with_error
+from quantkit.report.write import write_report
+
+__all__ = [
+    "SCHEMA",
+    "Mean",
+    "Report",
+    "Row",
+    "bullets",
+    "html",
+    "losses",
+    "markdown",
+    "number",
+    "read",
+    "set_table",
+    "size",
+    "table",
+    "verdict",
+    "with_error",
+    "write_report",
+]

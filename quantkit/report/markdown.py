@@ -1,0 +1,81 @@
+"""A report as Markdown: the tables and sentences that the card and the terminal show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from quantkit.report import tables, text
+from quantkit.report.schema import OURS, Report
+from quantkit.report.tables import Table
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column left, the rest right. Names may hold any character."""
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    lines = [[_cell(cell) for cell in row] for row in [headers, *rows]]
+    lines.insert(1, rule)
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def _cell(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def set_table(made: Table) -> str:
+    """One of the report's tables, our own rows in bold."""
+    rows = [
+        [f"**{line.cells[0]}**", *line.cells[1:]] if line.kind == OURS else line.cells
+        for line in made.lines
+    ]
+    return table(made.headers, rows)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def markdown(report: Report) -> str:
+    """The whole report."""
+    parts = [
+        f"# {report.model}",
+        text.verdict(report),
+        set_table(tables.comparison(report)),
+        text.protocol_line(report),
+    ]
+    lost = text.losses(report)
+    if lost:
+        parts += ["## Where this file loses", bullets(lost)]
+    if report.not_measured:
+        parts += [
+            "## Not measured",
+            bullets(f"{name}: {reason}" for name, reason in report.not_measured),
+        ]
+    parts += ["## By domain", set_table(tables.domains(report))]
+    tasks = text.task_lines(report)
+    if tasks:
+        parts += ["## Tasks", bullets(tasks)]
+    for title, made in (
+        ("Speed and memory", tables.speeds(report)),
+        ("Integrity", tables.checks(report)),
+        ("Fallbacks", tables.fallbacks(report)),
+    ):
+        if made is not None:
+            parts += [f"## {title}", set_table(made)]
+    if report.generation.get("text"):
+        said = " ".join(report.generation["text"].split())
+        parts += [
+            "## A chat turn",
+            f"Asked through the {report.generation.get('asked', 'model')}:"
+            f" *{report.generation.get('prompt', '')}*",
+            f"> {said}",
+        ]
+    if report.calibration_note:
+        parts += ["## How it was made", f"Calibration: {report.calibration_note}."]
+    if report.unmapped:
+        parts.append(
+            "Quantized without GPTQ, not found in the model: " + ", ".join(report.unmapped) + "."
+        )
+    if report.versions:
+        versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+        parts.append(f"Versions: {versions}.")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,315 @@
+"""What a report holds: frozen dataclasses, read from `report.json` (docs/report.md documents it).
+
+Everything that is drawn or written from a report goes through `read`, so that a file of another
+version or with a hole in it is one plain sentence, wherever it is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantkit.errors import QuantkitError
+
+SCHEMA = 2
+
+OURS, STOCK, UNIFORM, GIVEN = "ours", "stock", "uniform", "given"
+KINDS = (OURS, STOCK, UNIFORM, GIVEN)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A measured value. `stderr` counts tokens as independent; `low` and `high` are the 95 %
+    interval with windows as the unit, None where there is none.
+    """
+
+    value: float
+    stderr: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A paired test on the same windows: this row less the first output; above zero, worse."""
+
+    difference: float
+    p_value: float
+    significant: bool
+    n_windows: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, seconds to load, and bytes of memory with a context of `n_ctx`."""
+
+    prompt: float
+    generation: float
+    load_seconds: float
+    peak_bytes: int
+    n_ctx: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One zero-shot task: accuracy, the base's, and how many answers differ from the base's."""
+
+    name: str
+    value: float
+    stderr: float
+    n: int
+    base: float | None
+    n_flips: int | None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """How one tensor is stored. `method` is empty where it is not known."""
+
+    name: str
+    qtype: str
+    n_elements: int
+    n_bytes: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured file. `kind` is one of KINDS; KL in nats by domain and over all of them."""
+
+    kind: str
+    name: str
+    n_bytes: int
+    bpw: float
+    kl: Mean
+    top1: float
+    perplexity: Mean
+    domains: dict[str, Mean]
+    weight_kl: Mean | None
+    kl_versus: Versus | None
+    weight_kl_versus: Versus | None
+    speed: Speed | None
+    tasks: tuple[Task, ...]
+    tasks_not_run: str  # the reason, where there are no tasks
+    sha256: str
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def label(self) -> str:
+        """The name with where the file comes from."""
+        if self.kind == STOCK:
+            return f"llama.cpp {self.name.replace(' --pure', ' pure')}"
+        return f"uniform {self.name}, our weights" if self.kind == UNIFORM else self.name
+
+
+@dataclass(frozen=True)
+class Base:
+    """The full-precision file that everything is compared with."""
+
+    n_bytes: int
+    n_parameters: int
+    perplexity: Mean
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One integrity check. `passed` None: it was not run, `about` says why."""
+
+    name: str
+    passed: bool | None
+    about: str
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """The search's best KL after `tokens` evaluated tokens."""
+
+    generation: int
+    tokens: int
+    kl: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor that did not get what was asked for."""
+
+    tensor: str
+    asked: str
+    used: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole report. `rows` begins with the outputs; the first is what the others are tested
+    against.
+    """
+
+    kind: str  # run or compare
+    model: str
+    base: Base
+    rows: tuple[Row, ...]
+    protocol: str
+    texts: tuple[str, ...]
+    calibration_note: str
+    checks: tuple[Check, ...] = ()
+    trace: tuple[TracePoint, ...] = ()
+    not_measured: tuple[tuple[str, str], ...] = ()  # name, reason
+    fallbacks: tuple[Fallback, ...] = ()
+    unmapped: tuple[str, ...] = ()
+    generation: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    weight_windows: int | None = None
+    n_windows: int | None = None
+
+    @property
+    def first(self) -> Row:
+        """The file that the report is about."""
+        return self.rows[0]
+
+    @property
+    def others(self) -> tuple[Row, ...]:
+        return self.rows[1:]
+
+    @property
+    def by_size(self) -> tuple[Row, ...]:
+        return tuple(sorted(self.rows, key=lambda row: row.n_bytes))
+
+
+def read(value: Mapping[str, Any]) -> Report:
+    """A report from the JSON of `report.json`. Raises QuantkitError when it is of another version
+    or lacks something.
+    """
+    schema = value.get("schema") if isinstance(value, Mapping) else None
+    if schema != SCHEMA:
+        raise QuantkitError(
+            f"This report has schema {schema}, not {SCHEMA}.",
+            "Run `quantkit resume` on its folder with the quantkit that made it, or make it again.",
+        )
+    try:
+        return _report(value)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise QuantkitError(
+            f"The report cannot be read ({type(error).__name__}: {error}).",
+            "docs/report.md says what a report holds.",
+        ) from None
+
+
+def _report(value: Mapping[str, Any]) -> Report:
+    base = value["base"]
+    rows = tuple(_row(row) for row in [*value["outputs"], *value["baselines"]])
+    if not value["outputs"] or base["n_parameters"] < 1:
+        raise ValueError("no output, or a base without parameters")
+    return Report(
+        kind=str(value.get("kind", "run")),
+        model=str(value["model"]),
+        base=Base(
+            int(base["n_bytes"]),
+            int(base["n_parameters"]),
+            _mean(base["perplexity"], "value"),
+            _speed(base.get("speed")),
+        ),
+        rows=rows,
+        protocol=str(value["protocol"]),
+        texts=tuple(str(name) for name in value["texts"]),
+        calibration_note=str((value.get("calibration") or {}).get("note", "")),
+        checks=tuple(
+            Check(str(c["name"]), c["passed"], str(c["about"])) for c in value.get("integrity", ())
+        ),
+        trace=tuple(
+            TracePoint(int(p["generation"]), int(p["tokens"]), float(p["kl"]), float(p["stderr"]))
+            for p in value.get("trace", ())
+        ),
+        not_measured=tuple(
+            (str(row["name"]), str(row["reason"])) for row in value.get("not_measured", ())
+        ),
+        fallbacks=tuple(
+            Fallback(str(f["tensor"]), str(f["asked"]), str(f["used"]), str(f["reason"]))
+            for f in value.get("fallbacks", ())
+        ),
+        unmapped=tuple(str(name) for name in value.get("unmapped", ())),
+        generation={
+            str(k): str(v) for k, v in (value["outputs"][0].get("generation") or {}).items()
+        },
+        versions={str(k): str(v) for k, v in (value.get("versions") or {}).items()},
+        n_windows=value.get("n_windows"),
+        weight_windows=value.get("weight_windows"),
+    )
+
+
+def _row(row: Mapping[str, Any]) -> Row:
+    versus = row.get("versus") or {}
+    tasks = row.get("tasks") or {}
+    if row["kind"] not in KINDS:
+        raise ValueError(f"a row of kind {row['kind']!r}")
+    return Row(
+        kind=str(row["kind"]),
+        name=str(row["name"]),
+        n_bytes=int(row["n_bytes"]),
+        bpw=float(row["bpw"]),
+        kl=_mean(row["kl"], "mean"),
+        top1=float(row["top1"]),
+        perplexity=_mean(row["perplexity"], "value"),
+        domains={str(name): _mean(d["kl"], "mean") for name, d in row["domains"].items()},
+        weight_kl=_mean(row["weight_kl"], "mean") if row.get("weight_kl") else None,
+        kl_versus=_versus(versus.get("kl")),
+        weight_kl_versus=_versus(versus.get("weight_kl")),
+        speed=_speed(row.get("speed")),
+        tasks=tuple(_task(name, task) for name, task in tasks.items()),
+        tasks_not_run=str(row.get("tasks_not_run", "")),
+        sha256=str(row.get("sha256", "")),
+        tensors=tuple(
+            Tensor(
+                str(name),
+                str(t["qtype"]),
+                int(t["n_elements"]),
+                int(t["n_bytes"]),
+                str(t.get("method", "")),
+            )
+            for name, t in (row.get("tensors") or {}).items()
+        ),
+    )
+
+
+def _mean(value: Mapping[str, Any], key: str) -> Mean:
+    low, high = value.get("ci95") or (None, None)
+    return Mean(float(value[key]), float(value["stderr"]), low, high)
+
+
+def _versus(test: Mapping[str, Any] | None) -> Versus | None:
+    if not test:
+        return None
+    return Versus(
+        float(test["difference"]),
+        float(test["p_value"]),
+        bool(test["significant"]),
+        int(test["n_windows"]),
+    )
+
+
+def _speed(value: Mapping[str, Any] | None) -> Speed | None:
+    if not value:
+        return None
+    return Speed(
+        float(value["prompt"]["tokens_per_second"]),
+        float(value["generation"]["tokens_per_second"]),
+        float(value["load_seconds"]),
+        int(value["peak_rss_bytes"]),
+        int(value["n_ctx"]),
+    )
+
+
+def _task(name: str, task: Mapping[str, Any]) -> Task:
+    """By acc_norm where the task has it and its paper reports it; here always by acc."""
+    base, flips = task.get("base"), task.get("flips")
+    return Task(
+        str(name),
+        float(task["acc"]["value"]),
+        float(task["acc"]["stderr"]),
+        int(task["acc"]["n"]),
+        float(base["acc"]["value"]) if base else None,
+        int(flips["acc"]["n"]) if flips else None,
+    )

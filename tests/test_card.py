@@ -1,0 +1,146 @@
+"""The model card: its YAML, its links, and what it must say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from huggingface_hub import ModelCard
+from test_report import losing, values
+
+from quantkit.card import model_card
+from quantkit.hub import ModelInfo
+
+INFO = ModelInfo(
+    kind="hub",
+    id="owner/Tiny",
+    revision="main",
+    sha="c0ffee" * 6 + "abcd",
+    files=(),
+    weights=(),
+    n_download_bytes=0,
+    architectures=("LlamaForCausalLM",),
+    model_type="llama",
+    n_parameters=2_000_000,
+    n_by_dtype={"BF16": 2_000_000},
+    dtype="bfloat16",
+    config={},
+    quantization=None,
+    license="apache-2.0",
+    license_name=None,
+    license_link=None,
+    gated=False,
+    private=False,
+    is_adapter=False,
+    pipeline_tag="text-generation",
+    base_model=(),
+    languages=("en", "de"),
+    tags=(),
+    card={"license": "apache-2.0", "language": ["en", "de"], "tags": ["chat", "safetensors"]},
+    local_path=None,
+)
+
+RECIPE = {
+    "revision": INFO.sha,
+    "config": {"seed": 7, "profile": "demo", "levels": None, "methods": ["gptq", "imatrix"]},
+    "output": {"label": "Q4_K_M"},
+    "base": {"sha256": "cd" * 32},
+}
+
+
+def report_value() -> dict[str, Any]:
+    value = values()
+    value["search"] = {
+        "target": "like Q4_K_M",
+        "limit_bytes": 1_050_000,
+        "n_bytes": 1_000_000,
+        "searched": True,
+        "generations": 2,
+        "tokens": 4000,
+        "proposal_kl": 0.03,
+        "kl": 0.01,
+    }
+    value["calibration"]["domains"] = [
+        {"name": "docs", "source": "a | b", "weight": 1.0, "sha256": "12" * 32}
+    ]
+    return value
+
+
+def card(
+    info: ModelInfo = INFO, value: dict[str, Any] | None = None, repo: str | None = "me/T"
+) -> ModelCard:
+    return ModelCard(model_card(info, value or report_value(), RECIPE, repo))
+
+
+def test_the_yaml_is_the_base_cards_and_ours() -> None:
+    data = card().data.to_dict()
+    assert data["license"] == "apache-2.0" and data["language"] == ["en", "de"]
+    assert data["base_model"] == "owner/Tiny" and data["base_model_relation"] == "quantized"
+    assert data["quantized_by"] == "quantkit" and data["pipeline_tag"] == "text-generation"
+    assert "chat" in data["tags"] and "gguf" in data["tags"]
+    assert "safetensors" not in data["tags"], "that is what the base is stored as"
+    (entry,) = data["model-index"]
+    metrics = {m["type"]: m["value"] for r in entry["results"] for m in r["metrics"]}
+    assert metrics == {"perplexity": 12.3456, "kl_divergence": 0.0123, "top1_agreement": 0.912}
+
+
+def test_a_licence_of_its_own_is_carried() -> None:
+    own = {"license": "other", "license_name": "tiny", "license_link": "https://example.org/l"}
+    shown = card(dataclasses.replace(INFO, card=own, **own))
+    assert shown.data.to_dict()["license_link"] == "https://example.org/l"
+    assert "[tiny](https://example.org/l)" in shown.text
+
+
+def test_it_says_everything_that_it_must() -> None:
+    shown = card().text
+    for part in (
+        "Which file should I choose?",
+        "](https://huggingface.co/me/T/resolve/main/Tiny-EVO-Q4_K_M.gguf?download=true)",
+        "llama.cpp Q5_1 pure",
+        "(plots/frontier.png)",
+        "(plots/tensor-map.png)",
+        "llama-server -hf me/T:Q4_K_M",
+        "ollama run hf.co/me/T:Q4_K_M",
+        "lms get",
+        "Llama.from_pretrained",
+        "quantkit rebuild recipe.json --base base.gguf --out Tiny-EVO-Q4_K_M.gguf",
+        "seed 7",
+        INFO.sha,
+        "ab" * 32,
+        "cd" * 32,
+        "2 generations over 4,000",
+        "a \\| b",
+        "apache-2.0",
+        "dequantized weights: passed",
+        "logits: not run. too little memory",
+        "180.0 MB",
+    ):
+        assert part in shown, part
+    assert "gated" not in shown and "{" not in shown.split("```python")[0]
+
+
+def test_tables_have_one_width() -> None:
+    width = None
+    for line in card().text.splitlines():
+        n = line.replace("\\|", "").count("|") if line.startswith("|") else None
+        assert n is None or width in (None, n), line
+        width = n
+
+
+def test_losses_stand_on_the_card() -> None:
+    value = report_value() | {k: losing()[k] for k in ("outputs", "baselines", "integrity")}
+    shown = card(value=value).text
+    assert "(MORE" in shown and "Where this file loses" in shown and "chat turn: FAILED" in shown
+
+
+def test_a_gated_base_says_so() -> None:
+    shown = card(dataclasses.replace(INFO, gated=True)).text
+    assert "gated" in shown and "published privately" in shown
+
+
+def test_a_local_folder_names_no_address() -> None:
+    info = dataclasses.replace(INFO, local_path="/home/me/Tiny", id="/home/me/Tiny", card={})
+    shown = card(info, repo=None)
+    assert "/home/me" not in shown.content
+    assert shown.data.to_dict().get("base_model") is None
+    assert "<owner>/<repo>" in shown.text
