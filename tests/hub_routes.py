@@ -188,7 +188,13 @@ class Routes:
         if item in items:
             raise Answer(409, {"error": "The item is in the collection already"})
         items.append(item)
-        raise Answer(200, {"slug": slug, "items": [], "title": "t", "owner": {"name": "a"}})
+        about = {
+            "title": "t",
+            "owner": {"name": "alice"},
+            "lastUpdated": "2026-01-01T00:00:00.000Z",
+        }
+        about |= {"position": 1, "private": False, "theme": "blue", "upvotes": 0}
+        raise Answer(200, {"slug": slug, "items": [], "description": "", **about})
 
     def _search(self, kind: str, query: dict[str, list[str]]) -> None:
         def value(name: str) -> str:

@@ -1,0 +1,204 @@
+"""Publishing from the page: the button, the real client, and a Hub that fails in every way.
+
+    pytest tests/test_app_publish.py
+
+The browser is driven in the slow tests; the others ask the page's handlers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import test_app_fixtures as fixtures
+from hub_server import ALICE, BOB, READER, HubServer, running_hub
+from test_app_browser import browser, open_page, shots  # noqa: F401
+
+from quantkit.errors import QuantkitError
+from quantkit.launch import JobStore
+from quantkit.web import publishing
+from quantkit.web.desk import Asker, Desk
+from quantkit.web.visitor import Visitors
+
+ME = Asker("visitor:alice", None, "1.2.3.4")
+REPO = "alice/SmolLM2-GGUF"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    sleep = time.sleep
+    with running_hub(monkeypatch, tmp_path) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 0.05)))
+        server.collections["alice/mine-65f1"] = []
+        yield server
+
+
+@pytest.fixture
+def desk(tmp_path: Path, hub: HubServer) -> Desk:
+    store = JobStore(tmp_path / "runs")
+    fixtures.own(fixtures.write_run(store.root / "done"), ME.owner)
+    return Desk(store, Visitors(b"k"), on_space=False, sign_in=False)
+
+
+def others(hub: HubServer) -> None:
+    """A repository with somebody's file and an older card."""
+    hub.add_model(REPO, {"notes.txt": "mine", "README.md": "# Old\n\nwords\n"})
+
+
+def test_what_would_change_in_a_new_repository(desk: Desk, hub: HubServer) -> None:
+    html = desk.compare("done", REPO, True, ME, ALICE)
+    assert "will be made, private" in html and "4 files are uploaded" in html
+    assert html.count('<li class="new">') == 4 and "<pre" not in html
+    assert not hub.asked("commit|repos/create|lfs|preupload"), "looking wrote something"
+
+
+def test_what_would_change_in_an_old_one(desk: Desk, hub: HubServer) -> None:
+    others(hub)
+    html = desk.compare("done", REPO, False, ME, ALICE)
+    assert "exists and is public" in html
+    assert '<li class="changed"><b>~</b><span>README.md' in html
+    assert '<li class="kept"><b> </b><span>notes.txt' in html
+    assert "-# Old" in html and "+# SmolLM2-135M-Instruct-EVO-Q4_K_M" in html
+
+
+def test_a_second_time_nothing_changes(desk: Desk, hub: HubServer) -> None:
+    from quantkit import hub as real
+
+    real.publish(desk.store.root / "done" / "9-publish" / "upload", REPO, ALICE)
+    html = desk.compare("done", REPO, False, ME, ALICE)
+    assert "nothing is uploaded" in html and html.count('<li class="same">') == 4
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "words"),
+    [
+        ("hf_wrongSecretToken01", REPO, "does not accept this token"),
+        (READER, REPO, "may only read"),
+        (BOB, REPO, "may not publish under alice"),
+        ("", REPO, "needs a token"),
+        (ALICE, "no repo at all", "is not a repository"),
+        (ALICE, "alice/../bob", "is not a repository"),
+        ("a\nb", REPO, "is not a token"),
+    ],
+)
+def test_refusals(desk: Desk, hub: HubServer, token: str, repo: str, words: str) -> None:
+    with pytest.raises(QuantkitError, match=words) as caught:
+        desk.compare("done", repo, False, ME, token)
+    assert not token or token not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "does not accept this token|only for people"),
+        (403, "may not"),
+        (404, "no model|refused"),
+        (409, "changed by someone else"),
+        (429, "limits how many requests"),
+        (500, "problem of its own"),
+        (503, "problem of its own"),
+    ],
+)
+def test_every_status_is_a_sentence(desk: Desk, hub: HubServer, status: int, words: str) -> None:
+    hub.fail_next(r"/api/whoami", status, times=20)
+    with pytest.raises(QuantkitError, match=words) as caught:
+        desk.compare("done", REPO, False, ME, ALICE)
+    assert str(caught.value).endswith(".") and ALICE not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer(
+    desk: Desk, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantkit.hub import client
+
+    monkeypatch.setitem(client._SECONDS, "read", 0.2)
+    hub.hang_next(r"/api/whoami", 1.0, times=5)
+    with pytest.raises(QuantkitError, match="did not answer in time"):
+        desk.compare("done", REPO, False, ME, ALICE)
+
+
+def test_only_ones_own_runs_are_published(desk: Desk) -> None:
+    stranger = Asker("visitor:mallory", None, "5.6.7.8")
+    with pytest.raises(QuantkitError, match="no such run"):
+        desk.compare("done", REPO, False, stranger, ALICE)
+    with pytest.raises(QuantkitError, match="no such run"):
+        desk.publish("done", REPO, False, "", stranger, ALICE)
+
+
+@pytest.mark.parametrize("slug", ["x", "a/../b", "https://evil/x/y", "a/b?c", "a/b/c"])
+def test_a_collection_is_one(desk: Desk, slug: str) -> None:
+    with pytest.raises(QuantkitError, match="is not a collection"):
+        desk.publish("done", REPO, False, slug, ME, ALICE)
+
+
+def test_all_of_it_is_escaped() -> None:
+    from quantkit.hub import Change, RepoChanges
+
+    evil = "<img src=x onerror=alert(1)>"
+    made = RepoChanges(evil, True, False, (Change(evil, 1, "new"),), ("---", "+++", f"+{evil}"))
+    assert "<img" not in publishing.changes(made)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_from_the_button_to_the_repository(
+    browser,  # noqa: F811
+    hub: HubServer,
+    tmp_path: Path,
+    shots: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """429, 503, a lost answer and a cut connection on the way: one commit, the same bytes."""
+    from playwright.sync_api import expect
+
+    others(hub)
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
+    with fixtures.serving(tmp_path / "web") as (url, store, visitors):
+        key = visitors.new_key()
+        owner = f"visitor:{visitors.check(key)}"
+        folder = fixtures.own(fixtures.write_run(store.root / "done"), owner)
+        page = open_page(browser, url + "?job=done", key=key)
+        page.get_by_role("button", name="Publish to the Hugging Face Hub").click()
+        page.locator("#repo input, #repo textarea").fill(REPO)
+        page.locator("#publish-token input").fill("hf_wrongSecretToken01")
+        page.get_by_role("button", name="Show what would change").click()
+        expect(page.locator("#changes [role=alert]")).to_contain_text("does not accept this token")
+        expect(page.locator("#publish")).to_be_hidden()
+
+        page.locator("#publish-token input").fill(ALICE)
+        page.locator("#collection input, #collection textarea").fill("alice/mine-65f1")
+        page.get_by_role("button", name="Show what would change").click()
+        expect(page.locator("#changes")).to_contain_text("notes.txt")
+        page.get_by_text("Changes of the model card").click()
+        page.wait_for_timeout(300)
+        page.screenshot(path=shots / "publish-1280-light.png", full_page=True)
+
+        n_commits = len(hub.repos["model", REPO].commits)
+        hub.fail_next(r"/commit/", 503)
+        hub.fail_next(r"/info/lfs/objects/batch", 429, headers={"Retry-After": "1"})
+        hub.cut_next(r"/lfs-upload/")
+        hub.lose_next(r"/commit/")
+        page.locator("#publish").click()
+        expect(page.locator("#job-head")).to_contain_text("Published:", timeout=90_000)
+        assert page.locator("#publish-token input").input_value() == ""
+
+        repo = hub.repos["model", REPO]
+        assert len(repo.commits) == n_commits + 1, "a commit was made twice"
+        assert repo.head.files["notes.txt"].data == b"mine"
+        upload = folder / "9-publish" / "upload"
+        for path in upload.iterdir():
+            assert repo.head.files[path.name].data == path.read_bytes(), path.name
+        assert hub.collections["alice/mine-65f1"] == [{"id": REPO, "type": "model"}]
+        for path in store.root.rglob("*"):
+            assert not path.is_file() or ALICE.encode() not in path.read_bytes(), path
+
+        # A second time changes nothing.
+        page.locator("#publish-token input").fill(ALICE)
+        page.get_by_role("button", name="Show what would change").click()
+        expect(page.locator("#changes")).to_contain_text("nothing is uploaded")
+        assert os.environ.get("HF_TOKEN") is None
