@@ -34,10 +34,10 @@ _LEVELS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0")
 
 PROFILES = {
     "demo": Profile(
-        32_768,
-        8_192,
-        65_536,
-        10,
+        24_576,
+        6_144,
+        49_152,
+        5,
         ("IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         "minutes on 2 cores, 135M parameters",
     ),
@@ -151,6 +151,7 @@ class RunConfig:
     device: str = "cpu"
     publish: str | None = None
     private: bool = False
+    collection: str | None = None  # of the Hub, that the published repository is put into
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -209,7 +210,7 @@ class RunConfig:
 
     # What may differ when a run is started again in the same folder: where it is published, and on
     # what it computes.
-    FREE_ON_RESUME = ("publish", "private")
+    FREE_ON_RESUME = ("publish", "private", "collection")
 
     def changed_fields(self, other: RunConfig) -> list[str]:
         """Names of the fields that differ and decide the result."""

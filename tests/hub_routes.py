@@ -193,7 +193,12 @@ class Routes:
             "owner": {"name": "alice"},
             "lastUpdated": "2026-01-01T00:00:00.000Z",
         }
-        about |= {"position": 1, "private": False, "theme": "blue", "upvotes": 0}
+        about |= {
+            "lastUpdated": "2026-01-01T00:00:00.000Z",
+            "private": False,
+            "theme": "blue",
+            "upvotes": 0,
+        }
         raise Answer(200, {"slug": slug, "items": [], "description": "", **about})
 
     def _search(self, kind: str, query: dict[str, list[str]]) -> None:

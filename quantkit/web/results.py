@@ -10,7 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.launch import JobView
 from quantkit.web.charts import frontier, kl_text, kl_with_error
 from quantkit.web.tensor_map import tensor_map
-from quantkit.web.view import file_size, notice
+from quantkit.web.view import file_size
 
 
 def results(job: JobView) -> str:
@@ -24,6 +24,19 @@ def results(job: JobView) -> str:
             '<div class="qk-notice error" role="alert"><strong>The report of this run cannot be'
             " read.</strong> <span>Download report.json and look into it.</span></div>"
         )
+
+
+def live_map(job: JobView) -> str:
+    """The best mix that the search knows so far, while it is at work."""
+    if job.report or not job.allocation:
+        return ""
+    grid = tensor_map(job.allocation)
+    if not grid:
+        return ""
+    return (
+        '<section class="qk-section"><h3>The best mix so far</h3><p class="qk-help">One column a'
+        f" block, darker is more bits.</p>{grid}</section>"
+    )
 
 
 def _results(report: dict[str, Any], job: JobView) -> str:
@@ -124,43 +137,3 @@ def _table(headers: list[str], lines: list[str]) -> str:
         f'<div class="qk-scroll" tabindex="0"><table class="qk-table"><thead><tr>{head}</tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
-
-
-def preview(plan: dict[str, Any]) -> str:
-    """The planner's answer before a run: what the model is, and what it would take."""
-    try:
-        model, sizes, needs = plan["model"], plan["sizes"], plan["estimates"]
-        limit = sizes["limit_bytes"]
-        n_parameters = model["n_parameters"]
-        budget = (
-            "given by the types"
-            if limit is None
-            else f"{file_size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
-        )
-        minutes = max(1, round(needs["seconds"] / 60))
-        facts = [
-            ("Model", f"{model['architecture']}, {n_parameters / 1e6:,.0f}M parameters"),
-            (
-                "Licence",
-                str(model["license"] or "not stated") + (", gated" if model["gated"] else ""),
-            ),
-            ("File", f"at most {budget}"),
-            (
-                "Possible",
-                f"{file_size(sizes['smallest_bytes'])} to {file_size(sizes['largest_bytes'])}",
-            ),
-            ("Time", f"about {minutes} min" if minutes < 90 else f"about {minutes / 60:.0f} h"),
-            ("Disk", f"about {file_size(needs['disk_bytes'])}"),
-            ("Memory", f"about {file_size(needs['memory_bytes'])}"),
-        ]
-        n_fallbacks = len({f["tensor"] for f in plan.get("fallbacks", [])})
-        if n_fallbacks:
-            facts.append(
-                ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
-            )
-        warnings = [str(text) for text in plan.get("warnings", [])][:10]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
-    items = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in facts)
-    notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
-    return f'<div class="qk-preview" role="status"><dl>{items}</dl>{notes}</div>'
