@@ -43,6 +43,7 @@ FIELDS = ("calibration", "profile", "seed", "device")
 N_CTX = 512  # tokens per sequence
 _BATCH_TOKENS = 4096  # per forward call
 _FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens price a layer well
+_EVAL_TOKENS = N_CTX + N_CTX // 8  # one window, though llama.cpp should count a few tokens less
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 
 
@@ -60,12 +61,10 @@ def execute(run: Run) -> StageResult:
     with replacing(tokens_path) as partial:
         save_file({name: torch.from_numpy(ids) for name, ids in tokens.items()}, partial)
     outputs = [tokens_path]
-    for domain, _ in domains:
-        path = folder / "eval" / f"{Path(domain.name).stem}.txt"
+    for name, text in _eval_texts(run, domains, tokenizer).items():
+        path = folder / "eval" / f"{name}.txt"
         with replacing(path) as partial:
-            partial.write_text(
-                "\n\n".join(split(domain, run.config.seed)["eval"]), "utf-8", newline=""
-            )
+            partial.write_text(text, "utf-8", newline="")
         outputs.append(path)
 
     blockwise = BlockwiseModel(model)
@@ -86,7 +85,7 @@ def execute(run: Run) -> StageResult:
     names = [f"{d.name} ({d.source})" for d, _ in domains]
     write_imatrix(imatrix_path, importances, names, len(tokens["train"]), N_CTX)
     report = {
-        "spec": run.config.calibration,
+        "spec": _shown(run.config.calibration),
         "note": note,
         "domains": sources.describe(domains),
         "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
@@ -114,7 +113,7 @@ def _read_domains(run: Run, model: Any, tokenizer: Any) -> tuple[list[tuple[Doma
     """
     requests = parse_spec(run.config.calibration)
     token = hub.resolve_token()
-    note = f"calibration text as asked: {run.config.calibration}"
+    note = f"calibration text as asked: {_shown(run.config.calibration)}"
     if requests[0].name == AUTO:
         reason = sources.hub_answers(token)
         if reason:
@@ -142,6 +141,11 @@ def _read_domains(run: Run, model: Any, tokenizer: Any) -> tuple[list[tuple[Doma
     left = sum(weight for _, weight in domains)
     run.events.emit(NAME, "note", note)
     return [(domain, weight / left) for domain, weight in domains], note
+
+
+def _shown(spec: str) -> str:
+    """The spec without folders: it is published, and they are nobody's business."""
+    return ",".join(Path(entry).name for entry in spec.split(","))
 
 
 def _read(
@@ -203,6 +207,29 @@ def _tokens(run: Run, domains: list[tuple[Domain, float]], tokenizer: Any) -> di
                 f"The calibration text has fewer than {N_CTX} tokens to {part}.", "Give more text."
             )
     return tokens
+
+
+def _eval_texts(run: Run, domains: list[tuple[Domain, float]], tokenizer: Any) -> dict[str, str]:
+    """What is held out of each domain for validation, by a name for its file. Domains with less
+    than a window of it are left out: better now than after the long work.
+    """
+    found: dict[str, str] = {}
+    for domain, _ in domains:
+        text = "\n\n".join(split(domain, run.config.seed)["eval"])
+        if len(tokenizer(text, verbose=False).input_ids) < _EVAL_TOKENS:
+            run.events.emit(NAME, "note", f"{domain.name} has too little text to validate on")
+            continue
+        name = Path(domain.name).stem
+        while name in found:  # notes.txt and notes.jsonl
+            name += "-"
+        found[name] = text
+    if not found and run.config.eval_text is None:
+        raise QuantkitError(
+            f"No calibration text is long enough to hold {_EVAL_TOKENS} tokens of it out for"
+            " validation.",
+            "Give more text, or a text to validate on with --eval-text.",
+        )
+    return found
 
 
 def _collect(
