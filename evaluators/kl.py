@@ -281,17 +281,23 @@ def measure_files(
     runtime: Runtime = CPU,
 ) -> tuple[list[dict[str, Any]], list[KLResult]]:
     """The JSON row and the result of every file, progress on stderr: each file but the first is
-    tested against the first (`versus_first`). `weights` adds the figures of the weights alone.
+    tested against the first (`versus_first`). `weights` adds the figures of the weights alone, and
+    tests them, too.
     """
     rows: list[dict[str, Any]] = []
     results: list[KLResult] = []
+    first_weights: KLResult | None = None
     for file in files:
         line = command.ProgressLine(f"{file.name} windows")
         result = measure(base, file, runtime, line)
         row = result.to_json()
         if weights:
             line = command.ProgressLine(f"{file.name} at F16 windows")
-            row |= weight_fields(measure_weights(base, file, folder, runtime, line))
+            of_weights = measure_weights(base, file, folder, runtime, line)
+            row |= weight_fields(of_weights)
+            if first_weights is not None:
+                row["weight_versus_first"] = paired_test(of_weights, first_weights).to_json()
+            first_weights = first_weights or of_weights
         if results:
             row["versus_first"] = paired_test(result, results[0]).to_json()
         results.append(result)

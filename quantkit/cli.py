@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--json", action="store_true", help="print one JSON object last")
     publish.set_defaults(command=_publish)
 
+    compare = commands.add_parser(
+        "compare", help="measure GGUFs of one base beside each other; none need be ours"
+    )
+    _add_compare_options(compare)
+    compare.add_argument("--json", action="store_true", help="print one JSON object last")
+    compare.set_defaults(command=_compare)
+
     rebuild = commands.add_parser("rebuild", help="make a published file again from its recipe")
     rebuild.add_argument("recipe", type=Path, metavar="RECIPE")
     rebuild.add_argument("--base", type=Path, required=True, metavar="BASE.gguf")
@@ -154,6 +161,54 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+# Options of `compare` that the evaluators take as they are: flag, metavar, help.
+_EVALUATOR_OPTIONS = (
+    ("--text", "[NAME=]FILE", "UTF-8 text to measure on; several are domains"),
+    ("--dataset", "NAME", "wikitext2, c4 or fineweb-edu from the Hub, also as a domain"),
+    ("--ctx", "N", "tokens of a window (default: 512)"),
+    ("--chunks", "N", "windows of each text, else all"),
+    ("--task", "NAME", "zero-shot task such as piqa; may be given several times"),
+    ("--data", "FILE", "local items of that task instead of the Hub's"),
+    ("--limit", "N", "first N items of each task"),
+    ("--cache", "DIR", "keep the base's logits here for the next comparison"),
+    ("--threads", "N", "else all cores"),
+    ("--gpu-layers", "N", "layers on the GPU, -1 for all (default: 0)"),
+)
+_EVALUATOR_FLAGS = (
+    ("--weight-kl", "also the KL of the weights alone"),
+    ("--speed", "also tokens per second and memory"),
+)
+
+
+def _add_compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="GGUF", help="files: paths or hf://owner/name/file.gguf"
+    )
+    parser.add_argument("--base", required=True, metavar="GGUF", help="full precision")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the report")
+    for flag, metavar, help_text in _EVALUATOR_OPTIONS:
+        parser.add_argument(flag, action="append", default=[], metavar=metavar, help=help_text)
+    for flag, help_text in _EVALUATOR_FLAGS:
+        parser.add_argument(flag, action="store_true", help=help_text)
+
+
+def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    from quantkit import compare, report
+
+    options: list[str] = []
+    for flag, _, _ in _EVALUATOR_OPTIONS:
+        for value in getattr(arguments, flag[2:].replace("-", "_")):
+            options.append(f"{flag}={value}")
+    options += [
+        flag for flag, _ in _EVALUATOR_FLAGS if getattr(arguments, flag[2:].replace("-", "_"))
+    ]
+    made = compare.compare(arguments.base, arguments.files, options, arguments.out)
+    if not arguments.json:
+        print(report.markdown(made))
+    print(f"report: {arguments.out / 'report.html'}", file=sys.stderr)
+    return {"folder": str(arguments.out), "verdict": report.verdict(made)}
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:

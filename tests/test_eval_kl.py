@@ -391,3 +391,25 @@ def test_memory_with_a_vocabulary_of_150k(tmp_path: Path) -> None:
 def test_quantize_parameters_keep_their_layout() -> None:
     assert ctypes.sizeof(lib.llama_model_quantize_params) == 64
     assert lib.llama_model_quantize_default_params().max_buf_size == 8 << 30
+
+
+def test_fewer_windows_are_the_first_ones(tiny: TinyFiles, texts: dict[str, Path]) -> None:
+    read = {name: path.read_text() for name, path in texts.items()}
+    with compute(tiny.base, read) as base:
+        whole, part = measure(base, tiny.noisy), measure(base, tiny.noisy, max_windows=2)
+        with pytest.raises(EvaluationError, match="nothing to score"):
+            measure(base, tiny.noisy, max_windows=0)
+    for domain, scores in part.tokens.items():
+        assert scores.kl.shape[0] == 2
+        assert np.array_equal(scores.kl, whole.tokens[domain].kl[:2])
+        assert np.array_equal(scores.base_nll, whole.tokens[domain].base_nll[:2])
+    assert part.combined.n_windows == 2 * len(texts) < whole.combined.n_windows
+
+
+def test_weights_are_tested_in_pairs(tiny: TinyFiles, tmp_path: Path) -> None:
+    other = quantized(tiny.noisy, tmp_path / "q8.gguf", lib.LLAMA_FTYPE_MOSTLY_Q8_0)
+    with compute(tiny.base, {"text": TEXT}) as base:
+        rows, _ = kl.measure_files(base, [tiny.noisy, other], weights=True, runtime=ONE)
+    assert "weight_versus_first" not in rows[0]
+    difference = rows[1]["weight_kl"]["mean"] - rows[0]["weight_kl"]["mean"]
+    assert rows[1]["weight_versus_first"]["difference"] == pytest.approx(difference, abs=1e-12)

@@ -147,7 +147,7 @@ def test_weight_kl_is_a_column_where_it_was_measured() -> None:
 
 def test_the_verdict_is_against_the_best_file_of_at_most_our_size() -> None:
     found = report.verdict(report.read(values()))
-    assert "Q5_1 --pure" in found and "0.50 times" in found and "(less; significant" in found
+    assert "Q5_1 pure" in found and "0.50 times" in found and "(less; significant" in found
     assert "Q4_K_M," not in found, "larger files are no fair opponent"
 
 
@@ -163,7 +163,7 @@ def test_a_uniform_file_is_no_llama_cpp_file() -> None:
     small = {"mean": 0.001, "stderr": 0.0001}
     changed["baselines"].append(row(kind="uniform", name="Q4_K", n_bytes=980_000, kl=small))
     read = report.read(changed)
-    assert "Q5_1 --pure" in report.verdict(read)
+    assert "Q5_1 pure" in report.verdict(read)
     assert any("uniform Q4_K" in line and "not larger" in line for line in report.losses(read))
 
 
@@ -202,7 +202,7 @@ def test_nothing_as_small() -> None:
     [
         (0.01, 0.0004, "worse (p < 0.001)"),
         (-0.01, 0.031, "BETTER (p = 0.031)"),
-        (-0.01, 0.4, "no difference shown (p = 0.4)"),
+        (-0.01, 0.4, "no difference (p = 0.4)"),
     ],
 )
 def test_significance_in_words(difference: float, p_value: float, said: str) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from quantkit.report.picture import Item, Stroke, Words, text_width
 from quantkit.report.text import number
 
-WIDTH, HEIGHT = 460.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 26.0, 44.0
+WIDTH, HEIGHT = 400.0, 280.0
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 12.0, 26.0, 42.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ class Axes:
         return [i * step for i in range(math.ceil(low / step), int(high / step) + 1)]
 
 
+def tick_text(value: float) -> str:
+    """A tick of a KL axis: 0.05, not 0.0500."""
+    text = number(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def _round_step(step: float) -> float:
     power = 10.0 ** math.floor(math.log10(step))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * 0.999)
@@ -83,7 +89,7 @@ def frame(axes: Axes, x_label: str, y_label: str, x_text: Callable[[float], str]
     for tick in axes.y_scale.ticks():
         y = axes.y(tick)
         items.append(Stroke(((LEFT, y), (WIDTH - RIGHT, y)), "line"))
-        items.append(Words(LEFT - 7, y + 4, number(tick), 11, "end"))
+        items.append(Words(LEFT - 7, y + 4, tick_text(tick), 11, "end"))
     for tick in axes.x_ticks():
         items.append(Words(axes.x(tick), axes.bottom + 17, x_text(round(tick, 9)), 11, "middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2

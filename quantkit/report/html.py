@@ -22,7 +22,7 @@ CAPTIONS = {
 _STYLE = """
 body { margin: 0; background: var(--qk-wash); color: var(--qk-ink); line-height: 1.55;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 860px; margin: 0 auto; padding: 20px 16px 60px; }
+main { max-width: 980px; margin: 0 auto; padding: 20px 16px 60px; }
 h1 { font-size: 1.5rem; margin: 8px 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.12rem; margin: 34px 0 8px; }
 .verdict { font-size: 1.06rem; }
@@ -40,7 +40,8 @@ tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--qk-soft); font-weight: 500; }
 th:first-child { text-align: left; font-weight: 500; white-space: normal; min-width: 9em;
   overflow-wrap: anywhere; }
-.texts td { text-align: left; white-space: normal; }
+.texts td, .texts th { text-align: left; white-space: normal; }
+@media (max-width: 480px) { main { padding: 12px 10px 40px; } figure { padding: 6px; } }
 tr.ours > * { color: var(--qk-accent); font-weight: 600; }
 tr.base > * { color: var(--qk-soft); }
 blockquote { margin: 8px 0; padding: 8px 14px; border-left: 3px solid var(--qk-line); }

@@ -17,7 +17,19 @@ from itertools import pairwise
 
 from quantkit.errors import QuantkitError
 from quantkit.qtypes import QuantType
-from quantkit.report.axes import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, Log, Place, frame, place
+from quantkit.report.axes import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axes,
+    Log,
+    Place,
+    frame,
+    place,
+    tick_text,
+)
 from quantkit.report.picture import (
     Area,
     Box,
@@ -64,7 +76,7 @@ def _short(row: Row) -> str:
         return "this file"
     if row.kind == UNIFORM:
         return f"uniform {row.name}"
-    return shortened(row.name.replace(" --pure", " pure").removesuffix(".gguf"), _SMALL, 150)
+    return shortened(row.short.removesuffix(".gguf"), _SMALL, 150)
 
 
 def frontier(report: Report) -> Picture | None:
@@ -126,7 +138,7 @@ def domains(report: Report) -> Picture | None:
     items: list[Item] = []
     for tick in scale.ticks():
         items.append(Stroke(((x(tick), top - 6), (x(tick), bottom - 8)), "line"))
-        items.append(Words(x(tick), bottom + 8, number(tick), _SMALL, "middle"))
+        items.append(Words(x(tick), bottom + 8, tick_text(tick), _SMALL, "middle"))
     for i, name in enumerate(names):
         y = top + step * i + step / 2 - 6
         items.append(Stroke(((label, y), (right, y)), "line"))
@@ -144,7 +156,7 @@ def domains(report: Report) -> Picture | None:
 
 
 def _legend_of_marks(rows: Sequence[Row], x: float, y: float) -> list[Item]:
-    names = {OURS: "this file", STOCK: "llama.cpp", UNIFORM: "uniform, our weights", GIVEN: "given"}
+    names = {OURS: "this file", STOCK: "llama.cpp", UNIFORM: "ours, uniform", GIVEN: "given"}
     items: list[Item] = []
     for kind, name in names.items():
         row = next((row for row in rows if row.kind == kind), None)
@@ -152,7 +164,7 @@ def _legend_of_marks(rows: Sequence[Row], x: float, y: float) -> list[Item]:
             mark = _mark(row, x + 5, y)
             items.append(Disc(mark.x, mark.y, 4, mark.fill, mark.outline))
             items.append(Words(x + 14, y + 4, name, _SMALL))
-            x += 26 + text_width(name, _SMALL)
+            x += 30 + text_width(name, _SMALL)
     return items
 
 
@@ -264,7 +276,7 @@ def bits_by_kind(tensors: Sequence[Tensor]) -> Picture | None:
         for kind, group in kinds.items()
     }
     left = min(120.0, 16 + max(text_width(kind, _SMALL) for kind in kinds))
-    right, height, top = WIDTH - 112, 20.0, 12.0
+    right, height, top = WIDTH - 140, 20.0, 12.0
     most = max(means.values())
     items: list[Item] = []
     for i, (kind, group) in enumerate(kinds.items()):

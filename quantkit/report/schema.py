@@ -96,10 +96,15 @@ class Row:
     tensors: tuple[Tensor, ...]
 
     @property
+    def short(self) -> str:
+        """The name without options' dashes."""
+        return self.name.replace(" --pure", " pure")
+
+    @property
     def label(self) -> str:
         """The name with where the file comes from."""
         if self.kind == STOCK:
-            return f"llama.cpp {self.name.replace(' --pure', ' pure')}"
+            return f"llama.cpp {self.short}"
         return f"uniform {self.name}, our weights" if self.kind == UNIFORM else self.name
 
 

@@ -9,7 +9,7 @@ from html import escape
 from quantkit.report.picture import ROLES, THEMES, Area, Box, Disc, Item, Picture, Stroke, Words
 
 _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans',sans-serif"
-_MAX_WIDTH = 680  # pixels on a large screen: wider would only make the words huge
+_MAX_WIDTH = 600  # pixels on a large screen: wider would only make the words huge
 
 
 def standalone(picture: Picture) -> str:

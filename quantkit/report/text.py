@@ -40,7 +40,7 @@ def tested(versus: Versus | None) -> str:
     if versus is None:
         return "-"
     if not versus.significant:
-        return f"no difference shown ({chance(versus.p_value)})"
+        return f"no difference ({chance(versus.p_value)})"
     word = "worse" if versus.difference > 0 else "BETTER"
     return f"{word} ({chance(versus.p_value)})"
 
@@ -63,7 +63,7 @@ def verdict(report: Report) -> str:
     ratio = ours.kl.value / best.kl.value if best.kl.value else math.inf
     word = "less" if ratio < 1 else "MORE"
     text = (
-        f"The best llama.cpp file of at most this size, {best.name}, has a mean KL divergence of"
+        f"The best llama.cpp file of at most this size, {best.short}, has a mean KL divergence of"
         f" {number(best.kl.value)}: this file's is {ratio:.2f} times that ({word}"
         f"{_surely(best.kl_versus)})."
     )
@@ -161,7 +161,7 @@ def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
 
 def protocol_line(report: Report) -> str:
     """How it was measured, and on what."""
-    text = f"{report.protocol[0].upper()}{report.protocol[1:]}. Text: {', '.join(report.texts)}"
+    text = f"Protocol: {report.protocol}. Text: {', '.join(report.texts)}"
     if report.kind == "run":
         text += ", not seen by any earlier stage"
     if report.n_windows:

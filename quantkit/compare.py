@@ -1,0 +1,130 @@
+"""Any GGUFs of one base, measured beside each other: the same report for files made elsewhere.
+
+`python -m evaluators.compare` measures, in a process of its own; here its JSON becomes a report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit import given
+from quantkit.errors import QuantkitError
+from quantkit.ggufio.read import GgufFile
+from quantkit.report import SCHEMA, Report, read, write_report
+from quantkit.report.schema import GIVEN
+
+_KEPT = ("kl", "top1", "top1_stderr", "perplexity", "ln_ppl_ratio")
+_MORE = ("weight_kl", "weight_top1", "weight_domains", "tasks", "speed")
+
+
+def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) -> Report:
+    """Measure `files` against `base` and write the report into `out`.
+
+    Args:
+        base: the full-precision GGUF; like the others a path or hf://owner/name/file.gguf.
+        files: at least one.
+        options: handed to evaluators.compare as they are, such as --text FILE.
+
+    Raises:
+        UsageError: a file that is not there.
+        QuantkitError: whatever the evaluators say; nothing is written then.
+    """
+    base_path, *paths = [given.locate(name) for name in (base, *files)]
+    measured = _measure(base_path, paths, options)
+    value = to_report(measured, base_path, paths)
+    out.mkdir(parents=True, exist_ok=True)
+    write_report(out, value)
+    return read(value)
+
+
+def _measure(base: Path, files: Sequence[Path], options: Sequence[str]) -> dict[str, Any]:
+    """Run the evaluators' command; its progress goes to stderr."""
+    # The child must find the packages however its parent did.
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    child = subprocess.run(
+        [
+            *(sys.executable, "-m", "evaluators.compare", "--base", str(base)),
+            *options,
+            "--",
+            *(str(file) for file in files),
+        ],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if child.returncode != 0:
+        raise QuantkitError(
+            "The comparison failed.", "What evaluators.compare said stands above this line."
+        )
+    result: dict[str, Any] = json.loads(child.stdout)
+    return result
+
+
+def to_report(measured: dict[str, Any], base: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """The JSON of evaluators.compare as the JSON of a report (schema 2, kind compare)."""
+    opened = GgufFile(base)
+    n_parameters = opened.n_elements
+    about, settings = measured["base"], measured["settings"]
+    rows = [_row(row, n_parameters) for row in measured["files"]]
+    rows[0]["tensors"] = _tensors(GgufFile(files[0]))
+    if "tasks" not in rows[0]:
+        rows[0]["tasks_not_run"] = "no --task"
+    name = opened.metadata.get("general.name") or base.stem
+    return {
+        "schema": SCHEMA,
+        "kind": "compare",
+        "model": str(name),
+        "base": {
+            "path": base.name,
+            "n_bytes": about["n_bytes"],
+            "n_parameters": n_parameters,
+            "perplexity": about["perplexity"],
+            "speed": about.get("speed"),
+        },
+        "outputs": rows[:1],
+        "baselines": sorted(rows[1:], key=lambda row: row["n_bytes"]),
+        "protocol": f"{settings['protocol']}'s windows of {settings['n_ctx']} tokens, second half"
+        " scored, KL(base || file) in nats",
+        "n_windows": settings["n_windows"],
+        "texts": settings["texts"],
+        "versions": {"llama-cpp-python": settings["llama_cpp_python"]},
+    }
+
+
+def _row(row: dict[str, Any], n_parameters: int) -> dict[str, Any]:
+    made = {
+        "kind": GIVEN,
+        "name": Path(row["file"]).name,
+        "n_bytes": row["n_bytes"],
+        "bpw": 8 * row["n_bytes"] / n_parameters,
+        **{key: row[key] for key in _KEPT},
+        "domains": {name: {k: d[k] for k in _KEPT} for name, d in row["domains"].items()},
+        **{key: row[key] for key in _MORE if key in row},
+    }
+    tests = {
+        "kl": row.get("versus_first"),
+        "nll": row.get("nll_versus_first"),
+        "weight_kl": row.get("weight_versus_first"),
+    }
+    return {**made, "versus": {name: test for name, test in tests.items() if test}}
+
+
+def _tensors(file: GgufFile) -> dict[str, dict[str, Any]]:
+    """The matrices of a file: what each is stored as."""
+    return {
+        t.name: {
+            "qtype": str(t.qtype),
+            "n_elements": math.prod(t.shape),
+            "n_bytes": t.n_bytes,
+        }
+        for t in file.tensors.values()
+        if len(t.shape) > 1
+    }

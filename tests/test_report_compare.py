@@ -1,0 +1,103 @@
+"""`quantkit compare`: files of anybody, measured by the evaluators, as the same report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from eval_fixtures import TEXT, TinyFiles, tiny
+
+from quantkit import given, report
+from quantkit.cli import main
+from quantkit.compare import to_report
+from quantkit.errors import UsageError
+
+__all__ = ["tiny"]  # a fixture: used by name
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "cats.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_two_files_become_a_report(
+    tiny: TinyFiles, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    files = [str(tiny.noisy), str(tiny.base)]
+    options = ["--base", str(tiny.base), "--text", f"cats={text}", "--ctx", "64", "--threads", "1"]
+    assert main(["compare", *files, *options, "--weight-kl", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "is closest to the base" in shown and tiny.noisy.name in shown
+    found = report.read(json.loads((out / "report.json").read_text("utf-8")))
+    assert found.kind == "compare" and [row.kind for row in found.rows] == ["given", "given"]
+    noisy, same = found.rows
+    assert noisy.kl.value > 1e-3 > same.kl.value
+    assert noisy.weight_kl is not None and same.weight_kl_versus is not None
+    test = same.kl_versus
+    assert test is not None and test.significant and test.difference < 0, "the base is better"
+    assert any(t.name == "token_embd.weight" for t in noisy.tensors)
+    assert list(noisy.domains) == ["cats"]
+    for name in ("report.md", "report.html", "plots/tensor-map.svg", "plots/frontier.png"):
+        assert (out / name).stat().st_size > 0
+
+
+def test_what_the_evaluators_refuse_is_passed_on(
+    tiny: TinyFiles, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(40))
+    out = tmp_path / "out"
+    asked = ["compare", str(broken), "--base", str(tiny.base), "--text", str(text), "--ctx", "64"]
+    assert main([*asked, "--out", str(out)]) == 1
+    said = capfd.readouterr().err
+    assert "cannot load" in said and "The comparison failed" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors", "not a .gguf"),
+        ("nowhere.gguf", "no file"),
+        ("hf://owner/file.gguf", "does not name a file"),
+        ("hf://owner/name/../../x.gguf", "does not name a file"),
+        ("hf://own er/name/x.gguf", "not a model"),
+    ],
+)
+def test_names_that_cannot_be(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        given.locate(name)
+
+
+def test_the_command_line_checks_names_first(tmp_path: Path) -> None:
+    assert main(["run", "demo:smollm2-135m", "--out", str(tmp_path), "--compare", "x.bin"]) == 2
+
+
+def test_evaluator_json_without_options_is_enough(tiny: TinyFiles) -> None:
+    """What kl's fields alone make: no weights, no speed, no tasks, no test."""
+    mean = {"mean": 0.1, "stderr": 0.01, "ci95": None}
+    perplexity = {"value": 9.0, "stderr": 0.1, "ci95": None}
+    row = {
+        "file": str(tiny.noisy),
+        "n_bytes": 1000,
+        "kl": mean,
+        "top1": 0.9,
+        "top1_stderr": 0.01,
+        "perplexity": perplexity,
+        "ln_ppl_ratio": mean,
+    }
+    domains = {"x": {k: row[k] for k in ("kl", "top1", "top1_stderr", "perplexity")}}
+    domains["x"]["ln_ppl_ratio"] = mean
+    settings = {"protocol": "llama.cpp", "n_ctx": 64, "n_windows": 1, "texts": {"x": "ab"}}
+    measured = {
+        "base": {"n_bytes": 2000, "perplexity": perplexity},
+        "files": [{**row, "domains": domains}],
+        "settings": {**settings, "llama_cpp_python": "0"},
+    }
+    made = report.read(to_report(measured, tiny.base, [tiny.noisy]))
+    assert made.first.weight_kl is None and made.first.tasks_not_run == "no --task"
+    assert "closest" in report.verdict(made)
