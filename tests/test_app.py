@@ -351,7 +351,9 @@ def test_a_wrong_setting_is_a_sentence(tmp_path: Path) -> None:
 class _app:
     """`python app.py` in a folder, on a free port."""
 
-    def __init__(self, folder: Path, runs: Path, on_space: bool) -> None:
+    def __init__(
+        self, folder: Path, runs: Path, on_space: bool, given: dict[str, str] | None = None
+    ) -> None:
         import socket
 
         with socket.socket() as probe:
@@ -365,6 +367,7 @@ class _app:
         }
         if on_space:
             environment |= {"SYSTEM": "spaces", "SPACE_ID": "a/b"}
+        environment |= given or {}
         self._child = subprocess.Popen(
             [sys.executable, "app.py"],
             cwd=folder,

@@ -152,6 +152,34 @@ def find(run_id: str, token: str) -> tuple[RemoteJob, ...]:
     return tuple(sorted(map(_remote, found), key=lambda job: -job.created))
 
 
+@dataclass(frozen=True)
+class FoundRun:
+    """A run that Jobs of an account know of."""
+
+    run_id: str
+    config: str  # as the Job was given it
+    job: RemoteJob
+
+
+def runs(labels: Mapping[str, str], token: str) -> tuple[FoundRun, ...]:
+    """The runs of an account whose Jobs carry `labels`, each by its newest Job. Raises
+    QuantkitError.
+    """
+    api, owner = hf_api(token), account(token)
+    listed = call(
+        lambda: list(api.list_jobs(labels=dict(labels), namespace=owner)), _asked(owner), token
+    )
+    found: dict[str, FoundRun] = {}
+    for info in listed:
+        run_id = (info.labels or {}).get(LABEL)
+        config = (info.environment or {}).get("QUANTKIT_CONFIG")
+        job = _remote(info)
+        newer = run_id in found and found[run_id].job.created >= job.created
+        if run_id and isinstance(config, str) and not newer:
+            found[run_id] = FoundRun(run_id, config, job)
+    return tuple(found.values())
+
+
 def look(job: RemoteJob, token: str) -> RemoteJob:
     """The Job as it is now. Raises QuantkitError."""
     api = hf_api(token)

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -153,7 +154,7 @@ class Dispatch:
             ),
             machine=record.machine,
             timeout_seconds=3600 * (record.hours or 6),
-            labels={**APP_LABEL, "space": _label(os.environ.get("SPACE_ID", "none"))},
+            labels=app_labels(os.environ),
             environment={
                 "QUANTKIT_CONFIG": json.dumps(to_json(config)),
                 **({"QUANTKIT_STATE": f"{MOUNT}/{self._run_id}"} if bucket else {}),
@@ -283,6 +284,11 @@ class Dispatch:
                 remedy="Resume it: finished stages are kept if there was a bucket.",
             )
         return 1
+
+
+def app_labels(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the Jobs of this very server have in common."""
+    return {**APP_LABEL, "space": _label(environment.get("SPACE_ID", "none"))}
 
 
 def _label(text: str) -> str:

@@ -11,6 +11,9 @@ from quantkit.launch import process
 from quantkit.launch.follow import Follower
 from quantkit.launch.record import QUEUED
 
+CLEAN, DELETE = "clean", "delete"
+CLEANED_FILE = ".cleaned"
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -42,6 +45,26 @@ class Order:
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None
     based_on: str | None = None
+
+
+def what_is_due(follower: Follower, limits: Limits, now: float) -> str | None:
+    """What the rules say of a run that is not at work: DELETE, CLEAN or nothing.
+
+    Runs of the command line are nobody's business.
+    """
+    record = follower.record
+    if record is None or record.owner is None or record.phase == QUEUED:
+        return None
+    follower.refresh()
+    ended = max(record.since, follower.progress.last_time or 0.0)
+    if limits.keep_days and now > ended + 86400 * limits.keep_days:
+        return DELETE
+    is_finished = follower.progress.outcome == "finished"
+    if limits.clean_after_hours and is_finished and record.machine is None:
+        is_late = now > ended + 3600 * limits.clean_after_hours
+        if is_late and not (follower.folder / CLEANED_FILE).exists():
+            return CLEAN
+    return None
 
 
 def folder_bytes(folder: Path) -> int:

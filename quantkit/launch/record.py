@@ -81,6 +81,13 @@ def job_folder(root: Path, job_id: object) -> Path:
     return folder
 
 
+def new_job_folder(root: Path, job_id: object) -> Path:
+    """Where a job of that id would lie. Raises NoSuchJob when it is not an id."""
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id) or job_id.startswith("."):
+        raise NoSuchJob
+    return root / job_id
+
+
 def owner_hash(owner: str) -> str:
     """What is stored of a visitor's id: enough to know it again, not enough to use it."""
     return hashlib.sha256(f"quantkit owner {owner}".encode()).hexdigest()

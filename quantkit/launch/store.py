@@ -24,7 +24,17 @@ from quantkit.hub import PublishedFile
 from quantkit.launch import process, view
 from quantkit.launch.family import share_stages
 from quantkit.launch.follow import Follower, tail
-from quantkit.launch.limits import Limits, Order, folder_bytes, positions, wait_seconds
+from quantkit.launch.limits import (
+    CLEAN,
+    CLEANED_FILE,
+    DELETE,
+    Limits,
+    Order,
+    folder_bytes,
+    positions,
+    wait_seconds,
+    what_is_due,
+)
 from quantkit.launch.record import (
     CANCELLED,
     JOB_LOG_FILE,
@@ -45,7 +55,6 @@ from quantkit.rundir import RunDir, write_json
 logger = logging.getLogger(__name__)
 
 _TRASH = ".deleted-"
-_CLEANED = ".cleaned"
 _SWEEP_SECONDS = 600.0
 _GRACE_SECONDS = 10.0  # between asking a worker to end and ending it
 _FORGOTTEN = (
@@ -303,23 +312,16 @@ class JobStore:
     def _sweep(self, now: float) -> None:
         """Drop what is old by rule: first what only the stages need, then the whole run."""
         for follower in list(self._scan().values()):
-            record = follower.record
-            if record is None or record.owner is None or record.phase == QUEUED:
-                continue
             if follower.is_running():
                 continue
-            follower.refresh()
-            ended = max(record.since, follower.progress.last_time or 0.0)
-            if self.limits.keep_days and now > ended + 86400 * self.limits.keep_days:
+            due = what_is_due(follower, self.limits, now)
+            if due == DELETE:
                 logger.info("run %s is deleted: it ended long ago", follower.folder.name)
                 self._remove(follower)
-            elif self.limits.clean_after_hours and follower.progress.outcome == "finished":
-                marker = follower.folder / _CLEANED
-                due = now > ended + 3600 * self.limits.clean_after_hours
-                if due and not marker.exists():
-                    marker.touch()
-                    child = process.start_cleaning(follower.folder)
-                    self._children[f"clean {follower.folder.name}"] = child
+            elif due == CLEAN:
+                (follower.folder / CLEANED_FILE).touch()
+                child = process.start_cleaning(follower.folder)
+                self._children[f"clean {follower.folder.name}"] = child
 
     def _remove(self, follower: Follower) -> None:
         name = follower.folder.name

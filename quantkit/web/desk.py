@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
 from quantkit.launch import JobForm, JobStore, JobView, Order, check_repo, estimate, to_config
+from quantkit.launch.adopt import adopt
+from quantkit.launch.dispatch import app_labels
 from quantkit.launch.estimate import known_plan
 from quantkit.launch.machine import Choice, choices, choose, why_not_here
 from quantkit.launch.request import HERE, check_collection, check_machine
@@ -35,6 +39,7 @@ SWITCHES = (
 _MAX_TOKEN = 500
 _SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
 _PRICES_SECONDS = 600.0
+_WELCOME_SECONDS = 3600.0
 _BUG = "Something went wrong here."
 _BUG_REMEDY = "Try again; if it stays, report it with the server's log."
 
@@ -62,6 +67,7 @@ class Desk:
         self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
         self.has_jobs = can_start_jobs()
         self.allowance = Allowance()
+        self._welcomed: dict[str, float] = {}
         self._no_search_until = 0.0
         self._machines: tuple[float, tuple[jobs.Machine, ...]] = (-1e9, ())
 
@@ -88,6 +94,22 @@ class Desk:
         """Raises QuantkitError when a stranger does this too often."""
         if self.store.public:
             self.allowance.take(action, asker.counted_as)
+
+    def welcome(self, asker: Asker, token: str | None) -> None:
+        """Look, aside and once an hour, for runs of a signed-in user that only their Jobs know."""
+        user = asker.username
+        if user is None or not token or not self.has_jobs or asker.owner is None:
+            return
+        if time.monotonic() < self._welcomed.get(user, -1e9) + _WELCOME_SECONDS:
+            return
+        self._welcomed[user] = time.monotonic()
+        threading.Thread(target=self._adopt, args=(asker.owner, token), daemon=True).start()
+
+    def _adopt(self, owner: str, token: str) -> None:
+        try:
+            adopt(self.store.root, owner, jobs.runs(app_labels(os.environ), token))
+        except QuantkitError as error:
+            logger.info("no Jobs were looked for: %s", error.message)
 
     # Forms.
 

@@ -51,9 +51,13 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
         owner = desk.owner(request.cookies, user.username if user else None)
         return refresh(current, owner, known) or gr.skip()
 
-    def load(request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
+    def load(
+        request: gr.Request, user: gr.OAuthProfile | None, oauth: gr.OAuthToken | None
+    ) -> list[Any]:
         current = str(request.query_params.get("job", ""))[:100]
-        owner = desk.owner(request.cookies, user.username if user else None)
+        asker = desk.asker(request, user)
+        owner = asker.owner
+        desk.welcome(asker, oauth.token if oauth else None)
         return [current, *opened(current), *refresh(current, owner, {})]
 
     with gr.Blocks(title="quantkit", analytics_enabled=False) as app:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
 import os
+import time
 from typing import Any
 
 import gradio as gr
@@ -14,6 +17,7 @@ from starlette.routing import Route
 
 from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore, open_store
+from quantkit.launch.mirror import Mirror, state_folder
 from quantkit.web.page import build_app
 from quantkit.web.theme import CSS_PATH, HEAD, make_theme
 from quantkit.web.visitor import VisitorCookie, Visitors
@@ -22,6 +26,12 @@ from quantkit.web.visitor import VisitorCookie, Visitors
 def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
     """The page of the store that the environment describes."""
     store = open_store()
+    kept_in = state_folder(os.environ)
+    if kept_in is not None:
+        mirror = Mirror(store.root, kept_in)
+        mirror.restore()
+        mirror.start()
+        atexit.register(mirror.close)
     visitors = Visitors.of_root(store.root, os.environ)
     return build_app(store, visitors), store, visitors
 
@@ -41,6 +51,7 @@ def launch(
         footer_links=["api"],
         max_file_size="1mb",
         enable_monitoring=False,
+        mcp_server=importlib.util.find_spec("mcp") is not None,
         app_kwargs={
             "routes": [_download_route(store, visitors)],
             "middleware": [
@@ -76,9 +87,11 @@ def _download_route(store: JobStore, visitors: Visitors) -> Route:
 
 def _owner(request: Request, visitors: Visitors) -> str | None:
     """Who asks for a file: the signed-in Hub user, the cookie, or an API caller's key."""
-    user = request.scope.get("session", {}).get("oauth_info", {}).get("userinfo", {})
-    if get_space() is not None and user.get("preferred_username"):
-        return f"hf:{user['preferred_username']}"
+    if get_space() is not None:
+        signed_in = request.scope.get("session", {}).get("oauth_info") or {}
+        user = (signed_in.get("userinfo") or {}).get("preferred_username")
+        if user and signed_in.get("expires_at", 0) > time.time():
+            return f"hf:{user}"
     visitor = visitors.of_cookies(request.cookies) or visitors.check(
         request.headers.get("x-quantkit-key")
     )

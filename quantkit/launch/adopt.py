@@ -1,0 +1,46 @@
+"""Runs that only the Hub still knows: their Jobs outlived this server's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
+from quantkit.hub.jobs import FoundRun
+from quantkit.launch.record import STOPPED, JobRecord, new_job_folder, owner_hash, save_record
+from quantkit.rundir import RunDir, write_json
+
+_REASON = "It was found again by its Job. Resume it to see how it fares."
+
+
+def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
+    """Make a folder for every run that is not here. Returns the ids of those.
+
+    What a Job says of itself is what its owner made it say: a run that is here is never touched.
+    """
+    taken = []
+    for run in found:
+        try:
+            config = RunConfig.from_json(json.loads(run.config))
+            folder = new_job_folder(root, run.run_id)
+            if os.path.lexists(folder):
+                continue
+            folder.mkdir(parents=True)
+        except (ValueError, TypeError, KeyError, OSError, QuantkitError):
+            continue
+        write_json(RunDir(folder).config_path, config)
+        record = JobRecord(
+            owner_hash(owner),
+            run.job.created,
+            STOPPED,
+            time.time(),
+            reason=_REASON,
+            machine=run.job.machine or "unknown",
+        )
+        save_record(folder, record)
+        taken.append(run.run_id)
+    return tuple(taken)
