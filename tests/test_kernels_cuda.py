@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantkit.errors import QuantkitError
 from quantkit.gptq.compete import Inputs, solve_tensor
 from quantkit.gptq.descent import (
     _sweep_cuda,
@@ -137,6 +138,62 @@ def test_values_are_ggmls(qtype: QuantType) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def hard_rows(n: int) -> torch.Tensor:
+    """Weights with ties, zeros, one sign and a constant: float32 (40, n)."""
+    w = weight(40, n)
+    w[2:10] = w[2:10].bfloat16().float()
+    w[10:14] = w[10:14].abs() + 0.01
+    w[14:18] = -w[14:18].abs()
+    w[18, ::3] = 0
+    w[19] = 0.25
+    w[20, : n // 2] = 1e-20
+    return w
+
+
+def compare_grids(qtype: QuantType, device: str) -> None:
+    """Rows of the GPU's search against ggml's: most are equal, the others as good."""
+    from quantkit.kquants import grids_cuda
+
+    n = 512
+    w = hard_rows(n)[: 40 if device == "cuda" else 22]
+    importance = torch.rand(n, generator=torch.Generator().manual_seed(2)).mul(3).exp()
+    ours = grids_cuda.quantize(w.to(device), qtype, importance.to(device)).cpu()
+    ggmls = torch.from_numpy(native.quantize(w.numpy(), qtype, importance.numpy()))
+    values = [native.dequantize(p.numpy(), qtype) for p in (ours, ggmls)]
+    # A tie or a sum's last bit may lead a row to another scale, for better or worse.
+    assert int((values[0] != values[1]).any(1).sum()) <= len(w) / 3
+    errors = [((v - w.numpy()) ** 2) @ importance.numpy() for v in values]
+    np.testing.assert_allclose(errors[0], errors[1], rtol=0.05, atol=1e-12)
+    assert errors[0].sum() <= errors[1].sum() * 1.003
+
+
+K_TYPES = pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+
+
+@ON_GPU
+@K_TYPES
+def test_grids_are_ggmls(name: str) -> None:
+    compare_grids(QuantType(name), "cuda")
+
+
+@ON_GPU
+def test_weights_that_are_not_finite() -> None:
+    from quantkit.kquants import grids_cuda
+
+    w = weight(3, 256).cuda()
+    w[1, 7] = float("nan")
+    for qtype in grids_cuda.TYPES:
+        with pytest.raises(QuantkitError, match="invalid blocks"):
+            grids_cuda.quantize(w, qtype, torch.ones(256, device="cuda"))
+
+
+@pytest.mark.slow
+@INTERPRETED
+@K_TYPES
+def test_interpreted_grids_are_ggmls(name: str) -> None:
+    compare_grids(QuantType(name), "cpu")
+
+
 @ON_GPU
 def test_products_are_float32() -> None:
     """As good as float32's own units, hundreds of times better than TF32."""
@@ -161,7 +218,7 @@ def test_hessian(dtype: torch.dtype) -> None:
     for part in x.split(1000):
         add_outer(total, part)
     exact = x.double().T @ x.double()
-    assert float((symmetrize(total) - exact).norm() / exact.norm()) < 2e-6
+    assert float((symmetrize(total) - exact).norm() / exact.norm()) < 1e-5
 
 
 @ON_GPU

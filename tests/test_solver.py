@@ -309,9 +309,10 @@ def test_no_row_is_worse_than_ggmls(qtype: QuantType, n_tokens: int) -> None:
     """On the Hessian it was solved with, and in float64: 1e-5 is for the float32 comparison."""
     h, w = hessian(256, n_tokens=n_tokens), weight(30, 256)
     ggml = rounded(w, h, qtype).numpy()
-    packed = compete._gptq(w.numpy(), [qtype], {(qtype, "imatrix"): ggml}, inputs_of(h))
+    known = {(qtype, "imatrix"): torch.from_numpy(ggml)}
+    packed = compete._gptq(w, [qtype], known, inputs_of(h))
     before = errors_of(w, ggml, qtype, h)
-    after = errors_of(w, packed[qtype, "gptq"], qtype, h)
+    after = errors_of(w, packed[qtype, "gptq"].numpy(), qtype, h)
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < before.sum()
 

@@ -123,7 +123,7 @@ def solve_tensor(
             nats = None if sums[0].nats is None else sum(e.nats or 0.0 for e in sums)
             errors[method] = Error(sum(e.relative for e in sums) / power, nats)
         best = min(errors, key=lambda method: errors[method].rank)
-        packed = np.concatenate([part.packed[qtype, best] for part in parts])
+        packed = torch.cat([part.packed[qtype, best] for part in parts]).numpy()
         solved[qtype] = Solved(qtype, best, packed, errors)
     return solved
 
@@ -134,7 +134,7 @@ class _Part:
 
     power: float
     errors: Mapping[tuple[QuantType, str], Error]
-    packed: Mapping[tuple[QuantType, str], native.Bytes]
+    packed: Mapping[tuple[QuantType, str], torch.Tensor]  # uint8 (n_rows, row_bytes), on the CPU
 
 
 def _solve_rows(
@@ -145,38 +145,49 @@ def _solve_rows(
     sensitivity: Sensitivity | None,
 ) -> _Part:
     """All allowed methods on one piece of a tensor."""
-    packed: dict[tuple[QuantType, str], native.Bytes] = {}
+    device = inputs.heldout.device if inputs else torch.device("cpu")
+    original = torch.from_numpy(weight).to(device)
+    packed: dict[tuple[QuantType, str], torch.Tensor] = {}
     importance = inputs.importance if inputs else None
     for qtype in types:
         exact = not qtype.is_quantized
         if exact or importance is None or "rtn" in methods:
             needs = native.requires_imatrix(qtype)  # codebooks: all columns count the same then
             flat = np.ones(weight.shape[1], np.float32) if needs else None
-            packed[qtype, "rtn"] = native.quantize(weight, qtype, flat)
+            found = torch.from_numpy(native.quantize(weight, qtype, flat))
+            packed[qtype, "rtn"] = found.to(device)
         if exact or importance is None:
             continue
         # Types without a grid for GPTQ: asked for alone, it has to leave them to another method.
         if "imatrix" in methods or (qtype not in FORMATS and "rtn" not in methods):
-            packed[qtype, "imatrix"] = native.quantize(weight, qtype, importance)
+            packed[qtype, "imatrix"] = _weighted(original, qtype, importance)
     if inputs is not None and inputs.factor is not None:
-        packed |= _gptq(weight, [q for q in types if q in FORMATS], packed, inputs)
-    device = inputs.heldout.device if inputs else torch.device("cpu")
-    original = torch.from_numpy(weight).to(device)
+        packed |= _gptq(original, [q for q in types if q in FORMATS], packed, inputs)
 
     errors = {}
     for (qtype, method), rows in packed.items():
-        values = _values(rows, qtype, device)
-        errors[qtype, method] = _error(values - original, inputs, sensitivity)
-    return _Part(_error(original, inputs, None).relative, errors, packed)
+        errors[qtype, method] = _error(_values(rows, qtype) - original, inputs, sensitivity)
+    power = _error(original, inputs, None).relative
+    return _Part(power, errors, {key: rows.cpu() for key, rows in packed.items()})
 
 
-def _values(packed: native.Bytes, qtype: QuantType, device: torch.device) -> torch.Tensor:
-    """float32 values of packed rows; a GPU reads the grids itself: bytes travel faster than
-    floats.
-    """
-    if device.type == "cuda" and qtype in FORMATS:
-        return FORMATS[qtype].values(torch.from_numpy(packed).to(device))
-    return torch.from_numpy(native.dequantize(packed, qtype)).to(device)
+def _weighted(weight: torch.Tensor, qtype: QuantType, importance: native.Floats) -> torch.Tensor:
+    """ggml's rows under importances, on the device of `weight`; a GPU makes K-quants itself."""
+    if weight.is_cuda:
+        from quantkit.kquants import grids_cuda  # needs triton
+
+        if qtype in grids_cuda.TYPES:
+            shares = torch.from_numpy(importance).to(weight.device)
+            return grids_cuda.quantize(weight, qtype, shares)
+    found = native.quantize(weight.cpu().numpy(), qtype, importance)
+    return torch.from_numpy(found).to(weight.device)
+
+
+def _values(packed: torch.Tensor, qtype: QuantType) -> torch.Tensor:
+    """float32 values of packed rows, on their device; a GPU reads the grids itself."""
+    if packed.is_cuda and qtype in FORMATS:
+        return FORMATS[qtype].values(packed)
+    return torch.from_numpy(native.dequantize(packed.cpu().numpy(), qtype)).to(packed.device)
 
 
 def _error(
@@ -196,29 +207,28 @@ def _error(
 
 
 def _gptq(
-    weight: native.Floats,
+    weight: torch.Tensor,
     types: Sequence[QuantType],
-    packed: Mapping[tuple[QuantType, str], native.Bytes],
+    packed: Mapping[tuple[QuantType, str], torch.Tensor],
     inputs: Inputs,
-) -> dict[tuple[QuantType, str], native.Bytes]:
+) -> dict[tuple[QuantType, str], torch.Tensor]:
     """GPTQ of every type in one sweep; a row that came out worse than ggml's on the train Hessian
     stays ggml's.
     """
     assert inputs.factor is not None
-    device = inputs.train.device
-    original = torch.from_numpy(weight).to(device)
     grids = {}
     for qtype in types:
         known = packed.get((qtype, "imatrix"))
-        chosen = native.quantize(weight, qtype, inputs.importance) if known is None else known
-        grids[qtype] = torch.from_numpy(chosen).to(device)
-    codes = gptq([Rows(original, FORMATS[q].grid(grids[q])) for q in types], inputs.factor)
+        if known is None:
+            known = _weighted(weight, qtype, inputs.importance)
+        grids[qtype] = known
+    codes = gptq([Rows(weight, FORMATS[q].grid(grids[q])) for q in types], inputs.factor)
+    damped = inputs.damped
     solved = {}
     for qtype, new in zip(types, codes, strict=True):
         form, rounded = FORMATS[qtype], grids[qtype]
-        rows = descend(form, form.with_codes(rounded, new), original, inputs.damped)
-        before = row_errors(form, rounded, original, inputs.train)
-        after = row_errors(form, rows, original, inputs.train)
-        kept = torch.where((after <= before)[:, None], rows, rounded)
-        solved[qtype, "gptq"] = kept.cpu().numpy()
+        rows = descend(form, form.with_codes(rounded, new), weight, damped)
+        before = row_errors(form, rounded, weight, inputs.train)
+        after = row_errors(form, rows, weight, inputs.train)
+        solved[qtype, "gptq"] = torch.where((after <= before)[:, None], rows, rounded)
     return solved

@@ -24,6 +24,7 @@ from quantkit.gptq.solver import output_error
 from quantkit.kquants.formats import Format, levels_of
 
 N_SWEEPS = 4  # dev/LOG.md: what each sweep is worth
+_REACH = 1024  # columns whose changes reach all others in one product, on a GPU
 
 
 @dataclass(frozen=True)
@@ -246,18 +247,28 @@ def _step_cpu(state: RowState, block: Block) -> torch.Tensor:
 
 
 def _sweep_cuda(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
-    """All sweeps by the compiled kernel, which takes several narrow blocks at once."""
+    """All sweeps by the compiled kernel, which takes several narrow blocks at once; columns far
+    away hear of many windows in one product.
+    """
     from quantkit.gptq import kernels_cuda  # needs triton
 
     n_columns, group = len(hessian), state.form.group
     group_sums = hessian.view(n_columns // group, group, n_columns).sum(1)
+    table = torch.tensor(state.form.table or (), dtype=torch.float32, device=hessian.device)
     for sweep in range(n_sweeps):
-        for first in range(0, n_columns, kernels_cuda.WINDOW):
-            change = kernels_cuda.descend(state, hessian, group_sums, first)
-            end = first + change.shape[1]
-            reach = end if sweep == n_sweeps - 1 else 0  # nobody comes back to earlier columns
-            if reach < n_columns:
-                add_product(state.gradient[:, reach:], change, hessian[first:end, reach:])
+        for first in range(0, n_columns, _REACH):
+            last = min(first + _REACH, n_columns)
+            changes = []
+            for start in range(first, last, kernels_cuda.WINDOW):
+                change = kernels_cuda.descend(state, hessian, group_sums, table, start)
+                end = start + change.shape[1]
+                add_product(state.gradient[:, first:last], change, hessian[start:end, first:last])
+                changes.append(change)
+            change = torch.cat(changes, 1)
+            if last < n_columns:
+                add_product(state.gradient[:, last:], change, hessian[first:last, last:])
+            if first > 0 and sweep < n_sweeps - 1:  # else nobody comes back to them
+                add_product(state.gradient[:, :first], change, hessian[first:last, :first])
 
 
 def row_errors(

@@ -11,37 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantkit.errors import QuantkitError
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise QuantkitError(
-        "GPTQ on a GPU needs Triton, which is not installed.",
-        "Install PyTorch's CUDA build for Linux, which brings it, or use --device cpu.",
-    ) from error
+from quantkit.kquants.grids_cuda import clamp, nearest_integer, tl, triton
 
 if TYPE_CHECKING:
     from quantkit.gptq.descent import RowState
 
-WINDOW = (
-    256  # columns that one launch of the descent keeps in registers; every block size divides it
-)
+WINDOW = 256  # columns that one launch of the descent holds; every block size divides it
 _WALK_COLUMNS = 128  # at most, of one block in GPTQ's walk
-_WALK_ROWS, _WALK_WARPS = 32, 2
-_DESCENT_ROWS, _DESCENT_WARPS = 8, 4
-
-
-@triton.jit
-def _round(x):  # type: ignore[no-untyped-def]
-    """Nearest integer, ties to even, of float32 |x| < 2^22."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _clamp(x, low, high):  # type: ignore[no-untyped-def]
-    return tl.minimum(tl.maximum(x, low), high)
+_WALK_ROWS, _WALK_WARPS = 32, 2  # as measured on an H200, like the next
+_DESCENT_ROWS, _DESCENT_WARPS = 4, 1
 
 
 @triton.jit
@@ -99,7 +77,7 @@ def _walk(  # type: ignore[no-untyped-def]
         if has_table:
             code = _nearest(level, middles)
         else:
-            code = _round(_clamp(level, least, most))
+            code = nearest_integer(clamp(level, least, most))
         tl.store(codes + at, code.to(tl.int8), mask=inside)
         left = value - (_decode(code, table, has_table) * s + m)
         own = tl.load(lower + column * n_columns + column)
@@ -153,7 +131,7 @@ def _move_integer(old, unit, slope, curvature, low, high):  # type: ignore[no-un
     """The best storable change of an integer that is worth `unit`, or the old one."""
     free = (curvature > 0) & (unit != 0)
     move = tl.div_rn(slope, tl.where(free, curvature * unit, 1.0))
-    new = _round(_clamp(old - move, low, high))
+    new = nearest_integer(clamp(old - move, low, high))
     step = (new - old) * unit
     good = free & (2 * step * slope + step * step * curvature < 0)
     return tl.where(good, new, old)
@@ -191,14 +169,23 @@ def _descend(  # type: ignore[no-untyped-def]
     window: tl.constexpr,
     tile: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
-    inside = rows < n_rows
+    start = tl.program_id(0).to(tl.int64) * tile
+    rows = tl.arange(0, tile)
+    inside = start + rows < n_rows
+    codes += start * n_columns + first
+    gradient += start * n_columns + first
+    moved += start * window
+    change += start * window
+    d += (start * n_columns + first) // width
+    dmin += (start * n_columns + first) // width
+    scale += (start * n_columns + first) // group
+    minimum += (start * n_columns + first) // group
     index = tl.arange(0, window)
     real = index < n_blocks * width
     both = inside[:, None] & real[None, :]
-    column_at = rows * n_columns + first
-    block_at = rows * (n_columns // width) + first // width
-    group_at = rows * (n_columns // group) + first // group
+    column_at = rows * n_columns
+    block_at = rows * (n_columns // width)
+    group_at = rows * (n_columns // group)
     columns = column_at[:, None] + index[None, :]
     blocks = block_at[:, None] + (index // width)[None, :]
     groups = group_at[:, None] + (index // group)[None, :]
@@ -219,20 +206,19 @@ def _descend(  # type: ignore[no-untyped-def]
     for block in range(n_blocks):
         own_d = tl.load(d + block_at + block, mask=inside, other=0.0)
         for column in range(block * width, (block + 1) * width):
-            from_hessian = hessian + column * n_columns
-            line = tl.load(from_hessian + index, mask=real, other=0.0)
-            own_scale = tl.load(scale + group_at + column // group, mask=inside, other=0.0)
-            worth = own_d * own_scale
-            free = worth != 0
+            line = tl.load(hessian + column * n_columns + index, mask=real, other=0.0)
+            pivot = tl.load(hessian + column * n_columns + column)
             stored = tl.load(codes + column_at + column, mask=inside, other=0)
+            worth = own_d * tl.load(scale + group_at + column // group, mask=inside, other=0.0)
+            free = worth != 0
+            per_slope = 1.0 / (pivot * tl.where(free, worth, 1.0))
             old = _decode(stored, table, has_table)
             here = tl.sum(tl.where((index == column)[None, :], slope, 0.0), 1)
-            curvature = tl.load(from_hessian + column) * tl.where(free, worth, 1.0)
-            level = old - tl.div_rn(here, curvature)
+            level = old - here * per_slope
             if has_table:
                 code = _nearest(level, middles)
             else:
-                code = _round(_clamp(level, low, high))
+                code = nearest_integer(clamp(level, low, high))
             step = tl.where(free, (_decode(code, table, has_table) - old) * worth, 0.0)
             code = tl.where(free, code, stored.to(tl.float32))
             tl.store(moved + own_at + column, code.to(tl.int8), mask=inside)
@@ -251,10 +237,8 @@ def _descend(  # type: ignore[no-untyped-def]
             reach = tl.zeros((tile, window), tl.float32)  # of the group's levels, times the Hessian
             for column in range(k * group, (k + 1) * group):
                 line = tl.load(hessian + column * n_columns + index, mask=real, other=0.0)
-                level = _decode(
-                    tl.load(moved + own_at + column, mask=inside, other=0), table, has_table
-                )
-                reach += level[:, None] * line[None, :]
+                stored = tl.load(moved + own_at + column, mask=inside, other=0)
+                reach += _decode(stored, table, has_table)[:, None] * line[None, :]
             integer = tl.load(scale + group_at + k, mask=inside, other=0.0)
             if scale_low <= scale_high:
                 towards = tl.sum(tl.where(here, u * slope, 0.0), 1)
@@ -324,19 +308,22 @@ def _descend(  # type: ignore[no-untyped-def]
 
 
 def descend(
-    state: RowState, hessian: torch.Tensor, group_sums: torch.Tensor, first: int
+    state: RowState,
+    hessian: torch.Tensor,
+    group_sums: torch.Tensor,
+    table: torch.Tensor,
+    first: int,
 ) -> torch.Tensor:
     """Descend on the blocks of at most `WINDOW` columns from `first` on, in turn, of all rows.
 
     The tensors of `state`, all contiguous, are changed in place but for the gradient. `hessian` is
-    the whole float32 (n, n), `group_sums` (n / group, n) its rows summed by group. Returns what was
-    added to the values, float32 (n_rows, columns of the window).
+    the whole float32 (n, n), `group_sums` (n / group, n) its rows summed by group, `table` (16,)
+    float32 or empty. Returns what was added to the values, float32 (n_rows, columns of the window).
     """
     form, device = state.form, state.codes.device
     n_rows, n_columns = state.codes.shape
     width = form.qtype.block_size
     n_blocks = min(WINDOW, n_columns - first) // width
-    table = torch.tensor(form.table or (), dtype=torch.float32, device=device)
     scale_range, minimum_range = form.scale_range or (0, -1), form.minimum_range or (0, -1)
     change = torch.empty((n_rows, WINDOW), device=device)
     moved = torch.empty((n_rows, WINDOW), dtype=torch.int8, device=device)

@@ -3,7 +3,8 @@
 A GPU's plain float32 units reach a tenth of its tensor cores. TF32 alone keeps 11 bits of every
 factor, too few for error feedback that runs over thousands of columns. So each factor is split into
 a part of 11 bits and the rest, and three of the four products are summed in one multiplication of
-threefold depth: about 22 bits. On a CPU nothing is split.
+threefold depth: about 22 bits. The tensor cores' own sums cut bits off, the more the deeper the
+product, so it is cut into pieces. On a CPU nothing is split.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from contextlib import contextmanager
 
 import torch
 
+_DEPTH = 1024  # of a piece; measured against float64 by benchmarks/gptq_speed.py
+
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b, float32 (n, k) and (k, m) -> (n, m)."""
     if not a.is_cuda:
         return a @ b
-    with _tensor_cores():
-        return _left(a) @ _right(b)
+    target = torch.zeros((len(a), b.shape[1]), device=a.device)
+    add_product(target, a, b)
+    return target
 
 
 def add_product(target: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sign: int = 1) -> None:
@@ -28,7 +32,8 @@ def add_product(target: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sign: in
         target.addmm_(a, b, alpha=sign)
         return
     with _tensor_cores():
-        target.addmm_(_left(a), _right(b), alpha=sign)
+        for left, right in zip(a.split(_DEPTH, 1), b.split(_DEPTH, 0), strict=True):
+            target.addmm_(_left(left), _right(right), alpha=sign)
 
 
 def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

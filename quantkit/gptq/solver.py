@@ -62,15 +62,28 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factor:
         raised = torch.where(dead, typical, diagonal + damping * factor * typical)
         damped = hessian[order][:, order]
         damped.diagonal().copy_(raised[order])
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not bool(failed) and bool(torch.isfinite(upper).all()):
+        upper, failed = _inverse_factor(damped)
+        if not failed and bool(torch.isfinite(upper).all()):
             return Factor(order, upper, raised, damping * factor, factor > 1, int(dead.sum()))
     raise QuantkitError(
         f"A Hessian of {len(order)} columns cannot be factorized, even heavily damped.",
         "Give more calibration tokens, or leave gptq out of --methods.",
     )
+
+
+def _inverse_factor(damped: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The upper Cholesky factor of the inverse, and whether there is none."""
+    if damped.is_cuda:
+        # Cholesky from the other end, H = RRᵀ with R upper, gives H⁻¹ = UᵀU with U = R⁻¹: half the
+        # work.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        one = torch.eye(len(damped), device=damped.device)
+        return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).triu(), bool(failed)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        return lower, True
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return upper, bool(failed)
 
 
 @dataclass(frozen=True)
