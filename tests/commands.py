@@ -76,18 +76,23 @@ def start(*arguments: str | Path, env: Mapping[str, str]) -> subprocess.Popen[by
     )
 
 
-def wait_for(process: subprocess.Popen[bytes], folder: Path, stage: str, kind: str) -> bool:
-    """Watch a run's events from now on. False when the process ended without such an event."""
+def wait_for(process: subprocess.Popen[bytes], folder: Path, stage: str, kinds: str) -> bool:
+    """Watch what is added to a run's events until the stage has had these kinds of them, such as
+    "started progress". False when the process ended before.
+    """
     path = RunDir(folder).events_path
+    left = kinds.split()
     at = path.stat().st_size if path.exists() else 0
-    while True:
+    while left:
         ended = process.poll() is not None
         events, at = read_events(path, at)
-        if any(e.stage == stage and e.kind == kind for e in events):
-            return True
+        for event in events:
+            if left and (event.stage, event.kind) == (stage, left[0]):
+                left.pop(0)
         if ended:
-            return False
+            break
         time.sleep(0.001)
+    return not left
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -29,7 +29,7 @@ def test_answers_with_one_object(whole_run: tuple[Run, Answer]) -> None:
     assert answer.json["folder"] == str(run.folder)
     assert tuple(answer.json["stages"]) == STAGES
     assert answer.json["stages"]["stitch"]["file"] == run.output.name
-    assert "| **Tiny-Llama-EVO-Q4_K_M.gguf** |" in answer.err  # the table, for people
+    assert "**Tiny-Llama-EVO-Q4_K_M.gguf**" in answer.err  # the table, for people
     assert "Traceback" not in answer.err
 
 
@@ -57,7 +57,7 @@ def test_report(run: Run) -> None:
         assert math.isfinite(row["perplexity"]["value"]) and row["perplexity"]["stderr"] > 0
         assert {*row["domains"]} == {"docs", "code"}
         assert row["bpw"] == pytest.approx(8 * row["n_bytes"] / base["n_parameters"])
-    assert output["zero_shot"]["status"] == "not run" and "HF_HUB_OFFLINE" in str(output)
+    assert output["tasks"] == {} and "HF_HUB_OFFLINE is set" in output["tasks_not_run"]
     assert report["versions"].keys() >= {"quantkit", "python", "llama-cpp-python", "torch"}
 
 
@@ -65,11 +65,11 @@ def test_baselines_are_the_neighbours_in_size(run: Run) -> None:
     """The largest stock files of at most our bytes, and the next one."""
     report = run.report
     n_bytes = report["outputs"][0]["n_bytes"]
-    sizes = {row["name"]: row["n_bytes"] for row in report["baselines"]}
-    assert list(sizes.values()) == sorted(sizes.values())
+    stock = [row for row in report["baselines"] if row["kind"] == "stock"]
+    sizes = {row["name"]: row["n_bytes"] for row in stock}
     assert sizes["Q4_K_M"] >= report["outputs"][0]["budget_bytes"]
-    assert sum(size <= n_bytes for size in sizes.values()) >= 2
-    assert sum(size > n_bytes for size in sizes.values()) >= 1
+    assert any(size <= n_bytes for size in sizes.values())
+    assert any(size > n_bytes for size in sizes.values())
 
 
 def test_output_loads_and_talks(run: Run) -> None:
