@@ -38,7 +38,7 @@ def add_endpoints(desk: Desk) -> None:
             return Asker(f"visitor:{visitor}", None, asker.address)
         return asker
 
-    def estimate_job(
+    def estimate(
         request: gr.Request,
         model: str,
         size: str = "",
@@ -190,7 +190,7 @@ def add_endpoints(desk: Desk) -> None:
 
         return _told(cancel)
 
-    gr.api(estimate_job, api_name="estimate", concurrency_limit=2)
+    gr.api(estimate, api_name="estimate", concurrency_limit=2)
     gr.api(start_job, api_name="start_job", concurrency_limit=8)
     gr.api(job_status, api_name="job_status", concurrency_limit=8)
     gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)

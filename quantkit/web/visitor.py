@@ -56,9 +56,21 @@ class Visitors:
         return hmac.new(self._secret, visitor.encode(), hashlib.sha256).hexdigest()
 
 
+_MAX_BODY = 1_000_000  # bytes of a request: the form's longest field has ten thousand characters
+# The page has no upload and shows no file of another server.
+_CLOSED = ("/gradio_api/upload", "/gradio_api/proxy=", "/gradio_api/stream/")
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self'"
+    " blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:;"
+    " connect-src 'self' blob: data:; object-src 'none'; base-uri 'self'; form-action 'self';"
+    " frame-ancestors "
+)
+_FRAMES = "'self' https://huggingface.co https://*.hf.space"
+
+
 class VisitorCookie:
-    """ASGI middleware: answers a page request of a visitor without a cookie with a new one, and
-    adds the headers that every answer has.
+    """ASGI middleware: answers a page request of a visitor without a cookie with a new one, adds
+    the headers that every answer has, and turns away what no part of the page sends.
     """
 
     def __init__(self, app: Any, visitors: Visitors, framed: bool) -> None:
@@ -71,6 +83,10 @@ class VisitorCookie:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        refused = _refusal(scope["path"], headers)
+        if refused is not None:
+            await _refuse(send, *refused)
+            return
         cookie = b""
         if scope["path"] == "/" and scope["method"] == "GET":
             if self._visitors.of_cookies(_cookies(headers)) is None:
@@ -85,6 +101,8 @@ class VisitorCookie:
                     (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"same-origin"),
                 ]
+                ancestors = _FRAMES if self._framed else "'self'"
+                added.append((b"content-security-policy", f"{_POLICY}{ancestors}".encode()))
                 if not self._framed:
                     added.append((b"x-frame-options", b"SAMEORIGIN"))
                 if cookie:
@@ -101,6 +119,24 @@ class VisitorCookie:
             site += "; Secure"
         key = self._visitors.new_key()
         return f"{COOKIE}={key}; Path=/; Max-Age={_SECONDS}; HttpOnly; {site}".encode()
+
+
+def _refusal(path: str, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
+    """The status and sentence for a request that is not answered; None for any other."""
+    if path.startswith(_CLOSED):
+        return 404, "There is nothing here."
+    length = headers.get(b"content-length", b"0")
+    if b"chunked" in headers.get(b"transfer-encoding", b"").lower():
+        return 411, "Say how long the request is."
+    if not length.isdigit() or len(length) > 12 or int(length) > _MAX_BODY:
+        return 413, f"A request may have {_MAX_BODY:,} bytes."
+    return None
+
+
+async def _refuse(send: Any, status: int, sentence: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": sentence.encode()})
 
 
 def _cookies(headers: Mapping[bytes, bytes]) -> dict[str, str]:
