@@ -123,10 +123,6 @@ def torch_logits(
     Raises:
         QuantkitError: a quantized tensor has no row map, or there is too little memory.
     """
-    import torch
-
-    from quantkit.blockwise import load_model
-
     lacking = [t.name for t in file.tensors.values() if t.qtype.is_quantized and t.name not in maps]
     if lacking:
         raise QuantkitError(f"{len(lacking)} quantized tensors are not found in the model.", "")
@@ -136,6 +132,10 @@ def torch_logits(
             f"the model in float32 needs {n_bytes / 1e9:.0f} GB, {n_free / 1e9:.0f} GB are free.",
             "",
         )
+    import torch
+
+    from quantkit.blockwise import load_model
+
     try:
         model = load_model(folder, torch.float32, device)
         parameters = dict(model.named_parameters())
