@@ -151,7 +151,7 @@ def _watch(
 ) -> bool:
     """Wait for the child's end and pass its progress on. True when it took too long."""
     deadline = time.monotonic() + wall_seconds
-    total = 0
+    total = done = 0
     while True:
         try:
             child.wait(_POLL_SECONDS)
@@ -162,8 +162,10 @@ def _watch(
             return True
         if progress is not None and output is not None and status.exists():
             total = total or json.loads(status.read_text()).get("total", 0)
-            if total and output.exists():
-                progress(min(output.stat().st_size, total), total)
+            n_bytes = min(output.stat().st_size, total) if output.exists() else 0
+            if n_bytes > done:  # the child goes on for a while after its last byte
+                done = n_bytes
+                progress(done, total)
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:

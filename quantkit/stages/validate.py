@@ -312,7 +312,7 @@ class _Meter:
         n_ctx = min(2048, int(about[f"{about['general.architecture']}.context_length"]))
         n_prompt = min(n_prompt, n_ctx - n_generate)
         result = speed.measure(path, n_ctx, n_prompt, n_generate, n_repeats, self._runtime)
-        return result.to_json()
+        return {**result.to_json(), "file": path.name}  # the report is published: no folders
 
     def _tasks(self, path: Path) -> dict[str, Any]:
         """Zero-shot accuracy beside the base's, and the answers that differ."""
