@@ -1,0 +1,220 @@
+"""Types, methods, tensors, calibration and evaluation as asked for, in whole runs; files without
+GPTQ are those of llama.cpp to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from commands import CHEAP, Answer, Run, packed_tensors, quantkit
+
+from quantkit.ggufio.imatrix import read_imatrix
+from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.stitch import stitch
+from quantkit.ggufio.write import lay_out
+from quantkit.kquants.stock import StockRecipe, make_override, make_stock
+from quantkit.qtypes import QuantType
+from quantkit.rundir import read_json
+from quantkit.statistics import head_file, load_statistics
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def whole(whole_run: tuple[Run, Answer]) -> Run:
+    return whole_run[0]
+
+
+def finish(run: Run, env: dict[str, str]) -> Run:
+    answer = quantkit("resume", run.folder, "--json", env=env)
+    assert answer.code == 0, answer.err
+    return run
+
+
+def importances(run: Run) -> dict[str, np.ndarray]:
+    """What llama-quantize is given: the run's imatrix, and the head's inputs, which
+    llama-imatrix collects with --process-output alone.
+    """
+    (head,) = load_statistics(head_file(run.dir.stage_dir("calibrate")))
+    return {**read_imatrix(run.imatrix), "output.weight": head.train.diagonal().numpy().copy()}
+
+
+def test_plan_tells_what_the_run_does(whole: Run, offline: dict[str, str]) -> None:
+    model = read_json(whole.dir.config_path)["model"]
+    answer = quantkit("plan", model, *CHEAP, "--json", env=offline)
+    assert answer.code == 0, answer.err
+    plan, budget = answer.json, read_json(whole.dir.stage_dir("search") / "budget.json")
+    assert plan["sizes"]["limit_bytes"] == budget["limit_bytes"]
+    assert plan["fallbacks"] == whole.report["fallbacks"]
+    for name, n_bytes in plan["sizes"]["levels"].items():
+        size = (whole.levels / f"{name}.gguf").stat().st_size
+        assert size <= n_bytes <= size + 4096
+
+
+def test_one_type_for_all(whole: Run, tmp_path: Path, offline: dict[str, str]) -> None:
+    """`{"default": "Q4_0"}`: llama-quantize's --pure file, tensor for tensor."""
+    types = (("default", "Q4_0"),)
+    run = whole.fork(tmp_path / "run", "quantize", types=types, methods=("imatrix",))
+    finish(run, offline)
+    make_stock(run.base, tmp_path / "pure.gguf", StockRecipe("Q4_0", pure=True), importances(run))
+    ours, theirs = packed_tensors(run.output), packed_tensors(tmp_path / "pure.gguf")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert {qtype for name, (qtype, _) in ours.items() if "norm" not in name} == {"Q4_0"}
+    (output,) = run.report["outputs"]
+    assert output["n_bytes"] <= output["budget_bytes"]
+    assert run.output.name == "Tiny-Llama-EVO-Q4_0.gguf"
+    assert read_json(run.dir.stage_dir("search") / "budget.json")["searched"] is False
+
+
+def test_types_for_some_tensors(
+    tiny_checkpoint: Path, tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """Only what --tensors names is quantized; the first pattern of --types that fits counts; rtn
+    is what ggml does without importances.
+    """
+    (tmp_path / "types.json").write_text(
+        '{"blk.0.*gate": "Q6_K", "down": "Q3_K", "default":"Q8_0"}'
+    )
+    run = Run(tmp_path / "run")
+    options = ("--types", tmp_path / "types.json", "--tensors", "ffn_(gate|down)")
+    command = ("run", tiny_checkpoint, "--out", run.folder, *CHEAP, *options, "--methods", "rtn")
+    answer = quantkit(*command, env=offline)
+    assert answer.code == 0, answer.err
+    expected = {
+        "blk.0.ffn_gate.weight": QuantType("Q8_0"),  # Q6_K with rows of 96
+        "blk.1.ffn_gate.weight": QuantType("Q8_0"),
+        "blk.0.ffn_down.weight": QuantType("Q3_K"),
+        "blk.1.ffn_down.weight": QuantType("Q3_K"),
+    }
+    base = GgufFile(run.base)
+    kept = {name: tensor.qtype for name, tensor in base.tensors.items()}
+    assert {n: t.qtype for n, t in GgufFile(run.output).tensors.items()} == {**kept, **expected}
+    (fallback,) = run.report["fallbacks"]
+    assert fallback["tensor"] == "blk.0.ffn_gate.weight"
+    assert (fallback["asked"], fallback["used"]) == ("Q6_K", "Q8_0")
+    out = tmp_path / "llama.gguf"
+    make_override(run.base, out, StockRecipe("Q8_0"), {}, {**kept, **expected})
+    theirs = packed_tensors(out)
+    ours = packed_tensors(run.output)
+    assert [name for name in expected if ours[name] != theirs[name]] == []
+
+
+def test_methods_that_compete(whole: Run) -> None:
+    """Every tensor at every type is by the method with the least error on held-out inputs."""
+    errors = read_json(whole.levels / "errors.json")["errors"]
+    for types in errors.values():
+        for solved in types.values():
+            tried = {m: e["relative"] for m, e in solved["errors"].items()}
+            assert tried[solved["method"]] == min(tried.values())
+    assert {"gptq", "imatrix", "rtn"} == {
+        m for m in errors["blk.0.ffn_up.weight"]["Q5_0"]["errors"]
+    }
+
+
+def test_gptq_alone_lists_its_fallbacks(
+    whole: Run, tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """The report says what it could not make: nothing is known of what the embedding is multiplied
+    with, so it is rounded as llama.cpp rounds what its imatrix does not name.
+    """
+    run = finish(whole.fork(tmp_path / "run", "quantize", methods=("gptq",)), offline)
+    errors = read_json(run.levels / "errors.json")["errors"]
+    others = {
+        (name, qtype, solved["method"])
+        for name, types in errors.items()
+        for qtype, solved in types.items()
+        if solved["method"] != "gptq"
+    }
+    listed = {
+        (f["tensor"], f["asked"].removesuffix("/gptq"), f["used"].rpartition("/")[2])
+        for f in run.report["fallbacks"]
+        if f["asked"].endswith("/gptq")
+    }
+    assert listed == others
+    assert {(name, method) for name, _, method in others} == {("token_embd.weight", "rtn")}
+    reasons = {f["tensor"]: f["reason"] for f in run.report["fallbacks"] if "/" in f["asked"]}
+    assert reasons["token_embd.weight"] == "no statistics of its inputs"
+    chosen = {name: row["method"] for name, row in run.recipe["tensors"].items()}
+    assert chosen.pop("token_embd.weight") == "rtn"
+    assert set(chosen.values()) == {"gptq"}
+
+
+def test_an_allocation_without_gptq_is_llama_cpps(
+    whole: Run, tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """The searched file equals what llama-quantize makes with the same type for every tensor."""
+    run = finish(whole.fork(tmp_path / "run", "quantize", methods=("imatrix",)), offline)
+    types = {name: QuantType(row["qtype"]) for name, row in run.recipe["tensors"].items()}
+    assert len(set(types.values())) > 2
+    out = tmp_path / "llama.gguf"
+    make_override(run.base, out, StockRecipe("Q4_K_M"), importances(run), types)
+    ours, theirs = packed_tensors(run.output), packed_tensors(out)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_stitching_one_level_reproduces_it(whole: Run, tmp_path: Path) -> None:
+    base = GgufFile(whole.base)
+    for path in whole.levels.glob("*.gguf"):
+        level = GgufFile(path)
+        types = {name: tensor.qtype for name, tensor in level.tensors.items()}
+        out = tmp_path / path.name
+        stitch(out, lay_out(base, types), base, dict.fromkeys(types, path))
+        assert packed_tensors(out) == packed_tensors(path)
+
+
+def test_text_and_tasks_of_ones_own(whole: Run, tmp_path: Path, offline: dict[str, str]) -> None:
+    text = "\r\n".join(text for _, text in sorted(topics.items())[:12])
+    (tmp_path / "own.txt").write_bytes(text.encode())
+    items = [
+        {"context": "Water is", "choices": [" wet.", " dry."], "gold": 0},
+        {"context": "Two and two make", "choices": [" five.", " four."], "gold": 1},
+    ]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, items)))
+    asked = {"eval_text": str(tmp_path / "own.txt"), "tasks": str(tmp_path / "tasks.jsonl")}
+    run = finish(whole.fork(tmp_path / "run", "validate", **asked), offline)
+    (output,) = run.report["outputs"]
+    assert {*output["domains"]} == {"own"}
+    (task,) = output["tasks"].values()
+    assert task["n_items"] == 2 and output["tasks_not_run"] == ""
+    assert output["sha256"] == whole.report["outputs"][0]["sha256"]
+    # A file that changed since is another run's.
+    (tmp_path / "own.txt").write_bytes(text.encode() + b"!")
+    again = quantkit("resume", run.folder, env=offline)
+    assert again.code == 1 and "eval_text_sha256" in again.err
+
+
+def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[str, str]) -> None:
+    """.txt, .jsonl and .parquet, weighted; what is held out of them is what is validated on."""
+    parts = [text for _, text in sorted(topics.items()) if len(text) > 400]
+    (tmp_path / "notes.txt").write_text("\n\n".join(parts[::3]), "utf-8")
+    rows = [json.dumps({"text": text}) for text in parts[1::3]]
+    (tmp_path / "lines.jsonl").write_text("\n".join(rows), "utf-8")
+    parquet.write_table(pa.table({"text": parts[2::3]}), tmp_path / "table.parquet")
+    few = [json.dumps(f"Proverb {i}: a stitch in time saves {i} more stitches.") for i in range(9)]
+    (tmp_path / "few.jsonl").write_text("\n".join(few), "utf-8")
+    weights = {"notes.txt": 4, "lines.jsonl": 3, "table.parquet": 2, "few.jsonl": 1}
+    spec = ",".join(f"{tmp_path / name}:{weight}" for name, weight in weights.items())
+    run = finish(whole.fork(tmp_path / "run", "calibrate", calibration=spec), offline)
+    made = read_json(run.dir.stage_dir("calibrate") / "calibration.json")
+    assert {d["name"]: d["weight"] for d in made["domains"]} == {
+        "notes.txt": 0.4,
+        "lines.jsonl": 0.3,
+        "table.parquet": 0.2,
+        "few.jsonl": 0.1,
+    }
+    assert {*run.report["outputs"][0]["domains"]} == {"notes", "lines", "table"}
+    assert "few.jsonl has too little text to validate on" in [e.message for e in run.events]
+    published = run.dir.stage_dir("publish") / "upload"
+    assert made["spec"] == "notes.txt:4,lines.jsonl:3,table.parquet:2,few.jsonl:1"
+    for name in ("README.md", "report.json"):
+        assert str(tmp_path) not in (published / name).read_text("utf-8")
+    with_fields = GgufFile(run.output).reader.fields
+    assert with_fields["quantize.imatrix.dataset"].contents() == ", ".join(weights)
