@@ -343,3 +343,16 @@ def test_the_schema_is_documented() -> None:
     assert f"schema {report.SCHEMA}" in told
     for key in [*values(), *values()["outputs"][0], *values()["base"], "versus", "weight_kl"]:
         assert f"`{key}`" in told, key
+
+
+def test_the_tail_of_the_tokens() -> None:
+    assert tables.tails(report.read(values())) is None
+    changed = values()
+    changed["outputs"][0]["kl"] = {**KL, "median": 0.01, "p99": 0.05, "p999": 0.2, "max": 1.25}
+    changed["outputs"][0]["ln_ppl_ratio"] = {"mean": -0.002, "stderr": 0.001}
+    read = report.read(changed)
+    made = tables.tails(read)
+    assert made is not None
+    cells = ("0.0100", "0.0500", "0.200", "1.25", "-0.0020 ± 0.0010")
+    assert made.lines[0].cells[1:] == cells and len(made.lines) == 1
+    assert "99.9 %" in report.markdown(read) and "99.9 %" in report.html(read)

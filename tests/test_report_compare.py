@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from eval_fixtures import TEXT, TinyFiles, tiny
+from hub_server import running_hub
 
 from quantkit import given, report
 from quantkit.cli import main
 from quantkit.compare import to_report
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 
 __all__ = ["tiny"]  # a fixture: used by name
 
@@ -101,3 +102,21 @@ def test_evaluator_json_without_options_is_enough(tiny: TinyFiles) -> None:
     made = report.read(to_report(measured, tiny.base, [tiny.noisy]))
     assert made.first.weight_kl is None and made.first.tasks_not_run == "no --task"
     assert "closest" in report.verdict(made)
+
+
+def test_a_file_of_the_hub(
+    tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = tiny.noisy.read_bytes()
+    with running_hub(monkeypatch, tmp_path) as server:
+        server.add_model("alice/x", {"quants/x-Q4_K_M.gguf": data})
+        server.fail_next("x-Q4_K_M.gguf", 503)
+        found = given.locate("hf://alice/x/quants/x-Q4_K_M.gguf")
+        assert found.read_bytes() == data
+        n_requests = len(server.asked("/lfs/|resolve", "GET"))
+        assert given.locate("hf://alice/x@main/quants/x-Q4_K_M.gguf") == found
+        assert len(server.asked("/lfs/|resolve", "GET")) == n_requests, "it is in the cache"
+        with pytest.raises(QuantkitError):
+            given.locate("hf://alice/x/quants/nothing.gguf")
+        with pytest.raises(QuantkitError):
+            given.locate("hf://alice/nobody/x.gguf")

@@ -65,6 +65,9 @@ def html(report: Report) -> str:
         lines = [f"{name}: {reason}" for name, reason in report.not_measured]
         parts.append(f"<h2>Not measured</h2>{_list(lines)}")
     parts += ["<h2>By domain</h2>", _figure("domains", pictures), _table(tables.domains(report))]
+    tails = tables.tails(report)
+    if tails is not None:
+        parts.append(f"<h2>By token</h2>{_table(tails)}")
     tasks = text.task_lines(report)
     if tasks:
         parts.append(f"<h2>Tasks</h2>{_list(tasks)}")

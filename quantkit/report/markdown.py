@@ -51,6 +51,9 @@ def markdown(report: Report) -> str:
             bullets(f"{name}: {reason}" for name, reason in report.not_measured),
         ]
     parts += ["## By domain", set_table(tables.domains(report))]
+    tails = tables.tails(report)
+    if tails is not None:
+        parts += ["## By token", set_table(tails)]
     tasks = text.task_lines(report)
     if tasks:
         parts += ["## Tasks", bullets(tasks)]

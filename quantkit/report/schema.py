@@ -31,6 +31,17 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """Where the tokens' KL lies, and ln(perplexity / the base's)."""
+
+    median: float
+    p99: float
+    p999: float
+    largest: float
+    ln_ppl_ratio: Mean
+
+
+@dataclass(frozen=True)
 class Versus:
     """A paired test on the same windows: this row less the first output; above zero, worse."""
 
@@ -86,6 +97,7 @@ class Row:
     top1: float
     perplexity: Mean
     domains: dict[str, Mean]
+    tail: Tail | None
     weight_kl: Mean | None
     kl_versus: Versus | None
     weight_kl_versus: Versus | None
@@ -259,6 +271,7 @@ def _row(row: Mapping[str, Any]) -> Row:
         top1=float(row["top1"]),
         perplexity=_mean(row["perplexity"], "value"),
         domains={str(name): _mean(d["kl"], "mean") for name, d in row["domains"].items()},
+        tail=_tail(row),
         weight_kl=_mean(row["weight_kl"], "mean") if row.get("weight_kl") else None,
         kl_versus=_versus(versus.get("kl")),
         weight_kl_versus=_versus(versus.get("weight_kl")),
@@ -282,6 +295,14 @@ def _row(row: Mapping[str, Any]) -> Row:
 def _mean(value: Mapping[str, Any], key: str) -> Mean:
     low, high = value.get("ci95") or (None, None)
     return Mean(float(value[key]), float(value["stderr"]), low, high)
+
+
+def _tail(row: Mapping[str, Any]) -> Tail | None:
+    kl, ratio = row["kl"], row.get("ln_ppl_ratio")
+    if ratio is None or "median" not in kl:
+        return None
+    figures = (float(kl[name]) for name in ("median", "p99", "p999", "max"))
+    return Tail(*figures, _mean(ratio, "mean"))
 
 
 def _versus(test: Mapping[str, Any] | None) -> Versus | None:

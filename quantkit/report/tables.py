@@ -67,6 +67,27 @@ def domains(report: Report) -> Table:
     return Table(("mean KL on", *names), tuple(lines))
 
 
+def tails(report: Report) -> Table | None:
+    """How the KL is spread over tokens, and the ratio of perplexities."""
+    lines = tuple(
+        Line(
+            row.kind,
+            (
+                row.label,
+                text.number(row.tail.median),
+                text.number(row.tail.p99),
+                text.number(row.tail.p999),
+                text.number(row.tail.largest),
+                f"{row.tail.ln_ppl_ratio.value:+.4f} ± {row.tail.ln_ppl_ratio.stderr:.4f}",
+            ),
+        )
+        for row in report.by_size
+        if row.tail
+    )
+    headers = ("KL of tokens", "median", "99 %", "99.9 %", "largest", "ln perplexity ratio")
+    return Table(headers, lines) if lines else None
+
+
 def speeds(report: Report) -> Table | None:
     """Tokens per second, load time and memory of the files that have them."""
     found: list[tuple[str, str, Speed]] = [
