@@ -113,8 +113,12 @@ def model_card(
 
 
 def _origin(info: ModelInfo) -> str:
+    """The model's name, with a link where its place on the Hub is known."""
+    if not info.local_path:
+        return f"[{info.id}](https://huggingface.co/{info.id})"
     name = info.id.rsplit("/", 1)[-1]
-    return f"[{info.id}](https://huggingface.co/{info.id})" if not info.local_path else name
+    base = info.card.get("base_model")
+    return f"{name} ([{base}](https://huggingface.co/{base}))" if isinstance(base, str) else name
 
 
 def _link(name: str, repo: str | None) -> str:
@@ -126,21 +130,23 @@ def _link(name: str, repo: str | None) -> str:
 def _choice(report: Report, repo: str | None) -> str:
     """The files by the memory that they need."""
     base = report.base.speed
-    rows = []
-    for row in report.by_size:
-        if row.kind == OURS:
-            needed = text.size(row.speed.peak_bytes) if row.speed else "-"
-            rows.append([_link(row.name, repo), text.size(row.n_bytes), needed, "nearly everyone"])
-    rows.append(
+    rows = [
         [
-            "full precision, not here",
-            text.size(report.base.n_bytes),
-            text.size(base.peak_bytes) if base else "-",
-            "the memory is there, and every last answer counts",
+            text.size(row.speed.peak_bytes) if row.speed else "not measured",
+            _link(row.name, repo),
+            text.size(row.n_bytes),
+            text.with_error(row.kl),
         ]
+        for row in report.by_size
+        if row.kind == OURS
+    ]
+    needed = text.size(base.peak_bytes) if base else "not measured"
+    rows.append([needed, "full precision (not here)", text.size(report.base.n_bytes), "0"])
+    return (
+        reports.table(["free memory", "file", "size", "mean KL"], rows)
+        + f"\n\nMemory is that of a process with a context of {base.n_ctx if base else 0:,} tokens,"
+        " measured. Longer contexts take more."
     )
-    n_ctx = base.n_ctx if base else 0
-    return reports.table(["file", "size", f"memory at {n_ctx:,} tokens", "choose it when"], rows)
 
 
 def _measured(report: Report, repo: str | None) -> str:

@@ -301,8 +301,13 @@ def _tail(row: Mapping[str, Any]) -> Tail | None:
     kl, ratio = row["kl"], row.get("ln_ppl_ratio")
     if ratio is None or "median" not in kl:
         return None
-    figures = (float(kl[name]) for name in ("median", "p99", "p999", "max"))
-    return Tail(*figures, _mean(ratio, "mean"))
+    return Tail(
+        float(kl["median"]),
+        float(kl["p99"]),
+        float(kl["p999"]),
+        float(kl["max"]),
+        _mean(ratio, "mean"),
+    )
 
 
 def _versus(test: Mapping[str, Any] | None) -> Versus | None:

@@ -62,6 +62,7 @@ class Effort:
     """What a profile spends beside the KL of each file."""
 
     n_below: int  # stock files of at most our size that are measured: the largest ones
+    n_uniform: int  # of our own uniform files: the largest of at most our size, the next larger
     weight_windows: int | None  # of each domain, for the KL of the weights alone; None: all
     rows: int | None  # of each tensor, decoded a second time; None: all
     n_items: int  # zero-shot items
@@ -69,10 +70,10 @@ class Effort:
 
 
 EFFORTS = {
-    "demo": Effort(1, 2, 32, 60, (128, 16, 1)),
-    "fast": Effort(2, 10, None, 200, (256, 32, 2)),
-    "standard": Effort(3, None, None, 500, (512, 64, 3)),
-    "thorough": Effort(3, None, None, 2000, (512, 64, 3)),
+    "demo": Effort(1, 1, 2, 32, 60, (128, 16, 1)),
+    "fast": Effort(2, 2, 10, None, 200, (256, 32, 2)),
+    "standard": Effort(3, 2, None, None, 500, (512, 64, 3)),
+    "thorough": Effort(3, 2, None, None, 2000, (512, 64, 3)),
 }
 
 
@@ -206,15 +207,15 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
 def _opponents(run: Run, base: GgufFile, n_bytes: int) -> list[Opponent]:
     """Stock files around our size, our own uniform files around it, and what the user named."""
     imatrix = read_imatrix(run.dir.stage_dir("calibrate") / "imatrix.gguf")
-    n_below = EFFORTS[run.config.profile].n_below
+    effort = EFFORTS[run.config.profile]
     uniform = opponents.uniform_opponents(run.dir.stage_dir("quantize"), n_bytes)
     if not uniform:
         run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
     return [
         *opponents.stock_opponents(
-            base, n_bytes, n_below, run.config.target, imatrix, run.dir.stage_dir(NAME)
+            base, n_bytes, effort.n_below, run.config.target, imatrix, run.dir.stage_dir(NAME)
         ),
-        *uniform,
+        *uniform[: effort.n_uniform],
         *opponents.given_opponents(run.config.compare),
     ]
 
