@@ -108,7 +108,7 @@ def _validate(run: Run) -> StageResult:
     checks = _checks(run, base, ours, next(iter(texts.values())), runtime)
     others = _opponents(run, base, ours.stat().st_size)
     items, reason = _items(run)
-    meter = _Meter(run, base, runtime, items, 2 + 3 * (1 + len(others)))
+    meter = _Meter(run, base, runtime, items, 1 + 3 * (1 + len(others)))
     with BaseLogits.compute(
         base.path,
         texts,
@@ -266,9 +266,9 @@ class _Meter:
                     self._effort.weight_windows,
                 )
                 row = self._figures(other, result, weights)
+                progress = self.step(f"speed and answers of {other.name}")
                 if other.is_rival:
-                    row |= {"speed": self.speed(path), "tasks": self._tasks(path)}
-                self.step("")
+                    row |= {"speed": self.speed(path), "tasks": self._tasks(path, progress)}
                 return row
         except EvaluationError as error:
             raise QuantkitError(error.message, error.remedy) from error
@@ -315,7 +315,7 @@ class _Meter:
         result = speed.measure(path, n_ctx, n_prompt, n_generate, n_repeats, self._runtime)
         return {**result.to_json(), "file": path.name}  # the report is published: no folders
 
-    def _tasks(self, path: Path) -> dict[str, Any]:
+    def _tasks(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Zero-shot accuracy beside the base's, and the answers that differ."""
         from evaluators import zeroshot
 
@@ -325,7 +325,6 @@ class _Meter:
         if items.name not in self._answers:
             self._answers[items.name] = zeroshot.run(self._base.path, items, runtime=self._runtime)
         reference = self._answers[items.name]
-        progress = self.step(f"zero-shot of {path.name}")
         result = zeroshot.run(path, items, runtime=self._runtime, progress=progress)
         flips = zeroshot.answer_flips(result, reference)
         return {
@@ -371,6 +370,7 @@ def _texts(run: Run) -> dict[str, str]:
 def _items(run: Run) -> tuple[TaskItems | None, str]:
     """The zero-shot items, or the reason why there are none."""
     from evaluators import tasks
+    from evaluators.errors import EvaluationError
 
     n_items = EFFORTS[run.config.profile].n_items
     if run.config.tasks:
@@ -380,7 +380,10 @@ def _items(run: Run) -> tuple[TaskItems | None, str]:
     reason = hub.why_offline(hub.resolve_token())
     if reason:
         return None, f"no --tasks file, and {reason}"
-    return tasks.load("piqa", limit=n_items), ""
+    try:
+        return tasks.load("piqa", limit=n_items), ""
+    except EvaluationError as error:  # a data set that nobody asked for fails no run
+        return None, f"no --tasks file, and {error.message}"
 
 
 # ---- the report
