@@ -188,17 +188,9 @@ class Routes:
         if item in items:
             raise Answer(409, {"error": "The item is in the collection already"})
         items.append(item)
-        about = {
-            "title": "t",
-            "owner": {"name": "alice"},
-            "lastUpdated": "2026-01-01T00:00:00.000Z",
-        }
-        about |= {
-            "lastUpdated": "2026-01-01T00:00:00.000Z",
-            "private": False,
-            "theme": "blue",
-            "upvotes": 0,
-        }
+        about: dict[str, Any] = {"title": "t", "position": 1, "owner": {"name": "alice"}}
+        about |= {"private": False, "theme": "blue", "upvotes": 0}
+        about["lastUpdated"] = "2026-01-01T00:00:00.000Z"
         raise Answer(200, {"slug": slug, "items": [], "description": "", **about})
 
     def _search(self, kind: str, query: dict[str, list[str]]) -> None:

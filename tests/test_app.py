@@ -416,3 +416,27 @@ def test_api_runs_the_real_pipeline(tmp_path: Path) -> None:
         name = status["files"][0]["name"]
         body = get(f"{url}files/{job['job_id']}/{name}", X_Quantkit_Key=job["key"])[2]
         assert body[:4] == b"GGUF" and len(body) == status["report"]["outputs"][0]["n_bytes"]
+
+
+def test_agents_find_four_tools(page: tuple[str, JobStore, Visitors]) -> None:
+    """As an MCP client: the documented tools and no other, with what they take and sentences."""
+    import asyncio
+
+    client = pytest.importorskip("mcp.client.streamable_http", reason="mcp is not installed")
+    from mcp import ClientSession
+
+    async def talk() -> tuple[dict[str, set[str]], Any, Any]:
+        async with client.streamablehttp_client(f"{page[0]}gradio_api/mcp/") as (read, write, _):
+            async with ClientSession(read, write) as session:
+                await session.initialize()
+                tools = (await session.list_tools()).tools
+                asked = {"model": "demo:smollm2-135m", "profile": "demo"}
+                started = await session.call_tool("start_job", asked)
+                lost = await session.call_tool("job_status", {"job_id": "../x"})
+                return {t.name: set(t.inputSchema["properties"]) for t in tools}, started, lost
+
+    tools, started, lost = asyncio.run(talk())
+    assert set(tools) == {"estimate", "start_job", "job_status", "cancel_job"}
+    assert {"model", "memory", "context", "machine", "key"} <= tools["start_job"]
+    assert "job_id" in started.content[0].text and not started.isError
+    assert lost.isError and lost.content[0].text.startswith("There is no such run")

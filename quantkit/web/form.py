@@ -117,7 +117,7 @@ class Form:
             list(FAMILIES["whole"]),
             value=list(FAMILIES["everyday"]),
             label="Sizes",
-            info="One run for each, as large as these stock mixes; they share all but the search.",
+            info="A run for each, as large as these mixes. On one machine they share the first stages.",
             visible=False,
             elem_id="family",
         )

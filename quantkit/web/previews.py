@@ -82,7 +82,7 @@ def _preview(
         )
     warnings = [str(text) for text in plan.get("warnings", [])][:10]
     notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
-    where = _where(needs, here, why_not, machines, chosen)
+    where = _where(needs, here, why_not, machines, chosen, len(limits))
     return _card(facts, f"{where}{_stock(plan, context)}{notes}")
 
 
@@ -113,41 +113,40 @@ def _where(
     why_not: str,
     machines: Sequence[Choice],
     chosen: Choice | None,
+    n_files: int,
 ) -> str:
     """A row for this machine and for every Job's machine worth a look, with time and cost."""
     rows = []
     if here:
-        cells = ("—", "too large") if why_not else (_about(needs["seconds"]), "free")
-        rows.append((here, *cells, "", chosen is None))
+        time, cost = ("—", "too large") if why_not else (_about(needs["seconds"]), "free")
+        rows.append(_place(here, "", time, cost, chosen is None))
     shown = list(machines[:_SHOWN_CHOICES])
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
     for choice in shown:
         machine = choice.machine
-        rows.append(
-            (
-                f"Job: {machine.name}" + (f" ({machine.gpu})" if machine.gpu else ""),
-                _about(choice.seconds),
-                f"about ${choice.usd:.2f}",
-                f"at most ${choice.most_usd:.2f}: ended after {choice.hours_limit} h",
-                choice == chosen,
-            )
-        )
+        name = f"Job: {machine.name}" + (f" ({machine.gpu})" if machine.gpu else "")
+        limit = f"${choice.most_usd:.2f} at most: ended after {choice.hours_limit} h"
+        cost = "under $0.01" if choice.usd < 0.01 else f"${choice.usd:.2f}"
+        rows.append(_place(name, limit, _about(choice.seconds), cost, choice == chosen))
     if not rows:
         return ""
-    lines = "".join(
-        f'<tr class="{"ours" if mine else ""}"><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for name, *cells, mine in rows
-    )
-    head = "<tr><th>where</th><th>time</th><th>cost</th><th></th></tr>"
+    each = " each" if n_files > 1 and shown else ""
+    head = f"<tr><th>where</th><th>time, about</th><th>cost{each}, about</th></tr>"
     said = f'<p class="qk-help">{escape(why_not)}</p>' if why_not else ""
-    return _table(head, lines) + said
+    return _table(head, "".join(rows)) + said
+
+
+def _place(name: str, limit: str, time: str, cost: str, is_chosen: bool) -> str:
+    small = f"<small>{escape(limit)}</small>" if limit else ""
+    return (
+        f'<tr class="{"ours" if is_chosen else ""}"><th scope="row">{escape(name)}{small}</th>'
+        f"<td>{escape(time)}</td><td>{escape(cost)}</td></tr>"
+    )
 
 
 def _about(seconds: float) -> str:
-    return f"about {duration(max(60.0, seconds))}"
+    return duration(max(60.0, seconds))
 
 
 def _stock(plan: dict[str, Any], context: int | None) -> str:

@@ -34,8 +34,8 @@ def live_map(job: JobView) -> str:
     if not grid:
         return ""
     return (
-        '<section class="qk-section"><h3>The best mix so far</h3><p class="qk-help">One column a'
-        f" block, darker is more bits.</p>{grid}</section>"
+        '<section class="qk-section"><h3>The best mix so far</h3><p class="qk-help">One column'
+        f" a block.</p>{grid}</section>"
     )
 
 
@@ -59,7 +59,7 @@ def _results(report: dict[str, Any], job: JobView) -> str:
     if grid:
         parts.append(
             '<section class="qk-section"><h3>Type of every tensor</h3><p class="qk-help">'
-            f"One column a block, darker is more bits.</p>{grid}</section>"
+            f"One column a block.</p>{grid}</section>"
         )
     return "".join(parts)
 
