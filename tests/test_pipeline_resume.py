@@ -1,0 +1,188 @@
+"""A run that is killed, started twice, asked for something else, or cleaned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from commands import CHEAP, Answer, Run, kill, quantkit, start, wait_for
+
+from quantkit.rundir import STAGES
+
+pytestmark = pytest.mark.slow
+
+# When each stage is killed: at its beginning, or as late as its units of work allow. Generation 1
+# of the search has its parent's hidden states in memory; the process that goes on has not.
+MOMENTS = {
+    "fetch": "started",
+    "convert": "started progress",
+    "calibrate": "started progress",
+    "quantize": "started progress",
+    "database": "started",
+    "search": "started progress progress",
+    "stitch": "started",
+    "validate": "started progress",
+    "publish": "started",
+}
+LONG = {"convert", "calibrate", "quantize", "search", "validate"}  # cannot end before the kill
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the processes that name a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:  # it has ended
+            continue
+        if str(folder) in words and "pytest" not in words:
+            found.append(words)
+    return found
+
+
+def test_kill_in_every_stage(
+    tiny_checkpoint: Path,
+    whole_run: tuple[Run, Answer],
+    tmp_path: Path,
+    offline: dict[str, str],
+) -> None:
+    """One run, killed once in each of its stages: its files are those of an undisturbed one."""
+    run = Run(tmp_path / "killed")
+    command = ("run", tiny_checkpoint, "--out", run.folder, *CHEAP)
+    for stage in STAGES:
+        process = start(*command, env=offline)
+        assert wait_for(process, run.folder, stage, MOMENTS[stage]), f"{stage} never began"
+        kill(process)
+        assert process.returncode == -signal.SIGKILL
+        done = run.dir.records()
+        assert tuple(done) == STAGES[: len(done)]
+        if stage in LONG:
+            assert tuple(done) == STAGES[: STAGES.index(stage)]
+        for _ in range(100):  # the converter's process is told of its parent's death
+            if not processes_in(run.folder):
+                break
+            time.sleep(0.05)
+        assert not processes_in(run.folder)
+    status = quantkit("status", run.folder, env=offline)
+    if tuple(run.dir.records()) != STAGES:
+        assert f"{run.folder}: interrupted" in status.out
+        assert f"quantkit resume {run.folder}" in status.out
+    answer = quantkit(*command, "--json", env=offline)
+    assert answer.code == 0, answer.err
+    expected = whole_run[0]
+    assert run.hashes == expected.hashes
+    kl = [r.report["outputs"][0]["kl"] for r in (run, expected)]
+    assert kl[0] == kl[1]
+    mine, theirs = (
+        {str(p.relative_to(r.folder)) for p in r.folder.rglob("*")} for r in (run, expected)
+    )
+    assert mine == theirs  # nothing is left over
+
+
+def test_one_run_at_a_time(
+    tiny_checkpoint: Path, whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """A folder in which a process is at work refuses another, which changes nothing in it."""
+    run = whole_run[0].fork(tmp_path / "busy", "convert")
+    process = start("resume", run.folder, env=offline)
+    try:
+        assert wait_for(process, run.folder, "convert", "started")
+        os.killpg(process.pid, signal.SIGSTOP)  # it holds the folder for as long as we look
+        before = run.dir.events_path.read_bytes()
+        refused = quantkit("run", tiny_checkpoint, "--out", run.folder, *CHEAP, env=offline)
+        assert refused.code == 1 and refused.out == ""
+        assert f"Another run (process {process.pid}) is at work in {run.folder}." in refused.err
+        assert "Traceback" not in refused.err
+        for command in (("resume",), ("clean",), ("publish",)):
+            extra = ("alice/x",) if command == ("publish",) else ()
+            answer = quantkit(*command, run.folder, *extra, env=offline)
+            assert answer.code == 1, command
+        status = quantkit("status", run.folder, "--json", env=offline)
+        assert status.code == 0 and status.json["state"] == "running"
+        assert run.dir.events_path.read_bytes() == before
+    finally:
+        kill(process)
+    status = quantkit("status", run.folder, "--json", env=offline)
+    assert status.json["state"] == "interrupted" and status.json["done"] == ["fetch"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--seed", "7"), "seed = 0, not 7"),
+        (("--like", "Q6_K"), "target = (not given), not like Q6_K"),
+        (("--methods", "rtn"), "methods"),
+    ],
+)
+def test_another_option_in_a_used_folder(
+    tiny_checkpoint: Path,
+    whole_run: tuple[Run, Answer],
+    offline: dict[str, str],
+    options: tuple[str, str],
+    words: str,
+) -> None:
+    folder = whole_run[0].folder
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "lock"}
+    answer = quantkit("run", tiny_checkpoint, "--out", folder, *CHEAP, *options, env=offline)
+    assert answer.code == 2 and answer.out == ""
+    assert words in answer.err and "Choose another --out" in answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "lock"} == before
+
+
+def test_clean(whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]) -> None:
+    """Levels and Hessians go, results stay, and there is still nothing to do."""
+    run = whole_run[0].fork(tmp_path / "cleaned", "publish")
+    assert quantkit("resume", run.folder, env=offline).code == 0
+    n_levels = sum(p.stat().st_size for p in run.levels.glob("*.gguf"))
+    kept = {"output": run.output, "base": run.base, "recipe": run.recipe_path}
+    answer = quantkit("clean", run.folder, "--json", env=offline)
+    assert answer.code == 0 and answer.json["freed_bytes"] > n_levels
+    assert not list(run.levels.glob("*.gguf")) and not list(run.folder.rglob("block-*"))
+    assert all(path.exists() for path in kept.values()) and run.report
+    status = quantkit("status", run.folder, "--json", env=offline)
+    assert status.json["state"] == "done" and tuple(status.json["done"]) == STAGES
+    n = len(run.events)
+    again = quantkit("resume", run.folder, "--json", env=offline)
+    assert again.code == 0, again.err
+    kinds = [e.kind for e in run.events[n:]]
+    assert kinds == ["started", *["skipped"] * len(STAGES), "finished"]
+    assert not list(run.levels.glob("*.gguf"))
+    assert quantkit("clean", run.folder, "--json", env=offline).json["freed_bytes"] == 0
+
+
+def test_a_cleaned_run_makes_its_levels_again_when_it_needs_them(
+    whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """Killed before stitch, cleaned, resumed: everything from the dropped files on is made anew."""
+    expected = whole_run[0]
+    run = expected.fork(tmp_path / "cleaned", "stitch")
+    assert quantkit("clean", run.folder, env=offline).code == 0
+    answer = quantkit("resume", run.folder, env=offline)
+    assert answer.code == 0, answer.err
+    assert run.hashes == expected.hashes
+
+
+@pytest.mark.parametrize("command", ["status", "resume", "clean"])
+def test_a_folder_without_a_run(tmp_path: Path, offline: dict[str, str], command: str) -> None:
+    answer = quantkit(command, tmp_path, env=offline)
+    assert answer.code == 2 and "holds no run" in answer.err and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_level_is_made_again(
+    whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """A file that was changed behind the run's back is noticed, and everything after it redone."""
+    expected = whole_run[0]
+    run = expected.fork(tmp_path / "damaged", "stitch")
+    path = run.levels / "Q4_K.gguf"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    answer = quantkit("resume", run.folder, env=offline)
+    assert answer.code == 0, answer.err
+    assert run.hashes == expected.hashes
+    assert any(e.stage == "quantize" and "changed" in e.message for e in run.events)
