@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from eval_fixtures import ONE, TinyFiles, run_json, tiny
 
@@ -32,6 +33,13 @@ def test_figures(tiny: TinyFiles) -> None:
     assert result.buffers["model_bytes"] > 300_000
     assert result.buffers["compute_bytes"] > 0
     assert (result.n_threads, result.n_gpu_layers) == (1, 0)
+
+
+def test_memory_is_not_the_parents(tiny: TinyFiles) -> None:
+    before = measure(tiny.base, n_ctx=128).peak_rss_bytes
+    ballast = np.ones(100_000_000, np.float64)  # 800 MB
+    after = measure(tiny.base, n_ctx=128).peak_rss_bytes
+    assert ballast.sum() > 0 and after < before + 400e6
 
 
 @pytest.mark.slow
