@@ -80,12 +80,12 @@ def total(costs: Costs, choices: Choices) -> float:
 class Toy:
     """An evaluator: costs add up, pairs of neighbours interact, sequences differ a little.
 
-    Counts tokens as the real one does, and which allocations it was asked for.
+    Counts tokens as a search does, and notes which allocations it was asked for.
     """
 
     n_ctx = 16
 
-    def __init__(self, space: SearchSpace, costs: Costs, seed: int = 0, n_sequences: int = 8):
+    def __init__(self, space: SearchSpace, costs: Costs, seed: int = 0, n_sequences: int = 12):
         rng = np.random.default_rng(seed)
         self.space, self.costs = space, costs
         self.n_sequences = n_sequences
@@ -99,6 +99,9 @@ class Toy:
         assert self.space.fits(choices), "a candidate above the budget was evaluated"
         self.n_tokens += (last - first) * self.n_ctx
         self.calls.append((tuple(choices.tolist()), first, last))
+        return self._kl(choices, first, last)[:, None]
+
+    def _kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
         own = np.array([c[k] for c, k in zip(self.costs, choices.tolist(), strict=True)])
         pair = self.pairs[: len(own) - 1] * own[1:] * own[:-1]
         return self.weights[first:last] @ own + pair.sum()

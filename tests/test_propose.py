@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from search_spaces import everything, make_space, spaces, total
 
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.propose import knapsack, spend, uniform
+from quantkit.search.propose import knapsack, nearby, spend, uniform
 
 
 def is_full(space: SearchSpace, choices: np.ndarray) -> bool:
@@ -132,3 +132,26 @@ def test_costs_of_zero() -> None:
     space = make_space([[100, 200], [100, 200]], 1000 + 320 + 32)
     found = knapsack(space, [np.zeros(2), np.zeros(2)])
     assert is_full(space, found)
+
+
+@given(spaces(), st.integers(0, 2**32 - 1), st.integers(0, 8))
+def test_nearby_keeps_the_budget_and_its_distance(drawn: tuple, seed: int, n_moves: int) -> None:
+    """What is left over after the moves may be spent on any tensor."""
+    space, costs = drawn
+    rng = np.random.default_rng(seed)
+    parent = knapsack(space, [rng.permutation(c) for c in costs])
+    child = nearby(space, parent, costs, n_moves)
+    assert is_full(space, child)
+    lowered = int((child < parent).sum())
+    assert lowered <= n_moves
+
+
+def test_nearby_without_a_limit_is_the_knapsack() -> None:
+    rng = np.random.default_rng(0)
+    sizes = [[100, 200, 300]] * 30
+    space = make_space(sizes, make_space(sizes).n_bytes(np.ones(30, np.int64)))
+    costs = [np.sort(rng.random(3))[::-1] for _ in range(30)]
+    parent = space.smallest
+    assert np.array_equal(nearby(space, parent, costs, 30), knapsack(space, costs))
+    some = nearby(space, parent, costs, 10)
+    assert total(costs, knapsack(space, costs)) <= total(costs, some) < total(costs, parent)

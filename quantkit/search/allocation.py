@@ -35,7 +35,8 @@ class SearchSpace:
     limit_bytes: int
 
     @cached_property
-    def _padded(self) -> npt.NDArray[np.int64]:
+    def padded_bytes(self) -> npt.NDArray[np.int64]:
+        """`slot_bytes` side by side, 0 where a tensor has fewer choices."""
         width = max(map(len, self.slot_bytes))
         table = np.zeros((len(self.tensors), width), np.int64)
         for row, sizes in zip(table, self.slot_bytes, strict=True):
@@ -48,7 +49,9 @@ class SearchSpace:
 
     def n_bytes(self, choices: Choices) -> int:
         """Exact size of the file with these choices."""
-        return self.fixed_bytes + int(self._padded[np.arange(len(self.tensors)), choices].sum())
+        return self.fixed_bytes + int(
+            self.padded_bytes[np.arange(len(self.tensors)), choices].sum()
+        )
 
     def fits(self, choices: Choices) -> bool:
         return self.n_bytes(choices) <= self.limit_bytes

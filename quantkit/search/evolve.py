@@ -1,15 +1,17 @@
 """EvoPress: evolve an allocation within the budget, judged by KL on growing numbers of tokens.
 
 Follows Sieberling et al. 2024 (arXiv:2410.14649), with the choices that design and log explain: the
-first population is not random but proposed (knapsack, uniform levels, stock mixes); offspring and
-parent are compared on the same sequences; survivors of a round meet more sequences in the next; the
-parent defends its place on every token that decides. The state is saved after every generation;
-evolving on from a saved state gives what an uninterrupted run gives.
+first population is not random but proposed (knapsack, uniform levels, stock mixes); half of the
+offspring solve the knapsack again, near the parent, at prices shaken as far as the estimates may be
+off; all are compared with their parent on the same tokens; who is clearly behind leaves early, who
+is left meets more tokens; a child takes its parent's place only when it is better by more than the
+noise of the comparison. The state is saved after every generation; evolving on from a saved state
+gives what an uninterrupted run gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,13 +19,16 @@ import numpy as np
 
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.mutate import mutate
-from quantkit.search.propose import Costs
+from quantkit.search.propose import Costs, nearby
+
+_CLEARLY_BEHIND = 2.5  # standard errors of the paired difference: leaves the race
+_DOUBT = 0.7  # of an estimated damage, as the deviation of its logarithm: dev/LOG.md
+_ENOUGH_SAMPLES = 8  # for a standard error to be trusted
+_BETTER = 1.0  # standard errors by which a child must beat its parent
 
 
 class Evaluator(Protocol):
     """Where candidates are judged: in this process, or on many devices."""
-
-    n_tokens: int
 
     @property
     def n_sequences(self) -> int: ...
@@ -31,30 +36,44 @@ class Evaluator(Protocol):
     @property
     def n_ctx(self) -> int: ...
 
-    def kl(self, choices: Choices, first: int, last: int) -> np.ndarray: ...
+    def kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
+        """KL on the sequences first..last: float64 (last - first, samples of each)."""
 
     def set_parent(self, choices: Choices) -> None: ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the tokens of the search are spent."""
+    """How the tokens of the search are spent. Sequences are counted from the first."""
 
-    n_tokens: int  # evaluated in all
+    n_tokens: int  # evaluated in all: whole passes and partial ones alike
+    rounds: tuple[int, ...]  # sequences that a candidate has met after each round of a race
+    n_kept: tuple[int, ...]  # candidates that survive each round
     n_offspring: int = 12
-    rounds: tuple[int, ...] = (2, 8)  # sequences per candidate in each round of a generation
-    n_kept: tuple[int, ...] = (3, 1)  # candidates that survive each round
+    patience: int = 4  # generations without a better child, then the search is over
     max_raised: int = 3  # tensors raised by one mutation
+
+    @classmethod
+    def of(cls, n_tokens: int, n_sequences: int, batch: int) -> Plan:
+        """A plan for so many sequences, in whole batches."""
+
+        def whole(n: int) -> int:
+            return max(batch, n // batch * batch)
+
+        deciding = whole(min(n_sequences, 32))
+        rounds = tuple(sorted({whole(2), whole(deciding // 3), deciding}))
+        return cls(n_tokens, rounds, (5, 2, 1)[-len(rounds) :])
 
 
 @dataclass(frozen=True)
 class Member:
-    """One allocation and its KL on the sequences that decide."""
+    """One allocation, its KL on the sequences that decide, and since which generation it leads."""
 
     choices: tuple[int, ...]
     kl: float
     stderr: float
     origin: str
+    generation: int
 
 
 @dataclass(frozen=True)
@@ -74,36 +93,62 @@ class SearchState:
         return cls(value["generation"], best, value["n_tokens"], value["rng"], history)
 
 
-def _mean(kl: np.ndarray) -> tuple[float, float]:
-    """Mean and standard error over sequences."""
-    error = float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else float("nan")
-    return float(kl.mean()), error
+@dataclass
+class _Racer:
+    choices: Choices
+    origin: str
+    scores: np.ndarray
+
+    def behind(self, other: _Racer) -> float:
+        """By how many standard errors this one's KL is above the other's, on the same tokens; 0 as
+        long as that cannot be told.
+        """
+        if self.scores.size < _ENOUGH_SAMPLES:
+            return 0.0
+        mean, error = _mean(self.scores - other.scores)
+        return mean / error if error > 0 else float(np.sign(mean)) * np.inf
 
 
-def _select(
+def _mean(samples: np.ndarray) -> tuple[float, float]:
+    """Mean and standard error, NaN of a single sample."""
+    error = samples.std(ddof=1) / np.sqrt(samples.size) if samples.size > 1 else np.nan
+    return float(samples.mean()), float(error)
+
+
+def _race(
     evaluator: Evaluator,
     plan: Plan,
     candidates: Sequence[tuple[Choices, str]],
     parent: Choices | None,
-) -> Member:
-    """The best of the candidates by rounds of growing size; the parent, when given, takes part in
-    the last round.
+) -> tuple[_Racer, int]:
+    """The best of the candidates, and the tokens it took. The parent, when given, takes part in
+    every round, and stays the best unless a child is better by more than noise.
     """
-    left = list(candidates)
-    first = 0
+    empty = np.zeros((0, 0))
+    left = [_Racer(choices, origin, empty) for choices, origin in candidates]
+    defender = None if parent is None else _Racer(parent, "parent", empty)
+    met = n_tokens = 0
     for n, n_kept in zip(plan.rounds, plan.n_kept, strict=True):
-        last_round = n == plan.rounds[-1]
-        if last_round and parent is not None:
-            left.append((parent, "parent"))
-        n = min(n, evaluator.n_sequences)
-        scores = [evaluator.kl(choices, first, n) for choices, _ in left]
-        order = sorted(range(len(left)), key=lambda i: float(scores[i].mean()))
-        if last_round:
-            best = order[0]
-            kl, stderr = _mean(scores[best])
-            return Member(tuple(left[best][0].tolist()), kl, stderr, left[best][1])
-        left = [left[i] for i in order[:n_kept]]
-    raise AssertionError("a plan has at least one round")
+        # The parent first: its hidden states serve the others.
+        running = left if defender is None else [defender, *left]
+        for racer in running:
+            new = evaluator.kl(racer.choices, met, n)
+            racer.scores = np.concatenate([racer.scores, new]) if met else new
+        n_tokens += len(running) * (n - met) * evaluator.n_ctx
+        met = n
+        leader = min(running, key=lambda r: float(r.scores.mean()))
+        left = [r for r in left if r is leader or r.behind(leader) < _CLEARLY_BEHIND]
+        left = sorted(left, key=lambda r: float(r.scores.mean()))[:n_kept]
+        if not left:
+            break
+    if defender is not None and (not left or left[0].behind(defender) >= -_BETTER):
+        return defender, n_tokens
+    return left[0], n_tokens
+
+
+def _member(racer: _Racer, generation: int) -> Member:
+    kl, stderr = _mean(racer.scores)
+    return Member(tuple(racer.choices.tolist()), kl, stderr, racer.origin, generation)
 
 
 def begin(
@@ -111,10 +156,10 @@ def begin(
 ) -> SearchState:
     """Generation 0: the best of the proposals."""
     unique = {tuple(choices.tolist()): (choices, origin) for choices, origin in reversed(proposals)}
-    best = _select(evaluator, replace(plan, n_kept=(5, 1)), list(reversed(unique.values())), None)
+    winner, n_tokens = _race(evaluator, plan, list(reversed(unique.values())), None)
+    best = _member(winner, 0)
     rng = np.random.default_rng(seed).bit_generator.state
-    history = ((0, evaluator.n_tokens, best.kl, best.stderr),)
-    return SearchState(0, best, evaluator.n_tokens, dict(rng), history)
+    return SearchState(0, best, n_tokens, dict(rng), ((0, n_tokens, best.kl, best.stderr),))
 
 
 def evolve(
@@ -125,37 +170,60 @@ def evolve(
     state: SearchState,
     on_generation: Callable[[SearchState], None],
 ) -> SearchState:
-    """Run generations until the plan's tokens are used; `on_generation` is called with the state
-    after each.
+    """Run generations until the plan's tokens are used or no child was better for a while;
+    `on_generation` is called with the state after each.
+
+    `costs` are the estimated damages of every choice by itself.
     """
-    while state.n_tokens < plan.n_tokens:
-        rng = np.random.default_rng()
-        rng.bit_generator.state = state.rng
+    while state.n_tokens < plan.n_tokens and not is_over(plan, state):
         parent = np.array(state.best.choices, np.int64)
         evaluator.set_parent(parent)
-        seen = {state.best.choices}
-        offspring = []
-        for _ in range(plan.n_offspring * 4):
-            n_raised = 1 + min(int(rng.geometric(0.6)) - 1, plan.max_raised - 1)
-            child = mutate(space, parent, costs, rng, n_raised)
-            key = tuple(child.tolist())
-            if key not in seen:
-                seen.add(key)
-                offspring.append((child, "offspring"))
-            if len(offspring) == plan.n_offspring:
-                break
+        rng = np.random.default_rng()
+        rng.bit_generator.state = state.rng
+        offspring = list(_offspring(space, parent, costs, plan, rng))
         if not offspring:
             return state
-        before = evaluator.n_tokens
-        best = _select(evaluator, plan, offspring, parent)
-        n_tokens = state.n_tokens + evaluator.n_tokens - before
-        row = (state.generation + 1, n_tokens, best.kl, best.stderr)
-        state = SearchState(
-            state.generation + 1,
-            best,
-            n_tokens,
-            dict(rng.bit_generator.state),
-            (*state.history, row),
+        winner, used = _race(evaluator, plan, offspring, parent)
+        generation, n_tokens = state.generation + 1, state.n_tokens + used
+        best = state.best if winner.origin == "parent" else _member(winner, generation)
+        row = (generation, n_tokens, best.kl, best.stderr)
+        state = replace(
+            state,
+            generation=generation,
+            best=best,
+            n_tokens=n_tokens,
+            rng=dict(rng.bit_generator.state),
+            history=(*state.history, row),
         )
         on_generation(state)
     return state
+
+
+def is_over(plan: Plan, state: SearchState) -> bool:
+    """Whether the search has stopped finding better allocations."""
+    return state.generation - state.best.generation >= plan.patience
+
+
+def _offspring(
+    space: SearchSpace, parent: Choices, costs: Costs, plan: Plan, rng: np.random.Generator
+) -> Iterator[tuple[Choices, str]]:
+    """Different children: half by the knapsack near the parent at shaken prices, half by
+    mutation.
+    """
+    seen = {tuple(parent.tolist())}
+    n_found = 0
+    for attempt in range(4 * plan.n_offspring):
+        if attempt % 2:
+            n_raised = 1 + min(int(rng.geometric(0.6)) - 1, plan.max_raised - 1)
+            child, origin = mutate(space, parent, costs, rng, n_raised), "mutation"
+        else:
+            n_moves = int(rng.integers(2, max(3, len(parent) // 4)))
+            shaken = [c * rng.lognormal(0, _DOUBT) for c in costs]
+            child, origin = nearby(space, parent, shaken, n_moves), "knapsack"
+        key = tuple(child.tolist())
+        if key not in seen:
+            seen.add(key)
+            n_found += 1
+            yield child, origin
+        if n_found == plan.n_offspring:
+            return

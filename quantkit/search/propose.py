@@ -26,26 +26,66 @@ def knapsack(space: SearchSpace, costs: Costs) -> Choices:
     Bisects the price of a byte: at a given price every tensor takes its own best choice; the
     dearest price that fits leaves some bytes over, which `spend` uses up.
     """
-    sizes = [np.array(row, np.float64) for row in space.slot_bytes]
+    return spend(space, _solve(space, _table(space, costs)), costs)
+
+
+def nearby(space: SearchSpace, parent: Choices, costs: Costs, n_moves: int) -> Choices:
+    """The knapsack's answer that moves at most about `n_moves` tensors away from `parent`.
+
+    Staying is made worth a bonus, which is bisected.
+    """
+    table = _table(space, costs)
+    here = (np.arange(len(parent)), parent)
+
+    def with_bonus(bonus: float) -> Choices:
+        biased = table.copy()
+        biased[here] -= bonus
+        return _solve(space, biased)
+
+    found = with_bonus(0.0)
+    if int((found != parent).sum()) > n_moves:
+        low, high = 0.0, float(np.abs(table[np.isfinite(table)]).max())
+        found = parent
+        for _ in range(16):
+            middle = (low + high) / 2
+            child = with_bonus(middle)
+            if int((child != parent).sum()) > n_moves:
+                low = middle
+            else:
+                high, found = middle, child
+    return spend(space, found, costs)
+
+
+def _table(space: SearchSpace, costs: Costs) -> npt.NDArray[np.float64]:
+    """Costs side by side, (n_tensors, most choices), infinite where a tensor has fewer choices."""
+    table = np.full((len(costs), int(space.n_choices.max())), np.inf)
+    for row, cost in zip(table, costs, strict=True):
+        row[: len(cost)] = cost
+    return table
+
+
+def _solve(space: SearchSpace, table: npt.NDArray[np.float64]) -> Choices:
+    """The best choices at the dearest price of a byte that fits."""
+    sizes = space.padded_bytes.astype(np.float64)
 
     def at_price(price: float) -> Choices:
         # Ties go to the smaller choice, so that a high price always ends at the smallest file.
-        return np.array(
-            [int(np.argmin(c + price * s)) for c, s in zip(costs, sizes, strict=True)], np.int64
-        )
+        return np.argmin(table + price * sizes, 1).astype(np.int64)
 
+    if space.fits(at_price(0.0)):
+        return at_price(0.0)
     low, high = 0.0, 1e-12
     while not space.fits(at_price(high)):
         low, high = high, high * 4
         if high > 1e12:
             return space.smallest
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
         if space.fits(at_price(middle)):
             high = middle
         else:
             low = middle
-    return spend(space, at_price(high), costs)
+    return at_price(high)
 
 
 def spend(space: SearchSpace, choices: Choices, costs: Costs) -> Choices:

@@ -17,36 +17,34 @@ _SCALE = 4096.0  # float16 holds 6e-8 .. 65504: probabilities from 1.5e-11 up su
 
 
 class Targets:
-    """Base distributions of `n_rows` positions over `n_vocab` tokens, in a memory-mapped file."""
+    """Base distributions of `n_rows` positions over `n_vocab` tokens, in a memory-mapped file.
 
-    def __init__(self, path: Path, n_rows: int, n_vocab: int, write: bool) -> None:
-        self._table = np.memmap(path, np.float16, "w+" if write else "r", shape=(n_rows, n_vocab))
+    What depends on the base alone, each distribution's sum and entropy, is kept beside it.
+    """
+
+    def __init__(self, path: Path, n_rows: int, n_vocab: int) -> None:
+        self._table = np.memmap(path, np.float16, "w+", shape=(n_rows, n_vocab))
+        self._totals = torch.zeros(n_rows, dtype=torch.float64)
+        self._entropies = torch.zeros(n_rows, dtype=torch.float64)
 
     def put(self, first: int, logits: torch.Tensor) -> None:
         """Store the distributions of consecutive positions: logits (n, n_vocab), float32."""
-        p = torch.softmax(logits.float(), -1) * _SCALE
-        self._table[first : first + len(p)] = p.half().cpu().numpy()
-
-    def flush(self) -> None:
-        self._table.flush()
+        stored = (torch.softmax(logits.float(), -1) * _SCALE).half().cpu()
+        own = slice(first, first + len(stored))
+        self._table[own] = stored.numpy()
+        p = stored.float()
+        total = p.sum(-1, dtype=torch.float64)
+        self._totals[own] = total
+        self._entropies[own] = total.log() - torch.xlogy(p, p).sum(-1, dtype=torch.float64) / total
 
     def kl(self, first: int, logits: torch.Tensor) -> torch.Tensor:
         """KL(base || candidate) in nats at consecutive positions: float64 (n,) for candidate logits
-        (n, n_vocab).
+        (n, n_vocab), float32.
         """
-        rows = np.ascontiguousarray(self._table[first : first + len(logits)])
-        p = torch.from_numpy(rows).to(logits.device).float()
-        return kl_divergence(p, logits)
-
-
-def kl_divergence(weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || softmax(logits)) per row, p being `weights` normalized: float64 (n,). Shapes (n,
-    n_vocab), float32.
-    """
-    total = weights.sum(-1, dtype=torch.float64)
-    cross = (
-        torch.logsumexp(logits.float(), -1).double()
-        - (weights * logits).sum(-1, dtype=torch.float64) / total
-    )
-    entropy = total.log() - torch.xlogy(weights, weights).sum(-1, dtype=torch.float64) / total
-    return cross - entropy
+        own = slice(first, first + len(logits))
+        rows = torch.from_numpy(np.ascontiguousarray(self._table[own]))
+        p = rows.to(logits.device).float()
+        # Logarithms first: the sum then runs over small numbers, and float32 is enough for it.
+        log_q = torch.log_softmax(logits, -1)
+        cross = -torch.linalg.vecdot(p, log_q).double().cpu() / self._totals[own]
+        return cross - self._entropies[own]

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from quantkit.search.fitness import Fitness
 
 NAME = "search"
-VERSION = 1
+VERSION = 2
 FIELDS = ("target", "seed", "profile", "device", "types")
+
+_FLOAT32_ABOVE_BPW = 6.5
 
 
 def execute(run: Run) -> StageResult:
@@ -128,8 +130,10 @@ def proposals(
 def _search(
     run: Run, base: GgufFile, space: SearchSpace, costs: Costs, folder: Path
 ) -> tuple[SearchState, dict[str, Any]]:
-    plan = Plan(run.profile.search_tokens)
-    evaluator = _evaluator(run, space, plan)
+    from quantkit.search.fitness import SEQUENCES_PER_BATCH
+
+    evaluator = _evaluator(run, space)
+    plan = Plan.of(run.profile.search_tokens, evaluator.n_sequences, SEQUENCES_PER_BATCH)
     state_path = folder / "state.json"
 
     def save(state: SearchState) -> None:
@@ -174,15 +178,19 @@ def _show_best(space: SearchSpace, choices: Choices, path: Path) -> None:
     write_json(path, {n: {"qtype": str(k.qtype), "method": k.method} for n, k in keys.items()})
 
 
-def _evaluator(run: Run, space: SearchSpace, plan: Plan) -> Fitness:
+def _evaluator(run: Run, space: SearchSpace) -> Fitness:
+    import torch
     from safetensors.numpy import load_file
 
     from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model
     from quantkit.rowmap import load_row_maps
-    from quantkit.search.fitness import Fitness
+    from quantkit.search.fitness import SEQUENCES_PER_BATCH, Fitness
 
     snapshot = fetch.load(run.dir)
-    model = load_model(snapshot.folder, compute_dtype(run.config.device), run.config.device)
+    # Near 8 bits per weight 16-bit products are noisier than the files are.
+    bpw = 8 * space.limit_bytes / max(convert.load_base(run.dir).n_elements, 1)
+    dtype = torch.float32 if bpw > _FLOAT32_ABOVE_BPW else compute_dtype(run.config.device)
+    model = load_model(snapshot.folder, dtype, run.config.device)
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     unmapped = [name for name in space.tensors if name not in maps]
     if unmapped:
@@ -192,8 +200,7 @@ def _evaluator(run: Run, space: SearchSpace, plan: Plan) -> Fitness:
             f"{len(unmapped)} tensors cannot be put into the model: their damage is estimated only",
         )
     ids = load_file(run.dir.stage_dir("calibrate") / "tokens.safetensors")["heldout"]
-    ids = ids[: max(plan.rounds)]
-    if len(ids) < max(plan.rounds):
+    if len(ids) < 2 * SEQUENCES_PER_BATCH:
         raise QuantkitError(
             "There are too few held-out tokens to search with.",
             "Use a larger --profile or more text.",
