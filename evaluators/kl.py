@@ -283,7 +283,15 @@ def measure_files(
     """The JSON row and the result of every file, progress on stderr: each file but the first is
     tested against the first (`versus_first`). `weights` adds the figures of the weights alone, and
     tests them, too.
+
+    Raises EvaluationError, before anything is measured, when two files are to be tested on a domain
+    of a single window.
     """
+    if len(files) > 1 and any(store.windows.n_windows < 2 for store in base.stores.values()):
+        raise EvaluationError(
+            "A paired test needs at least two windows of each text.",
+            "Use more --chunks or a longer text, or give one file.",
+        )
     rows: list[dict[str, Any]] = []
     results: list[KLResult] = []
     first_weights: KLResult | None = None

@@ -413,3 +413,11 @@ def test_weights_are_tested_in_pairs(tiny: TinyFiles, tmp_path: Path) -> None:
     assert "weight_versus_first" not in rows[0]
     difference = rows[1]["weight_kl"]["mean"] - rows[0]["weight_kl"]["mean"]
     assert rows[1]["weight_versus_first"]["difference"] == pytest.approx(difference, abs=1e-12)
+
+
+def test_two_files_need_two_windows_before_the_work(tiny: TinyFiles) -> None:
+    with compute(tiny.base, {"text": TEXT}, max_windows=1) as base:
+        with pytest.raises(EvaluationError, match="at least two windows"):
+            kl.measure_files(base, [tiny.noisy, tiny.base / "never opened"], runtime=ONE)
+        rows, _ = kl.measure_files(base, [tiny.noisy], runtime=ONE)
+    assert rows[0]["kl"]["ci95"] is None

@@ -33,12 +33,13 @@ figure { margin: 18px 0; background: var(--qk-card); border: 1px solid var(--qk-
 figure svg { display: block; width: 100%; height: auto; margin: 0 auto; font-family: inherit; }
 .scroll { overflow-x: auto; background: var(--qk-card); border: 1px solid var(--qk-line);
   border-radius: 10px; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
-th, td { padding: 7px 11px; text-align: right; white-space: nowrap; font-variant-numeric:
+table { border-collapse: collapse; width: 100%; font-size: 0.86rem; }
+th, td { padding: 7px 8px; text-align: right; white-space: nowrap; font-variant-numeric:
   tabular-nums; border-bottom: 1px solid var(--qk-line); }
 tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--qk-soft); font-weight: 500; }
-th:first-child { text-align: left; font-weight: 500; white-space: normal; min-width: 9em;
+th:first-child { position: sticky; left: 0; background: var(--qk-card); text-align: left;
+  font-weight: 500; white-space: normal; min-width: 9em;
   overflow-wrap: anywhere; }
 .texts td, .texts th { text-align: left; white-space: normal; }
 @media (max-width: 480px) { main { padding: 12px 10px 40px; } figure { padding: 6px; } }
