@@ -121,8 +121,9 @@ class Jobs:
                 k: str(place) + v.removeprefix(mount) if v.startswith(mount) else v
                 for k, v in given.items()
             }
-        kept = ("PATH", "PYTHONPATH", "HOME", "QUANTKIT_TEST_SECONDS", "LD_LIBRARY_PATH")
-        own = {name: os.environ[name] for name in kept if name in os.environ}
+        kept = ("PATH", "PYTHONPATH", "HOME", "LD_LIBRARY_PATH")
+        own = {n: v for n, v in os.environ.items() if n in kept or n.startswith("QUANTKIT_")}
+        own.pop("QUANTKIT_HF_TOKEN", None)
         endpoint = {n: os.environ[n] for n in ("HF_ENDPOINT",) if n in os.environ}
         job.began, job.stage = time.time(), "RUNNING"
         job.process = subprocess.Popen(

@@ -22,6 +22,7 @@ from hub_server import ALICE, BOB, HubServer, running_hub
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
 from quantkit.launch import JobStore, Limits, Order, process, wheel
@@ -260,6 +261,33 @@ def test_jobs_do_not_wait_for_this_machine(store: JobStore, hub: HubServer) -> N
     away = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, away) == "finished")
     assert store.view(here, OWNER).state == "queued"
+
+
+@pytest.mark.slow
+def test_the_real_pipeline_in_a_job(
+    store: JobStore, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of the Hub, quantized in a Job by the command itself, published from there."""
+    from tiny_models import tiny_llama
+
+    for name, value in hub.env.items():
+        monkeypatch.setenv(name, value)
+    model = tiny_llama(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
+    hub.add_model("alice/tiny", {p.name: p for p in model.iterdir() if p.is_file()})
+    code = "from quantkit.launch import in_job; in_job.SET_UP = (); raise SystemExit(in_job.main())"
+    hub.jobs.command = [sys.executable, "-c", code]
+    config = RunConfig(
+        "alice/tiny", profile="demo", calibration="builtin", publish="alice/tiny-GGUF", private=True
+    )
+    run = store.submit(config, OWNER, ALICE, ORDER)
+    until(lambda: state(store, run) in ("finished", "failed"), 900)
+    view = store.view(run, OWNER)
+    assert (view.state, view.error) == ("finished", "")
+    assert view.published_url and view.report and view.allocation and view.curve
+    repo = hub.repos["model", "alice/tiny-GGUF"]
+    (name,) = (n for n in repo.head.files if n.endswith(".gguf") and "imatrix" not in n)
+    assert repo.private and repo.head.files[name].data[:4] == b"GGUF"
+    assert {file.name: file.sha256 for file in view.files}[name] == repo.head.files[name].sha256
 
 
 # The client's own part.

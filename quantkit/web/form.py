@@ -117,7 +117,7 @@ class Form:
             list(FAMILIES["whole"]),
             value=list(FAMILIES["everyday"]),
             label="Sizes",
-            info="A run for each, as large as these mixes. On one machine they share the first stages.",
+            info="A run for each, as large as these mixes. On this machine they share stages.",
             visible=False,
             elem_id="family",
         )
