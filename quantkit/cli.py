@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--publish", metavar="REPO", help="upload the result to this repository of the Hub"
     )
-    run.add_argument("--private", action="store_true", help="make that repository private")
+    _add_visibility(run)
     run.add_argument("--json", action="store_true", help="print one JSON object last")
     run.set_defaults(command=_run)
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     publish = commands.add_parser("publish", help="upload a finished run to the Hub")
     publish.add_argument("folder", type=Path, metavar="DIR")
     publish.add_argument("repo", metavar="REPO")
-    publish.add_argument("--private", action="store_true", help="make the repository private")
+    _add_visibility(publish)
     publish.add_argument("--json", action="store_true", help="print one JSON object last")
     publish.set_defaults(command=_publish)
 
@@ -110,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--json", action="store_true", help="print one JSON object last")
     rebuild.set_defaults(command=_rebuild)
     return parser
+
+
+def _add_visibility(parser: argparse.ArgumentParser) -> None:
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", help="make that repository private")
+    seen.add_argument(
+        "--public", action="store_true", help="make it public even if the model is gated"
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +250,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         device=arguments.device,
         publish=getattr(arguments, "publish", None),
         private=getattr(arguments, "private", False),
+        public=getattr(arguments, "public", False),
     )
 
 
@@ -365,7 +374,9 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
 def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
     from quantkit import pipeline
 
-    return pipeline.publish(arguments.folder, arguments.repo, arguments.private, _Printer())
+    return pipeline.publish(
+        arguments.folder, arguments.repo, arguments.private, _Printer(), public=arguments.public
+    )
 
 
 def _rebuild(arguments: argparse.Namespace) -> dict[str, Any]:

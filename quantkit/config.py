@@ -151,6 +151,7 @@ class RunConfig:
     device: str = "cpu"
     publish: str | None = None
     private: bool = False
+    public: bool = False  # a gated model's file is published privately without this
     collection: str | None = None  # of the Hub, that the published repository is put into
 
     def __post_init__(self) -> None:
@@ -210,7 +211,7 @@ class RunConfig:
 
     # What may differ when a run is started again in the same folder: where it is published, and on
     # what it computes.
-    FREE_ON_RESUME = ("publish", "private", "collection")
+    FREE_ON_RESUME = ("publish", "private", "public", "collection")
 
     def changed_fields(self, other: RunConfig) -> list[str]:
         """Names of the fields that differ and decide the result."""

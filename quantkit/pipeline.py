@@ -105,8 +105,11 @@ def _failures_told(events: EventLog) -> Iterator[list[str | None]]:
         raise
 
 
-def publish(folder: Path, repo: str, private: bool, echo: Echo | None = None) -> dict[str, Any]:
-    """Upload a finished run to `repo`. Returns the summary of its publish stage.
+def publish(
+    folder: Path, repo: str, private: bool, echo: Echo | None = None, public: bool = False
+) -> dict[str, Any]:
+    """Upload a finished run to `repo`, privately when that is asked for or the model is gated and
+    `public` is not. Returns the summary of its publish stage.
 
     Raises QuantkitError when the run is not validated or the Hub refuses.
     """
@@ -117,7 +120,7 @@ def publish(folder: Path, repo: str, private: bool, echo: Echo | None = None) ->
             f"Finish it first: quantkit resume {folder}",
         )
     saved = RunConfig.from_json(read_json(directory.config_path))
-    config = dataclasses.replace(saved, publish=repo, private=private)
+    config = dataclasses.replace(saved, publish=repo, private=private, public=public)
     return run(config, folder, echo)["publish"].summary
 
 

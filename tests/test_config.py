@@ -163,10 +163,13 @@ def test_every_field_is_compared_but_where_it_is_published() -> None:
         "cuda",
         "me/it",
         True,
+        True,
+        "me/all",
     )
     names = [f.name for f in fields(RunConfig)]
     assert all(getattr(config, n) != getattr(other, n) for n in names)
-    assert config.changed_fields(other) == [n for n in names if n not in ("publish", "private")]
+    free = ("publish", "private", "public", "collection")
+    assert config.changed_fields(other) == [n for n in names if n not in free]
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,11 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
     message = (
         f"{_name(run)}: {read_json(run.dir.stage_dir('stitch') / 'recipe.json')['output']['file']}"
     )
-    made = hub.publish(
-        folder, run.config.publish, hub.resolve_token(), run.config.private, message, progress
-    )
+    gated = fetch.load(run.dir).info.gated and not run.config.public
+    if gated and not run.config.private:
+        run.events.emit(NAME, "note", "the model is gated: published privately (else: --public)")
+    private = run.config.private or gated
+    made = hub.publish(folder, run.config.publish, hub.resolve_token(), private, message, progress)
     if run.config.collection is not None:
         try:
             hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
