@@ -87,7 +87,7 @@ def to_report(measured: dict[str, Any], base: Path, files: Sequence[Path]) -> di
             "n_bytes": about["n_bytes"],
             "n_parameters": n_parameters,
             "perplexity": about["perplexity"],
-            "speed": about.get("speed"),
+            "speed": {k: v for k, v in about.get("speed", {}).items() if k != "file"},
         },
         "outputs": rows[:1],
         "baselines": sorted(rows[1:], key=lambda row: row["n_bytes"]),
@@ -109,6 +109,8 @@ def _row(row: dict[str, Any], n_parameters: int) -> dict[str, Any]:
         "domains": {name: {k: d[k] for k in _KEPT} for name, d in row["domains"].items()},
         **{key: row[key] for key in _MORE if key in row},
     }
+    if "speed" in made:
+        made["speed"] = {k: v for k, v in made["speed"].items() if k != "file"}
     tests = {
         "kl": row.get("versus_first"),
         "nll": row.get("nll_versus_first"),

@@ -356,3 +356,16 @@ def test_the_tail_of_the_tokens() -> None:
     cells = ("0.0100", "0.0500", "0.200", "1.25", "-0.0020 ± 0.0010")
     assert made.lines[0].cells[1:] == cells and len(made.lines) == 1
     assert "99.9 %" in report.markdown(read) and "99.9 %" in report.html(read)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("/home/me/models/x.gguf has 7 tokens.", "x.gguf has 7 tokens."),
+        ("There is no file ~/a/b.gguf. Check it.", "There is no file b.gguf. Check it."),
+        ("hf://owner/name/x.gguf is gone", "hf://owner/name/x.gguf is gone"),
+        ("see https://huggingface.co/a/b, 3/4", "see https://huggingface.co/a/b, 3/4"),
+    ],
+)
+def test_folders_of_a_machine_are_not_published(said: str, shown: str) -> None:
+    assert text.without_folders(said) == shown

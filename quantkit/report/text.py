@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from quantkit.report.schema import OURS, STOCK, Mean, Report, Row, Versus
 
@@ -24,6 +25,11 @@ def with_error(mean: Mean) -> str:
     """`0.0123 ± 0.0004`: both with the digits that count of the value."""
     text = number(mean.value)
     return f"{text} ± {mean.stderr:.{len(text.partition('.')[2])}f}"
+
+
+def without_folders(said: str) -> str:
+    """A sentence with names of files only: a report is published, folders are not."""
+    return re.sub(r"(?<![\w:/.])~?(?:/[^/\s]+)+/(?=[^/\s])", "", said)
 
 
 def percent(share: float) -> str:

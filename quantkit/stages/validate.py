@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from quantkit.ggufio.read import GgufFile
 from quantkit.opponents import Opponent, as_it_is
 from quantkit.report import SCHEMA, write_report
 from quantkit.report.schema import OURS, Check
+from quantkit.report.text import without_folders
 from quantkit.rundir import read_json, sha256_file
 from quantkit.stages import StageResult, convert, fetch, stitch
 from quantkit.tensors import to_json
@@ -46,15 +48,7 @@ FIELDS = ("eval_text", "tasks", "compare")
 
 N_CTX = 512
 _PROMPT = "Name three things that float on water."
-_PACKAGES = (
-    "llama-cpp-python",
-    "torch",
-    "transformers",
-    "gguf",
-    "huggingface_hub",
-    "datasets",
-    "numpy",
-)
+_PACKAGES = "llama-cpp-python torch transformers gguf huggingface_hub datasets numpy".split()
 
 
 @dataclass(frozen=True)
@@ -109,12 +103,17 @@ def _validate(run: Run) -> StageResult:
     others = _opponents(run, base, ours.stat().st_size)
     items, reason = _items(run)
     meter = _Meter(run, base, runtime, items, 1 + 3 * (1 + len(others)))
+    folder = run.dir.stage_dir(NAME)
+    for left in folder.glob("weight-kl-*"):  # of a run that was killed
+        shutil.rmtree(left)
+    kept = folder / "base-logits"  # some GB; taken up again after a kill
     with BaseLogits.compute(
         base.path,
         texts,
         N_CTX,
         run.profile.eval_windows,
-        runtime=runtime,
+        kept,
+        runtime,
         progress=meter.step("the base's predictions"),
     ) as logits:
         output = meter.row(
@@ -125,8 +124,9 @@ def _validate(run: Run) -> StageResult:
             try:
                 rows.append(meter.row(logits, other))
             except QuantkitError as error:
-                not_measured.append({"name": other.name, "reason": str(error)})
+                not_measured.append({"name": other.name, "reason": without_folders(str(error))})
                 run.events.emit(NAME, "note", f"{other.name} was not measured: {error}")
+    shutil.rmtree(kept)
     values = _report(run, base, ours, texts, meter)
     values["outputs"] = [
         {
@@ -142,7 +142,7 @@ def _validate(run: Run) -> StageResult:
     values["baselines"] = sorted(rows, key=lambda row: row["n_bytes"])
     values["not_measured"] = not_measured
     values["integrity"] = to_json(checks.found)
-    outputs = write_report(run.dir.stage_dir(NAME), values)
+    outputs = write_report(folder, values)
     summary = {"kl": output["kl"]["mean"], "top1": output["top1"], "n_bytes": output["n_bytes"]}
     return StageResult(outputs, summary)
 
