@@ -26,6 +26,7 @@ class Profile:
     heldout_tokens: int  # judge the quantizers (held-out Hessian) and nothing else
     search_tokens: int  # evaluated by the search, all candidates together
     eval_windows: int  # of 512 tokens, per domain, in validation
+    n_sweeps: int  # of descent over codes and scales after GPTQ
     levels: tuple[str, ...]
     about: str
 
@@ -38,20 +39,22 @@ PROFILES = {
         6_144,
         49_152,
         5,
-        ("IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K"),
+        2,
+        ("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         "minutes on 2 cores, 135M parameters",
     ),
     "fast": Profile(
-        65_536, 16_384, 131_072, 20, _LEVELS, "tens of minutes on 2 cores; a first look"
+        65_536, 16_384, 131_072, 20, 4, _LEVELS, "tens of minutes on 2 cores; a first look"
     ),
     "standard": Profile(
-        131_072, 32_768, 524_288, 40, _LEVELS, "an hour on 2 cores at 135M; minutes on a GPU"
+        131_072, 32_768, 524_288, 40, 4, _LEVELS, "an hour on 2 cores at 135M; minutes on a GPU"
     ),
     "thorough": Profile(
         262_144,
         65_536,
         2_097_152,
         80,
+        4,
         _LEVELS,
         "overnight on a CPU; when the file will have many users",
     ),

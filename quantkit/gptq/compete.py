@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quantkit.gptq.descent import descend, row_errors
+from quantkit.gptq.descent import N_SWEEPS, descend, row_errors
 from quantkit.gptq.solver import Factor, Rows, gptq, output_error
 from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
@@ -99,8 +99,10 @@ def solve_tensor(
     methods: Sequence[str],
     inputs: Inputs | None,
     sensitivity: Sensitivity | None,
+    n_sweeps: int = N_SWEEPS,
 ) -> dict[QuantType, Solved]:
-    """Quantize one tensor (n_rows, n_columns) to each of `types` by the best of `methods`.
+    """Quantize one tensor (n_rows, n_columns) to each of `types` by the best of `methods`, GPTQ's
+    followed by `n_sweeps` of descent.
 
     Without inputs there are no importances: only round-to-nearest is possible.
     """
@@ -112,7 +114,7 @@ def solve_tensor(
     for first in range(0, n_rows, step):
         last = min(first + step, n_rows)
         own = None if sensitivity is None else sensitivity.rows(first, last)
-        parts.append(_solve_rows(weight[first:last], types, methods, inputs, own))
+        parts.append(_solve_rows(weight[first:last], types, methods, inputs, own, n_sweeps))
     power = max(sum(part.power for part in parts), 1e-30)
     solved = {}
     for qtype in types:
@@ -143,6 +145,7 @@ def _solve_rows(
     methods: Sequence[str],
     inputs: Inputs | None,
     sensitivity: Sensitivity | None,
+    n_sweeps: int,
 ) -> _Part:
     """All allowed methods on one piece of a tensor."""
     device = inputs.heldout.device if inputs else torch.device("cpu")
@@ -162,7 +165,8 @@ def _solve_rows(
         if "imatrix" in methods or (qtype not in FORMATS and "rtn" not in methods):
             packed[qtype, "imatrix"] = _weighted(original, qtype, importance)
     if inputs is not None and inputs.factor is not None:
-        packed |= _gptq(original, [q for q in types if q in FORMATS], packed, inputs)
+        gridded = [q for q in types if q in FORMATS]
+        packed |= _gptq(original, gridded, packed, inputs, n_sweeps)
 
     errors = {}
     for (qtype, method), rows in packed.items():
@@ -211,6 +215,7 @@ def _gptq(
     types: Sequence[QuantType],
     packed: Mapping[tuple[QuantType, str], torch.Tensor],
     inputs: Inputs,
+    n_sweeps: int = N_SWEEPS,
 ) -> dict[tuple[QuantType, str], torch.Tensor]:
     """GPTQ of every type in one sweep; a row that came out worse than ggml's on the train Hessian
     stays ggml's.
@@ -227,7 +232,7 @@ def _gptq(
     solved = {}
     for qtype, new in zip(types, codes, strict=True):
         form, rounded = FORMATS[qtype], grids[qtype]
-        rows = descend(form, form.with_codes(rounded, new), weight, damped)
+        rows = descend(form, form.with_codes(rounded, new), weight, damped, n_sweeps)
         before = row_errors(form, rounded, weight, inputs.train)
         after = row_errors(form, rows, weight, inputs.train)
         solved[qtype, "gptq"] = torch.where((after <= before)[:, None], rows, rounded)

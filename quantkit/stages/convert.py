@@ -8,6 +8,8 @@ llama.cpp's own converter does the work, sandboxed (`quantkit.converter`). Besid
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.converter.convert import convert
@@ -82,8 +84,17 @@ def model_name(snapshot: fetch.Snapshot) -> str:
 
 
 def load_base(directory: RunDir) -> GgufFile:
-    """`base.gguf` of a run whose convert stage is finished."""
-    return GgufFile(directory.stage_dir(NAME) / "base.gguf")
+    """`base.gguf` of a run whose convert stage is finished. Every stage asks for it; a header with
+    100,000s of tokens is read once.
+    """
+    path = directory.stage_dir(NAME) / "base.gguf"
+    found = path.stat() if path.exists() else None
+    return _opened(path, (found.st_ino, found.st_size, found.st_mtime_ns) if found else None)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, _version: object) -> GgufFile:
+    return GgufFile(path)
 
 
 def load_specs(directory: RunDir) -> dict[str, TensorSpec]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "quantize"
-VERSION = 1
+VERSION = 2
 FIELDS = ("profile", "levels", "methods", "types", "tensors")
 
 DAMPING = 0.1  # of the median of diag H: dev/LOG.md
@@ -155,7 +155,8 @@ def _solve_unit(
 
     def solve(name: str, inputs: Inputs | None) -> None:
         sensitivity = sensitivity_of(fisher, maps.get(name), run.config.device)
-        solved = solve_tensor(base.values(name), plan.choices(name), methods, inputs, sensitivity)
+        choices, n_sweeps = plan.choices(name), run.profile.n_sweeps
+        solved = solve_tensor(base.values(name), choices, methods, inputs, sensitivity, n_sweeps)
         for level, file in files.items():
             file.write(name, solved[plan.types[name][level]].packed)
         errors[name] = {
