@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy as np
@@ -37,13 +37,13 @@ class _Reader(gguf.GGUFReader):
         offset: int,
         dtype: npt.DTypeLike,
         count: int = 1,
-        override_order: str | None = None,
+        override_order: Literal["I", "S", "<"] | None = None,
     ) -> npt.NDArray[Any]:
         kind = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
         if int(offset) + kind.itemsize * int(count) > len(self.data):
             raise ValueError("it ends in the middle")
         # Slices of numpy's memory maps are slow, and vocabularies have 100,000s of items.
-        return np.frombuffer(self.data._mmap, kind, int(count), int(offset))
+        return np.frombuffer(self.data, kind, int(count), int(offset))
 
 
 class GgufFile:
