@@ -27,7 +27,7 @@ from gradio_client.exceptions import AppError
 from quantkit.launch import JobStore, JobSummary
 from quantkit.launch.progress import KlPoint, LogLine
 from quantkit.rundir import STAGES
-from quantkit.web import charts, previews, results, view
+from quantkit.web import charts, results, view
 from quantkit.web.page import build_app
 from quantkit.web.tensor_map import tensor_map
 from quantkit.web.visitor import COOKIE, Visitors
@@ -240,13 +240,6 @@ def test_all_text_is_escaped() -> None:
     report["outputs"][0]["path"] = HOSTILE
     report["texts"], report["protocol"] = [HOSTILE], HOSTILE
     allocation = {f"blk.0.{HOSTILE}": {"qtype": HOSTILE}, HOSTILE: {"qtype": "Q4_K"}}
-    plan = {"model": {"architecture": HOSTILE, "n_parameters": 1, "license": HOSTILE, "gated": 1}}
-    sizes = {"limit_bytes": 1, "smallest_bytes": 1, "largest_bytes": 1}
-    plan |= {
-        "sizes": sizes,
-        "estimates": dict.fromkeys(("seconds", "disk_bytes", "memory_bytes"), 1),
-    }
-    plan |= {"warnings": [HOSTILE]}
     finished = _replace(job, state="finished", report=report, allocation=allocation)
     for html in (
         view.head(job),
@@ -258,7 +251,6 @@ def test_all_text_is_escaped() -> None:
         view.job_list([summary]),
         view.notice(HOSTILE, HOSTILE),
         results.results(finished),
-        previews.preview(plan),
         charts.frontier(report),
         tensor_map(allocation),
     ):

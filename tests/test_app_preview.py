@@ -1,0 +1,227 @@
+"""The preview, the sizes it knows, where a run may be done, and trying a finished file.
+
+pytest tests/test_app_preview.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_app_fixtures as fixtures
+from hub_jobs import hardware
+from huggingface_hub import JobHardwareInfo
+
+from quantkit.config import RunConfig, Target
+from quantkit.errors import QuantkitError
+from quantkit.hub import jobs
+from quantkit.launch import JobForm, JobStore, machine, talk
+from quantkit.launch.estimate import _cache, _key, estimate
+from quantkit.launch.record import load_record
+from quantkit.launch.sizes import context_bytes, to_configs, with_limit
+from quantkit.web import desk as desks
+from quantkit.web import previews
+from quantkit.web.desk import Asker, Desk
+from quantkit.web.visitor import Visitors
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&"
+ME = Asker("visitor:me", None, "1.2.3.4")
+PLAN: dict[str, Any] = {
+    "model": {
+        "architecture": "LlamaForCausalLM",
+        "n_parameters": 1_000_000_000,
+        "license": "mit",
+        "gated": True,
+    },
+    "sizes": {
+        "limit_bytes": 600_000_000,
+        "smallest_bytes": 350_000_000,
+        "largest_bytes": 1_100_000_000,
+        "levels": {},
+    },
+    "stock": {"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
+    "context": {"bytes_per_token": 100_000, "fixed_bytes": 300_000_000, "trained_tokens": 4096},
+    "fallbacks": [],
+    "warnings": [],
+    "estimates": {
+        "disk_bytes": 9e9,
+        "memory_bytes": 5e9,
+        "multiply_adds": 4e14,
+        "seconds": 3400,
+    },
+}
+
+
+def ask(config: RunConfig) -> dict[str, Any]:
+    return with_limit(PLAN, config)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    """A desk whose planner answers PLAN, and whose Hub offers the usual machines."""
+    offered = tuple(jobs._machine(JobHardwareInfo(**item)) for item in hardware())
+    monkeypatch.setattr(desks, "estimate", lambda config, token, public: ask(config))
+    monkeypatch.setattr(desks, "known_plan", lambda config, token: ask(config))
+    monkeypatch.setattr(jobs, "machines", lambda token: offered)
+    monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/q.whl")
+    monkeypatch.setattr(machine, "memory_here", lambda environment: 16e9)
+    yield Desk(JobStore(tmp_path / "runs"), Visitors(b"k"), on_space=False, sign_in=False)
+
+
+def shown(desk: Desk, **fields: Any) -> str:
+    *_, last = desk.preview(JobForm("a/b", **fields), "", ME)
+    return last
+
+
+def test_what_fits_a_memory() -> None:
+    form = JobForm("a/b", "fits", memory="1.4GB", context=4096)
+    (config,) = to_configs(form, True, ask)
+    assert config.target == Target("size", str(1_400_000_000 - context_bytes(PLAN, 4096)))
+    (largest,) = to_configs(dataclasses.replace(form, memory="80GB"), True, ask)
+    assert largest.target == Target("size", "1100000000")
+    with pytest.raises(QuantkitError, match="does not fit in 1 GB with a context of 8,192"):
+        to_configs(dataclasses.replace(form, memory="1GB", context=8192), True, ask)
+
+
+@pytest.mark.parametrize("fields", [{"memory": ""}, {"memory": "lots"}, {"context": 0}])
+def test_what_is_no_memory(fields: dict[str, Any]) -> None:
+    form = JobForm("a/b", **{"size_kind": "fits", "memory": "8GB", **fields})
+    with pytest.raises(QuantkitError):
+        to_configs(form, True, ask)
+
+
+def test_a_family_is_one_run_a_size(desk: Desk) -> None:
+    form = JobForm("a/b", "family", family=("Q3_K_M", "Q4_K_M", "Q5_K_M"))
+    configs = to_configs(form, True, ask)
+    assert [str(config.target) for config in configs] == [
+        "like Q3_K_M",
+        "like Q4_K_M",
+        "like Q5_K_M",
+    ]
+    ids = desk.start(form, "", ME)
+    records = [load_record(desk.store.root / run) for run in ids]
+    assert [r.based_on for r in records if r] == [None, ids[0], ids[0]]
+    assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown(
+        desk, size_kind="family", family=("Q3_K_M", "Q4_K_M", "Q5_K_M")
+    )
+
+
+def test_another_size_is_not_planned_again() -> None:
+    config = RunConfig("a/b", target=Target("like", "Q4_K_M"))
+    _cache[_key(config, None)] = PLAN
+    try:
+        other = dataclasses.replace(config, target=Target("bpw", "4.0"), seed=5)
+        assert estimate(other)["sizes"]["limit_bytes"] == 500_000_000
+        with pytest.raises(QuantkitError, match="cannot be made of these levels"):
+            estimate(dataclasses.replace(config, target=Target("bpw", "1.0")))
+        assert _key(config, None) != _key(config, "hf_token"), "what a token sees is its own"
+    finally:
+        _cache.clear()
+
+
+def test_the_preview_says_what_is_to_be_known(desk: Desk) -> None:
+    html = shown(desk)
+    for words in (
+        *("LlamaForCausalLM", "1,000M parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
+        *("This machine", "57 min", "free", "Job: cpu-upgrade", "ended after", "Q5_K_M"),
+    ):
+        assert words in html, words
+    away = shown(desk, machine="a10g-large")
+    assert '<tr class="ours"><th scope="row">Job: a10g-large' in away
+    assert "8,192 tokens take 1.12 GB" in shown(desk, size_kind="fits", memory="2GB", context=8192)
+    assert "does not fit on" in shown(desk, machine="no-such")
+    assert next(iter(desk.preview(JobForm(""), "", ME))) == ""
+
+
+def test_a_run_too_large_for_the_page(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_here", lambda environment: 4e9)
+    assert "too large" in shown(desk) and "needs about 5.0 GB of memory" in shown(desk)
+    desk.store.public = True
+    with pytest.raises(QuantkitError, match="too large for this page.*Choose a Job"):
+        desk.start(JobForm("a/b"), "", ME)
+
+
+def test_an_order_for_a_job(desk: Desk) -> None:
+    with pytest.raises(QuantkitError, match="nobody is signed in"):
+        desk.start(JobForm("a/b", machine="auto"), "", ME)
+    (run,) = desk.start(JobForm("a/b", machine="t4-small"), "hf_token", ME)
+    record = load_record(desk.store.root / run)
+    assert record is not None and record.machine == "t4-small" and record.hours
+    assert record.usd_per_hour == pytest.approx(0.4, rel=0.01) and record.has_token
+    assert '"device": "cuda"' in (desk.store.root / run / "config.json").read_text()
+    assert "hf_token" not in "".join(path.read_text() for path in (desk.store.root / run).iterdir())
+
+
+def test_all_of_it_is_escaped() -> None:
+    plan = {
+        **PLAN,
+        "model": {**PLAN["model"], "architecture": HOSTILE, "license": HOSTILE},
+        "stock": {"Q4_K_M": 1},
+        "warnings": [HOSTILE],
+    }
+    html = previews.preview(plan, here=HOSTILE, why_not=HOSTILE)
+    assert "onerror" in html and "<img" not in html and "cannot be shown" not in html
+
+
+# Trying a file.
+
+SAYS = """
+import json, os, sys
+asked = json.load(sys.stdin)
+secret = [n for n in os.environ if "TOKEN" in n or "SECRET" in n]
+for text in ("You said ", asked[-1]["content"], f" {secret}"):
+    print(json.dumps({"text": text}), flush=True)
+"""
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(talk, "COMMAND", (sys.executable, "-c", SAYS))
+    monkeypatch.setenv("QUANTKIT_HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("OAUTH_CLIENT_SECRET", "secret")
+    return monkeypatch
+
+
+def test_a_file_answers_without_secrets(desk: Desk, answering: pytest.MonkeyPatch) -> None:
+    fixtures.own(fixtures.write_run(desk.store.root / "done"), ME.owner)
+    assert desk.store.view("done", ME.owner).can_try
+    *_, last = desk.talk("done", " hello ", False, ME)
+    assert last == "You said hello []"
+    with pytest.raises(QuantkitError, match="original is no longer"):
+        list(desk.talk("done", "hello", True, ME))
+    with pytest.raises(QuantkitError, match="no such run"):
+        list(desk.talk("done", "hello", False, Asker("visitor:mallory")))
+    for prompt in ("", "  ", "x" * 5000, None):
+        with pytest.raises(QuantkitError):
+            list(desk.talk("done", prompt, False, ME))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import time; time.sleep(60)", "too long"),
+        ("print('not json')", "could not be loaded"),
+        ("raise SystemExit(3)", "too long or too much"),
+        ("""print('{"error": "a bad template"}')""", "a bad template"),
+    ],
+)
+def test_a_file_that_does_not_answer(
+    tmp_path: Path, answering: pytest.MonkeyPatch, code: str, words: str
+) -> None:
+    answering.setattr(talk, "COMMAND", (sys.executable, "-c", code))
+    answering.setattr(talk, "_WALL_SECONDS", 0.5 if "sleep" in code else 60)
+    with pytest.raises(QuantkitError, match=words):
+        list(talk.say(tmp_path, [{"role": "user", "content": "hello"}]))
+
+
+@pytest.mark.slow
+def test_a_real_file_answers() -> None:
+    from quantkit.demo import packaged_gguf
+
+    question = [{"role": "user", "content": "Write one sentence about the sea."}]
+    first, second = (list(talk.say(packaged_gguf(), question)) for _ in range(2))
+    assert len(first) > 5 and first[-1].strip() and first == second
