@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from quantkit.errors import UsageError
 from quantkit.launch import process
 from quantkit.launch.follow import Follower
 from quantkit.launch.record import QUEUED
@@ -65,6 +67,33 @@ def what_is_due(follower: Follower, limits: Limits, now: float) -> str | None:
         if is_late and not (follower.folder / CLEANED_FILE).exists():
             return CLEAN
     return None
+
+
+def check_limits(followers: Iterable[Follower], mine: str, limits: Limits, public: bool) -> None:
+    """Raises UsageError when the server, or the owner with the hash `mine`, has enough runs."""
+    records = [(follower, follower.record) for follower in followers]
+    active = [
+        record.owner
+        for _, record in records
+        if record is not None
+        and (record.phase == QUEUED or process.is_alive(record.pid, record.pid_started))
+    ]
+    if len(active) >= limits.active:
+        raise UsageError("Too many runs are waiting.", "Try again in a while.")
+    if public and active.count(mine) >= limits.active_per_owner:
+        raise UsageError(
+            f"You have {limits.active_per_owner} runs waiting or running already.",
+            "Wait for one to finish, or cancel one.",
+        )
+    if limits.bytes_per_owner is None:
+        return
+    owned = (f.folder for f, record in records if record is not None and record.owner == mine)
+    used = sum(folder_bytes(folder) for folder in owned)
+    if used > limits.bytes_per_owner:
+        raise UsageError(
+            f"Your runs take {used / 1e9:.1f} GB of this machine's disk.",
+            "Delete one that you no longer need.",
+        )
 
 
 def folder_bytes(folder: Path) -> int:

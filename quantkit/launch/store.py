@@ -30,7 +30,7 @@ from quantkit.launch.limits import (
     DELETE,
     Limits,
     Order,
-    folder_bytes,
+    check_limits,
     positions,
     wait_seconds,
     what_is_due,
@@ -426,31 +426,7 @@ class JobStore:
 
     def _check_limits(self, owner: str) -> None:
         self._check_disk()
-        mine = owner_hash(owner)
-        active = [
-            record.owner
-            for follower in self._scan().values()
-            if (record := follower.record) is not None
-            and (record.phase == QUEUED or process.is_alive(record.pid, record.pid_started))
-        ]
-        if len(active) >= self.limits.active:
-            raise UsageError("Too many runs are waiting.", "Try again in a while.")
-        if self.public and active.count(mine) >= self.limits.active_per_owner:
-            raise UsageError(
-                f"You have {self.limits.active_per_owner} runs waiting or running already.",
-                "Wait for one to finish, or cancel one.",
-            )
-        if self.limits.bytes_per_owner is not None:
-            used = sum(
-                folder_bytes(follower.folder)
-                for follower in self._followers.values()
-                if follower.record is not None and follower.record.owner == mine
-            )
-            if used > self.limits.bytes_per_owner:
-                raise UsageError(
-                    f"Your runs take {used / 1e9:.1f} GB of this machine's disk.",
-                    "Delete one that you no longer need.",
-                )
+        check_limits(self._scan().values(), owner_hash(owner), self.limits, self.public)
 
     def _check_disk(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
