@@ -76,7 +76,7 @@ def to_report(measured: dict[str, Any], base: Path, files: Sequence[Path]) -> di
     rows = [_row(row, n_parameters) for row in measured["files"]]
     rows[0]["tensors"] = _tensors(GgufFile(files[0]))
     if "tasks" not in rows[0]:
-        rows[0]["tasks_not_run"] = "no --task"
+        rows[0]["zero_shot"] = {"status": "not run", "reason": "no --task"}
     name = opened.metadata.get("general.name") or base.stem
     return {
         "schema": SCHEMA,

@@ -37,8 +37,8 @@ PROFILES = {
     "demo": Profile(
         24_576,
         6_144,
-        49_152,
-        5,
+        32_768,
+        4,
         2,
         ("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         "minutes on 2 cores, 135M parameters",

@@ -57,7 +57,8 @@ def test_report(run: Run) -> None:
         assert math.isfinite(row["perplexity"]["value"]) and row["perplexity"]["stderr"] > 0
         assert {*row["domains"]} == {"docs", "code"}
         assert row["bpw"] == pytest.approx(8 * row["n_bytes"] / base["n_parameters"])
-    assert output["tasks"] == {} and "HF_HUB_OFFLINE is set" in output["tasks_not_run"]
+    assert output["tasks"] == {} and output["zero_shot"]["status"] == "not run"
+    assert "HF_HUB_OFFLINE is set" in output["zero_shot"]["reason"]
     assert report["versions"].keys() >= {"quantkit", "python", "llama-cpp-python", "torch"}
 
 

@@ -183,7 +183,7 @@ def test_text_and_tasks_of_ones_own(whole: Run, tmp_path: Path, offline: dict[st
     (output,) = run.report["outputs"]
     assert {*output["domains"]} == {"own"}
     (task,) = output["tasks"].values()
-    assert task["n_items"] == 2 and output["tasks_not_run"] == ""
+    assert task["n_items"] == 2 and output["zero_shot"] == {"status": "done"}
     assert output["sha256"] == whole.report["outputs"][0]["sha256"]
     # A file that changed since is another run's.
     (tmp_path / "own.txt").write_bytes(text.encode() + b"!")

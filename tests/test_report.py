@@ -66,7 +66,7 @@ def values() -> dict[str, Any]:
         kind="ours",
         name="Tiny-EVO-Q4_K_M.gguf",
         path="7-stitch/Tiny-EVO-Q4_K_M.gguf",
-        tasks_not_run="no --tasks file",
+        zero_shot={"status": "not run", "reason": "no --tasks file"},
         sha256="ab" * 32,
         tensors=tensors(),
         speed=speed(50),

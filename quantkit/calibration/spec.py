@@ -33,7 +33,7 @@ HUB_TEXTS = {
     "chat": HubText("HuggingFaceH4/ultrachat_200k", "default", "train_sft", "messages"),
 }
 AUTO = "auto"
-BUILTIN = {"docs": 0.25, "code": 0.25, "prose": 0.3, "dialogue": 0.2}
+BUILTIN = {"docs": 0.3, "code": 0.3, "prose": 0.25, "dialogue": 0.15}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_MIX = {"fineweb-edu": 0.35, "c4": 0.15, "code": 0.2, "chat": 0.2, "prose": 0.1}
 

@@ -277,7 +277,7 @@ def _row(row: Mapping[str, Any]) -> Row:
         weight_kl_versus=_versus(versus.get("weight_kl")),
         speed=_speed(row.get("speed")),
         tasks=tuple(_task(name, task) for name, task in tasks.items()),
-        tasks_not_run=str(row.get("tasks_not_run", "")),
+        tasks_not_run=str((row.get("zero_shot") or {}).get("reason", "")),
         sha256=str(row.get("sha256", "")),
         tensors=tuple(
             Tensor(

@@ -164,7 +164,7 @@ def _read(
         n_new = 192
         write = sampling.free_text if name == "prose" else sampling.dialogues
         texts = write(
-            model, tokenizer, -(-n_tokens // (n_new * 3 // 4)), n_new, run.config.seed, progress
+            model, tokenizer, -(-n_tokens // (n_new * 7 // 8)), n_new, run.config.seed, progress
         )
         return sources.domain(name, "sampled from the model itself", texts)
     if name in HUB_TEXTS:

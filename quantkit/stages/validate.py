@@ -134,7 +134,7 @@ def _validate(run: Run) -> StageResult:
             "path": str(ours.relative_to(run.dir.path)),
             "budget_bytes": values["search"]["limit_bytes"],
             "sha256": sha256_file(ours),
-            "tasks_not_run": reason,
+            "zero_shot": {"status": "not run", "reason": reason} if reason else {"status": "done"},
             "generation": checks.generation,
             "tensors": _tensors(run, GgufFile(ours)),
         }
