@@ -141,7 +141,8 @@ def test_from_the_hub_to_the_hub(
         0.75,
     )
     assert {*run.report["outputs"][0]["domains"]} == {"wikitext2", "docs"}
-    assert "piqa" in run.report["outputs"][0]["zero_shot"]["reason"]  # this Hub has no such data set
+    zero_shot = run.report["outputs"][0]["zero_shot"]
+    assert "piqa" in zero_shot["reason"]  # this Hub has no such data set
     assert_no_secret_in(run, answer)
     assert not any(r.user for r in server.requests if r.server == "cdn")
     everything = b"".join(p.read_bytes() for p in folder.iterdir() if p.is_file())
