@@ -13,7 +13,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def profiles() -> str:
-    headers = ["profile", "calibration tokens", "search tokens", "levels", ""]
+    headers = ["profile", "calibration tokens", "search tokens", "levels", "meant for"]
     rows = [
         [
             f"`{name}`",

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hub_server
 import pytest
 import test_app_fixtures as fixtures
 
@@ -59,7 +60,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]
             process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
 
 
-def until(check: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(check: Callable[[], bool], seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, "it did not come to that in time"
@@ -266,12 +267,17 @@ def test_a_failure_is_shown_with_its_remedy(store: JobStore) -> None:
 
 
 @pytest.mark.slow
-def test_publishing_queues_the_finished_run_again(store: JobStore) -> None:
+def test_publishing_queues_the_finished_run_again(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id = store.submit(fixtures.CONFIG, ALICE)
     until(lambda: state(store, job_id) == "finished")
-    store.publish(job_id, ALICE, "me/model", True, "hf_x")
-    assert store.view(job_id, ALICE).publish_to == "me/model"
-    until(lambda: state(store, job_id) == "finished")
+    with hub_server.running_hub(monkeypatch, tmp_path) as hub:
+        for name, value in hub.env.items():
+            monkeypatch.setenv(name, value)
+        store.publish(job_id, ALICE, "alice/model", True, hub_server.ALICE)
+        assert store.view(job_id, ALICE).publish_to == "alice/model"
+        until(lambda: state(store, job_id) == "finished")
     assert "a token is there" in [line.text for line in store.view(job_id, ALICE).log]
 
 

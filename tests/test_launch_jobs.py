@@ -74,7 +74,7 @@ def store(tmp_path: Path, hub: HubServer) -> Iterator[JobStore]:
             process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
 
 
-def until(check: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(check: Callable[[], bool], seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, "it did not come to that in time"

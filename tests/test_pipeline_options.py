@@ -214,7 +214,7 @@ def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[
     assert "few.jsonl has too little text to validate on" in [e.message for e in run.events]
     published = run.dir.stage_dir("publish") / "upload"
     assert made["spec"] == "notes.txt:4,lines.jsonl:3,table.parquet:2,few.jsonl:1"
-    for name in ("README.md", "report.json"):
+    for name in ("README.md", "report.json", "recipe.json"):
         assert str(tmp_path) not in (published / name).read_text("utf-8")
     with_fields = GgufFile(run.output).reader.fields
     assert with_fields["quantize.imatrix.dataset"].contents() == ", ".join(weights)

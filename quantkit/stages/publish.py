@@ -18,7 +18,8 @@ from quantkit.card import model_card
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.output import safe_name
-from quantkit.rundir import StageRecord, read_json, replacing
+from quantkit.report.text import without_folders
+from quantkit.rundir import StageRecord, read_json, replacing, write_json
 from quantkit.stages import StageResult, convert, fetch
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def execute(run: Run) -> StageResult:
     stitched = [run.dir.path / output.path for output in run.records["stitch"].outputs]
     _link(run.dir.stage_dir("calibrate") / "imatrix.gguf", folder / f"{_name(run)}-imatrix.gguf")
     for path in [*stitched, validate / "report.json"]:
-        _link(path, folder / path.name)
+        if path.name != "recipe.json":
+            _link(path, folder / path.name)
     (folder / "plots").mkdir()
     for path in sorted((validate / "plots").iterdir()):
         _link(path, folder / "plots" / path.name)
@@ -52,6 +54,7 @@ def execute(run: Run) -> StageResult:
         read_json(validate / "report.json"),
         read_json(run.dir.stage_dir("stitch") / "recipe.json"),
     )
+    write_json(folder / "recipe.json", _without_folders(recipe))
     with replacing(folder / "README.md") as partial:
         partial.write_text(model_card(snapshot.info, report, recipe, run.config.publish), "utf-8")
     outputs = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -61,6 +64,19 @@ def execute(run: Run) -> StageResult:
         )
         return StageResult(outputs, {"published": False, "files": [path.name for path in outputs]})
     return StageResult(outputs, _upload(run, folder))
+
+
+def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose config names local files without the folders they are in. Rebuilding from the
+    level files does not need them.
+    """
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        return without_folders(value) if isinstance(value, str) else value
+
+    return {**recipe, "config": {name: strip(value) for name, value in recipe["config"].items()}}
 
 
 def _upload(run: Run, folder: Path) -> dict[str, Any]:
