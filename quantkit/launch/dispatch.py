@@ -45,6 +45,7 @@ APP_LABEL = {"app": "quantkit"}
 _METRICS_SECONDS = 15.0
 _POLL_SECONDS = 5.0
 _TRIES = 20
+_READS_AFTER_THE_END = 3
 
 
 class Cancelled(BaseException):
@@ -189,10 +190,11 @@ class Dispatch:
     def _listen_to_the_end(self) -> jobs.RemoteJob:
         """Listen until the Job has ended and everything it said was heard.
 
-        A connection that is cut just before the end looks like the end: then the log is read again.
+        A connection that is cut just before the end looks like the end: the log of a Job that has
+        ended is read again until it says how the run ended, or has been read a few times.
         """
         assert self._job is not None
-        job, n_tries = self._job, 0
+        job, n_tries, n_reads = self._job, 0, 0
         while True:
             was_over = job.has_ended
             try:
@@ -203,8 +205,9 @@ class Dispatch:
                     raise
                 self._events.emit(None, "note", f"listening again: {error.message}")
                 time.sleep(_POLL_SECONDS * n_tries)
+            n_reads += was_over
             job = jobs.look(job, self._token)
-            if job.has_ended and (was_over or self._outcome() is not None):
+            if job.has_ended and (self._outcome() is not None or n_reads == _READS_AFTER_THE_END):
                 return job
             time.sleep(_POLL_SECONDS)
 
