@@ -51,12 +51,14 @@ def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
 
 def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
     """Sizes of what can be made. Raises QuantkitError when the budget lies outside."""
-    header = min(t.offset for t in base.tensors.values()) + _HEADER_MARGIN
+    least_header = min(t.offset for t in base.tensors.values())
+    header = least_header + _HEADER_MARGIN
     uniform = {
         str(level): header + data_bytes(base, levels.uniform(level)) for level in levels.levels
     }
     smallest = header + data_bytes(base, {t: levels.choices(t)[0] for t in levels.types})
-    largest = header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})
+    # The margin may stay unused: a budget that is named as possible must be so without it.
+    largest = least_header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})
     limit = budget_bytes(config, base)
     if limit is not None:
         check_budget(limit, smallest, largest)
