@@ -35,10 +35,10 @@ _LEVELS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0")
 
 PROFILES = {
     "demo": Profile(
+        20_480,
+        4_096,
         24_576,
-        6_144,
-        32_768,
-        4,
+        3,
         2,
         ("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         "minutes on 2 cores, 135M parameters",

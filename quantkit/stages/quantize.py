@@ -11,6 +11,7 @@ are laid out at once and filled block by block, finished blocks are noted in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,40 +147,40 @@ def _solve_unit(
     say of them.
     """
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
+    fisher = load_fisher(fisher_file(run.dir.stage_dir("calibrate")))
     methods = run.config.methods
     errors: dict[str, Any] = {}
     fallbacks: list[Fallback] = []
     dampings: list[dict[str, Any]] = []
-
-    fisher = load_fisher(fisher_file(run.dir.stage_dir("calibrate")))
-
-    def solve(name: str, inputs: Inputs | None) -> None:
-        sensitivity = sensitivity_of(fisher, maps.get(name), run.config.device)
-        choices, n_sweeps = plan.choices(name), run.profile.n_sweeps
-        solved = solve_tensor(base.values(name), choices, methods, inputs, sensitivity, n_sweeps)
-        for level, file in files.items():
-            file.write(name, solved[plan.types[name][level]].packed)
-        errors[name] = {
-            str(q): {"method": s.method, "errors": to_json(s.errors)} for q, s in solved.items()
-        }
-        fallbacks.extend(_method_fallbacks(name, solved, methods, inputs))
-
-    if unit.statistics is None:
-        for name in unit.tensors:
-            solve(name, None)
-        return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": dampings}
-    for statistics in load_statistics(unit.statistics):
+    known: dict[str, Inputs] = {}
+    for statistics in load_statistics(unit.statistics) if unit.statistics else ():
         tensors = [name for name in unit.tensors if maps[name].module in statistics.modules]
         if not tensors:
             continue
         inputs = _inputs(statistics, methods, run.config.device)
+        known |= dict.fromkeys(tensors, inputs)
         if inputs.factor is not None and inputs.factor.escalated:
             dampings.append({"modules": list(statistics.modules), "damping": inputs.factor.damping})
-        for name in tensors:
-            solve(name, inputs)
-            if statistics.is_judged_on_train:
-                reason = "no held-out token reached its inputs"
-                fallbacks.append(Fallback(name, "error held out", "error on train", reason))
+        if statistics.is_judged_on_train:
+            reason = "no held-out token reached its inputs"
+            fallbacks += [Fallback(t, "error held out", "error on train", reason) for t in tensors]
+
+    def solve(name: str) -> dict[QuantType, Solved]:
+        sensitivity = sensitivity_of(fisher, maps.get(name), run.config.device)
+        choices, n_sweeps = plan.choices(name), run.profile.n_sweeps
+        inputs = known.get(name)
+        return solve_tensor(base.values(name), choices, methods, inputs, sensitivity, n_sweeps)
+
+    # Tensors do not depend on each other; one alone leaves a CPU's cores idle between its steps.
+    n_workers = 2 if run.config.device == "cpu" else 1
+    with ThreadPoolExecutor(n_workers, "tensor") as pool:
+        for name, solved in zip(unit.tensors, pool.map(solve, unit.tensors), strict=True):
+            for level, file in files.items():
+                file.write(name, solved[plan.types[name][level]].packed)
+            errors[name] = {
+                str(q): {"method": s.method, "errors": to_json(s.errors)} for q, s in solved.items()
+            }
+            fallbacks.extend(_method_fallbacks(name, solved, methods, known.get(name)))
     return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": dampings}
 
 
