@@ -64,7 +64,7 @@ class Effort:
 
 
 EFFORTS = {
-    "demo": Effort(3, 0, 1, 32, 60, (128, 32, 2)),
+    "demo": Effort(3, 0, 2, 32, 60, (128, 32, 2)),
     "fast": Effort(2, 2, 10, None, 200, (256, 32, 2)),
     "standard": Effort(3, 2, None, None, 500, (512, 64, 3)),
     "thorough": Effort(3, 2, None, None, 2000, (512, 64, 3)),
