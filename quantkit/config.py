@@ -38,7 +38,7 @@ PROFILES = {
         20_480,
         4_096,
         24_576,
-        3,
+        2,
         2,
         ("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         "minutes on 2 cores, 135M parameters",
