@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.tensors import Fallback
 
 SCHEMA = 2
 
@@ -147,16 +148,6 @@ class TracePoint:
     tokens: int
     kl: float
     stderr: float
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A tensor that did not get what was asked for."""
-
-    tensor: str
-    asked: str
-    used: str
-    reason: str
 
 
 @dataclass(frozen=True)
