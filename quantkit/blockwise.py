@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from quantkit.errors import QuantkitError
 
@@ -32,12 +38,15 @@ def load_model(
     Raises QuantkitError when transformers cannot load it.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Of a model that also sees, some are listed as language models and some are not.
+        kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+        kind = next((k for k in kinds if type(config) in k._model_mapping), kinds[0])
+        model = kind.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
-            attn_implementation="sdpa",
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise QuantkitError(

