@@ -37,6 +37,13 @@ _KINDS = [
     ("Bits per weight", "bpw"),
     ("Several sizes", "family"),
 ]
+# What stands in the field once the fingers rest (the event's own text can be an earlier one), and
+# nothing for the keys before the last.
+_TYPED = (
+    "async () => { const key = window.qkKey = (window.qkKey || 0) + 1;"
+    " await new Promise((done) => setTimeout(done, 250));"
+    " return key === window.qkKey ? document.querySelector('#model input').value : '' }"
+)
 _CONTEXTS = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
@@ -54,6 +61,7 @@ class Form:
             allow_custom_value=True,
             elem_id="model",
         )
+        self.typed = gr.Textbox(visible=False, max_length=200)
         self._size()
         self.profile = gr.Radio(
             [(f"{name}: {profile.about}", name) for name, profile in PROFILES.items()],
@@ -245,8 +253,8 @@ class Form:
         def sizes(kind: str) -> list[Any]:
             return [gr.update(visible=kind == n) for n in ("like", "fits", "size", "bpw", "family")]
 
-        def search(event: gr.KeyUpData, request: gr.Request) -> Any:
-            found = desk.search(str(event.input_value)[:100], desk.asker(request, None))
+        def search(typed: str, request: gr.Request) -> Any:
+            found = desk.search(str(typed)[:100], desk.asker(request, None))
             return gr.update(choices=found) if found else gr.skip()
 
         def preview(
@@ -269,8 +277,9 @@ class Form:
         )
         self.model.key_up(
             search,
-            None,
+            self.typed,
             self.model,
+            js=_TYPED,
             trigger_mode="always_last",
             show_progress="hidden",
             concurrency_limit=4,
