@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -9,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from quantkit import report as reports
 from quantkit.config import PROFILES
 from quantkit.hub import ModelInfo
-from quantkit.report import tables, text
+from quantkit.output import safe_name
+from quantkit.report import plots, tables, text
 from quantkit.report.schema import OURS, Report, Row
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -21,17 +23,22 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
     """The card's YAML: the base card's licence, languages and tags, where the model comes from,
     measured results.
     """
-    output = report.first
     kept = {key: info.card[key] for key in _KEPT if info.card.get(key)}
-    results = [
-        _result("held-out text", "perplexity", "Perplexity", output.perplexity.value),
-        _result("held-out text", "kl_divergence", "Mean KL divergence, nats", output.kl.value),
-        _result("held-out text", "top1_agreement", "Same most likely token", output.top1),
-    ]
-    results += [_result(t.name, "accuracy", "Accuracy", t.value) for t in output.tasks]
+    results = []
+    for output in report.outputs:
+        text_name = "held-out text" + _of_one(report, output)
+        results += [
+            _result(text_name, "perplexity", "Perplexity", output.perplexity.value),
+            _result(text_name, "kl_divergence", "Mean KL divergence, nats", output.kl.value),
+            _result(text_name, "top1_agreement", "Same most likely token", output.top1),
+        ]
+        results += [
+            _result(t.name + _of_one(report, output), "accuracy", "Accuracy", t.value)
+            for t in output.tasks
+        ]
     tags = dict.fromkeys([*_TAGS, *(str(t) for t in info.card.get("tags") or [])])
     return ModelCardData(
-        model_name=output.name.removesuffix(".gguf"),
+        model_name=_title(info, report),
         base_model=_base_model(info),
         base_model_relation="quantized",
         quantized_by="quantkit",
@@ -39,6 +46,17 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
         eval_results=results,
         **{"pipeline_tag": "text-generation", **kept},
     )
+
+
+def _title(info: ModelInfo, report: Report) -> str:
+    """The file's name, or of several the model's."""
+    if len(report.outputs) == 1:
+        return report.first.name.removesuffix(".gguf")
+    return f"{safe_name(info.id)}-EVO-GGUF"
+
+
+def _of_one(report: Report, output: Row) -> str:
+    return f" ({output.name})" if len(report.outputs) > 1 else ""
 
 
 def _base_model(info: ModelInfo) -> str | list[str] | None:
@@ -60,27 +78,28 @@ def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
 
 
 def model_card(
-    info: ModelInfo, value: dict[str, Any], recipe: dict[str, Any], repo: str | None
+    info: ModelInfo, value: dict[str, Any], recipes: Sequence[dict[str, Any]], repo: str | None
 ) -> str:
     """The whole card as Markdown with YAML in front.
 
     Args:
         value: the JSON of report.json.
-        recipe: the JSON of recipe.json.
+        recipes: the JSON of every output's recipe, in the report's order.
         repo: where it will be published; None leaves a place to fill in.
 
     Raises:
         QuantkitError: the report is of another version.
     """
     report = reports.read(value)
-    output = report.first
+    outputs, names = report.outputs, plots.names_by_output(report)
+    middle = len(outputs) // 2  # of several sizes the commands name the one in the middle
+    verdicts = text.verdicts(report)
     parts = [
-        f"# {output.name.removesuffix('.gguf')}",
-        f"{_origin(info)} as one GGUF of {text.size(output.n_bytes)} ({output.bpw:.2f} bits per"
-        " weight). The type of every tensor was searched by measuring the KL divergence to the"
-        " full-precision model; the weights were quantized with GPTQ onto llama.cpp's own grids. It"
-        " runs in every llama.cpp build.",
-        text.verdict(report),
+        f"# {_title(info, report)}",
+        f"{_origin(info)} as {_size(report)}. The type of every tensor was searched by measuring"
+        " the KL divergence to the full-precision model; the weights were quantized with GPTQ onto"
+        " llama.cpp's own grids. It runs in every llama.cpp build.",
+        verdicts[0] if len(verdicts) == 1 else reports.bullets(verdicts),
         "## Which file should I choose?",
         _choice(report, repo),
         "## Measured",
@@ -94,12 +113,20 @@ def model_card(
         reports.set_table(tables.domains(report)),
         *([reports.bullets(lines)] if (lines := text.task_lines(report)) else []),
         "## Run it",
-        _commands(output.name, recipe["output"]["label"], repo or "<owner>/<repo>"),
+        _commands(
+            outputs[middle].name, recipes[middle]["output"]["label"], repo or "<owner>/<repo>"
+        ),
         "## What is inside",
-        _plot("tensor-map", "The type of every tensor"),
-        _inside(report),
+        *(
+            part
+            for output, kinds in names
+            for part in (
+                _plot(kinds["tensor-map"], f"The type of every tensor{_of_one(report, output)}"),
+                _inside(output),
+            )
+        ),
         "## How it was made",
-        _made(info, report, value, recipe),
+        _made(info, report, value, recipes),
         "## Checked before upload",
         reports.bullets(f"{name}: {state}. {about}." for name, state, about in _checks(report)),
         "## Limits and licence",
@@ -110,6 +137,11 @@ def model_card(
         parts += ["## Fallbacks", reports.set_table(groups)]
     body = "\n\n".join(parts) + "\n"
     return str(ModelCard(f"---\n{card_data(info, report).to_yaml()}\n---\n\n{body}"))
+
+
+def _size(report: Report) -> str:
+    said = [f"{text.size(o.n_bytes)} ({o.bpw:.2f} bits per weight)" for o in report.outputs]
+    return f"one GGUF of {said[0]}" if len(said) == 1 else f"{len(said)} GGUFs: {', '.join(said)}"
 
 
 def _origin(info: ModelInfo) -> str:
@@ -169,7 +201,7 @@ def _measured(report: Report, repo: str | None) -> str:
         cells += [text.percent(row.top1), f"{row.perplexity.value:.2f}"]
         cells += [_tasks(row)] * has_tasks
         cells += [f"{row.speed.generation:.0f}" if row.speed else "-"] * has_speed
-        lines.append([*cells, text.tested(row.kl_versus)])
+        lines.append([*cells, text.tested(report.tests(row).kl)])
     base = report.base
     bpw = f"{8 * base.n_bytes / base.n_parameters:.2f}"
     cells = ["full precision", text.size(base.n_bytes), bpw, "0", "0", "100 %"]
@@ -197,7 +229,7 @@ def _plot(name: str, about: str) -> str:
 
 def _losses(report: Report) -> list[str]:
     lost = text.losses(report)
-    return ["Where this file loses:", reports.bullets(lost)] if lost else []
+    return [f"{text.losing(report)}:", reports.bullets(lost)] if lost else []
 
 
 def _commands(name: str, label: str, repo: str) -> str:
@@ -230,21 +262,28 @@ print(llm.create_chat_completion(messages)["choices"][0]["message"]["content"])
 ```"""
 
 
-def _inside(report: Report) -> str:
+def _inside(output: Row) -> str:
     """How many tensors have each type, and by which method."""
     counts: dict[tuple[str, str], int] = {}
-    for tensor in report.first.tensors:
+    for tensor in output.tensors:
         key = (tensor.qtype, tensor.method)
         counts[key] = counts.get(key, 0) + 1
     said = [
         f"{n} {qtype}{f' by {method}' if method else ''}"
         for (qtype, method), n in sorted(counts.items())
     ]
-    return f"Quantized tensors: {', '.join(said)}. Every one is named in `recipe.json`."
+    return f"Quantized tensors: {', '.join(said)}. Every one is named in `{_recipe_of(output)}`."
 
 
-def _made(info: ModelInfo, report: Report, value: dict[str, Any], recipe: dict[str, Any]) -> str:
-    config, search = recipe["config"], value["search"]
+def _recipe_of(output: Row) -> str:
+    return f"recipes/{output.name.removesuffix('.gguf')}.json"
+
+
+def _made(
+    info: ModelInfo, report: Report, value: dict[str, Any], recipes: Sequence[dict[str, Any]]
+) -> str:
+    recipe = recipes[0]
+    config = recipe["config"]
     levels = config["levels"] or PROFILES[config["profile"]].levels
     calibration = value["calibration"]
     mix = [
@@ -252,15 +291,20 @@ def _made(info: ModelInfo, report: Report, value: dict[str, Any], recipe: dict[s
         for d in calibration["domains"]
     ]
     note = calibration["note"]
+    rebuild = "\n".join(
+        f"quantkit rebuild {_recipe_of(o)} --base base.gguf --out {o.name}" for o in report.outputs
+    )
+    searches = [_search(row["search"]) for row in value["outputs"]]
     lines = [
         f"Model revision `{recipe['revision']}`, profile {config['profile']}, seed"
         f" {config['seed']}. {note[0].upper() + note[1:]}.",
         f"Levels to choose from: {', '.join(levels)}; methods: {', '.join(config['methods'])}.",
-        _search(search),
+        searches[0] if len(searches) == 1 else reports.bullets(searches),
         reports.table(["calibration", "source", "share", "sha256"], mix),
-        f"The same file again, from the full-precision GGUF (sha256 `{recipe['base']['sha256']}`):",
-        f"```\nquantkit rebuild recipe.json --base base.gguf --out {report.first.name}\n```",
-        f"sha256 of `{report.first.name}`:\n`{report.first.sha256}`",
+        f"The same again, from the full-precision GGUF (sha256 `{recipe['base']['sha256']}`):",
+        f"```\n{rebuild}\n```",
+        "The types alone, for `llama-quantize --tensor-type-file`, lie beside the recipes.",
+        "\n".join(f"sha256 of `{o.name}`:\n`{o.sha256}`\n" for o in report.outputs).rstrip(),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".",
     ]
     return "\n\n".join(lines)

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__
-from quantkit.config import DEMO_MODEL, PROFILES, RunConfig, Target, load_types_map
+from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json
 from quantkit.tensors import METHODS, to_json
@@ -126,12 +126,25 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--target-bpw", metavar="X", help="bits per weight of the whole file, such as 4.5"
+        "--target-bpw", metavar="X,...", help="bits per weight of the whole file, such as 4.5"
     )
     size.add_argument(
-        "--target-size", metavar="S", help="bytes of the whole file, such as 90MB or 5.5GB"
+        "--target-size", metavar="S,...", help="bytes of the whole file, such as 90MB or 5.5GB"
     )
-    size.add_argument("--like", metavar="TYPE", help="the size of this stock mix (default: Q4_K_M)")
+    size.add_argument(
+        "--like", metavar="TYPE,...", help="the size of this stock mix (default: Q4_K_M)"
+    )
+    size.add_argument(
+        "--fits",
+        metavar="MEM@CTX,...",
+        help="what fits this memory with a context of so many tokens, such as 8GB@8192",
+    )
+    size.add_argument(
+        "--family",
+        action="store_const",
+        const=",".join(FAMILY),
+        help=f"a file like each of {', '.join(FAMILY)}; several sizes share one run",
+    )
     parser.add_argument(
         "--profile", choices=PROFILES, default="standard", help="how much work to spend"
     )
@@ -225,18 +238,17 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
     for name in arguments.compare:
         given.check_name(name)
-    target = None
-    for kind, value in (
+    asked = (
         ("bpw", arguments.target_bpw),
         ("size", arguments.target_size),
-        ("like", arguments.like),
-    ):
-        if value is not None:
-            target = Target(kind, value)
+        ("like", arguments.like or arguments.family),
+        ("fits", arguments.fits),
+    )
+    targets = [Target(kind, value) for kind, given in asked for value in _listed(given)]
     return RunConfig(
         model=arguments.model,
         revision=arguments.revision,
-        target=target,
+        targets=tuple(targets),
         profile=arguments.profile,
         levels=tuple(arguments.levels.split(",")) if arguments.levels else None,
         methods=tuple(arguments.methods.split(",")),
@@ -252,6 +264,11 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         private=getattr(arguments, "private", False),
         public=getattr(arguments, "public", False),
     )
+
+
+def _listed(given: str | None) -> list[str]:
+    """The entries of a list with commas."""
+    return [entry.strip() for entry in given.split(",")] if given is not None else []
 
 
 def _absolute(name: str) -> str:

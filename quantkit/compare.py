@@ -69,11 +69,12 @@ def _measure(base: Path, files: Sequence[Path], options: Sequence[str]) -> dict[
 
 
 def to_report(measured: dict[str, Any], base: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """The JSON of evaluators.compare as the JSON of a report (schema 2, kind compare)."""
+    """The JSON of evaluators.compare as the JSON of a report (kind compare)."""
     opened = GgufFile(base)
     n_parameters = opened.n_elements
     about, settings = measured["base"], measured["settings"]
-    rows = [_row(row, n_parameters) for row in measured["files"]]
+    first = files[0].name
+    rows = [_row(row, n_parameters, first) for row in measured["files"]]
     rows[0]["tensors"] = _tensors(GgufFile(files[0]))
     if "tasks" not in rows[0]:
         rows[0]["zero_shot"] = {"status": "not run", "reason": "no --task"}
@@ -99,7 +100,7 @@ def to_report(measured: dict[str, Any], base: Path, files: Sequence[Path]) -> di
     }
 
 
-def _row(row: dict[str, Any], n_parameters: int) -> dict[str, Any]:
+def _row(row: dict[str, Any], n_parameters: int, first: str) -> dict[str, Any]:
     made = {
         "kind": GIVEN,
         "name": Path(row["file"]).name,
@@ -116,7 +117,8 @@ def _row(row: dict[str, Any], n_parameters: int) -> dict[str, Any]:
         "nll": row.get("nll_versus_first"),
         "weight_kl": row.get("weight_versus_first"),
     }
-    return {**made, "versus": {name: test for name, test in tests.items() if test}}
+    found = {name: test for name, test in tests.items() if test}
+    return {**made, "versus": {first: found}} if found else made
 
 
 def _tensors(file: GgufFile) -> dict[str, dict[str, Any]]:

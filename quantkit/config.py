@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ from quantkit.qtypes import FILE_TYPES, QuantType, askable
 from quantkit.tensors import METHODS
 
 DEMO_MODEL = "demo:smollm2-135m"
+MOST_CONTEXT = 4_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,11 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """How large the file may be: `kind` is bpw, size or like; `value` is what the user wrote."""
+    """How large a file may be: `kind` is bpw, size, like or fits; `value` is what the user wrote.
+
+    `fits` is a memory and a context, `8GB@8192`: what llama.cpp takes for so many tokens of context
+    is not left to the file.
+    """
 
     kind: str
     value: str
@@ -113,25 +119,58 @@ class Target:
                     f"There is no stock mix {self.value!r}.",
                     "Use one of " + ", ".join(FILE_TYPES) + ".",
                 )
+        elif self.kind == "fits":
+            self.memory_and_context()
         else:
-            raise UsageError(f"Unknown kind of target {self.kind!r}.", "Use bpw, size or like.")
+            raise UsageError(
+                f"Unknown kind of target {self.kind!r}.", "Use bpw, size, like or fits."
+            )
 
-    def limit_bytes(self, n_parameters: int, stock_bytes: Any) -> int:
-        """The budget in bytes of the whole file. `stock_bytes(label)` gives the size of a stock mix
-        of this model.
+    def memory_and_context(self) -> tuple[int, int]:
+        """Bytes of memory and tokens of context of a `fits` target. Raises UsageError."""
+        memory, _, context = self.value.partition("@")
+        if not re.fullmatch(r"\d{1,7}", context) or not 1 <= int(context) <= MOST_CONTEXT:
+            raise UsageError(
+                f"{self.value!r} does not name a memory and a context.",
+                "Write 8GB@8192: bytes of memory and tokens of context.",
+            )
+        return parse_bytes(memory), int(context)
+
+    def limit_bytes(
+        self,
+        n_parameters: int,
+        stock_bytes: Callable[[str], int],
+        context_bytes: Callable[[int], int],
+    ) -> int:
+        """The budget in bytes of the whole file; what `fits` leaves for it may be none at all.
+
+        `stock_bytes(label)` gives the size of a stock mix of this model, `context_bytes(n)` what n
+        tokens of context take beside the file.
         """
         if self.kind == "bpw":
             return int(Fraction(self.value) * n_parameters / 8)
         if self.kind == "size":
             return parse_bytes(self.value)
+        if self.kind == "fits":
+            memory, n_tokens = self.memory_and_context()
+            return memory - context_bytes(n_tokens)
         return stock_bytes(self.value)
 
     def __str__(self) -> str:
+        if self.kind == "fits":
+            memory, context = self.value.split("@")
+            return f"fits {memory} with a context of {int(context):,}"
         return {
             "bpw": f"{self.value} bits per weight",
             "size": self.value,
             "like": f"like {self.value}",
         }[self.kind]
+
+
+# Kinds of targets as options of the command line.
+TARGET_OPTIONS = {"bpw": "target-bpw", "size": "target-size", "like": "like", "fits": "fits"}
+DEFAULT_TARGET = Target("like", "Q4_K_M")
+FAMILY = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")  # the sizes of --family
 
 
 @dataclass(frozen=True)
@@ -140,7 +179,7 @@ class RunConfig:
 
     model: str
     revision: str | None = None
-    target: Target | None = None  # None: like Q4_K_M, or what the given types come to
+    targets: tuple[Target, ...] = ()  # none: like Q4_K_M, or what the given types come to
     profile: str = "standard"
     levels: tuple[str, ...] | None = None  # tensor types to choose from; None: the profile's
     methods: tuple[str, ...] = METHODS
@@ -188,6 +227,11 @@ class RunConfig:
             raise UsageError(f"There is no device {self.device!r}.", "Use cpu or cuda.")
 
     @property
+    def sizes(self) -> str:
+        """What was asked for, for people."""
+        return ", ".join(map(str, self.targets)) or str(DEFAULT_TARGET)
+
+    @property
     def level_names(self) -> tuple[str, ...]:
         return self.levels or PROFILES[self.profile].levels
 
@@ -205,7 +249,7 @@ class RunConfig:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunConfig:
         value = dict(value)
-        value["target"] = None if value["target"] is None else Target(**value["target"])
+        value["targets"] = tuple(Target(**target) for target in value["targets"])
         value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
         value["methods"] = tuple(value["methods"])
         value["compare"] = tuple(value.get("compare", ()))

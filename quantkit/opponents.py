@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from quantkit import given
-from quantkit.config import Target
 from quantkit.ggufio.read import GgufFile
 from quantkit.kquants.native import Floats
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
@@ -33,57 +32,64 @@ class Opponent:
 
 def stock_opponents(
     base: GgufFile,
-    n_bytes: int,
+    sizes: Mapping[int, str | None],
     n_below: int,
-    target: Target | None,
     imatrix: Mapping[str, Floats],
     folder: Path,
 ) -> list[Opponent]:
-    """The `n_below` largest stock files of at most `n_bytes`, the next larger one, and the one that
-    the target asks to be like. Each is made by llama.cpp in `folder` when it is opened, with the
-    same imatrix, and deleted afterwards.
+    """For every one of our files, by bytes with the label it was asked to be like: the `n_below`
+    largest stock files of at most its size, the next larger one, and the one it is like. Each is
+    made by llama.cpp in `folder` when it is opened, with the same imatrix, and deleted afterwards.
     """
-    recipes = stock_around(base, n_bytes, n_below, target)
-    sizes = {recipe: stock_bytes(base, recipe) for recipe in recipes}
-    rival = max((r for r in recipes if sizes[r] <= n_bytes), key=lambda r: sizes[r], default=None)
+    weights = {recipe: stock_bytes(base, recipe) for recipe in _recipes()}
+    chosen: dict[StockRecipe, bool] = {}
+    for n_bytes, liked in sizes.items():
+        around = stock_around(weights, n_bytes, n_below, liked)
+        rival = max(
+            (r for r in around if weights[r] <= n_bytes), key=lambda r: weights[r], default=None
+        )
+        for recipe in around:
+            chosen[recipe] = chosen.get(recipe, False) or recipe == rival
     return [
-        Opponent(STOCK, str(r), partial(_made, base.path, r, imatrix, folder), r == rival)
-        for r in recipes
+        Opponent(STOCK, str(r), partial(_made, base.path, r, imatrix, folder), is_rival)
+        for r, is_rival in chosen.items()
     ]
+
+
+def _recipes() -> list[StockRecipe]:
+    """Mixes and pure files alike."""
+    pure = [q.name for q in QUANTIZED if q.name in FILE_TYPES and q.name in STOCK_MIXES]
+    return [StockRecipe(m) for m in STOCK_MIXES] + [StockRecipe(name, pure=True) for name in pure]
 
 
 def stock_around(
-    base: GgufFile, n_bytes: int, n_below: int, target: Target | None
+    weights: Mapping[StockRecipe, int], n_bytes: int, n_below: int, liked: str | None
 ) -> list[StockRecipe]:
-    """The recipes of `stock_opponents`, mixes and pure files alike, by size; the asked one last."""
-    recipes = [StockRecipe(label) for label in STOCK_MIXES]
-    recipes += [
-        StockRecipe(q.name, pure=True)
-        for q in QUANTIZED
-        if q.name in FILE_TYPES and q.name in STOCK_MIXES
-    ]
-    sizes = {recipe: stock_bytes(base, recipe) for recipe in recipes}
+    """The recipes of `stock_opponents` for one file, by size; the one that it is like last.
+    `weights` are the bytes of every recipe's file.
+    """
     # Of two files of one size the mix is the better known name.
     by_size = {
-        size: recipe for recipe, size in sorted(sizes.items(), key=lambda item: not item[0].pure)
+        size: recipe for recipe, size in sorted(weights.items(), key=lambda item: not item[0].pure)
     }
     below = sorted((size for size in by_size if size <= n_bytes), reverse=True)[:n_below]
     above = sorted(size for size in by_size if size > n_bytes)[:1]
     chosen = [by_size[size] for size in [*sorted(below), *above]]
-    liked = StockRecipe(target.value) if target and target.kind == "like" else None
-    if liked and liked.label in STOCK_MIXES and sizes[liked] not in (*below, *above):
-        chosen.append(liked)
-    return chosen
+    asked = [recipe for recipe in weights if recipe.label == liked and not recipe.pure]
+    return chosen + [recipe for recipe in asked if recipe not in chosen]
 
 
-def uniform_opponents(levels: Path, n_bytes: int) -> list[Opponent]:
-    """Files of one level in the folder `levels`, quantized like the result but not searched: the
-    largest of at most `n_bytes` and the next larger one.
+def uniform_opponents(levels: Path, sizes: Sequence[int], n_around: int) -> list[Opponent]:
+    """Files of one level in the folder `levels`, quantized like the result but not searched: for
+    every size the largest of at most that, then the next larger one, `n_around` in all.
     """
     paths = sorted(levels.glob("*.gguf"), key=lambda path: path.stat().st_size)
-    below = [path for path in paths if path.stat().st_size <= n_bytes][-1:]
-    above = [path for path in paths if path.stat().st_size > n_bytes][:1]
-    return [Opponent(UNIFORM, p.stem, partial(as_it_is, p)) for p in [*below, *above]]
+    chosen: dict[Path, None] = {}
+    for n_bytes in sizes:
+        below = [path for path in paths if path.stat().st_size <= n_bytes][-1:]
+        above = [path for path in paths if path.stat().st_size > n_bytes][:1]
+        chosen |= dict.fromkeys([*below, *above][:n_around])
+    return [Opponent(UNIFORM, p.stem, partial(as_it_is, p)) for p in chosen]
 
 
 def given_opponents(names: Sequence[str]) -> list[Opponent]:

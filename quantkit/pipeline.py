@@ -76,7 +76,7 @@ def run(
     with directory.lock():
         _settle_config(directory, config)
         events = EventLog(directory.events_path, echo)
-        events.emit(None, "started", f"{config.model}, {config.target or 'like Q4_K_M'}")
+        events.emit(None, "started", f"{config.model}, {config.sizes}")
         with _failures_told(events) as told:
             if config.publish:
                 hub.check_write(config.publish, hub.resolve_token(), config.private)
@@ -149,6 +149,8 @@ def _settle_config(directory: RunDir, config: RunConfig) -> None:
 
 def _shown(config: RunConfig, name: str) -> str:
     value = getattr(config, name)
+    if isinstance(value, tuple):
+        value = ", ".join(map(str, value)) or None
     return str(value) if value is not None else "(not given)"
 
 

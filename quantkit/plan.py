@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import hub
+from quantkit.budgets import Budget, settle_budgets
 from quantkit.config import PROFILES, RunConfig
 from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
-from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
@@ -32,9 +32,12 @@ _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of whole files: the budget, and what the levels can make."""
+    """Bytes of whole files: the budgets that are met, those that cannot be, and what the levels can
+    make. Without budgets every type is given.
+    """
 
-    limit_bytes: int | None  # None: every type is given
+    budgets: tuple[Budget, ...]
+    refused: tuple[Budget, ...]
     smallest_bytes: int
     largest_bytes: int
     levels: dict[str, int]  # uniform file of each asked level
@@ -59,39 +62,20 @@ def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
     smallest = header + data_bytes(base, {t: levels.choices(t)[0] for t in levels.types})
     # The margin may stay unused: a budget that is named as possible must be so without it.
     largest = least_header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})
-    limit = budget_bytes(config, base)
-    if limit is not None:
-        check_budget(limit, smallest, largest)
-    return Sizes(limit, smallest, largest, uniform)
+    budgets, refused = budgets_of(config, base, smallest, largest)
+    return Sizes(budgets, refused, smallest, largest, uniform)
 
 
-def budget_bytes(config: RunConfig, base: GgufFile) -> int | None:
-    """The budget of the whole file in bytes; without a target that of Q4_K_M, None where all types
-    are given.
-    """
-    if config.target is None:
-        if any(pattern == "default" for pattern, _ in config.types):
-            return None
-        return stock_bytes(base, StockRecipe("Q4_K_M"))
-    return config.target.limit_bytes(
-        base.n_elements, lambda label: stock_bytes(base, StockRecipe(label))
-    )
+def budgets_of(
+    config: RunConfig, base: GgufFile, smallest: int, largest: int
+) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
+    """`settle_budgets` for the model of a GGUF, whose header is enough."""
 
+    def mix_bytes(label: str) -> int:
+        return stock_bytes(base, StockRecipe(label))
 
-def check_budget(limit_bytes: int, smallest: int, largest: int) -> None:
-    """Raises QuantkitError when no file, or every file, of the levels fits."""
-    if limit_bytes < smallest:
-        raise QuantkitError(
-            f"The budget of {limit_bytes:,} bytes is below the smallest possible file,"
-            f" {smallest:,} bytes.",
-            "Ask for a larger file, or allow smaller types with --levels.",
-        )
-    if limit_bytes > largest:
-        raise QuantkitError(
-            f"The budget of {limit_bytes:,} bytes is above the largest file of these levels,"
-            f" {largest:,} bytes.",
-            f"Ask for at most {largest:,} bytes, or allow larger types with --levels.",
-        )
+    context_bytes = context_memory(base).n_bytes
+    return settle_budgets(config, base.n_elements, mix_bytes, context_bytes, smallest, largest)
 
 
 def make_plan(
@@ -192,21 +176,19 @@ def _hessian_widths(base: GgufFile) -> list[int]:
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
-    licence = model["license"] or "not stated"
+    licence, n_parameters = model["license"] or "not stated", model["n_parameters"]
     lines = [
         f"{model['id']} at {model['sha'][:12]}",
-        f"  {model['architecture']}, {model['n_parameters'] / 1e6:,.0f}M parameters,"
+        f"  {model['architecture']}, {n_parameters / 1e6:,.0f}M parameters,"
         f" licence {licence}, {size(model['download_bytes'])} to read",
         "",
     ]
-    limit = sizes["limit_bytes"]
-    budget = (
-        "every type is given"
-        if limit is None
-        else f"{limit:,} bytes ({8 * limit / model['n_parameters']:.2f} bpw)"
-    )
+    for budget in sizes["budgets"] or ({"target": "every type is given", "limit_bytes": None},):
+        limit = budget["limit_bytes"]
+        bpw = "" if limit is None else f": {limit:,} bytes ({8 * limit / n_parameters:.2f} bpw)"
+        lines.append(f"budget    {budget['target']}{bpw}")
+    lines += [f"refused   {budget['refusal']}" for budget in sizes["refused"]]
     lines += [
-        f"budget    {budget}",
         f"possible  {sizes['smallest_bytes']:,} to {sizes['largest_bytes']:,} bytes",
         f"time      about {max(1, estimate['seconds'] // 60)} minutes",
         f"disk      about {size(estimate['disk_bytes'])}",

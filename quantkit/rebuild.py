@@ -25,7 +25,7 @@ from quantkit.rundir import RunDir, read_json, sha256_file
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a `recipe.json` says of how its file is made."""
+    """What a `recipe says of how its file is made."""
 
     quantkit: str
     model: str
@@ -47,7 +47,7 @@ class Recipe:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantkitError(
                 f"{path} is not a recipe ({error}).",
-                "Give the recipe.json that lies beside the GGUF.",
+                "Give the file of the GGUF's name under recipes/.",
             ) from None
 
     @classmethod

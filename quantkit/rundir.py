@@ -66,6 +66,13 @@ def write_json(path: Path, value: Any) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a UTF-8 text, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

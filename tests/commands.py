@@ -120,7 +120,14 @@ class Run:
 
     @property
     def recipe_path(self) -> Path:
-        return self.dir.stage_dir("stitch") / "recipe.json"
+        return next((self.dir.stage_dir("stitch") / "recipes").glob("*.json"))
+
+    @property
+    def budgets(self) -> list[dict[str, Any]]:
+        budgets: list[dict[str, Any]] = read_json(self.dir.stage_dir("search") / "budgets.json")[
+            "budgets"
+        ]
+        return budgets
 
     @property
     def base(self) -> Path:

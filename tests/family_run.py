@@ -61,7 +61,7 @@ def run_family(family: Family, folder: Path) -> Row:
     with _profile() as profile:
         asked = config.RunConfig(
             str(checkpoint),
-            target=config.Target("bpw", "6"),
+            targets=(config.Target("bpw", "6"),),
             profile=profile,
             calibration="docs,code",
         )

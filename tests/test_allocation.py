@@ -12,12 +12,13 @@ from search_spaces import everything, make_space, spaces
 from tiny_gguf import Shape, write_llama
 
 from quantkit.config import RunConfig, Target
+from quantkit.context import context_memory
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import slot_bytes
 from quantkit.levels import plan_levels
 from quantkit.output import Provenance, lay_out_output
-from quantkit.plan import budget_bytes, check_budget, check_sizes, specs_of
+from quantkit.plan import budgets_of, check_sizes, specs_of
 from quantkit.qtypes import QuantType
 from quantkit.search.allocation import SearchSpace, choices_of, prune
 from quantkit.tensors import Candidate, CandidateKey
@@ -123,8 +124,8 @@ def exact(base: GgufFile, config: RunConfig, at: int) -> int:
 
 
 def config_of(base: GgufFile, n_bytes: int | None = None) -> RunConfig:
-    target = None if n_bytes is None else Target("size", str(n_bytes))
-    return RunConfig("m", target=target, levels=LEVELS)
+    targets = () if n_bytes is None else (Target("size", str(n_bytes)),)
+    return RunConfig("m", targets=targets, levels=LEVELS)
 
 
 def test_the_plans_smallest_can_be_made(base: GgufFile) -> None:
@@ -137,10 +138,11 @@ def test_the_plans_smallest_can_be_made(base: GgufFile) -> None:
 
 def test_the_plans_largest_can_be_reached(base: GgufFile) -> None:
     """'Ask for at most N bytes' names a budget that the search does not refuse as too large."""
-    largest = check_sizes(
-        config_of(base), base, plan_levels(specs_of(base), config_of(base))
-    ).largest_bytes
-    check_budget(largest, exact(base, config_of(base), 0), exact(base, config_of(base), -1))
+    config = config_of(base)
+    largest = check_sizes(config, base, plan_levels(specs_of(base), config)).largest_bytes
+    smallest_and_largest = exact(base, config, 0), exact(base, config, -1)
+    (budget,), refused = budgets_of(config_of(base, largest), base, *smallest_and_largest)
+    assert budget.limit_bytes == largest and not refused
 
 
 def test_budgets_outside_are_refused(base: GgufFile) -> None:
@@ -154,20 +156,41 @@ def test_budgets_outside_are_refused(base: GgufFile) -> None:
 def test_every_kind_of_budget(base: GgufFile) -> None:
     n = base.n_elements
 
-    def limit(kind: str, value: str) -> int | None:
-        return budget_bytes(RunConfig("m", target=Target(kind, value)), base)
+    def limit(*targets: Target, types: tuple[tuple[str, str], ...] = ()) -> list[int]:
+        budgets, _ = budgets_of(RunConfig("m", targets=targets, types=types), base, 0, 10**12)
+        return [budget.limit_bytes for budget in budgets]
 
-    assert limit("bpw", "4.5") == int(4.5 * n / 8)
-    assert limit("size", "1.5MB") == 1_500_000
-    like = limit("like", "Q4_K_M")
-    assert like == budget_bytes(RunConfig("m"), base), "the default"
-    assert budget_bytes(RunConfig("m", types=(("default", "Q4_0"),)), base) is None
+    assert limit(Target("bpw", "4.5")) == [int(4.5 * n / 8)]
+    assert limit(Target("size", "1.5MB")) == [1_500_000]
+    beside = context_memory(base).n_bytes(64)
+    assert limit(Target("fits", "1GB@64")) == [1_000_000_000 - beside]
+    (like,) = limit(Target("like", "Q4_K_M"))
+    assert [like] == limit(), "the default"
+    assert limit(types=(("default", "Q4_0"),)) == []
     q4 = QuantType("Q4_K")
     uniform = sum(
         slot_bytes(base, q4.n_bytes(t.shape) if len(t.shape) == 2 else t.n_bytes)
         for t in base.tensors.values()
     )
-    assert like is not None and like > uniform
+    assert like > uniform
+
+
+def test_several_budgets_are_sorted_and_refused_one_by_one(base: GgufFile) -> None:
+    values = ("900kB", "1B", "500kB", "900kB", "90GB")
+    config = RunConfig("m", targets=tuple(Target("size", v) for v in values))
+    budgets, refused = budgets_of(config, base, 100_000, 10**6)
+    assert [b.limit_bytes for b in budgets] == [500_000, 900_000], "each once, smallest first"
+    assert [b.target for b in refused] == ["1B", "90GB"]
+    assert "below the smallest" in refused[0].refusal and "above" in refused[1].refusal
+
+
+def test_more_memory_than_the_model_can_use_is_no_mistake(base: GgufFile) -> None:
+    config = RunConfig("m", targets=(Target("fits", "80GB@64"),))
+    (budget,), refused = budgets_of(config, base, 100_000, 10**6)
+    assert budget.limit_bytes == 10**6 and not refused
+    config = RunConfig("m", targets=(Target("fits", "100MB@64"),))
+    with pytest.raises(QuantkitError, match=r"does not fit in 0\.1 GB with a context of 64"):
+        budgets_of(config, base, 100_000, 10**6)
 
 
 def test_a_search_space_is_a_value(tmp_path: Path) -> None:

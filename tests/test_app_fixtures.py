@@ -27,7 +27,7 @@ from quantkit.launch.record import JobRecord, load_record, owner_hash, save_reco
 from quantkit.rundir import STAGES, EventLog, RunDir, StageRecord, read_json, write_json
 from quantkit.web.visitor import Visitors
 
-CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", target=Target("like", "Q4_K_M"))
+CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(Target("like", "Q4_K_M"),))
 GGUF = "SmolLM2-135M-Instruct-EVO-Q4_K_M.gguf"
 MESSAGES = {
     "fetch": "downloading model.safetensors",
@@ -50,6 +50,18 @@ def scores(kl: float, perplexity: float, top1: float) -> dict[str, Any]:
         "perplexity": {"value": perplexity, "stderr": 0.2},
         "domains": {"code": domain, "docs": domain, "prose": domain},
     }
+
+
+def make_allocation() -> dict[str, Any]:
+    kinds = ("ffn_down", "ffn_gate", "ffn_up", "attn_k", "attn_output", "attn_q", "attn_v")
+    rng = random.Random(1)
+    types = ("IQ4_XS", "Q4_K", "Q4_K", "Q4_1", "Q5_K", "Q6_K")
+    allocation = {
+        f"blk.{block}.{kind}.weight": {"qtype": rng.choice(types), "method": "gptq"}
+        for block in range(30)
+        for kind in kinds
+    }
+    return {**allocation, "token_embd.weight": {"qtype": "Q6_K", "method": "imatrix"}}
 
 
 def make_report() -> dict[str, Any]:
@@ -77,9 +89,13 @@ def make_report() -> dict[str, Any]:
         "budget_bytes": 105_500_000,
         "sha256": "6a" * 32,
         "zero_shot": zero,
+        "tensors": {
+            name: {**stored, "n_elements": 1024, "n_bytes": 640}
+            for name, stored in make_allocation().items()
+        },
     }
     return {
-        "schema": 2,
+        "schema": 3,
         "model": "SmolLM2-135M-Instruct",
         "base": {
             "path": "2-convert/base.gguf",
@@ -113,7 +129,7 @@ def write_run(
     directory = RunDir(folder)
     write_json(directory.config_path, config)
     events = EventLog(directory.events_path)
-    events.emit(None, "started", f"{config.model}, {config.target}")
+    events.emit(None, "started", f"{config.model}, {config.sizes}")
     for stage in STAGES[: STAGES.index(until) + 1]:
         events.emit(stage, "started")
         if stage == "fetch":
@@ -141,7 +157,7 @@ def work(folder: Path, seconds: float) -> None:
     with directory.lock():
         config = RunConfig.from_json(read_json(directory.config_path))
         events = EventLog(directory.events_path)
-        events.emit(None, "started", f"{config.model}, {config.target}")
+        events.emit(None, "started", f"{config.model}, {config.sizes}")
         if config.publish:
             hub.check_write(config.publish, hub.resolve_token(), config.private)
         done = directory.records()
@@ -202,16 +218,7 @@ def _finish(
     folder.mkdir(exist_ok=True)
     outputs = []
     if stage == "search":
-        kinds = ("ffn_down", "ffn_gate", "ffn_up", "attn_k", "attn_output", "attn_q", "attn_v")
-        rng = random.Random(1)
-        types = ("IQ4_XS", "Q4_K", "Q4_K", "Q4_1", "Q5_K", "Q6_K")
-        allocation = {
-            f"blk.{block}.{kind}.weight": {"qtype": rng.choice(types), "method": "gptq"}
-            for block in range(30)
-            for kind in kinds
-        }
-        allocation["token_embd.weight"] = {"qtype": "Q6_K", "method": "imatrix"}
-        outputs.append(write_json(folder / "allocation.json", allocation))
+        outputs.append(write_json(folder / "best.json", make_allocation()))
     if stage == "stitch":
         (folder / GGUF).write_bytes(b"GGUF" + bytes(range(256)) * 400)
         outputs.append(folder / GGUF)

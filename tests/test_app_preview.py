@@ -22,7 +22,8 @@ from quantkit.hub import jobs
 from quantkit.launch import JobForm, JobStore, machine, talk
 from quantkit.launch.estimate import _cache, _key, estimate
 from quantkit.launch.record import load_record
-from quantkit.launch.sizes import context_bytes, to_configs, with_limit
+from quantkit.launch.request import to_config
+from quantkit.launch.sizes import context_bytes, with_sizes
 from quantkit.web import desk as desks
 from quantkit.web import previews
 from quantkit.web.desk import Asker, Desk
@@ -38,7 +39,6 @@ PLAN: dict[str, Any] = {
         "gated": True,
     },
     "sizes": {
-        "limit_bytes": 600_000_000,
         "smallest_bytes": 350_000_000,
         "largest_bytes": 1_100_000_000,
         "levels": {},
@@ -57,7 +57,7 @@ PLAN: dict[str, Any] = {
 
 
 def ask(config: RunConfig) -> dict[str, Any]:
-    return with_limit(PLAN, config)
+    return with_sizes(PLAN, config)
 
 
 @pytest.fixture
@@ -77,47 +77,49 @@ def shown(desk: Desk, **fields: Any) -> str:
     return last
 
 
+def limits(form: JobForm) -> list[int]:
+    sizes = ask(to_config(form, True))["sizes"]
+    return [budget["limit_bytes"] for budget in sizes["budgets"]]
+
+
 def test_what_fits_a_memory() -> None:
     form = JobForm("a/b", "fits", memory="1.4GB", context=4096)
-    (config,) = to_configs(form, True, ask)
-    assert config.target == Target("size", str(1_400_000_000 - context_bytes(PLAN, 4096)))
-    (largest,) = to_configs(dataclasses.replace(form, memory="80GB"), True, ask)
-    assert largest.target == Target("size", "1100000000")
+    assert to_config(form, True).targets == (Target("fits", "1.4GB@4096"),)
+    assert limits(form) == [1_400_000_000 - context_bytes(PLAN, 4096)]
+    assert limits(dataclasses.replace(form, memory="80GB")) == [1_100_000_000]
     with pytest.raises(QuantkitError, match="does not fit in 1 GB with a context of 8,192"):
-        to_configs(dataclasses.replace(form, memory="1GB", context=8192), True, ask)
+        limits(dataclasses.replace(form, memory="1GB", context=8192))
 
 
 @pytest.mark.parametrize("fields", [{"memory": ""}, {"memory": "lots"}, {"context": 0}])
 def test_what_is_no_memory(fields: dict[str, Any]) -> None:
     form = JobForm("a/b", **{"size_kind": "fits", "memory": "8GB", **fields})
     with pytest.raises(QuantkitError):
-        to_configs(form, True, ask)
+        to_config(form, True)
 
 
-def test_a_family_is_one_run_a_size(desk: Desk) -> None:
-    form = JobForm("a/b", "family", family=("Q3_K_M", "Q4_K_M", "Q5_K_M"))
-    configs = to_configs(form, True, ask)
-    assert [str(config.target) for config in configs] == [
-        "like Q3_K_M",
-        "like Q4_K_M",
-        "like Q5_K_M",
-    ]
-    ids = desk.start(form, "", ME)
-    records = [load_record(desk.store.root / run) for run in ids]
-    assert [r.based_on for r in records if r] == [None, ids[0], ids[0]]
-    assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown(
-        desk, size_kind="family", family=("Q3_K_M", "Q4_K_M", "Q5_K_M")
-    )
+def test_a_family_is_one_run_of_several_sizes(desk: Desk) -> None:
+    mixes = ("Q3_K_M", "Q4_K_M", "Q5_K_M")
+    form = JobForm("a/b", "family", family=mixes)
+    assert to_config(form, True).targets == tuple(Target("like", mix) for mix in mixes)
+    job = desk.start(form, "", ME)
+    assert desk.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
+    shown_all = shown(desk, size_kind="family", family=mixes)
+    assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown_all
+    small = dict(PLAN["stock"], Q3_K_M=10)
+    one_less = with_sizes({**PLAN, "stock": small}, to_config(form, True))
+    assert len(one_less["sizes"]["budgets"]) == 2
+    assert "below the smallest" in one_less["sizes"]["refused"][0]["refusal"]
 
 
 def test_another_size_is_not_planned_again() -> None:
-    config = RunConfig("a/b", target=Target("like", "Q4_K_M"))
+    config = RunConfig("a/b", targets=(Target("like", "Q4_K_M"),))
     _cache[_key(config, None)] = PLAN
     try:
-        other = dataclasses.replace(config, target=Target("bpw", "4.0"), seed=5)
-        assert estimate(other)["sizes"]["limit_bytes"] == 500_000_000
-        with pytest.raises(QuantkitError, match="cannot be made of these levels"):
-            estimate(dataclasses.replace(config, target=Target("bpw", "1.0")))
+        other = dataclasses.replace(config, targets=(Target("bpw", "4.0"),), seed=5)
+        assert estimate(other)["sizes"]["budgets"][0]["limit_bytes"] == 500_000_000
+        with pytest.raises(QuantkitError, match="below the smallest possible file"):
+            estimate(dataclasses.replace(config, targets=(Target("bpw", "1.0"),)))
         assert _key(config, None) != _key(config, "hf_token"), "what a token sees is its own"
     finally:
         _cache.clear()
@@ -148,7 +150,7 @@ def test_a_run_too_large_for_the_page(desk: Desk, monkeypatch: pytest.MonkeyPatc
 def test_an_order_for_a_job(desk: Desk) -> None:
     with pytest.raises(QuantkitError, match="nobody is signed in"):
         desk.start(JobForm("a/b", machine="auto"), "", ME)
-    (run,) = desk.start(JobForm("a/b", machine="t4-small"), "hf_token", ME)
+    run = desk.start(JobForm("a/b", machine="t4-small"), "hf_token", ME)
     record = load_record(desk.store.root / run)
     assert record is not None and record.machine == "t4-small" and record.hours
     assert record.usd_per_hour == pytest.approx(0.4, rel=0.01) and record.has_token
@@ -161,6 +163,7 @@ def test_all_of_it_is_escaped() -> None:
         **PLAN,
         "model": {**PLAN["model"], "architecture": HOSTILE, "license": HOSTILE},
         "stock": {"Q4_K_M": 1},
+        "sizes": {**PLAN["sizes"], "budgets": [], "refused": [{"refusal": HOSTILE}]},
         "warnings": [HOSTILE],
     }
     html = previews.preview(plan, here=HOSTILE, why_not=HOSTILE)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 from huggingface_hub import ModelCard
-from test_report import losing, values
+from test_report import family, losing, values
 
 from quantkit.card import model_card
 from quantkit.config import RunConfig
@@ -55,7 +55,7 @@ RECIPE = {
 
 def report_value() -> dict[str, Any]:
     value = values()
-    value["search"] = {
+    value["outputs"][0]["search"] = {
         "target": "like Q4_K_M",
         "limit_bytes": 1_050_000,
         "n_bytes": 1_000_000,
@@ -74,7 +74,7 @@ def report_value() -> dict[str, Any]:
 def card(
     info: ModelInfo = INFO, value: dict[str, Any] | None = None, repo: str | None = "me/T"
 ) -> ModelCard:
-    return ModelCard(model_card(info, value or report_value(), RECIPE, repo))
+    return ModelCard(model_card(info, value or report_value(), [RECIPE], repo))
 
 
 def test_the_yaml_is_the_base_cards_and_ours() -> None:
@@ -108,7 +108,7 @@ def test_it_says_everything_that_it_must() -> None:
         "ollama run hf.co/me/T:Q4_K_M",
         "lms get",
         "Llama.from_pretrained",
-        "quantkit rebuild recipe.json --base base.gguf --out Tiny-EVO-Q4_K_M.gguf",
+        "quantkit rebuild recipes/Tiny-EVO-Q4_K_M.json --base base.gguf --out Tiny-EVO-Q4_K_M.gguf",
         "seed 7",
         INFO.sha,
         "ab" * 32,
@@ -132,8 +132,31 @@ def test_tables_have_one_width() -> None:
         width = n
 
 
+def test_the_card_of_a_family() -> None:
+    value = family()
+    value["calibration"] = report_value()["calibration"]
+    for row in value["outputs"]:
+        row["search"] = report_value()["outputs"][0]["search"]
+    value["outputs"][1]["sha256"] = "ef" * 32
+    shown = ModelCard(model_card(INFO, value, [RECIPE, RECIPE], "me/T"))
+    for part in (
+        "# Tiny-EVO-GGUF",
+        "2 GGUFs: 1.0 MB",
+        "resolve/main/Tiny-EVO-Q6_K.gguf?download=true",
+        "plots/tensor-map-2.png",
+        "recipes/Tiny-EVO-Q6_K.json",
+        "ef" * 32,
+    ):
+        assert part in shown.text, part
+    names = {r["dataset"]["name"] for r in shown.data.to_dict()["model-index"][0]["results"]}
+    assert len(names) == 2, "every file has its own figures"
+
+
 def test_losses_stand_on_the_card() -> None:
-    value = report_value() | {k: losing()[k] for k in ("outputs", "baselines", "integrity")}
+    value = report_value()
+    lost = losing()
+    value["baselines"] = lost["baselines"]
+    value["outputs"][0] |= {key: lost["outputs"][0][key] for key in ("kl", "integrity")}
     shown = card(value=value).text
     assert "(MORE" in shown and "Where this file loses" in shown and "chat turn: FAILED" in shown
 
@@ -172,7 +195,6 @@ def test_a_gated_models_file_is_private_unless_it_is_to_be_public(
     info = dataclasses.replace(INFO, gated=gated)
     snapshot = SimpleNamespace(info=info, folder=Path("Tiny"))
     monkeypatch.setattr(publish.fetch, "load", lambda _: snapshot)
-    monkeypatch.setattr(publish, "read_json", lambda _: {"output": {"file": "x.gguf"}})
     monkeypatch.setattr(publish.hub, "resolve_token", lambda: None)
     monkeypatch.setattr(publish.hub, "publish", upload)
     config = RunConfig("owner/Tiny", publish="me/T", private=private, public=public)

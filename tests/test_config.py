@@ -71,7 +71,7 @@ def test_decimal_sizes_are_exact() -> None:
 @pytest.mark.parametrize("value", ["4.5", "0.5", "32", "3", "4.62"])
 def test_bits_per_weight(value: str) -> None:
     target = Target("bpw", value)
-    limit = target.limit_bytes(1_000_003, lambda label: 1 // 0)
+    limit = target.limit_bytes(1_000_003, lambda label: 1 // 0, lambda n: 1 // 0)
     assert limit == int(Decimal(value) * 1_000_003 / 8)
     assert value in str(target)
 
@@ -82,6 +82,7 @@ def test_bits_per_weight(value: str) -> None:
         *(("bpw", v) for v in ("", "x", "0", "-4", "33", "nan", "inf", "4,5", "4.5bpw")),
         *(("like", v) for v in ("", "Q4_K", "q4_k_m", "Q4_K_L", "4")),
         *(("size", v) for v in ("", "big", "-1")),
+        *(("fits", v) for v in ("8GB", "@8192", "8GB@", "8GB@0", "8GB@x", "big@4096", "8GB@-1")),
         ("bits", "4"),
     ],
 )
@@ -91,10 +92,16 @@ def test_what_is_no_target(kind: str, value: str) -> None:
     assert error.value.message and error.value.remedy
 
 
+def test_what_fits_a_memory_with_a_context() -> None:
+    target = Target("fits", "8GB@8192")
+    assert target.limit_bytes(1, lambda label: 1 // 0, lambda n: 1000 * n) == 8e9 - 8_192_000
+    assert str(target) == "fits 8GB with a context of 8,192"
+
+
 def test_a_stock_mix_as_target() -> None:
     asked = []
     target = Target("like", "Q4_K_M")
-    assert target.limit_bytes(1, lambda label: asked.append(label) or 777) == 777
+    assert target.limit_bytes(1, lambda label: asked.append(label) or 777, lambda n: 1 // 0) == 777
     assert asked == ["Q4_K_M"] and str(target) == "like Q4_K_M"
     for label in FILE_TYPES:
         Target("like", label)
@@ -118,9 +125,12 @@ CONFIGS = st.builds(
     RunConfig,
     model=st.text(min_size=1),
     revision=st.none() | st.text(),
-    target=st.none()
-    | st.builds(Target, st.just("bpw"), st.sampled_from(["4.5", "3"]))
-    | st.builds(Target, st.just("like"), st.sampled_from(sorted(FILE_TYPES))),
+    targets=st.lists(
+        st.builds(Target, st.just("bpw"), st.sampled_from(["4.5", "3"]))
+        | st.builds(Target, st.just("fits"), st.sampled_from(["8GB@8192", "1.5GiB@1"]))
+        | st.builds(Target, st.just("like"), st.sampled_from(sorted(FILE_TYPES))),
+        max_size=3,
+    ).map(tuple),
     profile=st.sampled_from(sorted(PROFILES)),
     levels=st.none() | st.just(("Q4_K", "Q6_K")),
     methods=st.sampled_from([METHODS, ("imatrix",), ("rtn", "gptq")]),

@@ -208,7 +208,7 @@ def test_impossible_budget(
     whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str], size: str, words: str
 ) -> None:
     """Told by the convert stage, before calibration and everything that takes long."""
-    run = whole_run[0].fork(tmp_path / "run", "convert", target={"kind": "size", "value": size})
+    run = whole_run[0].fork(tmp_path / "run", "convert", targets=[{"kind": "size", "value": size}])
     said = sentence(quantkit("resume", run.folder, env=offline))
     assert re.search(words, said), said
     assert tuple(run.dir.records()) == ("fetch",)
@@ -221,11 +221,11 @@ def test_a_budget_that_the_model_does_not_reach(
     whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
 ) -> None:
     """The sizes in the sentence are true: asking for them works."""
-    run = whole_run[0].fork(tmp_path / "a", "search", target={"kind": "size", "value": "100kB"})
+    run = whole_run[0].fork(tmp_path / "a", "search", targets=[{"kind": "size", "value": "100kB"}])
     said = sentence(quantkit("resume", run.folder, env=offline))
     smallest = int(re.search(r"smallest possible file, ([\d,]+) bytes", said)[1].replace(",", ""))
     asked = {"kind": "size", "value": str(smallest)}
-    run = whole_run[0].fork(tmp_path / "b", "search", target=asked)
+    run = whole_run[0].fork(tmp_path / "b", "search", targets=[asked])
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 0, answer.err
     assert run.output.stat().st_size == smallest

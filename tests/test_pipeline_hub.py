@@ -124,7 +124,7 @@ def test_from_the_hub_to_the_hub(
     assert sha256_file(folder / name) == sha256_file(run.output) == expected
     assert sha256_file(folder / "Tiny-Llama-imatrix.gguf") == sha256_file(run.imatrix)
     assert published["files"][name] == expected
-    recipe = read_json(folder / "recipe.json")
+    recipe = read_json(folder / "recipes" / "Tiny-Llama-EVO-Q4_K_M.json")
     assert recipe["output"]["sha256"] == expected
     assert (recipe["model"], recipe["revision"]) == ("alice/Tiny-Llama", sha)
 
@@ -145,7 +145,7 @@ def test_from_the_hub_to_the_hub(
     assert "piqa" in zero_shot["reason"]  # this Hub has no such data set
     assert_no_secret_in(run, answer)
     assert not any(r.user for r in server.requests if r.server == "cdn")
-    everything = b"".join(p.read_bytes() for p in folder.iterdir() if p.is_file())
+    everything = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
     assert str(tmp_path).encode() not in everything  # nothing of this machine
 
 
@@ -158,7 +158,7 @@ def test_publish_a_finished_run(
     assert answer.json["published"] and answer.json["url"] == f"{server.url()}/alice/tiny"
     folder = download(server, "alice/tiny", tmp_path)
     assert sha256_file(folder / run.output.name) == sha256_file(run.output)
-    names = {"README.md", "recipe.json", "report.json", run.output.name, "Tiny-Llama-imatrix.gguf"}
+    names = {"README.md", "report.json", run.output.name, "Tiny-Llama-imatrix.gguf"}
     assert {p.name for p in folder.iterdir() if p.is_file()} - {".gitattributes"} == names
     assert json.loads((folder / "report.json").read_text()) == run.report
     card = front_matter(folder / "README.md")  # a local folder without a card names no base

@@ -49,8 +49,8 @@ def test_plan_tells_what_the_run_does(whole: Run, offline: dict[str, str]) -> No
     model = read_json(whole.dir.config_path)["model"]
     answer = quantkit("plan", model, *CHEAP, "--json", env=offline)
     assert answer.code == 0, answer.err
-    plan, budget = answer.json, read_json(whole.dir.stage_dir("search") / "budget.json")
-    assert plan["sizes"]["limit_bytes"] == budget["limit_bytes"]
+    plan, (budget,) = answer.json, whole.budgets
+    assert plan["sizes"]["budgets"] == [budget]
     assert plan["fallbacks"] == whole.report["fallbacks"]
     for name, n_bytes in plan["sizes"]["levels"].items():
         size = (whole.levels / f"{name}.gguf").stat().st_size
@@ -68,9 +68,9 @@ def test_one_type_for_all(whole: Run, tmp_path: Path, offline: dict[str, str]) -
     assert [name for name in ours if ours[name] != theirs[name]] == []
     assert {qtype for name, (qtype, _) in ours.items() if "norm" not in name} == {"Q4_0"}
     (output,) = run.report["outputs"]
-    assert output["n_bytes"] <= output["budget_bytes"]
+    assert output["n_bytes"] <= output["search"]["limit_bytes"]
     assert run.output.name == "Tiny-Llama-EVO-Q4_0.gguf"
-    assert read_json(run.dir.stage_dir("search") / "budget.json")["searched"] is False
+    assert output["search"]["searched"] is False
 
 
 def test_types_for_some_tensors(
@@ -214,7 +214,7 @@ def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[
     assert "few.jsonl has too little text to validate on" in [e.message for e in run.events]
     published = run.dir.stage_dir("publish") / "upload"
     assert made["spec"] == "notes.txt:4,lines.jsonl:3,table.parquet:2,few.jsonl:1"
-    for name in ("README.md", "report.json", "recipe.json"):
+    for name in ("README.md", "report.json", f"recipes/{run.output.stem}.json"):
         assert str(tmp_path) not in (published / name).read_text("utf-8")
     with_fields = GgufFile(run.output).reader.fields
     assert with_fields["quantize.imatrix.dataset"].contents() == ", ".join(weights)

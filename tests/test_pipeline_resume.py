@@ -113,7 +113,7 @@ def test_one_run_at_a_time(
     ("options", "words"),
     [
         (("--seed", "7"), "seed = 0, not 7"),
-        (("--like", "Q6_K"), "target = (not given), not like Q6_K"),
+        (("--like", "Q6_K"), "targets = (not given), not like Q6_K"),
         (("--methods", "rtn"), "methods"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 from quantkit import report
 from quantkit.errors import QuantkitError
-from quantkit.report import tables, text
+from quantkit.report import plots, svg, tables, text
 from quantkit.report.schema import Mean
 
 KL = {"mean": 0.0123, "stderr": 0.0004, "ci95": [0.0115, 0.0131]}
@@ -61,16 +61,27 @@ def speed(rate: float) -> dict[str, Any]:
     }
 
 
+OURS = "Tiny-EVO-Q4_K_M.gguf"
+
+
 def values() -> dict[str, Any]:
     ours = row(
         kind="ours",
-        name="Tiny-EVO-Q4_K_M.gguf",
+        name=OURS,
         path="7-stitch/Tiny-EVO-Q4_K_M.gguf",
         zero_shot={"status": "not run", "reason": "no --tasks file"},
         sha256="ab" * 32,
         tensors=tensors(),
         speed=speed(50),
         generation={"prompt": "Say <hi>.", "asked": "chat template", "text": "Hi | there."},
+        trace=[
+            {"generation": i, "tokens": 1000 * (i + 1), "kl": 0.03 / (i + 1), "stderr": 0.001}
+            for i in range(4)
+        ],
+        integrity=[
+            {"name": "dequantized weights", "passed": True, "about": "all of them"},
+            {"name": "logits", "passed": None, "about": "too little memory"},
+        ],
     )
     return {
         "schema": report.SCHEMA,
@@ -83,7 +94,7 @@ def values() -> dict[str, Any]:
                 name="Q5_1 --pure",
                 n_bytes=990_000,
                 kl={"mean": 0.0246, "stderr": 0.001},
-                versus=versus(0.0123, 0.0001),
+                versus={OURS: versus(0.0123, 0.0001)},
             ),
             row(name="Q4_K_M", n_bytes=1_100_000, kl={"mean": 0.001, "stderr": 0.001}),
         ],
@@ -95,14 +106,6 @@ def values() -> dict[str, Any]:
         "protocol": "llama.cpp",
         "texts": {"docs": "ab", "code": "cd"},
         "calibration": {"note": "built-in text"},
-        "trace": [
-            {"generation": i, "tokens": 1000 * (i + 1), "kl": 0.03 / (i + 1), "stderr": 0.001}
-            for i in range(4)
-        ],
-        "integrity": [
-            {"name": "dequantized weights", "passed": True, "about": "all of them"},
-            {"name": "logits", "passed": None, "about": "too little memory"},
-        ],
         "fallbacks": [],
         "unmapped": [],
         "versions": {"quantkit": "0.1.0"},
@@ -114,7 +117,8 @@ def losing() -> dict[str, Any]:
     worse = values()
     worse["outputs"][0]["kl"] = {"mean": 0.0738, "stderr": 0.001}
     worse["baselines"][0]["domains"]["code"]["kl"]["mean"] = 0.00001
-    worse["integrity"][1] = {"name": "chat turn", "passed": False, "about": "0 characters"}
+    failed = {"name": "chat turn", "passed": False, "about": "0 characters"}
+    worse["outputs"][0]["integrity"][1] = failed
     return worse
 
 
@@ -186,6 +190,55 @@ def test_a_domain_lost_is_said() -> None:
     ]
 
 
+def family() -> dict[str, Any]:
+    """Two outputs; the stock file in between is tested against both."""
+    value = values()
+    large = {
+        **row(kind="ours", name="Tiny-EVO-Q6_K.gguf", n_bytes=2_000_000),
+        "tensors": tensors(),
+        "kl": {"mean": 0.002, "stderr": 0.0001},
+    }
+    value["outputs"].append(large)
+    value["baselines"].append(
+        row(
+            name="Q5_K_M",
+            n_bytes=1_200_000,
+            kl={"mean": 0.001, "stderr": 0.0001},
+            versus={OURS: versus(0.5, 0.0001), large["name"]: versus(-0.001, 0.3)},
+        )
+    )
+    value["refused"] = [{"target": "1B", "limit_bytes": 1, "refusal": "The budget is too small."}]
+    return value
+
+
+def test_every_file_of_a_family_has_its_verdict_and_its_losses() -> None:
+    read = report.read(family())
+    small, large = report.verdicts(read)
+    assert small.startswith(OURS) and "Q5_1 pure" in small, "larger files are not its opponents"
+    assert "Q4_K_M, has" in large, "the closest of at most its size, whoever it is tested against"
+    lines = report.losses(read)
+    assert all(line.startswith("Tiny-EVO-Q6_K.gguf: ") for line in lines)
+    assert any("Q5_K_M" in line and "NOT significant" in line for line in lines)
+
+
+def test_a_row_is_tested_against_the_output_of_nearest_size() -> None:
+    read = report.read(family())
+    between = next(r for r in read.others if r.name == "Q5_K_M")
+    assert text.tested(read.tests(between).kl) == "worse (p < 0.001)"
+    alone = read.about(read.outputs[1])
+    assert text.tested(alone.tests(between).kl) == "no difference (p = 0.3)"
+    assert tables.comparison(read).headers[-1] == "against ours of nearest size"
+
+
+def test_a_family_is_shown_whole() -> None:
+    read = report.read(family())
+    for shown in (report.markdown(read), report.html(read)):
+        assert "The budget is too small." in shown and "Tiny-EVO-Q6_K.gguf" in shown
+    names = plots.draw_all(read)
+    assert "tensor-map-1" in names and "tensor-map-2" in names and "tensor-map" not in names
+    assert "ours, " in svg.standalone(names["frontier"])
+
+
 def test_nothing_lost_is_no_section() -> None:
     assert report.losses(report.read(values())) == []
     assert "loses" not in report.markdown(report.read(values()))
@@ -207,8 +260,9 @@ def test_nothing_as_small() -> None:
 )
 def test_significance_in_words(difference: float, p_value: float, said: str) -> None:
     changed = values()
-    changed["baselines"][0]["versus"] = versus(difference, p_value)
-    assert text.tested(report.read(changed).others[0].kl_versus) == said
+    changed["baselines"][0]["versus"] = {OURS: versus(difference, p_value)}
+    read = report.read(changed)
+    assert text.tested(read.tests(read.others[0]).kl) == said
 
 
 @pytest.mark.parametrize(

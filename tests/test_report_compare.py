@@ -37,8 +37,8 @@ def test_two_files_become_a_report(
     assert found.kind == "compare" and [row.kind for row in found.rows] == ["given", "given"]
     noisy, same = found.rows
     assert noisy.kl.value > 1e-3 > same.kl.value
-    assert noisy.weight_kl is not None and same.weight_kl_versus is not None
-    test = same.kl_versus
+    assert noisy.weight_kl is not None and found.tests(same).weight_kl is not None
+    test = found.tests(same).kl
     assert test is not None and test.significant and test.difference < 0, "the base is better"
     assert any(t.name == "token_embd.weight" for t in noisy.tensors)
     assert list(noisy.domains) == ["cats"]

@@ -9,15 +9,15 @@ import pytest
 from tiny_gguf import Shape, write_llama
 
 from quantkit import integrity
-from quantkit.config import PROFILES, Target
+from quantkit.config import PROFILES
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
 from quantkit.kquants import native
-from quantkit.kquants.stock import StockRecipe, make_stock, stock_bytes
+from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
+from quantkit.meter import EFFORTS
 from quantkit.opponents import given_opponents, stock_around, stock_opponents, uniform_opponents
 from quantkit.qtypes import QuantType
-from quantkit.stages.validate import EFFORTS
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +120,21 @@ def test_a_silent_answer_fails() -> None:
 
 
 def test_stock_files_around_a_size(base: GgufFile) -> None:
-    sizes = {label: stock_bytes(base, StockRecipe(label)) for label in ("Q4_K_M", "Q6_K")}
-    chosen = stock_around(base, sizes["Q4_K_M"], 2, Target("like", "Q6_K"))
+    recipes = [StockRecipe(label) for label in STOCK_MIXES]
+    weights = {recipe: stock_bytes(base, recipe) for recipe in recipes}
+    sizes = {recipe.label: n_bytes for recipe, n_bytes in weights.items()}
+    chosen = stock_around(weights, sizes["Q4_K_M"], 2, "Q6_K")
     found = [stock_bytes(base, recipe) for recipe in chosen]
     assert found[1] == sizes["Q4_K_M"], "a file of the very size is one of at most the size"
     assert found[0] < found[1] < found[2] and len(chosen) == 4
     assert str(chosen[3]) == "Q6_K", "what we were asked to be like is always there"
-    smallest = stock_around(base, 1, 3, None)
+    smallest = stock_around(weights, 1, 3, None)
     assert len(smallest) == 1, "nothing is smaller than that: only the next larger file"
 
 
 def test_the_rival_is_made_and_dropped(base: GgufFile, tmp_path: Path) -> None:
     n_bytes = stock_bytes(base, StockRecipe("Q5_0"))
-    opponents = stock_opponents(base, n_bytes, 2, None, {}, tmp_path)
+    opponents = stock_opponents(base, {n_bytes: None}, 2, {}, tmp_path)
     (rival,) = [opponent for opponent in opponents if opponent.is_rival]
     with rival.open() as path:
         assert path.stat().st_size >= n_bytes and path.parent == tmp_path
@@ -142,9 +144,19 @@ def test_the_rival_is_made_and_dropped(base: GgufFile, tmp_path: Path) -> None:
 def test_uniform_files_around_a_size(tmp_path: Path) -> None:
     for name, n_bytes in (("Q3_K", 30), ("Q4_K", 40), ("Q5_K", 50), ("Q6_K", 60)):
         (tmp_path / f"{name}.gguf").write_bytes(bytes(n_bytes))
-    assert [o.name for o in uniform_opponents(tmp_path, 45)] == ["Q4_K", "Q5_K"]
-    assert [o.name for o in uniform_opponents(tmp_path, 10)] == ["Q3_K"]
-    assert uniform_opponents(tmp_path / "nowhere", 45) == []
+    assert [o.name for o in uniform_opponents(tmp_path, [45], 2)] == ["Q4_K", "Q5_K"]
+    assert [o.name for o in uniform_opponents(tmp_path, [45], 1)] == ["Q4_K"]
+    assert [o.name for o in uniform_opponents(tmp_path, [10], 2)] == ["Q3_K"]
+    several = uniform_opponents(tmp_path, [35, 45, 100], 2)
+    assert [o.name for o in several] == ["Q3_K", "Q4_K", "Q5_K", "Q6_K"], "each once"
+    assert uniform_opponents(tmp_path / "nowhere", [45], 2) == []
+
+
+def test_each_of_several_files_has_its_rival(base: GgufFile, tmp_path: Path) -> None:
+    small, large = (stock_bytes(base, StockRecipe(label)) for label in ("Q4_0", "Q6_K"))
+    found = stock_opponents(base, {small: None, large: "Q8_0"}, 1, {}, tmp_path)
+    assert len({o.name for o in found}) == len(found), "nothing is measured twice"
+    assert sum(o.is_rival for o in found) == 2 and found[-1].name == "Q8_0"
 
 
 def test_a_given_file_is_looked_for_when_it_is_opened(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         settle(tmp_path, seed=3)
     assert "--out" in error.value.remedy
     with pytest.raises(UsageError, match="like Q6_K"):
-        settle(tmp_path, target=Target("like", "Q6_K"))
+        settle(tmp_path, targets=(Target("like", "Q6_K"),))
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

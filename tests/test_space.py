@@ -28,12 +28,9 @@ from quantkit.hub import jobs
 from quantkit.launch import JobStore, Limits, Order, process
 from quantkit.launch.adopt import adopt
 from quantkit.launch.dispatch import app_labels
-from quantkit.launch.family import share_stages
 from quantkit.launch.limits import CLEAN, DELETE, what_is_due
 from quantkit.launch.mirror import Mirror, state_folder
 from quantkit.launch.record import load_record
-from quantkit.rundir import STAGES as NAMES
-from quantkit.rundir import RunDir, write_json
 from quantkit.tensors import to_json
 
 ROOT = Path(__file__).parent.parent
@@ -235,46 +232,6 @@ def test_who_waits_is_told_how_long(tmp_path: Path) -> None:
     second = store.submit(fixtures.CONFIG, ALICE_OWNS, order=Order(estimate_seconds=600))
     assert store.view(first, ALICE_OWNS).wait_seconds is None
     assert store.view(second, ALICE_OWNS).wait_seconds == pytest.approx(600)
-
-
-def test_a_family_shares_its_first_stages(tmp_path: Path) -> None:
-    source = fixtures.write_run(tmp_path / "a", until="validate", outcome=None)
-    (source / "2-convert" / "base.gguf").write_bytes(b"GGUF")
-    there = RunDir(source)
-    record = there.records()["convert"]
-    output = there.describe(source / "2-convert" / "base.gguf")
-    there.save_record(fixtures.dataclasses.replace(record, outputs=(output,)))
-    shared = share_stages(source, tmp_path / "b")
-    assert shared == ("fetch", "convert", "calibrate", "quantize", "database")
-    assert (tmp_path / "b/2-convert/base.gguf").samefile(source / "2-convert" / "base.gguf")
-    assert share_stages(source, tmp_path / "b") == (), "a run that has begun is left alone"
-    (source / "2-convert" / "base.gguf").unlink()
-    assert share_stages(source, tmp_path / "c") == ("fetch",)
-
-
-@pytest.mark.slow
-def test_a_family_by_the_real_pipeline(tmp_path: Path) -> None:
-    """The second size begins with its search, and ends as if it had been run alone."""
-    from tiny_models import tiny_llama
-
-    from quantkit import pipeline
-    from quantkit.config import RunConfig, Target
-
-    model = tiny_llama(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
-    one, two = (
-        RunConfig(str(model), target=Target("like", mix), profile="demo", calibration="builtin")
-        for mix in ("Q4_K_M", "Q5_K_M")
-    )
-    pipeline.run(one, tmp_path / "one", until="database")
-    (tmp_path / "two").mkdir()
-    write_json(tmp_path / "two" / "config.json", two)  # as a queued run has it
-    assert len(share_stages(tmp_path / "one", tmp_path / "two")) == 5
-    events: list[Any] = []
-    pipeline.run(two, tmp_path / "two", events.append, until="stitch")
-    assert [e.stage for e in events if e.kind == "skipped"] == list(NAMES[:5])
-    pipeline.run(two, tmp_path / "alone", until="stitch")
-    made = [next((tmp_path / d / "7-stitch").glob("*.gguf")) for d in ("two", "alone")]
-    assert made[0].read_bytes() == made[1].read_bytes()
 
 
 # Who is signed in.

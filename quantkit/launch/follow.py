@@ -118,7 +118,7 @@ class Follower:
         summary = JobSummary(
             self.folder.name,
             config.model,
-            str(config.target) if config.target else "like Q4_K_M",
+            config.sizes,
             config.profile,
             self.state(),
             self.created,
@@ -173,8 +173,7 @@ class Follower:
             curve=tuple(progress.curve),
             log=tuple(progress.log),
             report=self._read("8-validate/report.json", _read_report),
-            allocation=self._read("6-search/allocation.json", _read_report)
-            or self._read("6-search/best.json", _read_report),
+            allocation=self._read("6-search/best.json", _read_report),
             files=files,
             card=self._read("9-publish/upload/README.md", _read_card) or "",
             publish_to=config.publish,

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SET_UP: tuple[str, ...] = (sys.executable, "-m", "quantkit.converter.install")
 _POLL_SECONDS = 1.0
 # Written by stages that can go on in the middle.
-_HALVES = ("6-search/state.json",)
+_HALVES = "6-search/*/state.json"
 
 
 def main(environment: Mapping[str, str] | None = None) -> int:
@@ -129,9 +129,8 @@ def restore(state: Path, folder: Path) -> None:
             if not record.cleaned:
                 break
         target.save_record(record)
-    for half in _HALVES:
-        if (state / half).is_file():
-            _copy(state / half, folder / half)
+    for half in state.glob(_HALVES):
+        _copy(half, folder / half.relative_to(state))
 
 
 def _copy_output(source: Path, target: Path, output: OutputFile) -> bool:
@@ -163,10 +162,10 @@ def keep(folder: Path, state: Path) -> None:
             if (folder / output.path).is_file():
                 _copy(folder / output.path, state / output.path)
         RunDir(state).save_record(record)
-    for half in _HALVES:
-        source = folder / half
-        if source.is_file() and _is_newer(source, state / half):
-            _copy(source, state / half)
+    for source in folder.glob(_HALVES):
+        half = state / source.relative_to(folder)
+        if _is_newer(source, half):
+            _copy(source, half)
 
 
 def _is_newer(source: Path, target: Path) -> bool:

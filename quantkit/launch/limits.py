@@ -46,7 +46,6 @@ class Order:
     hours: int | None = None
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None
-    based_on: str | None = None
 
 
 def what_is_due(follower: Follower, limits: Limits, now: float) -> str | None:

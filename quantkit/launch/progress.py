@@ -160,7 +160,8 @@ class Progress:
             while self.curve and self.curve[-1].generation >= generation:
                 self.curve.pop()
             stderr = _number(event.data.get("stderr")) or 0.0
-            self.curve.append(KlPoint(generation, int(done or 0), kl, stderr))
+            tokens = _number(event.data.get("n_tokens")) or done or 0
+            self.curve.append(KlPoint(generation, int(tokens), kl, stderr))
 
     def _end(self, event: Event) -> None:
         self._eta = None

@@ -56,7 +56,6 @@ class JobRecord:
     hours: int | None = None  # after which that Job is ended
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None  # how long it was expected to take
-    based_on: str | None = None  # a run of the same model whose first stages are shared
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> JobRecord:

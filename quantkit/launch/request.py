@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit import hub
-from quantkit.config import PROFILES, RunConfig, Target, compile_pattern
+from quantkit.config import MOST_CONTEXT, PROFILES, RunConfig, Target, compile_pattern
 from quantkit.errors import UsageError
 from quantkit.tensors import METHODS
 
@@ -64,17 +64,16 @@ class JobForm:
 
 
 def to_config(form: JobForm, public: bool) -> RunConfig:
-    """The run that the form asks for, but for the sizes that `sizes.to_configs` knows.
+    """The run that the form asks for.
 
     Raises UsageError with what to write instead.
     """
-    _names(form.family, "size")
     revision = _text(form.revision, "revision", 200) or None
     model = hub.parse_reference(_text(form.model, "model", 500), revision, allow_local=not public)
     return RunConfig(
         model=model.id,
         revision=model.revision,
-        target=_target(form),
+        targets=_targets(form),
         profile=_one_of(form.profile, "profile", tuple(PROFILES)),
         levels=_names(form.levels, "level") or None,
         methods=_methods(form.methods),
@@ -150,22 +149,35 @@ def _methods(values: Any) -> tuple[str, ...]:
     return tuple(method for method in METHODS if method in chosen) or METHODS
 
 
-def _target(form: JobForm) -> Target | None:
+def _targets(form: JobForm) -> tuple[Target, ...]:
     kind = _one_of(form.size_kind, "kind of size", SIZE_KINDS)
-    if kind in ("fits", "family"):
-        for mix in form.family if kind == "family" else ():
-            Target("like", _text(mix, "stock mix", 20))
-        return None
+    if kind == "family":
+        mixes = _names(form.family, "stock mix") or FAMILIES["everyday"]
+        return tuple(Target("like", mix) for mix in mixes)
+    if kind == "fits":
+        return (Target("fits", _fits(form)),)
     if kind == "like":
-        return Target("like", _text(form.like, "stock mix", 20))
+        return (Target("like", _text(form.like, "stock mix", 20)),)
     if kind == "size":
         size = _text(form.size, "file size", 30)
         if not size:
             raise UsageError("No file size was given.", "Write one such as 90MB or 5.5GB.")
-        return Target("size", size)
+        return (Target("size", size),)
     if form.bpw in (None, ""):
         raise UsageError("No bits per weight were given.", "Write a number such as 4.5.")
-    return Target("bpw", str(form.bpw)[:20])
+    return (Target("bpw", str(form.bpw)[:20]),)
+
+
+def _fits(form: JobForm) -> str:
+    """Memory and context as a target has them. Raises UsageError."""
+    memory, tokens = _text(form.memory, "memory", 30), form.context
+    if not memory:
+        raise UsageError("No memory was given.", "Write how much there is, such as 8GB.")
+    if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or tokens != int(tokens):
+        raise UsageError("The context is not a number of tokens.", "Write one such as 8192.")
+    if not 1 <= tokens <= MOST_CONTEXT:
+        raise UsageError(f"There is no context of {tokens:,} tokens.", "Write 8192 or so.")
+    return f"{memory}@{int(tokens)}"
 
 
 def _seed(value: Any) -> int:

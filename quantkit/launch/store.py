@@ -22,7 +22,6 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import PublishedFile
 from quantkit.launch import process, view
-from quantkit.launch.family import share_stages
 from quantkit.launch.follow import Follower, tail
 from quantkit.launch.limits import (
     CLEAN,
@@ -338,8 +337,6 @@ class JobStore:
             self._set_phase(follower, record, STOPPED, reason=_FORGOTTEN)
             return
         environment = process.worker_environment(os.environ, token, self.public)
-        if record.based_on is not None and record.machine is None:
-            share_stages(self.root / record.based_on, follower.folder)
         try:
             child = process.start(follower.folder, environment, record.machine is not None)
         except OSError as error:

@@ -18,9 +18,7 @@ EVENT, FILE = "@quantkit event ", "@quantkit file "
 # What a page shows of a run. Nothing else is taken from a log.
 FILES = (
     "manifest.json",
-    "6-search/allocation.json",
     "6-search/best.json",
-    "7-stitch/recipe.json",
     "8-validate/report.json",
     "9-publish/upload/README.md",
 )

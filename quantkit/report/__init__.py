@@ -15,7 +15,7 @@ from __future__ import annotations
 from quantkit.report.html import html
 from quantkit.report.markdown import bullets, markdown, set_table, table
 from quantkit.report.schema import SCHEMA, Mean, Report, Row, read
-from quantkit.report.text import losses, number, size, verdict, with_error
+from quantkit.report.text import losses, number, size, verdict, verdicts, with_error
 from quantkit.report.write import write_report
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "size",
     "table",
     "verdict",
+    "verdicts",
     "with_error",
     "write_report",
 ]

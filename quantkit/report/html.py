@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from quantkit.report import plots, svg, tables, text
@@ -55,13 +56,15 @@ def html(report: Report) -> str:
     lost = text.losses(report)
     parts = [
         f"<h1>{escape(report.model)}</h1>",
-        f'<p class="verdict">{escape(text.verdict(report))}</p>',
+        *(f'<p class="verdict">{escape(said)}</p>' for said in text.verdicts(report)),
         _figure("frontier", pictures),
         _table(tables.comparison(report)),
         f'<p class="soft">{escape(text.protocol_line(report))}</p>',
     ]
     if lost:
-        parts.append(f"<h2>Where this file loses</h2>{_list(lost, 'losses')}")
+        parts.append(f"<h2>{text.losing(report)}</h2>{_list(lost, 'losses')}")
+    if report.refused:
+        parts.append(f"<h2>Sizes that cannot be made</h2>{_list(list(report.refused))}")
     if report.not_measured:
         lines = [f"{name}: {reason}" for name, reason in report.not_measured]
         parts.append(f"<h2>Not measured</h2>{_list(lines)}")
@@ -75,21 +78,24 @@ def html(report: Report) -> str:
     speeds = tables.speeds(report)
     if speeds is not None:
         parts.append(f"<h2>Speed and memory</h2>{_table(speeds)}")
-    chosen = "".join(_figure(name, pictures) for name in ("tensor-map", "bits-by-kind"))
-    if chosen:
-        parts.append(f"<h2>Types</h2>{chosen}")
-    if "convergence" in pictures:
-        parts.append(f"<h2>Search</h2>{_figure('convergence', pictures)}")
+    for output, names in plots.names_by_output(report):
+        of_one = "" if len(report.outputs) == 1 else f" of {escape(output.name)}"
+        chosen = "".join(_figure(names[kind], pictures) for kind in ("tensor-map", "bits-by-kind"))
+        if chosen:
+            parts.append(f"<h2>Types{of_one}</h2>{chosen}")
+        if names["convergence"] in pictures:
+            parts.append(f"<h2>Search{of_one}</h2>{_figure(names['convergence'], pictures)}")
     for title, made in (
         ("Integrity", tables.checks(report)),
         ("Fallbacks", tables.fallbacks(report)),
     ):
         if made is not None:
             parts.append(f"<h2>{title}</h2>{_table(made, 'texts')}")
-    if report.generation.get("text"):
+    turn = report.first.generation
+    if turn.get("text"):
         parts.append(
-            f'<h2>A chat turn</h2><p class="soft">{escape(report.generation.get("prompt", ""))}</p>'
-            f"<blockquote>{escape(report.generation['text'])}</blockquote>"
+            f'<h2>A chat turn</h2><p class="soft">{escape(turn.get("prompt", ""))}</p>'
+            f"<blockquote>{escape(turn['text'])}</blockquote>"
         )
     if report.calibration_note:
         parts.append(f'<p class="soft">Calibration: {escape(report.calibration_note)}.</p>')
@@ -116,7 +122,8 @@ def _variables() -> str:
 def _figure(name: str, pictures: dict[str, plots.Picture]) -> str:
     if name not in pictures:
         return ""
-    caption = f"<figcaption>{escape(CAPTIONS[name])}</figcaption>"
+    kind = re.sub(r"-\d+$", "", name)
+    caption = f"<figcaption>{escape(CAPTIONS[kind])}</figcaption>"
     return f"<figure>{svg.inline(pictures[name])}{caption}</figure>"
 
 

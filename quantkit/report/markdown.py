@@ -38,13 +38,15 @@ def markdown(report: Report) -> str:
     """The whole report."""
     parts = [
         f"# {report.model}",
-        text.verdict(report),
+        *(text.verdicts(report) if len(report.outputs) == 1 else [bullets(text.verdicts(report))]),
         set_table(tables.comparison(report)),
         text.protocol_line(report),
     ]
     lost = text.losses(report)
     if lost:
-        parts += ["## Where this file loses", bullets(lost)]
+        parts += [f"## {text.losing(report)}", bullets(lost)]
+    if report.refused:
+        parts += ["## Sizes that cannot be made", bullets(report.refused)]
     if report.not_measured:
         parts += [
             "## Not measured",
@@ -64,12 +66,12 @@ def markdown(report: Report) -> str:
     ):
         if made is not None:
             parts += [f"## {title}", set_table(made)]
-    if report.generation.get("text"):
-        said = " ".join(report.generation["text"].split())
+    turn = report.first.generation
+    if turn.get("text"):
+        said = " ".join(turn["text"].split())
         parts += [
             "## A chat turn",
-            f"Asked through the {report.generation.get('asked', 'model')}:"
-            f" *{report.generation.get('prompt', '')}*",
+            f"Asked through the {turn.get('asked', 'model')}: *{turn.get('prompt', '')}*",
             f"> {said}",
         ]
     if report.calibration_note:

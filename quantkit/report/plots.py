@@ -53,15 +53,25 @@ _RAMP = ("#f7c948", "#f28c4b", "#dc5b7b", "#9a5cc6", "#4c6fd6", "#2a9d8f")
 
 def draw_all(report: Report) -> dict[str, Picture]:
     """Every plot that the report has the data for, by name, in the order they are shown."""
-    tensors = report.first.tensors
-    found = {
-        "frontier": frontier(report),
-        "domains": domains(report),
-        "tensor-map": tensor_map({t.name: t.qtype for t in tensors}),
-        "bits-by-kind": bits_by_kind(tensors),
-        "convergence": convergence(report.trace),
-    }
+    found = {"frontier": frontier(report), "domains": domains(report)}
+    for output, names in names_by_output(report):
+        found |= {
+            names["tensor-map"]: tensor_map({t.name: t.qtype for t in output.tensors}),
+            names["bits-by-kind"]: bits_by_kind(output.tensors),
+            names["convergence"]: convergence(output.trace),
+        }
     return {name: picture for name, picture in found.items() if picture is not None}
+
+
+def names_by_output(report: Report) -> list[tuple[Row, dict[str, str]]]:
+    """The names of the plots of every output; those of several outputs are numbered by size."""
+    kinds = ("tensor-map", "bits-by-kind", "convergence")
+    if len(report.outputs) == 1:
+        return [(report.first, {kind: kind for kind in kinds})]
+    return [
+        (output, {kind: f"{kind}-{number}" for kind in kinds})
+        for number, output in enumerate(report.outputs, 1)
+    ]
 
 
 def _mark(row: Row, x: float, y: float) -> Disc:
@@ -71,9 +81,9 @@ def _mark(row: Row, x: float, y: float) -> Disc:
     return Disc(x, y, 5 if row.kind == OURS else 4, fill, outline, title)
 
 
-def _short(row: Row) -> str:
+def _short(row: Row, is_family: bool) -> str:
     if row.kind == OURS:
-        return "this file"
+        return f"ours, {row.bpw:.2f} bits" if is_family else "this file"
     if row.kind == UNIFORM:
         return f"uniform {row.name}"
     return shortened(row.short.removesuffix(".gguf"), _SMALL, 150)
@@ -97,13 +107,16 @@ def frontier(report: Report) -> Picture | None:
     stock = [p for p, row in zip(points, rows, strict=True) if row.kind == STOCK]
     if len(stock) > 1:
         items.append(Stroke(tuple(_staircase(stock)), "line", 1.5, dashed=True))
+    ours = [p for p, row in zip(points, rows, strict=True) if row.kind == OURS]
+    if len(ours) > 1:
+        items.append(Stroke(tuple(ours), "accent", 1.5))
     for (x, _), least, most in zip(points, low, high, strict=True):
         items.append(Stroke(((x, axes.y(least)), (x, axes.y(most))), "soft", 1.0))
     marks = [_mark(row, x, y) for row, (x, y) in zip(rows, points, strict=True)]
     ours_last = sorted(zip(rows, marks, strict=True), key=lambda pair: pair[0].kind == OURS)
     items += [mark for _, mark in ours_last]
     labels = [
-        Place(x, y, _short(row), _SMALL, row.kind == OURS)
+        Place(x, y, _short(row, len(report.outputs) > 1), _SMALL, row.kind == OURS)
         for row, (x, y) in sorted(zip(rows, points, strict=True), key=lambda z: z[0].kind != OURS)
     ]
     items += place(labels, (LEFT, TOP, WIDTH - RIGHT, axes.bottom))

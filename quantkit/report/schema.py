@@ -7,13 +7,13 @@ version or with a hole in it is one plain sentence, wherever it is met.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.tensors import Fallback
 
-SCHEMA = 2
+SCHEMA = 3
 
 OURS, STOCK, UNIFORM, GIVEN = "ours", "stock", "uniform", "given"
 KINDS = (OURS, STOCK, UNIFORM, GIVEN)
@@ -44,12 +44,39 @@ class Tail:
 
 @dataclass(frozen=True)
 class Versus:
-    """A paired test on the same windows: this row less the first output; above zero, worse."""
+    """A paired test on the same windows: this row less an output; above zero, worse."""
 
     difference: float
     p_value: float
     significant: bool
     n_windows: int
+
+
+@dataclass(frozen=True)
+class Tests:
+    """The paired tests of a row against one output; None where there are too few windows."""
+
+    kl: Versus | None = None
+    weight_kl: Versus | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One integrity check. `passed` None: it was not run, `about` says why."""
+
+    name: str
+    passed: bool | None
+    about: str
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """The search's best KL after `tokens` evaluated tokens."""
+
+    generation: int
+    tokens: int
+    kl: float
+    stderr: float
 
 
 @dataclass(frozen=True)
@@ -100,13 +127,16 @@ class Row:
     domains: dict[str, Mean]
     tail: Tail | None
     weight_kl: Mean | None
-    kl_versus: Versus | None
-    weight_kl_versus: Versus | None
+    versus: dict[str, Tests]  # by the output's name
     speed: Speed | None
     tasks: tuple[Task, ...]
     tasks_not_run: str  # the reason, where there are no tasks
     sha256: str
     tensors: tuple[Tensor, ...]
+    target: str = ""  # what an output was asked to be
+    checks: tuple[Check, ...] = ()
+    trace: tuple[TracePoint, ...] = ()
+    generation: dict[str, str] = field(default_factory=dict)
 
     @property
     def short(self) -> str:
@@ -132,59 +162,51 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One integrity check. `passed` None: it was not run, `about` says why."""
-
-    name: str
-    passed: bool | None
-    about: str
-
-
-@dataclass(frozen=True)
-class TracePoint:
-    """The search's best KL after `tokens` evaluated tokens."""
-
-    generation: int
-    tokens: int
-    kl: float
-    stderr: float
-
-
-@dataclass(frozen=True)
 class Report:
-    """A whole report. `rows` begins with the outputs; the first is what the others are tested
-    against.
-    """
+    """A whole report. `rows` begins with the outputs: the files that it is about."""
 
     kind: str  # run or compare
     model: str
     base: Base
     rows: tuple[Row, ...]
+    n_outputs: int
     protocol: str
     texts: tuple[str, ...]
     calibration_note: str
-    checks: tuple[Check, ...] = ()
-    trace: tuple[TracePoint, ...] = ()
+    refused: tuple[str, ...] = ()  # sizes that were asked for and cannot be made: the reasons
     not_measured: tuple[tuple[str, str], ...] = ()  # name, reason
     fallbacks: tuple[Fallback, ...] = ()
     unmapped: tuple[str, ...] = ()
-    generation: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     weight_windows: int | None = None
     n_windows: int | None = None
 
     @property
+    def outputs(self) -> tuple[Row, ...]:
+        return self.rows[: self.n_outputs]
+
+    @property
     def first(self) -> Row:
-        """The file that the report is about."""
         return self.rows[0]
 
     @property
     def others(self) -> tuple[Row, ...]:
-        return self.rows[1:]
+        return self.rows[self.n_outputs :]
 
     @property
     def by_size(self) -> tuple[Row, ...]:
         return tuple(sorted(self.rows, key=lambda row: row.n_bytes))
+
+    def about(self, output: Row) -> Report:
+        """The report of one output and everything that it is measured beside."""
+        return replace(self, rows=(output, *self.others), n_outputs=1)
+
+    def tests(self, row: Row) -> Tests:
+        """The tests of a row against the output that is nearest to it in size; empty for an
+        output.
+        """
+        nearest = min(self.outputs, key=lambda output: abs(output.n_bytes - row.n_bytes))
+        return row.versus.get(nearest.name, Tests())
 
 
 def read(value: Mapping[str, Any]) -> Report:
@@ -221,16 +243,11 @@ def _report(value: Mapping[str, Any]) -> Report:
             _speed(base.get("speed")),
         ),
         rows=rows,
+        n_outputs=len(value["outputs"]),
         protocol=str(value["protocol"]),
         texts=tuple(str(name) for name in value["texts"]),
         calibration_note=str((value.get("calibration") or {}).get("note", "")),
-        checks=tuple(
-            Check(str(c["name"]), c["passed"], str(c["about"])) for c in value.get("integrity", ())
-        ),
-        trace=tuple(
-            TracePoint(int(p["generation"]), int(p["tokens"]), float(p["kl"]), float(p["stderr"]))
-            for p in value.get("trace", ())
-        ),
+        refused=tuple(str(row["refusal"]) for row in value.get("refused", ())),
         not_measured=tuple(
             (str(row["name"]), str(row["reason"])) for row in value.get("not_measured", ())
         ),
@@ -239,9 +256,6 @@ def _report(value: Mapping[str, Any]) -> Report:
             for f in value.get("fallbacks", ())
         ),
         unmapped=tuple(str(name) for name in value.get("unmapped", ())),
-        generation={
-            str(k): str(v) for k, v in (value["outputs"][0].get("generation") or {}).items()
-        },
         versions={str(k): str(v) for k, v in (value.get("versions") or {}).items()},
         n_windows=value.get("n_windows"),
         weight_windows=value.get("weight_windows"),
@@ -249,7 +263,6 @@ def _report(value: Mapping[str, Any]) -> Report:
 
 
 def _row(row: Mapping[str, Any]) -> Row:
-    versus = row.get("versus") or {}
     tasks = row.get("tasks") or {}
     if row["kind"] not in KINDS:
         raise ValueError(f"a row of kind {row['kind']!r}")
@@ -264,8 +277,10 @@ def _row(row: Mapping[str, Any]) -> Row:
         domains={str(name): _mean(d["kl"], "mean") for name, d in row["domains"].items()},
         tail=_tail(row),
         weight_kl=_mean(row["weight_kl"], "mean") if row.get("weight_kl") else None,
-        kl_versus=_versus(versus.get("kl")),
-        weight_kl_versus=_versus(versus.get("weight_kl")),
+        versus={
+            str(name): Tests(_versus(tests.get("kl")), _versus(tests.get("weight_kl")))
+            for name, tests in (row.get("versus") or {}).items()
+        },
         speed=_speed(row.get("speed")),
         tasks=tuple(_task(name, task) for name, task in tasks.items()),
         tasks_not_run=str((row.get("zero_shot") or {}).get("reason", "")),
@@ -280,6 +295,15 @@ def _row(row: Mapping[str, Any]) -> Row:
             )
             for name, t in (row.get("tensors") or {}).items()
         ),
+        target=str((row.get("search") or {}).get("target", "")),
+        checks=tuple(
+            Check(str(c["name"]), c["passed"], str(c["about"])) for c in row.get("integrity", ())
+        ),
+        trace=tuple(
+            TracePoint(int(p["generation"]), int(p["tokens"]), float(p["kl"]), float(p["stderr"]))
+            for p in row.get("trace", ())
+        ),
+        generation={str(k): str(v) for k, v in (row.get("generation") or {}).items()},
     )
 
 

@@ -27,16 +27,16 @@ class Table:
 def comparison(report: Report) -> Table:
     """Every measured file and the base, by size. Columns that no file has are left out."""
     has_weights = any(row.weight_kl for row in report.rows)
-    has_test = any(row.kl_versus for row in report.rows)
+    has_test = any(report.tests(row).kl for row in report.rows)
     headers = ["file", "size", "bits per weight", "mean KL"]
     headers += [*(["weight KL"] if has_weights else []), "same top-1", "perplexity"]
-    headers += ["against the first" if report.kind == "compare" else "against ours"] * has_test
+    headers += [_against(report)] * has_test
     lines = []
     for row in report.by_size:
         cells = [row.label, text.size(row.n_bytes), f"{row.bpw:.2f}", text.with_error(row.kl)]
         cells += [text.with_error(row.weight_kl) if row.weight_kl else "-"] * has_weights
         cells += [text.percent(row.top1), f"{row.perplexity.value:.3f}"]
-        cells += [text.tested(row.kl_versus)] * has_test
+        cells += [text.tested(report.tests(row).kl)] * has_test
         lines.append((row.n_bytes, Line(row.kind, tuple(cells))))
     base = report.base
     cells = [
@@ -49,6 +49,13 @@ def comparison(report: Report) -> Table:
     lines.append((base.n_bytes, Line("base", tuple(cells))))
     ordered = sorted(lines, key=lambda item: item[0])
     return Table(tuple(headers), tuple(line for _, line in ordered))
+
+
+def _against(report: Report) -> str:
+    """What the tests are against, as a header."""
+    if report.kind == "compare":
+        return "against the first"
+    return "against ours" + " of nearest size" * (len(report.outputs) > 1)
 
 
 def domains(report: Report) -> Table:

@@ -42,7 +42,7 @@ def chance(p_value: float) -> str:
 
 
 def tested(versus: Versus | None) -> str:
-    """The paired test against the first file as a cell: which is closer to the base, how surely."""
+    """A paired test against an output as a cell: which is closer to the base, how surely."""
     if versus is None:
         return "-"
     if not versus.significant:
@@ -55,6 +55,13 @@ def best_of_at_most(report: Report) -> Row | None:
     """The llama.cpp file of at most the first output's size that is closest to the base."""
     rows = [r for r in report.others if r.kind == STOCK and r.n_bytes <= report.first.n_bytes]
     return min(rows, key=lambda row: row.kl.value, default=None)
+
+
+def verdicts(report: Report) -> list[str]:
+    """The verdict on every output; of several each begins with the file's name."""
+    if len(report.outputs) == 1:
+        return [verdict(report)]
+    return [f"{o.name} ({size(o.n_bytes)}): {verdict(report.about(o))}" for o in report.outputs]
 
 
 def verdict(report: Report) -> str:
@@ -71,7 +78,7 @@ def verdict(report: Report) -> str:
     text = (
         f"The best llama.cpp file of at most this size, {best.short}, has a mean KL divergence of"
         f" {number(best.kl.value)}: this file's is {ratio:.2f} times that ({word}"
-        f"{_surely(best.kl_versus)})."
+        f"{_surely(report.tests(best).kl)})."
     )
     if ours.weight_kl and best.weight_kl and best.weight_kl.value:
         ratio = ours.weight_kl.value / best.weight_kl.value
@@ -94,7 +101,7 @@ def _compare_verdict(report: Report) -> str:
     unclear = [
         row.label
         for row in report.others
-        if row.kl_versus is not None and not row.kl_versus.significant
+        if (test := report.tests(row).kl) is not None and not test.significant
     ]
     if unclear:
         text += f" No difference from {first.label} is shown for {', '.join(unclear)}."
@@ -102,9 +109,12 @@ def _compare_verdict(report: Report) -> str:
 
 
 def losses(report: Report) -> list[str]:
-    """Where the first output loses: files of at most its size that are closer to the base, and
-    domains in which one is. Empty when there is nothing.
+    """Where an output loses: files of at most its size that are closer to the base, and domains in
+    which one is. Empty when there is nothing.
     """
+    if len(report.outputs) > 1:
+        found = [(o, losses(report.about(o))) for o in report.outputs]
+        return [f"{output.name}: {line}" for output, lines in found for line in lines]
     ours = report.first
     if ours.kind != OURS:
         return []
@@ -116,7 +126,7 @@ def losses(report: Report) -> list[str]:
             lines.append(
                 f"{row.label} ({size(row.n_bytes)}) is not larger and closer to the base:"
                 f" {number(row.kl.value)} against {number(ours.kl.value)}"
-                f"{_surely(row.kl_versus).replace(';', ',', 1)}."
+                f"{_surely(report.tests(row).kl).replace(';', ',', 1)}."
             )
             continue
         worse = [
@@ -126,9 +136,14 @@ def losses(report: Report) -> list[str]:
         ]
         if worse:
             lines.append(f"{row.label} is closer to the base on {', '.join(worse)}.")
-    failed = [check for check in report.checks if check.passed is False]
+    failed = [check for check in ours.checks if check.passed is False]
     lines += [f"FAILED: {check.name}: {check.about}." for check in failed]
     return lines
+
+
+def losing(report: Report) -> str:
+    """The heading over `losses`."""
+    return "Where these files lose" if len(report.outputs) > 1 else "Where this file loses"
 
 
 def task_lines(report: Report) -> list[str]:
@@ -153,7 +168,15 @@ def task_lines(report: Report) -> list[str]:
 def check_lines(report: Report) -> list[tuple[str, str, str]]:
     """The integrity checks: name, `passed` / `FAILED` / `not run`, what was found."""
     words = {True: "passed", False: "FAILED", None: "not run"}
-    return [(check.name, words[check.passed], check.about) for check in report.checks]
+    return [
+        (
+            check.name if len(report.outputs) == 1 else f"{output.name}: {check.name}",
+            words[check.passed],
+            check.about,
+        )
+        for output in report.outputs
+        for check in output.checks
+    ]
 
 
 def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:

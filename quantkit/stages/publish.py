@@ -1,9 +1,9 @@
 """publish: everything a downloader needs in one folder, and that folder on the Hub when it was
 asked for.
 
-Stages GGUF, imatrix, recipe, report and model card under `upload/` (hard links: no second copy of a
-weight). Only a validated run comes here. Without a repository the folder stays as it is, ready for
-`quantkit publish`.
+Stages GGUFs, imatrix, recipes, report and model card under `upload/` (hard links: no second copy of
+a weight). Only a validated run comes here. Without a repository the folder stays as it is, ready
+for `quantkit publish`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.output import safe_name
 from quantkit.report.text import without_folders
-from quantkit.rundir import StageRecord, read_json, replacing, write_json
-from quantkit.stages import StageResult, convert, fetch
+from quantkit.rundir import StageRecord, read_json, write_json, write_text
+from quantkit.stages import StageResult, convert, fetch, stitch
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "publish"
-VERSION = 1
+VERSION = 2
 FIELDS: tuple[str, ...] = ()
 
 
@@ -42,28 +42,31 @@ def execute(run: Run) -> StageResult:
     folder.mkdir(parents=True)
     snapshot = fetch.load(run.dir)
     validate = run.dir.stage_dir("validate")
-    stitched = [run.dir.path / output.path for output in run.records["stitch"].outputs]
+    outputs = stitch.load_outputs(run.dir)
+    stitched = run.dir.stage_dir("stitch")
     _link(run.dir.stage_dir("calibrate") / "imatrix.gguf", folder / f"{_name(run)}-imatrix.gguf")
-    for path in [*stitched, validate / "report.json"]:
-        if path.name != "recipe.json":
-            _link(path, folder / path.name)
+    _link(validate / "report.json", folder / "report.json")
+    (folder / "recipes").mkdir()
+    recipes = []
+    for output in outputs:
+        _link(stitched / output.file, folder / output.file)
+        recipes.append(_without_folders(read_json(stitched / output.recipe)))
+        write_json(folder / output.recipe, recipes[-1])
+    for path in sorted((stitched / "recipes").glob("*.txt")):
+        _link(path, folder / "recipes" / path.name)
     (folder / "plots").mkdir()
     for path in sorted((validate / "plots").iterdir()):
         _link(path, folder / "plots" / path.name)
-    report, recipe = (
-        read_json(validate / "report.json"),
-        read_json(run.dir.stage_dir("stitch") / "recipe.json"),
-    )
-    write_json(folder / "recipe.json", _without_folders(recipe))
-    with replacing(folder / "README.md") as partial:
-        partial.write_text(model_card(snapshot.info, report, recipe, run.config.publish), "utf-8")
-    outputs = sorted(path for path in folder.rglob("*") if path.is_file())
+    report = read_json(validate / "report.json")
+    write_text(folder / "README.md", model_card(snapshot.info, report, recipes, run.config.publish))
+    staged = sorted(path for path in folder.rglob("*") if path.is_file())
     if run.config.publish is None:
         run.events.emit(
             NAME, "note", f"not uploaded: quantkit publish {run.dir.path} <owner>/<repo>"
         )
-        return StageResult(outputs, {"published": False, "files": [path.name for path in outputs]})
-    return StageResult(outputs, _upload(run, folder))
+        names = [path.relative_to(folder).as_posix() for path in staged]
+        return StageResult(staged, {"published": False, "files": names})
+    return StageResult(staged, _upload(run, folder))
 
 
 def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -85,9 +88,8 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
     def progress(done: int, total: int) -> None:
         run.events.progress(NAME, done, total, f"uploading to {run.config.publish}")
 
-    message = (
-        f"{_name(run)}: {read_json(run.dir.stage_dir('stitch') / 'recipe.json')['output']['file']}"
-    )
+    files = sorted(path.name for path in folder.glob("*-EVO-*.gguf"))
+    message = f"{_name(run)}: {', '.join(files)}"
     gated = fetch.load(run.dir).info.gated and not run.config.public
     if gated and not run.config.private:
         run.events.emit(NAME, "note", "the model is gated: published privately (else: --public)")

@@ -1,93 +1,114 @@
 """search: the type of every tensor, within the budget of the whole file's bytes.
 
 Proposes allocations from estimated damages, decides by KL to the full-precision model on held-out
-text (EvoPress). Writes
-`allocation.json` (tensor -> type, method), `state.json` (after every generation: a killed search
-goes on from there),
-`trace.jsonl` and `budget.json`.
+text (EvoPress). Several budgets are searched one after the other, smallest first, with one
+evaluator; each begins with what was found for the one before. Writes `budgets.json` (the budgets
+that are met, those that are refused) and, in a folder per budget, called after its bytes,
+`allocation.json` (tensor -> type, method), `budget.json`, `trace.jsonl` and `state.json` (after
+every generation: a killed search goes on from there).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantkit.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import slot_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
 from quantkit.levels import plan_levels
-from quantkit.output import lay_out_output
-from quantkit.plan import budget_bytes, check_budget
-from quantkit.rundir import read_json, replacing, write_json
+from quantkit.output import Provenance, lay_out_output
+from quantkit.plan import budgets_of
+from quantkit.qtypes import QuantType
+from quantkit.rundir import RunDir, read_json, replacing, write_json
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, prune
 from quantkit.search.evolve import Plan, SearchState, begin, evolve
 from quantkit.search.propose import Costs, knapsack, spend, uniform
-from quantkit.stages import StageResult, convert, database, fetch, stitch
-from quantkit.tensors import to_json
+from quantkit.stages import StageResult, convert, database, fetch
+from quantkit.tensors import CandidateKey, to_json
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
     from quantkit.search.fitness import Fitness
 
 NAME = "search"
-VERSION = 2
-FIELDS = ("target", "seed", "profile", "device", "types")
+VERSION = 3
+FIELDS = ("targets", "seed", "profile", "device", "types")
 
 _FLOAT32_ABOVE_BPW = 6.5
 
 
 def execute(run: Run) -> StageResult:
-    """Raises QuantkitError when the budget lies outside what the levels can make."""
+    """Raises QuantkitError when all budgets lie outside what the levels can make."""
     folder = run.dir.stage_dir(NAME)
     folder.mkdir(parents=True, exist_ok=True)
     base = convert.load_base(run.dir)
     space = make_space(run, base)
-    check_budget(space.limit_bytes, space.n_bytes(space.smallest), space.n_bytes(space.largest))
-    costs = damages(space)
-    outputs: list[Path] = []
-    if bool((space.n_choices == 1).all()):
-        state, report = None, {"searched": False, "reason": "every tensor's type is given"}
-        chosen = space.smallest
-    else:
-        state, report = _search(run, base, space, costs, folder)
-        chosen = np.array(state.best.choices, np.int64)
-        outputs += [folder / "state.json", _write_trace(folder / "trace.jsonl", state)]
-    keys = space.keys(chosen)
-    allocation = {
-        name: {"qtype": str(key.qtype), "method": key.method} for name, key in keys.items()
+    smallest, largest = space.n_bytes(space.smallest), space.limit_bytes
+    budgets, refused = budgets_of(run.config, base, smallest, largest)
+    for budget in refused:
+        run.events.emit(NAME, "note", f"refused: {budget.refusal}")
+    asked = budgets or (Budget("what the types come to", largest),)
+    searcher = _Searcher(run, base, space, asked)
+    outputs = [write_json(folder / "budgets.json", {"budgets": asked, "refused": refused})]
+    summaries = []
+    before: Choices | None = None
+    for budget in asked:
+        before, written, summary = searcher.search(budget, before)
+        outputs += written
+        summaries.append(summary)
+    return StageResult(outputs, {"budgets": summaries, "n_refused": len(refused)})
+
+
+def load_budgets(directory: RunDir) -> list[Budget]:
+    """The budgets of a run whose search stage is finished, smallest first."""
+    table = read_json(directory.stage_dir(NAME) / "budgets.json")["budgets"]
+    return [Budget(**row) for row in table]
+
+
+def budget_dir(directory: RunDir, budget: Budget) -> Path:
+    """Where the answer for one budget lies."""
+    return directory.stage_dir(NAME) / str(budget.limit_bytes)
+
+
+def load_allocation(directory: RunDir, budget: Budget) -> dict[str, CandidateKey]:
+    """The allocation for one budget, of a run whose search stage is finished."""
+    table = read_json(budget_dir(directory, budget) / "allocation.json")
+    return {
+        name: CandidateKey(name, QuantType(row["qtype"]), row["method"])
+        for name, row in table.items()
     }
-    n_bytes = space.n_bytes(chosen)
-    budget = {
-        "target": str(run.config.target or "like Q4_K_M"),
-        "limit_bytes": space.limit_bytes,
-        "n_bytes": n_bytes,
-        "smallest_bytes": space.n_bytes(space.smallest),
-        "largest_bytes": space.n_bytes(space.largest),
-        **report,
-    }
-    outputs += [
-        write_json(folder / "allocation.json", allocation),
-        write_json(folder / "budget.json", budget),
-    ]
-    return StageResult(outputs, {"n_bytes": n_bytes, "limit_bytes": space.limit_bytes, **report})
+
+
+def provenance(run: Run) -> Provenance:
+    """What the stages so far put into the output's metadata."""
+    record = read_json(run.dir.stage_dir("calibrate") / "calibration.json")
+    return Provenance(
+        fetch.load(run.dir).info.sha,
+        tuple(d["name"] for d in record["domains"]),
+        record["n_imatrix_entries"],
+        record["n_tokens"]["train"] // record["n_ctx"],
+    )
 
 
 def make_space(run: Run, base: GgufFile) -> SearchSpace:
-    """Every tensor's choices, the size of everything else, and the budget in bytes."""
+    """Every tensor's choices and the size of everything else; the budget is the largest file."""
     index = database.load(run.dir)
     tensors = tuple(index.candidates)
     candidates = tuple(prune(index.candidates[name]) for name in tensors)
     smallest = {c[0].key.tensor: c[0].key.qtype for c in candidates}
-    layout = lay_out_output(base, smallest, stitch.provenance(run), "Q8_0")
+    layout = lay_out_output(base, smallest, provenance(run), "Q8_0")
     slots = tuple(tuple(slot_bytes(base, c.n_bytes) for c in of_tensor) for of_tensor in candidates)
     fixed = layout.n_bytes - sum(sizes[0] for sizes in slots)
     largest = fixed + sum(sizes[-1] for sizes in slots)
-    limit = budget_bytes(run.config, base) or largest
-    return SearchSpace(tensors, candidates, slots, fixed, limit)
+    return SearchSpace(tensors, candidates, slots, fixed, largest)
 
 
 def damages(space: SearchSpace) -> Costs:
@@ -127,58 +148,118 @@ def proposals(
     return found
 
 
-def _search(
-    run: Run, base: GgufFile, space: SearchSpace, costs: Costs, folder: Path
-) -> tuple[SearchState, dict[str, Any]]:
-    from quantkit.search.fitness import SEQUENCES_PER_BATCH
+class _Searcher:
+    """Searches one budget after the other. The model and its targets are made once, when the first
+    search needs them.
+    """
 
-    evaluator = _evaluator(run, space)
-    plan = Plan.of(run.profile.search_tokens, evaluator.n_sequences, SEQUENCES_PER_BATCH)
-    state_path = folder / "state.json"
+    def __init__(
+        self, run: Run, base: GgufFile, space: SearchSpace, budgets: Sequence[Budget]
+    ) -> None:
+        self._run, self._base, self._space = run, base, space
+        self._costs = damages(space)
+        self._budgets = budgets
+        self._evaluator: Fitness | None = None
 
-    def save(state: SearchState) -> None:
-        write_json(state_path, state)
-        best = state.best
-        _show_best(space, np.array(best.choices, np.int64), folder / "best.json")
-        run.events.progress(
-            NAME,
-            min(state.n_tokens, plan.n_tokens),
-            plan.n_tokens,
-            f"generation {state.generation}: KL {best.kl:.4f} ± {best.stderr:.4f}",
-            generation=state.generation,
-            kl=best.kl,
-            stderr=best.stderr,
-        )
+    def search(
+        self, budget: Budget, before: Choices | None
+    ) -> tuple[Choices, list[Path], dict[str, Any]]:
+        """The best allocation found within a budget, the files written, and what to say of it.
+        `before` is the answer for the next smaller budget.
+        """
+        folder = budget_dir(self._run.dir, budget)
+        folder.mkdir(exist_ok=True)
+        space = replace(self._space, limit_bytes=budget.limit_bytes)
+        if bool((space.n_choices == 1).all()):
+            state, chosen = None, space.smallest
+            report: dict[str, Any] = {"searched": False, "reason": "every tensor's type is given"}
+        else:
+            state = self._evolve(budget, space, before, folder)
+            chosen, report = np.array(state.best.choices, np.int64), _summary(state)
+        about = {
+            "target": budget.target,
+            "limit_bytes": budget.limit_bytes,
+            "n_bytes": space.n_bytes(chosen),
+            "smallest_bytes": space.n_bytes(space.smallest),
+            "largest_bytes": space.n_bytes(space.largest),
+            **report,
+        }
+        outputs = [
+            write_json(folder / "allocation.json", _by_name(space, chosen)),
+            write_json(folder / "budget.json", about),
+        ]
+        if state is not None:
+            outputs += [folder / "state.json", _write_trace(folder / "trace.jsonl", state)]
+        return chosen, outputs, about
 
-    if state_path.exists():
-        state = SearchState.from_json(read_json(state_path))
-        run.events.emit(NAME, "note", f"going on from generation {state.generation}")
-    else:
-        state = begin(evaluator, plan, proposals(run, space, costs, base), run.config.seed)
-        run.events.emit(
-            NAME, "note", f"the best proposal is {state.best.origin}, KL {state.best.kl:.4f}"
-        )
-        save(state)
-    first = state.history[0]
-    state = evolve(space, evaluator, costs, plan, state, save)
-    report = {
+    def _evolve(
+        self, budget: Budget, space: SearchSpace, before: Choices | None, folder: Path
+    ) -> SearchState:
+        from quantkit.search.fitness import SEQUENCES_PER_BATCH
+
+        events, config = self._run.events, self._run.config
+        if self._evaluator is None:
+            self._evaluator = _evaluator(self._run, self._space, self._budgets[-1].limit_bytes)
+        evaluator = self._evaluator
+        plan = Plan.of(self._run.profile.search_tokens, evaluator.n_sequences, SEQUENCES_PER_BATCH)
+        position, n_budgets = self._budgets.index(budget), len(self._budgets)
+        path = folder / "state.json"
+        what = f"{budget.target}: " if n_budgets > 1 else ""
+
+        def save(state: SearchState) -> None:
+            write_json(path, state)
+            best = state.best
+            _show_best(space, np.array(best.choices, np.int64), self._run.dir.stage_dir(NAME))
+            done = min(state.n_tokens, plan.n_tokens)
+            events.progress(
+                NAME,
+                position * plan.n_tokens + done,
+                n_budgets * plan.n_tokens,
+                f"{what}generation {state.generation}: KL {best.kl:.4f} ± {best.stderr:.4f}",
+                generation=state.generation,
+                kl=best.kl,
+                stderr=best.stderr,
+                n_tokens=state.n_tokens,
+                n_bytes=space.n_bytes(np.array(best.choices, np.int64)),
+                budget=budget.target,
+            )
+
+        if path.exists():
+            state = SearchState.from_json(read_json(path))
+            events.emit(NAME, "note", f"{what}going on from generation {state.generation}")
+        else:
+            first = proposals(self._run, space, self._costs, self._base)
+            if before is not None:
+                first.append((spend(space, before, self._costs), "the next smaller file"))
+            state = begin(evaluator, plan, first, config.seed)
+            said = f"the best proposal is {state.best.origin}, KL {state.best.kl:.4f}"
+            events.emit(NAME, "note", what + said)
+            save(state)
+        return evolve(space, evaluator, self._costs, plan, state, save)
+
+
+def _summary(state: SearchState) -> dict[str, Any]:
+    return {
         "searched": True,
         "generations": state.generation,
         "tokens": state.n_tokens,
-        "proposal_kl": first[2],
+        "proposal_kl": state.history[0][2],
         "kl": state.best.kl,
         "kl_stderr": state.best.stderr,
     }
-    return state, report
 
 
-def _show_best(space: SearchSpace, choices: Choices, path: Path) -> None:
+def _show_best(space: SearchSpace, choices: Choices, folder: Path) -> None:
     """The best allocation so far, for whoever watches; the stage itself never reads it."""
+    write_json(folder / "best.json", _by_name(space, choices))
+
+
+def _by_name(space: SearchSpace, choices: Choices) -> dict[str, dict[str, str]]:
     keys = space.keys(choices)
-    write_json(path, {n: {"qtype": str(k.qtype), "method": k.method} for n, k in keys.items()})
+    return {name: {"qtype": str(k.qtype), "method": k.method} for name, k in keys.items()}
 
 
-def _evaluator(run: Run, space: SearchSpace) -> Fitness:
+def _evaluator(run: Run, space: SearchSpace, limit_bytes: int) -> Fitness:
     import torch
     from safetensors.numpy import load_file
 
@@ -188,7 +269,7 @@ def _evaluator(run: Run, space: SearchSpace) -> Fitness:
 
     snapshot = fetch.load(run.dir)
     # Near 8 bits per weight 16-bit products are noisier than the files are.
-    bpw = 8 * space.limit_bytes / max(convert.load_base(run.dir).n_elements, 1)
+    bpw = 8 * limit_bytes / max(convert.load_base(run.dir).n_elements, 1)
     dtype = torch.float32 if bpw > _FLOAT32_ABOVE_BPW else compute_dtype(run.config.device)
     model = load_model(snapshot.folder, dtype, run.config.device)
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")

@@ -1,30 +1,49 @@
-"""stitch: one GGUF from base.gguf's metadata and the chosen levels' bytes.
+"""stitch: one GGUF per budget, from base.gguf's metadata and the chosen levels' bytes.
 
-Writes `<Model>-EVO-<label>.gguf` and `recipe.json`, which rebuilds it. The label is the stock mix
-that is nearest in size, so that the Hub, llama.cpp and Ollama know what to do with the file.
+Writes `<Model>-EVO-<label>.gguf` and, for each, under `recipes/` what makes it again: the recipe,
+and the types alone as `llama-quantize --tensor-type-file` and the EvoPress toolkit read them. The
+label is the stock mix that is nearest in size, so that the Hub, llama.cpp and Ollama know what to
+do with the file. `outputs.json` lists the files by their budgets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import __version__
+from quantkit import __version__, exports
+from quantkit.budgets import Budget
 from quantkit.errors import QuantkitError
+from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
+from quantkit.ggufio.write import Layout
 from quantkit.output import Provenance, file_name, lay_out_output, nearest_label
-from quantkit.qtypes import QuantType
-from quantkit.rundir import read_json, sha256_file, write_json
-from quantkit.stages import StageResult, convert, database, fetch
+from quantkit.rundir import RunDir, read_json, sha256_file, write_json, write_text
+from quantkit.stages import StageResult, convert, database, fetch, search
 from quantkit.tensors import Candidate, CandidateKey, to_json
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "stitch"
-VERSION = 2
+VERSION = 3
 FIELDS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One finished file: its name in the stage's folder, its label and its budget."""
+
+    file: str
+    n_bytes: int
+    label: str
+    budget: Budget
+
+    @property
+    def recipe(self) -> str:
+        return f"recipes/{self.file.removesuffix('.gguf')}.json"
 
 
 def execute(run: Run) -> StageResult:
@@ -32,17 +51,66 @@ def execute(run: Run) -> StageResult:
     for.
     """
     folder = run.dir.stage_dir(NAME)
-    base = convert.load_base(run.dir)
-    allocation = load_allocation(run)
+    (folder / "recipes").mkdir(parents=True, exist_ok=True)
+    base, made = convert.load_base(run.dir), search.provenance(run)
+    written, outputs = [], []
+    for budget, layout, label, name in _named(run, base, made):
+        used = _used(run, budget)
+        output = Output(name, layout.n_bytes, label, budget)
+        _stitch(run, folder / name, layout, base, used)
+        recipe = _recipe(run, folder / name, used, label, made)
+        stem = (folder / output.recipe).with_suffix("")
+        written += [
+            folder / name,
+            write_json(folder / output.recipe, recipe),
+            write_text(stem.with_suffix(".tensor-types.txt"), exports.tensor_types(recipe)),
+            write_text(stem.with_suffix(".toolkit.txt"), exports.toolkit(recipe)),
+        ]
+        outputs.append(output)
+    written.append(write_json(folder / "outputs.json", {"outputs": outputs}))
+    return StageResult(written, {"outputs": outputs})
+
+
+def load_outputs(directory: RunDir) -> list[Output]:
+    """The files of a run whose stitch stage is finished, by rising budget."""
+    table = read_json(directory.stage_dir(NAME) / "outputs.json")["outputs"]
+    return [Output(**{**row, "budget": Budget(**row["budget"])}) for row in table]
+
+
+def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget, Layout, str, str]]:
+    """The budgets with layout, label and file name. Where two files would be called after one
+    label, their bits per weight are put in; an allocation that was found for a smaller budget,
+    too, is left out.
+    """
+    model = convert.model_name(fetch.load(run.dir))
+    found: list[tuple[Budget, Layout, str]] = []
+    known: list[dict[str, CandidateKey]] = []
+    for budget in search.load_budgets(run.dir):
+        allocation = search.load_allocation(run.dir, budget)
+        if allocation in known:
+            text = f"{budget.target}: the same file as for a smaller size"
+            run.events.emit(NAME, "note", text)
+            continue
+        known.append(allocation)
+        types = {name: key.qtype for name, key in allocation.items()}
+        layout = lay_out_output(base, types, made, "Q8_0")  # the label does not change its size
+        matrices = [layout.types[t.name] for t in base.tensors.values() if len(t.shape) > 1]
+        label = nearest_label(base, layout.n_bytes, matrices)
+        found.append((budget, lay_out_output(base, types, made, label), label))
+    labels = [label for _, _, label in found]
+    for budget, layout, label in found:
+        bpw = 8 * layout.n_bytes / base.n_elements if labels.count(label) > 1 else None
+        yield budget, layout, label, file_name(model, label, bpw)
+
+
+def _used(run: Run, budget: Budget) -> dict[str, Candidate]:
     index = database.load(run.dir)
-    types = {name: key.qtype for name, key in allocation.items()}
-    made = provenance(run)
-    layout = lay_out_output(base, types, made, "Q8_0")  # the label does not change its size
-    matrices = [layout.types[t.name] for t in base.tensors.values() if len(t.shape) > 1]
-    label = nearest_label(base, layout.n_bytes, matrices)
-    layout = lay_out_output(base, types, made, label)
-    path = folder / file_name(convert.model_name(fetch.load(run.dir)), label)
-    used = {name: index.find(key) for name, key in allocation.items()}
+    return {name: index.find(key) for name, key in search.load_allocation(run.dir, budget).items()}
+
+
+def _stitch(
+    run: Run, path: Path, layout: Layout, base: GgufFile, used: Mapping[str, Candidate]
+) -> None:
     levels = run.dir.stage_dir("quantize")
 
     def progress(done: int, total: int) -> None:
@@ -53,29 +121,6 @@ def execute(run: Run) -> StageResult:
         raise QuantkitError(
             f"{path.name} has another size than was computed.", "This is a bug: please report it."
         )
-    recipe = _recipe(run, path, used, label, made)
-    outputs = [path, write_json(folder / "recipe.json", recipe)]
-    return StageResult(outputs, {"file": path.name, "n_bytes": layout.n_bytes, "label": label})
-
-
-def provenance(run: Run) -> Provenance:
-    """What the stages so far put into the output's metadata."""
-    record = read_json(run.dir.stage_dir("calibrate") / "calibration.json")
-    return Provenance(
-        fetch.load(run.dir).info.sha,
-        tuple(d["name"] for d in record["domains"]),
-        record["n_imatrix_entries"],
-        record["n_tokens"]["train"] // record["n_ctx"],
-    )
-
-
-def load_allocation(run: Run) -> dict[str, CandidateKey]:
-    """The allocation of a run whose search stage is finished."""
-    table = read_json(run.dir.stage_dir("search") / "allocation.json")
-    return {
-        name: CandidateKey(name, QuantType(row["qtype"]), row["method"])
-        for name, row in table.items()
-    }
 
 
 def _recipe(

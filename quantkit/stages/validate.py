@@ -5,7 +5,7 @@ answers, speed and memory, on text that no earlier stage has seen. Beside the ou
 files made here with the same imatrix, the uniform files of our own levels, and whatever the user
 names; each is tested against the output, window by window. Before that the file must be what it
 should be (`quantkit.integrity`). Writes `report.json`, `report.md`, `report.html` and `plots/`.
-Only this stage imports `evaluators`; the search never grades itself.
+Only this stage, with `meter`, imports `evaluators`; the search never grades itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,49 +26,27 @@ from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import read_imatrix
 from quantkit.ggufio.read import GgufFile
+from quantkit.meter import EFFORTS, Meter
 from quantkit.opponents import Opponent, as_it_is
 from quantkit.report import SCHEMA, write_report
 from quantkit.report.schema import OURS, Check
 from quantkit.report.text import without_folders
 from quantkit.rundir import read_json, sha256_file
-from quantkit.stages import StageResult, convert, fetch, stitch
+from quantkit.stages import StageResult, convert, fetch, search, stitch
 from quantkit.tensors import to_json
 
 if TYPE_CHECKING:
-    from evaluators.base_logits import BaseLogits
-    from evaluators.kl import KLResult
     from evaluators.llama_runtime import Runtime
     from evaluators.tasks.items import TaskItems
-    from evaluators.zeroshot import ZeroShotResult
     from quantkit.pipeline import Run
 
 NAME = "validate"
-VERSION = 2
+VERSION = 3
 FIELDS = ("eval_text", "tasks", "compare")
 
 N_CTX = 512
 _PROMPT = "Name three things that float on water."
 _PACKAGES = "llama-cpp-python torch transformers gguf huggingface_hub datasets numpy".split()
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What a profile spends beside the KL of each file."""
-
-    n_below: int  # stock files of at most our size that are measured: the largest ones
-    n_uniform: int  # of our own uniform files: the largest of at most our size, the next larger
-    weight_windows: int | None  # of each domain, for the KL of the weights alone; None: all
-    rows: int | None  # of each tensor, decoded a second time; None: all
-    n_items: int  # zero-shot items
-    speed: tuple[int, int, int]  # tokens of prompt and of answer, repeats
-
-
-EFFORTS = {
-    "demo": Effort(3, 0, 2, 32, 60, (128, 32, 2)),
-    "fast": Effort(2, 2, 10, None, 200, (256, 32, 2)),
-    "standard": Effort(3, 2, None, None, 500, (512, 64, 3)),
-    "thorough": Effort(3, 2, None, None, 2000, (512, 64, 3)),
-}
 
 
 def extra_inputs(config: RunConfig) -> dict[str, Any]:
@@ -95,14 +73,17 @@ def execute(run: Run) -> StageResult:
 def _validate(run: Run) -> StageResult:
     from evaluators.base_logits import BaseLogits
 
-    base = convert.load_base(run.dir)
-    ours = run.dir.path / run.records["stitch"].outputs[0].path
-    texts = _texts(run)
-    runtime = _runtime(run)
-    checks = _checks(run, base, ours, next(iter(texts.values())), runtime)
-    others = _opponents(run, base, ours.stat().st_size)
+    base, stitched = convert.load_base(run.dir), run.dir.stage_dir("stitch")
+    outputs = stitch.load_outputs(run.dir)
+    texts, runtime = _texts(run), _runtime(run)
+    text = next(iter(texts.values()))
+    checks = {o.file: _checks(run, base, stitched / o.file, text, runtime) for o in outputs}
+    ours = [
+        Opponent(OURS, o.file, partial(as_it_is, stitched / o.file), is_rival=True) for o in outputs
+    ]
+    others = _opponents(run, base, outputs)
     items, reason = _items(run)
-    meter = _Meter(run, base, runtime, items, 1 + 3 * (1 + len(others)))
+    meter = Meter(run, base, runtime, items, 1 + 3 * (len(ours) + len(others)))
     folder = run.dir.stage_dir(NAME)
     for left in folder.glob("weight-kl-*"):  # of a run that was killed
         shutil.rmtree(left)
@@ -116,9 +97,7 @@ def _validate(run: Run) -> StageResult:
         runtime,
         progress=meter.step("the base's predictions"),
     ) as logits:
-        output = meter.row(
-            logits, Opponent(OURS, ours.name, partial(as_it_is, ours), is_rival=True)
-        )
+        measured = {file.name: meter.row(logits, file) for file in ours}
         rows, not_measured = [], []
         for other in others:
             try:
@@ -127,24 +106,24 @@ def _validate(run: Run) -> StageResult:
                 not_measured.append({"name": other.name, "reason": without_folders(str(error))})
                 run.events.emit(NAME, "note", f"{other.name} was not measured: {error}")
     shutil.rmtree(kept)
-    values = _report(run, base, ours, texts, meter)
+    values = _report(run, base, texts, meter)
     values["outputs"] = [
         {
-            **output,
-            "path": str(ours.relative_to(run.dir.path)),
-            "budget_bytes": values["search"]["limit_bytes"],
-            "sha256": sha256_file(ours),
+            **measured[output.file],
+            **_made(run, output),
             "zero_shot": {"status": "not run", "reason": reason} if reason else {"status": "done"},
-            "generation": checks.generation,
-            "tensors": _tensors(run, GgufFile(ours)),
+            "generation": checks[output.file].generation,
+            "integrity": to_json(checks[output.file].found),
         }
+        for output in outputs
     ]
     values["baselines"] = sorted(rows, key=lambda row: row["n_bytes"])
     values["not_measured"] = not_measured
-    values["integrity"] = to_json(checks.found)
-    outputs = write_report(folder, values)
-    summary = {"kl": output["kl"]["mean"], "top1": output["top1"], "n_bytes": output["n_bytes"]}
-    return StageResult(outputs, summary)
+    kept_facts = ("name", "n_bytes", "top1")
+    files = [
+        {**{k: row[k] for k in kept_facts}, "kl": row["kl"]["mean"]} for row in measured.values()
+    ]
+    return StageResult(write_report(folder, values), {"files": files})
 
 
 # ---- integrity
@@ -204,137 +183,25 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
     ]
 
 
-def _opponents(run: Run, base: GgufFile, n_bytes: int) -> list[Opponent]:
-    """Stock files around our size, our own uniform files around it, and what the user named."""
+def _opponents(run: Run, base: GgufFile, outputs: Sequence[stitch.Output]) -> list[Opponent]:
+    """Stock files around our sizes, our own uniform files around them, and what the user named."""
     imatrix = read_imatrix(run.dir.stage_dir("calibrate") / "imatrix.gguf")
     effort = EFFORTS[run.config.profile]
-    uniform = opponents.uniform_opponents(run.dir.stage_dir("quantize"), n_bytes)
+    like = {str(t): t.value for t in run.config.targets if t.kind == "like"}
+    sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
+    uniform = opponents.uniform_opponents(
+        run.dir.stage_dir("quantize"), list(sizes), effort.n_uniform
+    )
     if not uniform:
         run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
     return [
-        *opponents.stock_opponents(
-            base, n_bytes, effort.n_below, run.config.target, imatrix, run.dir.stage_dir(NAME)
-        ),
-        *uniform[: effort.n_uniform],
+        *opponents.stock_opponents(base, sizes, effort.n_below, imatrix, run.dir.stage_dir(NAME)),
+        *uniform,
         *opponents.given_opponents(run.config.compare),
     ]
 
 
-# ---- measuring
-
-
-class _Meter:
-    """Measures files one after the other; keeps the output's tokens for the paired tests, and the
-    base's answers.
-    """
-
-    def __init__(
-        self, run: Run, base: GgufFile, runtime: Runtime, items: TaskItems | None, n_steps: int
-    ) -> None:
-        self._run, self._base, self._runtime, self._items = run, base, runtime, items
-        self._effort = EFFORTS[run.config.profile]
-        self._n_steps, self._at = n_steps, 0
-        self._reference: tuple[KLResult, KLResult] | None = None
-        self._answers: dict[str, ZeroShotResult] = {}
-        self.first: KLResult | None = None
-        self.n_weight_windows = 0
-
-    def step(self, message: str) -> Callable[[int, int], None]:
-        """The progress of the next step; all count alike."""
-        at, self._at = self._at, self._at + 1
-
-        def progress(done: int, total: int) -> None:
-            share = 100 * at + 100 * done // max(total, 1)
-            self._run.events.progress(NAME, share, 100 * self._n_steps, message)
-
-        return progress
-
-    def row(self, logits: BaseLogits, other: Opponent) -> dict[str, Any]:
-        """Everything that is measured of one file. Raises QuantkitError when that fails."""
-        from evaluators import kl
-        from evaluators.errors import EvaluationError
-
-        try:
-            with other.open() as path:
-                result = kl.measure(logits, path, self._runtime, self.step(f"KL of {other.name}"))
-                weights = kl.measure_weights(
-                    logits,
-                    path,
-                    self._run.dir.stage_dir(NAME),
-                    self._runtime,
-                    self.step(f"weight KL of {other.name}"),
-                    self._effort.weight_windows,
-                )
-                row = self._figures(other, result, weights)
-                progress = self.step(f"speed and answers of {other.name}")
-                if other.is_rival:
-                    row |= {"speed": self.speed(path), "tasks": self._tasks(path, progress)}
-                return row
-        except EvaluationError as error:
-            raise QuantkitError(error.message, error.remedy) from error
-
-    def _figures(self, other: Opponent, result: KLResult, weights: KLResult) -> dict[str, Any]:
-        from evaluators import kl
-        from evaluators.compare import paired_nll
-        from evaluators.errors import EvaluationError
-
-        values = result.to_json()
-        kept = ("kl", "top1", "top1_stderr", "perplexity", "ln_ppl_ratio")
-        row = {
-            "kind": other.kind,
-            "name": other.name,
-            "n_bytes": result.n_bytes,
-            "bpw": 8 * result.n_bytes / self._base.n_elements,
-            **{k: values[k] for k in kept},
-            "domains": {name: {k: d[k] for k in kept} for name, d in values["domains"].items()},
-            **kl.weight_fields(weights),
-        }
-        if self._reference is None:
-            self._reference, self.first = (result, weights), result
-            self.n_weight_windows = weights.combined.n_windows
-            return row
-        first, first_weights = self._reference
-        try:
-            row["versus"] = {
-                "kl": kl.paired_test(result, first).to_json(),
-                "nll": paired_nll(result, first).to_json(),
-                "weight_kl": kl.paired_test(weights, first_weights).to_json(),
-            }
-        except EvaluationError as error:
-            row["versus"] = {"reason": error.message}
-        return row
-
-    def speed(self, path: Path) -> dict[str, Any]:
-        """Tokens per second and memory, in a process of its own."""
-        from evaluators import speed
-
-        n_prompt, n_generate, n_repeats = self._effort.speed
-        about = self._base.metadata
-        n_ctx = min(2048, int(about[f"{about['general.architecture']}.context_length"]))
-        n_prompt = min(n_prompt, n_ctx - n_generate)
-        result = speed.measure(path, n_ctx, n_prompt, n_generate, n_repeats, self._runtime)
-        return {**result.to_json(), "file": path.name}  # the report is published: no folders
-
-    def _tasks(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        """Zero-shot accuracy beside the base's, and the answers that differ."""
-        from evaluators import zeroshot
-
-        items = self._items
-        if items is None:
-            return {}
-        if items.name not in self._answers:
-            self._answers[items.name] = zeroshot.run(self._base.path, items, runtime=self._runtime)
-        reference = self._answers[items.name]
-        result = zeroshot.run(path, items, runtime=self._runtime, progress=progress)
-        flips = zeroshot.answer_flips(result, reference)
-        return {
-            items.name: {
-                **result.to_json(),
-                "source": items.source,
-                "base": {metric: asdict(value) for metric, value in reference.accuracy.items()},
-                "flips": {metric: asdict(value) for metric, value in flips.items()},
-            }
-        }
+# ---- what it is measured with
 
 
 def _runtime(run: Run) -> Runtime:
@@ -389,14 +256,11 @@ def _items(run: Run) -> tuple[TaskItems | None, str]:
 # ---- the report
 
 
-def _report(
-    run: Run, base: GgufFile, ours: Path, texts: Mapping[str, str], meter: _Meter
-) -> dict[str, Any]:
+def _report(run: Run, base: GgufFile, texts: Mapping[str, str], meter: Meter) -> dict[str, Any]:
     """What the report says beside its rows."""
     first = meter.first
     assert first is not None
     info = fetch.load(run.dir).info
-    search = run.dir.stage_dir("search")
     return {
         "schema": SCHEMA,
         "kind": "run",
@@ -416,8 +280,7 @@ def _report(
         "weight_windows": meter.n_weight_windows,
         "texts": {name: first.text_sha256[name] for name in texts},
         "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
-        "search": read_json(search / "budget.json"),
-        "trace": _trace(search / "trace.jsonl"),
+        "refused": read_json(run.dir.stage_dir("search") / "budgets.json")["refused"],
         "fallbacks": read_json(run.dir.stage_dir("quantize") / "errors.json")["fallbacks"],
         "unmapped": run.records["convert"].summary["unmapped"],
         "versions": _versions(),
@@ -430,17 +293,27 @@ def _trace(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
 
 
-def _tensors(run: Run, file: GgufFile) -> dict[str, dict[str, Any]]:
-    """How every quantizable tensor of the output is stored."""
-    chosen = stitch.load_allocation(run)
+def _made(run: Run, output: stitch.Output) -> dict[str, Any]:
+    """How an output came to be, and how every quantizable tensor of it is stored."""
+    path = run.dir.stage_dir("stitch") / output.file
+    found = search.budget_dir(run.dir, output.budget)
+    chosen = search.load_allocation(run.dir, output.budget)
+    tensors = GgufFile(path).tensors
     return {
-        name: {
-            "qtype": str(file.tensors[name].qtype),
-            "method": key.method,
-            "n_elements": math.prod(file.tensors[name].shape),
-            "n_bytes": file.tensors[name].n_bytes,
-        }
-        for name, key in chosen.items()
+        "path": str(path.relative_to(run.dir.path)),
+        "sha256": sha256_file(path),
+        "label": output.label,
+        "search": read_json(found / "budget.json"),
+        "trace": _trace(found / "trace.jsonl"),
+        "tensors": {
+            name: {
+                "qtype": str(tensors[name].qtype),
+                "method": key.method,
+                "n_elements": math.prod(tensors[name].shape),
+                "n_bytes": tensors[name].n_bytes,
+            }
+            for name, key in chosen.items()
+        },
     }
 
 

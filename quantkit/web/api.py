@@ -142,7 +142,7 @@ def add_endpoints(desk: Desk) -> None:
                 owner = f"visitor:{desk.visitors.check(own_key)}"
                 asker = Asker(owner, None, asker.address)
             secret = token.token if token is not None else ""
-            return {"job_id": desk.start(form, secret, asker)[0], "key": own_key}
+            return {"job_id": desk.start(form, secret, asker), "key": own_key}
 
         return _told(start)
 

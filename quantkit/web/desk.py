@@ -21,7 +21,6 @@ from quantkit.launch.dispatch import app_labels
 from quantkit.launch.estimate import known_plan
 from quantkit.launch.machine import Choice, choices, choose, why_not_here
 from quantkit.launch.request import HERE, check_collection, check_machine
-from quantkit.launch.sizes import fits, to_configs
 from quantkit.launch.talk import check_prompt, say
 from quantkit.launch.wheel import can_start_jobs
 from quantkit.web import previews, publishing, results, view
@@ -113,27 +112,18 @@ class Desk:
 
     # Forms.
 
-    def start(self, form: JobForm, token: str, asker: Asker) -> tuple[str, ...]:
-        """Queue what the form asks for. Returns the ids, the first to run first.
-
-        Raises QuantkitError.
-        """
+    def start(self, form: JobForm, token: str, asker: Asker) -> str:
+        """Queue what the form asks for. Returns the job's id. Raises QuantkitError."""
         if self.sign_in and asker.username is None:
             raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
         owner, secret = known(asker.owner), checked_token(token)
         config = to_config(form, self.store.public)  # what is wrong is said at once
         self.allow("start", asker)
-        configs = to_configs(form, self.store.public, lambda c: self._plan(c, secret))
         order = self._order(form, config, secret)
-        ids: list[str] = []
-        for config in configs:
-            if order.machine is not None:
-                device = order_device(order.machine, self.machines(secret))
-                config = dataclasses.replace(config, device=device)
-            elif ids:
-                order = dataclasses.replace(order, based_on=ids[0])
-            ids.append(self.store.submit(config, owner, secret, order))
-        return tuple(ids)
+        if order.machine is not None:
+            device = order_device(order.machine, self.machines(secret))
+            config = dataclasses.replace(config, device=device)
+        return self.store.submit(config, owner, secret, order)
 
     def _order(self, form: JobForm, config: RunConfig, token: str | None) -> Order:
         """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
@@ -165,8 +155,7 @@ class Desk:
 
     def estimate(self, form: JobForm, token: str | None) -> dict[str, Any]:
         """The planner's answer. Raises QuantkitError."""
-        configs = to_configs(form, self.store.public, lambda c: self._plan(c, token))
-        return self._plan(configs[0], token)
+        return self._plan(to_config(form, self.store.public), token)
 
     def _plan(self, config: RunConfig, token: str | None) -> dict[str, Any]:
         return estimate(config, token, self.store.public)
@@ -193,8 +182,6 @@ class Desk:
         try:
             secret = checked_token(token)
             config = to_config(form, self.store.public)
-            if form.size_kind == "fits":
-                fits(form)
             if known_plan(config, secret) is None:
                 self.allow("preview", asker)
                 yield previews.looked_at(self._look(config, secret))
@@ -214,8 +201,6 @@ class Desk:
 
     def _preview(self, form: JobForm, config: RunConfig, token: str | None) -> str:
         plan = self._plan(config, token)
-        configs = to_configs(form, self.store.public, lambda _: plan)
-        plans = [self._plan(config, token) for config in configs]
         offered: tuple[Choice, ...] = ()
         chosen = None
         if self.has_jobs and config.model != DEMO_MODEL:
@@ -227,10 +212,10 @@ class Desk:
             except QuantkitError as error:
                 if form.machine != HERE:
                     return view.notice(error.message, error.remedy)
+        contexts = (t.memory_and_context()[1] for t in config.targets if t.kind == "fits")
         return previews.preview(
-            plans[0],
-            limits=[plan["sizes"]["limit_bytes"] or 0 for plan in plans],
-            context=fits(form)[1] if form.size_kind == "fits" else None,
+            plan,
+            context=next(contexts, None),
             here="This Space" if self.on_space else "This machine",
             why_not=self._why_not_here(plan),
             machines=offered,

@@ -87,7 +87,7 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
             asker = desk.asker(request, user)
             owner, token = asker.owner, oauth.token if oauth else typed
             try:
-                new = desk.start(form.read(tuple(fields)), token, asker)[0]
+                new = desk.start(form.read(tuple(fields)), token, asker)
             except QuantkitError as error:
                 notice = view.notice(error.message, error.remedy)
                 kept = [gr.skip()] * (len(areas) + len(parts))

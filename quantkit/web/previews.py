@@ -30,7 +30,6 @@ def looked_at(info: ModelInfo | None) -> str:
 def preview(
     plan: dict[str, Any],
     *,
-    limits: Sequence[int] = (),
     context: int | None = None,
     here: str = "",
     why_not: str = "",
@@ -39,18 +38,17 @@ def preview(
 ) -> str:
     """The planner's answer.
 
-    `limits`: sizes of a family of files; `context`: tokens that a fit was asked for; `here`: what
-    this machine is called; `why_not`: why the run cannot be done on it; `machines`: of Jobs.
+    `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
+    the run cannot be done on it; `machines`: of Jobs.
     """
     try:
-        return _preview(plan, limits, context, here, why_not, machines, chosen)
+        return _preview(plan, context, here, why_not, machines, chosen)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError):
         return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
 
 
 def _preview(
     plan: dict[str, Any],
-    limits: Sequence[int],
     context: int | None,
     here: str,
     why_not: str,
@@ -62,7 +60,7 @@ def _preview(
     facts = [
         ("Model", f"{model['architecture']}, {n_parameters / 1e6:,.0f}M parameters"),
         ("Licence", _licence(model["license"], model["gated"])),
-        ("File", _budget(sizes["limit_bytes"], n_parameters, limits)),
+        ("File", _budget(sizes["budgets"], n_parameters)),
     ]
     if context is not None:
         facts.append(
@@ -80,9 +78,10 @@ def _preview(
         facts.append(
             ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
         )
-    warnings = [str(text) for text in plan.get("warnings", [])][:10]
+    warnings = [str(budget["refusal"]) for budget in sizes["refused"]]
+    warnings += [str(text) for text in plan.get("warnings", [])][:10]
     notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
-    where = _where(needs, here, why_not, machines, chosen, len(limits))
+    where = _where(needs, here, why_not, machines, chosen)
     return _card(facts, f"{where}{_stock(plan, context)}{notes}")
 
 
@@ -95,11 +94,13 @@ def _licence(name: Any, gated: bool) -> str:
     return str(name or "not stated") + (", gated: needs a sign-in that may read it" * gated)
 
 
-def _budget(limit: int | None, n_parameters: int, limits: Sequence[int]) -> str:
+def _budget(budgets: Sequence[dict[str, Any]], n_parameters: int) -> str:
+    limits = [budget["limit_bytes"] for budget in budgets]
+    if not limits:
+        return "given by the types"
     if len(limits) > 1:
         return f"{len(limits)} files: " + ", ".join(file_size(n) for n in limits)
-    if limit is None:
-        return "given by the types"
+    (limit,) = limits
     return f"at most {file_size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
 
 
@@ -113,7 +114,6 @@ def _where(
     why_not: str,
     machines: Sequence[Choice],
     chosen: Choice | None,
-    n_files: int,
 ) -> str:
     """A row for this machine and for every Job's machine worth a look, with time and cost."""
     rows = []
@@ -131,8 +131,7 @@ def _where(
         rows.append(_place(name, limit, _about(choice.seconds), cost, choice == chosen))
     if not rows:
         return ""
-    each = " each" if n_files > 1 and shown else ""
-    head = f"<tr><th>where</th><th>time, about</th><th>cost{each}, about</th></tr>"
+    head = "<tr><th>where</th><th>time, about</th><th>cost, about</th></tr>"
     said = f'<p class="qk-help">{escape(why_not)}</p>' if why_not else ""
     return _table(head, "".join(rows)) + said
 

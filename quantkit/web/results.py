@@ -42,7 +42,8 @@ def live_map(job: JobView) -> str:
 def _results(report: dict[str, Any], job: JobView) -> str:
     parts = [
         f'<section class="qk-section"><h3>Result</h3><p class="qk-verdict">'
-        f"{escape(reports.verdict(reports.read(report)))}</p>{_tiles(report)}{_comparison(report)}",
+        f"{'<br>'.join(map(escape, reports.verdicts(reports.read(report))))}</p>"
+        f"{_tiles(report)}{_comparison(report)}",
     ]
     picture = frontier(report)
     if picture:
@@ -55,12 +56,15 @@ def _results(report: dict[str, Any], job: JobView) -> str:
         f" {escape(', '.join(report['texts']))}.</p></section>"
     )
     parts.append(_domains(report))
-    grid = tensor_map(job.allocation) if job.allocation else ""
-    if grid:
-        parts.append(
-            '<section class="qk-section"><h3>Type of every tensor</h3><p class="qk-help">'
-            f"One column a block.</p>{grid}</section>"
-        )
+    several = len(report["outputs"]) > 1
+    for output in report["outputs"]:
+        grid = tensor_map(output.get("tensors", {}))
+        if grid:
+            of_one = f" of {escape(output['name'])}" if several else ""
+            parts.append(
+                f'<section class="qk-section"><h3>Type of every tensor{of_one}</h3>'
+                f'<p class="qk-help">One column a block.</p>{grid}</section>'
+            )
     return "".join(parts)
 
 
