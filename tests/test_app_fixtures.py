@@ -89,9 +89,18 @@ def make_report() -> dict[str, Any]:
         "budget_bytes": 105_500_000,
         "sha256": "6a" * 32,
         "zero_shot": zero,
+        "trace": [
+            {"generation": i, "tokens": 33_000 * i, "kl": 0.021 * 0.98**i, "stderr": 0.0004}
+            for i in range(60)
+        ],
+        "integrity": [
+            {"name": "dequantized weights", "passed": True, "about": "4,810,752 weights are equal"},
+            {"name": "chat turn", "passed": True, "about": "108 characters"},
+        ],
         "tensors": {
-            name: {**stored, "n_elements": 1024, "n_bytes": 640}
-            for name, stored in make_allocation().items()
+            name: {"n_elements": 331_776, "n_bytes": 331_776 * bits // 8, **tensor}
+            for name, tensor in make_allocation().items()
+            for bits in [int(tensor["qtype"].strip("IQ")[0])]
         },
     }
     return {
@@ -110,6 +119,7 @@ def make_report() -> dict[str, Any]:
         "calibration": {"note": "calibration text as asked: builtin"},
         "fallbacks": [],
         "unmapped": [],
+        "n_windows": 19,
     }
 
 
@@ -136,6 +146,8 @@ def write_run(
             events.emit(stage, "note", "SmolLM2 at 12fd25f77366: LlamaForCausalLM, 135M parameters")
         if stage == "search":
             _search_events(directory.events_path, 1.0 if stage != until else share or 1.0)
+            directory.stage_dir(stage).mkdir(exist_ok=True)
+            write_json(directory.stage_dir(stage) / "best.json", make_allocation())
         if stage == until and share is not None:
             if stage != "search":
                 message = MESSAGES.get(stage, "")

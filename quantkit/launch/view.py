@@ -36,6 +36,11 @@ class ResultFile:
     sha256: str
     is_here: bool = True  # on this machine's disk
 
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a finished model, not what it was made with."""
+        return self.name.endswith(".gguf") and not self.name.endswith("imatrix.gguf")
+
 
 @dataclass(frozen=True)
 class JobView:

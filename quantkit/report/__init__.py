@@ -12,8 +12,8 @@ Written once, used by the command line, the web page and the model card.
 
 from __future__ import annotations
 
-from quantkit.report.html import html
-from quantkit.report.markdown import bullets, markdown, set_table, table
+from quantkit.report.html import figure, html, sections
+from quantkit.report.markdown import bullets, markdown, plain_table, set_table, table
 from quantkit.report.schema import SCHEMA, Mean, Report, Row, read
 from quantkit.report.text import losses, number, size, verdict, verdicts, with_error
 from quantkit.report.write import write_report
@@ -24,11 +24,14 @@ __all__ = [
     "Report",
     "Row",
     "bullets",
+    "figure",
     "html",
     "losses",
     "markdown",
     "number",
+    "plain_table",
     "read",
+    "sections",
     "set_table",
     "size",
     "table",

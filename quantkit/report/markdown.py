@@ -30,6 +30,11 @@ def set_table(made: Table) -> str:
     return table(made.headers, rows)
 
 
+def plain_table(made: Table) -> str:
+    """One of the report's tables without emphasis."""
+    return table(made.headers, (line.cells for line in made.lines))
+
+
 def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantkit.report import text
-from quantkit.report.schema import Report, Speed
+from quantkit.report.schema import OURS, Report, Row, Speed
 
 
 @dataclass(frozen=True)
@@ -24,31 +25,95 @@ class Table:
     lines: tuple[Line, ...]
 
 
-def comparison(report: Report) -> Table:
-    """Every measured file and the base, by size. Columns that no file has are left out."""
-    has_weights = any(row.weight_kl for row in report.rows)
-    has_test = any(report.tests(row).kl for row in report.rows)
-    headers = ["file", "size", "bits per weight", "mean KL"]
-    headers += [*(["weight KL"] if has_weights else []), "same top-1", "perplexity"]
-    headers += [_against(report)] * has_test
-    lines = []
-    for row in report.by_size:
-        cells = [row.label, text.size(row.n_bytes), f"{row.bpw:.2f}", text.with_error(row.kl)]
-        cells += [text.with_error(row.weight_kl) if row.weight_kl else "-"] * has_weights
-        cells += [text.percent(row.top1), f"{row.perplexity.value:.3f}"]
-        cells += [text.tested(report.tests(row).kl)] * has_test
-        lines.append((row.n_bytes, Line(row.kind, tuple(cells))))
+def comparison(
+    report: Report, name: Callable[[Row], str] = lambda row: row.label, wide: bool = False
+) -> Table:
+    """Every measured file and the base, by size. Columns that no file has are left out.
+
+    `name` gives a file's first cell; `wide` adds accuracy of tasks and tokens per second.
+    """
     base = report.base
-    cells = [
-        "full precision",
-        text.size(base.n_bytes),
-        f"{8 * base.n_bytes / base.n_parameters:.2f}",
+    columns = [
+        _Column("size", lambda row: text.size(row.n_bytes), text.size(base.n_bytes)),
+        _Column(
+            "bits per weight",
+            lambda row: f"{row.bpw:.2f}",
+            f"{8 * base.n_bytes / base.n_parameters:.2f}",
+        ),
+        _Column("mean KL", lambda row: text.with_error(row.kl), "0"),
     ]
-    cells += ["0", *["0"] * has_weights, "100 %", f"{base.perplexity.value:.3f}"]
-    cells += ["-"] * has_test
-    lines.append((base.n_bytes, Line("base", tuple(cells))))
+    if any(row.weight_kl for row in report.rows):
+        columns.append(_Column("weight KL", _weight_kl, "0"))
+    columns.append(_Column("same top-1", lambda row: text.percent(row.top1), "100 %"))
+    columns.append(
+        _Column(
+            "perplexity", lambda row: f"{row.perplexity.value:.3f}", f"{base.perplexity.value:.3f}"
+        )
+    )
+    if wide and any(row.tasks for row in report.rows):
+        columns.append(_Column("tasks", _tasks, _base_tasks(report)))
+    if wide and any(row.speed for row in report.rows):
+        columns.append(_Column("tokens/s", lambda row: _rate(row.speed), _rate(base.speed)))
+    if any(report.tests(row).kl for row in report.rows):
+        columns.append(
+            _Column(_against(report), lambda row: text.tested(report.tests(row).kl), "-")
+        )
+    lines = [
+        (row.n_bytes, Line(row.kind, (name(row), *(column.cell(row) for column in columns))))
+        for row in report.rows
+    ]
+    whole = Line("base", ("full precision", *(column.base for column in columns)))
+    lines.append((base.n_bytes, whole))
     ordered = sorted(lines, key=lambda item: item[0])
-    return Table(tuple(headers), tuple(line for _, line in ordered))
+    headers = ("file", *(column.header for column in columns))
+    return Table(headers, tuple(line for _, line in ordered))
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A header, what a file's cell says, and what the base's does."""
+
+    header: str
+    cell: Callable[[Row], str]
+    base: str
+
+
+def _weight_kl(row: Row) -> str:
+    return text.with_error(row.weight_kl) if row.weight_kl else "-"
+
+
+def _tasks(row: Row) -> str:
+    return ", ".join(f"{task.name} {text.percent(task.value)}" for task in row.tasks) or "-"
+
+
+def _base_tasks(report: Report) -> str:
+    """The base's accuracy, which stands beside that of every file."""
+    tasks = next((row.tasks for row in report.rows if row.tasks), ())
+    said = [f"{t.name} {text.percent(t.base)}" for t in tasks if t.base is not None]
+    return ", ".join(said) or "-"
+
+
+def _rate(speed: Speed | None) -> str:
+    return f"{speed.generation:,.0f}" if speed else "-"
+
+
+def choice(report: Report, name: Callable[[Row], str] = lambda row: row.label) -> Table:
+    """Our files by the memory that they need, and the base."""
+    rows = [row for row in report.by_size if row.kind == OURS]
+    lines = [
+        Line(
+            row.kind,
+            (_memory(row.speed), name(row), text.size(row.n_bytes), text.with_error(row.kl)),
+        )
+        for row in rows
+    ]
+    base = report.base
+    cells = (_memory(base.speed), "full precision (not here)", text.size(base.n_bytes), "0")
+    return Table(("free memory", "file", "size", "mean KL"), (*lines, Line("base", cells)))
+
+
+def _memory(speed: Speed | None) -> str:
+    return text.size(speed.peak_bytes) if speed else "not measured"
 
 
 def _against(report: Report) -> str:

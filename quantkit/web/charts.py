@@ -1,4 +1,4 @@
-"""The report's plots on the page: the same pictures as in the report and on the model card."""
+"""What is drawn while a run is at work: the same pictures as in the report, from what is known."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Any
 
 from quantkit import report as reports
 from quantkit.launch import KlPoint
-from quantkit.report import plots, svg
-from quantkit.report.picture import Picture
+from quantkit.report import plots
 from quantkit.report.schema import TracePoint
-
-kl_text = reports.number
 
 
 def kl_with_error(value: float, stderr: float) -> str:
@@ -19,16 +16,21 @@ def kl_with_error(value: float, stderr: float) -> str:
     return reports.with_error(reports.Mean(value, stderr))
 
 
-def _shown(picture: Picture | None) -> str:
-    return "" if picture is None else svg.inline(picture)
-
-
 def kl_curve(points: Sequence[KlPoint]) -> str:
     """The best KL known so far over the tokens spent, with its standard error as a band."""
     trace = [TracePoint(p.generation, p.tokens, p.kl, p.stderr) for p in points]
-    return _shown(plots.convergence(trace))
+    picture = plots.convergence(trace)
+    return "" if picture is None else reports.figure(picture)
 
 
-def frontier(report: dict[str, Any]) -> str:
-    """KL over size: our file against the others. Lower and further left is better."""
-    return _shown(plots.frontier(reports.read(report)))
+def tensor_map(allocation: dict[str, Any]) -> str:
+    """The type of every tensor as a grid; empty for an allocation that holds nothing of that
+    form.
+    """
+    types = {
+        str(name): value["qtype"]
+        for name, value in allocation.items()
+        if isinstance(value, dict) and isinstance(value.get("qtype"), str)
+    }
+    picture = plots.tensor_map(types)
+    return "" if picture is None else reports.figure(picture)

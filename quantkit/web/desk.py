@@ -30,7 +30,7 @@ from quantkit.web.visitor import Visitors
 logger = logging.getLogger(__name__)
 
 # The parts of a job's page that are sent only when they changed, in the order of the outputs.
-CHUNKS = ("head", "stages", "curve", "files", "results", "card", "log", "raw")
+CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw")
 SWITCHES = (
     *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
     *("has_card", "is_there"),
@@ -337,9 +337,10 @@ def _rendered(job: JobView) -> dict[str, Any]:
     return {
         "head": view.head(job),
         "stages": view.stages(job),
-        "curve": view.curve(job) + results.live_map(job),
+        "curve": view.curve(job) + results.live_map(job) + view.strip(job),
         "files": view.files(job),
         "results": results.results(job),
+        "report": results.report(job),
         "card": view.card(job),
         "log": view.log(job),
     }

@@ -105,7 +105,7 @@ def head(job: JobView) -> str:
     state = badge("stopping") if job.stopping else badge(job.state)
     return (
         f'<div class="qk-head"><div class="qk-title">{title}{state}</div>'
-        f'<ul class="qk-facts">{items}</ul>{_state_note(job)}{_machine(job)}</div>'
+        f'<ul class="qk-facts">{items}</ul>{_state_note(job)}{_machine(job)}{_downloads(job)}</div>'
     )
 
 
@@ -172,19 +172,26 @@ def _state_note(job: JobView) -> str:
 
 
 def stages(job: JobView) -> str:
-    """The nine stages: a list while there is something to watch, a strip when all is done."""
+    """The nine stages, while there is something to watch."""
     if job.state == "finished":
-        total = sum(stage.seconds or 0 for stage in job.stages)
-        items = "".join(
-            f'<li class="done"><b>✓</b>{stage.name}<small>{_seconds(stage)}</small></li>'
-            for stage in job.stages
-        )
-        return (
-            f'<section aria-label="Stages"><h3>Nine stages in {duration(total)}</h3>'
-            f'<ol class="qk-strip">{items}</ol></section>'
-        )
+        return ""
     items = "".join(_stage(n, stage, job) for n, stage in enumerate(job.stages, 1))
     return f'<section aria-label="Stages"><ol class="qk-stages">{items}</ol></section>'
+
+
+def strip(job: JobView) -> str:
+    """The nine stages of a finished run, with what each took."""
+    if job.state != "finished":
+        return ""
+    total = sum(stage.seconds or 0 for stage in job.stages)
+    items = "".join(
+        f'<li class="done"><b>✓</b>{stage.name}<small>{_seconds(stage)}</small></li>'
+        for stage in job.stages
+    )
+    return (
+        f'<section class="qk-section" aria-label="Stages"><h3>Nine stages in {duration(total)}</h3>'
+        f'<ol class="qk-strip">{items}</ol></section>'
+    )
 
 
 def _seconds(stage: StageView) -> str:
@@ -222,8 +229,8 @@ def _stage(number: int, stage: StageView, job: JobView) -> str:
 
 
 def curve(job: JobView) -> str:
-    """The search's KL curve; empty while there is none to draw."""
-    picture = kl_curve(job.curve)
+    """The search's KL curve; empty while there is none to draw, and when the report shows it."""
+    picture = "" if job.report else kl_curve(job.curve)
     if not picture:
         return ""
     last = job.curve[-1]
@@ -279,18 +286,23 @@ def files(job: JobView) -> str:
             f"<span>{file_size(file.n_bytes)}</span>"
             f'<code title="sha256">{escape(file.sha256)}</code></li>'
         )
-    main = job.files[0]
-    button = (
-        f'<a class="qk-download" href="{escape(f"files/{quote(job.id)}/{quote(main.name)}")}"'
-        f' download="{escape(main.name)}">Download {escape(main.name)}<small>'
-        f"{file_size(main.n_bytes)}</small></a>"
-        if main.name.endswith(".gguf") and main.is_here
-        else _elsewhere(job)
-    )
+    where = "" if any(file.is_here for file in job.files) else _elsewhere(job)
     return (
-        f'<section class="qk-section"><h3>Files</h3>{button}'
+        f'<section class="qk-section"><h3>Files</h3>{where}'
         f'<ul class="qk-files">{"".join(rows)}</ul></section>'
     )
+
+
+def _downloads(job: JobView) -> str:
+    """A button for every finished GGUF that lies here: what most people came for."""
+    links = "".join(
+        f'<a class="qk-download" href="{escape(f"files/{quote(job.id)}/{quote(file.name)}")}"'
+        f' download="{escape(file.name)}">Download {escape(file.name)}<small>'
+        f"{file_size(file.n_bytes)}</small></a>"
+        for file in job.files
+        if file.is_model and file.is_here and job.state == "finished"
+    )
+    return f'<p class="qk-downloads">{links}</p>' if links else ""
 
 
 def _elsewhere(job: JobView) -> str:

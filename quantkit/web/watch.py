@@ -33,14 +33,14 @@ class Watch:
             )
             self.keep = gr.Button("Keep it", elem_id="keep", size="sm")
         self.notice = gr.HTML(visible=False, elem_id="job-notice")
-        for name in ("stages", "results", "files", "curve"):
-            self.chunks[name] = gr.HTML(elem_id=f"job-{name}", visible=False)
+        self._show("stages", "results")
         with gr.Column(visible=False, elem_id="talk-area") as self.talk_area:
             with gr.Accordion("Try it", open=False, elem_id="talk"):
                 self._talk()
         with gr.Column(visible=False, elem_id="publish-area") as self.publish_area:
             with gr.Accordion("Publish to the Hugging Face Hub", open=False, elem_id="publish-now"):
                 self._publish()
+        self._show("report", "files", "curve")
         with gr.Accordion("Model card", open=False, elem_id="card", visible=False) as self.card:
             self.chunks["card"] = gr.Markdown(elem_id="job-card", visible=False)
         with gr.Column(visible=False) as self.logs:
@@ -48,6 +48,10 @@ class Watch:
                 self.chunks["log"] = gr.HTML(elem_id="job-log")
                 with gr.Accordion("Raw output of the worker", open=False, elem_id="raw"):
                     self.chunks["raw"] = gr.HTML(elem_id="job-raw")
+
+    def _show(self, *names: str) -> None:
+        for name in names:
+            self.chunks[name] = gr.HTML(elem_id=f"job-{name}", visible=False)
 
     def _talk(self) -> None:
         gr.HTML(
