@@ -28,7 +28,7 @@ def test_answers_with_one_object(whole_run: tuple[Run, Answer]) -> None:
     assert len(answer.out.splitlines()) == 1
     assert answer.json["folder"] == str(run.folder)
     assert tuple(answer.json["stages"]) == STAGES
-    assert answer.json["stages"]["stitch"]["file"] == run.output.name
+    assert answer.json["stages"]["stitch"]["outputs"][0]["file"] == run.output.name
     assert "**Tiny-Llama-EVO-Q4_K_M.gguf**" in answer.err  # the table, for people
     assert "Traceback" not in answer.err
 
@@ -37,7 +37,7 @@ def test_budget(run: Run) -> None:
     """Without a size: that of Q4_K_M, and no byte more."""
     (output,) = run.report["outputs"]
     limit = stock_bytes(GgufFile(run.base), StockRecipe("Q4_K_M"))
-    assert output["budget_bytes"] == limit
+    assert output["search"]["limit_bytes"] == limit
     assert output["n_bytes"] == run.output.stat().st_size <= limit
     assert output["n_bytes"] > 0.99 * limit  # a budget is there to be used
     assert output["bpw"] == 8 * output["n_bytes"] / GgufFile(run.base).n_elements
@@ -68,7 +68,7 @@ def test_baselines_are_the_neighbours_in_size(run: Run) -> None:
     n_bytes = report["outputs"][0]["n_bytes"]
     stock = [row for row in report["baselines"] if row["kind"] == "stock"]
     sizes = {row["name"]: row["n_bytes"] for row in stock}
-    assert sizes["Q4_K_M"] >= report["outputs"][0]["budget_bytes"]
+    assert sizes["Q4_K_M"] >= report["outputs"][0]["search"]["limit_bytes"]
     assert any(size <= n_bytes for size in sizes.values())
     assert any(size > n_bytes for size in sizes.values())
 

@@ -90,7 +90,7 @@ def test_better_than_the_stock_file(trained_run: Run) -> None:
     report = trained_run.report
     (output,) = report["outputs"]
     stock = next(row for row in report["baselines"] if row["name"] == "Q4_K_M")
-    assert output["n_bytes"] <= output["budget_bytes"] <= stock["n_bytes"]
+    assert output["n_bytes"] <= output["search"]["limit_bytes"] <= stock["n_bytes"]
     assert output["kl"]["mean"] < SHARE * stock["kl"]["mean"]
     assert output["top1"] > stock["top1"]
     for name, domain in output["domains"].items():
