@@ -5,6 +5,13 @@ any permutation of rows. The converter permutes, splits, fuses and stacks rows; 
 them. So a GGUF tensor is matched with the loaded model's weights row by row, bit for bit, after the
 same cast of dtype: that finds permuted q and k, fused qkv, transposed Conv1D and stacked experts
 without a table of architectures.
+
+Some tensors are not made of whole rows of a weight, yet found. Experts that the model multiplies
+from the left lie transposed, (n_experts, n_in, n_out). Where heads are stored in another order, so
+are the columns of the projection that reads them (Qwen3.5's linear attention): its Hessian is
+permuted alike. And where llama.cpp absorbs a projection into another (the k_b of latent attention),
+the tensor's own transpose has the rows: it can be put back, but its columns are no module's input,
+so it has no Hessian.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +36,7 @@ from quantkit.rundir import replacing
 from quantkit.tensors import TensorSpec
 
 _TABLE = "token_embd.weight"  # what llama.cpp calls the input embeddings of every architecture
+_COLUMNS = "/columns"  # after a tensor's name in the file of maps
 _DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
@@ -37,24 +45,60 @@ class RowMap:
     """Where the rows of one GGUF tensor come from.
 
     GGUF row i is row `rows[i]` of the weight `parameter` of the loaded model, all experts' rows
-    counted through. With
-    `transposed`, rows are columns of the parameter (Conv1D). `rows` is None for the identity.
+    counted through. With `transposed`, rows are columns of the parameter, or of each expert's part
+    of it. `rows` is None for the identity. With `flipped`, not the tensor's rows are meant but
+    those of its transpose: of each of its `flipped` parts. GGUF column j is the module's input
+    `columns[j]`.
     """
 
     tensor: str
     parameter: str
     transposed: bool
     rows: torch.Tensor | None  # int64 (n_rows,)
-    module: str  # whose input the tensor's columns are: of a tied embedding, the output head
+    module: str  # whose input the columns are: of a tied embedding, the output head; "": no one's
     is_lookup: bool  # rows are looked up by token id: the input embedding
+    flipped: int = 0  # parts of the tensor that are transposed each, 0: not at all
+    columns: torch.Tensor | None = None  # int64 (n_columns,), None: in their order
+
+    def n_columns(self, parameter: torch.Tensor) -> int:
+        """The columns of the GGUF tensor."""
+        if self.flipped:
+            n_rows = parameter.numel() // parameter.shape[-1] if self.rows is None else len(self.rows)
+            return n_rows // self.flipped
+        return parameter.shape[-2 if self.transposed else -1]
+
+    def gather(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The GGUF rows (n_rows, n_columns) of what is shaped like the parameter."""
+        rows = _rows(parameter, self.transposed)
+        rows = rows if self.rows is None else rows[self.rows.to(rows.device)]
+        rows = rows if self.columns is None else rows[:, self.columns.to(rows.device)]
+        return _flip(rows, self.flipped) if self.flipped else rows
 
     def scatter(self, values: torch.Tensor, parameter: torch.Tensor) -> None:
         """Write GGUF rows (n_rows, n_columns) into the parameter, in place."""
-        flat = parameter.T if self.transposed else parameter.view(-1, parameter.shape[-1])
+        if self.flipped:
+            values = _flip(values, self.flipped)
+        if self.columns is not None:
+            values = values[:, self.columns.argsort().to(values.device)]
+        matrices = parameter.mT if self.transposed else parameter  # a view, not always reshapeable
+        if matrices.dim() == 2:
+            matrices = matrices[None]
         if self.rows is None:
-            flat.copy_(values)
+            matrices.copy_(values.view(matrices.shape))
         else:
-            flat[self.rows.to(flat.device)] = values.to(flat.dtype)
+            rows, n = self.rows.to(parameter.device), matrices.shape[1]
+            matrices[rows // n, rows % n] = values.to(parameter.dtype)
+
+
+def _rows(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The rows (n_rows, n_columns) of a weight of two or three axes."""
+    return (weight.mT if transposed else weight).reshape(-1, weight.shape[-2 if transposed else -1])
+
+
+def _flip(rows: torch.Tensor, n_parts: int) -> torch.Tensor:
+    """Rows (n_parts * a, b) with every part transposed: (n_parts * b, a)."""
+    parts = rows.reshape(n_parts, -1, rows.shape[-1])
+    return parts.mT.reshape(-1, parts.shape[1])
 
 
 def _digests(rows: np.ndarray) -> np.ndarray:
@@ -78,9 +122,15 @@ class RowMatcher:
         self._weights = {
             name: weight for name, weight in model.named_parameters() if weight.dim() in (2, 3)
         }
-        self._conv1d = {
+        conv1d = {
             f"{name}.weight" for name, m in model.named_modules() if type(m).__name__ == "Conv1D"
         }
+        # Which way round a stack of experts is multiplied cannot be seen from it: both are tried.
+        self._ways = [
+            (name, transposed)
+            for name, weight in self._weights.items()
+            for transposed in ((False, True) if weight.dim() == 3 else (name in conv1d,))
+        ]
         table = model.get_input_embeddings()
         self._lookups = {
             n for n, w in self._weights.items() if table is not None and w is table.weight
@@ -91,20 +141,18 @@ class RowMatcher:
             for name, weight in self._weights.items()
             if getattr(module, "weight", None) is weight and isinstance(module, nn.Linear)
         }
-        self._index: dict[tuple[str, QuantType], tuple[np.ndarray, np.ndarray]] = {}
-        self._taken: dict[str, np.ndarray] = {}  # weight -> which rows are a tensor's already
+        self._index: dict[tuple[str, bool, QuantType], tuple[np.ndarray, np.ndarray]] = {}
+        self._taken: dict[tuple[str, bool], np.ndarray] = {}  # which rows are a tensor's already
 
-    def _digests_of(self, name: str, qtype: QuantType) -> tuple[np.ndarray, np.ndarray]:
+    def _digests_of(
+        self, name: str, transposed: bool, qtype: QuantType
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The sorted digests of a weight's rows, cast to a GGUF type, and the row of each."""
-        if (name, qtype) not in self._index:
-            digests = _digests(_row_bytes(self._rows_of(name), qtype))
+        if (name, transposed, qtype) not in self._index:
+            digests = _digests(_row_bytes(_rows(self._weights[name], transposed), qtype))
             order = np.argsort(digests, kind="stable")
-            self._index[name, qtype] = digests[order], order
-        return self._index[name, qtype]
-
-    def _rows_of(self, name: str) -> torch.Tensor:
-        weight = self._weights[name]
-        return weight.T if name in self._conv1d else weight.reshape(-1, weight.shape[-1])
+            self._index[name, transposed, qtype] = digests[order], order
+        return self._index[name, transposed, qtype]
 
     def match(self, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
         """The row map of a GGUF tensor with stored rows `packed`, or None where a row is not the
@@ -116,15 +164,54 @@ class RowMatcher:
         """
         if spec.qtype not in _DTYPES:
             return None
-        wanted = _digests(np.ascontiguousarray(packed))
-        best: tuple[tuple[bool, ...], str, np.ndarray] | None = None
-        for name in self._weights:
-            if self._rows_of(name).shape[1] != spec.n_columns:
+        found = self._match(spec, np.ascontiguousarray(packed), 0)
+        if found is None and len(spec.shape) == 3:
+            n_parts, n_rows, n_columns = spec.shape
+            flipped = packed.reshape(n_parts, n_rows, n_columns, -1).swapaxes(1, 2)
+            found = self._match(
+                replace(spec, shape=(n_parts, n_columns, n_rows)),
+                np.ascontiguousarray(flipped).reshape(n_parts * n_columns, -1),
+                n_parts,
+            )
+        if found is None and len(spec.shape) == 2:
+            found = self._match_columns(spec, np.ascontiguousarray(packed))
+        return found
+
+    def _match_columns(self, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
+        """The map of a tensor whose columns are a weight's in another order, its rows in theirs."""
+        upright = packed.reshape(*spec.shape, -1).swapaxes(0, 1)
+        wanted = _digests(np.ascontiguousarray(upright).reshape(spec.n_columns, -1))
+        for name, transposed in self._ways:
+            weight = self._weights[name]
+            rows = weight.mT if transposed else weight
+            if rows.shape != spec.shape or _first_number(name) != _first_number(spec.name):
                 continue
-            digests, order = self._digests_of(name, spec.qtype)
+            digests = _digests(_row_bytes(rows.mT, spec.qtype))
+            order = np.argsort(digests, kind="stable")
+            columns = _find(wanted, digests[order], order)
+            if columns is not None and len(np.unique(columns)) == len(columns):
+                module = self._heads.get(name, name.removesuffix(".weight"))
+                return RowMap(
+                    spec.name,
+                    name,
+                    transposed,
+                    None,
+                    module,
+                    name in self._lookups,
+                    columns=torch.from_numpy(columns),
+                )
+        return None
+
+    def _match(self, spec: TensorSpec, packed: native.Bytes, flipped: int) -> RowMap | None:
+        wanted = _digests(packed)
+        best: tuple[tuple[bool, ...], tuple[str, bool], np.ndarray] | None = None
+        for name, transposed in self._ways:
+            if self._weights[name].shape[-2 if transposed else -1] != spec.n_columns:
+                continue
+            digests, order = self._digests_of(name, transposed, spec.qtype)
             if not _has(digests, wanted[0]):
                 continue
-            free = ~self._taken.setdefault(name, np.zeros(len(digests), bool))[order]
+            free = ~self._taken.setdefault((name, transposed), np.zeros(len(digests), bool))[order]
             rows = _find(wanted, digests[free], order[free])
             is_free = rows is not None
             if rows is None:
@@ -138,20 +225,21 @@ class RowMatcher:
                 _first_number(spec.name) != _first_number(name),
             )
             if best is None or misfit < best[0]:
-                best = misfit, name, rows
+                best = misfit, (name, transposed), rows
         if best is None:
             return None
-        _, name, rows = best
-        taken = self._taken[name]
+        _, (name, transposed), rows = best
+        taken = self._taken[name, transposed]
         taken[rows] = True
         identity = len(rows) == len(taken) and bool((rows == np.arange(len(rows))).all())
         return RowMap(
             spec.name,
             name,
-            name in self._conv1d,
+            transposed,
             None if identity else torch.from_numpy(rows),
-            self._heads.get(name, name.removesuffix(".weight")),
+            "" if flipped else self._heads.get(name, name.removesuffix(".weight")),
             name in self._lookups,
+            flipped,
         )
 
 
@@ -191,8 +279,12 @@ def save_row_maps(maps: Mapping[str, RowMap], path: Path) -> None:
     """Write row maps as safetensors: an index tensor for each that is not the identity, the rest in
     the header.
     """
-    header = [[m.tensor, m.parameter, m.transposed, m.module, m.is_lookup] for m in maps.values()]
+    header = [
+        [m.tensor, m.parameter, m.transposed, m.module, m.is_lookup, m.flipped]
+        for m in maps.values()
+    ]
     rows = {name: m.rows for name, m in maps.items() if m.rows is not None}
+    rows |= {f"{name}{_COLUMNS}": m.columns for name, m in maps.items() if m.columns is not None}
     with replacing(path) as partial:
         save_file(rows, partial, metadata={"row_maps": json.dumps(header)})
 
@@ -207,10 +299,8 @@ def load_row_maps(path: Path) -> dict[str, RowMap]:
                 parameter,
                 transposed,
                 file.get_tensor(tensor) if tensor in stored else None,
-                module,
-                is_lookup,
+                *rest,
+                file.get_tensor(tensor + _COLUMNS) if tensor + _COLUMNS in stored else None,
             )
-            for tensor, parameter, transposed, module, is_lookup in json.loads(
-                file.metadata()["row_maps"]
-            )
+            for tensor, parameter, transposed, *rest in json.loads(file.metadata()["row_maps"])
         }

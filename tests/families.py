@@ -20,7 +20,7 @@ from tiny_models import N_TOKENS, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-SPREAD = 4.0  # standard deviation of a position's logits
+SPREAD = 3.5  # standard deviation of a position's logits
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def enliven(model: PreTrainedModel) -> None:
             # Small beside what blocks add: else a tied head only ever repeats the token.
             nn.init.normal_(parameter, std=0.02)
         elif "conv" not in name:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+            # Decided choices of experts: where two are level, rounding chooses.
+            gain = 6 if name.endswith((".gate.weight", ".router.weight")) else 1
+            nn.init.normal_(parameter, std=gain * parameter.shape[-1] ** -0.5)
     head = model.get_output_embeddings().weight
     if id(head) not in lookups:
         head.mul_(SPREAD / _spread(model))
@@ -117,6 +119,13 @@ _SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
+}
+
+
+_SMALL_MHA = {**_SMALL, "intermediate_size": 1024, "num_key_value_heads": 4}
+_SIX = {  # Gemma 3: five layers see a window, the sixth sees all
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
 }
 
 
@@ -246,7 +255,7 @@ FAMILIES = {
                 "DeepseekV2Config",
                 "DeepseekV2ForCausalLM",
                 **{**_SMALL, "num_key_value_heads": 4},
-                q_lora_rank=None,
+                q_lora_rank=256,
                 kv_lora_rank=256,
                 qk_nope_head_dim=32,
                 qk_rope_head_dim=32,
@@ -282,6 +291,7 @@ FAMILIES = {
                 n_group=2,
                 topk_group=1,
                 norm_topk_prob=True,
+                scoring_func="sigmoid",  # the original's config says so, not transformers'
             ),
         ),
         Family(
@@ -304,11 +314,10 @@ FAMILIES = {
             _build(
                 "Gemma3TextConfig",
                 "Gemma3ForCausalLM",
-                **{**_SMALL, "tie_word_embeddings": True, "hidden_size": 640},
+                **{**_SMALL, "tie_word_embeddings": True, "hidden_size": 640, **_SIX},
                 head_dim=256,
                 query_pre_attn_scalar=256,
                 sliding_window=64,
-                layer_types=["sliding_attention", "full_attention"],
             ),
             "spm",
         ),
@@ -320,11 +329,10 @@ FAMILIES = {
                 "Gemma3ForConditionalGeneration",
                 {
                     "model_type": "gemma3_text",
-                    **{**_SMALL, "tie_word_embeddings": True},
+                    **{**_SMALL, "tie_word_embeddings": True, **_SIX},
                     "head_dim": 64,
                     "query_pre_attn_scalar": 64,
                     "sliding_window": 64,
-                    "layer_types": ["sliding_attention", "full_attention"],
                 },
                 {
                     "model_type": "siglip_vision_model",
@@ -354,7 +362,7 @@ FAMILIES = {
             ),
             "spm",
         ),
-        Family("Phi-2", "Phi-1.5, Phi-2", _build("PhiConfig", "PhiForCausalLM", **_SMALL)),
+        Family("Phi-2", "Phi-1.5, Phi-2", _build("PhiConfig", "PhiForCausalLM", **_SMALL_MHA)),
         Family(
             "SmolLM3",
             "SmolLM3 3B",
@@ -383,7 +391,7 @@ FAMILIES = {
             "GPT-2",
             "GPT-2",
             _build(
-                "GPT2Config", "GPT2LMHeadModel", n_embd=256, n_layer=2, n_head=4, n_positions=1024
+                "GPT2Config", "GPT2LMHeadModel", n_embd=256, n_layer=2, n_head=4, n_positions=512
             ),
         ),
         Family(
@@ -440,13 +448,13 @@ FAMILIES = {
             _build(
                 "Qwen3_5TextConfig",
                 "Qwen3_5ForCausalLM",
-                **_SMALL,
+                **{**_SMALL, "num_hidden_layers": 4},
                 head_dim=64,
                 linear_num_key_heads=2,
                 linear_num_value_heads=4,
                 linear_key_head_dim=32,
                 linear_value_head_dim=32,
-                layer_types=["linear_attention", "full_attention"],
+                layer_types=["linear_attention"] * 3 + ["full_attention"],
             ),
         ),
         Family(

@@ -36,8 +36,9 @@ class Row:
     family: str
     architecture: str  # of the GGUF
     mapped_share: float  # of the parameters of quantizable tensors
-    gptq_share: float  # of them with statistics of their inputs
+    gptq_share: float  # of the parameters of linear layers: all but a table that is looked up
     kl_f16: float
+    kl_f16_worst: float  # of one token
     kl_file: float
     kl_swapped: float  # with two heads, or other rows, exchanged on one side
     spread: float  # standard deviation of a position's logits
@@ -61,7 +62,7 @@ def run_family(family: Family, folder: Path) -> Row:
     with _profile() as profile:
         asked = config.RunConfig(
             str(checkpoint),
-            targets=(config.Target("bpw", "6"),),
+            targets=(config.Target("like", "Q5_K_M"),),
             profile=profile,
             calibration="docs,code",
         )
@@ -79,7 +80,11 @@ def run_family(family: Family, folder: Path) -> Row:
     as_it_is = agreement.measure(stitched, ids, logits)
     summary = records["convert"].summary
     errors = read_json(directory.stage_dir("quantize") / "errors.json")["errors"]
-    sizes = {name: math.prod(file.tensors[name].shape) for name in errors}
+    sizes = {
+        name: math.prod(file.tensors[name].shape)
+        for name in errors
+        if not (name in maps and maps[name].is_lookup and maps[name].module == _table(maps[name]))
+    }
     solved = sum(n for name, n in sizes.items() if _has_gptq(errors[name]))
     return Row(
         family.name,
@@ -87,11 +92,17 @@ def run_family(family: Family, folder: Path) -> Row:
         summary["mapped_share"],
         solved / sum(sizes.values()),
         at_f16.mean_kl,
+        at_f16.max_kl,
         as_it_is.mean_kl,
         swap.mean_kl,
         float(logits.std(-1).mean()),
         time.monotonic() - begun,
     )
+
+
+def _table(row_map: RowMap) -> str:
+    """The module of an embedding that is not also the head."""
+    return row_map.parameter.removesuffix(".weight")
 
 
 def _has_gptq(types: dict[str, Any]) -> bool:

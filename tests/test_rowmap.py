@@ -48,9 +48,7 @@ def match(model: nn.Module, rows: torch.Tensor, qtype: QuantType = BF16) -> RowM
 
 def gathered(map_: RowMap, model: nn.Module) -> torch.Tensor:
     """The rows that a map says a tensor has."""
-    weight = model.get_parameter(map_.parameter)
-    flat = weight.T if map_.transposed else weight.reshape(-1, weight.shape[-1])
-    return flat if map_.rows is None else flat[map_.rows]
+    return map_.gather(model.get_parameter(map_.parameter))
 
 
 @pytest.mark.parametrize("qtype", [BF16, F16, F32], ids=str)
@@ -194,6 +192,52 @@ def test_stacked_experts() -> None:
     assert torch.equal(model.gate_up_proj[:, 5:], ups)
 
 
+def test_experts_multiplied_from_the_left() -> None:
+    """gpt-oss keeps (n_experts, n_in, n_out), gates and ups in turn; GGUF has the gates alone."""
+    torch.manual_seed(0)
+    model = Experts().requires_grad_(False)
+    gates = model.gate_up_proj[:, :, ::2].mT.reshape(4 * 8, 10)
+    found = match(model, gates, F32)
+    assert found is not None and found.transposed and found.n_columns(model.gate_up_proj) == 10
+    assert torch.equal(gathered(found, model), gates)
+    values, ups = torch.randn(32, 10), model.gate_up_proj[:, :, 1::2].clone()
+    found.scatter(values, model.gate_up_proj)
+    assert torch.equal(gathered(found, model), values)
+    assert torch.equal(model.gate_up_proj[:, :, 1::2], ups)
+
+
+def test_a_part_that_is_absorbed_transposed() -> None:
+    """The k_b of latent attention: the first rows of every head, each head transposed."""
+    model = llama()
+    weight = model.model.layers[1].self_attn.o_proj.weight  # 4 heads of 16 rows
+    stack = weight.view(4, 16, 64)[:, :12].mT.contiguous()
+    packed = stack.view(torch.uint8).numpy().reshape(4 * 64, -1)
+    spec = TensorSpec("blk.1.attn_k_b.weight", tuple(stack.shape), BF16, True)
+    found = RowMatcher(model).match(spec, packed)
+    assert found is not None and found.flipped == 4 and found.module == ""
+    assert found.n_columns(weight) == 12
+    assert torch.equal(gathered(found, model), stack.reshape(-1, 12))
+    values, rest = torch.randn(256, 12).bfloat16(), weight.view(4, 16, 64)[:, 12:].clone()
+    found.scatter(values, weight)
+    assert torch.equal(gathered(found, model), values)
+    assert torch.equal(weight.view(4, 16, 64)[:, 12:], rest)
+
+
+@given(seed=st.integers(0, 1000))
+def test_permuted_columns_are_found(seed: int) -> None:
+    """Heads in another order, seen from the projection that reads them."""
+    model = llama()
+    weight = model.model.layers[1].self_attn.o_proj.weight
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+    spec, packed = stored(weight[:, order], name="blk.1.attn_output.weight")
+    found = RowMatcher(model).match(spec, packed)
+    assert found is not None and found.columns is not None and found.rows is None
+    assert torch.equal(found.columns, order)
+    values = torch.randn(64, 64).bfloat16()
+    found.scatter(values, weight)
+    assert torch.equal(weight[:, order], values)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_repeated_layers_keep_apart(order: tuple[int, int]) -> None:
     """Depth-upscaled and self-merged models repeat layers bit for bit. Each must get its own input
@@ -243,11 +287,13 @@ def test_constant_weights_keep_apart() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     maps = {
         "a": RowMap("a", "x.a.weight", False, None, "x.a", False),
-        "b": RowMap("b", "x.b.weight", True, torch.tensor([2, 0, 1]), "x.b", True),
+        "b": RowMap("b", "x.b.weight", True, torch.tensor([2, 0, 1]), "x.b", True, 3),
+        "c": RowMap("c", "c", False, None, "c", False, columns=torch.tensor([1, 0])),
     }
     save_row_maps(maps, tmp_path / "maps.safetensors")
     loaded = load_row_maps(tmp_path / "maps.safetensors")
-    assert list(loaded) == ["a", "b"] and loaded["a"] == maps["a"]
+    assert torch.equal(loaded["c"].columns, torch.tensor([1, 0])) and loaded["c"].rows is None
+    assert list(loaded) == ["a", "b", "c"] and loaded["a"] == maps["a"]
     assert torch.equal(loaded["b"].rows, maps["b"].rows)
     assert {**vars(loaded["b"]), "rows": 0} == {**vars(maps["b"]), "rows": 0}
 

@@ -1,5 +1,5 @@
-"""Models that the pinned llama.cpp cannot run as its converter writes them, though another of its
-architectures computes the very same. Runs inside the sandbox, beside the converter's own classes.
+"""Models that the converter, left alone, writes as llama.cpp cannot run them. Runs inside the
+sandbox, beside the converter's own classes.
 
 **Llama 4 without experts** (MobileLLM-R1). llama.cpp's llama4 refuses a model without experts, and
 where every layer rotates it still leaves the last one unrotated. But that model is Qwen 3 to the
@@ -13,7 +13,43 @@ no layer has.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+
+def class_for(folder: Path, config: dict[str, Any], converters: type) -> type:
+    """The class to convert the text model in `folder` with: the converter's own or one from here.
+
+    Raises ValueError for a model that llama.cpp does not compute.
+    """
+    found = dense_llama4(config)
+    if found is not None:
+        return found
+    if getattr(converters, "supports_mtp_export", False) and not _has_prediction_head(
+        folder, config.get("text_config", config).get("num_hidden_layers")
+    ):
+        converters.no_mtp = True  # type: ignore[attr-defined]
+    return converters
+
+
+def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that also has the names that its settings had before transformers 5."""
+    rope = config.get("rope_parameters")
+    older = {
+        "n_ctx": config.get("n_positions"),
+        "rotary_pct": rope.get("partial_rotary_factor") if isinstance(rope, dict) else None,
+    }
+    return {**{name: value for name, value in older.items() if value is not None}, **config}
+
+
+def _has_prediction_head(folder: Path, n_layers: int | None) -> bool:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return any(".mtp." in f".{name}" or f".layers.{n_layers}." in name for name in names)
 
 
 def dense_llama4(config: dict[str, Any]) -> type | None:

@@ -117,6 +117,11 @@ def convert(
                         "llama.cpp puts other special tokens before or after a text than the "
                         "original tokenizer does: check add_bos_token in the result."
                     )
+                if outcome.status["composes"]:
+                    notes.append(
+                        "The tokenizer composes accents that are written as letter and mark (NFC), "
+                        "llama.cpp does not: such texts get other tokens."
+                    )
                 outcome = attempt(pre.name)
             if not outcome.ok or not partial.is_file():
                 raise explain(outcome, log_path, model.removed)

@@ -22,6 +22,7 @@ import resource
 import runpy
 import sys
 import traceback
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +202,18 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
         except NotImplementedError:
             if job["pre"] is not None:
                 return job["pre"]
-        plain = [tokenizer.encode(text, add_special_tokens=False) for text in job["probes"]]
-        special = [tokenizer.encode(text) for text in job["probes"]]
+        probes = job["probes"]
+        plain = [tokenizer.encode(text, add_special_tokens=False) for text in probes]
+        # A tokenizer that composes accents first (NFC) is asked for texts where there are none to
+        # compose: llama.cpp does not.
+        composed = [unicodedata.normalize("NFC", text) for text in probes]
+        same = [tokenizer.encode(text, add_special_tokens=False) for text in composed] == plain
+        probes = composed if same else probes
+        special = [tokenizer.encode(text) for text in probes]
         if len({token for tokens in plain for token in tokens}) < 100:
             # transformers makes an empty tokenizer where the vocabulary is missing
             raise ValueError("the tokenizer has no vocabulary")
-        report(job["status"], plain=plain, special=special)
+        report(job["status"], probes=probes, composes=same, plain=plain, special=special)
         job["skeleton"] = True
         return "default"
 
@@ -214,17 +221,23 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
 
 
 def add_models(job: dict[str, Any]) -> None:
-    """Have the converter take a class of `added.py` where there is one for this model."""
+    """Have the converter take the class that `added.py` names for this model."""
     import conversion
 
     added = runpy.run_path(str(Path(__file__).with_name("added.py")))
-    config = json.loads((Path(job["arguments"][0]) / "config.json").read_text(encoding="utf-8"))
-    found = added["dense_llama4"](config)
+    folder = Path(job["arguments"][0])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     get_model_class = conversion.get_model_class
-    if found is not None:
-        conversion.get_model_class = lambda name, mmproj=False: (
-            get_model_class(name, mmproj=True) if mmproj else found
-        )
+
+    def get(name: str, mmproj: bool = False) -> Any:
+        found = get_model_class(name, mmproj=mmproj)
+        return found if mmproj else added["class_for"](folder, config, found)
+
+    conversion.get_model_class = get
+    load_hparams = conversion.ModelBase.load_hparams
+    conversion.ModelBase.load_hparams = staticmethod(
+        lambda *args, **kwargs: added["with_older_names"](load_hparams(*args, **kwargs))
+    )
 
 
 def list_architectures(job: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def find(tree: Path, skeleton: Path, status: dict[str, Any], log: Path) -> PreTo
         sandbox.Limits.for_weights(0, 0),
         gguf=str(skeleton),
         candidates=candidates(tree),
-        probes=PROBES,
+        probes=status["probes"],
         plain=status["plain"],
         special=status["special"],
     )

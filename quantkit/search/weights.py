@@ -64,9 +64,7 @@ class Weights:
         """A tensor's rows (n_rows, n_columns) of something shaped like its parameter."""
         map_ = self._maps[tensor]
         assert map_ is not None
-        flat = like_parameter.T if map_.transposed else like_parameter
-        flat = flat.reshape(-1, flat.shape[-1])
-        return flat if map_.rows is None else flat[map_.rows.to(flat.device)]
+        return map_.gather(like_parameter)
 
     def values(self, tensor: int, choice: int) -> torch.Tensor:
         """What the bytes of a choice stand for: float32 (n_rows, n_columns), on the CPU."""
@@ -77,8 +75,7 @@ class Weights:
             mapped = self._files[candidate.file] = np.memmap(path, np.uint8, "r")
         map_ = self._maps[tensor]
         assert map_ is not None
-        shape = self._parameters[map_.parameter].shape
-        n_columns = shape[0] if map_.transposed else shape[-1]
+        n_columns = map_.n_columns(self._parameters[map_.parameter])
         packed = mapped[candidate.offset : candidate.offset + candidate.n_bytes]
         rows = packed.reshape(-1, candidate.key.qtype.row_bytes(n_columns))
         return torch.from_numpy(native.dequantize(rows, candidate.key.qtype))
