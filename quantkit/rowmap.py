@@ -63,8 +63,8 @@ class RowMap:
     def n_columns(self, parameter: torch.Tensor) -> int:
         """The columns of the GGUF tensor."""
         if self.flipped:
-            n_rows = parameter.numel() // parameter.shape[-1] if self.rows is None else len(self.rows)
-            return n_rows // self.flipped
+            n_all = parameter.numel() // parameter.shape[-1]
+            return (n_all if self.rows is None else len(self.rows)) // self.flipped
         return parameter.shape[-2 if self.transposed else -1]
 
     def gather(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -293,14 +293,15 @@ def load_row_maps(path: Path) -> dict[str, RowMap]:
     """What `save_row_maps` wrote, by tensor name."""
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
-        return {
-            tensor: RowMap(
-                tensor,
-                parameter,
-                transposed,
-                file.get_tensor(tensor) if tensor in stored else None,
-                *rest,
-                file.get_tensor(tensor + _COLUMNS) if tensor + _COLUMNS in stored else None,
+
+        def index(name: str) -> torch.Tensor | None:
+            return file.get_tensor(name) if name in stored else None
+
+        found = {}
+        for entry in json.loads(file.metadata()["row_maps"]):
+            tensor, parameter, transposed, module, is_lookup, flipped = entry
+            rows, columns = index(tensor), index(tensor + _COLUMNS)
+            found[tensor] = RowMap(
+                tensor, parameter, transposed, rows, module, is_lookup, flipped, columns
             )
-            for tensor, parameter, transposed, *rest in json.loads(file.metadata()["row_maps"])
-        }
+        return found
