@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantkit.gptq.compete import Sensitivity
+from quantkit.gptq.experts import ExpertCollector
 from quantkit.gptq.fisher import Fisher
 from quantkit.gptq.hessian import HessianCollector
 from quantkit.rowmap import RowMap
@@ -25,10 +26,12 @@ from quantkit.rundir import replacing
 
 @dataclass(frozen=True)
 class InputDiagonal:
-    """Mean squared inputs of a module over the train tokens: float32 (n_columns,)."""
+    """Mean squared inputs of a module over the train tokens: float32 (n_columns,), of stacked
+    experts (n_experts, n_columns) and their token counts (n_experts,).
+    """
 
     diagonal: np.ndarray
-    n_tokens: int
+    n_tokens: int | np.ndarray
     in_blocks: bool  # False for the output head, which llama-imatrix leaves out
 
 
@@ -50,6 +53,34 @@ class InputStatistics:
         return self.heldout is self.train
 
 
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """The Hessians of one distinct input of a layer's experts, on disk: read an expert at a time.
+
+    `n_tokens` float32 (n_experts,) are the train tokens that the router sent; `weights` are those
+    and what was lent.
+    """
+
+    modules: tuple[str, ...]  # the 3-D parameters, whose names stand for modules in row maps
+    n_tokens: np.ndarray
+    weights: np.ndarray
+    path: Path
+    group: str
+
+    @property
+    def borrowers(self) -> np.ndarray:
+        """Experts of whose Hessian more than half is lent: indices."""
+        return np.flatnonzero(2 * self.n_tokens < self.weights)
+
+    def load(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert's train and held-out Hessians, float32 (n, n)."""
+        with safe_open(self.path, "pt") as file:
+            stored = set(file.keys())
+            train = file.get_slice(f"{self.group}/train")[expert]
+            heldout = f"{self.group}/heldout"
+            return train, file.get_slice(heldout)[expert] if heldout in stored else train
+
+
 def block_file(folder: Path, index: int) -> Path:
     return folder / "hessians" / f"block-{index:03d}.safetensors"
 
@@ -59,7 +90,10 @@ def head_file(folder: Path) -> Path:
 
 
 def save_statistics(
-    path: Path, collectors: Mapping[str, HessianCollector], in_blocks: bool
+    path: Path,
+    collectors: Mapping[str, HessianCollector],
+    in_blocks: bool,
+    experts: Mapping[str, ExpertCollector] | None = None,
 ) -> dict[str, InputDiagonal]:
     """Write the collectors' Hessians unless the file is there. Returns the train diagonals by
     module.
@@ -67,18 +101,36 @@ def save_statistics(
     if not path.exists():
         train = collectors["train"]
         header = {g: [list(train.members[g]), train.n_tokens[g]] for g in train.sums}
+        stacked = {}
+        if experts is not None:
+            own = experts["train"]
+            for g in own.sums:
+                counts = own.n_tokens[g].tolist(), own.weights[g].tolist()
+                stacked[g] = [list(own.members[g]), *counts]
         tensors = {
             f"{group}/{part}": hessian.cpu().contiguous()
-            for part, collector in collectors.items()
+            for found in (collectors, experts or {})
+            for part, collector in found.items()
             for group, hessian in collector.means().items()
         }
+        metadata = {"groups": json.dumps(header), "experts": json.dumps(stacked)}
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"groups": json.dumps(header)})
+            save_file(tensors, partial, metadata=metadata)
     return {
         module: InputDiagonal(s.train.diagonal().numpy().copy(), s.n_train, in_blocks)
         for s in load_statistics(path)
         for module in s.modules
+    } | {
+        module: InputDiagonal(diagonals, s.n_tokens, in_blocks)
+        for s in load_expert_statistics(path)
+        for diagonals in [_diagonals(s)]
+        for module in s.modules
     }
+
+
+def _diagonals(statistics: ExpertStatistics) -> np.ndarray:
+    n_experts = len(statistics.n_tokens)
+    return np.stack([statistics.load(e)[0].diagonal().numpy() for e in range(n_experts)])
 
 
 def load_statistics(path: Path) -> list[InputStatistics]:
@@ -92,6 +144,22 @@ def load_statistics(path: Path) -> list[InputStatistics]:
             heldout = file.get_tensor(name) if name in stored else train
             found.append(InputStatistics(tuple(modules), train, heldout, n_tokens))
         return found
+
+
+def load_expert_statistics(path: Path) -> list[ExpertStatistics]:
+    """What is stored of the inputs of a block's experts; empty for a block without any."""
+    with safe_open(path, "pt") as file:
+        table = json.loads(file.metadata().get("experts", "{}"))
+    return [
+        ExpertStatistics(
+            tuple(modules),
+            np.array(n_tokens, np.float32),
+            np.array(weights, np.float32),
+            path,
+            group,
+        )
+        for group, (modules, n_tokens, weights) in table.items()
+    ]
 
 
 def fisher_file(folder: Path) -> Path:

@@ -18,15 +18,16 @@ from quantkit.rundir import replacing
 
 def write_imatrix(
     path: Path,
-    importances: Mapping[str, tuple[Floats, int]],
+    importances: Mapping[str, tuple[Floats, int | Floats]],
     datasets: Sequence[str],
     n_chunks: int,
     n_ctx: int,
 ) -> None:
     """Write mean squared inputs and token counts by tensor name.
 
-    The values are float32 (n_columns,) or (n_experts, n_columns). The keys are those of llama.cpp's
-    tools/imatrix/imatrix.cpp: sums of squares as `<tensor>.in_sum2`, tokens as `<tensor>.counts`.
+    The values are float32 (n_columns,), or (n_experts, n_columns) with a count for each. The keys
+    are those of llama.cpp's tools/imatrix/imatrix.cpp: sums of squares as `<tensor>.in_sum2`,
+    tokens as `<tensor>.counts`.
     """
     with replacing(path) as partial:
         writer = GGUFWriter(partial, arch="")
@@ -37,8 +38,10 @@ def write_imatrix(
         writer.add_uint32("imatrix.chunk_size", n_ctx)
         for name, (mean_squares, n_tokens) in sorted(importances.items()):
             rows = np.atleast_2d(np.asarray(mean_squares, np.float32))
-            writer.add_tensor(f"{name}.in_sum2", rows * np.float32(n_tokens))
-            writer.add_tensor(f"{name}.counts", np.full((len(rows), 1), n_tokens, np.float32))
+            # An expert that was never chosen would lose its importances to a count of nothing.
+            counts = np.maximum(np.broadcast_to(n_tokens, len(rows)), 1).astype(np.float32)[:, None]
+            writer.add_tensor(f"{name}.in_sum2", rows * counts)
+            writer.add_tensor(f"{name}.counts", counts)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -37,8 +37,9 @@ class Error:
     nats: float | None
 
     @property
-    def rank(self) -> float:
-        return self.relative if self.nats is None else self.nats
+    def rank(self) -> tuple[float, float]:
+        """The smaller the better; an expert that no gradient reached is ranked by its output."""
+        return self.relative if self.nats is None else self.nats, self.relative
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Solved:
     method: str
     packed: native.Bytes  # uint8 (n_rows, row_bytes)
     errors: dict[str, Error]
+    n_experts: dict[str, int] | None = None  # of stacked experts: how many each method made
 
 
 @dataclass(frozen=True)
@@ -114,24 +116,45 @@ def solve_tensor(
     for first in range(0, n_rows, step):
         last = min(first + step, n_rows)
         own = None if sensitivity is None else sensitivity.rows(first, last)
-        parts.append(_solve_rows(weight[first:last], types, methods, inputs, own, n_sweeps))
+        parts.append(solve_rows(weight[first:last], types, methods, inputs, own, n_sweeps))
+    return {qtype: _decide(qtype, parts) for qtype in types}
+
+
+def _decide(qtype: QuantType, parts: Sequence[Part]) -> Solved:
+    """One tensor's rows by the one method that is best for all of them."""
+    errors = {
+        method: _sum([part.errors[qtype, method] for part in parts], parts)
+        for (kind, method) in parts[0].packed
+        if kind == qtype
+    }
+    best = min(errors, key=lambda method: errors[method].rank)
+    packed = torch.cat([part.packed[qtype, best] for part in parts]).numpy()
+    return Solved(qtype, best, packed, errors)
+
+
+def decide_experts(qtype: QuantType, experts: Sequence[Part]) -> Solved:
+    """A tensor of stacked experts, each by the method that is best for it: they share a type, not
+    a method. Named after the method of most, whose error is that of the tensor as it is stored.
+    """
+    methods = [method for (kind, method) in experts[0].packed if kind == qtype]
+    chosen = [min(methods, key=lambda m: part.errors[qtype, m].rank) for part in experts]
+    errors = {m: _sum([part.errors[qtype, m] for part in experts], experts) for m in methods}
+    best = max(methods, key=chosen.count)
+    mixed = [part.errors[qtype, m] for part, m in zip(experts, chosen, strict=True)]
+    errors[best] = _sum(mixed, experts)
+    packed = [part.packed[qtype, m] for part, m in zip(experts, chosen, strict=True)]
+    n_experts = {m: chosen.count(m) for m in methods}
+    return Solved(qtype, best, torch.cat(packed).numpy(), errors, n_experts)
+
+
+def _sum(errors: Sequence[Error], parts: Sequence[Part]) -> Error:
     power = max(sum(part.power for part in parts), 1e-30)
-    solved = {}
-    for qtype in types:
-        found = [method for (kind, method) in parts[0].packed if kind == qtype]
-        errors = {}
-        for method in found:
-            sums = [part.errors[qtype, method] for part in parts]
-            nats = None if sums[0].nats is None else sum(e.nats or 0.0 for e in sums)
-            errors[method] = Error(sum(e.relative for e in sums) / power, nats)
-        best = min(errors, key=lambda method: errors[method].rank)
-        packed = torch.cat([part.packed[qtype, best] for part in parts]).numpy()
-        solved[qtype] = Solved(qtype, best, packed, errors)
-    return solved
+    nats = None if errors[0].nats is None else sum(e.nats or 0.0 for e in errors)
+    return Error(sum(e.relative for e in errors) / power, nats)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Some rows of a tensor; errors are sums, not yet divided by the power."""
 
     power: float
@@ -139,14 +162,14 @@ class _Part:
     packed: Mapping[tuple[QuantType, str], torch.Tensor]  # uint8 (n_rows, row_bytes), on the CPU
 
 
-def _solve_rows(
+def solve_rows(
     weight: native.Floats,
     types: Sequence[QuantType],
     methods: Sequence[str],
     inputs: Inputs | None,
     sensitivity: Sensitivity | None,
     n_sweeps: int,
-) -> _Part:
+) -> Part:
     """All allowed methods on one piece of a tensor."""
     device = inputs.heldout.device if inputs else torch.device("cpu")
     original = torch.from_numpy(weight).to(device)
@@ -172,7 +195,7 @@ def _solve_rows(
     for (qtype, method), rows in packed.items():
         errors[qtype, method] = _error(_values(rows, qtype) - original, inputs, sensitivity)
     power = _error(original, inputs, None).relative
-    return _Part(power, errors, {key: rows.cpu() for key, rows in packed.items()})
+    return Part(power, errors, {key: rows.cpu() for key, rows in packed.items()})
 
 
 def _weighted(weight: torch.Tensor, qtype: QuantType, importance: native.Floats) -> torch.Tensor:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.blockwise import BlockwiseModel
+from quantkit.gptq.experts import ExpertProducts, eager_experts, stacked_parameters
 from quantkit.gptq.hessian import is_linear
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """Mean squared gradients: by module per output feature (n_out,), float32; of the output head,
-    p(1 - p).
+    """Mean squared gradients: by module per output feature (n_out,), float32, all experts' counted
+    through; of the output head, p(1 - p).
 
     `embedding` (n_embd,) is that of the embedded input, `frequency` (n_vocab,) how often each token
     was looked up, as a share of all positions.
@@ -114,12 +115,29 @@ def _backward(
 
         return hook
 
+    experts = stacked_parameters(model.blocks[index], prefix)
+
+    def watch_expert(name: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            return
+
+        def add(grad: torch.Tensor) -> None:
+            squares = grad.float().square()
+            squares = squares.sum(1) if x.dim() == 3 else squares.flatten(0, -2).sum(0)[None]
+            if name not in sums:
+                shape = (len(experts[name]), grad.shape[-1])
+                sums[name] = torch.zeros(shape, device=grad.device).flatten()
+            sums[name].view(-1, grad.shape[-1])[expert : expert + len(squares)] += squares
+
+        output.register_hook(add)
+
     for name, module in model.blocks[index].named_modules():
         if is_linear(module):
             handles.append(module.register_forward_hook(watch(f"{prefix}.{name}")))
     hidden = hidden.detach().requires_grad_()
+    seeing = ExpertProducts(experts, watch_expert)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), eager_experts(model.blocks[index]), seeing:
             out = model.run_block(index, hidden, call)  # type: ignore[arg-type]
             (result,) = torch.autograd.grad(out, hidden, gradient)
     finally:

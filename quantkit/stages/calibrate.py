@@ -26,6 +26,7 @@ from quantkit.calibration.documents import PARTS, Domain, interleave, pack, spli
 from quantkit.calibration.spec import AUTO, HUB_MIX, HUB_TEXTS, Request, parse_spec
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import write_imatrix
+from quantkit.gptq.experts import ExpertCollector
 from quantkit.gptq.fisher import output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
 from quantkit.rowmap import load_row_maps
@@ -254,16 +255,17 @@ def _collect(
             f"{prefix}.{n}": m for n, m in model.blocks[index].named_modules() if is_linear(m)
         }
         collectors = {part: HessianCollector(linears) for part in tokens}
+        experts = {part: ExpertCollector(model.blocks[index], prefix) for part in tokens}
         for i, (part, ids) in enumerate(batches):
             call = model.trace(ids)[1][index]
             with torch.no_grad():
                 if path.exists():
                     out = model.run_block(index, hidden[i].to(device), call)
                 else:
-                    with collectors[part].watching():
+                    with collectors[part].watching(), experts[part].watching():
                         out = model.run_block(index, hidden[i].to(device), call)
             hidden[i] = out.cpu()
-        summary |= save_statistics(path, collectors, in_blocks=True)
+        summary |= save_statistics(path, collectors, in_blocks=True, experts=experts)
         run.events.progress(
             NAME, index + 1, n_blocks + 1, f"block {index + 1} of {n_blocks}: activations"
         )

@@ -10,24 +10,36 @@ are laid out at once and filled block by block, finished blocks are noted in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
-from quantkit.gptq.compete import Inputs, Solved, solve_tensor
+from quantkit.gptq.compete import (
+    Inputs,
+    Part,
+    Sensitivity,
+    Solved,
+    decide_experts,
+    solve_rows,
+    solve_tensor,
+)
 from quantkit.gptq.solver import Factor, factorize
+from quantkit.kquants import native
 from quantkit.levels import LevelPlan, plan_levels
 from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rowmap import load_row_maps
 from quantkit.rundir import read_json, write_json
 from quantkit.stages import StageResult, convert
 from quantkit.statistics import (
-    InputStatistics,
+    ExpertStatistics,
     fisher_file,
+    load_expert_statistics,
     load_fisher,
     load_statistics,
     sensitivity_of,
@@ -131,6 +143,7 @@ def _units(run: Run, plan: LevelPlan) -> Iterator[Unit]:
     left = set(plan.types)
     for path in sorted((run.dir.stage_dir("calibrate") / "hessians").glob("[bh]*.safetensors")):
         modules = [m for s in load_statistics(path) for m in s.modules]
+        modules += [m for s in load_expert_statistics(path) for m in s.modules]
         tensors = tuple(name for module in modules for name in of_module.get(module, ()))
         left -= set(tensors)
         if tensors:
@@ -148,7 +161,7 @@ def _solve_unit(
     """
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     fisher = load_fisher(fisher_file(run.dir.stage_dir("calibrate")))
-    methods = run.config.methods
+    methods, device = run.config.methods, run.config.device
     errors: dict[str, Any] = {}
     fallbacks: list[Fallback] = []
     dampings: list[dict[str, Any]] = []
@@ -157,7 +170,7 @@ def _solve_unit(
         tensors = [name for name in unit.tensors if maps[name].module in statistics.modules]
         if not tensors:
             continue
-        inputs = _inputs(statistics, methods, run.config.device)
+        inputs = _inputs(statistics.train, statistics.heldout, methods, run.config.device)
         known |= dict.fromkeys(tensors, inputs)
         if inputs.factor is not None and inputs.factor.escalated:
             dampings.append({"modules": list(statistics.modules), "damping": inputs.factor.damping})
@@ -171,33 +184,111 @@ def _solve_unit(
         inputs = known.get(name)
         return solve_tensor(base.values(name), choices, methods, inputs, sensitivity, n_sweeps)
 
+    def keep(name: str, solved: dict[QuantType, Solved]) -> None:
+        for level, file in files.items():
+            file.write(name, solved[plan.types[name][level]].packed)
+        errors[name] = {str(q): _errors(s) for q, s in solved.items()}
+
+    stacked = load_expert_statistics(unit.statistics) if unit.statistics else []
+    of_experts = {t for s in stacked for t in unit.tensors if maps[t].module in s.modules}
+    alone = [name for name in unit.tensors if name not in of_experts]
     # Tensors do not depend on each other; one alone leaves a CPU's cores idle between its steps.
     n_workers = 2 if run.config.device == "cpu" else 1
     with ThreadPoolExecutor(n_workers, "tensor") as pool:
-        for name, solved in zip(unit.tensors, pool.map(solve, unit.tensors), strict=True):
-            for level, file in files.items():
-                file.write(name, solved[plan.types[name][level]].packed)
-            errors[name] = {
-                str(q): {"method": s.method, "errors": to_json(s.errors)} for q, s in solved.items()
-            }
-            fallbacks.extend(_method_fallbacks(name, solved, methods, known.get(name)))
+        for name, solved in zip(alone, pool.map(solve, alone), strict=True):
+            keep(name, solved)
+            fallbacks.extend(_method_fallbacks(name, solved, methods, known.get(name) is not None))
+        for experts in stacked:
+            tensors = [name for name in unit.tensors if maps[name].module in experts.modules]
+            if not tensors:
+                continue
+            rows = [
+                _Experts(base, name, plan.choices(name), sensitivity_of(fisher, maps[name], device))
+                for name in tensors
+            ]
+            found = _solve_experts(experts, rows, run, pool.map)
+            for name, solved in zip(tensors, found, strict=True):
+                keep(name, solved)
+                fallbacks.extend(_method_fallbacks(name, solved, methods, True))
+                fallbacks.extend(_borrowed(name, experts))
     return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": dampings}
 
 
-def _inputs(statistics: InputStatistics, methods: tuple[str, ...], device: str) -> Inputs:
-    train, heldout = statistics.train.to(device), statistics.heldout.to(device)
+def _inputs(
+    train: torch.Tensor, heldout: torch.Tensor, methods: tuple[str, ...], device: str
+) -> Inputs:
+    importance = train.diagonal().numpy().copy()
+    train, heldout = train.to(device), heldout.to(device)
     factor: Factor | None = factorize(train, DAMPING) if "gptq" in methods else None
-    return Inputs(statistics.train.diagonal().numpy().copy(), train, heldout, factor)
+    return Inputs(importance, train, heldout, factor)
+
+
+def _errors(solved: Solved) -> dict[str, Any]:
+    """What `errors.json` says of a tensor in one type."""
+    said = {"method": solved.method, "errors": to_json(solved.errors)}
+    return said if solved.n_experts is None else {**said, "experts": solved.n_experts}
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """A tensor of stacked experts, whose rows are read an expert at a time."""
+
+    base: GgufFile
+    name: str
+    types: tuple[QuantType, ...]
+    sensitivity: Sensitivity | None
+
+    def rows(self, expert: int) -> tuple[native.Floats, Sensitivity | None]:
+        """An expert's weight, float32 (n_rows, n_columns), and what its errors cost."""
+        stored = self.base.tensors[self.name]
+        packed = self.base.packed(self.name)
+        n_rows = len(packed) // stored.shape[0]
+        first, last = expert * n_rows, (expert + 1) * n_rows
+        own = None if self.sensitivity is None else self.sensitivity.rows(first, last)
+        return native.dequantize(packed[first:last], stored.qtype), own
+
+
+def _solve_experts(
+    statistics: ExpertStatistics, tensors: Sequence[_Experts], run: Run, over: Callable[..., Any]
+) -> list[dict[QuantType, Solved]]:
+    """The tensors of a layer's experts that read one input, each in all its types. An expert's
+    Hessian is read and factorized once for all of them.
+    """
+    methods, n_sweeps = run.config.methods, run.profile.n_sweeps
+
+    def solve(expert: int) -> list[Part]:
+        inputs = _inputs(*statistics.load(expert), methods, run.config.device)
+        parts = []
+        for tensor in tensors:
+            weight, own = tensor.rows(expert)
+            parts.append(solve_rows(weight, tensor.types, methods, inputs, own, n_sweeps))
+        return parts
+
+    experts = list(over(solve, range(len(statistics.n_tokens))))
+    return [
+        {qtype: decide_experts(qtype, parts) for qtype in tensor.types}
+        for tensor, parts in zip(tensors, zip(*experts, strict=True), strict=True)
+    ]
+
+
+def _borrowed(name: str, statistics: ExpertStatistics) -> Iterator[Fallback]:
+    """What is to be said of experts that saw too few tokens."""
+    few = statistics.borrowers
+    if len(few):
+        most = int(statistics.n_tokens[few].max())
+        reason = (
+            f"{len(few)} of {len(statistics.n_tokens)} experts were given at most {most} tokens:"
+            " others were lent to them"
+        )
+        yield Fallback(name, "tokens routed", "tokens lent", reason)
 
 
 def _method_fallbacks(
-    name: str, solved: dict[QuantType, Solved], methods: tuple[str, ...], inputs: Inputs | None
+    name: str, solved: dict[QuantType, Solved], methods: tuple[str, ...], has_inputs: bool
 ) -> Iterator[Fallback]:
     """What is to be said where a tensor was made by a method that was not asked for."""
     for qtype, result in solved.items():
         if result.method in methods or not qtype.is_quantized:
             continue
-        reason = (
-            "no statistics of its inputs" if inputs is None else f"{qtype} has no grid for GPTQ"
-        )
+        reason = f"{qtype} has no grid for GPTQ" if has_inputs else "no statistics of its inputs"
         yield Fallback(name, f"{qtype}/{methods[0]}", f"{qtype}/{result.method}", reason)
