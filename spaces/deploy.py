@@ -23,6 +23,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, Volume
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from quantkit.provenance import COMMIT_FILE, code_version  # noqa: E402
+
 SOURCES = ("app.py", "LICENSE", "quantkit", "evaluators")
 FOR_THE_WHEEL = ("pyproject.toml", "requirements.txt", "README.md")
 # What an earlier deploy may have left; anything else in the Space stays.
@@ -90,6 +94,8 @@ def stage(folder: Path, docker: bool = False) -> None:
         source = Path(scratch, "source")
         for name in tracked((*SOURCES, *FOR_THE_WHEEL)):
             _copy(name, source)
+        for there in (folder, source):
+            (there / COMMIT_FILE).write_text(commit(), "ascii")
         build_wheel(source, folder)
     (folder / "README.md").write_text(card(docker), "utf-8")
     (folder / "requirements.txt").write_text(requirements(), "utf-8")
@@ -110,6 +116,11 @@ def _copy(name: str, folder: Path) -> None:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / name, target)
+
+
+def commit() -> str:
+    """The commit of the working tree, as reports name it."""
+    return code_version().partition("(")[2].rstrip(")")
 
 
 def build_wheel(source: Path, folder: Path) -> Path:

@@ -19,7 +19,7 @@ from huggingface_hub import JobHardwareInfo
 from quantkit.config import RunConfig, Target
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.launch import JobForm, JobStore, machine, talk
+from quantkit.launch import JobForm, JobStore, machine, rough, talk
 from quantkit.launch.estimate import _cache, _key, estimate
 from quantkit.launch.record import load_record
 from quantkit.launch.request import to_config
@@ -128,7 +128,7 @@ def test_another_size_is_not_planned_again() -> None:
 def test_the_preview_says_what_is_to_be_known(desk: Desk) -> None:
     html = shown(desk)
     for words in (
-        *("LlamaForCausalLM", "1,000M parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
+        *("LlamaForCausalLM", "1B parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
         *("This machine", "57 min", "free", "Job: cpu-upgrade", "ended after", "Q5_K_M"),
     ):
         assert words in html, words
@@ -137,6 +137,29 @@ def test_the_preview_says_what_is_to_be_known(desk: Desk) -> None:
     assert "8,192 tokens take 1.12 GB" in shown(desk, size_kind="fits", memory="2GB", context=8192)
     assert "does not fit on" in shown(desk, machine="no-such")
     assert next(iter(desk.preview(JobForm(""), "", ME))) == ""
+
+
+def test_a_first_estimate_comes_before_the_planner(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near what the planner says later: SmolLM2-135M's Q4_K_M takes 14 minutes by its count."""
+
+    def late(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
+        raise QuantkitError("the planner was asked before the page was told anything")
+
+    monkeypatch.setattr(desks, "known_plan", lambda config, token: None)
+    monkeypatch.setattr(desks, "estimate", late)
+    form = JobForm("demo:smollm2-135m", "family", family=("Q4_K_M", "Q6_K"))
+    told = desk.preview(form, "", ME)
+    first = next(told)
+    for words in ("135M parameters", "apache-2.0", "about 82.4 MB, 111.0 MB", "about 16 min"):
+        assert words in first, words
+    assert "the planner was asked" in next(told)
+    config = to_config(JobForm("a/b", "bpw", bpw="4"), public=True)
+    assert rough.rough_bytes(config, 8_000_000_000) == (4_000_000_000,)
+    config = to_config(JobForm("a/b", types='{"default": "Q4_K"}'), public=True)
+    assert rough.rough_bytes(dataclasses.replace(config, targets=()), 8_000_000_000) == ()
+    assert rough.rough_bytes(to_config(JobForm("a/b", "fits", memory="8GB"), True), 8) == ()
 
 
 def test_a_run_too_large_for_the_page(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

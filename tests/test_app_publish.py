@@ -7,6 +7,7 @@ The browser is driven in the slow tests; the others ask the page's handlers.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -51,15 +52,33 @@ def others(hub: HubServer) -> None:
 
 
 def test_what_would_change_in_a_new_repository(desk: Desk, hub: HubServer) -> None:
-    html = desk.compare("done", REPO, True, ME, ALICE)
+    html = desk.compare("done", REPO, "private", ME, ALICE)
     assert "will be made, private" in html and "4 files are uploaded" in html
     assert html.count('<li class="new">') == 4 and "<pre" not in html
     assert not hub.asked("commit|repos/create|lfs|preupload"), "looking wrote something"
 
 
+def test_what_a_gated_model_becomes(desk: Desk, hub: HubServer) -> None:
+    """Private, and why; public for those who ask for it; and never by chance in a public place."""
+    record = desk.store.root / "done" / "manifest.json"
+    told = json.loads(record.read_text())
+    told["stages"]["fetch"]["summary"]["gated"] = True
+    record.write_text(json.dumps(told))
+    html = desk.compare("done", REPO, "model", ME, ALICE)
+    assert "will be made, private" in html and "Its model is gated" in html
+    html = desk.compare("done", REPO, "public", ME, ALICE)
+    assert "will be made, public" in html and "gated" not in html
+    others(hub)
+    with pytest.raises(QuantkitError, match="exists and is public"):
+        desk.compare("done", REPO, "model", ME, ALICE)
+    desk.publish("done", REPO, "public", "", ME, ALICE)
+    config = json.loads((desk.store.root / "done" / "config.json").read_text())
+    assert (config["private"], config["public"]) == (False, True)
+
+
 def test_what_would_change_in_an_old_one(desk: Desk, hub: HubServer) -> None:
     others(hub)
-    html = desk.compare("done", REPO, False, ME, ALICE)
+    html = desk.compare("done", REPO, "model", ME, ALICE)
     assert "exists and is public" in html
     assert '<li class="changed"><b>~</b><span>README.md' in html
     assert '<li class="kept"><b> </b><span>notes.txt' in html
@@ -70,7 +89,7 @@ def test_a_second_time_nothing_changes(desk: Desk, hub: HubServer) -> None:
     from quantkit import hub as real
 
     real.publish(desk.store.root / "done" / "9-publish" / "upload", REPO, ALICE)
-    html = desk.compare("done", REPO, False, ME, ALICE)
+    html = desk.compare("done", REPO, "model", ME, ALICE)
     assert "nothing is uploaded" in html and html.count('<li class="same">') == 4
 
 
@@ -88,7 +107,7 @@ def test_a_second_time_nothing_changes(desk: Desk, hub: HubServer) -> None:
 )
 def test_refusals(desk: Desk, hub: HubServer, token: str, repo: str, words: str) -> None:
     with pytest.raises(QuantkitError, match=words) as caught:
-        desk.compare("done", repo, False, ME, token)
+        desk.compare("done", repo, "model", ME, token)
     assert not token or token not in str(caught.value)
 
 
@@ -107,7 +126,7 @@ def test_refusals(desk: Desk, hub: HubServer, token: str, repo: str, words: str)
 def test_every_status_is_a_sentence(desk: Desk, hub: HubServer, status: int, words: str) -> None:
     hub.fail_next(r"/api/whoami", status, times=20)
     with pytest.raises(QuantkitError, match=words) as caught:
-        desk.compare("done", REPO, False, ME, ALICE)
+        desk.compare("done", REPO, "model", ME, ALICE)
     assert str(caught.value).endswith(".") and ALICE not in str(caught.value)
 
 
@@ -119,21 +138,21 @@ def test_a_hub_that_does_not_answer(
     monkeypatch.setitem(client._SECONDS, "read", 0.2)
     hub.hang_next(r"/api/whoami", 1.0, times=5)
     with pytest.raises(QuantkitError, match="did not answer in time"):
-        desk.compare("done", REPO, False, ME, ALICE)
+        desk.compare("done", REPO, "model", ME, ALICE)
 
 
 def test_only_ones_own_runs_are_published(desk: Desk) -> None:
     stranger = Asker("visitor:mallory", None, "5.6.7.8")
     with pytest.raises(QuantkitError, match="no such run"):
-        desk.compare("done", REPO, False, stranger, ALICE)
+        desk.compare("done", REPO, "model", stranger, ALICE)
     with pytest.raises(QuantkitError, match="no such run"):
-        desk.publish("done", REPO, False, "", stranger, ALICE)
+        desk.publish("done", REPO, "model", "", stranger, ALICE)
 
 
 @pytest.mark.parametrize("slug", ["x", "a/../b", "https://evil/x/y", "a/b?c", "a/b/c"])
 def test_a_collection_is_one(desk: Desk, slug: str) -> None:
     with pytest.raises(QuantkitError, match="is not a collection"):
-        desk.publish("done", REPO, False, slug, ME, ALICE)
+        desk.publish("done", REPO, "model", slug, ME, ALICE)
 
 
 def test_all_of_it_is_escaped() -> None:

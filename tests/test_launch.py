@@ -184,7 +184,7 @@ def test_nobody_reaches_the_job_of_another(store: JobStore) -> None:
         lambda who: store.cancel("hers", who),
         lambda who: store.resume("hers", who),
         lambda who: store.delete("hers", who),
-        lambda who: store.publish("hers", who, "a/b", False, None),
+        lambda who: store.publish("hers", who, "a/b", "model", None),
         lambda who: store.result_path("hers", fixtures.GGUF, who),
     ):
         for who in (MALLORY, None, ""):
@@ -275,7 +275,7 @@ def test_publishing_queues_the_finished_run_again(
     with hub_server.running_hub(monkeypatch, tmp_path) as hub:
         for name, value in hub.env.items():
             monkeypatch.setenv(name, value)
-        store.publish(job_id, ALICE, "alice/model", True, hub_server.ALICE)
+        store.publish(job_id, ALICE, "alice/model", "private", hub_server.ALICE)
         assert store.view(job_id, ALICE).publish_to == "alice/model"
         until(lambda: state(store, job_id) == "finished")
     assert "a token is there" in [line.text for line in store.view(job_id, ALICE).log]
@@ -416,7 +416,7 @@ class TestForm:
             types='{"ffn_down": "Q6_K", "default": "Q4_K"}',
             seed=7.0,
             publish="me/it",
-            private=True,
+            visibility="private",
         )
         config = to_config(form, public=True)
         assert (config.model, config.revision, config.seed) == ("a/b", "main", 7)

@@ -117,7 +117,7 @@ def test_a_run_in_a_job(store: JobStore, hub: HubServer) -> None:
 def test_publishing_later_goes_on_from_the_bucket(store: JobStore, hub: HubServer) -> None:
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "finished")
-    store.publish(run, OWNER, "alice/new", True, ALICE)
+    store.publish(run, OWNER, "alice/new", "private", ALICE)
     until(lambda: state(store, run) == "finished" and len(hub.jobs.all) == 2)
     second = list(hub.jobs.all.values())[1]
     config = json.loads(second.spec["environment"]["QUANTKIT_CONFIG"])

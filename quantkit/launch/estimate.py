@@ -58,7 +58,9 @@ def known_plan(config: RunConfig, token: str | None = None) -> dict[str, Any] | 
 
 def _key(config: RunConfig, token: str | None) -> str:
     """What the planner's answer depends on; answers for a token are for that token alone."""
-    asked = dataclasses.replace(config, targets=(), seed=0, publish=None, private=False)
+    asked = dataclasses.replace(
+        config, targets=(), seed=0, publish=None, private=False, public=False
+    )
     return hashlib.sha256(f"{asked!r} {token or ''}".encode()).hexdigest()
 
 

@@ -22,6 +22,8 @@ FAMILIES = {
     "whole": ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K"),
 }
 HERE = "here"
+# Who may see a published repository: everyone unless the model is gated, only its owner, everyone.
+VISIBILITIES = ("model", "private", "public")
 CALIBRATION_TEXTS = (
     *("auto", "builtin", "docs", "code", "prose", "dialogue"),
     *("fineweb-edu", "c4", "wikitext2", "code-hub", "languages", "chat"),
@@ -59,7 +61,7 @@ class JobForm:
     seed: int | float | None = 0
     device: str = "cpu"
     publish: str = ""
-    private: bool = False
+    visibility: str = "model"  # one of VISIBILITIES
     machine: str = HERE  # or auto, or the name of a Job's machine
 
 
@@ -68,6 +70,7 @@ def to_config(form: JobForm, public: bool) -> RunConfig:
 
     Raises UsageError with what to write instead.
     """
+    visibility = check_visibility(form.visibility)
     revision = _text(form.revision, "revision", 200) or None
     model = hub.parse_reference(_text(form.model, "model", 500), revision, allow_local=not public)
     return RunConfig(
@@ -82,8 +85,14 @@ def to_config(form: JobForm, public: bool) -> RunConfig:
         seed=_seed(form.seed),
         device=_one_of(form.device, "device", ("cpu", "cuda")),
         publish=check_repo(form.publish) if form.publish else None,
-        private=form.private is True,
+        private=visibility == "private",
+        public=visibility == "public",
     )
+
+
+def check_visibility(word: Any) -> str:
+    """One of VISIBILITIES. Raises UsageError."""
+    return _one_of(word, "visibility", VISIBILITIES)
 
 
 def check_machine(name: Any) -> str:

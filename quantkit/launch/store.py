@@ -131,6 +131,12 @@ class JobStore:
         with self._lock:
             return self._follower(job_id, owner).staged()
 
+    def is_gated(self, job_id: object, owner: str | None) -> bool:
+        """Whether the run's model is gated, as far as the run has come to know."""
+        with self._lock:
+            record = self._follower(job_id, owner).dir.records().get("fetch")
+        return record is not None and record.summary.get("gated") is True
+
     def models(self, job_id: object, owner: str | None) -> tuple[Path | None, Path | None]:
         """The finished GGUF and the original, where they lie on this machine."""
         with self._lock:
@@ -196,11 +202,12 @@ class JobStore:
         job_id: object,
         owner: str | None,
         repo: str,
-        private: bool,
+        visibility: str,
         token: str | None,
         collection: str | None = None,
     ) -> None:
         """Queue the upload of a validated run to a repository of the Hub."""
+        private, public = visibility == "private", visibility == "public"
         with self._lock:
             follower = self._follower(job_id, owner)
             if follower.state() in (view.QUEUED, view.RUNNING):
@@ -212,7 +219,7 @@ class JobStore:
                     "Resume it first.",
                 )
             asked = dataclasses.replace(
-                config, publish=repo, private=private, collection=collection
+                config, publish=repo, private=private, public=public, collection=collection
             )
             write_json(follower.dir.config_path, asked)
             self._queue_again(follower, token)

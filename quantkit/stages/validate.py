@@ -21,13 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import __version__, hub, integrity, opponents
+from quantkit import hub, integrity, opponents
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import read_imatrix
 from quantkit.ggufio.read import GgufFile
 from quantkit.meter import EFFORTS, Meter
 from quantkit.opponents import Opponent, as_it_is
+from quantkit.provenance import code_version
 from quantkit.report import SCHEMA, write_report
 from quantkit.report.schema import OURS, Check
 from quantkit.report.text import without_folders
@@ -319,4 +320,4 @@ def _made(run: Run, output: stitch.Output) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found: Mapping[str, str] = {name: version(name) for name in _PACKAGES}
-    return {"quantkit": __version__, "python": platform.python_version(), **found}
+    return {"quantkit": code_version(), "python": platform.python_version(), **found}

@@ -96,7 +96,7 @@ def add_endpoints(desk: Desk) -> None:
         context: int = 8192,
         machine: str = "here",
         publish: str = "",
-        private: bool = False,
+        visibility: str = "model",
         key: str = "",
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
@@ -116,7 +116,7 @@ def add_endpoints(desk: Desk) -> None:
             context: tokens of context that have to fit beside it.
             machine: here, or auto or a name for a Job of Hugging Face, paid by the caller.
             publish: owner/name on the Hub to upload the result to; empty for none.
-            private: whether that repository is made private.
+            visibility: of that repository: model (private where that is gated), private or public.
             key: the key of an earlier answer, to keep jobs together; empty for a new one.
         """
         form = _form(
@@ -132,7 +132,7 @@ def add_endpoints(desk: Desk) -> None:
             context=context,
             machine=machine,
             publish=publish,
-            private=private,
+            visibility=visibility,
         )
 
         def start() -> dict[str, Any]:

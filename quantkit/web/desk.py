@@ -20,7 +20,8 @@ from quantkit.launch.adopt import adopt
 from quantkit.launch.dispatch import app_labels
 from quantkit.launch.estimate import known_plan
 from quantkit.launch.machine import Choice, choices, choose, why_not_here
-from quantkit.launch.request import HERE, check_collection, check_machine
+from quantkit.launch.request import HERE, check_collection, check_machine, check_visibility
+from quantkit.launch.rough import DEMO, FirstLook, rough_bytes, rough_seconds
 from quantkit.launch.talk import check_prompt, say
 from quantkit.launch.wheel import can_start_jobs
 from quantkit.web import previews, publishing, results, view
@@ -184,7 +185,10 @@ class Desk:
             config = to_config(form, self.store.public)
             if known_plan(config, secret) is None:
                 self.allow("preview", asker)
-                yield previews.looked_at(self._look(config, secret))
+                first = self._look(config, secret)
+                limits = rough_bytes(config, first.n_parameters)
+                seconds = rough_seconds(config, first.n_parameters)
+                yield previews.looked_at(first, limits, seconds)
             yield self._preview(form, config, secret)
         except QuantkitError as error:
             yield view.notice(error.message, error.remedy)
@@ -192,12 +196,13 @@ class Desk:
             logger.exception("a preview failed")
             yield view.notice(_BUG, _BUG_REMEDY)
 
-    def _look(self, config: RunConfig, token: str | None) -> hub.ModelInfo | None:
-        """First facts of a model on the Hub; None for the demo's and for folders."""
+    def _look(self, config: RunConfig, token: str | None) -> FirstLook:
+        """First facts of a model. Raises QuantkitError for what is refused."""
         ref = hub.parse_reference(config.model, config.revision, allow_local=not self.store.public)
-        if ref.kind != "hub":
-            return None
-        return hub.inspect(ref, token or (None if self.store.public else hub.resolve_token()))
+        if ref.kind == "demo":
+            return DEMO
+        own = None if self.store.public else hub.resolve_token()
+        return FirstLook.of(hub.inspect(ref, token or own))
 
     def _preview(self, form: JobForm, config: RunConfig, token: str | None) -> str:
         plan = self._plan(config, token)
@@ -256,16 +261,19 @@ class Desk:
 
         return answered(do)
 
-    def compare(self, job_id: Any, repo: str, private: bool, asker: Asker, token: str) -> str:
+    def compare(self, job_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
         """What publishing would change, as HTML. Raises QuantkitError."""
+        visibility = check_visibility(visibility)
         files, places = self.store.staged(job_id, asker.owner)
         self.allow("compare", asker)
         secret = self._token_to_publish(token)
-        changes = hub.compare(files, places, check_repo(repo), secret, private is True)
-        return publishing.changes(changes)
+        gated = visibility == "model" and self.store.is_gated(job_id, asker.owner)
+        private = gated or visibility == "private"
+        changes = hub.compare(files, places, check_repo(repo), secret, private)
+        return publishing.changes(changes, gated)
 
     def publish(
-        self, job_id: Any, repo: str, private: bool, collection: str, asker: Asker, token: str
+        self, job_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str
     ) -> None:
         """Queue the upload of a validated run. Raises QuantkitError."""
         checked = checked_token(token)  # none on one's own machine: what it is logged in with
@@ -275,7 +283,7 @@ class Desk:
             job_id,
             asker.owner,
             check_repo(repo),
-            private is True,
+            check_visibility(visibility),
             checked,
             slug,
         )

@@ -31,7 +31,7 @@ _SUGGESTIONS: list[Any] = [
 ]
 _MIXES = [label for label in FILE_TYPES if label.startswith(("Q", "IQ"))]
 _KINDS = [
-    ("Like a stock mix", "like"),
+    ("Like a known type", "like"),
     ("Fits my memory", "fits"),
     ("File size", "size"),
     ("Bits per weight", "bpw"),
@@ -81,13 +81,13 @@ class Form:
 
     def _size(self) -> None:
         self.kind = gr.Radio(
-            _KINDS, value="like", label="How large may the file be?", elem_id="size-kind"
+            _KINDS, value="like", label="How large may it be?", elem_id="size-kind"
         )
         self.like = gr.Dropdown(
             _MIXES,
             value="Q4_K_M",
-            label="Stock mix",
-            info="At most what llama.cpp's own mix of this name weighs.",
+            label="Type",
+            info="At most what llama.cpp's own file of this type weighs.",
             elem_id="like",
         )
         with gr.Row(visible=False, elem_id="fits") as self.fits:
@@ -200,7 +200,7 @@ class Form:
                 info="Empty: nothing is uploaded. You can also publish once you see the result.",
                 max_length=200,
             )
-            self.private = gr.Checkbox(False, label="Private repository")
+            self.visibility = visibility("visible-to")
             self.token = gr.Textbox(
                 label="Hugging Face token",
                 info="To publish, and for private or gated models. It is never written down.",
@@ -216,7 +216,7 @@ class Form:
             *(self.model, self.kind, self.like, self.size, self.bpw, self.memory, self.context),
             *(self.family, self.profile, self.where, self.machine),
             *(self.revision, self.levels, self.methods, self.calibration, self.types),
-            *(self.seed, self.device, self.repo, self.private, self.token),
+            *(self.seed, self.device, self.repo, self.visibility, self.token),
         ]
 
     @staticmethod
@@ -224,7 +224,7 @@ class Form:
         """The form's values without the token, as `launch` takes them."""
         model, kind, like, size, bpw, memory, context, family, profile, *rest = values
         where, machine, revision, levels, methods, calibration, types, *rest = rest
-        seed, device, repo, private = rest
+        seed, device, repo, seen_by = rest
         return JobForm(
             model=model or "",
             size_kind=kind,
@@ -243,7 +243,7 @@ class Form:
             seed=seed,
             device=device,
             publish=repo or "",
-            private=bool(private),
+            visibility=seen_by or "model",
             machine=HERE if where == HERE else machine or "auto",
         )
 
@@ -298,6 +298,21 @@ class Form:
             show_progress="hidden",
             api_visibility="private",
         )
+
+
+def visibility(elem_id: str) -> gr.Radio:
+    """Who may see the repository that is published to."""
+    return gr.Radio(
+        [
+            ("Everyone, unless the model is gated", "model"),
+            ("Only me", "private"),
+            ("Everyone", "public"),
+        ],
+        value="model",
+        label="Who may see it?",
+        info="The terms of a gated model apply to files made of it: check that they allow this.",
+        elem_id=elem_id,
+    )
 
 
 def _number(value: Any) -> int | float:

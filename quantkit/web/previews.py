@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from quantkit.hub import ModelInfo
 from quantkit.launch.machine import Choice
+from quantkit.launch.rough import FirstLook
 from quantkit.launch.sizes import context_bytes
 from quantkit.web.view import duration, file_size, notice
 
@@ -15,16 +15,25 @@ _SHOWN_MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 _SHOWN_CHOICES = 4
 
 
-def looked_at(info: ModelInfo | None) -> str:
-    """The first facts, while the planner still works out the sizes."""
-    if info is None:
-        return _card([], '<p class="qk-help qk-busy">Looking at the model …</p>')
+def looked_at(first: FirstLook, limits: Sequence[int], seconds: float) -> str:
+    """The first facts and about what it takes, while the planner still works out the rest."""
     facts = [
-        ("Model", f"{info.architectures[0]}, {info.n_parameters / 1e6:,.0f}M parameters"),
-        ("Licence", _licence(info.license, info.gated)),
-        ("To read", file_size(info.n_download_bytes)),
+        ("Model", f"{first.architecture}, {parameters(first.n_parameters)} parameters"),
+        ("Licence", _licence(first.licence, first.gated)),
     ]
-    return _card(facts, '<p class="qk-help qk-busy">Working out sizes, time and cost …</p>')
+    if limits:
+        facts.append(("File", "about " + ", ".join(file_size(n) for n in limits)))
+    if first.n_download_bytes:
+        facts.append(("To read", file_size(first.n_download_bytes)))
+    facts.append(("Time here", f"about {_about(seconds)}"))
+    return _card(facts, '<p class="qk-help qk-busy">Working out exact sizes and cost …</p>')
+
+
+def parameters(n: int) -> str:
+    """A number of parameters as people say it: 135M, 1.54B."""
+    if n < 1e6:
+        return f"{n:,}"
+    return f"{n / 1e6:,.0f}M" if n < 1e9 else f"{n / 1e9:,.3g}B"
 
 
 def preview(
@@ -58,7 +67,7 @@ def _preview(
     model, sizes, needs = plan["model"], plan["sizes"], plan["estimates"]
     n_parameters = model["n_parameters"]
     facts = [
-        ("Model", f"{model['architecture']}, {n_parameters / 1e6:,.0f}M parameters"),
+        ("Model", f"{model['architecture']}, {parameters(n_parameters)} parameters"),
         ("Licence", _licence(model["license"], model["gated"])),
         ("File", _budget(sizes["budgets"], n_parameters)),
     ]

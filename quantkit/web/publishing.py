@@ -12,8 +12,10 @@ _SIGNS = {"new": "+", "changed": "~", "same": "=", "kept": " "}
 _MAX_LINES = 200
 
 
-def changes(found: RepoChanges) -> str:
-    """The files, each with what happens to it, and the card's changed lines."""
+def changes(found: RepoChanges, gated: bool = False) -> str:
+    """The files, each with what happens to it, and the card's changed lines. `gated`: private only
+    because the model is gated.
+    """
     where = escape(found.repo_id)
     kind = "private" if found.private else "public"
     lead = (
@@ -21,6 +23,7 @@ def changes(found: RepoChanges) -> str:
         if found.exists
         else f"<b>{where}</b> will be made, {kind}."
     )
+    why = " Its model is gated, and the terms apply to this file, too." if gated else ""
     n_sent = sum(change.kind in ("new", "changed") for change in found.changes)
     what = (
         f"{n_sent} {'file is' if n_sent == 1 else 'files are'} uploaded in one commit,"
@@ -42,7 +45,8 @@ def changes(found: RepoChanges) -> str:
             "<details><summary>Changes of the model card</summary>"
             f'<pre class="qk-diff" tabindex="0">{lines}</pre></details>'
         )
-    return f'<div class="qk-changes" role="status"><p>{lead} {what}</p><ul>{rows}</ul>{card}</div>'
+    said = f"<p>{lead}{why} {what}</p>"
+    return f'<div class="qk-changes" role="status">{said}<ul>{rows}</ul>{card}</div>'
 
 
 def _line(line: str) -> str:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from quantkit.errors import QuantkitError
 from quantkit.web.desk import CHUNKS, SWITCHES, Asker, Desk
-from quantkit.web.form import QUIET
+from quantkit.web.form import QUIET, visibility
 from quantkit.web.view import notice
 
 
@@ -90,7 +90,7 @@ class Watch:
         self.repo = gr.Textbox(
             label="Repository", placeholder="you/my-model-GGUF", max_length=200, elem_id="repo"
         )
-        self.private = gr.Checkbox(False, label="Private repository", elem_id="private")
+        self.visibility = visibility("visibility")
         self.token = gr.Textbox(
             label="Hugging Face token",
             info="With write access. It is never written down.",
@@ -194,20 +194,20 @@ class Watch:
         def compare(
             current: str,
             repo: str,
-            private: bool,
+            seen_by: str,
             typed: str,
             request: gr.Request,
             user: gr.OAuthProfile | None,
             oauth: gr.OAuthToken | None,
         ) -> list[Any]:
             token, asker = oauth.token if oauth else typed, desk.asker(request, user)
-            found, ok = told(lambda: desk.compare(current, repo, private, asker, token))
+            found, ok = told(lambda: desk.compare(current, repo, seen_by, asker, token))
             return [gr.update(value=found, visible=True), gr.update(visible=ok)]
 
         def publish(
             current: str,
             repo: str,
-            private: bool,
+            seen_by: str,
             collection: str,
             typed: str,
             request: gr.Request,
@@ -217,7 +217,7 @@ class Watch:
             token, asker = oauth.token if oauth else typed, desk.asker(request, user)
 
             def do() -> str:
-                desk.publish(current, repo, private, collection, asker, token)
+                desk.publish(current, repo, seen_by, collection, asker, token)
                 return notice("The upload is on its way.", "Its progress is above.", "info")
 
             said, ok = told(do)
@@ -228,7 +228,7 @@ class Watch:
                 *refresh(current, asker.owner, {}),
             ]
 
-        inputs = [job_id, self.repo, self.private]
+        inputs = [job_id, self.repo, self.visibility]
         self.compare.click(
             compare,
             [*inputs, self.token],
@@ -246,7 +246,7 @@ class Watch:
         )
         # What was shown is for what was asked: another name has to be looked at again.
         gr.on(
-            [self.repo.input, self.private.input],
+            [self.repo.input, self.visibility.input],
             lambda: [gr.update(visible=False), gr.update(visible=False)],
             None,
             [self.changes, self.publish],
