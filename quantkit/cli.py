@@ -152,7 +152,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--types",
         type=Path,
         metavar="MAP.json",
-        help="tensor patterns to types: these are not searched",
+        help="tensor patterns to types: these are not searched; `>=Q5_K` is a least type",
+    )
+    parser.add_argument(
+        "--max-types", type=int, metavar="N", help="at most so many different types in the file"
     )
     parser.add_argument(
         "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
@@ -253,6 +256,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         levels=tuple(arguments.levels.split(",")) if arguments.levels else None,
         methods=tuple(arguments.methods.split(",")),
         types=load_types_map(arguments.types) if arguments.types else (),
+        max_types=arguments.max_types,
         tensors=arguments.tensors,
         calibration=arguments.calibration,
         eval_text=arguments.eval_text,

@@ -16,6 +16,7 @@ from quantkit.errors import UsageError
 from quantkit.qtypes import FILE_TYPES, QuantType, askable
 from quantkit.tensors import METHODS
 
+AT_LEAST = ">="  # before a type of `--types`
 DEMO_MODEL = "demo:smollm2-135m"
 MOST_CONTEXT = 4_000_000  # tokens
 
@@ -183,7 +184,9 @@ class RunConfig:
     profile: str = "standard"
     levels: tuple[str, ...] | None = None  # tensor types to choose from; None: the profile's
     methods: tuple[str, ...] = METHODS
-    types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched
+    types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched;
+    # with `>=` before the type what is named has at least that
+    max_types: int | None = None  # distinct types among the searched tensors
     tensors: str | None = None  # regex: only these are quantized
     calibration: str = "auto"
     eval_text: str | None = None
@@ -214,8 +217,14 @@ class RunConfig:
                 "Use some of " + ", ".join(METHODS) + ".",
             )
         for pattern, qtype in self.types:
-            askable(qtype)
+            askable(qtype.removeprefix(AT_LEAST))
             compile_pattern(pattern)
+            if pattern == "default" and qtype.startswith(AT_LEAST):
+                raise UsageError(
+                    f"The default type cannot be {qtype}.", "Leave smaller types out of --levels."
+                )
+        if self.max_types is not None and self.max_types < 1:
+            raise UsageError("There must be at least one type.", "Use --max-types 1 or more.")
         if self.tensors is not None:
             compile_pattern(self.tensors)
         parse_spec(self.calibration)
@@ -239,12 +248,20 @@ class RunConfig:
         """The type that `types` gives to `tensor`: the first pattern found in its name, else the
         default, else None.
         """
-        for pattern, qtype in self.types:
+        given = [row for row in self.types if not row[1].startswith(AT_LEAST)]
+        for pattern, qtype in given:
             if pattern != "default" and compile_pattern(pattern).search(tensor):
                 return QuantType(qtype)
-        return next(
-            (QuantType(qtype) for pattern, qtype in self.types if pattern == "default"), None
-        )
+        return next((QuantType(qtype) for pattern, qtype in given if pattern == "default"), None)
+
+    def least_type(self, tensor: str) -> QuantType | None:
+        """The type that `types` wants `tensor` to have at least: of the first `>=` pattern found in
+        its name.
+        """
+        for pattern, qtype in self.types:
+            if qtype.startswith(AT_LEAST) and compile_pattern(pattern).search(tensor):
+                return QuantType(qtype.removeprefix(AT_LEAST))
+        return None
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunConfig:

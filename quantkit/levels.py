@@ -49,10 +49,10 @@ def plan_levels(specs: Mapping[str, TensorSpec], config: RunConfig) -> LevelPlan
     types: dict[str, dict[QuantType, QuantType]] = {}
     fallbacks: dict[tuple[str, str], Fallback] = {}
     for spec in chosen:
-        pinned = config.pinned_type(spec.name)
+        pinned, least = config.pinned_type(spec.name), config.least_type(spec.name)
         types[spec.name] = {}
         for level in levels:
-            asked = pinned or level
+            asked = pinned or max(level, least or level)
             used = types[spec.name][level] = fallback(asked, spec.n_columns)
             if used != asked:
                 fallbacks[spec.name, asked.name] = Fallback(

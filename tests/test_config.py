@@ -136,6 +136,7 @@ CONFIGS = st.builds(
     methods=st.sampled_from([METHODS, ("imatrix",), ("rtn", "gptq")]),
     types=st.lists(
         st.tuples(st.sampled_from(["default", "ffn_down", r"blk\.\d\."]), st.just("Q5_K"))
+        | st.tuples(st.just("attn_v"), st.just(">=Q6_K"))
     ).map(tuple),
     tensors=st.none() | st.just("attn"),
     calibration=st.sampled_from(["auto", "docs:2,code"]),
@@ -159,11 +160,12 @@ def test_every_field_is_compared_but_where_it_is_published() -> None:
     other = RunConfig(
         "n",
         "r",
-        Target("bpw", "4"),
+        (Target("bpw", "4"),),
         "fast",
         ("Q4_K",),
         ("rtn",),
         (("default", "Q4_0"),),
+        2,
         "attn",
         "docs",
         "e.txt",
@@ -188,6 +190,7 @@ def test_every_field_is_compared_but_where_it_is_published() -> None:
         {"profile": "quick"},
         {"levels": ("Q4_K_M",)},
         {"levels": ("F16",)},
+        {"max_types": 0},
         {"methods": ()},
         {"methods": ("gptq", "awq")},
         {"methods": ("",)},

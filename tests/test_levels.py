@@ -73,6 +73,21 @@ def test_pins_are_one_choice_and_fall_back_too() -> None:
     ]
 
 
+def test_a_least_type_raises_what_is_below_it() -> None:
+    """Beside pins, which it does not touch; a type that is above it stays."""
+    made = plan(types=(("attn_q", ">=Q4_K"), ("blk.1.attn_q", "Q2_K"), ("attn_q", ">=Q8_0")))
+    assert made.choices("blk.0.attn_q.weight") == (Q4, Q6)
+    assert made.choices("blk.1.attn_q.weight") == (Q2,), "it is pinned"
+    assert made.uniform(Q2)["blk.0.attn_q.weight"] == Q4
+    assert made.choices("token_embd.weight") == (Q2, Q4, Q6)
+
+
+@pytest.mark.parametrize("types", [(("default", ">=Q4_K"),), (("attn_q", ">=Q4_KM"),)])
+def test_what_is_no_least_type(types: tuple[tuple[str, str], ...]) -> None:
+    with pytest.raises(UsageError):
+        RunConfig("m", types=types)
+
+
 def test_a_default_is_the_only_level() -> None:
     """As llama-quantize --pure: embeddings and head included; patterns still come first."""
     made = plan(types=(("default", "Q4_0"), ("attn_q", "Q6_K")))

@@ -114,3 +114,20 @@ def test_killed_in_the_second_search(
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 0, answer.err
     assert [sha256_file(p) for p in outputs(run)] == [sha256_file(p) for p in outputs(family)]
+
+
+def test_few_types_and_a_least_one(
+    whole_run: tuple[Run, Answer], offline: dict[str, str], tmp_path: Path
+) -> None:
+    run = whole_run[0].fork(tmp_path / "run", "search", max_types=2)
+    answer = quantkit("resume", run.folder, env=offline)
+    assert answer.code == 0, answer.err
+    assert len({row["qtype"] for row in run.recipe["tensors"].values()}) <= 2
+    assert any(e.message.startswith("the types are") for e in run.events)
+
+    least = (("attn_v", ">=Q6_K"),)
+    run = whole_run[0].fork(tmp_path / "least", "quantize", types=least)
+    answer = quantkit("resume", run.folder, env=offline)
+    assert answer.code == 0, answer.err
+    types = {n: QuantType(row["qtype"]) for n, row in run.recipe["tensors"].items()}
+    assert all(not q < QuantType("Q6_K") for n, q in types.items() if "attn_v" in n)

@@ -29,6 +29,7 @@ from quantkit.plan import budgets_of
 from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, replacing, write_json
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, prune
+from quantkit.search.caps import cap_types
 from quantkit.search.evolve import Plan, SearchState, begin, evolve
 from quantkit.search.propose import Costs, knapsack, spend, uniform
 from quantkit.stages import StageResult, convert, database, fetch
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 NAME = "search"
 VERSION = 3
-FIELDS = ("targets", "seed", "profile", "device", "types")
+FIELDS = ("targets", "max_types", "seed", "profile", "device", "types")
 
 _FLOAT32_ABOVE_BPW = 6.5
 
@@ -56,6 +57,7 @@ def execute(run: Run) -> StageResult:
     for budget in refused:
         run.events.emit(NAME, "note", f"refused: {budget.refusal}")
     asked = budgets or (Budget("what the types come to", largest),)
+    space = _capped(run, space, asked)
     searcher = _Searcher(run, base, space, asked)
     outputs = [write_json(folder / "budgets.json", {"budgets": asked, "refused": refused})]
     summaries = []
@@ -109,6 +111,22 @@ def make_space(run: Run, base: GgufFile) -> SearchSpace:
     fixed = layout.n_bytes - sum(sizes[0] for sizes in slots)
     largest = fixed + sum(sizes[-1] for sizes in slots)
     return SearchSpace(tensors, candidates, slots, fixed, largest)
+
+
+def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSpace:
+    """The space with at most as many types as were asked for."""
+    n_types = run.config.max_types
+    if n_types is None:
+        return space
+    capped = cap_types(space, damages, [b.limit_bytes for b in budgets], n_types)
+    if capped is None:
+        raise QuantkitError(
+            f"No {n_types} of the types meet every size.",
+            "Allow more with --max-types, or pin fewer tensors.",
+        )
+    used = sorted({c.key.qtype for of_tensor in capped.candidates for c in of_tensor})
+    run.events.emit(NAME, "note", f"the types are {', '.join(map(str, used))}")
+    return capped
 
 
 def damages(space: SearchSpace) -> Costs:
