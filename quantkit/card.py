@@ -63,6 +63,9 @@ def _base_model(info: ModelInfo) -> str | list[str] | None:
     """The Hub id that this is quantized from; for a local folder what its card names, if
     anything.
     """
+    if info.base is not None:  # the fine-tune, and what it was merged onto
+        found = [i.id for i in (info, info.base) if not i.local_path]
+        return found or None
     return info.card.get("base_model") if info.local_path else info.id
 
 
@@ -146,6 +149,12 @@ def _size(report: Report) -> str:
 
 def _origin(info: ModelInfo) -> str:
     """The model's name, with a link where its place on the Hub is known."""
+    if info.base is not None:
+        return f"{_named(info)}, a LoRA merged onto {_named(info.base)},"
+    return _named(info)
+
+
+def _named(info: ModelInfo) -> str:
     if not info.local_path:
         return f"[{info.id}](https://huggingface.co/{info.id})"
     name = info.id.rsplit("/", 1)[-1]

@@ -213,7 +213,7 @@ REFUSED = {
     "deep config": (tiny_model(config__json="[" * 100_000), "is not a JSON object"),
     "lora": (
         {"adapter_config.json": b'{"base_model_name_or_path": "x/base"}', "a.safetensors": WEIGHTS},
-        "LoRA adapter for .*/base.*convert_lora_to_gguf",
+        "LoRA adapter without adapter_model.safetensors",
     ),
     "diffusers": (tiny_model(model_index__json="{}"), "diffusers pipeline"),
     "encoder": (tiny_model(config__json=config(architectures=["BertModel"])), "not a causal"),

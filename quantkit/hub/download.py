@@ -17,6 +17,7 @@ from huggingface_hub import constants, snapshot_download
 from tqdm.auto import tqdm
 
 from quantkit.errors import QuantkitError
+from quantkit.hub.adapter import overlay
 from quantkit.hub.client import PATIENT, Asked, call, endpoint
 from quantkit.hub.inspect import N_WORKERS, remote_header
 from quantkit.hub.model import ModelInfo, RepoFile
@@ -162,12 +163,17 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
     """`folder` with everything but the weights: a converter can be asked for its plan there.
 
     Small files are copied. Each safetensors file has its header and its size, and a hole where the
-    weights are. Raises QuantkitError.
+    weights are. Of an adapter they are its base's, with its tokenizer over them. Raises
+    QuantkitError.
     """
     small = [file for file in info.files if file.path not in info.weights]
     source = (
         Path(info.local_path) if info.local_path else _snapshot(info, small, token, progress=None)
     )
+    if info.base is not None:
+        fetch_metadata(info.base, token, folder)
+        overlay(source, [file.path for file in small], folder)
+        return folder
     for file in info.files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)

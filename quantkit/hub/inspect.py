@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub import ModelInfo as RemoteModel
 
 from quantkit.errors import QuantkitError
+from quantkit.hub.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from quantkit.hub.client import Asked, call, hf_api, read_start
 from quantkit.hub.errors import CAUGHT, ModelNotFound
 from quantkit.hub.model import (
@@ -26,6 +27,7 @@ from quantkit.hub.model import (
     ModelInfo,
     RepoFile,
     count_parameters,
+    is_adapter,
     is_small_file,
     parse_object,
     refuse_by_config,
@@ -33,7 +35,7 @@ from quantkit.hub.model import (
     strings,
     weight_names,
 )
-from quantkit.hub.reference import ModelRef
+from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.rundir import sha256_file
 from quantkit.safetensors_file import Header, header_length, parse_header, read_header
 
@@ -43,6 +45,7 @@ _MAX_CONFIG_BYTES = 10_000_000
 _MAX_INDEX_BYTES = 100_000_000
 _FIRST_READ_BYTES = 100_000  # holds the whole header of most files: one request instead of two
 N_WORKERS = 8
+_OF_BASE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
@@ -52,7 +55,7 @@ def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
     files until `quantkit.demo` has made them (inspect that folder instead).
     """
     if ref.kind == "local":
-        return _inspect_folder(Path(ref.id))
+        return _inspect_folder(Path(ref.id), token)
     if ref.kind != "hub":
         raise ValueError(f"{ref} has to be made first")
     api = hf_api(token)
@@ -98,6 +101,7 @@ def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
         read_file=read_file,
         read_headers=read_headers,
         content_sha=lambda _: sha,
+        inspect_base=lambda adapter: _inspect_base(adapter, token, allow_local=False),
         library=remote.library_name,
         gated=bool(remote.gated),
         private=bool(remote.private),
@@ -121,7 +125,21 @@ def _refuse_other_kind(repo_id: str, token: str | None) -> None:
             ) from None
 
 
-def _inspect_folder(folder: Path) -> ModelInfo:
+def _inspect_base(adapter: Adapter, token: str | None, *, allow_local: bool) -> ModelInfo:
+    """What an adapter is merged onto. A path of its author's machine is no reason to look here."""
+    ref = parse_reference(adapter.base, adapter.revision, allow_local=allow_local)
+    base = inspect(ref, token)
+    if base.base is not None or base.quantization is not None:
+        what = "an adapter itself" if base.base is not None else "quantized"
+        raise QuantkitError(
+            f"The base of this adapter, {base.id}, is {what}: there are no full-precision weights"
+            " to merge onto.",
+            "Merge it onto the original yourself (peft's merge_and_unload), and give the result.",
+        )
+    return base
+
+
+def _inspect_folder(folder: Path, token: str | None) -> ModelInfo:
     if not folder.is_dir():
         raise QuantkitError(f"There is no folder {folder}.", "Check the path.")
     paths = [p for p in folder.iterdir() if p.is_file()]
@@ -142,6 +160,7 @@ def _inspect_folder(folder: Path) -> ModelInfo:
         read_file=read_file,
         read_headers=lambda weights: [read_header(folder / file.path) for file in weights],
         content_sha=_content_sha,
+        inspect_base=lambda adapter: _inspect_base(adapter, token, allow_local=True),
         local_path=str(folder),
     )
 
@@ -179,6 +198,7 @@ def _describe(
     read_file: Callable[[str, int], bytes],
     read_headers: Callable[[Sequence[RepoFile]], list[Header]],
     content_sha: Callable[[Sequence[RepoFile]], str],
+    inspect_base: Callable[[Adapter], ModelInfo],
     library: str | None = None,
     gated: bool = False,
     private: bool = False,
@@ -189,19 +209,24 @@ def _describe(
     """The part that is the same for the Hub and a folder. Raises QuantkitError for refusals."""
     by_path = {file.path: file for file in files}
     bases = strings(card.get("base_model"))
-    if "adapter_config.json" in by_path and not bases:
-        adapter = parse_object(
-            read_file("adapter_config.json", _MAX_CONFIG_BYTES), "adapter_config.json"
-        )
-        bases = strings(adapter.get("base_model_name_or_path"))
-    refuse_by_files(name, list(by_path), library, bases)
-    config = parse_object(read_file("config.json", _MAX_CONFIG_BYTES), f"config.json of {name}")
-    refuse_by_config(name, config)
-    index = None
-    if SINGLE not in by_path:
-        index = parse_object(read_file(INDEX, _MAX_INDEX_BYTES), f"{INDEX} of {name}")
-    weights = weight_names(name, by_path, index)
-    n_by_dtype = count_parameters(read_headers([by_path[path] for path in weights]))
+    base = index = None
+    if is_adapter(by_path):
+        settings = parse_object(read_file(CONFIG, _MAX_CONFIG_BYTES), f"{CONFIG} of {name}")
+        base = inspect_base(read_adapter(name, by_path, settings))
+        config, bases = base.config, (base.id,)
+        weights: tuple[str, ...] = (WEIGHTS,)
+        read_headers([by_path[WEIGHTS]])
+        n_by_dtype = base.n_by_dtype
+        card = {**{key: base.card[key] for key in _OF_BASE if base.card.get(key)}, **card}
+        gated = gated or base.gated
+    else:
+        refuse_by_files(name, list(by_path), library, bases)
+        config = parse_object(read_file("config.json", _MAX_CONFIG_BYTES), f"config.json of {name}")
+        refuse_by_config(name, config)
+        if SINGLE not in by_path:
+            index = parse_object(read_file(INDEX, _MAX_INDEX_BYTES), f"{INDEX} of {name}")
+        weights = weight_names(name, by_path, index)
+        n_by_dtype = count_parameters(read_headers([by_path[path] for path in weights]))
     needed = set(weights) if index is None else {INDEX, *weights}
     wanted = [file for file in files if file.path in needed or is_small_file(file)]
     if local_path is not None:
@@ -216,10 +241,11 @@ def _describe(
         kind=kind,
         id=name,
         revision=revision,
-        sha=content_sha(wanted),
+        sha=content_sha(wanted) if local_path is None or base is None else _both(wanted, base),
         files=tuple(wanted),
         weights=weights,
-        n_download_bytes=sum(file.n_bytes for file in wanted),
+        n_download_bytes=sum(file.n_bytes for file in wanted)
+        + (base.n_download_bytes if base is not None and not base.local_path else 0),
         architectures=strings(config.get("architectures")),
         model_type=str(config.get("model_type") or ""),
         n_parameters=sum(n_by_dtype.values()),
@@ -232,14 +258,20 @@ def _describe(
         license_link=next(iter(strings(card.get("license_link"))), None),
         gated=gated,
         private=private,
-        is_adapter="adapter_config.json" in by_path,
+        is_adapter=base is not None,
         pipeline_tag=pipeline_tag or next(iter(strings(card.get("pipeline_tag"))), None),
         base_model=bases,
         languages=strings(card.get("language")),
         tags=tags or strings(card.get("tags")),
         card=card,
         local_path=local_path,
+        base=base,
     )
+
+
+def _both(files: Sequence[RepoFile], base: ModelInfo) -> str:
+    """The sha of a local adapter: with another base it is another model."""
+    return hashlib.sha256(f"{_content_sha(files)}{base.id}{base.sha}".encode()).hexdigest()
 
 
 def remote_header(repo_id: str, sha: str, file: RepoFile, token: str | None) -> bytes:

@@ -70,10 +70,13 @@ class ModelInfo:
     tags: tuple[str, ...] = ()
     card: dict[str, Any] = field(default_factory=dict)  # the YAML at the top of README.md
     local_path: str | None = None
+    base: ModelInfo | None = None  # of an adapter: the model that it is merged onto
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ModelInfo:
         value = dict(value)
+        if value.get("base") is not None:
+            value["base"] = cls.from_json(value["base"])
         value["files"] = tuple(RepoFile(**file) for file in value["files"])
         for name in ("weights", "architectures", "base_model", "languages", "tags"):
             value[name] = tuple(value[name])
@@ -154,6 +157,14 @@ def count_parameters(headers: Iterable[Header]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
+def is_adapter(paths: Iterable[str]) -> bool:
+    """Whether this is a PEFT adapter and not a whole model beside one."""
+    present = set(paths)
+    return "adapter_config.json" in present and not (
+        "config.json" in present and (SINGLE in present or INDEX in present)
+    )
+
+
 def refuse_by_files(
     model: str, paths: Sequence[str], library: str | None, bases: Sequence[str]
 ) -> None:
@@ -165,12 +176,6 @@ def refuse_by_files(
         raise QuantkitError(
             f"{model} is a diffusers pipeline (images, video or sound), not a language model.",
             "Give the id of a causal language model.",
-        )
-    if "adapter_config.json" in present and not ("config.json" in present and has_weights):
-        raise QuantkitError(
-            f"{model} is a LoRA adapter for {base}, not a whole model.",
-            "Merge it into its base model first (peft's merge_and_unload), or turn the adapter "
-            "itself into GGUF with llama.cpp's convert_lora_to_gguf.py.",
         )
     if not has_weights:
         _refuse_weights(model, paths, base)

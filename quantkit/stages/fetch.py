@@ -2,7 +2,8 @@
 
 Writes `snapshot.json`: everything known about the model (`hub.ModelInfo`) and where its files are.
 Files from the Hub stay in huggingface_hub's cache and are not copied; their sha256 is compared with
-the Hub's. NaN and infinite weights are refused here, before hours of work on them.
+the Hub's. NaN and infinite weights are refused here, before hours of work on them. A LoRA adapter
+is merged onto its base, in this stage's folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
+from quantkit.output import safe_name
 from quantkit.qtypes import BF16, QuantType
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.safetensors_file import scan
@@ -58,8 +60,34 @@ def execute(run: Run) -> StageResult:
     run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
     hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
-    # One progress bar over both halves: bytes that come, then bytes that are looked at.
-    n_to_come = 0 if info.local_path else info.n_download_bytes
+    if info.base is None:
+        folder = _bring(run, info, token)
+    else:
+        from quantkit.lora import merge  # needs torch
+
+        base, adapter = _bring(run, info.base, token), _bring(run, info, token)
+        run.events.emit(NAME, "note", f"merging {info.id} onto {info.base.id}")
+        folder = run.dir.stage_dir(NAME) / safe_name(info.id)
+        base_files, own_files = ([f.path for f in i.files] for i in (info.base, info))
+        made = merge(base, base_files, adapter, own_files, folder)
+    path = write_json(_path(run.dir), {"info": info, "folder": str(folder)})
+    summary = {
+        "model": info.id,
+        "sha": info.sha,
+        "architecture": info.architectures[0],
+        "n_parameters": info.n_parameters,
+        "n_bytes": info.n_download_bytes,
+        "license": info.license,
+        "gated": info.gated,
+    }
+    if info.base is not None:
+        summary |= {"base": info.base.id, "base_sha": info.base.sha}
+    return StageResult([path, *made], summary)
+
+
+def _bring(run: Run, info: hub.ModelInfo, token: str | None) -> Path:
+    """Download a model and look at its weights: one progress bar over both halves."""
+    n_to_come = 0 if info.local_path else sum(file.n_bytes for file in info.files)
     n_weights = sum(file.n_bytes for file in info.files if file.path in info.weights)
     n_total = n_to_come + n_weights
 
@@ -71,17 +99,7 @@ def execute(run: Run) -> StageResult:
 
     folder = hub.download(info, token, downloading)
     check_weights(info, folder, checking)
-    path = write_json(_path(run.dir), {"info": info, "folder": str(folder)})
-    summary = {
-        "model": info.id,
-        "sha": info.sha,
-        "architecture": info.architectures[0],
-        "n_parameters": info.n_parameters,
-        "n_bytes": info.n_download_bytes,
-        "license": info.license,
-        "gated": info.gated,
-    }
-    return StageResult([path, *made], summary)
+    return folder
 
 
 def load(run_dir: RunDir) -> Snapshot:
@@ -92,7 +110,7 @@ def load(run_dir: RunDir) -> Snapshot:
     """
     value = read_json(_path(run_dir))
     info, folder = hub.ModelInfo.from_json(value["info"]), Path(value["folder"])
-    if hub.damaged_files(info, folder):
+    if info.base is None and hub.damaged_files(info, folder):
         folder = hub.download(info, hub.resolve_token())
     return Snapshot(info, folder)
 
@@ -111,8 +129,9 @@ def run_bytes(config: RunConfig, info: hub.ModelInfo) -> int:
 
 
 def _describe(info: hub.ModelInfo) -> str:
+    onto = f", an adapter of {info.base.id} at {info.base.sha[:12]}" if info.base else ""
     return (
-        f"{info.id} at {info.sha[:12]}: {info.architectures[0]}, "
+        f"{info.id} at {info.sha[:12]}{onto}: {info.architectures[0]}, "
         f"{info.n_parameters / 1e6:,.0f}M parameters, {info.n_download_bytes / 1e6:,.0f} MB, "
         f"licence {info.license or 'not stated'}"
     )

@@ -130,11 +130,13 @@ def _recipe(
     info = fetch.load(run.dir).info
     levels = run.dir.stage_dir("quantize")
     base = run.records["convert"].outputs[0]
+    onto = info.base and {"model": info.base.id, "revision": info.base.sha}
     return {
         "schema": 1,
         "quantkit": __version__,
         "model": info.id,
         "revision": info.sha,
+        **({"adapter_of": onto} if onto else {}),
         "config": run.config,
         "base": {"sha256": base.sha256, "n_bytes": base.n_bytes},
         "output": {
