@@ -149,9 +149,13 @@ def domains(report: Report) -> Picture | None:
         return label + scale.share(value) * (right - label)
 
     items: list[Item] = []
+    free = 0.0  # where the next tick's label may begin
     for tick in scale.ticks():
         items.append(Stroke(((x(tick), top - 6), (x(tick), bottom - 8)), "line"))
-        items.append(Words(x(tick), bottom + 8, tick_text(tick), _SMALL, "middle"))
+        half = text_width(tick_text(tick), _SMALL) / 2
+        if x(tick) - half >= free:
+            items.append(Words(x(tick), bottom + 8, tick_text(tick), _SMALL, "middle"))
+            free = x(tick) + half + 4
     for i, name in enumerate(names):
         y = top + step * i + step / 2 - 6
         items.append(Stroke(((label, y), (right, y)), "line"))

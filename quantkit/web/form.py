@@ -125,7 +125,7 @@ class Form:
             list(FAMILIES["whole"]),
             value=list(FAMILIES["everyday"]),
             label="Sizes",
-            info="A run for each, as large as these mixes. On this machine they share stages.",
+            info="One run makes a file for each, at most as large as llama.cpp's own of that type.",
             visible=False,
             elem_id="family",
         )

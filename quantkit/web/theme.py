@@ -8,7 +8,9 @@ import gradio as gr
 
 CSS_PATH = Path(__file__).with_name("style.css")
 # Start and Delete change the address in place; the browser's way back then loads what it names.
+# Gradio puts every rule of style.css below its own frame, so what is meant for the frame is here.
 HEAD = """<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>@media (max-width: 560px) { .gradio-container > .main { padding: 16px !important } }</style>
 <script>addEventListener("popstate", () => location.reload())</script>"""
 
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
