@@ -61,7 +61,7 @@ def _refusal(target: Target, limit: int, smallest: int, largest: int) -> str:
     """Why no file, or every file, of the levels fits; empty when the budget is between them."""
     if limit > largest:
         return (
-            f"The budget of {limit:,} bytes ({target}) is above the largest file of these levels,"
+            f"The budget of {limit:,} bytes is above the largest file of these levels,"
             f" {largest:,} bytes."
         )
     if limit >= smallest:
@@ -74,6 +74,6 @@ def _refusal(target: Target, limit: int, smallest: int, largest: int) -> str:
             f" {(memory - limit) / 1e9:.2f} GB."
         )
     return (
-        f"The budget of {limit:,} bytes ({target}) is below the smallest possible file,"
+        f"The budget of {limit:,} bytes is below the smallest possible file,"
         f" {smallest:,} bytes."
     )

@@ -187,7 +187,7 @@ def render(plan: dict[str, Any]) -> str:
         limit = budget["limit_bytes"]
         bpw = "" if limit is None else f": {limit:,} bytes ({8 * limit / n_parameters:.2f} bpw)"
         lines.append(f"budget    {budget['target']}{bpw}")
-    lines += [f"refused   {budget['refusal']}" for budget in sizes["refused"]]
+    lines += [f"refused   {budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
     lines += [
         f"possible  {sizes['smallest_bytes']:,} to {sizes['largest_bytes']:,} bytes",
         f"time      about {max(1, estimate['seconds'] // 60)} minutes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from hypothesis import strategies as st
@@ -84,6 +84,7 @@ class Toy:
     """
 
     n_ctx = 16
+    n_batch = 1
 
     def __init__(self, space: SearchSpace, costs: Costs, seed: int = 0, n_sequences: int = 12):
         rng = np.random.default_rng(seed)
@@ -105,6 +106,9 @@ class Toy:
         own = np.array([c[k] for c, k in zip(self.costs, choices.tolist(), strict=True)])
         pair = self.pairs[: len(own) - 1] * own[1:] * own[:-1]
         return self.weights[first:last] @ own + pair.sum()
+
+    def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
+        return [self.kl(choices, first, last) for choices in candidates]
 
     def set_parent(self, choices: Choices) -> None:
         self.parent = tuple(choices.tolist())

@@ -17,10 +17,11 @@ from quantkit.kquants import native
 from quantkit.qtypes import QuantType
 from quantkit.rowmap import RowMap
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evolve import Plan, SearchState, begin, evolve
-from quantkit.search.fitness import CHUNKS, SEQUENCES_PER_BATCH, Fitness
+from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
+from quantkit.search.fitness import CHUNKS, Fitness
 from quantkit.search.propose import uniform
 from quantkit.search.targets import Targets
+from quantkit.search.workers import Workers
 from quantkit.tensors import Candidate, CandidateKey, to_json
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q5_0", "Q8_0")))
@@ -86,7 +87,7 @@ class World:
         )
         self.names = list(self.maps)
 
-    def fitness(self, dtype: torch.dtype = torch.float32) -> Fitness:
+    def fitness(self, name: str = "targets", dtype: torch.dtype = torch.float32) -> Fitness:
         """A fresh evaluator on a fresh copy of the model."""
         return Fitness(
             BlockwiseModel(copy.deepcopy(self.model).to(dtype)),
@@ -94,7 +95,7 @@ class World:
             self.maps,
             self.folder,
             self.ids,
-            self.folder / "targets.partial",
+            self.folder / f"{name}.partial",
         )
 
     def true_kl(
@@ -201,12 +202,12 @@ def test_a_part_of_the_sequences(world: World) -> None:
     assert found.shape == (2, CHUNKS)
     assert np.array_equal(found, fresh.kl(child, 0, 2))
     with pytest.raises(ValueError, match="whole batches"):
-        cached.kl(child, 0, SEQUENCES_PER_BATCH - 1)
+        cached.kl(child, 0, cached.n_batch - 1)
 
 
 def test_kl_in_16_bits(world: World) -> None:
     """The residual stream and the head stay in float32: little is lost."""
-    fitness = world.fitness(torch.bfloat16)
+    fitness = world.fitness(dtype=torch.bfloat16)
     found = fitness.kl(middle(world), 0, N_SEQUENCES).mean()
     assert found == pytest.approx(world.true_kl(middle(world)).mean(), rel=0.05)
 
@@ -225,6 +226,22 @@ def test_a_search_resumed_ends_the_same(untied: World) -> None:
         loaded = SearchState.from_json(json.loads(json.dumps(to_json(state))))
         end = evolve(untied.space, untied.fitness(), costs, plan, loaded, lambda _: None)
         assert to_json(end) == to_json(final)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 3])
+def test_the_number_of_workers_does_not_show(untied: World, n_workers: int) -> None:
+    plan = Plan(n_tokens=3_000, rounds=(2, 4), n_kept=(2, 1), patience=99)
+    costs = [np.array([0.3, 0.2, 0.1]) for _ in untied.names]
+    proposals = [(c, "uniform") for c in uniform(untied.space, costs)]
+
+    def search(evaluator: Evaluator) -> SearchState:
+        first = begin(evaluator, plan, proposals, 1)
+        return evolve(untied.space, evaluator, costs, plan, first, lambda _: None)
+
+    alone = search(untied.fitness())
+    assert alone.generation > 2
+    with Workers([untied.fitness(f"targets-{i}") for i in range(n_workers)]) as workers:
+        assert to_json(search(workers)) == to_json(alone)
 
 
 def test_tensors_that_cannot_be_put_into_the_model(world: World) -> None:
@@ -254,7 +271,7 @@ def test_targets_in_16_bits(tmp_path: Path) -> None:
     scales = torch.tensor([0.0, 0.1, 1.0, 3.0, 8.0, 30.0])
     base = torch.randn(6, 500, generator=generator) * scales[:, None]
     other = base + 0.1 * torch.randn(6, 500, generator=generator)
-    targets = Targets(tmp_path / "t", 10, 500)
+    targets = Targets(tmp_path / "t", 10, 500, torch.device("cpu"))
     targets.put(3, base)
     p, q = (torch.log_softmax(x.double(), -1) for x in (base, other))
     wanted = (p.exp() * (p - q)).sum(-1)

@@ -247,7 +247,7 @@ def _report(value: Mapping[str, Any]) -> Report:
         protocol=str(value["protocol"]),
         texts=tuple(str(name) for name in value["texts"]),
         calibration_note=str((value.get("calibration") or {}).get("note", "")),
-        refused=tuple(str(row["refusal"]) for row in value.get("refused", ())),
+        refused=tuple(f"{row['target']}: {row['refusal']}" for row in value.get("refused", ())),
         not_measured=tuple(
             (str(row["name"]), str(row["reason"])) for row in value.get("not_measured", ())
         ),

@@ -28,7 +28,7 @@ _BETTER = 1.0  # standard errors by which a child must beat its parent
 
 
 class Evaluator(Protocol):
-    """Where candidates are judged: in this process, or on many devices."""
+    """Where candidates are judged: on one device (`Fitness`), or on many (`Workers`)."""
 
     @property
     def n_sequences(self) -> int: ...
@@ -36,10 +36,17 @@ class Evaluator(Protocol):
     @property
     def n_ctx(self) -> int: ...
 
-    def kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
-        """KL on the sequences first..last: float64 (last - first, samples of each)."""
+    @property
+    def n_batch(self) -> int:
+        """Sequences that are evaluated together; parts of a batch are refused."""
 
-    def set_parent(self, choices: Choices) -> None: ...
+    def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
+        """KL of each candidate on the sequences first..last: float64 (last - first, samples of
+        each).
+        """
+
+    def set_parent(self, choices: Choices) -> None:
+        """What the next candidates are changes of; it is evaluated by itself, before them."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +136,12 @@ def _race(
     defender = None if parent is None else _Racer(parent, "parent", empty)
     met = n_tokens = 0
     for n, n_kept in zip(plan.rounds, plan.n_kept, strict=True):
-        # The parent first: its hidden states serve the others.
         running = left if defender is None else [defender, *left]
-        for racer in running:
-            new = evaluator.kl(racer.choices, met, n)
-            racer.scores = np.concatenate([racer.scores, new]) if met else new
+        # The parent first and alone: its hidden states serve the others.
+        for group in (running[: len(running) - len(left)], left):
+            found = evaluator.kl_of([racer.choices for racer in group], met, n) if group else []
+            for racer, new in zip(group, found, strict=True):
+                racer.scores = np.concatenate([racer.scores, new]) if met else new
         n_tokens += len(running) * (n - met) * evaluator.n_ctx
         met = n
         leader = min(running, key=lambda r: float(r.scores.mean()))

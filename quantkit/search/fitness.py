@@ -9,7 +9,7 @@ same operations give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from quantkit.search.targets import Targets
 from quantkit.search.weights import Weights, precision, widen
 
 CHUNKS = 8  # a sequence's KL is given for each eighth: more samples for paired comparisons
-SEQUENCES_PER_BATCH = 2
+_SEQUENCES_PER_BATCH = {"cpu": 2, "cuda": 8}
+_STATES_SHARE = 0.5  # of a GPU's free memory that the parent's hidden states may take
 
 
 class Fitness:
@@ -44,7 +45,9 @@ class Fitness:
         self._model = model
         self._space = space
         self._weights = Weights(model, space, maps, levels_folder)
-        self._ids = torch.from_numpy(ids).to(model.model.device)
+        device = model.model.device
+        self._ids = torch.from_numpy(ids).to(device)
+        self.n_batch = min(_SEQUENCES_PER_BATCH[device.type], max(1, len(ids) // 2))
         self._parent: Choices | None = None
         # Of the parent's passes, by first sequence: entry i is what block i reads, the last what
         # the head reads.
@@ -69,6 +72,10 @@ class Fitness:
         parts = [self._batch_kl(choices, *batch) for batch in self._batches(first, last)]
         return np.concatenate(parts)
 
+    def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
+        """`kl` of each."""
+        return [self.kl(choices, first, last) for choices in candidates]
+
     def set_parent(self, choices: Choices) -> None:
         """From now on candidates are taken as changes of this allocation."""
         if self._parent is None or bool((self._parent != choices).any()):
@@ -76,10 +83,10 @@ class Fitness:
             self._states.clear()
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        if first % SEQUENCES_PER_BATCH or (last % SEQUENCES_PER_BATCH and last < self.n_sequences):
+        if first % self.n_batch or (last % self.n_batch and last < self.n_sequences):
             raise ValueError(f"sequences {first} to {last} are not whole batches")
-        for start in range(first, last, SEQUENCES_PER_BATCH):
-            yield start, min(start + SEQUENCES_PER_BATCH, last)
+        for start in range(first, last, self.n_batch):
+            yield start, min(start + self.n_batch, last)
 
     @torch.no_grad()
     def _batch_kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
@@ -98,7 +105,7 @@ class Fitness:
             for index in range(start, len(self._model.blocks)):
                 hidden = self._model.run_block(index, hidden, calls[index])
                 kept.append(hidden)
-        if is_parent:
+        if is_parent and self._has_room(kept):
             self._states[first] = kept
         return self._score(hidden, first)
 
@@ -109,16 +116,25 @@ class Fitness:
         means = []
         for i, state in enumerate(hidden):
             kl = self._targets.kl((first + i) * self.n_ctx, self._logits(state))
-            means.append([float(part.mean()) for part in kl.tensor_split(CHUNKS)])
-        return np.array(means)
+            means.append(torch.stack([part.mean() for part in kl.tensor_split(CHUNKS)]))
+        return torch.stack(means).cpu().numpy()
 
     def _logits(self, state: torch.Tensor) -> torch.Tensor:
         return self._model.head(state[None])[0].float()
 
+    def _has_room(self, states: list[torch.Tensor]) -> bool:
+        """Whether a GPU has memory for the parent's states; without them nothing but time is
+        lost.
+        """
+        if not states[0].is_cuda:
+            return True
+        n_bytes = sum(state.nbytes for state in states)
+        return n_bytes < _STATES_SHARE * torch.cuda.mem_get_info(states[0].device)[0]
+
     @torch.no_grad()
     def _make_targets(self, path: Path) -> Targets:
         n_vocab = self._model.model.get_output_embeddings().weight.shape[0]
-        targets = Targets(path, self._ids.numel(), n_vocab)
+        targets = Targets(path, self._ids.numel(), n_vocab, self._ids.device)
         for first, last in self._batches(0, self.n_sequences):
             hidden, calls = self._model.trace(self._ids[first:last])
             with precision(self._model):

@@ -16,35 +16,48 @@ import torch
 _SCALE = 4096.0  # float16 holds 6e-8 .. 65504: probabilities from 1.5e-11 up survive
 
 
+_DEVICE_SHARE = 0.4  # of a GPU's free memory that targets may take
+
+
 class Targets:
-    """Base distributions of `n_rows` positions over `n_vocab` tokens, in a memory-mapped file.
+    """Base distributions of `n_rows` positions over `n_vocab` tokens: on the GPU that compares with
+    them where they fit there, else in a memory-mapped file.
 
     What depends on the base alone, each distribution's sum and entropy, is kept beside it.
     """
 
-    def __init__(self, path: Path, n_rows: int, n_vocab: int) -> None:
-        self._table = np.memmap(path, np.float16, "w+", shape=(n_rows, n_vocab))
-        self._totals = torch.zeros(n_rows, dtype=torch.float64)
-        self._entropies = torch.zeros(n_rows, dtype=torch.float64)
+    def __init__(self, path: Path, n_rows: int, n_vocab: int, device: torch.device) -> None:
+        shape = (n_rows, n_vocab)
+        if _fits(n_rows * n_vocab * 2, device):
+            self._table = torch.empty(shape, dtype=torch.float16, device=device)
+        else:
+            self._table = torch.from_numpy(np.memmap(path, np.float16, "w+", shape=shape))
+        self._totals = torch.zeros(n_rows, dtype=torch.float64, device=device)
+        self._entropies = torch.zeros(n_rows, dtype=torch.float64, device=device)
 
     def put(self, first: int, logits: torch.Tensor) -> None:
         """Store the distributions of consecutive positions: logits (n, n_vocab), float32."""
-        stored = (torch.softmax(logits.float(), -1) * _SCALE).half().cpu()
+        stored = (torch.softmax(logits.float(), -1) * _SCALE).half()
         own = slice(first, first + len(stored))
-        self._table[own] = stored.numpy()
+        self._table[own] = stored.to(self._table.device)
         p = stored.float()
         total = p.sum(-1, dtype=torch.float64)
         self._totals[own] = total
         self._entropies[own] = total.log() - torch.xlogy(p, p).sum(-1, dtype=torch.float64) / total
 
     def kl(self, first: int, logits: torch.Tensor) -> torch.Tensor:
-        """KL(base || candidate) in nats at consecutive positions: float64 (n,) for candidate logits
-        (n, n_vocab), float32.
+        """KL(base || candidate) in nats at consecutive positions: float64 (n,), on the logits'
+        device, for candidate logits (n, n_vocab), float32.
         """
         own = slice(first, first + len(logits))
-        rows = torch.from_numpy(np.ascontiguousarray(self._table[own]))
-        p = rows.to(logits.device).float()
+        p = self._table[own].to(logits.device).float()
         # Logarithms first: the sum then runs over small numbers, and float32 is enough for it.
         log_q = torch.log_softmax(logits, -1)
-        cross = -torch.linalg.vecdot(p, log_q).double().cpu() / self._totals[own]
+        cross = -torch.linalg.vecdot(p, log_q).double() / self._totals[own]
         return cross - self._entropies[own]
+
+
+def _fits(n_bytes: int, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return n_bytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]

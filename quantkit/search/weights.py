@@ -11,9 +11,12 @@ import torch
 
 from quantkit.blockwise import BlockwiseModel
 from quantkit.kquants import native
+from quantkit.kquants.formats import FORMATS
 from quantkit.rowmap import RowMap
 from quantkit.search.allocation import Choices, SearchSpace
+from quantkit.tensors import Candidate
 
+_DEVICE_SHARE = 0.5  # of a GPU's free memory that packed levels may take
 OUTSIDE = -1  # the block number of what lies outside of blocks: embeddings and head
 
 
@@ -33,6 +36,11 @@ class Weights:
         self._prefix = model.blocks_name + "."
         self._loaded: Choices | None = None
         self._files: dict[str, np.memmap] = {}
+        self._resident: dict[tuple[str, int], torch.Tensor] = {}
+        device = model.model.device
+        self._room = 0  # bytes of the GPU's memory that packed rows may still take
+        if device.type == "cuda":
+            self._room = int(_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
         self.block_of = [self._block_of(map_) for map_ in self._maps]
 
     def _block_of(self, map_: RowMap | None) -> int | None:
@@ -67,7 +75,9 @@ class Weights:
         return map_.gather(like_parameter)
 
     def values(self, tensor: int, choice: int) -> torch.Tensor:
-        """What the bytes of a choice stand for: float32 (n_rows, n_columns), on the CPU."""
+        """What the bytes of a choice stand for: float32 (n_rows, n_columns), on the GPU where
+        that is the model's device and can read the type, else on the CPU.
+        """
         candidate = self._space.candidates[tensor][choice]
         mapped = self._files.get(candidate.file)
         if mapped is None:
@@ -78,7 +88,24 @@ class Weights:
         n_columns = map_.n_columns(self._parameters[map_.parameter])
         packed = mapped[candidate.offset : candidate.offset + candidate.n_bytes]
         rows = packed.reshape(-1, candidate.key.qtype.row_bytes(n_columns))
+        form = FORMATS.get(candidate.key.qtype)
+        device = self._parameters[map_.parameter].device
+        if form is not None and device.type == "cuda":
+            return form.values(self._on_device(candidate, rows, device))
         return torch.from_numpy(native.dequantize(rows, candidate.key.qtype))
+
+    def _on_device(
+        self, candidate: Candidate, rows: native.Bytes, device: torch.device
+    ) -> torch.Tensor:
+        """Packed rows on the GPU; they stay there as long as there is room."""
+        place = candidate.file, candidate.offset
+        found = self._resident.get(place)
+        if found is None:
+            found = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+            if found.numel() <= self._room:
+                self._room -= found.numel()
+                self._resident[place] = found
+        return found
 
 
 def widen(model: BlockwiseModel) -> None:

@@ -30,8 +30,9 @@ from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, replacing, write_json
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, prune
 from quantkit.search.caps import cap_types
-from quantkit.search.evolve import Plan, SearchState, begin, evolve
+from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.propose import Costs, knapsack, spend, uniform
+from quantkit.search.workers import Workers
 from quantkit.stages import StageResult, convert, database, fetch
 from quantkit.tensors import CandidateKey, to_json
 
@@ -44,6 +45,7 @@ VERSION = 3
 FIELDS = ("targets", "max_types", "seed", "profile", "device", "types")
 
 _FLOAT32_ABOVE_BPW = 6.5
+_LEAST_SEQUENCES = 4
 
 
 def execute(run: Run) -> StageResult:
@@ -55,7 +57,7 @@ def execute(run: Run) -> StageResult:
     smallest, largest = space.n_bytes(space.smallest), space.limit_bytes
     budgets, refused = budgets_of(run.config, base, smallest, largest)
     for budget in refused:
-        run.events.emit(NAME, "note", f"refused: {budget.refusal}")
+        run.events.emit(NAME, "note", f"refused: {budget.target}: {budget.refusal}")
     asked = budgets or (Budget("what the types come to", largest),)
     space = _capped(run, space, asked)
     searcher = _Searcher(run, base, space, asked)
@@ -177,7 +179,7 @@ class _Searcher:
         self._run, self._base, self._space = run, base, space
         self._costs = damages(space)
         self._budgets = budgets
-        self._evaluator: Fitness | None = None
+        self._evaluator: Evaluator | None = None
 
     def search(
         self, budget: Budget, before: Choices | None
@@ -213,13 +215,11 @@ class _Searcher:
     def _evolve(
         self, budget: Budget, space: SearchSpace, before: Choices | None, folder: Path
     ) -> SearchState:
-        from quantkit.search.fitness import SEQUENCES_PER_BATCH
-
         events, config = self._run.events, self._run.config
         if self._evaluator is None:
             self._evaluator = _evaluator(self._run, self._space, self._budgets[-1].limit_bytes)
         evaluator = self._evaluator
-        plan = Plan.of(self._run.profile.search_tokens, evaluator.n_sequences, SEQUENCES_PER_BATCH)
+        plan = Plan.of(self._run.profile.search_tokens, evaluator.n_sequences, evaluator.n_batch)
         position, n_budgets = self._budgets.index(budget), len(self._budgets)
         path = folder / "state.json"
         what = f"{budget.target}: " if n_budgets > 1 else ""
@@ -277,19 +277,32 @@ def _by_name(space: SearchSpace, choices: Choices) -> dict[str, dict[str, str]]:
     return {name: {"qtype": str(k.qtype), "method": k.method} for name, k in keys.items()}
 
 
-def _evaluator(run: Run, space: SearchSpace, limit_bytes: int) -> Fitness:
+def _evaluator(run: Run, space: SearchSpace, limit_bytes: int) -> Evaluator:
+    """What judges candidates: this machine's CPU, or all of its GPUs."""
+    import torch
+
+    if run.config.device == "cpu":
+        return _fitness(run, space, limit_bytes, "cpu")
+    # Logits in full float32 would take a GPU half as long as all blocks; TF32's rounding changes a
+    # KL by less than 1e-6. Nothing after this stage multiplies in float32.
+    torch.set_float32_matmul_precision("high")
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return Workers([_fitness(run, space, limit_bytes, device) for device in devices])
+
+
+def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fitness:
     import torch
     from safetensors.numpy import load_file
 
     from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model
     from quantkit.rowmap import load_row_maps
-    from quantkit.search.fitness import SEQUENCES_PER_BATCH, Fitness
+    from quantkit.search.fitness import Fitness
 
     snapshot = fetch.load(run.dir)
     # Near 8 bits per weight 16-bit products are noisier than the files are.
     bpw = 8 * limit_bytes / max(convert.load_base(run.dir).n_elements, 1)
-    dtype = torch.float32 if bpw > _FLOAT32_ABOVE_BPW else compute_dtype(run.config.device)
-    model = load_model(snapshot.folder, dtype, run.config.device)
+    dtype = torch.float32 if bpw > _FLOAT32_ABOVE_BPW else compute_dtype(device)
+    model = load_model(snapshot.folder, dtype, device)
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     unmapped = [name for name in space.tensors if name not in maps]
     if unmapped:
@@ -299,12 +312,12 @@ def _evaluator(run: Run, space: SearchSpace, limit_bytes: int) -> Fitness:
             f"{len(unmapped)} tensors cannot be put into the model: their damage is estimated only",
         )
     ids = load_file(run.dir.stage_dir("calibrate") / "tokens.safetensors")["heldout"]
-    if len(ids) < 2 * SEQUENCES_PER_BATCH:
+    if len(ids) < _LEAST_SEQUENCES:
         raise QuantkitError(
             "There are too few held-out tokens to search with.",
             "Use a larger --profile or more text.",
         )
-    targets = run.dir.stage_dir(NAME) / "targets.partial"
+    targets = run.dir.stage_dir(NAME) / f"targets-{device.replace(':', '-')}.partial"
     return Fitness(BlockwiseModel(model), space, maps, run.dir.stage_dir("quantize"), ids, targets)
 
 

@@ -87,7 +87,7 @@ def _preview(
         facts.append(
             ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
         )
-    warnings = [str(budget["refusal"]) for budget in sizes["refused"]]
+    warnings = [f"{budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
     warnings += [str(text) for text in plan.get("warnings", [])][:10]
     notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
     where = _where(needs, here, why_not, machines, chosen)
