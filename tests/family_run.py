@@ -1,18 +1,22 @@
-"""One family through the whole pipeline, and what it showed: a row of docs/architectures.md."""
+"""Every family through the whole pipeline, and what that showed: a row of docs/architectures.md."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import Family, write_checkpoint
+from families import FAMILIES, Family, write_checkpoint
 
 from evaluators import agreement
 from evaluators.weights import expanded_to_f16
@@ -22,11 +26,9 @@ from quantkit.rowmap import RowMap, load_row_maps
 from quantkit.rundir import RunDir, read_json
 
 # Four held-out sequences are what the search needs; nothing is judged on so few tokens.
-_PROFILE = config.Profile(4096, 2048, 6144, 2, 0, ("Q4_K", "Q6_K"), "families")
+_PROFILE = config.Profile(4096, 2048, 2048, 2, 0, ("Q4_K", "Q6_K"), "families")
 _N_TOKENS = 96
-_TEXT = (
-    "The quick brown fox (born 1984) jumps over 13 lazy dogs; isn't that odd? def f(x): return x"
-)
+_TEXT = "The quick brown fox (born 1984) jumps over 13 lazy dogs; isn't it odd? def f(x): return x"
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,31 @@ class Row:
     """What a family's run showed. KL are mean nats per token, PyTorch against llama.cpp."""
 
     family: str
-    architecture: str  # of the GGUF
-    mapped_share: float  # of the parameters of quantizable tensors
-    gptq_share: float  # of the parameters of linear layers: all but a table that is looked up
-    kl_f16: float
-    kl_f16_worst: float  # of one token
-    kl_file: float
-    kl_swapped: float  # with two heads, or other rows, exchanged on one side
-    spread: float  # standard deviation of a position's logits
-    seconds: float
-    problem: str = ""
+    problem: str = ""  # why there is nothing more to say
+    architecture: str = ""  # of the GGUF
+    mapped_share: float = 0.0  # of the parameters of linear layers: found in the model
+    gptq_share: float = 0.0  # of the same: quantized with a Hessian
+    apart: tuple[str, ...] = ()  # kinds of tensors that are not counted, as `_apart` says
+    kl_f16: float = math.inf
+    kl_f16_worst: float = math.inf  # of one token
+    kl_file: float = math.inf
+    kl_swapped: float = 0.0  # at F16, with two heads or other rows exchanged on one side
+    spread: float = 0.0  # standard deviation of a position's logits
+    n_projector_bytes: int = 0  # of the vision tower's own GGUF
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and all(
+            (
+                self.mapped_share >= 0.99,
+                self.gptq_share >= 0.99,
+                self.kl_f16 <= integrity.F16_LIMIT,
+                self.kl_file <= integrity.FILE_LIMIT,
+                self.kl_swapped >= 30 * max(self.kl_f16, integrity.F16_LIMIT / 10),
+                self.spread >= 3,
+            )
+        )
 
 
 @contextmanager
@@ -53,6 +70,23 @@ def _profile() -> Iterator[str]:
         yield "families"
     finally:
         del config.PROFILES["families"]
+
+
+def run_all(names: Sequence[str], folder: Path, n_workers: int = 2) -> Iterator[Row]:
+    """The rows of families, in their order; what fails is a row that says why."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_workers, context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(partial(_row, folder), names)
+
+
+def _row(folder: Path, name: str) -> Row:
+    own = folder / name.replace(" ", "-")
+    try:
+        return run_family(FAMILIES[name], own)
+    except Exception as error:  # whatever it is, it is the family's row
+        return Row(name, f"{type(error).__name__}: {error}"[:1000])
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def run_family(family: Family, folder: Path) -> Row:
@@ -66,7 +100,7 @@ def run_family(family: Family, folder: Path) -> Row:
             profile=profile,
             calibration="docs,code",
         )
-        records = pipeline.run(asked, folder / "run", until="stitch")
+        pipeline.run(asked, folder / "run", until="stitch")
     directory = RunDir(folder / "run")
     (stitched,) = directory.stage_dir("stitch").glob("*.gguf")
     file = GgufFile(stitched)
@@ -78,31 +112,37 @@ def run_family(family: Family, folder: Path) -> Row:
         at_f16 = agreement.measure(f16, ids, logits)
         swap = agreement.measure(f16, ids, wrong)
     as_it_is = agreement.measure(stitched, ids, logits)
-    summary = records["convert"].summary
     errors = read_json(directory.stage_dir("quantize") / "errors.json")["errors"]
-    sizes = {
-        name: math.prod(file.tensors[name].shape)
-        for name in errors
-        if not (name in maps and maps[name].is_lookup and maps[name].module == _table(maps[name]))
-    }
-    solved = sum(n for name, n in sizes.items() if _has_gptq(errors[name]))
+    apart = {name: why for name in errors if (why := _apart(maps.get(name)))}
+    sizes = {n: math.prod(file.tensors[n].shape) for n in errors if n not in apart}
+    kinds = sorted({f"{name.split('.')[-2]}: {why}" for name, why in apart.items()})
+    projector = directory.stage_dir("convert") / "mmproj.gguf"
     return Row(
         family.name,
+        "",
         str(file.metadata["general.architecture"]),
-        summary["mapped_share"],
-        solved / sum(sizes.values()),
+        sum(n for name, n in sizes.items() if name in maps) / sum(sizes.values()),
+        sum(n for name, n in sizes.items() if _has_gptq(errors[name])) / sum(sizes.values()),
+        tuple(kinds),
         at_f16.mean_kl,
         at_f16.max_kl,
         as_it_is.mean_kl,
         swap.mean_kl,
         float(logits.std(-1).mean()),
+        projector.stat().st_size if projector.exists() else 0,
         time.monotonic() - begun,
     )
 
 
-def _table(row_map: RowMap) -> str:
-    """The module of an embedding that is not also the head."""
-    return row_map.parameter.removesuffix(".weight")
+def _apart(row_map: RowMap | None) -> str:
+    """Why a tensor is no linear layer with an input of its own; empty where it is one."""
+    if row_map is None:
+        return ""
+    if row_map.flipped:
+        return "columns are no module's input"
+    if row_map.is_lookup and row_map.parameter.removesuffix(".weight") == row_map.module:
+        return "looked up"
+    return ""
 
 
 def _has_gptq(types: dict[str, Any]) -> bool:

@@ -119,7 +119,8 @@ def _byte_level() -> dict[str, bytes]:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=N_TOKENS["bpe"],
-        special_tokens=["<pad>", "<s>", "</s>", "<unk>", "<|endoftext|>"],
+        # The last four: looked for by Qwen2's tokenizer and by the converter of Mistral 3.
+        special_tokens="<pad> <s> </s> <unk> <|endoftext|> [IMG] [IMG_BREAK] [IMG_END]".split(),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

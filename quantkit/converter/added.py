@@ -42,6 +42,24 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in older.items() if value is not None}, **config}
 
 
+def projector_class_for(found: Any) -> type:
+    """The converter's class of an encoder, which then also knows names without `vision_model`."""
+
+    class Projector(found):
+        model_arch = found.model_arch
+
+        def map_tensor_name(self, name: str, *args: Any, **kwargs: Any) -> str:
+            try:
+                return super().map_tensor_name(name, *args, **kwargs)
+            except ValueError:
+                older = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+                if older == name:
+                    raise
+                return super().map_tensor_name(older, *args, **kwargs)
+
+    return Projector
+
+
 def _has_prediction_head(folder: Path, n_layers: int | None) -> bool:
     from safetensors import safe_open
 

@@ -51,6 +51,7 @@ def convert(
     *,
     outtype: str = "auto",
     skeleton: bool = False,
+    projector: bool = False,
     model_name: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -61,6 +62,7 @@ def convert(
     outtype     f32, f16, bf16, or auto: the 16-bit type that the weights have
     skeleton    only the header is real, the tensor data is a hole. Works on shells
                 (checkpoint.write_shell), takes seconds and no disk
+    projector   not the language model but what it sees or hears with (`mmproj`)
     model_name  `owner/name`; where general.name, size label and the like come from. By default the
                 name of the folder, or of the repository for a folder in the Hub's cache
     metadata    GGUF keys (`general.author`, ...) to set whatever the model card says
@@ -73,7 +75,7 @@ def convert(
         raise ValueError(f"outtype is one of {', '.join(OUTTYPES)}, not {outtype}")
     started = time.monotonic()
     out_path = out_path.absolute()
-    log_path = out_path.with_name("convert.log")
+    log_path = out_path.with_name("mmproj.log" if projector else "convert.log")
     tree = ensure_converter()
     with _work_folder(out_path) as work:
         name = model_name or model_name_of(snapshot_dir)
@@ -83,6 +85,8 @@ def convert(
         overrides.write_text(json.dumps(dict(metadata or {})), encoding="utf-8")
         arguments = [str(model.folder), "--outtype", outtype, "--metadata", str(overrides)]
         arguments += ["--outfile", str(out_path) + PARTIAL]
+        if projector:
+            arguments.append("--mmproj")
         notes: list[str] = []
         with replacing(out_path) as partial:
 

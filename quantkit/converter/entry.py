@@ -231,7 +231,9 @@ def add_models(job: dict[str, Any]) -> None:
 
     def get(name: str, mmproj: bool = False) -> Any:
         found = get_model_class(name, mmproj=mmproj)
-        return found if mmproj else added["class_for"](folder, config, found)
+        if mmproj:
+            return added["projector_class_for"](found)
+        return added["class_for"](folder, config, found)
 
     conversion.get_model_class = get
     load_hparams = conversion.ModelBase.load_hparams

@@ -78,7 +78,7 @@ def execute(run: Run) -> StageResult:
         )
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     importances = {
-        name: (statistics[m.module].diagonal, statistics[m.module].n_tokens)
+        name: (m.in_file_order(statistics[m.module].diagonal), statistics[m.module].n_tokens)
         for name, m in maps.items()
         if m.module in statistics and statistics[m.module].in_blocks
     }

@@ -3,7 +3,8 @@ the model.
 
 llama.cpp's own converter does the work, sandboxed (`quantkit.converter`). Beside the file:
 `tensors.json` (shapes, types, which tensors llama.cpp lets one quantize) and `rowmaps.safetensors`
-(which row of which Hugging Face weight is which row here).
+(which row of which Hugging Face weight is which row here). Of a model that sees or hears also
+`mmproj.gguf`, the encoder in 16 bits, which llama.cpp loads beside the language model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantkit.converter.architectures import tables
 from quantkit.converter.convert import convert
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
@@ -70,12 +72,37 @@ def execute(run: Run) -> StageResult:
     n_all = sum(specs[name].n_elements for name in quantizable)
     tensors = {"specs": list(specs.values()), "unmapped": unmapped, "conversion": result.to_json()}
     outputs = [base_path, write_json(folder / "tensors.json", tensors), rowmaps_path]
+    projector = projector_path(run.dir)
+    if _make_projector(run, snapshot, projector):
+        outputs.append(projector)
     summary = {
         "n_bytes": result.n_bytes,
         "mapped_share": round(n_mapped / n_all, 4),
         "unmapped": unmapped,
     }
     return StageResult(outputs, summary)
+
+
+def projector_path(directory: RunDir) -> Path:
+    """Where the encoder's GGUF lies, if the model has one that could be converted."""
+    return directory.stage_dir(NAME) / "mmproj.gguf"
+
+
+def _make_projector(run: Run, snapshot: fetch.Snapshot, path: Path) -> bool:
+    """Convert the model's encoder. What cannot be converted is said: the language model is whole
+    without it.
+    """
+    info = snapshot.info
+    if info.architectures[0] not in tables()["mmproj"]:
+        return False
+    try:
+        convert(
+            snapshot.folder, path, outtype="f16", projector=True, model_name=model_name(snapshot)
+        )
+    except QuantkitError as error:
+        run.events.emit(NAME, "note", f"no mmproj, the result reads text only: {error.message}")
+        return False
+    return True
 
 
 def model_name(snapshot: fetch.Snapshot) -> str:

@@ -46,6 +46,9 @@ def execute(run: Run) -> StageResult:
     stitched = run.dir.stage_dir("stitch")
     _link(run.dir.stage_dir("calibrate") / "imatrix.gguf", folder / f"{_name(run)}-imatrix.gguf")
     _link(validate / "report.json", folder / "report.json")
+    projector = convert.projector_path(run.dir)
+    if projector.exists():  # by this name llama.cpp finds it in the repository
+        _link(projector, folder / f"mmproj-{_name(run)}-F16.gguf")
     (folder / "recipes").mkdir()
     recipes = []
     for output in outputs:

@@ -182,6 +182,9 @@ def _solve_unit(
         sensitivity = sensitivity_of(fisher, maps.get(name), run.config.device)
         choices, n_sweeps = plan.choices(name), run.profile.n_sweeps
         inputs = known.get(name)
+        columns = maps[name].columns if name in maps else None
+        if inputs is not None and columns is not None:
+            inputs = _reordered(inputs, columns, methods)
         return solve_tensor(base.values(name), choices, methods, inputs, sensitivity, n_sweeps)
 
     def keep(name: str, solved: dict[QuantType, Solved]) -> None:
@@ -217,10 +220,17 @@ def _solve_unit(
 def _inputs(
     train: torch.Tensor, heldout: torch.Tensor, methods: tuple[str, ...], device: str
 ) -> Inputs:
-    importance = train.diagonal().numpy().copy()
+    importance = train.diagonal().cpu().numpy().copy()
     train, heldout = train.to(device), heldout.to(device)
     factor: Factor | None = factorize(train, DAMPING) if "gptq" in methods else None
     return Inputs(importance, train, heldout, factor)
+
+
+def _reordered(inputs: Inputs, columns: torch.Tensor, methods: tuple[str, ...]) -> Inputs:
+    """Of a tensor whose columns are not in the module's order."""
+    at = columns.to(inputs.train.device)
+    train, heldout = (h[at][:, at] for h in (inputs.train, inputs.heldout))
+    return _inputs(train, heldout, methods, train.device.type)
 
 
 def _errors(solved: Solved) -> dict[str, Any]:

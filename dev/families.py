@@ -1,0 +1,84 @@
+"""Run every family of tests/families.py and write docs/architectures.md. Names run only those, and
+print their rows. Takes about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from families import FAMILIES  # noqa: E402
+from family_run import Row, run_all  # noqa: E402
+
+from quantkit.report import table  # noqa: E402
+
+_HEADERS = "family,models,llama.cpp,mapped,GPTQ,parity F16,parity file,swapped,notes".split(",")
+_TEXT = """# Architectures
+
+Written by `python dev/families.py`: do not edit. Each line is a tiny random checkpoint of the real
+config class that went through the whole pipeline, from fetch to stitch: llama.cpp's own converter,
+row maps, calibration, every quantizer, a search. The stitched file was loaded in llama.cpp
+{llama}, and its logits compared with PyTorch's (transformers {transformers}) with the very same
+dequantized weights. Other models of these architectures differ in size alone; what is not listed
+works as long as both programs know it, and `quantkit plan` says how much of it will be under GPTQ.
+
+- **mapped**: share of the parameters of linear layers whose rows were found in the model.
+- **GPTQ**: share of them that was quantized with a Hessian of its inputs.
+- **parity**: mean KL in nats per token of PyTorch against llama.cpp, of the file expanded to F16
+  (at most 1e-4, rounding) and of the file itself (at most 1e-2, llama.cpp's 8-bit activations).
+- **swapped**: the first of these with 32 rows of one tensor exchanged with the next 32 on one side:
+  what a wrong row map would look like.
+
+{table}
+"""
+
+
+def cells(row: Row) -> list[str]:
+    family = FAMILIES[row.family]
+    if row.problem:
+        return [row.family, family.models, "", "", "", "", "", "", row.problem.splitlines()[0]]
+    notes = [family.notes, *row.apart]
+    if row.n_projector_bytes:
+        notes.append("vision tower: a GGUF of its own")
+    return [
+        row.family,
+        family.models,
+        row.architecture,
+        f"{row.mapped_share:.0%}",
+        f"{row.gptq_share:.0%}",
+        f"{row.kl_f16:.1e}",
+        f"{row.kl_file:.1e}",
+        f"{row.kl_swapped:.1e}",
+        "; ".join(note for note in notes if note) + ("" if row.passed else " **fails**"),
+    ]
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(FAMILIES)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in run_all(names, Path(folder)):
+            sys.stdout.write(f"{row}\n")
+            sys.stdout.flush()
+            rows.append(row)
+    if names == list(FAMILIES):
+        text = _TEXT.format(
+            llama=f"(llama-cpp-python {version('llama-cpp-python')})",
+            transformers=version("transformers"),
+            table=table(_HEADERS, [cells(row) for row in rows]),
+        )
+        (ROOT / "docs" / "architectures.md").write_text(text, "utf-8")
+    return int(not all(row.passed for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
