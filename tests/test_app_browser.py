@@ -150,12 +150,17 @@ def test_cancel_and_resume(browser: Any, tmp_path: Path, monkeypatch: pytest.Mon
         page.get_by_role("button", name="Cancel").click()
         expect(page.locator("#job-head")).to_contain_text("Cancelled")
         monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.1")
+        page.locator("#resume-token input").fill("hf_givenAgainToken01")
         page.get_by_role("button", name="Resume").click()
         expect(page.locator("#job-head")).to_contain_text("Finished")
+        page.get_by_role("button", name="What happened").click()
+        expect(page.locator("#job-log")).to_contain_text("a token is there")
+        assert page.locator("#resume-token input").count() == 0
 
 
-def test_the_page_with_one_run(browser: Any, tmp_path: Path) -> None:
-    """Keyboard alone: choose the demo's size, start, and reach the run."""
+@pytest.mark.slow
+def test_the_keyboard_is_enough(browser: Any, tmp_path: Path) -> None:
+    """Type the model, go on to Start, and reach the run."""
     from playwright.sync_api import expect
 
     with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _visitors):

@@ -36,10 +36,8 @@ def test_figures(tiny: TinyFiles) -> None:
 
 
 def test_memory_is_not_the_parents(tiny: TinyFiles) -> None:
-    before = measure(tiny.base, n_ctx=128).peak_rss_bytes
-    ballast = np.ones(100_000_000, np.float64)  # 800 MB
-    after = measure(tiny.base, n_ctx=128).peak_rss_bytes
-    assert ballast.sum() > 0 and after < before + 400e6
+    ballast = np.ones(60_000_000, np.float64)  # 480 MB, more than the child itself takes
+    assert measure(tiny.base, n_ctx=128).peak_rss_bytes < ballast.nbytes and ballast.sum() > 0
 
 
 @pytest.mark.slow

@@ -222,7 +222,7 @@ ITEMS = [
     shared_context("Question: 12?\nAnswer:", ["qq", "q", "zzz zz", "qqx"], 0),
     Item(("xy 1", "xy 22"), (" zq.", " zq."), (3, 3), 1),
     shared_context("z", ["q" * 60, "x" * 3], 1),
-    *[shared_context(f"{i}{i}: z", [f"q{i}", f"x{i}", f"z{i}y"], i % 3) for i in range(40)],
+    *[shared_context(f"{i}{i}: z", [f"q{i}", f"x{i}", f"z{i}y"], i % 3) for i in range(24)],
 ]
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw")
 SWITCHES = (
     *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
-    *("has_card", "is_there"),
+    *("has_card", "is_there", "may_give_token"),
 )
 _MAX_TOKEN = 500
 _SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
@@ -329,6 +329,7 @@ class Desk:
             "can_try": job.can_try,
             "has_card": bool(job.card),
             "is_there": True,
+            "may_give_token": job.can_resume and not self.sign_in,
         }
 
     def job_list(self, owner: str | None) -> str:

@@ -26,6 +26,14 @@ class Watch:
                 "Resume", variant="primary", elem_id="resume", visible=False, size="sm"
             )
             self.delete = gr.Button("Delete", elem_id="delete", visible=False, size="sm")
+        # What was given before is gone: tokens are kept in the worker's environment only.
+        self.again = gr.Textbox(
+            label="Hugging Face token",
+            info="To resume a run that needs one: for a gated or private model, or to publish.",
+            type="password",
+            visible=False,
+            elem_id="resume-token",
+        )
         with gr.Row(visible=False, elem_classes="qk-confirm", elem_id="confirm") as self.confirm:
             gr.HTML("<p>Delete this run and all its files for good?</p>")
             self.delete_now = gr.Button(
@@ -123,6 +131,7 @@ class Watch:
             "can_try": self.talk_area,
             "has_card": self.card,
             "is_there": self.logs,
+            "may_give_token": self.again,
         }
         return [*(self.chunks[name] for name in CHUNKS), *(switches[name] for name in SWITCHES)]
 
@@ -171,7 +180,9 @@ class Watch:
 
         shown = [self.notice, *parts]
         self.cancel.click(cancel, job_id, shown, **QUIET)
-        self.resume.click(resume, [job_id, self.token], shown, **QUIET)
+        self.resume.click(resume, [job_id, self.again], shown, **QUIET).then(
+            lambda: "", None, self.again, **QUIET
+        )
         self.delete.click(lambda: gr.update(visible=True), None, self.confirm, **QUIET)
         self.keep.click(lambda: gr.update(visible=False), None, self.confirm, **QUIET)
         self.delete_now.click(
