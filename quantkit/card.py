@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quantkit import report as reports
 from quantkit.config import PROFILES
-from quantkit.hub import ModelInfo
+from quantkit.hub import ModelInfo, source_of
 from quantkit.output import safe_name
 from quantkit.report import plots, tables, text
 from quantkit.report.schema import OURS, Report, Row
@@ -298,6 +298,9 @@ def _limits(info: ModelInfo) -> str:
         " of the machine that made the file and is good for comparing rows only.",
         f"The licence is that of the base model{_licence(info)}.",
     ]
+    source = source_of(info.id, info.config, info.base_model)
+    if source is not None:
+        lines.append(source.sentence(info.base_model))
     if info.gated:
         lines.append(
             f"Access to {info.id} is gated: its owner's terms apply to this file, too. Such files"

@@ -97,6 +97,12 @@ def make_plan(
         info = hub.inspect(ref, token)
         check_architecture(info.config)
         snapshot = hub.fetch_metadata(info, token, Path(folder) / "metadata")
+        source = hub.source_of(info.id, info.config, info.base_model)
+        if source is not None and source.is_expanded:
+            from quantkit.dequantize import expand_shell  # needs torch
+
+            expand_shell(snapshot, info.weights, source)
+        warnings = [] if source is None else [source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"
         conversion = convert(
             snapshot, skeleton, skeleton=True, model_name=info.id, progress=progress
@@ -121,7 +127,7 @@ def make_plan(
             "context": to_json(context_memory(base)),
             "levels": [str(level) for level in levels.levels],
             "fallbacks": to_json(levels.fallbacks),
-            "warnings": list(conversion.warnings),
+            "warnings": [*warnings, *conversion.warnings],
             "estimates": estimates(config, info, base, levels),
         }
 

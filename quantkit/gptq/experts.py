@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantkit.gptq.hessian import add_outer, symmetrize
 
-LENT = 0.1  # weight of a token that an expert would not have been given: dev/LOG.md
+LENT = 0.3  # weight of a token that an expert would not have been given: dev/LOG.md
 
 _PRODUCTS = {
     F.linear,

@@ -23,6 +23,7 @@ from quantkit.hub.download import (
 from quantkit.hub.errors import ModelNotFound, scrub
 from quantkit.hub.inspect import inspect
 from quantkit.hub.model import ModelInfo, RepoFile
+from quantkit.hub.quantized import Source, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, publish
 
@@ -37,6 +38,7 @@ __all__ = [
     "PublishedRepo",
     "RepoChanges",
     "RepoFile",
+    "Source",
     "add_to_collection",
     "cache_dir",
     "check_disk",
@@ -52,6 +54,7 @@ __all__ = [
     "resolve_token",
     "scrub",
     "search_models",
+    "source_of",
     "why_offline",
 ]
 

@@ -35,6 +35,7 @@ from quantkit.hub.model import (
     strings,
     weight_names,
 )
+from quantkit.hub.quantized import expanded, quantization_of, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.rundir import sha256_file
 from quantkit.safetensors_file import Header, header_length, parse_header, read_header
@@ -226,7 +227,12 @@ def _describe(
         if SINGLE not in by_path:
             index = parse_object(read_file(INDEX, _MAX_INDEX_BYTES), f"{INDEX} of {name}")
         weights = weight_names(name, by_path, index)
-        n_by_dtype = count_parameters(read_headers([by_path[path] for path in weights]))
+        headers = read_headers([by_path[path] for path in weights])
+        n_by_dtype = count_parameters(t for header in headers for t in header.tensors)
+        source = source_of(name, config, bases)
+        if source is not None and source.is_expanded:
+            stored = {t.name: t for header in headers for t in header.tensors}
+            n_by_dtype = count_parameters(expanded(source, stored).values())
     needed = set(weights) if index is None else {INDEX, *weights}
     wanted = [file for file in files if file.path in needed or is_small_file(file)]
     if local_path is not None:
@@ -236,7 +242,6 @@ def _describe(
                 RepoFile(file.path, file.n_bytes, sha256)
                 for file, sha256 in zip(wanted, hashes, strict=True)
             ]
-    quantization = config.get("quantization_config")
     return ModelInfo(
         kind=kind,
         id=name,
@@ -252,7 +257,7 @@ def _describe(
         n_by_dtype=n_by_dtype,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or next(iter(n_by_dtype), "")),
         config=config,
-        quantization=quantization if isinstance(quantization, dict) else None,
+        quantization=quantization_of(config),
         license=next(iter(strings(card.get("license"))), None),
         license_name=next(iter(strings(card.get("license_name"))), None),
         license_link=next(iter(strings(card.get("license_link"))), None),

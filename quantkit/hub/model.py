@@ -9,6 +9,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.safetensors_file import Header
+from quantkit.hub.quantized import Expanded
+from quantkit.safetensors_file import StoredTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -148,12 +150,11 @@ def _is_plain(name: str) -> bool:
     return name.endswith(".safetensors") and PurePosixPath(name).name == name
 
 
-def count_parameters(headers: Iterable[Header]) -> dict[str, int]:
-    """Parameters per stored dtype, commonest first."""
+def count_parameters(tensors: Iterable[StoredTensor | Expanded]) -> dict[str, int]:
+    """Parameters per dtype, commonest first."""
     counts: Counter[str] = Counter()
-    for header in headers:
-        for tensor in header.tensors:
-            counts[tensor.dtype] += tensor.n_elements
+    for tensor in tensors:
+        counts[tensor.dtype] += math.prod(tensor.shape)
     return dict(counts.most_common())
 
 

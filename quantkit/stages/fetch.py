@@ -3,7 +3,7 @@
 Writes `snapshot.json`: everything known about the model (`hub.ModelInfo`) and where its files are.
 Files from the Hub stay in huggingface_hub's cache and are not copied; their sha256 is compared with
 the Hub's. NaN and infinite weights are refused here, before hours of work on them. A LoRA adapter
-is merged onto its base, in this stage's folder.
+is merged onto its base, and a quantized checkpoint expanded to 16 bits, in this stage's folder.
 """
 
 from __future__ import annotations
@@ -60,14 +60,21 @@ def execute(run: Run) -> StageResult:
     run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
     hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
-    if info.base is None:
+    source = hub.source_of(info.id, info.config, info.base_model)
+    if source is not None:
+        run.events.emit(NAME, "note", source.sentence(info.base_model))
+    folder = run.dir.stage_dir(NAME) / safe_name(info.id)
+    if source is not None and source.is_expanded:
+        from quantkit.dequantize import dequantize  # needs torch
+
+        made = dequantize(_bring(run, info, token), [f.path for f in info.files], source, folder)
+    elif info.base is None:
         folder = _bring(run, info, token)
     else:
-        from quantkit.lora import merge  # needs torch
+        from quantkit.lora import merge
 
         base, adapter = _bring(run, info.base, token), _bring(run, info, token)
         run.events.emit(NAME, "note", f"merging {info.id} onto {info.base.id}")
-        folder = run.dir.stage_dir(NAME) / safe_name(info.id)
         base_files, own_files = ([f.path for f in i.files] for i in (info.base, info))
         made = merge(base, base_files, adapter, own_files, folder)
     path = write_json(_path(run.dir), {"info": info, "folder": str(folder)})
@@ -80,6 +87,8 @@ def execute(run: Run) -> StageResult:
         "license": info.license,
         "gated": info.gated,
     }
+    if source is not None:
+        summary["source"] = source.scheme
     if info.base is not None:
         summary |= {"base": info.base.id, "base_sha": info.base.sha}
     return StageResult([path, *made], summary)
@@ -110,7 +119,8 @@ def load(run_dir: RunDir) -> Snapshot:
     """
     value = read_json(_path(run_dir))
     info, folder = hub.ModelInfo.from_json(value["info"]), Path(value["folder"])
-    if info.base is None and hub.damaged_files(info, folder):
+    is_made = folder.is_relative_to(run_dir.path)  # and looked after by the manifest
+    if not is_made and hub.damaged_files(info, folder):
         folder = hub.download(info, hub.resolve_token())
     return Snapshot(info, folder)
 
