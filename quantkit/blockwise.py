@@ -37,24 +37,46 @@ def load_model(
 
     Raises QuantkitError when transformers cannot load it.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        # Of a model that also sees, some are listed as language models and some are not.
-        kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
-        kind = next((k for k in kinds if type(config) in k._model_mapping), kinds[0])
+    with _refusals_told():
+        kind, _ = _class_of(folder)
         model = kind.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise QuantkitError(
-            f"transformers cannot load this model: {str(error).splitlines()[0]}",
-            "It must be a causal language model that loads without remote code.",
-        ) from error
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model of a config, without weights: names and shapes (device `meta`).
+
+    Raises QuantkitError when transformers cannot make it.
+    """
+    with _refusals_told(), torch.device("meta"):
+        kind, config = _class_of(folder)
+        return kind.from_config(config)
+
+
+def _class_of(folder: Path) -> tuple[Any, Any]:
+    """The auto class that loads the checkpoint in `folder`, and its config. Of the models that also
+    see, transformers lists some as language models and some not.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((k for k in kinds if type(config) in k._model_mapping), kinds[0]), config
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        raise QuantkitError(
+            f"transformers cannot load this model: {(str(error).splitlines() or [''])[0]}",
+            "It must be a causal language model that loads without remote code.",
+        ) from error
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -85,7 +107,7 @@ class BlockwiseModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.blocks_name, blocks = _find_blocks(model)
+        self.blocks_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self._returns_tuple = self._probe_returns()
 
@@ -210,7 +232,7 @@ class _Probed(Exception):
     """Leaves the model's forward once the first block has answered."""
 
 
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The stack of decoder blocks: the module list of the text model that is as long as the config
     says.
     """

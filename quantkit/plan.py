@@ -20,6 +20,7 @@ from quantkit.config import PROFILES, RunConfig
 from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
+from quantkit.coverage import foretell
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
@@ -44,8 +45,12 @@ class Sizes:
 
 
 def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
-    """The tensors of a GGUF (its header is enough) by name, in file order."""
-    quantizable = quantizable_tensors(base.path)
+    """The tensors of a GGUF (its header is enough) by name, in file order. What the source has
+    quantized already, as MXFP4, stays as it is.
+    """
+    quantizable = {
+        name for name in quantizable_tensors(base.path) if not base.tensors[name].qtype.is_quantized
+    }
     return {
         t.name: TensorSpec(t.name, t.shape, t.qtype, t.name in quantizable)
         for t in base.tensors.values()
@@ -108,8 +113,10 @@ def make_plan(
             snapshot, skeleton, skeleton=True, model_name=info.id, progress=progress
         )
         base = GgufFile(skeleton)
-        levels = plan_levels(specs_of(base), config)
+        specs = specs_of(base)
+        levels = plan_levels(specs, config)
         sizes = check_sizes(config, base, levels)
+        coverage = foretell(snapshot, specs)
         stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
         return {
             "schema": 1,
@@ -126,6 +133,7 @@ def make_plan(
             "stock": stock,
             "context": to_json(context_memory(base)),
             "levels": [str(level) for level in levels.levels],
+            "coverage": to_json(coverage),
             "fallbacks": to_json(levels.fallbacks),
             "warnings": [*warnings, *conversion.warnings],
             "estimates": estimates(config, info, base, levels),
@@ -179,6 +187,13 @@ def _hessian_widths(base: GgufFile) -> list[int]:
     return [t.shape[-1] for t in _blocks(base) if t.name.split(".")[2] not in shared]
 
 
+def _coverage(coverage: dict[str, Any]) -> str:
+    apart = "; ".join(f"not {kind}: {reason}" for kind, reason in coverage["apart"].items())
+    # Rounded down: all of it is only said where it is so.
+    share = f"GPTQ      {int(1000 * coverage['share']) / 10:g} % of the linear parameters"
+    return f"{share} ({apart})" if apart else share
+
+
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
@@ -196,6 +211,7 @@ def render(plan: dict[str, Any]) -> str:
     lines += [f"refused   {budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
     lines += [
         f"possible  {sizes['smallest_bytes']:,} to {sizes['largest_bytes']:,} bytes",
+        _coverage(plan["coverage"]),
         f"time      about {max(1, estimate['seconds'] // 60)} minutes",
         f"disk      about {size(estimate['disk_bytes'])}",
         f"memory    about {size(estimate['memory_bytes'])}",

@@ -1,0 +1,64 @@
+"""How much of a model will be under GPTQ, foretold from shapes alone: before any weight is there.
+
+The converter's skeleton says which tensors the GGUF will have, transformers' model without data
+which weights the forward pass multiplies with. A tensor is expected to be found where its block has
+a weight that is as wide and has as many rows. The convert stage finds out for sure, row by row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.tensors import TensorSpec
+
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """`share` of the parameters of linear layers will have a Hessian; what is left out, and why."""
+
+    share: float
+    apart: dict[str, str]  # kind of tensor -> why it has no Hessian
+
+
+def foretell(folder: Path, specs: Mapping[str, TensorSpec]) -> Coverage:
+    """Of the model whose config is in `folder` and whose GGUF will have the tensors `specs`.
+
+    Raises QuantkitError when transformers cannot make the model, or its blocks are not found.
+    """
+    from quantkit.blockwise import empty_model, find_blocks
+
+    model = empty_model(folder)
+    prefix, blocks = find_blocks(model)
+    widths: dict[int, dict[int, int]] = {}  # block -> columns -> rows of the largest weight
+    for name, weight in model.named_parameters():
+        if name.startswith(prefix + ".") and weight.dim() in (2, 3):
+            block = int(name.removeprefix(prefix + ".").split(".")[0])
+            known = widths.setdefault(block, {})
+            for columns in weight.shape[-2:]:
+                known[columns] = max(known.get(columns, 0), weight.numel() // columns)
+    is_tied = "output.weight" not in specs
+    n_all = n_covered = 0
+    apart: dict[str, str] = {}
+    for spec in specs.values():
+        found = _BLOCK.match(spec.name)
+        if not spec.quantizable:
+            continue
+        kind = spec.name.split(".")[-2]
+        if found is None and kind == "token_embd" and not is_tied:
+            apart[kind] = "looked up, not multiplied"
+            continue
+        n_all += spec.n_elements
+        if found is None:
+            n_covered += spec.n_elements
+        elif int(found[1]) >= len(blocks):
+            apart[f"blk.{found[1]}"] = "a prediction head, which transformers does not load"
+        elif widths.get(int(found[1]), {}).get(spec.n_columns, 0) >= spec.n_rows:
+            n_covered += spec.n_elements
+        else:
+            apart[kind] = "no weight of the model is as wide and as long"
+    return Coverage(n_covered / max(n_all, 1), apart)
