@@ -266,6 +266,7 @@ FAMILIES = {
                 sliding_window=128,
                 layer_types=["sliding_attention", "full_attention"],
             ),
+            notes="from 16-bit weights",
         ),
         Family(
             "DeepSeek-V2",
@@ -289,6 +290,7 @@ FAMILIES = {
                 topk_method="greedy",
                 norm_topk_prob=False,
             ),
+            notes="not V2-Lite, which llama.cpp knows by its 27 layers",
         ),
         Family(
             "DeepSeek-V3",
