@@ -139,7 +139,7 @@ def test_the_page_does_not_act_for_others(
 ) -> None:
     data: dict[str, list[Any]] = {
         "resume": ["hers", ""],
-        "publish": ["hers", "evil/repo", False, "", "hf_aliceSecretToken01"],
+        "publish": ["hers", "evil/repo", "model", "", "hf_aliceSecretToken01"],
     }
     status, body = event(site, name, data.get(name, ["hers"]))
     assert status == 200 and "There is no such run" in body
@@ -193,7 +193,7 @@ def test_fields_out_of_range(
 
 @pytest.mark.parametrize("token", TOKENS)
 def test_tokens_that_are_none(site: tuple[str, JobStore, Visitors, str], token: str) -> None:
-    status, body = event(site, "publish", ["hers", "a/b", False, "", token])
+    status, body = event(site, "publish", ["hers", "a/b", "model", "", token])
     assert status == 200 and "is not a token" in body and token not in body
 
 
