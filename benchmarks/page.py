@@ -120,9 +120,9 @@ def polls(folder: Path) -> None:
 
 
 def starts(folder: Path) -> None:
-    for name, command in (("empty", [sys.executable, "-c", EMPTY]), ("app", ["app.py"])):
-        command = command if name == "empty" else [sys.executable, *command]
-        for _ in range(3):
+    for _ in range(3):
+        for name, arguments in (("empty", ["-c", EMPTY]), ("app", ["app.py"])):
+            command = [sys.executable, *arguments]
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             child, _, seconds = start(command, folder / "none")
             child.terminate()

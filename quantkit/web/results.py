@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -18,7 +19,7 @@ _UNREADABLE = (
     "</strong> <span>Download report.json and look into it.</span></div>"
 )
 _MOST_MADE = 32
-_made: dict[int, tuple[dict[str, Any], str]] = {}  # by identity: a report and its HTML
+_made: dict[int, tuple[dict[str, Any], str]] = {}  # by identity: what was read, and its HTML
 
 
 def results(job: JobView) -> str:
@@ -29,16 +30,23 @@ def results(job: JobView) -> str:
 
 def report(job: JobView) -> str:
     """The whole report, as in report.html; empty before the run is validated."""
-    if not job.report:
-        return ""
-    # Every poll asks; what the launcher read is one object for as long as the file is the same.
-    kept = _made.get(id(job.report))
-    if kept is None or kept[0] is not job.report:
+
+    def make() -> str:
         found = _read(job)
-        html = f'<div class="qk-report">{reports.sections(found)}</div>' if found else _UNREADABLE
+        return f'<div class="qk-report">{reports.sections(found)}</div>' if found else _UNREADABLE
+
+    return _once(job.report, make) if job.report else ""
+
+
+def _once(value: dict[str, Any], make: Callable[[], str]) -> str:
+    """What is made of something that the launcher has read. Every poll asks for it, and the launcher
+    gives one object for as long as the file is the same.
+    """
+    kept = _made.get(id(value))
+    if kept is None or kept[0] is not value:
         while len(_made) >= _MOST_MADE:
             _made.pop(next(iter(_made)), None)
-        kept = _made[id(job.report)] = (job.report, html)
+        kept = _made[id(value)] = (value, make())
     return kept[1]
 
 
@@ -51,7 +59,8 @@ def _read(job: JobView) -> Report | None:
 
 def live_map(job: JobView) -> str:
     """The best mix that the search knows so far, while it is at work."""
-    grid = tensor_map(job.allocation) if job.allocation and not job.report else ""
+    best = job.allocation
+    grid = _once(best, lambda: tensor_map(best)) if best and not job.report else ""
     if not grid:
         return ""
     return (
