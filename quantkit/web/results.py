@@ -39,8 +39,8 @@ def report(job: JobView) -> str:
 
 
 def _once(value: dict[str, Any], make: Callable[[], str]) -> str:
-    """What is made of something that the launcher has read. Every poll asks for it, and the launcher
-    gives one object for as long as the file is the same.
+    """What is made of something that the launcher has read. Every poll asks for it, and what was
+    read is one object for as long as the file is the same.
     """
     kept = _made.get(id(value))
     if kept is None or kept[0] is not value:
