@@ -186,7 +186,11 @@ def test_all_of_it_is_escaped() -> None:
         **PLAN,
         "model": {**PLAN["model"], "architecture": HOSTILE, "license": HOSTILE},
         "stock": {"Q4_K_M": 1},
-        "sizes": {**PLAN["sizes"], "budgets": [], "refused": [{"target": HOSTILE, "refusal": HOSTILE}]},
+        "sizes": {
+            **PLAN["sizes"],
+            "budgets": [],
+            "refused": [{"target": HOSTILE, "refusal": HOSTILE}],
+        },
         "warnings": [HOSTILE],
     }
     html = previews.preview(plan, here=HOSTILE, why_not=HOSTILE)
