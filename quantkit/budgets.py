@@ -73,7 +73,4 @@ def _refusal(target: Target, limit: int, smallest: int, largest: int) -> str:
             f" its smallest file has {smallest / 1e9:.2f} GB and the context takes"
             f" {(memory - limit) / 1e9:.2f} GB."
         )
-    return (
-        f"The budget of {limit:,} bytes is below the smallest possible file,"
-        f" {smallest:,} bytes."
-    )
+    return f"The budget of {limit:,} bytes is below the smallest possible file, {smallest:,} bytes."
