@@ -34,6 +34,7 @@ class Family:
     tokenizer: str = "bpe"
     dtype: torch.dtype = torch.bfloat16
     notes: str = ""
+    sees: bool = False  # has a vision tower
     seed: int = 0  # of weights in which no token of the test is level between two experts
 
 
@@ -195,6 +196,22 @@ FAMILIES = {
             )
         ),
         Family(
+            "Llama 4 dense",
+            "Llama 4 without experts, every fourth layer without RoPE",
+            _build(
+                "Llama4TextConfig",
+                "Llama4ForCausalLM",
+                **{**_SMALL, "num_hidden_layers": 4},
+                intermediate_size_mlp=512,
+                head_dim=64,
+                num_local_experts=0,
+                num_experts_per_tok=0,
+                moe_layers=[],
+                interleave_moe_layer_step=0,
+            ),
+            notes="names one expert that no layer has: this llama4 refuses models without",
+        ),
+        Family(
             "Mistral",
             "Mistral 7B, Mistral Nemo",
             _build("MistralConfig", "MistralForCausalLM", **_SMALL, head_dim=32),
@@ -221,6 +238,7 @@ FAMILIES = {
                 spatial_merge_size=2,
                 tie_word_embeddings=False,
             ),
+            sees=True,
         ),
         Family("Qwen2", "Qwen2, Qwen2.5", _build("Qwen2Config", "Qwen2ForCausalLM", **_SMALL)),
         Family("Qwen3", "Qwen3", _build("Qwen3Config", "Qwen3ForCausalLM", **_SMALL, head_dim=32)),
@@ -290,7 +308,30 @@ FAMILIES = {
                 topk_method="greedy",
                 norm_topk_prob=False,
             ),
-            notes="not V2-Lite, which llama.cpp knows by its 27 layers",
+        ),
+        Family(
+            "DeepSeek-V2-Lite",
+            "DeepSeek-V2-Lite, DeepSeek-Coder-V2-Lite",
+            _build(
+                "DeepseekV2Config",
+                "DeepseekV2ForCausalLM",
+                **{**_SMALL, "num_key_value_heads": 4, "hidden_size": 128, "num_hidden_layers": 27},
+                q_lora_rank=None,
+                kv_lora_rank=64,
+                qk_nope_head_dim=32,
+                qk_rope_head_dim=32,
+                v_head_dim=32,
+                n_routed_experts=2,
+                num_experts_per_tok=1,
+                n_shared_experts=1,
+                first_k_dense_replace=26,
+                moe_intermediate_size=128,
+                n_group=1,
+                topk_group=1,
+                topk_method="greedy",
+                norm_topk_prob=False,
+            ),
+            notes="all 27 layers, by which llama.cpp knows it",
         ),
         Family(
             "DeepSeek-V3",
@@ -371,6 +412,7 @@ FAMILIES = {
                 eoi_token_index=12,
             ),
             "spm",
+            sees=True,
         ),
         Family(
             "Phi-3",

@@ -59,6 +59,7 @@ class Row:
                 self.kl_file <= integrity.FILE_LIMIT,
                 self.kl_swapped >= 30 * max(self.kl_f16, integrity.F16_LIMIT / 10),
                 self.spread >= 3,
+                (self.n_projector_bytes > 0) == FAMILIES[self.family].sees,
             )
         )
 
