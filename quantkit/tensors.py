@@ -79,18 +79,6 @@ class Fallback:
     reason: str
 
 
-@dataclass(frozen=True)
-class Score:
-    """One measured number with its uncertainty and protocol."""
-
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    dataset: str
-    settings: str
-
-
 def to_json(value: Any) -> Any:
     """`value` as JSON types: dataclasses become objects, quant types their names, tuples lists."""
     if isinstance(value, QuantType):

@@ -23,6 +23,7 @@ from quantkit.search.weights import Weights, precision, widen
 
 CHUNKS = 8  # a sequence's KL is given for each eighth: more samples for paired comparisons
 _SEQUENCES_PER_BATCH = {"cpu": 2, "cuda": 8}
+_LOGITS_BYTES = 2**30
 _STATES_SHARE = 0.5  # of a GPU's free memory that the parent's hidden states may take
 
 
@@ -110,17 +111,27 @@ class Fitness:
         return self._score(hidden, first)
 
     def _score(self, hidden: torch.Tensor, first: int) -> np.ndarray:
-        """KL of every part of every sequence from the last hidden states, one sequence at a time:
-        all logits are never held.
+        """KL of every part of every sequence from the last hidden states; all logits are never
+        held.
         """
         means = []
-        for i, state in enumerate(hidden):
-            kl = self._targets.kl((first + i) * self.n_ctx, self._logits(state))
-            means.append(torch.stack([part.mean() for part in kl.tensor_split(CHUNKS)]))
-        return torch.stack(means).cpu().numpy()
+        for i, states in self._few(hidden):
+            kl = self._targets.kl((first + i) * self.n_ctx, self._logits(states))
+            parts = kl.view(len(states), -1).tensor_split(CHUNKS, 1)
+            means.append(torch.stack([part.mean(1) for part in parts], 1))
+        return torch.cat(means).cpu().numpy()
 
-    def _logits(self, state: torch.Tensor) -> torch.Tensor:
-        return self._model.head(state[None])[0].float()
+    def _few(self, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Hidden states, by the number of their first sequence, of so many sequences that their
+        logits take no more than a gigabyte; on a CPU one by one.
+        """
+        n_bytes = 4 * self.n_ctx * self._targets.n_vocab
+        n = max(1, _LOGITS_BYTES // n_bytes) if hidden.is_cuda else 1
+        yield from ((i, hidden[i : i + n]) for i in range(0, len(hidden), n))
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """float32 (n positions, n_vocab) of hidden states (n sequences, n_ctx, n_embd)."""
+        return self._model.head(states).flatten(0, 1).float()
 
     def _has_room(self, states: list[torch.Tensor]) -> bool:
         """Whether a GPU has memory for the parent's states; without them nothing but time is
@@ -141,5 +152,5 @@ class Fitness:
                 for index, call in enumerate(calls):
                     hidden = self._model.run_block(index, hidden, call)
             for i, state in enumerate(hidden):
-                targets.put((first + i) * self.n_ctx, self._logits(state))
+                targets.put((first + i) * self.n_ctx, self._logits(state[None]))
         return targets

@@ -27,6 +27,7 @@ class Targets:
     """
 
     def __init__(self, path: Path, n_rows: int, n_vocab: int, device: torch.device) -> None:
+        self.n_vocab = n_vocab
         shape = (n_rows, n_vocab)
         if _fits(n_rows * n_vocab * 2, device):
             self._table = torch.empty(shape, dtype=torch.float16, device=device)

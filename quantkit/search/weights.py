@@ -101,7 +101,7 @@ class Weights:
         place = candidate.file, candidate.offset
         found = self._resident.get(place)
         if found is None:
-            found = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+            found = torch.from_numpy(np.array(rows)).to(device)  # torch wants it writable
             if found.numel() <= self._room:
                 self._room -= found.numel()
                 self._resident[place] = found
