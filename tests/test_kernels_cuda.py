@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.gptq.compete import Inputs, solve_tensor
+from quantkit.gptq.compete import Inputs, solve_experts, solve_rows, solve_tensor
 from quantkit.gptq.descent import (
     _sweep_cuda,
     descend,
@@ -262,3 +262,25 @@ def test_interpreted_kernels_are_their_references(name: str) -> None:
     _sweep_cuda(state, h, 1)
     plain = descend(form, packed, w, h, n_sweeps=1, step=step_block)
     assert int((put_together(state, packed) != plain).any(1).sum()) <= 1
+
+
+@ON_GPU
+@pytest.mark.parametrize("n", [256, 512, 1024])
+def test_experts_together(n: int) -> None:
+    """One sweep over experts that differ in weights and Hessians, against one expert at a time."""
+    from test_solver import experts
+
+    types = [q for q in TYPES if q.fits(n)]
+    weights, inputs = experts(n, 5)
+    on_gpu = []
+    for own in inputs:
+        h = own.train.cuda()
+        on_gpu.append(Inputs(own.importance, h, h, factorize(h, 0.1)))
+    methods = ("gptq", "imatrix")
+    together = solve_experts(weights, types, methods, on_gpu, [None] * 5, 2)
+    for part, w, own in zip(together, weights, on_gpu, strict=True):
+        alone = solve_rows(w, types, methods, own, None, 2)
+        for key, error in alone.errors.items():
+            assert part.errors[key].relative == pytest.approx(error.relative, rel=0.01)
+            same = (part.packed[key] == alone.packed[key]).float().mean()
+            assert same > 0.97, (key, same)

@@ -310,7 +310,7 @@ def test_no_row_is_worse_than_ggmls(qtype: QuantType, n_tokens: int) -> None:
     h, w = hessian(256, n_tokens=n_tokens), weight(30, 256)
     ggml = rounded(w, h, qtype).numpy()
     known = {(qtype, "imatrix"): torch.from_numpy(ggml)}
-    packed = compete._gptq(w, [qtype], known, inputs_of(h))
+    (packed,) = compete._gptq([w], [qtype], [known], [inputs_of(h)], n_sweeps=4)
     before = errors_of(w, ggml, qtype, h)
     after = errors_of(w, packed[qtype, "gptq"].numpy(), qtype, h)
     assert (after <= before * (1 + 1e-5)).all()
@@ -411,3 +411,55 @@ def test_sixteen_bits_are_exact_or_rounded_and_nothing_competes() -> None:
     solved = solve_tensor(w.numpy(), [F16], ALL_METHODS, inputs_of(h), None)
     assert solved[F16].method == "rtn"
     assert np.array_equal(solved[F16].packed, native.quantize(w.numpy(), F16))
+
+
+def experts(n: int, n_experts: int = 3) -> tuple[list[np.ndarray], list[Inputs]]:
+    """Weights and inputs of experts that differ in both."""
+    weights, inputs = [], []
+    for seed in range(n_experts):
+        generator = torch.Generator().manual_seed(seed)
+        weights.append(torch.randn(40, n, generator=generator).numpy())
+        x = torch.randn(3 * n, n, generator=generator) * (
+            1 + seed + torch.rand(n, generator=generator)
+        )
+        h = x.T @ x / len(x)
+        inputs.append(Inputs(h.diagonal().numpy().copy(), h, h, factorize(h, 0.1)))
+    return weights, inputs
+
+
+@pytest.mark.parametrize("names", [("Q4_K", "Q2_K"), ("Q4_0", "IQ4_NL")])
+def test_experts_together_are_as_one_by_one(names: tuple[str, ...]) -> None:
+    types = [QuantType(name) for name in names]
+    weights, inputs = experts(256)
+    methods, none = ("gptq", "imatrix", "rtn"), [None] * 3
+    together = compete.solve_experts(weights, types, methods, inputs, none, 2)
+    for part, w, own in zip(together, weights, inputs, strict=True):
+        alone = compete.solve_rows(w, types, methods, own, None, 2)
+        assert part.errors == alone.errors and part.power == alone.power
+        assert all(torch.equal(part.packed[key], rows) for key, rows in alone.packed.items())
+
+
+def test_experts_share_a_type_and_not_a_method() -> None:
+    """Each gets the method that is best for it, and the tensor's error is that of the mix."""
+    q = QuantType("Q8_0")
+
+    def part(gptq: float, rtn: float, mark: int) -> compete.Part:
+        errors = {(q, "gptq"): compete.Error(gptq, None), (q, "rtn"): compete.Error(rtn, None)}
+        packed = {
+            key: torch.full((1, 34), mark + i, dtype=torch.uint8) for i, key in enumerate(errors)
+        }
+        return compete.Part(2.0, errors, packed)
+
+    solved = compete.decide_experts(q, [part(1, 3, 10), part(5, 4, 20), part(1, 2, 30)])
+    assert solved.method == "gptq" and solved.n_experts == {"gptq": 2, "rtn": 1}
+    assert solved.packed[:, 0].tolist() == [10, 21, 30]
+    assert solved.errors["gptq"].relative == (1 + 4 + 1) / 6
+    assert solved.errors["rtn"].relative == (3 + 4 + 2) / 6
+
+
+def test_an_expert_that_no_gradient_reached_is_judged_by_its_output() -> None:
+    """All its methods cost nothing, as far as is known."""
+    q = QuantType("Q8_0")
+    errors = {(q, "rtn"): compete.Error(3.0, 0.0), (q, "gptq"): compete.Error(1.0, 0.0)}
+    packed = {key: torch.zeros((1, 34), dtype=torch.uint8) for key in errors}
+    assert compete.decide_experts(q, [compete.Part(1.0, errors, packed)]).method == "gptq"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from quantkit.gptq.descent import N_SWEEPS, descend, row_errors
-from quantkit.gptq.solver import Factor, Rows, gptq, output_error
+from quantkit.gptq.solver import Factor, Rows, gptq_experts, output_error
 from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
 from quantkit.qtypes import QuantType
@@ -173,7 +173,54 @@ def solve_rows(
     """All allowed methods on one piece of a tensor."""
     device = inputs.heldout.device if inputs else torch.device("cpu")
     original = torch.from_numpy(weight).to(device)
-    packed: dict[tuple[QuantType, str], torch.Tensor] = {}
+    packed = _by_ggml(weight, original, types, methods, inputs)
+    if inputs is not None and inputs.factor is not None:
+        packed |= _gptq([original], types, [packed], [inputs], n_sweeps)[0]
+    return _part(original, packed, inputs, sensitivity)
+
+
+def experts_at_once(n_rows: int, n_columns: int, n_types: int) -> int:
+    """How many experts' tensors of this size `solve_experts` is handed on a GPU."""
+    of_one = max(n_rows * n_columns * n_types, 8 * n_columns * n_columns)
+    return max(1, _STACKED_WEIGHTS_CUDA // of_one)
+
+
+def solve_experts(
+    weights: Sequence[native.Floats],
+    types: Sequence[QuantType],
+    methods: Sequence[str],
+    inputs: Sequence[Inputs],
+    sensitivities: Sequence[Sensitivity | None],
+    n_sweeps: int,
+) -> list[Part]:
+    """`solve_rows` for several experts' weights of one shape, each with its own inputs: GPTQ and
+    the descent take all of them at once.
+    """
+    device = inputs[0].heldout.device
+    originals = [torch.from_numpy(weight).to(device) for weight in weights]
+    packed = [
+        _by_ggml(weight, original, types, methods, own)
+        for weight, original, own in zip(weights, originals, inputs, strict=True)
+    ]
+    if inputs[0].factor is not None:
+        ours = _gptq(originals, types, packed, inputs, n_sweeps)
+        packed = [theirs | own for theirs, own in zip(packed, ours, strict=True)]
+    return [_part(*each) for each in zip(originals, packed, inputs, sensitivities, strict=True)]
+
+
+_Packed = dict[tuple[QuantType, str], torch.Tensor]
+
+
+def _by_ggml(
+    weight: native.Floats,
+    original: torch.Tensor,
+    types: Sequence[QuantType],
+    methods: Sequence[str],
+    inputs: Inputs | None,
+) -> _Packed:
+    """The rows by the methods that are not ours; `original` is `weight` on the device."""
+    device = original.device
+    packed: _Packed = {}
     importance = inputs.importance if inputs else None
     for qtype in types:
         exact = not qtype.is_quantized
@@ -187,10 +234,15 @@ def solve_rows(
         # Types without a grid for GPTQ: asked for alone, it has to leave them to another method.
         if "imatrix" in methods or (qtype not in FORMATS and "rtn" not in methods):
             packed[qtype, "imatrix"] = _weighted(original, qtype, importance)
-    if inputs is not None and inputs.factor is not None:
-        gridded = [q for q in types if q in FORMATS]
-        packed |= _gptq(original, gridded, packed, inputs, n_sweeps)
+    return packed
 
+
+def _part(
+    original: torch.Tensor,
+    packed: _Packed,
+    inputs: Inputs | None,
+    sensitivity: Sensitivity | None,
+) -> Part:
     errors = {}
     for (qtype, method), rows in packed.items():
         errors[qtype, method] = _error(_values(rows, qtype) - original, inputs, sensitivity)
@@ -234,29 +286,47 @@ def _error(
 
 
 def _gptq(
-    weight: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     types: Sequence[QuantType],
-    packed: Mapping[tuple[QuantType, str], torch.Tensor],
-    inputs: Inputs,
-    n_sweeps: int = N_SWEEPS,
-) -> dict[tuple[QuantType, str], torch.Tensor]:
-    """GPTQ of every type in one sweep; a row that came out worse than ggml's on the train Hessian
-    stays ggml's.
+    packed: Sequence[_Packed],
+    inputs: Sequence[Inputs],
+    n_sweeps: int,
+) -> list[_Packed]:
+    """GPTQ of every type that it has a grid for, in one sweep; a row that came out worse than
+    ggml's on the train Hessian stays ggml's. All arguments but the types have one item an expert.
     """
-    assert inputs.factor is not None
-    grids = {}
-    for qtype in types:
-        known = packed.get((qtype, "imatrix"))
-        if known is None:
-            known = _weighted(weight, qtype, inputs.importance)
-        grids[qtype] = known
-    codes = gptq([Rows(weight, FORMATS[q].grid(grids[q])) for q in types], inputs.factor)
-    damped = inputs.damped
-    solved = {}
-    for qtype, new in zip(types, codes, strict=True):
-        form, rounded = FORMATS[qtype], grids[qtype]
-        rows = descend(form, form.with_codes(rounded, new), weight, damped, n_sweeps)
-        before = row_errors(form, rounded, weight, inputs.train)
-        after = row_errors(form, rows, weight, inputs.train)
-        solved[qtype, "gptq"] = torch.where((after <= before)[:, None], rows, rounded)
+    types = [qtype for qtype in types if qtype in FORMATS]
+    grids: list[dict[QuantType, torch.Tensor]] = []
+    for weight, known, own in zip(weights, packed, inputs, strict=True):
+        found = {q: known.get((q, "imatrix")) for q in types}
+        grids.append(
+            {
+                q: _weighted(weight, q, own.importance) if rows is None else rows
+                for q, rows in found.items()
+            }
+        )
+    rows = [
+        [Rows(weight, FORMATS[q].grid(own[q])) for q in types]
+        for weight, own in zip(weights, grids, strict=True)
+    ]
+    factors = [own.factor for own in inputs if own.factor is not None]
+    codes = gptq_experts(rows, factors)
+    weight = torch.cat(list(weights))
+    damped, train = _batch([own.damped for own in inputs]), _batch([own.train for own in inputs])
+    solved: list[_Packed] = [{} for _ in inputs]
+    for i, qtype in enumerate(types):
+        form = FORMATS[qtype]
+        rounded = torch.cat([own[qtype] for own in grids])
+        start = form.with_codes(rounded, torch.cat([own[i] for own in codes]))
+        ours = descend(form, start, weight, damped, n_sweeps)
+        before = row_errors(form, rounded, weight, train)
+        after = row_errors(form, ours, weight, train)
+        best = torch.where((after <= before)[:, None], ours, rounded)
+        for of_one, part in zip(solved, best.chunk(len(inputs)), strict=True):
+            of_one[qtype, "gptq"] = part
     return solved
+
+
+def _batch(hessians: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Hessians (n, n) as one (n_experts, n, n); of a single one itself."""
+    return hessians[0] if len(hessians) == 1 else torch.stack(list(hessians))

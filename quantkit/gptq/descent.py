@@ -71,9 +71,13 @@ def descend(
 ) -> torch.Tensor:
     """Packed rows uint8 (n_rows, row_bytes) after `n_sweeps` of descent on tr(E H Eᵀ).
 
-    `weight` is float32 (n_rows, n_columns), `hessian` float32 (n, n). `step` replaces the device's
-    fastest block step, for tests.
+    `weight` is float32 (n_rows, n_columns), `hessian` float32 (n, n), or (n_experts, n, n) for as
+    many rows of each expert, one expert after the other. `step` replaces the device's fastest block
+    step, for tests.
     """
+    if hessian.dim() == 3 and not packed.is_cuda:
+        parts = zip(packed.chunk(len(hessian)), weight.chunk(len(hessian)), hessian, strict=True)
+        return torch.cat([descend(form, p, w, h, n_sweeps, step) for p, w, h in parts])
     state = take_apart(form, packed, weight, hessian)
     if step is None and packed.is_cuda:
         _sweep_cuda(state, hessian, n_sweeps)
@@ -101,9 +105,15 @@ def take_apart(
     scales = form.scales(packed)
     n_blocks = form.blocks(packed).shape[1]
     scale, minimum = (x.reshape(n_rows, -1).clone() for x in form.multipliers(form.blocks(packed)))
-    gradient = product(form.grid(packed).values(codes) - weight, hessian)
+    gradient = per_expert(form.grid(packed).values(codes) - weight, hessian)
+    gradient = product(gradient, hessian).view(n_rows, -1)
     d, dmin = scales[:, :n_blocks].clone(), scales[:, n_blocks:].clone()
     return RowState(form, codes, d, dmin, scale, minimum, gradient)
+
+
+def per_expert(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Rows (n_rows, n_columns) as a view with the axes that a batch of Hessians has."""
+    return rows if hessian.dim() == 2 else rows.view(len(hessian), -1, rows.shape[-1])
 
 
 def put_together(state: RowState, packed: torch.Tensor) -> torch.Tensor:
@@ -252,8 +262,9 @@ def _sweep_cuda(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
     """
     from quantkit.gptq import kernels_cuda  # needs triton
 
-    n_columns, group = len(hessian), state.form.group
-    group_sums = hessian.view(n_columns // group, group, n_columns).sum(1)
+    n_columns, group = hessian.shape[-1], state.form.group
+    group_sums = hessian.unflatten(-2, (n_columns // group, group)).sum(-2)
+    gradient = per_expert(state.gradient, hessian)
     table = torch.tensor(state.form.table or (), dtype=torch.float32, device=hessian.device)
     for sweep in range(n_sweeps):
         for first in range(0, n_columns, _REACH):
@@ -262,19 +273,22 @@ def _sweep_cuda(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
             for start in range(first, last, kernels_cuda.WINDOW):
                 change = kernels_cuda.descend(state, hessian, group_sums, table, start)
                 end = start + change.shape[1]
-                add_product(state.gradient[:, first:last], change, hessian[start:end, first:last])
+                change = per_expert(change.contiguous(), hessian)
+                near, far = gradient[..., first:last], hessian[..., start:end, first:last]
+                add_product(near, change, far)
                 changes.append(change)
-            change = torch.cat(changes, 1)
+            change = torch.cat(changes, -1)
+            own = hessian[..., first:last, :]
             if last < n_columns:
-                add_product(state.gradient[:, last:], change, hessian[first:last, last:])
+                add_product(gradient[..., last:], change, own[..., last:])
             if first > 0 and sweep < n_sweeps - 1:  # else nobody comes back to them
-                add_product(state.gradient[:, :first], change, hessian[first:last, :first])
+                add_product(gradient[..., :first], change, own[..., :first])
 
 
 def row_errors(
     form: Format, packed: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
     """e H eᵀ of every packed row: float32 (n_rows,); inf where scales are not finite."""
-    difference = form.values(packed) - weight
-    errors = output_error(difference, hessian)
+    difference = per_expert(form.values(packed) - weight, hessian)
+    errors = output_error(difference, hessian).flatten()
     return torch.where(torch.isfinite(errors), errors, torch.inf)

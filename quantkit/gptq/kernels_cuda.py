@@ -54,10 +54,20 @@ def _walk(  # type: ignore[no-untyped-def]
     codes,
     n_columns,
     n_rows,
+    weight_step,
+    scale_step,
+    group_step,
     has_table: tl.constexpr,
     columns: tl.constexpr,
     tile: tl.constexpr,
 ):
+    expert = tl.program_id(1).to(tl.int64)
+    weight += expert * weight_step
+    codes += expert * weight_step
+    lower += expert * n_columns * n_columns
+    scale += expert * scale_step
+    minimum += expert * scale_step
+    group_of += expert * group_step
     rows = tl.program_id(0) * tile + tl.arange(0, tile)
     inside = rows < n_rows
     index = tl.arange(0, columns)
@@ -103,12 +113,14 @@ def gptq(
     `weight` float32 and `codes` int8 are (n_columns, n_rows), contiguous, written in place: weights
     become scaled errors. `upper` is the block's own (n_columns, n_columns) part of the factor.
     `scale`, `minimum` are (n_groups, n_rows), `group_of` (n_columns,) int64, `low`, `high`
-    (n_rows,) float32, `table` (16,) float32 or empty.
+    (n_rows,) float32, `table` (16,) float32 or empty. Of experts, all but `low`, `high` and `table`
+    have one more axis in front, and only the last two of the others are contiguous.
     """
-    n_columns, n_rows = weight.shape
-    _walk[(triton.cdiv(n_rows, _WALK_ROWS),)](
+    n_columns, n_rows = weight.shape[-2:]
+    n_experts = len(weight) if weight.dim() == 3 else 1
+    _walk[(triton.cdiv(n_rows, _WALK_ROWS), n_experts)](
         weight,
-        upper.T.contiguous(),
+        upper.mT.contiguous(),
         scale,
         minimum,
         group_of,
@@ -119,6 +131,9 @@ def gptq(
         codes,
         n_columns,
         n_rows,
+        weight.stride(0),
+        scale.stride(0),
+        group_of.stride(0),
         has_table=table.numel() > 0,
         columns=_WALK_COLUMNS,
         tile=_WALK_ROWS,
@@ -169,9 +184,13 @@ def _descend(  # type: ignore[no-untyped-def]
     window: tl.constexpr,
     tile: tl.constexpr,
 ):
+    expert = tl.program_id(1).to(tl.int64)
+    hessian += expert * n_columns * n_columns
+    group_sums += expert * (n_columns // group) * n_columns
     start = tl.program_id(0).to(tl.int64) * tile
     rows = tl.arange(0, tile)
     inside = start + rows < n_rows
+    start += expert * n_rows
     codes += start * n_columns + first
     gradient += start * n_columns + first
     moved += start * window
@@ -318,16 +337,19 @@ def descend(
 
     The tensors of `state`, all contiguous, are changed in place but for the gradient. `hessian` is
     the whole float32 (n, n), `group_sums` (n / group, n) its rows summed by group, `table` (16,)
-    float32 or empty. Returns what was added to the values, float32 (n_rows, columns of the window).
+    float32 or empty. Of experts both Hessians have one more axis in front, and the rows are those
+    of one after the other. Returns what was added to the values, float32 (n_rows, columns of the
+    window).
     """
     form, device = state.form, state.codes.device
     n_rows, n_columns = state.codes.shape
+    n_experts = len(hessian) if hessian.dim() == 3 else 1
     width = form.qtype.block_size
     n_blocks = min(WINDOW, n_columns - first) // width
     scale_range, minimum_range = form.scale_range or (0, -1), form.minimum_range or (0, -1)
     change = torch.empty((n_rows, WINDOW), device=device)
     moved = torch.empty((n_rows, WINDOW), dtype=torch.int8, device=device)
-    _descend[(triton.cdiv(n_rows, _DESCENT_ROWS),)](
+    _descend[(triton.cdiv(n_rows // n_experts, _DESCENT_ROWS), n_experts)](
         state.codes,
         moved,
         state.gradient,
@@ -336,11 +358,11 @@ def descend(
         state.dmin,
         state.scale,
         state.minimum,
-        hessian[first:, first:],
-        group_sums[first // form.group :, first:],
+        hessian[..., first:, first:],
+        group_sums[..., first // form.group :, first:],
         table,
         (table[1:] + table[:-1]) / 2,
-        n_rows,
+        n_rows // n_experts,
         n_columns,
         first,
         n_blocks,

@@ -18,22 +18,23 @@ _DEPTH = 1024  # of a piece; measured against float64 by benchmarks/gptq_speed.p
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, float32 (n, k) and (k, m) -> (n, m)."""
+    """a @ b, float32 (..., n, k) and (..., k, m) -> (..., n, m)."""
     if not a.is_cuda:
         return a @ b
-    target = torch.zeros((len(a), b.shape[1]), device=a.device)
+    target = torch.zeros((*a.shape[:-1], b.shape[-1]), device=a.device)
     add_product(target, a, b)
     return target
 
 
 def add_product(target: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sign: int = 1) -> None:
-    """target += sign * a @ b in place, float32 (n, m), (n, k), (k, m)."""
+    """target += sign * a @ b in place, float32 (n, m), (n, k), (k, m), or a batch of each."""
+    add = target.addmm_ if target.dim() == 2 else target.baddbmm_
     if not a.is_cuda:
-        target.addmm_(a, b, alpha=sign)
+        add(a, b, alpha=sign)
         return
     with _tensor_cores():
-        for left, right in zip(a.split(_DEPTH, 1), b.split(_DEPTH, 0), strict=True):
-            target.addmm_(_left(left), _right(right), alpha=sign)
+        for left, right in zip(a.split(_DEPTH, -1), b.split(_DEPTH, -2), strict=True):
+            add(_left(left), _right(right), alpha=sign)
 
 
 def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,12 +45,12 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _left(a: torch.Tensor) -> torch.Tensor:
     high, low = _split(a)
-    return torch.cat([high, low, high], 1)
+    return torch.cat([high, low, high], -1)
 
 
 def _right(b: torch.Tensor) -> torch.Tensor:
     high, low = _split(b)
-    return torch.cat([high, high, low], 0)
+    return torch.cat([high, high, low], -2)
 
 
 @contextmanager

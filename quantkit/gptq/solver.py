@@ -178,15 +178,15 @@ def _walk_columns_cuda(stack: Stack, upper: torch.Tensor, start: int, end: int) 
     from quantkit.gptq import kernels_cuda  # needs triton
 
     kernels_cuda.gptq(
-        stack.weight[start:end],
-        upper[start:end, start:end],
+        stack.weight[..., start:end, :],
+        upper[..., start:end, start:end],
         stack.scale,
         stack.minimum,
-        stack.group_of[start:end],
+        stack.group_of[..., start:end],
         stack.low,
         stack.high,
         stack.table,
-        stack.codes[start:end],
+        stack.codes[..., start:end, :],
     )
 
 
@@ -206,9 +206,9 @@ def _sweep(stack: Stack, upper: torch.Tensor, start: int, end: int, walk: Walk) 
         return
     middle = start + max(_LEAF, (end - start) // 2 // _LEAF * _LEAF)
     _sweep(stack, upper, start, middle, walk)
-    add_product(
-        stack.weight[middle:end], upper[start:middle, middle:end].T, stack.weight[start:middle], -1
-    )
+    weight = stack.weight
+    share = upper[..., start:middle, middle:end].mT
+    add_product(weight[..., middle:end, :], share, weight[..., start:middle, :], -1)
     _sweep(stack, upper, middle, end, walk)
 
 
@@ -236,8 +236,46 @@ def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list
     return codes  # type: ignore[return-value]
 
 
+def gptq_experts(
+    rows: Sequence[Sequence[Rows]], factors: Sequence[Factor]
+) -> list[list[torch.Tensor]]:
+    """`gptq` for several experts, every one with its own factor: on a GPU in one sweep over all of
+    them. The experts' rows are alike: as many, on grids of the same kinds.
+    """
+    if not factors[0].upper.is_cuda:
+        return [gptq(own, factor) for own, factor in zip(rows, factors, strict=True)]
+    upper = torch.stack([factor.upper for factor in factors])
+    codes: list[list[torch.Tensor]] = [[torch.empty(0)] * len(rows[0]) for _ in rows]
+    for with_table in (False, True):
+        chosen = [i for i, r in enumerate(rows[0]) if (r.grid.table is not None) == with_table]
+        if not chosen:
+            continue
+        stacks = [
+            _stack([own[i] for i in chosen], f.order) for own, f in zip(rows, factors, strict=True)
+        ]
+        first = stacks[0]
+        stack = Stack(
+            torch.stack([s.weight for s in stacks]),
+            torch.stack([s.scale for s in stacks]),
+            torch.stack([s.minimum for s in stacks]),
+            first.low,
+            first.high,
+            torch.stack([s.group_of for s in stacks]),
+            first.table,
+            torch.stack([s.codes for s in stacks]),
+        )
+        _sweep(stack, upper, 0, upper.shape[-1], _walk_columns_cuda)
+        for expert, factor in enumerate(factors):
+            in_place = torch.empty_like(first.codes)
+            in_place[factor.order] = stack.codes[expert]
+            sizes = [len(rows[expert][i].weight) for i in chosen]
+            for i, part in zip(chosen, in_place.T.split(sizes), strict=True):
+                codes[expert][i] = part.contiguous()
+    return codes
+
+
 def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each row's output, e H eᵀ, for weight differences (n_rows, n_columns):
-    (n_rows,).
+    (n_rows,). Experts may be an axis in front of all three.
     """
-    return (product(difference, hessian) * difference).sum(1)
+    return (product(difference, hessian) * difference).sum(-1)

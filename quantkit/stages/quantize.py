@@ -26,7 +26,8 @@ from quantkit.gptq.compete import (
     Sensitivity,
     Solved,
     decide_experts,
-    solve_rows,
+    experts_at_once,
+    solve_experts,
     solve_tensor,
 )
 from quantkit.gptq.solver import Factor, factorize
@@ -262,22 +263,29 @@ def _solve_experts(
     statistics: ExpertStatistics, tensors: Sequence[_Experts], run: Run, over: Callable[..., Any]
 ) -> list[dict[QuantType, Solved]]:
     """The tensors of a layer's experts that read one input, each in all its types. An expert's
-    Hessian is read and factorized once for all of them.
+    Hessian is read and factorized once for all of them; a GPU takes many experts at once.
     """
     methods, n_sweeps = run.config.methods, run.profile.n_sweeps
 
-    def solve(expert: int) -> list[Part]:
-        inputs = _inputs(*statistics.load(expert), methods, run.config.device)
+    def solve(experts: range) -> list[list[Part]]:
+        """Of every tensor what its experts became."""
+        inputs = [_inputs(*statistics.load(e), methods, run.config.device) for e in experts]
         parts = []
         for tensor in tensors:
-            weight, own = tensor.rows(expert)
-            parts.append(solve_rows(weight, tensor.types, methods, inputs, own, n_sweeps))
+            weights, own = zip(*(tensor.rows(e) for e in experts), strict=True)
+            parts.append(solve_experts(weights, tensor.types, methods, inputs, own, n_sweeps))
         return parts
 
-    experts = list(over(solve, range(len(statistics.n_tokens))))
+    n_experts, step = len(statistics.n_tokens), 1  # on a CPU every core has an expert of its own
+    if run.config.device != "cpu":
+        step = min(
+            experts_at_once(len(t.rows(0)[0]), t.rows(0)[0].shape[1], len(t.types)) for t in tensors
+        )
+    batches = [range(first, min(first + step, n_experts)) for first in range(0, n_experts, step)]
+    found = list(over(solve, batches))
     return [
-        {qtype: decide_experts(qtype, parts) for qtype in tensor.types}
-        for tensor, parts in zip(tensors, zip(*experts, strict=True), strict=True)
+        {q: decide_experts(q, [p for batch in found for p in batch[i]]) for q in tensor.types}
+        for i, tensor in enumerate(tensors)
     ]
 
 
