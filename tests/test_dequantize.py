@@ -13,15 +13,17 @@ from commands import CHEAP, Run, quantkit
 from hub_server import HubServer, look, running_hub
 from safetensors.torch import load_file, save_file
 from test_fetch import make_run
-from tiny_models import tiny_llama
-from transformers import AutoModelForCausalLM
+from tiny_models import save_model, tiny_llama
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from quantkit import hub
+from quantkit.blockwise import load_model
 from quantkit.converter.convert import convert
 from quantkit.dequantize import dequantize, expand_shell
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.hub.quantized import Source, source_of
+from quantkit.plan import specs_of
 from quantkit.safetensors_file import read_header
 from quantkit.stages import fetch
 
@@ -264,6 +266,50 @@ def test_the_converter_reads_them_alike(tmp_path: Path, kind: str) -> None:
         # GPTQ's values are made in float32 there and rounded to the file's type, here once before.
         one, other = (torch.tensor(file.values(name)) for file in files)
         assert torch.allclose(one, other, rtol=0 if kind == "block fp8" else 2**-7, atol=0), name
+
+
+@pytest.mark.slow
+def test_mxfp4_stays_as_it_is(tmp_path: Path) -> None:
+    """gpt-oss: the experts' blocks are in the GGUF bit for bit, nobody quantizes them again, and
+    transformers reads the values that llama.cpp reads.
+    """
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=49_152,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    folder = save_model(tmp_path / "m", GptOssForCausalLM(config).bfloat16(), "smollm2")
+    stored = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if weight.dim() == 3:
+            shape = (4, weight.shape[2], weight.shape[1] // 32)
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8)
+        else:
+            stored[name] = weight
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    convert(folder, tmp_path / "base.gguf", model_name="m")
+    base = GgufFile(tmp_path / "base.gguf")
+    specs = specs_of(base)
+    experts = {name for name in specs if name.endswith("_exps.weight")}
+    assert len(experts) == 3
+    assert all(str(specs[name].qtype) == "MXFP4" for name in experts)
+    assert {name for name, spec in specs.items() if spec.quantizable}.isdisjoint(experts)
+    assert specs["blk.0.attn_q.weight"].quantizable
+    down = dict(load_model(folder).named_parameters())["model.layers.0.mlp.experts.down_proj"]
+    values = torch.tensor(base.values("blk.0.ffn_down_exps.weight")).view(4, 64, 64)
+    assert torch.equal(down.float().mT, values)
 
 
 @pytest.mark.slow
