@@ -161,6 +161,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
     )
     parser.add_argument(
+        "--levels-from",
+        action="append",
+        default=[],
+        metavar="GGUF",
+        help="tensors of this file of the same model compete, too: a path or hf://...",
+    )
+    parser.add_argument(
         "--methods", metavar="LIST", default=",".join(METHODS), help="methods that compete"
     )
     parser.add_argument(
@@ -239,7 +246,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     """The RunConfig of `run` and `plan`. Raises UsageError."""
     from quantkit import given
 
-    for name in arguments.compare:
+    for name in (*arguments.compare, *arguments.levels_from):
         given.check_name(name)
     asked = (
         ("bpw", arguments.target_bpw),
@@ -254,6 +261,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         targets=tuple(targets),
         profile=arguments.profile,
         levels=tuple(arguments.levels.split(",")) if arguments.levels else None,
+        levels_from=tuple(_absolute(name) for name in arguments.levels_from),
         methods=tuple(arguments.methods.split(",")),
         types=load_types_map(arguments.types) if arguments.types else (),
         max_types=arguments.max_types,

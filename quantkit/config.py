@@ -183,6 +183,7 @@ class RunConfig:
     targets: tuple[Target, ...] = ()  # none: like Q4_K_M, or what the given types come to
     profile: str = "standard"
     levels: tuple[str, ...] | None = None  # tensor types to choose from; None: the profile's
+    levels_from: tuple[str, ...] = ()  # GGUFs of others whose tensors compete: paths or hf://...
     methods: tuple[str, ...] = METHODS
     types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched;
     # with `>=` before the type what is named has at least that
@@ -269,6 +270,7 @@ class RunConfig:
         value["targets"] = tuple(Target(**target) for target in value["targets"])
         value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
         value["methods"] = tuple(value["methods"])
+        value["levels_from"] = tuple(value.get("levels_from", ()))
         value["compare"] = tuple(value.get("compare", ()))
         value["levels"] = None if value["levels"] is None else tuple(value["levels"])
         return cls(**value)

@@ -163,6 +163,7 @@ def test_every_field_is_compared_but_where_it_is_published() -> None:
         (Target("bpw", "4"),),
         "fast",
         ("Q4_K",),
+        ("their.gguf",),
         ("rtn",),
         (("default", "Q4_0"),),
         2,

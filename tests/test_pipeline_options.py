@@ -5,6 +5,7 @@ GPTQ are those of llama.cpp to the byte.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from commands import CHEAP, Answer, Run, packed_tensors, quantkit
+from tiny_gguf import Shape, write_llama
 
 from quantkit.ggufio.imatrix import read_imatrix
 from quantkit.ggufio.read import GgufFile
@@ -218,3 +220,35 @@ def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[
         assert str(tmp_path) not in (published / name).read_text("utf-8")
     with_fields = GgufFile(run.output).reader.fields
     assert with_fields["quantize.imatrix.dataset"].contents() == ", ".join(weights)
+
+
+def test_somebody_elses_tensors_compete(
+    whole: Run, offline: dict[str, str], tmp_path: Path
+) -> None:
+    """A file with better Q4_K than ours for one tensor (its neighbour's bytes win nothing): the
+    better tensor is taken, to the bit, and the recipe says whose it is.
+    """
+    name = "blk.0.ffn_down.weight"
+    level = GgufFile(whole.levels / "Q4_K.gguf")
+    their = tmp_path / "their.gguf"
+    shutil.copyfile(level.path, their)
+    worse = whole.fork(tmp_path / "rtn", "quantize", methods=("rtn",), levels_from=(str(their),))
+    run = finish(worse, offline)
+    chosen = GgufFile(run.levels / "Q4_K.gguf")
+    errors = read_json(run.levels / "errors.json")["errors"][name]["Q4_K"]
+    assert errors["method"] == "from their.gguf"
+    assert errors["errors"]["rtn"]["relative"] > errors["errors"]["from their.gguf"]["relative"]
+    assert np.array_equal(chosen.packed(name), level.packed(name))
+    methods = {row["method"] for row in run.recipe["tensors"].values()}
+    assert "from their.gguf" in methods
+    assert run.recipe["config"]["levels_from"] == [str(their)]
+    assert not [f for f in run.report["fallbacks"] if f["used"].endswith("their.gguf")]
+
+
+def test_a_file_of_another_model_does_not_compete(
+    whole: Run, offline: dict[str, str], tmp_path: Path
+) -> None:
+    other = write_llama(tmp_path / "other.gguf", Shape(n_layer=1))
+    run = whole.fork(tmp_path / "run", "quantize", levels_from=(str(other),))
+    answer = quantkit("resume", run.folder, env=offline)
+    assert answer.code == 1 and "other.gguf is not of this model" in answer.err

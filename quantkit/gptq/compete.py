@@ -102,9 +102,11 @@ def solve_tensor(
     inputs: Inputs | None,
     sensitivity: Sensitivity | None,
     n_sweeps: int = N_SWEEPS,
+    given: Mapping[tuple[QuantType, str], native.Bytes] = {},
 ) -> dict[QuantType, Solved]:
     """Quantize one tensor (n_rows, n_columns) to each of `types` by the best of `methods`, GPTQ's
-    followed by `n_sweeps` of descent.
+    followed by `n_sweeps` of descent. `given` are rows that somebody else made, by type and name:
+    they compete like a method.
 
     Without inputs there are no importances: only round-to-nearest is possible.
     """
@@ -116,7 +118,9 @@ def solve_tensor(
     for first in range(0, n_rows, step):
         last = min(first + step, n_rows)
         own = None if sensitivity is None else sensitivity.rows(first, last)
-        parts.append(solve_rows(weight[first:last], types, methods, inputs, own, n_sweeps))
+        theirs = {key: rows[first:last] for key, rows in given.items()}
+        rows = weight[first:last]
+        parts.append(solve_rows(rows, types, methods, inputs, own, n_sweeps, theirs))
     return {qtype: _decide(qtype, parts) for qtype in types}
 
 
@@ -169,6 +173,7 @@ def solve_rows(
     inputs: Inputs | None,
     sensitivity: Sensitivity | None,
     n_sweeps: int,
+    given: Mapping[tuple[QuantType, str], native.Bytes] = {},
 ) -> Part:
     """All allowed methods on one piece of a tensor."""
     device = inputs.heldout.device if inputs else torch.device("cpu")
@@ -176,6 +181,7 @@ def solve_rows(
     packed = _by_ggml(weight, original, types, methods, inputs)
     if inputs is not None and inputs.factor is not None:
         packed |= _gptq([original], types, [packed], [inputs], n_sweeps)[0]
+    packed |= {key: torch.from_numpy(rows).to(device) for key, rows in given.items()}
     return _part(original, packed, inputs, sensitivity)
 
 

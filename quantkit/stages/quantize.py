@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.config import RunConfig
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
 from quantkit.gptq.compete import (
@@ -33,9 +34,10 @@ from quantkit.gptq.compete import (
 from quantkit.gptq.solver import Factor, factorize
 from quantkit.kquants import native
 from quantkit.levels import LevelPlan, plan_levels
+from quantkit.outside import PREFIX, Outsider, open_outsiders, rows_of
 from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rowmap import load_row_maps
-from quantkit.rundir import read_json, write_json
+from quantkit.rundir import read_json, sha256_file, write_json
 from quantkit.stages import StageResult, convert
 from quantkit.statistics import (
     ExpertStatistics,
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 NAME = "quantize"
 VERSION = 2
-FIELDS = ("profile", "levels", "methods", "types", "tensors")
+FIELDS = ("profile", "levels", "levels_from", "methods", "types", "tensors")
 
 DAMPING = 0.1  # of the median of diag H: dev/LOG.md
 
@@ -64,6 +66,12 @@ class Unit:
     name: str
     tensors: tuple[str, ...]
     statistics: Path | None
+
+
+def extra_inputs(config: RunConfig) -> dict[str, Any]:
+    """The files of others that compete."""
+    files = [path for name in config.levels_from if (path := Path(name)).is_file()]
+    return {f"levels_from {path}": sha256_file(path) for path in files}
 
 
 def execute(run: Run) -> StageResult:
@@ -78,10 +86,11 @@ def execute(run: Run) -> StageResult:
         if done_path.exists() and all(f.resumed for f in files.values())
         else {}
     )
+    outsiders = open_outsiders(run.config.levels_from, convert.load_specs(run.dir))
     units = list(_units(run, plan))
     for position, unit in enumerate(units):
         if unit.name not in done:
-            done[unit.name] = _solve_unit(unit, run, base, plan, files)
+            done[unit.name] = _solve_unit(unit, run, base, plan, files, outsiders)
             for file in files.values():
                 file.flush()
             write_json(done_path, done)
@@ -155,7 +164,12 @@ def _units(run: Run, plan: LevelPlan) -> Iterator[Unit]:
 
 
 def _solve_unit(
-    unit: Unit, run: Run, base: GgufFile, plan: LevelPlan, files: dict[QuantType, SlotFile]
+    unit: Unit,
+    run: Run,
+    base: GgufFile,
+    plan: LevelPlan,
+    files: dict[QuantType, SlotFile],
+    outsiders: Sequence[Outsider],
 ) -> dict[str, Any]:
     """Solve a unit's tensors and fill their slots in every file. Returns what `errors.json` will
     say of them.
@@ -186,7 +200,9 @@ def _solve_unit(
         columns = maps[name].columns if name in maps else None
         if inputs is not None and columns is not None:
             inputs = _reordered(inputs, columns, methods)
-        return solve_tensor(base.values(name), choices, methods, inputs, sensitivity, n_sweeps)
+        given = rows_of(outsiders, name, choices)
+        weight = base.values(name)
+        return solve_tensor(weight, choices, methods, inputs, sensitivity, n_sweeps, given)
 
     def keep(name: str, solved: dict[QuantType, Solved]) -> None:
         for level, file in files.items():
@@ -306,7 +322,8 @@ def _method_fallbacks(
 ) -> Iterator[Fallback]:
     """What is to be said where a tensor was made by a method that was not asked for."""
     for qtype, result in solved.items():
-        if result.method in methods or not qtype.is_quantized:
+        asked = (*methods, PREFIX)
+        if result.method.startswith(asked) or not qtype.is_quantized:
             continue
         reason = f"{qtype} has no grid for GPTQ" if has_inputs else "no statistics of its inputs"
         yield Fallback(name, f"{qtype}/{methods[0]}", f"{qtype}/{result.method}", reason)
