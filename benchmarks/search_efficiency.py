@@ -42,9 +42,9 @@ from quantkit.rundir import EventLog, RunDir, read_json
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.evolve import Plan, begin, evolve
 from quantkit.search.fitness import Fitness
-from quantkit.search.propose import knapsack
+from quantkit.search.propose import knapsack, uniform
 from quantkit.stages import convert, fetch
-from quantkit.stages.search import damages, make_space, proposals
+from quantkit.stages.search import damages, make_space
 
 N_OFFSPRING, SURVIVORS, TOKENS, N_FIRST = 128, (16, 4, 1), (2048, 16_384, 131_072), 10
 
@@ -80,10 +80,12 @@ class Judge:
         return float(self._fitness.kl(choices, self.n_sequences, whole).mean())
 
 
-def ours(run: Run, judge: Judge, space: SearchSpace, n_tokens: int, seed: int) -> Iterator[Point]:
+def ours(judge: Judge, space: SearchSpace, n_tokens: int, seed: int) -> Iterator[Point]:
+    """Without the stock mixes that a run also proposes."""
     costs = damages(space)
     plan = Plan.of(n_tokens, judge.n_sequences, judge.n_batch)
-    first = proposals(run, space, costs, convert.load_base(run.dir))
+    first = [(knapsack(space, costs), "knapsack")]
+    first += [(choices, "uniform") for choices in uniform(space, costs)]
     state = begin(judge, plan, first, seed)
     points = [Point(state.n_tokens, np.array(state.best.choices))]
 
@@ -204,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--bpw", type=float, default=4.5, help="the budget")
     parser.add_argument("--tokens", type=int, default=524_288, help="of our search")
     parser.add_argument("--plain", type=int, default=10_000_000, help="of plain EvoPress")
     parser.add_argument("--random", type=int, default=1_000_000, help="of random search")
@@ -213,12 +216,8 @@ def main() -> None:
     directory = RunDir(arguments.run.absolute())
     config = replace(RunConfig.from_json(read_json(directory.config_path)), device=arguments.device)
     run = Run(config, directory, EventLog(Path(os.devnull)))
-    from quantkit.plan import budgets_of
-
     base = convert.load_base(directory)
-    space = make_space(run, base)
-    (budget, *_), _ = budgets_of(config, base, space.n_bytes(space.smallest), space.limit_bytes)
-    space = replace(space, limit_bytes=budget.limit_bytes)
+    space = replace(make_space(run, base), limit_bytes=int(arguments.bpw * base.n_elements / 8))
     if arguments.device == "cuda":
         torch.set_float32_matmul_precision("high")
     model = load_model(
@@ -240,7 +239,7 @@ def main() -> None:
     }
     print(f"knapsack alone: KL {kl:.5f}", flush=True)
     searches = {
-        "ours": lambda seed: ours(run, judge, space, arguments.tokens, seed),
+        "ours": lambda seed: ours(judge, space, arguments.tokens, seed),
         "EvoPress": lambda seed: evopress(judge, space, arguments.plain, seed),
         "random": lambda seed: at_random(judge, space, arguments.random, seed),
     }
