@@ -149,11 +149,13 @@ def estimates(
     a server CPU (bf16) and one H200; it is within a factor of two or so.
     """
     profile = PROFILES[config.profile]
+    chosen = _experts_used(base)
     n_linear = sum(
-        t.shape[-1] * (t.n_bytes // t.qtype.row_bytes(t.shape[-1])) for t in _blocks(base)
+        t.shape[-1] * (t.n_bytes // t.qtype.row_bytes(t.shape[-1])) * _share(t, chosen)
+        for t in _blocks(base)
     )
-    widths = _hessian_widths(base)
-    hessians = 2 * sum(4 * n * n for n in widths)
+    inputs = _inputs(base)
+    hessians = sum(_hessian_bytes(t) for t in inputs)
     uniform = sum(data_bytes(base, levels.uniform(level)) for level in levels.levels)
     base_bytes = base.path.stat().st_size
     disk = (
@@ -163,11 +165,20 @@ def estimates(
         + uniform
         + 3 * base_bytes // 2
     )
-    memory = base_bytes + 2_000_000_000 + max(widths, default=0) ** 2 * 4 * 8
+    if info.base is not None or info.quantization is not None:  # written out in 16 bits once more
+        disk += base_bytes
+    by_block: dict[str, int] = {}  # Hessians of one block are in memory together
+    for tensor in inputs:
+        block = tensor.name.split(".")[1]
+        by_block[block] = by_block.get(block, 0) + _hessian_bytes(tensor)
+    widest = max((t.shape[-1] for t in inputs), default=0)
+    memory = base_bytes + 2_000_000_000 + max(widest**2 * 4 * 8, *by_block.values(), 0)
     speed = 1.2e11 if config.device == "cpu" else 2e14  # multiply-adds a second
     n_calibrated = profile.calibration_tokens + profile.heldout_tokens
-    forward = n_linear * (n_calibrated + profile.search_tokens)
-    gather = sum(n * n for n in widths) * n_calibrated
+    forward = round(n_linear) * (n_calibrated + profile.search_tokens)
+    gather = n_calibrated * sum(
+        t.shape[-1] ** 2 * (chosen if len(t.shape) == 3 else 1) for t in inputs
+    )
     solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
     return {
         "disk_bytes": disk,
@@ -181,10 +192,27 @@ def _blocks(base: GgufFile) -> list[Any]:
     return [t for t in base.tensors.values() if len(t.shape) > 1 and t.name.startswith("blk.")]
 
 
-def _hessian_widths(base: GgufFile) -> list[int]:
-    """Columns of the distinct inputs of every block: q, k and v share one, gate and up another."""
-    shared = {"attn_k", "attn_v", "ffn_up"}
-    return [t.shape[-1] for t in _blocks(base) if t.name.split(".")[2] not in shared]
+def _inputs(base: GgufFile) -> list[Any]:
+    """A tensor of every distinct input of a block: q, k and v share one, gate and up another."""
+    shared = {"attn_k", "attn_v", "ffn_up", "ffn_up_exps"}
+    return [t for t in _blocks(base) if t.name.split(".")[2] not in shared]
+
+
+def _hessian_bytes(tensor: Any) -> int:
+    """Train and held-out, of every expert."""
+    n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    return int(2 * 4 * n_experts * tensor.shape[-1] ** 2)
+
+
+def _experts_used(base: GgufFile) -> int:
+    """How many experts a token is sent to; 0 without experts."""
+    name = base.metadata["general.architecture"]
+    return int(base.metadata.get(f"{name}.expert_used_count", 0))
+
+
+def _share(tensor: Any, chosen: int) -> float:
+    """The part of a tensor that a token is multiplied with."""
+    return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
 
 
 def _coverage(coverage: dict[str, Any]) -> str:

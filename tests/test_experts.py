@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from quantkit.blockwise import BlockwiseModel
 from quantkit.gptq.experts import ExpertCollector, ExpertProducts, eager_experts
 from quantkit.gptq.fisher import output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
+from quantkit.plan import _hessian_bytes
 from quantkit.statistics import block_file, load_expert_statistics, save_statistics
 
 N = 32  # columns of the experts' inputs
@@ -212,8 +214,22 @@ def test_an_expert_without_tokens_is_lent_some(tmp_path: Path) -> None:
     assert np.array_equal(diagonals["b.mlp.experts.down_proj"].n_tokens, counts)
 
 
+def test_the_plan_knows_what_they_take(tmp_path: Path) -> None:
+    """Two Hessians for every expert and input, within the file's header."""
+    model = build("qwen3")
+    collectors = {part: ExpertCollector(model.blocks[0], "b") for part in ("train", "heldout")}
+    for collector in collectors.values():
+        run(model, collector)
+    path = block_file(tmp_path, 0)
+    save_statistics(path, {p: HessianCollector({}) for p in collectors}, True, experts=collectors)
+    shapes = ((8, 16, N), (8, N, 16))  # gate and down, as GGUF has them
+    expected = sum(_hessian_bytes(SimpleNamespace(shape=shape)) for shape in shapes)
+    assert expected == 2 * 4 * 8 * (32 * 32 + 16 * 16)
+    assert 0 < path.stat().st_size - expected < 2000
+
+
 def test_what_is_lent_hardly_changes_an_expert_with_tokens() -> None:
-    """0.1 of the 6 tokens that each of 8 experts is lent, beside 12 of its own."""
+    """A tenth of the 60 tokens that each of 8 experts is lent, beside 120 of its own."""
     model = build("qwen3")
     with_lent, without = (ExpertCollector(model.blocks[0], "b", lent) for lent in (0.1, 0.0))
     for collector in (with_lent, without):
