@@ -95,7 +95,7 @@ def run(
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])
 def test_an_expert_sees_the_tokens_that_its_router_sends(name: str) -> None:
     model = build(name)
-    collector = ExpertCollector(model.blocks[0], "b", lent=0)
+    collector = ExpertCollector(model.blocks[0], "b", 48, lent=0)
     with spied(model.blocks[0]) as seen:
         run(model, collector)
     (hidden, chosen) = seen[0]
@@ -113,7 +113,7 @@ def test_an_expert_sees_the_tokens_that_its_router_sends(name: str) -> None:
 def test_experts_that_are_handed_all_tokens_count_their_own() -> None:
     """Llama 4 multiplies with 0 what is not for an expert."""
     model = build("llama4")
-    collector = ExpertCollector(model.blocks[0], "b")
+    collector = ExpertCollector(model.blocks[0], "b", 48)
     with spied(model.blocks[0]) as seen:
         run(model, collector)
     x = seen[0][0].view(4, -1, N)
@@ -129,7 +129,7 @@ def test_experts_that_are_handed_all_tokens_count_their_own() -> None:
 def test_the_input_of_down_is_what_the_expert_made(name: str) -> None:
     """Its Hessian is as wide as the expert, and its tokens are as many as those of gate and up."""
     model = build(name)
-    collector = ExpertCollector(model.blocks[0], "b")
+    collector = ExpertCollector(model.blocks[0], "b", 48)
     run(model, collector)
     up, down = sorted(collector.sums, key=lambda g: "down" in g)
     assert collector.sums[down].shape[1:] == (16, 16)
@@ -144,7 +144,7 @@ def test_watching_changes_no_output_and_leaves_nothing_behind(name: str) -> None
     before = model.model.config._experts_implementation_internal
     with torch.no_grad():
         plain = model.model(ids).logits
-        collector = ExpertCollector(model.blocks[0], "b")
+        collector = ExpertCollector(model.blocks[0], "b", 48)
         with collector.watching():
             watched = model.model(ids).logits
     assert torch.allclose(plain, watched, atol=1e-5)
@@ -171,7 +171,7 @@ def test_gate_and_up_in_parameters_of_their_own_share() -> None:
                 )
             return out
 
-    collector = ExpertCollector(Experts(), "b")
+    collector = ExpertCollector(Experts(), "b", 10)
     with torch.no_grad(), collector.watching():
         collector._block(torch.randn(10, 8))
     assert set(collector.members.values()) == {("b.gate", "b.up"), ("b.down",)}
@@ -196,7 +196,7 @@ def starve(model: BlockwiseModel, expert: int) -> None:
 def test_an_expert_without_tokens_is_lent_some(tmp_path: Path) -> None:
     model = build("qwen3")
     starve(model, 3)
-    collectors = {part: ExpertCollector(model.blocks[0], "b") for part in ("train", "heldout")}
+    collectors = {part: ExpertCollector(model.blocks[0], "b", 48) for part in ("train", "heldout")}
     for part, collector in collectors.items():
         run(model, collector, seed=len(part))
     counts = collectors["train"].n_tokens["b.mlp.experts.down_proj"].clone()
@@ -217,7 +217,7 @@ def test_an_expert_without_tokens_is_lent_some(tmp_path: Path) -> None:
 def test_the_plan_knows_what_they_take(tmp_path: Path) -> None:
     """Two Hessians for every expert and input, within the file's header."""
     model = build("qwen3")
-    collectors = {part: ExpertCollector(model.blocks[0], "b") for part in ("train", "heldout")}
+    collectors = {part: ExpertCollector(model.blocks[0], "b", 48) for part in ("train", "heldout")}
     for collector in collectors.values():
         run(model, collector)
     path = block_file(tmp_path, 0)
@@ -229,14 +229,14 @@ def test_the_plan_knows_what_they_take(tmp_path: Path) -> None:
 
 
 def test_what_is_lent_hardly_changes_an_expert_with_tokens() -> None:
-    """A tenth of the 60 tokens that each of 8 experts is lent, beside 120 of its own."""
+    """60 tokens are lent to each of 8 experts, and count 6 beside 120 of its own."""
     model = build("qwen3")
-    with_lent, without = (ExpertCollector(model.blocks[0], "b", lent) for lent in (0.1, 0.0))
+    with_lent, without = (ExpertCollector(model.blocks[0], "b", 480, lent) for lent in (6, 0))
     for collector in (with_lent, without):
         run(model, collector, n=240)
     group = "b.mlp.experts.gate_up_proj"
     added = with_lent.weights[group] - without.weights[group]
-    assert torch.allclose(added, torch.full((8,), 6.0), atol=1e-3)  # 480 tokens / 8 experts / 10
+    assert torch.allclose(added, torch.full((8,), 6.0), atol=1e-3)
     one, other = with_lent.means()[group], without.means()[group]
     change = (one - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
     assert 0 < change.min() and change.max() < 0.2
@@ -310,7 +310,7 @@ def test_eager_experts_are_put_back_when_the_pass_fails() -> None:
 def test_linears_beside_the_experts_are_collected_too() -> None:
     model = build("qwen3")
     linears = {n: m for n, m in model.blocks[0].named_modules() if is_linear(m)}
-    plain, experts = HessianCollector(linears), ExpertCollector(model.blocks[0], "b")
+    plain, experts = HessianCollector(linears), ExpertCollector(model.blocks[0], "b", 48)
     ids = torch.randint(0, 60, (1, 9), generator=torch.Generator().manual_seed(1))
     hidden, calls = model.trace(ids)
     with torch.no_grad(), plain.watching(), experts.watching():

@@ -6,8 +6,8 @@ there says which expert it is. No architecture is written down here; transformer
 experts, its "eager" implementation, is asked for while watching.
 
 Experts that are rarely chosen have few tokens. Their layer is asked once more, with every token
-sent to experts in turn, and these *lent* inputs count `LENT` of a routed token each: next to
-nothing for an expert with tokens of its own, nearly everything for one without.
+sent to experts in turn, and all inputs that an expert is *lent* so count `LENT` routed tokens
+together: next to nothing for an expert with tokens of its own, everything for one without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantkit.gptq.hessian import add_outer, symmetrize
 
-LENT = 0.3  # weight of a token that an expert would not have been given: dev/LOG.md
+LENT = 64  # tokens that all inputs count which an expert would not have been given: dev/LOG.md
 
 _PRODUCTS = {
     F.linear,
@@ -127,11 +127,13 @@ class ExpertCollector:
     sent, `weights` what the lent ones add.
     """
 
-    def __init__(self, block: nn.Module, prefix: str, lent: float = LENT) -> None:
+    def __init__(self, block: nn.Module, prefix: str, n_tokens: int, lent: float = LENT) -> None:
+        """`n_tokens` is how many will be run in all."""
         self._block = block
         self._parameters = stacked_parameters(block, prefix)
-        self._lent = lent
+        self._n_total, self._lent = n_tokens, lent
         self._share = 1.0  # what a token counts now
+        self._is_lent = False
         self._last: tuple[torch.Tensor, str] | None = None
         self._calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
         self.members: dict[str, tuple[str, ...]] = {}
@@ -175,11 +177,12 @@ class ExpertCollector:
             hidden, chosen, weights = args[:3]
             n_experts = max(len(p) for p in module.parameters() if p.dim() == 3)
             turn = torch.arange(len(hidden), device=hidden.device) % n_experts
-            self._share = self._lent
+            self._share = min(1.0, self._lent * n_experts / self._n_total)
+            self._is_lent = True
             try:
                 module(hidden, turn[:, None].to(chosen.dtype), weights[:, :1])
             finally:
-                self._share = 1.0
+                self._share, self._is_lent = 1.0, False
 
     def _add(self, name: str, expert: int, x: torch.Tensor, _: torch.Tensor) -> None:
         last, group = self._last or (None, name)
@@ -201,7 +204,7 @@ class ExpertCollector:
             own = own[(own != 0).any(1)]
             add_outer(self.sums[group][index], own if self._share == 1 else own * self._share**0.5)
             self.weights[group][index] += self._share * len(own)
-            if self._share == 1:
+            if not self._is_lent:
                 self.n_tokens[group][index] += len(own)
 
     def means(self) -> dict[str, torch.Tensor]:

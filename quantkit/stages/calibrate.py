@@ -255,7 +255,10 @@ def _collect(
             f"{prefix}.{n}": m for n, m in model.blocks[index].named_modules() if is_linear(m)
         }
         collectors = {part: HessianCollector(linears) for part in tokens}
-        experts = {part: ExpertCollector(model.blocks[index], prefix) for part in tokens}
+        experts = {
+            part: ExpertCollector(model.blocks[index], prefix, ids.size)
+            for part, ids in tokens.items()
+        }
         for i, (part, ids) in enumerate(batches):
             call = model.trace(ids)[1][index]
             with torch.no_grad():
