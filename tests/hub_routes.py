@@ -51,6 +51,10 @@ class Routes:
         parts = [unquote(part) for part in path.split("/") if part]
         if self.name == "cdn" or path.startswith("/lfs-"):
             self._lfs_storage(parts, query, body)
+        if path == "/.well-known/openid-configuration":
+            sign_in = f"{self.hub.url()}/oauth"
+            ends = ("authorization", "token", "userinfo")
+            raise Answer(200, {f"{end}_endpoint": f"{sign_in}/{end}" for end in ends})
         if path == "/api/whoami-v2":
             self._need_user()
             raise Answer(200, self.account)

@@ -16,8 +16,11 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from http.client import HTTPConnection
+from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import test_app_fixtures as fixtures
@@ -287,6 +290,46 @@ def test_a_space_with_sign_in(hub: HubServer, tmp_path: Path) -> None:
         # Without a sign-in no run is started.
         status = call(url, "start_job", {"model": "a/b"})
         assert "Sign in" in status or "signed in" in status, status
+
+
+@pytest.mark.slow
+def test_the_way_to_the_sign_in(hub: HubServer, tmp_path: Path) -> None:
+    """The way to the Hub: its page, back to the Space, least scopes, nowhere else."""
+    from test_app import _app
+
+    scopes = re.findall(r"^- ([a-z-]+)$", load_deploy().card(False).partition("tags:")[0], re.M)
+    given = {
+        **hub.env,
+        "OAUTH_CLIENT_ID": "id",
+        "OAUTH_CLIENT_SECRET": "client-secret",
+        "OAUTH_SCOPES": " ".join(["openid", "profile", *scopes]),
+        "OPENID_PROVIDER_URL": hub.url(),
+        "SPACE_HOST": "a-b.hf.space",
+    }
+
+    def step(url: str, cookies: dict[str, str]) -> tuple[int, str]:
+        """Status and target of a request; takes in the cookies that the answer sets."""
+        parts = urlsplit(url)
+        connection = HTTPConnection(parts.netloc, timeout=20)
+        sent = "; ".join(f"{name}={value}" for name, value in cookies.items())
+        connection.request("GET", f"{parts.path}?{parts.query}", headers={"Cookie": sent})
+        answer = connection.getresponse()
+        for value in answer.headers.get_all("set-cookie") or []:
+            cookies |= {name: morsel.value for name, morsel in SimpleCookie(value).items()}
+        return answer.status, answer.headers.get("location", "")
+
+    with _app(ROOT, tmp_path / "runs", True, given) as url:
+        cookies: dict[str, str] = {}
+        there = urlsplit(step(f"{url}login/huggingface?_target_url=//evil.example/x", cookies)[1])
+        asked = {name: values[0] for name, values in parse_qs(there.query).items()}
+        assert f"{there.scheme}://{there.netloc}{there.path}" == f"{hub.url()}/oauth/authorization"
+        assert asked["redirect_uri"].startswith("https://a-b.hf.space/login/callback")
+        wanted = {"openid", "profile", "gated-repos", "contribute-repos", "jobs"}
+        assert set(asked["scope"].split()) == wanted
+        back = f"{url}login/callback?{urlsplit(asked['redirect_uri']).query}&code=x&state=forged"
+        _, again = step(back, dict(cookies))
+        assert again.startswith("/login/huggingface"), "a forged state signs nobody in"
+        assert urlsplit(step(f"{url}logout?_target_url=//evil.example/x", {})[1]).netloc == ""
 
 
 def call(url: str, name: str, data: dict[str, Any]) -> str:
