@@ -103,7 +103,8 @@ def test_the_wheel_holds_what_a_job_runs(tmp_path: Path) -> None:
         names = set(archive.namelist())
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
         needs = archive.read(metadata).decode()
-    assert {"quantkit/launch/in_job.py", "quantkit/web/style.css", "evaluators/kl.py"} <= names
+    wanted = {"quantkit/launch/in_job.py", "quantkit/web/style.css", "evaluators/kl.py"}
+    assert wanted | {"quantkit/data/commit.txt"} <= names
     sources = {path for path in deploy.tracked(("quantkit",)) if path.endswith(".py")}
     assert sources <= names, f"pyproject.toml leaves out {sorted(sources - names)}"
     assert "Requires-Dist: llama-cpp-python==" in needs
