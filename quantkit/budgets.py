@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from quantkit.config import DEFAULT_TARGET, RunConfig, Target
 from quantkit.errors import QuantkitError
@@ -49,6 +50,13 @@ def settle_budgets(
             f"Ask for {smallest:,} to {largest:,} bytes, or allow other types with --levels.",
         )
     return tuple(found[limit] for limit in sorted(found)), tuple(refused)
+
+
+def for_files(estimates: dict[str, Any], n_files: int) -> dict[str, Any]:
+    """A plan's estimates for another number of files: search and disk grow with it."""
+    more = n_files - estimates["n_files"]
+    grown = {key: estimates[key] + more * each for key, each in estimates["per_file"].items()}
+    return {**estimates, **grown, "n_files": n_files}
 
 
 def _default_targets(config: RunConfig) -> tuple[Target, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import hub
-from quantkit.budgets import Budget, settle_budgets
+from quantkit.budgets import Budget, for_files, settle_budgets
 from quantkit.config import PROFILES, RunConfig
 from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
@@ -136,14 +136,17 @@ def make_plan(
             "coverage": to_json(coverage),
             "fallbacks": to_json(levels.fallbacks),
             "warnings": [*warnings, *conversion.warnings],
-            "estimates": estimates(config, info, base, levels),
+            "estimates": for_files(
+                estimates(config, info, base, levels), max(1, len(sizes.budgets))
+            ),
         }
 
 
 def estimates(
     config: RunConfig, info: hub.ModelInfo, base: GgufFile, levels: LevelPlan
 ) -> dict[str, Any]:
-    """Disk, memory and time that the run is expected to take, from the model's shapes.
+    """Disk, memory and time that the run is expected to take for one file, from the model's
+    shapes, and what each further size adds.
 
     Time is counted in multiply-adds over what the device does in a second, measured on two cores of
     a server CPU (bf16) and one H200; it is within a factor of two or so.
@@ -180,11 +183,18 @@ def estimates(
         t.shape[-1] ** 2 * (chosen if len(t.shape) == 3 else 1) for t in inputs
     )
     solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
+    search = round(n_linear) * profile.search_tokens
     return {
         "disk_bytes": disk,
         "memory_bytes": memory,
         "multiply_adds": forward + gather + solve,
         "seconds": round(60 + (forward + gather + solve) / speed),
+        "n_files": 1,
+        "per_file": {
+            "disk_bytes": base_bytes // 3,
+            "multiply_adds": search,
+            "seconds": round(30 + search / speed),
+        },
     }
 
 

@@ -52,6 +52,8 @@ PLAN: dict[str, Any] = {
         "memory_bytes": 5e9,
         "multiply_adds": 4e14,
         "seconds": 3400,
+        "n_files": 1,
+        "per_file": {"disk_bytes": 4e8, "multiply_adds": 1e14, "seconds": 600},
     },
 }
 
@@ -106,6 +108,7 @@ def test_a_family_is_one_run_of_several_sizes(desk: Desk) -> None:
     assert desk.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
     shown_all = shown(desk, size_kind="family", family=mixes)
     assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown_all
+    assert ask(to_config(form, True))["estimates"]["seconds"] == 3400 + 2 * 600
     small = dict(PLAN["stock"], Q3_K_M=10)
     one_less = with_sizes({**PLAN, "stock": small}, to_config(form, True))
     assert len(one_less["sizes"]["budgets"]) == 2

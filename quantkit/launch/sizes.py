@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.budgets import settle_budgets
+from quantkit.budgets import for_files, settle_budgets
 from quantkit.config import RunConfig
 from quantkit.errors import UsageError
 from quantkit.tensors import to_json
@@ -39,4 +39,5 @@ def with_sizes(plan: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         sizes["largest_bytes"],
     )
     asked = {"budgets": to_json(budgets), "refused": to_json(refused)}
-    return {**plan, "sizes": {**sizes, **asked}}
+    grown = for_files(plan["estimates"], max(1, len(budgets)))
+    return {**plan, "sizes": {**sizes, **asked}, "estimates": grown}

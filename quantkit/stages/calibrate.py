@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "calibrate"
-VERSION = 1
+VERSION = 2
 FIELDS = ("calibration", "profile", "seed", "device")
 
 N_CTX = 512  # tokens per sequence

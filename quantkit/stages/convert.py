@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "convert"
-VERSION = 1
+VERSION = 2
 FIELDS: tuple[str, ...] = ()
 
 

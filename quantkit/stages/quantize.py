@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "quantize"
-VERSION = 2
+VERSION = 3
 FIELDS = ("profile", "levels", "levels_from", "methods", "types", "tensors")
 
 DAMPING = 0.1  # of the median of diag H: dev/LOG.md
