@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantkit.tensors import TensorSpec
 
@@ -23,6 +24,14 @@ class Coverage:
 
     share: float
     apart: dict[str, str]  # kind of tensor -> why it has no Hessian
+
+
+def in_words(coverage: dict[str, Any]) -> str:
+    """The `coverage` of a plan for people."""
+    apart = "; ".join(f"not {kind}: {reason}" for kind, reason in coverage["apart"].items())
+    # Rounded down: all of it is only said where it is so.
+    share = f"{int(1000 * coverage['share']) / 10:g} % of the linear parameters"
+    return f"{share} ({apart})" if apart else share
 
 
 def foretell(folder: Path, specs: Mapping[str, TensorSpec]) -> Coverage:

@@ -20,7 +20,7 @@ from quantkit.config import PROFILES, RunConfig
 from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
-from quantkit.coverage import foretell
+from quantkit.coverage import foretell, in_words
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
@@ -225,13 +225,6 @@ def _share(tensor: Any, chosen: int) -> float:
     return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
 
 
-def _coverage(coverage: dict[str, Any]) -> str:
-    apart = "; ".join(f"not {kind}: {reason}" for kind, reason in coverage["apart"].items())
-    # Rounded down: all of it is only said where it is so.
-    share = f"GPTQ      {int(1000 * coverage['share']) / 10:g} % of the linear parameters"
-    return f"{share} ({apart})" if apart else share
-
-
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
@@ -249,7 +242,7 @@ def render(plan: dict[str, Any]) -> str:
     lines += [f"refused   {budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
     lines += [
         f"possible  {sizes['smallest_bytes']:,} to {sizes['largest_bytes']:,} bytes",
-        _coverage(plan["coverage"]),
+        f"GPTQ      {in_words(plan['coverage'])}",
         f"time      about {max(1, estimate['seconds'] // 60)} minutes",
         f"disk      about {size(estimate['disk_bytes'])}",
         f"memory    about {size(estimate['memory_bytes'])}",

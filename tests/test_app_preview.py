@@ -45,6 +45,7 @@ PLAN: dict[str, Any] = {
     },
     "stock": {"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
     "context": {"bytes_per_token": 100_000, "fixed_bytes": 300_000_000, "trained_tokens": 4096},
+    "coverage": {"share": 0.9996, "apart": {"token_embd": "looked up"}},
     "fallbacks": [],
     "warnings": [],
     "estimates": {
@@ -132,6 +133,7 @@ def test_the_preview_says_what_is_to_be_known(desk: Desk) -> None:
     html = shown(desk)
     for words in (
         *("LlamaForCausalLM", "1B parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
+        "99.9 % of the linear parameters (not token_embd: looked up)",
         *("This machine", "57 min", "free", "Job: cpu-upgrade", "ended after", "Q5_K_M"),
     ):
         assert words in html, words

@@ -10,7 +10,7 @@ are laid out at once and filled block by block, finished blocks are noted in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,12 @@ from quantkit.kquants import native
 from quantkit.levels import LevelPlan, plan_levels
 from quantkit.outside import PREFIX, Outsider, open_outsiders, rows_of
 from quantkit.qtypes import FILE_TYPES, QuantType
-from quantkit.rowmap import load_row_maps
+from quantkit.rowmap import RowMap, load_row_maps
 from quantkit.rundir import read_json, sha256_file, write_json
 from quantkit.stages import StageResult, convert
 from quantkit.statistics import (
     ExpertStatistics,
+    Fisher,
     fisher_file,
     load_expert_statistics,
     load_fisher,
@@ -87,10 +88,13 @@ def execute(run: Run) -> StageResult:
         else {}
     )
     outsiders = open_outsiders(run.config.levels_from, convert.load_specs(run.dir))
-    units = list(_units(run, plan))
+    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
+    fisher = load_fisher(fisher_file(run.dir.stage_dir("calibrate")))
+    units = list(_units(run, plan, maps))
+    work = _Work(run, base, plan, files, outsiders, maps, fisher)
     for position, unit in enumerate(units):
         if unit.name not in done:
-            done[unit.name] = _solve_unit(unit, run, base, plan, files, outsiders)
+            done[unit.name] = _solve_unit(unit, work)
             for file in files.values():
                 file.flush()
             write_json(done_path, done)
@@ -141,11 +145,10 @@ def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType) -> Slot
     return SlotFile(path, lay_out(base, plan.uniform(level), key_values))
 
 
-def _units(run: Run, plan: LevelPlan) -> Iterator[Unit]:
+def _units(run: Run, plan: LevelPlan, maps: Mapping[str, RowMap]) -> Iterator[Unit]:
     """One unit per statistics file, in model order, then one tensor at a time what no Hessian is
     known of.
     """
-    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     of_module: dict[str, list[str]] = {}
     for name in plan.types:
         if name in maps:
@@ -163,19 +166,24 @@ def _units(run: Run, plan: LevelPlan) -> Iterator[Unit]:
             yield Unit(name, (name,), None)
 
 
-def _solve_unit(
-    unit: Unit,
-    run: Run,
-    base: GgufFile,
-    plan: LevelPlan,
-    files: dict[QuantType, SlotFile],
-    outsiders: Sequence[Outsider],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Work:
+    """What all units share."""
+
+    run: Run
+    base: GgufFile
+    plan: LevelPlan
+    files: Mapping[QuantType, SlotFile]
+    outsiders: Sequence[Outsider]
+    maps: Mapping[str, RowMap]
+    fisher: Fisher
+
+
+def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
     """Solve a unit's tensors and fill their slots in every file. Returns what `errors.json` will
     say of them.
     """
-    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
-    fisher = load_fisher(fisher_file(run.dir.stage_dir("calibrate")))
+    run, base, plan, maps, fisher = work.run, work.base, work.plan, work.maps, work.fisher
     methods, device = run.config.methods, run.config.device
     errors: dict[str, Any] = {}
     fallbacks: list[Fallback] = []
@@ -200,12 +208,12 @@ def _solve_unit(
         columns = maps[name].columns if name in maps else None
         if inputs is not None and columns is not None:
             inputs = _reordered(inputs, columns, methods)
-        given = rows_of(outsiders, name, choices)
+        given = rows_of(work.outsiders, name, choices)
         weight = base.values(name)
         return solve_tensor(weight, choices, methods, inputs, sensitivity, n_sweeps, given)
 
     def keep(name: str, solved: dict[QuantType, Solved]) -> None:
-        for level, file in files.items():
+        for level, file in work.files.items():
             file.write(name, solved[plan.types[name][level]].packed)
         errors[name] = {str(q): _errors(s) for q, s in solved.items()}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from quantkit.coverage import in_words
 from quantkit.launch.machine import Choice
 from quantkit.launch.rough import FirstLook
 from quantkit.launch.sizes import context_bytes
@@ -81,6 +82,8 @@ def _preview(
     facts.append(
         ("Possible", f"{file_size(sizes['smallest_bytes'])} to {file_size(sizes['largest_bytes'])}")
     )
+    if "coverage" in plan:
+        facts.append(("Under GPTQ", in_words(plan["coverage"])))
     facts.append(("Disk, memory", _both(needs)))
     n_fallbacks = len({f["tensor"] for f in plan.get("fallbacks", [])})
     if n_fallbacks:
