@@ -35,13 +35,14 @@ class Effort:
     rows: int | None  # of each tensor, decoded a second time; None: all
     n_items: int  # zero-shot items
     speed: tuple[int, int, int]  # tokens of prompt and of answer, repeats
+    long: tuple[int, ...] = ()  # tokens of a window, for the KL in long contexts
 
 
 EFFORTS = {
     "demo": Effort(3, 0, 2, 32, 60, (128, 32, 2)),
-    "fast": Effort(2, 2, 10, None, 200, (256, 32, 2)),
-    "standard": Effort(3, 2, None, None, 500, (512, 64, 3)),
-    "thorough": Effort(3, 2, None, None, 2000, (512, 64, 3)),
+    "fast": Effort(2, 2, 10, None, 200, (256, 32, 2), (4096,)),
+    "standard": Effort(3, 2, None, None, 500, (512, 64, 3), (4096, 16_384)),
+    "thorough": Effort(3, 2, None, None, 2000, (512, 64, 3), (4096, 16_384, 32_768)),
 }
 
 
@@ -58,6 +59,7 @@ class Meter:
         self._n_steps, self._at = n_steps, 0
         self._ours: dict[str, tuple[KLResult, KLResult]] = {}
         self._answers: dict[str, ZeroShotResult] = {}
+        self.long: dict[int, BaseLogits] = {}  # by tokens of a window
         self.first: KLResult | None = None
         self.n_weight_windows = 0
 
@@ -91,6 +93,10 @@ class Meter:
                 progress = self.step(f"speed and answers of {other.name}")
                 if other.is_rival:
                     row |= {"speed": self.speed(path), "tasks": self._tasks(path, progress)}
+                    row["long"] = {
+                        str(n): kl.measure(logits, path, self._runtime).to_json()["kl"]
+                        for n, logits in self.long.items()
+                    }
                 return row
         except EvaluationError as error:
             raise QuantkitError(error.message, error.remedy) from error

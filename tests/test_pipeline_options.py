@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -16,11 +17,14 @@ import pytest
 from commands import CHEAP, Answer, Run, packed_tensors, quantkit
 from tiny_gguf import Shape, write_llama
 
+from quantkit import pipeline
+from quantkit.config import RunConfig
 from quantkit.ggufio.imatrix import read_imatrix
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
 from quantkit.ggufio.write import lay_out
 from quantkit.kquants.stock import StockRecipe, make_override, make_stock
+from quantkit.meter import EFFORTS
 from quantkit.qtypes import QuantType
 from quantkit.rundir import read_json
 from quantkit.statistics import head_file, load_statistics
@@ -252,3 +256,18 @@ def test_a_file_of_another_model_does_not_compete(
     run = whole.fork(tmp_path / "run", "quantize", levels_from=(str(other),))
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 1 and "other.gguf is not of this model" in answer.err
+
+
+def test_long_contexts(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the texts and the model allow; what is longer is named with the reason."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(EFFORTS, "demo", replace(EFFORTS["demo"], long=(256, 10**6)))
+    run = whole.fork(tmp_path / "run", "validate")
+    pipeline.run(RunConfig.from_json(read_json(run.dir.config_path)), run.folder, until="validate")
+    (output,) = run.report["outputs"]
+    assert list(output["long"]) == ["256"]
+    assert 0 < output["long"]["256"]["mean"] < 1
+    rivals = [row for row in run.report["baselines"] if row.get("long")]
+    assert len(rivals) == 1, "beside the file that it is held against"
+    (missing,) = run.report["not_measured"]
+    assert "1,000,000" in missing["name"] and "trained for" in missing["reason"]

@@ -395,8 +395,30 @@ def test_the_schema_is_documented() -> None:
     """Every key of a report stands in docs/report.md."""
     told = (Path(__file__).parent.parent / "docs" / "report.md").read_text("utf-8")
     assert f"schema {report.SCHEMA}" in told
-    for key in [*values(), *values()["outputs"][0], *values()["base"], "versus", "weight_kl"]:
+    for key in [
+        *values(),
+        *values()["outputs"][0],
+        *values()["base"],
+        "versus",
+        "weight_kl",
+        "long",
+    ]:
         assert f"`{key}`" in told, key
+
+
+def test_long_contexts() -> None:
+    assert tables.long_contexts(report.read(values())) is None
+    changed = values()
+    changed["outputs"][0]["long"] = {"16384": KL, "4096": {"mean": 0.02, "stderr": 0.001}}
+    changed["baselines"][0]["long"] = {"4096": {"mean": 0.03, "stderr": 0.001}}
+    made = tables.long_contexts(report.read(changed))
+    assert made is not None
+    assert made.headers == ("mean KL in a context of", "4,096 tokens", "16,384 tokens")
+    small, ours = (line.cells for line in made.lines)
+    assert small == ("llama.cpp Q4_K_S", "0.0300 ± 0.0010", "-")
+    assert ours[1:] == ("0.0200 ± 0.0010", "0.0123 ± 0.0004")
+    for shown in (report.markdown(report.read(changed)), report.html(report.read(changed))):
+        assert "In long contexts" in shown and "16,384 tokens" in shown
 
 
 def test_the_tail_of_the_tokens() -> None:

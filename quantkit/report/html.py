@@ -85,6 +85,9 @@ def sections(report: Report) -> str:
     tails = tables.tails(report)
     if tails is not None:
         parts.append(_titled("By token", _table(tails)))
+    long = tables.long_contexts(report)
+    if long is not None:
+        parts.append(_titled("In long contexts", _table(long)))
     tasks = text.task_lines(report)
     if tasks:
         parts.append(_titled("Tasks", _list(tasks)))

@@ -61,6 +61,9 @@ def markdown(report: Report) -> str:
     tails = tables.tails(report)
     if tails is not None:
         parts += ["## By token", set_table(tails)]
+    long = tables.long_contexts(report)
+    if long is not None:
+        parts += ["## In long contexts", set_table(long)]
     tasks = text.task_lines(report)
     if tasks:
         parts += ["## Tasks", bullets(tasks)]

@@ -127,6 +127,7 @@ class Row:
     domains: dict[str, Mean]
     tail: Tail | None
     weight_kl: Mean | None
+    long: dict[int, Mean]  # KL in contexts of so many tokens
     versus: dict[str, Tests]  # by the output's name
     speed: Speed | None
     tasks: tuple[Task, ...]
@@ -281,6 +282,7 @@ def _row(row: Mapping[str, Any]) -> Row:
             str(name): Tests(_versus(tests.get("kl")), _versus(tests.get("weight_kl")))
             for name, tests in (row.get("versus") or {}).items()
         },
+        long={int(n): _mean(kl, "mean") for n, kl in (row.get("long") or {}).items()},
         speed=_speed(row.get("speed")),
         tasks=tuple(_task(name, task) for name, task in tasks.items()),
         tasks_not_run=str((row.get("zero_shot") or {}).get("reason", "")),

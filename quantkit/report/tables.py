@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantkit.report import text
-from quantkit.report.schema import OURS, Report, Row, Speed
+from quantkit.report.schema import OURS, Mean, Report, Row, Speed
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,22 @@ def tails(report: Report) -> Table | None:
     )
     headers = ("KL of tokens", "median", "99 %", "99.9 %", "largest", "ln perplexity ratio")
     return Table(headers, lines) if lines else None
+
+
+def long_contexts(report: Report) -> Table | None:
+    """Mean KL in long contexts of the files that have it."""
+    lengths = sorted({n for row in report.rows for n in row.long})
+    lines = tuple(
+        Line(row.kind, (row.label, *(_kl_of(row.long.get(n)) for n in lengths)))
+        for row in report.by_size
+        if row.long
+    )
+    headers = ("mean KL in a context of", *(f"{n:,} tokens" for n in lengths))
+    return Table(headers, lines) if lines else None
+
+
+def _kl_of(mean: Mean | None) -> str:
+    return text.with_error(mean) if mean else "-"
 
 
 def speeds(report: Report) -> Table | None:

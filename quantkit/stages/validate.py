@@ -14,7 +14,8 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from quantkit.stages import StageResult, convert, fetch, search, stitch
 from quantkit.tensors import to_json
 
 if TYPE_CHECKING:
+    from evaluators.base_logits import BaseLogits
     from evaluators.llama_runtime import Runtime
     from evaluators.tasks.items import TaskItems
     from quantkit.pipeline import Run
@@ -89,15 +91,18 @@ def _validate(run: Run) -> StageResult:
     for left in folder.glob("weight-kl-*"):  # of a run that was killed
         shutil.rmtree(left)
     kept = folder / "base-logits"  # some GB; taken up again after a kill
-    with BaseLogits.compute(
-        base.path,
-        texts,
-        N_CTX,
-        run.profile.eval_windows,
-        kept,
-        runtime,
-        progress=meter.step("the base's predictions"),
-    ) as logits:
+    with (
+        BaseLogits.compute(
+            base.path,
+            texts,
+            N_CTX,
+            run.profile.eval_windows,
+            kept,
+            runtime,
+            progress=meter.step("the base's predictions"),
+        ) as logits,
+        _long_contexts(run, base, texts, runtime) as (meter.long, too_long),
+    ):
         measured = {file.name: meter.row(logits, file) for file in ours}
         rows, not_measured = [], []
         for other in others:
@@ -119,12 +124,41 @@ def _validate(run: Run) -> StageResult:
         for output in outputs
     ]
     values["baselines"] = sorted(rows, key=lambda row: row["n_bytes"])
-    values["not_measured"] = not_measured
+    values["not_measured"] = not_measured + too_long
     kept_facts = ("name", "n_bytes", "top1")
     files = [
         {**{k: row[k] for k in kept_facts}, "kl": row["kl"]["mean"]} for row in measured.values()
     ]
     return StageResult(write_report(folder, values), {"files": files})
+
+
+@contextmanager
+def _long_contexts(
+    run: Run, base: GgufFile, texts: Mapping[str, str], runtime: Runtime
+) -> Iterator[tuple[dict[int, BaseLogits], list[dict[str, str]]]]:
+    """The base's predictions in windows of the profile's lengths, one each, over all texts joined;
+    and the lengths that cannot be measured, with the reason.
+    """
+    from evaluators.base_logits import BaseLogits
+    from evaluators.errors import EvaluationError
+
+    about = base.metadata
+    trained = int(about[f"{about['general.architecture']}.context_length"])
+    joined = {"long": "\n\n".join(texts.values())}
+    found: dict[int, BaseLogits] = {}
+    missing = []
+    kept = run.dir.stage_dir(NAME) / "base-logits"
+    with ExitStack() as stack:
+        for n_ctx in EFFORTS[run.config.profile].long:
+            try:
+                if n_ctx > trained:
+                    raise EvaluationError(f"The model was trained for {trained:,} tokens.", "")
+                computed = BaseLogits.compute(base.path, joined, n_ctx, 1, kept, runtime)
+                found[n_ctx] = stack.enter_context(computed)
+            except EvaluationError as error:
+                reason = without_folders(error.message)
+                missing.append({"name": f"KL in a context of {n_ctx:,} tokens", "reason": reason})
+        yield found, missing
 
 
 # ---- integrity
