@@ -40,7 +40,7 @@ from quantkit.report.svg import standalone
 from quantkit.rowmap import load_row_maps
 from quantkit.rundir import EventLog, RunDir, read_json
 from quantkit.search.allocation import Choices, SearchSpace
-from quantkit.search.evolve import Plan, begin, evolve
+from quantkit.search.evolve import Plan, SearchState, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.propose import knapsack, uniform
 from quantkit.stages import convert, fetch
@@ -89,8 +89,8 @@ def ours(judge: Judge, space: SearchSpace, n_tokens: int, seed: int) -> Iterator
     state = begin(judge, plan, first, seed)
     points = [Point(state.n_tokens, np.array(state.best.choices))]
 
-    def note(state: object) -> None:
-        points.append(Point(state.n_tokens, np.array(state.best.choices)))  # type: ignore[attr-defined]
+    def note(state: SearchState) -> None:
+        points.append(Point(state.n_tokens, np.array(state.best.choices)))
 
     evolve(space, judge, costs, plan, state, note)
     yield from points

@@ -167,6 +167,22 @@ def _mobilellm(width: int, feed_forward: int, heads: int, kv_heads: int, n_layer
 
 _AS_QWEN3 = "written as qwen3, which computes the same: this llama4 refuses models without experts"
 
+# Latent attention and experts after a dense block, as DeepSeek has them.
+_LATENT: dict[str, Any] = {
+    **_SMALL,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 256,
+}
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -292,17 +308,7 @@ FAMILIES = {
             _build(
                 "DeepseekV2Config",
                 "DeepseekV2ForCausalLM",
-                **{**_SMALL, "num_key_value_heads": 4},
-                q_lora_rank=256,
-                kv_lora_rank=256,
-                qk_nope_head_dim=32,
-                qk_rope_head_dim=32,
-                v_head_dim=32,
-                n_routed_experts=4,
-                num_experts_per_tok=2,
-                n_shared_experts=1,
-                first_k_dense_replace=1,
-                moe_intermediate_size=256,
+                **_LATENT,
                 n_group=1,
                 topk_group=1,
                 topk_method="greedy",
@@ -339,17 +345,7 @@ FAMILIES = {
             _build(
                 "DeepseekV3Config",
                 "DeepseekV3ForCausalLM",
-                **{**_SMALL, "num_key_value_heads": 4},
-                q_lora_rank=256,
-                kv_lora_rank=256,
-                qk_nope_head_dim=32,
-                qk_rope_head_dim=32,
-                v_head_dim=32,
-                n_routed_experts=4,
-                num_experts_per_tok=2,
-                n_shared_experts=1,
-                first_k_dense_replace=1,
-                moe_intermediate_size=256,
+                **_LATENT,
                 n_group=2,
                 topk_group=1,
                 norm_topk_prob=True,

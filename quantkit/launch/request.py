@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit import hub
-from quantkit.config import MOST_CONTEXT, PROFILES, RunConfig, Target, compile_pattern
+from quantkit.config import FAMILY, MOST_CONTEXT, PROFILES, RunConfig, Target, compile_pattern
 from quantkit.errors import UsageError
 from quantkit.tensors import METHODS
 
 SIZE_KINDS = ("like", "fits", "size", "bpw", "family")
 FAMILIES = {
     "everyday": ("Q3_K_M", "Q4_K_M", "Q5_K_M"),
-    "small": ("Q2_K", "Q3_K_M", "IQ4_XS"),
-    "whole": ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K"),
+    "whole": FAMILY,
 }
 HERE = "here"
 # Who may see a published repository: everyone unless the model is gated, only its owner, everyone.

@@ -11,8 +11,9 @@ every generation: a killed search goes on from there).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,10 +150,13 @@ def damages(space: SearchSpace) -> Costs:
 
 
 def proposals(
-    run: Run, space: SearchSpace, costs: Costs, base: GgufFile
+    run: Run,
+    space: SearchSpace,
+    costs: Costs,
+    mixes: Mapping[str, Mapping[str, QuantType]],
 ) -> list[tuple[Choices, str]]:
-    """The first population: the knapsack's answer, uniform levels, and the stock mixes that can be
-    built and fit.
+    """The first population: the knapsack's answer, uniform levels, and the stock mixes, types of
+    tensors by label, that can be built and fit.
     """
     found = [(knapsack(space, costs), "knapsack")]
     plan = plan_levels(convert.load_specs(run.dir), run.config)
@@ -161,8 +165,8 @@ def proposals(
         if choices is not None and space.fits(choices):
             found.append((spend(space, choices, costs), f"uniform {level}"))
     found += [(choices, "uniform step") for choices in uniform(space, costs)]
-    for label in STOCK_MIXES:
-        choices = choices_of(space, stock_types(base.path, StockRecipe(label)))
+    for label, types in mixes.items():
+        choices = choices_of(space, types)
         if choices is not None and space.fits(choices):
             found.append((spend(space, choices, costs), f"like {label}"))
     return found
@@ -180,6 +184,11 @@ class _Searcher:
         self._costs = damages(space)
         self._budgets = budgets
         self._evaluator: Evaluator | None = None
+
+    @cached_property
+    def _mixes(self) -> dict[str, dict[str, QuantType]]:
+        """What llama.cpp would make of the model: asked once for all budgets."""
+        return {label: stock_types(self._base.path, StockRecipe(label)) for label in STOCK_MIXES}
 
     def search(
         self, budget: Budget, before: Choices | None
@@ -246,7 +255,7 @@ class _Searcher:
             state = SearchState.from_json(read_json(path))
             events.emit(NAME, "note", f"{what}going on from generation {state.generation}")
         else:
-            first = proposals(self._run, space, self._costs, self._base)
+            first = proposals(self._run, space, self._costs, self._mixes)
             if before is not None:
                 first.append((spend(space, before, self._costs), "the next smaller file"))
             state = begin(evaluator, plan, first, config.seed)

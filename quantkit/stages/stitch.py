@@ -53,9 +53,11 @@ def execute(run: Run) -> StageResult:
     folder = run.dir.stage_dir(NAME)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     base, made = convert.load_base(run.dir), search.provenance(run)
+    index = database.load(run.dir)
     written, outputs = [], []
     for budget, layout, label, name in _named(run, base, made):
-        used = _used(run, budget)
+        allocation = search.load_allocation(run.dir, budget)
+        used = {tensor: index.find(key) for tensor, key in allocation.items()}
         output = Output(name, layout.n_bytes, label, budget)
         _stitch(run, folder / name, layout, base, used)
         recipe = _recipe(run, folder / name, used, label, made)
@@ -103,11 +105,6 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
         yield budget, layout, label, file_name(model, label, bpw)
 
 
-def _used(run: Run, budget: Budget) -> dict[str, Candidate]:
-    index = database.load(run.dir)
-    return {name: index.find(key) for name, key in search.load_allocation(run.dir, budget).items()}
-
-
 def _stitch(
     run: Run, path: Path, layout: Layout, base: GgufFile, used: Mapping[str, Candidate]
 ) -> None:
@@ -131,6 +128,7 @@ def _recipe(
     levels = run.dir.stage_dir("quantize")
     base = run.records["convert"].outputs[0]
     onto = info.base and {"model": info.base.id, "revision": info.base.sha}
+    known = {Path(o.path).name: o.sha256 for o in run.records["quantize"].outputs}
     return {
         "schema": 1,
         "quantkit": __version__,
@@ -147,9 +145,7 @@ def _recipe(
         },
         "provenance": made,
         "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
-        "levels": {
-            file: sha256_file(levels / file) for file in sorted({c.file for c in used.values()})
-        },
+        "levels": {file: known[file] for file in sorted({c.file for c in used.values()})},
         "tensors": {
             name: {"qtype": str(c.key.qtype), "method": c.key.method, "file": c.file}
             for name, c in used.items()

@@ -331,12 +331,13 @@ def _trace(path: Path) -> list[dict[str, Any]]:
 def _made(run: Run, output: stitch.Output) -> dict[str, Any]:
     """How an output came to be, and how every quantizable tensor of it is stored."""
     path = run.dir.stage_dir("stitch") / output.file
+    name = str(path.relative_to(run.dir.path))
     found = search.budget_dir(run.dir, output.budget)
     chosen = search.load_allocation(run.dir, output.budget)
     tensors = GgufFile(path).tensors
     return {
-        "path": str(path.relative_to(run.dir.path)),
-        "sha256": sha256_file(path),
+        "path": name,
+        "sha256": next(o.sha256 for o in run.records["stitch"].outputs if o.path == name),
         "label": output.label,
         "search": read_json(found / "budget.json"),
         "trace": _trace(found / "trace.jsonl"),
