@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from search_spaces import Toy, make_space, spaces
 
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evolve import Plan, SearchState, begin, evolve
+from quantkit.search.evolve import Plan, SearchState, begin, evolve, is_over
 from quantkit.search.propose import Costs, knapsack, uniform
 from quantkit.tensors import to_json
 
@@ -165,6 +165,37 @@ def test_it_ends_when_nothing_better_is_found() -> None:
     assert final.n_tokens < 10**7
     assert final.generation - final.best.generation == PLAN.patience
     assert all(s.generation - s.best.generation < PLAN.patience for s in saved[:-1])
+
+
+def test_it_ends_when_tokens_bring_too_little() -> None:
+    """Better children may still turn up: the share that a million tokens brought decides."""
+    space, costs = problem(1)
+    ends = {}
+    for least_gain in (0.0, 5.0):
+        plan = replace(PLAN, n_tokens=10**7, least_gain=least_gain)
+        final, saved, _ = search(space, costs, plan=plan)
+        ends[least_gain] = final.n_tokens
+    kl = [row[2] for row in final.history]
+    n_tokens = final.n_tokens - final.history[-1 - PLAN.patience][1]
+    assert kl[-1 - PLAN.patience] / kl[-1] - 1 <= 5.0 * n_tokens / 1e6
+    assert ends[5.0] < ends[0.0] and all(not is_over(plan, s) for s in saved[:-1])
+
+
+def test_it_learns_what_the_estimates_got_wrong() -> None:
+    """Sixty tensors, estimates off by a factor of two: the search ends near what the knapsack finds
+    on the true damages, and far below what it finds on the estimates.
+    """
+    for seed in range(2):
+        space, costs = problem(seed, 60)
+        rng = np.random.default_rng(seed)
+        told = [c * rng.lognormal(0, 0.7) for c in costs]
+        toy = Toy(space, costs, seed, n_sequences=24)
+        toy.pairs[:] = 0
+        plan = replace(Plan.of(60_000, 24, 1), patience=8)
+        state = begin(toy, plan, [(knapsack(space, told), "knapsack")], seed)
+        final = evolve(space, toy, told, plan, state, lambda _: None)
+        ideal = float(toy.kl(knapsack(space, costs), 0, 24).mean())
+        assert final.best.kl - ideal < 0.35 * (state.best.kl - ideal)
 
 
 def test_the_same_seed_gives_the_same_search() -> None:

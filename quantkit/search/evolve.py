@@ -2,11 +2,12 @@
 
 Follows Sieberling et al. 2024 (arXiv:2410.14649), with the choices that design and log explain: the
 first population is not random but proposed (knapsack, uniform levels, stock mixes); half of the
-offspring solve the knapsack again, near the parent, at prices shaken as far as the estimates may be
-off; all are compared with their parent on the same tokens; who is clearly behind leaves early, who
-is left meets more tokens; a child takes its parent's place only when it is better by more than the
-noise of the comparison. The state is saved after every generation; evolving on from a saved state
-gives what an uninterrupted run gives.
+offspring solve the knapsack again, near the parent, at damages drawn from what is believed of them;
+the others are mutations whose odds follow these beliefs, which every compared child corrects; all
+are compared with their parent on the same tokens; who is clearly behind leaves early, who is left
+meets more tokens; a child takes its parent's place only when it is better by more than the noise of
+the comparison; the search is over when its tokens no longer bring enough. The state is saved after
+every generation; evolving on from a saved state gives what an uninterrupted run gives.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from quantkit.search.allocation import Choices, SearchSpace
+from quantkit.search.learn import Beliefs, Outcome, believe
 from quantkit.search.mutate import mutate
-from quantkit.search.propose import Costs, nearby
+from quantkit.search.propose import Costs, knapsack, nearby
 
 _CLEARLY_BEHIND = 2.5  # standard errors of the paired difference: leaves the race
-_DOUBT = 0.7  # of an estimated damage, as the deviation of its logarithm: dev/LOG.md
 _ENOUGH_SAMPLES = 8  # for a standard error to be trusted
 _BETTER = 1.0  # standard errors by which a child must beat its parent
 
@@ -57,7 +58,8 @@ class Plan:
     rounds: tuple[int, ...]  # sequences that a candidate has met after each round of a race
     n_kept: tuple[int, ...]  # candidates that survive each round
     n_offspring: int = 12
-    patience: int = 4  # generations without a better child, then the search is over
+    patience: int = 4  # generations over which the gain is looked at
+    least_gain: float = 0.02  # share of the KL that a million tokens must bring, or it is over
     max_raised: int = 3  # tensors raised by one mutation
 
     @classmethod
@@ -92,12 +94,17 @@ class SearchState:
     n_tokens: int
     rng: dict[str, Any]
     history: tuple[tuple[int, int, float, float], ...]  # generation, tokens, KL, stderr
+    outcomes: tuple[Outcome, ...] = ()  # of all compared children
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> SearchState:
         best = Member(**{**value["best"], "choices": tuple(value["best"]["choices"])})
         history = tuple(tuple(row) for row in value["history"])
-        return cls(value["generation"], best, value["n_tokens"], value["rng"], history)
+        outcomes = tuple(
+            Outcome(tuple(tuple(m) for m in o["moves"]), o["change"], o["stderr"])
+            for o in value["outcomes"]
+        )
+        return cls(value["generation"], best, value["n_tokens"], value["rng"], history, outcomes)
 
 
 @dataclass
@@ -115,6 +122,17 @@ class _Racer:
         mean, error = _mean(self.scores - other.scores)
         return mean / error if error > 0 else float(np.sign(mean)) * np.inf
 
+    def outcome(self, parent: _Racer) -> Outcome | None:
+        """This one beside its parent, on the tokens that both have met; None when that tells
+        nothing.
+        """
+        both = min(len(self.scores), len(parent.scores))
+        differences = self.scores[:both] - parent.scores[:both]
+        if differences.size < _ENOUGH_SAMPLES:
+            return None
+        change, error = _mean(differences)
+        return Outcome.of(parent.choices, self.choices, change, error) if error > 0 else None
+
 
 def _mean(samples: np.ndarray) -> tuple[float, float]:
     """Mean and standard error, NaN of a single sample."""
@@ -127,20 +145,21 @@ def _race(
     plan: Plan,
     candidates: Sequence[tuple[Choices, str]],
     parent: Choices | None,
-) -> tuple[_Racer, int]:
-    """The best of the candidates, and the tokens it took. The parent, when given, takes part in
-    every round, and stays the best unless a child is better by more than noise.
+) -> tuple[_Racer, int, list[Outcome]]:
+    """The best of the candidates, the tokens it took, and what all of them tell. The parent, when
+    given, takes part in every round, and stays the best unless a child is better by more than
+    noise.
     """
     empty = np.zeros((0, 0))
-    left = [_Racer(choices, origin, empty) for choices, origin in candidates]
+    everyone = left = [_Racer(choices, origin, empty) for choices, origin in candidates]
     defender = None if parent is None else _Racer(parent, "parent", empty)
     met = n_tokens = 0
     for n, n_kept in zip(plan.rounds, plan.n_kept, strict=True):
         running = left if defender is None else [defender, *left]
         # The parent first and alone: its hidden states serve the others.
         for group in (running[: len(running) - len(left)], left):
-            found = evaluator.kl_of([racer.choices for racer in group], met, n) if group else []
-            for racer, new in zip(group, found, strict=True):
+            scores = evaluator.kl_of([racer.choices for racer in group], met, n) if group else []
+            for racer, new in zip(group, scores, strict=True):
                 racer.scores = np.concatenate([racer.scores, new]) if met else new
         n_tokens += len(running) * (n - met) * evaluator.n_ctx
         met = n
@@ -150,8 +169,12 @@ def _race(
         if not left:
             break
     if defender is not None and (not left or left[0].behind(defender) >= -_BETTER):
-        return defender, n_tokens
-    return left[0], n_tokens
+        winner = defender
+    else:
+        winner = left[0]
+    beside = defender or winner
+    found = [racer.outcome(beside) for racer in everyone if racer is not beside]
+    return winner, n_tokens, [outcome for outcome in found if outcome is not None]
 
 
 def _member(racer: _Racer, generation: int) -> Member:
@@ -164,10 +187,11 @@ def begin(
 ) -> SearchState:
     """Generation 0: the best of the proposals."""
     unique = {tuple(choices.tolist()): (choices, origin) for choices, origin in reversed(proposals)}
-    winner, n_tokens = _race(evaluator, plan, list(reversed(unique.values())), None)
+    winner, n_tokens, outcomes = _race(evaluator, plan, list(reversed(unique.values())), None)
     best = _member(winner, 0)
-    rng = np.random.default_rng(seed).bit_generator.state
-    return SearchState(0, best, n_tokens, dict(rng), ((0, n_tokens, best.kl, best.stderr),))
+    rng = dict(np.random.default_rng(seed).bit_generator.state)
+    history = ((0, n_tokens, best.kl, best.stderr),)
+    return SearchState(0, best, n_tokens, rng, history, tuple(outcomes))
 
 
 def evolve(
@@ -178,8 +202,8 @@ def evolve(
     state: SearchState,
     on_generation: Callable[[SearchState], None],
 ) -> SearchState:
-    """Run generations until the plan's tokens are used or no child was better for a while;
-    `on_generation` is called with the state after each.
+    """Run generations until the plan's tokens are used or bring too little; `on_generation` is
+    called with the state after each.
 
     `costs` are the estimated damages of every choice by itself.
     """
@@ -188,10 +212,11 @@ def evolve(
         evaluator.set_parent(parent)
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng
-        offspring = list(_offspring(space, parent, costs, plan, rng))
+        beliefs = believe(costs, state.outcomes)
+        offspring = list(_offspring(space, parent, beliefs, plan, rng))
         if not offspring:
             return state
-        winner, used = _race(evaluator, plan, offspring, parent)
+        winner, used, outcomes = _race(evaluator, plan, offspring, parent)
         generation, n_tokens = state.generation + 1, state.n_tokens + used
         best = state.best if winner.origin == "parent" else _member(winner, generation)
         row = (generation, n_tokens, best.kl, best.stderr)
@@ -202,32 +227,40 @@ def evolve(
             n_tokens=n_tokens,
             rng=dict(rng.bit_generator.state),
             history=(*state.history, row),
+            outcomes=(*state.outcomes, *outcomes),
         )
         on_generation(state)
     return state
 
 
 def is_over(plan: Plan, state: SearchState) -> bool:
-    """Whether the search has stopped finding better allocations."""
-    return state.generation - state.best.generation >= plan.patience
+    """Whether the last generations brought too little for their tokens."""
+    if state.generation < plan.patience:
+        return False
+    _, tokens_before, kl_before, _ = state.history[-1 - plan.patience]
+    share = (kl_before - state.best.kl) / max(state.best.kl, 1e-30)
+    return share * 1e6 <= plan.least_gain * (state.n_tokens - tokens_before)
 
 
 def _offspring(
-    space: SearchSpace, parent: Choices, costs: Costs, plan: Plan, rng: np.random.Generator
+    space: SearchSpace, parent: Choices, beliefs: Beliefs, plan: Plan, rng: np.random.Generator
 ) -> Iterator[tuple[Choices, str]]:
-    """Different children: half by the knapsack near the parent at shaken prices, half by
-    mutation.
+    """Different children: the knapsack at the believed damages, then half by the knapsack near the
+    parent at drawn damages, half by mutation.
     """
     seen = {tuple(parent.tolist())}
     n_found = 0
     for attempt in range(4 * plan.n_offspring):
-        if attempt % 2:
+        if attempt == 0:
+            child, origin = knapsack(space, beliefs.costs), "knapsack"
+        elif attempt % 2:
             n_raised = 1 + min(int(rng.geometric(0.6)) - 1, plan.max_raised - 1)
-            child, origin = mutate(space, parent, costs, rng, n_raised), "mutation"
+            child = mutate(space, parent, beliefs.costs, rng, n_raised, beliefs.partners)
+            origin = "mutation"
         else:
             n_moves = int(rng.integers(2, max(3, len(parent) // 4)))
-            shaken = [c * rng.lognormal(0, _DOUBT) for c in costs]
-            child, origin = nearby(space, parent, shaken, n_moves), "knapsack"
+            child = nearby(space, parent, beliefs.drawn(rng), n_moves)
+            origin = "knapsack"
         key = tuple(child.tolist())
         if key not in seen:
             seen.add(key)

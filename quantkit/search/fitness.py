@@ -4,27 +4,41 @@ stand for.
 A candidate's tensors are dequantized from the level files into the torch model where they differ
 from what is loaded; its forward pass starts at the first block that differs from the parent's,
 whose hidden states are kept at every block boundary. Cutting the pass short changes nothing: the
-same operations give the same numbers.
+same operations give the same numbers. Of a model that is streamed, each block is read once for as
+many sequences as there is room for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from quantkit.blockwise import BlockwiseModel
+from quantkit.blockwise import BlockCall, BlockwiseModel
+from quantkit.memory import Shelf, free_memory
 from quantkit.rowmap import RowMap
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.targets import Targets
-from quantkit.search.weights import Weights, precision, widen
+from quantkit.search.weights import Weights, precision
 
 CHUNKS = 8  # a sequence's KL is given for each eighth: more samples for paired comparisons
 _SEQUENCES_PER_BATCH = {"cpu": 2, "cuda": 8}
 _LOGITS_BYTES = 2**30
-_STATES_SHARE = 0.5  # of a GPU's free memory that the parent's hidden states may take
+_STATES_SHARE = 0.5  # of the free memory that the parent's hidden states may take
+_SPAN_SHARE = 0.1  # of the free memory: hidden states that pass a streamed block together
+
+
+@dataclass
+class _Pass:
+    """A batch on its way: what block `at` reads next."""
+
+    first: int
+    at: int
+    hidden: torch.Tensor
+    calls: list[BlockCall]
 
 
 class Fitness:
@@ -42,18 +56,18 @@ class Fitness:
         """`ids` are (n_sequences, n_ctx) token ids. Makes the targets with the model as it is,
         which must be the base.
         """
-        widen(model)
         self._model = model
         self._space = space
         self._weights = Weights(model, space, maps, levels_folder)
-        device = model.model.device
+        device = model.device
         self._ids = torch.from_numpy(ids).to(device)
         self.n_batch = min(_SEQUENCES_PER_BATCH[device.type], max(1, len(ids) // 2))
         self._parent: Choices | None = None
-        # Of the parent's passes, by first sequence: entry i is what block i reads, the last what
-        # the head reads.
-        self._states: dict[int, list[torch.Tensor]] = {}
         self._targets = self._make_targets(targets_path)
+        room = _STATES_SHARE * (free_memory(str(device)) - self._weights.room)
+        # Of the parent's passes, by first sequence and block: what the block reads, and after the
+        # last block what the head reads.
+        self._states = Shelf(targets_path.with_name(f"states-{targets_path.name}"), int(room))
 
     @property
     def n_sequences(self) -> int:
@@ -70,7 +84,11 @@ class Fitness:
         those of the whole.
         """
         self._weights.load(choices)
-        parts = [self._batch_kl(choices, *batch) for batch in self._batches(first, last)]
+        parts = [
+            self._score(done)
+            for span in self._spans(first, last)
+            for done in self._run([self._begin(choices, *batch) for batch in span], choices)
+        ]
         return np.concatenate(parts)
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
@@ -89,34 +107,68 @@ class Fitness:
         for start in range(first, last, self.n_batch):
             yield start, min(start + self.n_batch, last)
 
-    @torch.no_grad()
-    def _batch_kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
-        ids = self._ids[first:last]
-        hidden, calls = self._model.trace(ids)
-        start = 0
-        is_parent = self._parent is not None and not bool((choices != self._parent).any())
-        if first in self._states and not is_parent:
-            changed = np.flatnonzero(choices != self._parent).tolist()
-            touched = [b for b in (self._weights.block_of[i] for i in changed) if b is not None]
-            lowest = min(touched, default=len(self._model.blocks))
-            if lowest >= 0:  # embeddings are as the parent's
-                start, hidden = lowest, self._states[first][lowest]
-        kept = [hidden]
-        with precision(self._model):
-            for index in range(start, len(self._model.blocks)):
-                hidden = self._model.run_block(index, hidden, calls[index])
-                kept.append(hidden)
-        if is_parent and self._has_room(kept):
-            self._states[first] = kept
-        return self._score(hidden, first)
+    def _spans(self, first: int, last: int) -> Iterator[list[tuple[int, int]]]:
+        """Batches that pass the blocks together: one by one, but as many as there is room for where
+        every pass has to read the blocks.
+        """
+        batches = list(self._batches(first, last))
+        n = 1
+        if self._model.is_streamed:
+            n_embd = self._model.model.get_output_embeddings().weight.shape[1]
+            of_one = 4 * n_embd * self.n_ctx * self.n_batch
+            n = max(1, int(_SPAN_SHARE * free_memory(str(self._ids.device))) // of_one)
+        for start in range(0, len(batches), n):
+            yield batches[start : start + n]
 
-    def _score(self, hidden: torch.Tensor, first: int) -> np.ndarray:
+    def _begin(self, choices: Choices | None, first: int, last: int) -> _Pass:
+        """A batch before the first block that the candidate does not share with the parent."""
+        hidden, calls = self._model.trace(self._ids[first:last])
+        start = self._shared(choices)
+        if start and (first, start) in self._states:
+            return _Pass(first, start, self._states.get((first, start)).to(hidden.device), calls)
+        return _Pass(first, 0, hidden, calls)
+
+    def _shared(self, choices: Choices | None) -> int:
+        """How many of the first blocks are the parent's, embeddings included."""
+        if choices is None or self._parent is None or self._is_parent(choices):
+            return 0
+        changed = np.flatnonzero(choices != self._parent).tolist()
+        touched = [b for b in (self._weights.block_of[i] for i in changed) if b is not None]
+        return max(0, min(touched, default=len(self._model.blocks)))
+
+    def _is_parent(self, choices: Choices | None) -> bool:
+        return (
+            choices is not None
+            and self._parent is not None
+            and not bool((choices != self._parent).any())
+        )
+
+    @torch.no_grad()
+    def _run(self, span: Sequence[_Pass], choices: Choices | None = None) -> Sequence[_Pass]:
+        """All blocks over all batches of a span, a block at a time; keeps the parent's states."""
+        is_parent = self._is_parent(choices)
+        for index in range(min(part.at for part in span), len(self._model.blocks)):
+            with self._model.holding(index), precision(self._model):
+                for part in span:
+                    if part.at > index:
+                        continue
+                    if is_parent:
+                        self._states.put((part.first, index), part.hidden)
+                    part.hidden = self._model.run_block(index, part.hidden, part.calls[index])
+                    part.at = index + 1
+        if is_parent:
+            for part in span:
+                self._states.put((part.first, part.at), part.hidden)
+        return span
+
+    @torch.no_grad()
+    def _score(self, done: _Pass) -> np.ndarray:
         """KL of every part of every sequence from the last hidden states; all logits are never
         held.
         """
         means = []
-        for i, states in self._few(hidden):
-            kl = self._targets.kl((first + i) * self.n_ctx, self._logits(states))
+        for i, states in self._few(done.hidden):
+            kl = self._targets.kl((done.first + i) * self.n_ctx, self._logits(states))
             parts = kl.view(len(states), -1).tensor_split(CHUNKS, 1)
             means.append(torch.stack([part.mean(1) for part in parts], 1))
         return torch.cat(means).cpu().numpy()
@@ -133,24 +185,12 @@ class Fitness:
         """float32 (n positions, n_vocab) of hidden states (n sequences, n_ctx, n_embd)."""
         return self._model.head(states).flatten(0, 1).float()
 
-    def _has_room(self, states: list[torch.Tensor]) -> bool:
-        """Whether a GPU has memory for the parent's states; without them nothing but time is
-        lost.
-        """
-        if not states[0].is_cuda:
-            return True
-        n_bytes = sum(state.nbytes for state in states)
-        return n_bytes < _STATES_SHARE * torch.cuda.mem_get_info(states[0].device)[0]
-
     @torch.no_grad()
     def _make_targets(self, path: Path) -> Targets:
         n_vocab = self._model.model.get_output_embeddings().weight.shape[0]
         targets = Targets(path, self._ids.numel(), n_vocab, self._ids.device)
-        for first, last in self._batches(0, self.n_sequences):
-            hidden, calls = self._model.trace(self._ids[first:last])
-            with precision(self._model):
-                for index, call in enumerate(calls):
-                    hidden = self._model.run_block(index, hidden, call)
-            for i, state in enumerate(hidden):
-                targets.put((first + i) * self.n_ctx, self._logits(state[None]))
+        for span in self._spans(0, self.n_sequences):
+            for done in self._run([self._begin(None, *batch) for batch in span]):
+                for i, state in enumerate(done.hidden):
+                    targets.put((done.first + i) * self.n_ctx, self._logits(state[None]))
         return targets

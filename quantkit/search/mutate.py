@@ -2,11 +2,13 @@
 the budget holds.
 
 Follows Sieberling et al. 2024 (arXiv:2410.14649): offspring differ from their parent by a few
-swaps. Which tensors are raised and lowered is drawn with odds that follow the estimated gain per
-byte, flattened so that everything stays possible.
+swaps. Which tensors are raised and lowered is drawn with odds that follow the believed gain per
+byte, flattened so that everything stays possible; tensors found to interact move together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,10 +20,16 @@ _UNIFORM_SHARE = 0.1  # of the odds, whatever is estimated: no tensor is ever ou
 
 
 def mutate(
-    space: SearchSpace, parent: Choices, costs: Costs, rng: np.random.Generator, n_raised: int
+    space: SearchSpace,
+    parent: Choices,
+    costs: Costs,
+    rng: np.random.Generator,
+    n_raised: int,
+    partners: Mapping[int, tuple[int, int]] | None = None,
 ) -> Choices:
     """A neighbour of `parent` within the budget: `n_raised` tensors go up a step, others come down
-    to pay for it.
+    to pay for it. Each one raised takes its partner along (`learn.Beliefs`): up a step too, or
+    down.
 
     Whatever is left over then is spent. May return a copy of the parent when no swap is possible.
     """
@@ -32,8 +40,14 @@ def mutate(
     odds = _odds(space, choices, costs, can_rise, +1)
     raised = rng.choice(can_rise, size=min(n_raised, len(can_rise)), replace=False, p=odds)
     choices[raised] += 1
+    moved = {int(i) for i in raised}
+    for tensor in raised.tolist():
+        partner, way = (partners or {}).get(tensor, (tensor, 0))
+        if partner not in moved and 0 <= choices[partner] + way < space.n_choices[partner]:
+            choices[partner] += way
+            moved.add(partner)
     while not space.fits(choices):
-        can_fall = np.setdiff1d(np.flatnonzero(choices > 0), raised)
+        can_fall = np.setdiff1d(np.flatnonzero(choices > 0), list(moved))
         if len(can_fall) == 0:
             return parent.copy()
         odds = _odds(space, choices, costs, can_fall, -1)

@@ -21,18 +21,19 @@ _DEVICE_SHARE = 0.4  # of a GPU's free memory that targets may take
 
 class Targets:
     """Base distributions of `n_rows` positions over `n_vocab` tokens: on the GPU that compares with
-    them where they fit there, else in a memory-mapped file.
+    them where they fit there, else in a file.
 
     What depends on the base alone, each distribution's sum and entropy, is kept beside it.
     """
 
     def __init__(self, path: Path, n_rows: int, n_vocab: int, device: torch.device) -> None:
         self.n_vocab = n_vocab
-        shape = (n_rows, n_vocab)
+        self._path = path
+        self._table: torch.Tensor | None = None
         if _fits(n_rows * n_vocab * 2, device):
-            self._table = torch.empty(shape, dtype=torch.float16, device=device)
+            self._table = torch.empty((n_rows, n_vocab), dtype=torch.float16, device=device)
         else:
-            self._table = torch.from_numpy(np.memmap(path, np.float16, "w+", shape=shape))
+            path.touch()
         self._totals = torch.zeros(n_rows, dtype=torch.float64, device=device)
         self._entropies = torch.zeros(n_rows, dtype=torch.float64, device=device)
 
@@ -40,7 +41,7 @@ class Targets:
         """Store the distributions of consecutive positions: logits (n, n_vocab), float32."""
         stored = (torch.softmax(logits.float(), -1) * _SCALE).half()
         own = slice(first, first + len(stored))
-        self._table[own] = stored.to(self._table.device)
+        self._write(first, stored)
         p = stored.float()
         total = p.sum(-1, dtype=torch.float64)
         self._totals[own] = total
@@ -51,11 +52,28 @@ class Targets:
         device, for candidate logits (n, n_vocab), float32.
         """
         own = slice(first, first + len(logits))
-        p = self._table[own].to(logits.device).float()
+        p = self._read(first, len(logits)).to(logits.device).float()
         # Logarithms first: the sum then runs over small numbers, and float32 is enough for it.
         log_q = torch.log_softmax(logits, -1)
         cross = -torch.linalg.vecdot(p, log_q).double() / self._totals[own]
         return cross - self._entropies[own]
+
+    # Written and read, not mapped: pages of a mapped file count as memory of the process.
+
+    def _write(self, first: int, rows: torch.Tensor) -> None:
+        if self._table is not None:
+            self._table[first : first + len(rows)] = rows.to(self._table.device)
+            return
+        with self._path.open("r+b") as file:
+            file.seek(2 * first * self.n_vocab)
+            file.write(rows.cpu().numpy().data)
+
+    def _read(self, first: int, n_rows: int) -> torch.Tensor:
+        if self._table is not None:
+            return self._table[first : first + n_rows]
+        offset = 2 * first * self.n_vocab
+        stored = np.fromfile(self._path, np.float16, n_rows * self.n_vocab, offset=offset)
+        return torch.from_numpy(stored).view(n_rows, -1)
 
 
 def _fits(n_bytes: int, device: torch.device) -> bool:

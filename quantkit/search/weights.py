@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.tensors import Candidate
 
 _DEVICE_SHARE = 0.5  # of a GPU's free memory that packed levels may take
+_BASE = -1  # in the place of a choice: the base's own weight
 OUTSIDE = -1  # the block number of what lies outside of blocks: embeddings and head
 
 
 class Weights:
-    """Puts allocations into a model, dequantizing only what differs from what is there.
+    """Puts allocations into a model, dequantizing only what differs from what is there: at once
+    where weights are in memory, into a streamed block whenever it is read.
 
     Tensors without a row map stay as they are in the model.
     """
@@ -29,67 +31,75 @@ class Weights:
     def __init__(
         self, model: BlockwiseModel, space: SearchSpace, maps: Mapping[str, RowMap], folder: Path
     ) -> None:
+        self._model = model
         self._space = space
         self._maps = [maps.get(name) for name in space.tensors]
         self._folder = folder
-        self._parameters = dict(model.model.named_parameters())
-        self._prefix = model.blocks_name + "."
-        self._loaded: Choices | None = None
-        self._files: dict[str, np.memmap] = {}
+        self._wanted: Choices | None = None  # None: the base's own weights
+        self._there = np.full(len(space.tensors), _BASE)
         self._resident: dict[tuple[str, int], torch.Tensor] = {}
-        device = model.model.device
-        self._room = 0  # bytes of the GPU's memory that packed rows may still take
+        device = model.device
+        self.room = 0  # bytes of the GPU's memory that packed rows may still take
         if device.type == "cuda":
-            self._room = int(_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+            self.room = int(_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+        # The block that a tensor belongs to, OUTSIDE, or None for what is not in the model.
         self.block_of = [self._block_of(map_) for map_ in self._maps]
+        _widen(model)
+        model.prepare_with(self._prepare)
 
     def _block_of(self, map_: RowMap | None) -> int | None:
-        """The block that a tensor belongs to, OUTSIDE, or None for what is not in the model."""
         if map_ is None:
             return None
-        if map_.parameter.startswith(self._prefix):
-            return int(map_.parameter.removeprefix(self._prefix).split(".", 1)[0])
-        return OUTSIDE
+        block = self._model.block_of(map_.parameter)
+        return OUTSIDE if block is None else block
 
     def load(self, choices: Choices) -> None:
         """Put a candidate's weights into the model."""
-        for i, choice in enumerate(choices.tolist()):
-            map_ = self._maps[i]
-            if map_ is None or (self._loaded is not None and self._loaded[i] == choice):
-                continue
-            parameter = self._parameters[map_.parameter]
-            values = self.values(i, choice).to(parameter.device, parameter.dtype)
-            map_.scatter(values, parameter.data)
-        self._loaded = choices.copy()
+        self._wanted = choices.copy()
+        self._put([i for i, block in enumerate(self.block_of) if self._is_held(block)])
 
-    def parameter(self, tensor: int) -> torch.nn.Parameter:
-        """The model's weight that holds a tensor's rows."""
-        map_ = self._maps[tensor]
-        assert map_ is not None
-        return self._parameters[map_.parameter]
+    def _is_held(self, block: int | None) -> bool:
+        return block is not None and (block == OUTSIDE or self._model.is_held(block))
 
-    def rows(self, tensor: int, like_parameter: torch.Tensor) -> torch.Tensor:
-        """A tensor's rows (n_rows, n_columns) of something shaped like its parameter."""
-        map_ = self._maps[tensor]
-        assert map_ is not None
-        return map_.gather(like_parameter)
+    def _prepare(self, block: int) -> None:
+        """Make a block what it is to be: its weights have just come from the checkpoint."""
+        for parameter in self._model.blocks[block].parameters():
+            if parameter.dim() < 2:
+                parameter.data = parameter.data.float()
+        own = [i for i, of_tensor in enumerate(self.block_of) if of_tensor == block]
+        self._there[own] = _BASE
+        self._put(own)
+
+    def _put(self, tensors: Sequence[int]) -> None:
+        if self._wanted is None:
+            return
+        for i in tensors:
+            map_, choice = self._maps[i], int(self._wanted[i])
+            if map_ is not None and self._there[i] != choice:
+                parameter = self._model.model.get_parameter(map_.parameter)
+                values = self.values(i, choice).to(parameter.device, parameter.dtype)
+                map_.scatter(values, parameter.data)
+                self._there[i] = choice
 
     def values(self, tensor: int, choice: int) -> torch.Tensor:
         """What the bytes of a choice stand for: float32 (n_rows, n_columns), on the GPU where
         that is the model's device and can read the type, else on the CPU.
         """
         candidate = self._space.candidates[tensor][choice]
-        mapped = self._files.get(candidate.file)
-        if mapped is None:
-            path = self._folder / candidate.file
-            mapped = self._files[candidate.file] = np.memmap(path, np.uint8, "r")
         map_ = self._maps[tensor]
         assert map_ is not None
-        n_columns = map_.n_columns(self._parameters[map_.parameter])
-        packed = mapped[candidate.offset : candidate.offset + candidate.n_bytes]
+        n_columns = map_.n_columns(self._model.model.get_parameter(map_.parameter))
+        # Mapped anew every time: pages of the file count as ours for as long as they are mapped.
+        packed = np.memmap(
+            self._folder / candidate.file,
+            np.uint8,
+            "r",
+            candidate.offset,
+            (candidate.n_bytes,),
+        )
         rows = packed.reshape(-1, candidate.key.qtype.row_bytes(n_columns))
         form = FORMATS.get(candidate.key.qtype)
-        device = self._parameters[map_.parameter].device
+        device = self._model.device
         if form is not None and device.type == "cuda":
             return form.values(self._on_device(candidate, rows, device))
         return torch.from_numpy(native.dequantize(rows, candidate.key.qtype))
@@ -102,21 +112,20 @@ class Weights:
         found = self._resident.get(place)
         if found is None:
             found = torch.from_numpy(np.array(rows)).to(device)  # torch wants it writable
-            if found.numel() <= self._room:
-                self._room -= found.numel()
+            if found.numel() <= self.room:
+                self.room -= found.numel()
                 self._resident[place] = found
         return found
 
 
-def widen(model: BlockwiseModel) -> None:
+def _widen(model: BlockwiseModel) -> None:
     """Keep the model in float32, in place, but for the matrices inside blocks.
 
     The rounding of a 16-bit residual stream or of 16-bit logits is as large as what candidates
     differ by; products inside blocks may be in 16 bits (`precision`).
     """
-    prefix = model.blocks_name + "."
     for name, parameter in model.model.named_parameters():
-        if not name.startswith(prefix) or parameter.dim() < 2:
+        if model.block_of(name) is None:
             parameter.data = parameter.data.float()
 
 
@@ -126,4 +135,4 @@ def precision(model: BlockwiseModel) -> AbstractContextManager[object]:
     dtype = next(matrices).dtype
     if dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(model.model.device.type, dtype)
+    return torch.autocast(model.device.type, dtype)

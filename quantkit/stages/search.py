@@ -34,7 +34,7 @@ from quantkit.search.caps import cap_types
 from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.propose import Costs, knapsack, spend, uniform
 from quantkit.search.workers import Workers
-from quantkit.stages import StageResult, convert, database, fetch
+from quantkit.stages import StageResult, convert, database, fetch, open_model
 from quantkit.tensors import CandidateKey, to_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from quantkit.search.fitness import Fitness
 
 NAME = "search"
-VERSION = 3
+VERSION = 4
 FIELDS = ("targets", "max_types", "seed", "profile", "device", "types")
 
 _FLOAT32_ABOVE_BPW = 6.5
@@ -303,7 +303,7 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     import torch
     from safetensors.numpy import load_file
 
-    from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model
+    from quantkit.blockwise import compute_dtype
     from quantkit.rowmap import load_row_maps
     from quantkit.search.fitness import Fitness
 
@@ -311,7 +311,7 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     # Near 8 bits per weight 16-bit products are noisier than the files are.
     bpw = 8 * limit_bytes / max(convert.load_base(run.dir).n_elements, 1)
     dtype = torch.float32 if bpw > _FLOAT32_ABOVE_BPW else compute_dtype(device)
-    model = load_model(snapshot.folder, dtype, device)
+    model = open_model(run, NAME, snapshot.folder, dtype, device)
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     unmapped = [name for name in space.tensors if name not in maps]
     if unmapped:
@@ -327,7 +327,7 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
             "Use a larger --profile or more text.",
         )
     targets = run.dir.stage_dir(NAME) / f"targets-{device.replace(':', '-')}.partial"
-    return Fitness(BlockwiseModel(model), space, maps, run.dir.stage_dir("quantize"), ids, targets)
+    return Fitness(model, space, maps, run.dir.stage_dir("quantize"), ids, targets)
 
 
 def _write_trace(path: Path, state: SearchState) -> Path:
