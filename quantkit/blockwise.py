@@ -12,10 +12,10 @@ time, on whatever device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from transformers import (
 
 from quantkit.errors import QuantkitError
 
+if TYPE_CHECKING:
+    from quantkit.streaming import StreamedWeights
+
 
 def load_model(
     folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
@@ -37,8 +40,8 @@ def load_model(
 
     Raises QuantkitError when transformers cannot load it.
     """
-    with _refusals_told():
-        kind, _ = _class_of(folder)
+    with refusals_told():
+        kind, _ = class_of(folder)
         model = kind.from_pretrained(
             folder,
             dtype=dtype,
@@ -54,12 +57,12 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
     Raises QuantkitError when transformers cannot make it.
     """
-    with _refusals_told(), torch.device("meta"):
-        kind, config = _class_of(folder)
+    with refusals_told(), torch.device("meta"):
+        kind, config = class_of(folder)
         return kind.from_config(config)
 
 
-def _class_of(folder: Path) -> tuple[Any, Any]:
+def class_of(folder: Path) -> tuple[Any, Any]:
     """The auto class that loads the checkpoint in `folder`, and its config. Of the models that also
     see, transformers lists some as language models and some not.
     """
@@ -69,7 +72,8 @@ def _class_of(folder: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _refusals_told() -> Iterator[None]:
+def refusals_told() -> Iterator[None]:
+    """transformers' errors, as sentences for people."""
     try:
         yield
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
@@ -100,16 +104,79 @@ class BlockCall:
 
 
 class BlockwiseModel:
-    """A loaded model whose blocks can be run one at a time.
+    """A model whose blocks can be run one at a time.
 
+    With `weights` they are streamed: a block has weights while it runs, or as long as it is held.
     Hidden states are (batch, n_tokens, n_embd), ids (batch, n_tokens).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, weights: StreamedWeights | None = None) -> None:
         self.model = model
         self.blocks_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
+        self._weights = weights
+        self._held: set[int] = set()
+        self._prepare: Callable[[int], None] | None = None
+        if weights is not None:  # the model's own forward holds blocks, too
+            for index, block in enumerate(self.blocks):
+                block.forward = self._holding_forward(index, block.forward)
         self._returns_tuple = self._probe_returns()
+
+    @property
+    def is_streamed(self) -> bool:
+        return self._weights is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.get_input_embeddings().parameters()).device
+
+    def is_held(self, index: int) -> bool:
+        """Whether block `index` has weights now."""
+        return self._weights is None or index in self._held
+
+    @contextmanager
+    def holding(self, index: int) -> Iterator[None]:
+        """Keep the weights of block `index` for as long as the context lasts."""
+        if self._weights is None or self.is_held(index):
+            yield
+            return
+        self._weights.bring(index)
+        self._held.add(index)
+        try:
+            if self._prepare is not None:
+                self._prepare(index)
+            yield
+        finally:
+            self._held.discard(index)
+            self._weights.drop(index)
+
+    def prepare_with(self, prepare: Callable[[int], None]) -> None:
+        """Call `prepare` for every block that has weights now, and for those that are streamed
+        whenever theirs have come.
+        """
+        self._prepare = prepare
+        for index in range(len(self.blocks)):
+            if self.is_held(index):
+                prepare(index)
+
+    def block_of(self, parameter: str) -> int | None:
+        """The block that a parameter belongs to; None for one outside of blocks."""
+        if not parameter.startswith(self.blocks_name + "."):
+            return None
+        return int(parameter.removeprefix(self.blocks_name + ".").split(".", 1)[0])
+
+    def weight(self, parameter: str) -> torch.Tensor:
+        """A parameter's values; of a streamed block, they are brought for whoever asks."""
+        block = self.block_of(parameter)
+        with nullcontext() if block is None else self.holding(block):
+            return self.model.get_parameter(parameter).data
+
+    def _holding_forward(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.holding(index):
+                return forward(*args, **kwargs)
+
+        return run
 
     def block_name(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"
@@ -117,13 +184,14 @@ class BlockwiseModel:
     @contextmanager
     def _forwards(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         """Replace every block's forward by `make(index)` for a while."""
+        before = [block.__dict__.get("forward") for block in self.blocks]
         for index, block in enumerate(self.blocks):
             block.forward = make(index)
         try:
             yield
         finally:
-            for block in self.blocks:
-                del block.forward
+            for block, own in zip(self.blocks, before, strict=True):
+                _restore_forward(block, own)
 
     def _answer(self, index: int, hidden: torch.Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -132,7 +200,7 @@ class BlockwiseModel:
         """Whether blocks return tuples: asked of the first block with two tokens."""
         found: list[bool] = []
         first = self.blocks[0]
-        original = first.forward
+        original, own = first.forward, first.__dict__.get("forward")
 
         def ask(*args: Any, **kwargs: Any) -> Any:
             answer = original(*args, **kwargs)
@@ -141,13 +209,13 @@ class BlockwiseModel:
 
         first.forward = ask
         try:
-            ids = torch.zeros((1, 2), dtype=torch.long, device=self.model.device)
+            ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
             with torch.no_grad():
                 self.model(input_ids=ids, use_cache=False)
         except _Probed:
             pass
         finally:
-            del first.forward
+            _restore_forward(first, own)
         return found[0]
 
     @torch.no_grad()
@@ -226,6 +294,14 @@ class BlockwiseModel:
     def _base(self) -> nn.Module:
         """The model without its head, where the architecture separates them."""
         return self.model.base_model
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Put back a forward of the module's own, or its class's."""
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own
 
 
 class _Probed(Exception):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,11 +118,15 @@ def _row_bytes(weight: torch.Tensor, qtype: QuantType) -> np.ndarray:
 
 
 class RowMatcher:
-    """Matches GGUF tensors with the weights of a loaded model; asks each weight for its digests
-    once.
+    """Matches GGUF tensors with the weights of a model; asks each weight for its digests once.
+
+    `read` gives a parameter's values by its name, where the model itself does not hold them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel, read: Callable[[str], torch.Tensor] | None = None
+    ) -> None:
+        self._read = read or model.get_parameter
         self._weights = {
             name: weight for name, weight in model.named_parameters() if weight.dim() in (2, 3)
         }
@@ -153,7 +157,7 @@ class RowMatcher:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The sorted digests of a weight's rows, cast to a GGUF type, and the row of each."""
         if (name, transposed, qtype) not in self._index:
-            digests = _digests(_row_bytes(_rows(self._weights[name], transposed), qtype))
+            digests = _digests(_row_bytes(_rows(self._read(name), transposed), qtype))
             order = np.argsort(digests, kind="stable")
             self._index[name, transposed, qtype] = digests[order], order
         return self._index[name, transposed, qtype]
@@ -186,11 +190,13 @@ class RowMatcher:
         upright = packed.reshape(*spec.shape, -1).swapaxes(0, 1)
         wanted = _digests(np.ascontiguousarray(upright).reshape(spec.n_columns, -1))
         for name, transposed in self._ways:
-            weight = self._weights[name]
-            rows = weight.mT if transposed else weight
-            if rows.shape != spec.shape or _first_number(name) != _first_number(spec.name):
+            shape = self._weights[name].shape
+            if transposed:
+                shape = shape[::-1]
+            if shape != spec.shape or _first_number(name) != _first_number(spec.name):
                 continue
-            digests = _digests(_row_bytes(rows.mT, spec.qtype))
+            weight = self._read(name)
+            digests = _digests(_row_bytes(weight if transposed else weight.mT, spec.qtype))
             order = np.argsort(digests, kind="stable")
             columns = _find(wanted, digests[order], order)
             if columns is not None and len(np.unique(columns)) == len(columns):

@@ -22,6 +22,7 @@ from quantkit.search.fitness import CHUNKS, Fitness
 from quantkit.search.propose import uniform
 from quantkit.search.targets import Targets
 from quantkit.search.workers import Workers
+from quantkit.streaming import open_model
 from quantkit.tensors import Candidate, CandidateKey, to_json
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q5_0", "Q8_0")))
@@ -151,7 +152,56 @@ def test_it_is_the_kl_of_the_bytes_in_the_files(world: World) -> None:
 def test_the_base_itself_has_none(world: World) -> None:
     """Before anything is loaded the model is the base: its KL is that of float16's rounding."""
     fitness = world.fitness()
-    assert float(np.abs(fitness._batch_kl(middle(world), 0, 2)).max()) < 1e-5
+    (done,) = fitness._run([fitness._begin(None, 0, 2)])
+    assert float(np.abs(fitness._score(done)).max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_streamed_model_scores_the_same(
+    world: World, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks from the file, the parent's states in a file of their own: the same bits."""
+    copy.deepcopy(world.model).save_pretrained(tmp_path)
+    judges = []
+    for name, memory in (("whole", "1TB"), ("streamed", "10kB")):
+        monkeypatch.setenv("QUANTKIT_MEMORY", memory)
+        model = open_model(tmp_path, dtype)
+        assert model.is_streamed == (name == "streamed")
+        targets = world.folder / f"{name}.partial"
+        judges.append(Fitness(model, world.space, world.maps, world.folder, world.ids, targets))
+    whole, streamed = judges
+    parent = middle(world)
+    asked = [parent, *(world.change(parent, part) for part in PARTS), world.space.largest]
+    for judge in (whole, streamed):
+        judge.set_parent(parent)
+    for first, last in ((0, 4), (4, N_SEQUENCES), (0, N_SEQUENCES)):
+        for choices in asked:
+            assert np.array_equal(whole.kl(choices, first, last), streamed.kl(choices, first, last))
+    assert (world.folder / "states-streamed.partial").exists()
+    assert all(p.is_meta for block in model.blocks for p in block.parameters())
+
+
+def test_a_block_is_read_once_for_all_sequences(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches, one pass over the file; candidates begin at the first block that changed."""
+    copy.deepcopy(world.model).save_pretrained(tmp_path)
+    monkeypatch.setenv("QUANTKIT_MEMORY", "250kB")
+    model = open_model(tmp_path)
+    targets = world.folder / "once.partial"
+    fitness = Fitness(model, world.space, world.maps, world.folder, world.ids, targets)
+    monkeypatch.setenv("QUANTKIT_MEMORY", "1GB")
+    parent = middle(world)
+    fitness.set_parent(parent)
+    brought: list[int | None] = []
+    weights = model._weights
+    assert weights is not None
+    bring = weights.bring
+    monkeypatch.setattr(weights, "bring", lambda block: (brought.append(block), bring(block)))
+    fitness.kl(parent, 0, N_SEQUENCES)
+    assert brought == [0, 1, 2]
+    fitness.kl(world.change(parent, "layers.1.self_attn.q_proj"), 0, N_SEQUENCES)
+    assert brought == [0, 1, 2, 1, 2]
 
 
 PARTS = ("layers.0.mlp", "layers.1.self_attn.q_proj", "layers.2.mlp.down", "lm_head", "embed")

@@ -36,7 +36,7 @@ class Fisher:
 
 def output_fisher(model: BlockwiseModel, ids: torch.Tensor, seed: int, batch: int = 4) -> Fisher:
     """Estimate it on sequences `ids` (n_sequences, n_ctx), labels drawn with `seed`."""
-    device = model.model.device
+    device = model.device
     generator = torch.Generator(device="cpu").manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
     head = embedding = torch.zeros(())
@@ -51,7 +51,8 @@ def output_fisher(model: BlockwiseModel, ids: torch.Tensor, seed: int, batch: in
         head = head + torch.stack(squares).sum(0)
         gradient = torch.cat(grads)
         for index in reversed(range(len(model.blocks))):
-            gradient = _backward(model, index, states[index], calls[index], gradient, sums)
+            with model.holding(index):
+                gradient = _backward(model, index, states[index], calls[index], gradient, sums)
         embedding = embedding + gradient.float().square().sum((0, 1))
     n_tokens = ids.numel()
     n_vocab = head.shape[0]

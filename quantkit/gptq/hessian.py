@@ -35,9 +35,14 @@ def add_outer(hessian: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
-    """The whole matrix from its upper triangle."""
-    upper = hessian.triu()
-    return upper + upper.triu(1).T
+    """The whole matrix from its upper triangle, in place."""
+    n = len(hessian)
+    for start in range(0, n, _PANEL):
+        end = min(start + _PANEL, n)
+        own = hessian[start:end, start:end].triu()
+        hessian[start:end, start:end] = own + own.triu(1).T
+        hessian[end:, start:end] = hessian[start:end, end:].T
+    return hessian
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -57,6 +62,7 @@ class HessianCollector:
         self.members: dict[str, tuple[str, ...]] = {}  # group -> its modules
         self.sums: dict[str, torch.Tensor] = {}
         self.n_tokens: dict[str, int] = {}
+        self._means: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -96,8 +102,8 @@ class HessianCollector:
         self._inputs.clear()
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The Hessians: float32 (n, n) by group."""
-        return {
-            group: symmetrize(total) / max(self.n_tokens[group], 1)
-            for group, total in self.sums.items()
-        }
+        """The Hessians: float32 (n, n) by group; the sums are used up."""
+        for group, total in self.sums.items():
+            self._means[group] = symmetrize(total).div_(max(self.n_tokens[group], 1))
+        self.sums = {}
+        return self._means

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.blockwise import BlockwiseModel
+    from quantkit.pipeline import Run
 
 
 @dataclass(frozen=True)
@@ -17,3 +23,16 @@ class StageResult:
 
     outputs: list[Path]
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+def open_model(
+    run: Run, stage: str, folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> BlockwiseModel:
+    """`streaming.open_model`; where it does not take the model whole, the run's events say so."""
+    from quantkit.streaming import open_model
+
+    model = open_model(folder, dtype, device)
+    if model.is_streamed:
+        text = "the model takes more than half of the free memory: its blocks are read one by one"
+        run.events.emit(stage, "note", text)
+    return model

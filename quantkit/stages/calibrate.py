@@ -12,6 +12,7 @@ work is one block: after a kill, blocks whose file is there are only run forward
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit import hub
-from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model, load_tokenizer
+from quantkit.blockwise import BlockwiseModel, compute_dtype, load_tokenizer
 from quantkit.calibration import sampling, sources
 from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split, without
 from quantkit.calibration.spec import AUTO, HUB_MIX, HUB_TEXTS, Request, parse_spec
@@ -29,9 +30,10 @@ from quantkit.ggufio.imatrix import write_imatrix
 from quantkit.gptq.experts import ExpertCollector
 from quantkit.gptq.fisher import output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
+from quantkit.memory import Shelf, free_memory
 from quantkit.rowmap import load_row_maps
-from quantkit.rundir import replacing, write_json
-from quantkit.stages import StageResult, fetch
+from quantkit.rundir import PARTIAL, replacing, write_json
+from quantkit.stages import StageResult, fetch, open_model
 from quantkit.statistics import block_file, fisher_file, head_file, save_fisher, save_statistics
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ N_CTX = 512  # tokens per sequence
 _BATCH_TOKENS = 4096  # per forward call
 _FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens price a layer well
 _EVAL_TOKENS = N_CTX + N_CTX // 8  # one window, though llama.cpp should count a few tokens less
+_ACTIVATIONS_SHARE = 0.25  # of the free memory; what is more lies in a file
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 
 
@@ -53,11 +56,11 @@ def execute(run: Run) -> StageResult:
     folder = run.dir.stage_dir(NAME)
     snapshot = fetch.load(run.dir)
     dtype = compute_dtype(run.config.device)
-    model = load_model(snapshot.folder, dtype, run.config.device)
+    model = open_model(run, NAME, snapshot.folder, dtype, run.config.device)
     tokenizer = load_tokenizer(snapshot.folder)
     tokens_path, report_path = folder / "tokens.safetensors", folder / "calibration.json"
 
-    domains, note = _read_domains(run, model, tokenizer)
+    domains, note = _read_domains(run, model.model, tokenizer)
     tokens = _tokens(run, domains, tokenizer)
     with replacing(tokens_path) as partial:
         save_file({name: torch.from_numpy(ids) for name, ids in tokens.items()}, partial)
@@ -68,13 +71,12 @@ def execute(run: Run) -> StageResult:
             partial.write_text(text, "utf-8", newline="")
         outputs.append(path)
 
-    blockwise = BlockwiseModel(model)
-    statistics = _collect(run, blockwise, tokens, folder)
+    statistics = _collect(run, model, tokens, folder)
     if not fisher_file(folder).exists():
         n = max(1, _FISHER_TOKENS // N_CTX)
         save_fisher(
             fisher_file(folder),
-            output_fisher(blockwise, torch.from_numpy(tokens["heldout"][:n]), run.config.seed),
+            output_fisher(model, torch.from_numpy(tokens["heldout"][:n]), run.config.seed),
         )
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     importances = {
@@ -245,7 +247,9 @@ def _collect(
         for part, ids in tokens.items()
         for i in range(0, len(ids), _BATCH_TOKENS // N_CTX)
     ]
-    hidden = [model.trace(ids)[0].cpu() for _, ids in batches]
+    hidden = Shelf(folder / f"activations{PARTIAL}", int(_ACTIVATIONS_SHARE * free_memory()))
+    for i, (_, ids) in enumerate(batches):
+        _keep(hidden, i, model.trace(ids)[0])
     summary: dict[str, Any] = {}
     n_blocks = len(model.blocks)
     for index in range(n_blocks):
@@ -255,19 +259,19 @@ def _collect(
             f"{prefix}.{n}": m for n, m in model.blocks[index].named_modules() if is_linear(m)
         }
         collectors = {part: HessianCollector(linears) for part in tokens}
-        experts = {
-            part: ExpertCollector(model.blocks[index], prefix, ids.size)
-            for part, ids in tokens.items()
-        }
-        for i, (part, ids) in enumerate(batches):
-            call = model.trace(ids)[1][index]
-            with torch.no_grad():
-                if path.exists():
-                    out = model.run_block(index, hidden[i].to(device), call)
-                else:
-                    with collectors[part].watching(), experts[part].watching():
-                        out = model.run_block(index, hidden[i].to(device), call)
-            hidden[i] = out.cpu()
+        with model.holding(index):
+            experts = {
+                part: ExpertCollector(model.blocks[index], prefix, ids.size)
+                for part, ids in tokens.items()
+            }
+            for i, (part, ids) in enumerate(batches):
+                call = model.trace(ids)[1][index]
+                with torch.no_grad(), ExitStack() as stack:
+                    if not path.exists():
+                        stack.enter_context(collectors[part].watching())
+                        stack.enter_context(experts[part].watching())
+                    out = model.run_block(index, hidden.get(i).to(device), call)
+                _keep(hidden, i, out)
         summary |= save_statistics(path, collectors, in_blocks=True, experts=experts)
         run.events.progress(
             NAME, index + 1, n_blocks + 1, f"block {index + 1} of {n_blocks}: activations"
@@ -275,9 +279,18 @@ def _collect(
     path = head_file(folder)
     collectors = {part: HessianCollector(model.head_linears()) for part in tokens}
     if not path.exists():
-        for (part, _), state in zip(batches, hidden, strict=True):
+        for i, (part, _) in enumerate(batches):
             with collectors[part].watching():
-                model.head_input(state.to(device))
+                model.head_input(hidden.get(i).to(device))
+    hidden.clear()
     summary |= save_statistics(path, collectors, in_blocks=False)
     run.events.progress(NAME, n_blocks + 1, n_blocks + 1, "activations are done")
     return summary
+
+
+def _keep(hidden: Shelf, batch: int, states: torch.Tensor) -> None:
+    """Keep a batch's hidden states until the next block runs, in memory or in a file."""
+    if not hidden.put(batch, states.cpu()):
+        raise QuantkitError(
+            "There is no disk left for activations.", "Free some, or use a smaller --profile."
+        )

@@ -21,7 +21,7 @@ from quantkit.levels import plan_levels
 from quantkit.plan import check_sizes, specs_of
 from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, write_json
-from quantkit.stages import StageResult, fetch
+from quantkit.stages import StageResult, fetch, open_model
 from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def execute(run: Run) -> StageResult:
     """Raises QuantkitError when the converter does not know the model, or nothing of it is found
     again.
     """
-    from quantkit.blockwise import load_model
     from quantkit.rowmap import RowMatcher, save_row_maps
 
     folder = run.dir.stage_dir(NAME)
@@ -54,7 +53,8 @@ def execute(run: Run) -> StageResult:
     check_sizes(run.config, base, plan_levels(specs, run.config))  # before the long work
     quantizable = {spec.name for spec in specs.values() if spec.quantizable}
 
-    matcher = RowMatcher(load_model(snapshot.folder))
+    model = open_model(run, NAME, snapshot.folder)
+    matcher = RowMatcher(model.model, model.weight)
     maps = {}
     for spec in specs.values():
         found = matcher.match(spec, base.packed(spec.name)) if spec.quantizable else None

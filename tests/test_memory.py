@@ -1,0 +1,83 @@
+"""What is free, and tensors on a shelf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import memory
+from quantkit.errors import UsageError
+from quantkit.memory import Shelf, free_memory
+
+
+def test_what_is_said_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUANTKIT_MEMORY", raising=False)
+    free = free_memory()
+    assert free > 0
+    monkeypatch.setenv("QUANTKIT_MEMORY", "2MiB")
+    assert free_memory() == 2 << 20
+    monkeypatch.setenv("QUANTKIT_MEMORY", "4000TB")
+    assert free_memory() < 1 << 50
+    monkeypatch.setenv("QUANTKIT_MEMORY", "much")
+    with pytest.raises(UsageError):
+        free_memory()
+
+
+def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUANTKIT_MEMORY", raising=False)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("anon 1500\ninactive_file 500\n")
+    assert free_memory() == 1500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() > 1500
+
+
+@pytest.mark.parametrize("room", [0, 100, 1 << 20])
+def test_a_shelf_gives_back_the_same_bits(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "new" / "shelf"
+    shelf = Shelf(path, room)
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+    tensors = {k: (100 * torch.randn(2, 3, 4)).to(k) for k in kinds}
+    for key, tensor in tensors.items():
+        assert shelf.put(key, tensor)
+    shelf.put(torch.float32, tensors[torch.float32] + 1)  # in the place of the first
+    for key, tensor in tensors.items():
+        expected = tensor + 1 if key == torch.float32 else tensor
+        assert torch.equal(shelf.get(key), expected)
+        assert shelf.get(key).dtype == key
+    assert path.exists() == (room < 1 << 20)
+    if room == 0:
+        assert path.stat().st_size == sum(t.nbytes for t in tensors.values())
+    shelf.clear()
+    assert torch.float32 not in shelf
+    assert not path.exists()
+
+
+def test_room_is_given_back(tmp_path: Path) -> None:
+    """What is replaced or cleared does not count any longer."""
+    shelf = Shelf(tmp_path / "shelf", 100)
+    for _ in range(3):
+        for _ in range(3):
+            shelf.put("a", torch.zeros(25))
+        shelf.clear()
+    assert not (tmp_path / "shelf").exists()
+    shelf.put("b", torch.zeros(25))
+    shelf.put("c", torch.ones(25))
+    assert (tmp_path / "shelf").stat().st_size == 100
+    assert torch.equal(shelf.get("c"), torch.ones(25))
+
+
+def test_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(tmp_path / "shelf", 0)
+    assert shelf.put("a", torch.zeros(4))
+    monkeypatch.setattr(memory, "_DISK_LEFT", 1 << 62)
+    assert not shelf.put("b", torch.zeros(4))
+    assert "b" not in shelf
+    assert shelf.put("a", torch.ones(4))  # has its place already
+    assert torch.equal(shelf.get("a"), torch.ones(4))
+    assert not shelf.put("a", torch.ones(5))
+    assert "a" not in shelf
