@@ -126,38 +126,28 @@ def torch_logits(
     lacking = [t.name for t in file.tensors.values() if t.qtype.is_quantized and t.name not in maps]
     if lacking:
         raise QuantkitError(f"{len(lacking)} quantized tensors are not found in the model.", "")
-    n_bytes, n_free = 4 * file.n_elements, _free_memory()
-    if device == "cpu" and n_free is not None and n_bytes > 0.7 * n_free:
-        raise QuantkitError(
-            f"the model in float32 needs {n_bytes / 1e9:.0f} GB, {n_free / 1e9:.0f} GB are free.",
-            "",
-        )
     import torch
 
-    from quantkit.blockwise import load_model
+    from quantkit.streaming import open_model
 
+    quantized = [name for name in maps if file.tensors[name].qtype.is_quantized]
     try:
-        model = load_model(folder, torch.float32, device)
-        parameters = dict(model.named_parameters())
-        for name, row_map in maps.items():
-            if file.tensors[name].qtype.is_quantized:
-                values = torch.from_numpy(file.values(name))
-                row_map.scatter(values.to(device), parameters[row_map.parameter])
+        model = open_model(folder, torch.float32, device)
+
+        def put(block: int | None) -> None:
+            for name in quantized:
+                if model.block_of(maps[name].parameter) == block:
+                    values = torch.from_numpy(file.values(name)).to(device)
+                    maps[name].scatter(values, model.model.get_parameter(maps[name].parameter))
+
+        put(None)
+        model.prepare_with(put)
         with torch.no_grad():
             tokens = torch.from_numpy(ids.astype(np.int64)).to(device)[None]
-            logits = model(input_ids=tokens, use_cache=False).logits[0]
+            logits = model.model(input_ids=tokens, use_cache=False).logits[0]
         return logits.float().cpu().numpy()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise QuantkitError(f"there is too little memory ({type(error).__name__}).", "") from error
-
-
-def _free_memory() -> int | None:
-    """Bytes that a process may still take; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")), None)
 
 
 def logits_check(name: str, agreement: Any, limit: float) -> Check:

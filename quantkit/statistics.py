@@ -37,20 +37,31 @@ class InputDiagonal:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """The Hessians of one distinct input: float32 (n, n), and the modules that read it.
+    """The Hessians of one distinct input, on disk, and the modules that read it.
 
     An input that no held-out token reached, as an expert's may be, has no Hessian of its own to be
     judged with: `heldout` is `train` then.
     """
 
     modules: tuple[str, ...]
-    train: torch.Tensor
-    heldout: torch.Tensor
     n_train: int
+    is_judged_on_train: bool
+    path: Path
+    group: str
 
     @property
-    def is_judged_on_train(self) -> bool:
-        return self.heldout is self.train
+    def train(self) -> torch.Tensor:
+        """float32 (n, n), mapped from the file for as long as somebody has it."""
+        return self._read("train")
+
+    @property
+    def heldout(self) -> torch.Tensor:
+        """float32 (n, n), likewise."""
+        return self._read("train" if self.is_judged_on_train else "heldout")
+
+    def _read(self, part: str) -> torch.Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(f"{self.group}/{part}")
 
 
 @dataclass(frozen=True)
@@ -117,8 +128,9 @@ def save_statistics(
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
     return {
-        module: InputDiagonal(s.train.diagonal().numpy().copy(), s.n_train, in_blocks)
+        module: InputDiagonal(diagonal, s.n_train, in_blocks)
         for s in load_statistics(path)
+        for diagonal in [s.train.diagonal().numpy().copy()]
         for module in s.modules
     } | {
         module: InputDiagonal(diagonals, s.n_tokens, in_blocks)
@@ -137,13 +149,11 @@ def load_statistics(path: Path) -> list[InputStatistics]:
     """The inputs of one block (or the head), in the order in which the block meets them."""
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
-        found = []
-        for group, (modules, n_tokens) in json.loads(file.metadata()["groups"]).items():
-            train = file.get_tensor(f"{group}/train")
-            name = f"{group}/heldout"
-            heldout = file.get_tensor(name) if name in stored else train
-            found.append(InputStatistics(tuple(modules), train, heldout, n_tokens))
-        return found
+        table = json.loads(file.metadata()["groups"])
+    return [
+        InputStatistics(tuple(modules), n_tokens, f"{group}/heldout" not in stored, path, group)
+        for group, (modules, n_tokens) in table.items()
+    ]
 
 
 def load_expert_statistics(path: Path) -> list[ExpertStatistics]:

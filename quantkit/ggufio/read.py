@@ -80,15 +80,14 @@ class GgufFile:
                     "Download or make it again.",
                 )
 
-    @cached_property
-    def _bytes(self) -> np.memmap:
-        return np.memmap(self.path, np.uint8, "r")
-
     def packed(self, name: str) -> native.Bytes:
-        """Rows of a tensor as stored: uint8 (n_rows, row_bytes), a view of the mapped file."""
+        """Rows of a tensor as stored: uint8 (n_rows, row_bytes), mapped from the file for as long
+        as somebody has them.
+        """
         tensor = self.tensors[name]
-        row_bytes = tensor.qtype.row_bytes(tensor.shape[-1])
-        return self._bytes[tensor.offset : tensor.offset + tensor.n_bytes].reshape(-1, row_bytes)
+        shape = (-1, tensor.qtype.row_bytes(tensor.shape[-1]))
+        mapped = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+        return mapped.reshape(shape)
 
     def values(self, name: str) -> native.Floats:
         """A tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""

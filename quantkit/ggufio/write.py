@@ -152,7 +152,7 @@ class SlotFile:
                 f"{name} takes {self.layout.sizes[name]:,} bytes, not {packed.nbytes:,}"
             )
         self._file.seek(self.layout.offsets[name])
-        self._file.write(packed.tobytes())
+        self._file.write(np.ascontiguousarray(packed).data)
 
     def flush(self) -> None:
         """Have everything written so far on the disk."""

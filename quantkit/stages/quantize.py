@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +44,7 @@ from quantkit.stages import StageResult, convert
 from quantkit.statistics import (
     ExpertStatistics,
     Fisher,
+    InputStatistics,
     fisher_file,
     load_expert_statistics,
     load_fisher,
@@ -57,6 +60,7 @@ NAME = "quantize"
 VERSION = 3
 FIELDS = ("profile", "levels", "levels_from", "methods", "types", "tensors")
 
+_ALL_TYPES_AT_ONCE = 1 << 27  # weights; a larger tensor is solved one type after the other
 DAMPING = 0.1  # of the median of diag H: dev/LOG.md
 
 
@@ -187,30 +191,25 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
     methods, device = run.config.methods, run.config.device
     errors: dict[str, Any] = {}
     fallbacks: list[Fallback] = []
-    dampings: list[dict[str, Any]] = []
-    known: dict[str, Inputs] = {}
-    for statistics in load_statistics(unit.statistics) if unit.statistics else ():
-        tensors = [name for name in unit.tensors if maps[name].module in statistics.modules]
-        if not tensors:
-            continue
-        inputs = _inputs(statistics.train, statistics.heldout, methods, run.config.device)
-        known |= dict.fromkeys(tensors, inputs)
-        if inputs.factor is not None and inputs.factor.escalated:
-            dampings.append({"modules": list(statistics.modules), "damping": inputs.factor.damping})
+    known = _Known(unit, maps, run.config)
+    for statistics, tensors in known.groups:
         if statistics.is_judged_on_train:
             reason = "no held-out token reached its inputs"
             fallbacks += [Fallback(t, "error held out", "error on train", reason) for t in tensors]
 
     def solve(name: str) -> dict[QuantType, Solved]:
         sensitivity = sensitivity_of(fisher, maps.get(name), run.config.device)
-        choices, n_sweeps = plan.choices(name), run.profile.n_sweeps
-        inputs = known.get(name)
-        columns = maps[name].columns if name in maps else None
-        if inputs is not None and columns is not None:
-            inputs = _reordered(inputs, columns, methods)
-        given = rows_of(work.outsiders, name, choices)
         weight = base.values(name)
-        return solve_tensor(weight, choices, methods, inputs, sensitivity, n_sweeps, given)
+        # Of the largest tensors, the vocabulary's, the rows of all types would not fit.
+        choices = plan.choices(name)
+        steps = [(q,) for q in choices] if weight.size > _ALL_TYPES_AT_ONCE else [choices]
+        solved: dict[QuantType, Solved] = {}
+        with known.lent(name) as inputs:
+            for types in steps:
+                given = rows_of(work.outsiders, name, types)
+                n_sweeps = run.profile.n_sweeps
+                solved |= solve_tensor(weight, types, methods, inputs, sensitivity, n_sweeps, given)
+        return solved
 
     def keep(name: str, solved: dict[QuantType, Solved]) -> None:
         for level, file in work.files.items():
@@ -225,7 +224,7 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
     with ThreadPoolExecutor(n_workers, "tensor") as pool:
         for name, solved in zip(alone, pool.map(solve, alone), strict=True):
             keep(name, solved)
-            fallbacks.extend(_method_fallbacks(name, solved, methods, known.get(name) is not None))
+            fallbacks.extend(_method_fallbacks(name, solved, methods, known.has(name)))
         for experts in stacked:
             tensors = [name for name in unit.tensors if maps[name].module in experts.modules]
             if not tensors:
@@ -239,7 +238,62 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
                 keep(name, solved)
                 fallbacks.extend(_method_fallbacks(name, solved, methods, True))
                 fallbacks.extend(_borrowed(name, experts))
-    return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": dampings}
+    return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": known.dampings()}
+
+
+class _Known:
+    """What is known of the inputs of a unit's tensors: read and factorized when the first of those
+    that share them is solved, forgotten after the last. The widest take gigabytes.
+    """
+
+    def __init__(self, unit: Unit, maps: Mapping[str, RowMap], config: RunConfig) -> None:
+        self._maps, self._config = maps, config
+        self.groups: list[tuple[InputStatistics, list[str]]] = []
+        for statistics in load_statistics(unit.statistics) if unit.statistics else ():
+            tensors = [name for name in unit.tensors if maps[name].module in statistics.modules]
+            if tensors:
+                self.groups.append((statistics, tensors))
+        self._group_of = {t: i for i, (_, tensors) in enumerate(self.groups) for t in tensors}
+        self._left = [len(tensors) for _, tensors in self.groups]
+        self._made: dict[int, Inputs] = {}
+        self._escalated: dict[int, float] = {}
+        self._lock = Lock()
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._group_of
+
+    @contextmanager
+    def lent(self, tensor: str) -> Iterator[Inputs | None]:
+        """The inputs of a tensor; None without statistics. Once for every tensor."""
+        group = self._group_of.get(tensor)
+        if group is None:
+            yield None
+            return
+        with self._lock:
+            if group not in self._made:
+                self._made[group] = self._make(group)
+            inputs = self._made[group]
+            self._left[group] -= 1
+            if not self._left[group]:
+                del self._made[group]
+        columns = self._maps[tensor].columns
+        yield inputs if columns is None else _reordered(inputs, columns, self._config.methods)
+
+    def _make(self, group: int) -> Inputs:
+        statistics, _ = self.groups[group]
+        config = self._config
+        inputs = _inputs(statistics.train, statistics.heldout, config.methods, config.device)
+        if inputs.factor is not None and inputs.factor.escalated:
+            self._escalated[group] = inputs.factor.damping
+        return inputs
+
+    def dampings(self) -> list[dict[str, Any]]:
+        """Of inputs whose Hessian was not positive definite at the usual damping."""
+        return [
+            {"modules": list(statistics.modules), "damping": self._escalated[i]}
+            for i, (statistics, _) in enumerate(self.groups)
+            if i in self._escalated
+        ]
 
 
 def _inputs(
