@@ -64,7 +64,8 @@ class Fitness:
         self.n_batch = min(_SEQUENCES_PER_BATCH[device.type], max(1, len(ids) // 2))
         self._parent: Choices | None = None
         self._targets = self._make_targets(targets_path)
-        room = _STATES_SHARE * (free_memory(str(device)) - self._weights.room)
+        taken = self._weights.room + self._weights.decoded_room
+        room = _STATES_SHARE * (free_memory(str(device)) - taken)
         # Of the parent's passes, by first sequence and block: what the block reads, and after the
         # last block what the head reads.
         self._states = Shelf(targets_path.with_name(f"states-{targets_path.name}"), int(room))

@@ -16,7 +16,7 @@ import torch
 _SCALE = 4096.0  # float16 holds 6e-8 .. 65504: probabilities from 1.5e-11 up survive
 
 
-_DEVICE_SHARE = 0.4  # of a GPU's free memory that targets may take
+_DEVICE_SHARE = 0.3  # of a GPU's free memory that targets may take
 
 
 class Targets:
@@ -52,11 +52,8 @@ class Targets:
         device, for candidate logits (n, n_vocab), float32.
         """
         own = slice(first, first + len(logits))
-        p = self._read(first, len(logits)).to(logits.device).float()
-        # Logarithms first: the sum then runs over small numbers, and float32 is enough for it.
-        log_q = torch.log_softmax(logits, -1)
-        cross = -torch.linalg.vecdot(p, log_q).double() / self._totals[own]
-        return cross - self._entropies[own]
+        p = self._read(first, len(logits)).to(logits.device)
+        return _cross_entropy(p, logits) / self._totals[own] - self._entropies[own]
 
     # Written and read, not mapped: pages of a mapped file count as memory of the process.
 
@@ -74,6 +71,16 @@ class Targets:
         offset = 2 * first * self.n_vocab
         stored = np.fromfile(self._path, np.float16, n_rows * self.n_vocab, offset=offset)
         return torch.from_numpy(stored).view(n_rows, -1)
+
+
+def _cross_entropy(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Sums over the vocabulary of p times -log softmax(logits), float64 (n,)."""
+    if logits.is_cuda:
+        from quantkit.search.kernels_cuda import cross_entropy
+
+        return cross_entropy(p, logits)
+    # Logarithms first: the sum then runs over small numbers, and float32 is enough for it.
+    return -torch.linalg.vecdot(p.float(), torch.log_softmax(logits, -1)).double()
 
 
 def _fits(n_bytes: int, device: torch.device) -> bool:

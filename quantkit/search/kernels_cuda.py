@@ -1,0 +1,50 @@
+"""Cross-entropies on a GPU in one pass over the vocabulary's memory.
+
+Only imported where there is a GPU. What it computes is that of `Targets.kl`, whose torch form reads
+and writes whole tables of logits several times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quantkit.kquants.grids_cuda import tl, triton
+
+_BLOCK = 2048
+
+
+@triton.jit
+def _cross_entropy(p_rows: Any, z_rows: Any, out: Any, n_vocab: Any, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    p_row, z_row = p_rows + row * n_vocab, z_rows + row * n_vocab
+    lanes = tl.arange(0, BLOCK)
+    high = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_vocab, BLOCK):
+        z = tl.load(z_row + start + lanes, mask=start + lanes < n_vocab, other=-1e30)
+        higher = tl.maximum(high, z)
+        total = total * tl.exp(high - higher) + tl.exp(z - higher)
+        high = higher
+    highest = tl.max(high, 0)
+    log_total = highest + tl.log(tl.sum(total * tl.exp(high - highest), 0))
+    # The row is still in the cache. Differences first: the sum then runs over small numbers.
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_vocab, BLOCK):
+        inside = start + lanes < n_vocab
+        z = tl.load(z_row + start + lanes, mask=inside, other=0.0)
+        p = tl.load(p_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        sums += p * (log_total - z)
+    tl.store(out + row, tl.sum(sums.to(tl.float64), 0))
+
+
+def cross_entropy(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Sums over the vocabulary of p times -log softmax(logits): float64 (n,), of weights p, float16
+    (n, n_vocab), and logits, float32 (n, n_vocab), both on one GPU.
+    """
+    p, logits = p.contiguous(), logits.contiguous()
+    out = torch.empty(len(p), dtype=torch.float64, device=p.device)
+    with torch.cuda.device(p.device):
+        _cross_entropy[(len(p),)](p, logits, out, p.shape[1], BLOCK=_BLOCK, num_warps=8)
+    return out
