@@ -17,9 +17,12 @@ and lowers others until the file fits. Random search is its first step for ever.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,8 +79,12 @@ class Judge:
 
     def last_word(self, choices: Choices) -> float:
         """Mean KL on the sequences that no search has seen."""
+        return float(self.samples(choices).mean())
+
+    def samples(self, choices: Choices) -> np.ndarray:
+        """KL of every part of these sequences, (n_sequences, parts)."""
         whole = self._fitness.n_sequences // self.n_batch * self.n_batch
-        return float(self._fitness.kl(choices, self.n_sequences, whole).mean())
+        return self._fitness.kl(choices, self.n_sequences, whole)
 
 
 def ours(judge: Judge, space: SearchSpace, n_tokens: int, seed: int) -> Iterator[Point]:
@@ -202,6 +209,28 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]]) -> Picture:
     return Picture(400, 280, "KL divergence over tokens evaluated", tuple(items))
 
 
+def judge_of(folder: Path, device: str) -> tuple[Judge, SearchSpace]:
+    """A judge of a finished run's levels, and the space of their choices."""
+    directory = RunDir(folder.absolute())
+    config = replace(RunConfig.from_json(read_json(directory.config_path)), device=device)
+    run = Run(config, directory, EventLog(Path(os.devnull)))
+    space = make_space(run, convert.load_base(directory))
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    model = load_model(fetch.load(directory).folder, compute_dtype(device), device)
+    maps = load_row_maps(directory.stage_dir("convert") / "rowmaps.safetensors")
+    ids = load_file(directory.stage_dir("calibrate") / "tokens.safetensors")["heldout"]
+    scratch = Path(tempfile.mkdtemp(prefix="targets-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    levels = directory.stage_dir("quantize")
+    fitness = Fitness(BlockwiseModel(model), space, maps, levels, ids, scratch / "targets")
+    return Judge(fitness), space
+
+
+def n_weights(folder: Path) -> int:
+    return convert.load_base(RunDir(folder.absolute())).n_elements
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
@@ -213,21 +242,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="folder for efficiency.json and .svg")
     arguments = parser.parse_args()
-    directory = RunDir(arguments.run.absolute())
-    config = replace(RunConfig.from_json(read_json(directory.config_path)), device=arguments.device)
-    run = Run(config, directory, EventLog(Path(os.devnull)))
-    base = convert.load_base(directory)
-    space = replace(make_space(run, base), limit_bytes=int(arguments.bpw * base.n_elements / 8))
-    if arguments.device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    model = load_model(
-        fetch.load(directory).folder, compute_dtype(arguments.device), arguments.device
-    )
-    maps = load_row_maps(directory.stage_dir("convert") / "rowmaps.safetensors")
-    ids = load_file(directory.stage_dir("calibrate") / "tokens.safetensors")["heldout"]
-    targets = directory.path / "efficiency-targets"
-    levels = directory.stage_dir("quantize")
-    judge = Judge(Fitness(BlockwiseModel(model), space, maps, levels, ids, targets))
+    judge, space = judge_of(arguments.run, arguments.device)
+    space = replace(space, limit_bytes=int(arguments.bpw * n_weights(arguments.run) / 8))
     print(
         f"{len(space.tensors)} tensors, {judge.n_sequences * judge.n_ctx:,} tokens to judge by,"
         f" budget {space.limit_bytes:,} bytes",
@@ -256,7 +272,6 @@ def main() -> None:
     reached = [tokens_to(found, last) for found in curves["ours"]]
     said = ", ".join("not reached" if n is None else f"{n:,}" for n in reached)
     print(f"ours is at EvoPress's last KL, {last:.5f}, after so many tokens: {said}")
-    targets.unlink(missing_ok=True)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         values = {"curves": curves, "tokens_to_the_last_of_evopress": reached}
