@@ -24,6 +24,7 @@ from quantkit.gptq.solver import output_error
 from quantkit.kquants.formats import Format, levels_of
 
 N_SWEEPS = 4  # dev/LOG.md: what each sweep is worth
+_WINDOW = 128  # columns whose changes reach all others in one product, on a CPU
 _REACH = 1024  # columns whose changes reach all others in one product, on a GPU
 
 
@@ -79,11 +80,11 @@ def descend(
         parts = zip(packed.chunk(len(hessian)), weight.chunk(len(hessian)), hessian, strict=True)
         return torch.cat([descend(form, p, w, h, n_sweeps, step) for p, w, h in parts])
     state = take_apart(form, packed, weight, hessian)
-    if step is None and packed.is_cuda:
-        _sweep_cuda(state, hessian, n_sweeps)
+    sweep = _SWEEPS.get(packed.device.type) if step is None else None
+    if sweep is not None:
+        sweep(state, hessian, n_sweeps)
         return put_together(state, packed)
-    if step is None:
-        step = _step_cpu if packed.device.type == "cpu" else step_block
+    step = step or step_block
     width = form.qtype.block_size
     per_block = width // form.group
     for _ in range(n_sweeps):
@@ -226,34 +227,44 @@ def _fit_halves(state: RowState, block: Block, gradient: torch.Tensor) -> torch.
     return moved
 
 
-def _step_cpu(state: RowState, block: Block) -> torch.Tensor:
-    """`step_block` by the compiled kernel."""
+def _sweep_cpu(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
+    """All sweeps by the compiled kernel, a window of blocks at a time; other columns hear of a
+    window in one product.
+    """
     form = state.form
-    change = torch.zeros((len(state.codes), form.qtype.block_size))
-    # The kernel works on copies of the block's own columns: they are next to each other there.
-    codes = state.codes[:, block.columns].contiguous()
-    scale, minimum = (x[:, block.groups].contiguous() for x in (state.scale, state.minimum))
-    d, dmin = (x[:, block.index : block.index + 1].flatten() for x in (state.d, state.dmin))
-    d, dmin = d.clone(), dmin.clone()
-    kernels_cpu.descend(
-        codes.numpy(),
-        state.gradient[:, block.columns].clone().contiguous().numpy(),
-        change.numpy(),
-        d.numpy(),
-        dmin.numpy(),
-        scale.numpy(),
-        minimum.numpy(),
-        block.hessian.numpy(),
-        np.array(form.table or (), np.float32),
-        kernels_cpu.Shape(form.group, form.low, form.high, form.dmin_sign),
-        (*(form.scale_range or (0, -1)), *(form.minimum_range or (0, -1))),
-    )
-    state.codes[:, block.columns] = codes
-    state.scale[:, block.groups], state.minimum[:, block.groups] = scale, minimum
-    state.d[:, block.index] = d
-    if len(dmin):
-        state.dmin[:, block.index] = dmin
-    return change
+    width, group, n_columns = form.qtype.block_size, form.group, hessian.shape[-1]
+    reach = max(1, _WINDOW // width) * width
+    # Transposed, neighbouring rows lie next to each other.
+    fields = (state.codes, state.gradient, state.d, state.dmin, state.scale, state.minimum)
+    codes, gradient, d, dmin, scale, minimum = (x.T.contiguous() for x in fields)
+    table = np.array(form.table or (), np.float32)
+    shape = kernels_cpu.Shape(width, group, form.low, form.high, form.dmin_sign)
+    limits = (*(form.scale_range or (0, -1)), *(form.minimum_range or (0, -1)))
+    for _ in range(n_sweeps):
+        for first in range(0, n_columns, reach):
+            last = min(first + reach, n_columns)
+            own = hessian[first:last, first:last].contiguous()
+            sums = own.unflatten(0, (-1, group)).sum(1).unflatten(1, (-1, group)).sum(2)
+            columns, groups = slice(first, last), slice(first // group, last // group)
+            blocks = slice(first // width, last // width)
+            change = torch.empty((last - first, len(state.codes)))
+            kernels_cpu.descend(
+                codes[columns].numpy(),
+                gradient[columns].numpy(),
+                change.numpy(),
+                d[blocks].numpy(),
+                dmin[blocks].numpy(),
+                scale[groups].numpy(),
+                minimum[groups].numpy(),
+                own.numpy(),
+                sums.numpy(),
+                table,
+                shape,
+                limits,
+            )
+            add_product(gradient, hessian[columns].T, change)
+    for field, found in zip(fields, (codes, gradient, d, dmin, scale, minimum), strict=True):
+        field.copy_(found.T)
 
 
 def _sweep_cuda(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
@@ -283,6 +294,9 @@ def _sweep_cuda(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
                 add_product(gradient[..., last:], change, own[..., last:])
             if first > 0 and sweep < n_sweeps - 1:  # else nobody comes back to them
                 add_product(gradient[..., :first], change, own[..., :first])
+
+
+_SWEEPS = {"cpu": _sweep_cpu, "cuda": _sweep_cuda}
 
 
 def row_errors(

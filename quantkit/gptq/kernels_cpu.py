@@ -1,14 +1,13 @@
 """The column-by-column parts of GPTQ and of the descent on a CPU, compiled by numba.
 
 Rows are independent: a thread owns some rows and walks the columns with everything it needs in its
-caches. The same walks in torch (`quantkit.gptq.solver.walk_columns`,
-`quantkit.gptq.descent.walk_blocks`) are the references; they spend their time on calls and thread
-barriers.
+caches. Arrays are transposed, so that a column's data of neighbouring rows fill vector registers.
+The same walks in torch (`quantkit.gptq.solver.walk_columns`, `quantkit.gptq.descent.step_block`)
+are the references; they spend their time on calls and thread barriers.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +108,7 @@ def gptq(
 class Shape(NamedTuple):
     """What the descent has to know of a format."""
 
+    width: int  # columns of a block
     group: int
     low: int
     high: int
@@ -117,184 +117,323 @@ class Shape(NamedTuple):
 
 @numba.njit(nogil=True, cache=True)
 def round_to_half(x):  # type: ignore[no-untyped-def]
-    """float32 `x` rounded to the nearest float16, ties to even, as a float32; the largest
+    """float32 array `x` rounded in place to the nearest float16, ties to even; to the largest
     finite one where it overflows.
     """
-    size = abs(x)
-    if size < np.float32(6.103515625e-05):  # subnormal: multiples of 2^-24
-        return np.float32(np.rint(x * np.float32(16777216.0)) * np.float32(5.9604644775390625e-08))
-    if size > np.float32(65504.0):
-        return np.float32(65504.0) if x > 0 else np.float32(-65504.0)
-    exponent = math.frexp(size)[1] - 1
-    spacing = np.float32(math.ldexp(1.0, exponent - 10))
-    return np.float32(np.rint(x / spacing) * spacing)
+    bits = x.view(np.int32)
+    for i in range(x.size):
+        size = bits[i] & 0x7FFFFFFF
+        if size < 0x38800000:  # subnormal: multiples of 2^-24
+            x[i] = np.rint(x[i] * np.float32(16777216.0)) * np.float32(5.9604644775390625e-08)
+        else:
+            odd = (size >> 13) & 1
+            size = min((size + 0xFFF + odd) & ~0x1FFF, 0x477FE000)
+            bits[i] = size | (bits[i] & ~0x7FFFFFFF)
+
+
+@numba.njit(inline="always")
+def _apply(slope, step, hessian, column, first, last):  # type: ignore[no-untyped-def]
+    """slope[other] += hessian[column, other] * step for columns first..last."""
+    lanes = step.size
+    for other in range(first, last):
+        share = hessian[column, other]
+        for lane in range(lanes):
+            slope[other, lane] += share * step[lane]
+
+
+@numba.njit(inline="always")
+def _any(step):  # type: ignore[no-untyped-def]
+    found = np.float32(0)
+    for lane in range(step.size):
+        found += abs(step[lane])
+    return found != 0
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _add_row(target, step, hessian, column):  # type: ignore[no-untyped-def]
-    """target += step * hessian[column]."""
-    for other in range(target.size):
-        target[other] += step * hessian[column, other]
+def _move_codes(codes, level, slope, moved, d, scale, hessian, table, shape, first):  # type: ignore[no-untyped-def]
+    """Every code of the block at column `first` in turn, all else fixed."""
+    low, high, lanes = np.float32(shape.low), np.float32(shape.high), slope.shape[1]
+    step = np.zeros(lanes, np.float32)
+    wanted = np.zeros(lanes, np.float32)
+    index = np.zeros(lanes, np.int32)
+    for column in range(first, first + shape.width):
+        group = column // shape.group
+        curvature = hessian[column, column]
+        for lane in range(lanes):
+            worth = d[lane] * scale[group, lane]
+            free = worth if worth != 0 else np.float32(1)
+            wanted[lane] = level[column, lane] - slope[column, lane] / (curvature * free)
+        if table.size == 0:
+            for lane in range(lanes):
+                new = min(max(np.rint(wanted[lane]), low), high)
+                worth = d[lane] * scale[group, lane]
+                new = new if worth != 0 else level[column, lane]
+                step[lane] = (new - level[column, lane]) * worth
+                level[column, lane] = new
+                codes[column, lane] = np.int8(new)
+        else:
+            index[:] = 0
+            for i in range(1, table.size):
+                middle = (table[i - 1] + table[i]) * np.float32(0.5)
+                for lane in range(lanes):
+                    index[lane] += np.int32(wanted[lane] > middle)
+            for lane in range(lanes):
+                worth = d[lane] * scale[group, lane]
+                if worth != 0:
+                    codes[column, lane] = np.int8(index[lane])
+                new = table[codes[column, lane]]
+                step[lane] = (new - level[column, lane]) * worth
+                level[column, lane] = new
+        if _any(step):
+            for lane in range(lanes):
+                moved[column, lane] += step[lane]
+            _apply(slope, step, hessian, column, first, first + shape.width)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _times(hessian, vector, product):  # type: ignore[no-untyped-def]
-    """product = hessian @ vector; the hessian is symmetric, so its rows serve as columns."""
-    product[:] = 0
-    for i in range(vector.size):
-        _add_row(product, vector[i], hessian, i)
+def _move_integers(integers, unit, basis, slope, moved, hessian, shape, first, group, low, high):  # type: ignore[no-untyped-def]
+    """The integers (lanes,) of one group, each worth `unit` times `basis` (group, lanes)."""
+    own, lanes = group * shape.group, slope.shape[1]
+    slopes = np.zeros(lanes, np.float32)
+    curvature = np.zeros(lanes, np.float32)
+    inner = np.zeros(lanes, np.float32)
+    step = np.zeros(lanes, np.float32)
+    part = np.zeros(lanes, np.float32)
+    for i in range(shape.group):
+        inner[:] = 0
+        for j in range(shape.group):
+            share = hessian[own + i, own + j]
+            for lane in range(lanes):
+                inner[lane] += share * basis[j, lane]
+        for lane in range(lanes):
+            slopes[lane] += basis[i, lane] * slope[own + i, lane]
+            curvature[lane] += inner[lane] * basis[i, lane]
+    for lane in range(lanes):
+        free = curvature[lane] > 0 and unit[lane] != 0
+        old = integers[lane]
+        new = np.rint(old - slopes[lane] / (curvature[lane] * unit[lane] if free else 1))
+        new = min(max(np.float32(new), np.float32(low)), np.float32(high))
+        change = (new - old) * unit[lane]
+        gain = 2 * change * slopes[lane] + change * change * curvature[lane]
+        good = free and gain < 0
+        integers[lane] = new if good else old
+        step[lane] = change if good else np.float32(0)
+    if _any(step):
+        for i in range(shape.group):
+            for lane in range(lanes):
+                part[lane] = step[lane] * basis[i, lane]
+                moved[own + i, lane] += part[lane]
+            _apply(slope, part, hessian, own + i, first, first + shape.width)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
-
-
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _step_integer(old, unit, basis, first, gradient, hessian, low, high):  # type: ignore[no-untyped-def]
-    """The best storable change of one integer (a group's scale or minimum), `unit` being its worth.
-
-    `basis` (group,) is what the integer times `unit` is multiplied with in columns first...;
-    returns the new integer.
-    """
-    n = basis.size
-    slope = np.float32(0)
-    curvature = np.float32(0)
-    for i in range(n):
-        slope += basis[i] * gradient[first + i]
-        inner = np.float32(0)
-        for j in range(n):
-            inner += hessian[first + i, first + j] * basis[j]
-        curvature += inner * basis[i]
-    if not curvature > 0:
-        return old
-    new = np.rint(old - slope / (curvature * unit))
-    new = min(max(new, np.float32(low)), np.float32(high))
-    step = (new - old) * unit
-    return new if 2 * step * slope + step * step * curvature < 0 else old
+def _fit_halves(level, slope, moved, d, dmin, scale, minimum, hessian, group_sums, shape, first):  # type: ignore[no-untyped-def]
+    """d and dmin (lanes,) of the block together; `dmin` is empty where there is none."""
+    lanes = slope.shape[1]
+    zeros = np.zeros((9, lanes), np.float32)
+    au, uu, av, uv, vv, inner, by_group, step_d, step_m = zeros
+    u = np.empty((shape.width, lanes), np.float32)
+    sign = np.float32(shape.dmin_sign)
+    last = first + shape.width
+    for column in range(first, last):
+        for lane in range(lanes):
+            u[column - first, lane] = level[column, lane] * scale[column // shape.group, lane]
+    for column in range(first, last):
+        group = column // shape.group
+        inner[:] = 0
+        for other in range(shape.width):
+            share = hessian[first + other, column]
+            for lane in range(lanes):
+                inner[lane] += share * u[other, lane]
+        for lane in range(lanes):
+            au[lane] += u[column - first, lane] * slope[column, lane]
+            uu[lane] += u[column - first, lane] * inner[lane]
+        if dmin.size > 0:
+            for lane in range(lanes):
+                v = sign * minimum[group, lane]
+                av[lane] += v * slope[column, lane]
+                uv[lane] += v * inner[lane]
+    if dmin.size > 0:
+        for group in range(first // shape.group, last // shape.group):
+            by_group[:] = 0
+            for other in range(first // shape.group, last // shape.group):
+                for lane in range(lanes):
+                    by_group[lane] += group_sums[group, other] * minimum[other, lane]
+            for lane in range(lanes):
+                vv[lane] += minimum[group, lane] * by_group[lane]
+    for lane in range(lanes):
+        free = uu[lane] > 0
+        to_d = -au[lane] / uu[lane] if free else np.float32(0)
+        to_m = np.float32(0)
+        det = uu[lane] * vv[lane] - uv[lane] * uv[lane]
+        if det > np.float32(1e-6) * uu[lane] * vv[lane]:
+            to_d = -(vv[lane] * au[lane] - uv[lane] * av[lane]) / det
+            to_m = -(uu[lane] * av[lane] - uv[lane] * au[lane]) / det
+        step_d[lane] = d[lane] + to_d
+        step_m[lane] = (dmin[lane] if dmin.size > 0 else np.float32(0)) + to_m
+    round_to_half(step_d)
+    round_to_half(step_m)
+    for lane in range(lanes):
+        by_d = step_d[lane] - d[lane]
+        by_m = step_m[lane] - dmin[lane] if dmin.size > 0 else np.float32(0)
+        gain = 2 * (by_d * au[lane] + by_m * av[lane]) + by_d * by_d * uu[lane]
+        gain += 2 * by_d * by_m * uv[lane] + by_m * by_m * vv[lane]
+        good = uu[lane] > 0 and gain < 0
+        step_d[lane] = by_d if good else np.float32(0)
+        step_m[lane] = by_m if good else np.float32(0)
+        d[lane] += step_d[lane]
+        if dmin.size > 0:
+            dmin[lane] += step_m[lane]
+    for column in range(first, last):
+        for lane in range(lanes):
+            v = sign * minimum[column // shape.group, lane] if dmin.size > 0 else np.float32(0)
+            moved[column, lane] += step_d[lane] * u[column - first, lane] + step_m[lane] * v
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
 def _descend_rows(  # type: ignore[no-untyped-def]
-    codes, gradient, steps, d, dmin, scale, minimum, hessian, table, shape, limits, first, last
+    codes,
+    gradient,
+    change,
+    d,
+    dmin,
+    scale,
+    minimum,
+    hessian,
+    group_sums,
+    table,
+    shape,
+    limits,
+    first,
+    last,
 ):
-    """One block of columns, rows first..last; see `quantkit.gptq.descent` for the order of
-    steps.
-    """
-    group = shape.group
-    sign = np.float32(shape.dmin_sign)
-    width = codes.shape[1]
-    has_min = dmin.size > 0
-    plain = table.size == 0
-    u, v = np.empty(width, np.float32), np.zeros(width, np.float32)
-    hu, hv = np.empty(width, np.float32), np.zeros(width, np.float32)
-    ones = np.ones(group, np.float32)
-    for row in range(first, last):
-        slope = gradient[row]
-        for column in range(width):
-            worth = d[row] * scale[row, column // group]
-            if worth == 0:
-                continue
-            code = codes[row, column]
-            old = np.float32(code) if plain else table[code]
-            level = old - slope[column] / (hessian[column, column] * worth)
-            if plain:
-                new = min(max(np.rint(level), np.float32(shape.low)), np.float32(shape.high))
-                codes[row, column] = np.int8(new)
-            else:
-                best = _nearest(level, table)
-                codes[row, column] = best
-                new = table[best]
-            if new != old:
-                steps[row, column] += (new - old) * worth
-                _add_row(slope, (new - old) * worth, hessian, column)
+    """The window's blocks for rows first..last."""
+    n, n_columns, n_groups, n_blocks = last - first, len(codes), len(scale), len(d)
+    lanes = n
+    tile_codes = np.zeros((n_columns, lanes), np.int8)
+    level = np.zeros((n_columns, lanes), np.float32)
+    slope = np.zeros((n_columns, lanes), np.float32)
+    moved = np.zeros((n_columns, lanes), np.float32)
+    tile_d = np.zeros((n_blocks, lanes), np.float32)
+    tile_dmin = np.zeros((n_blocks, lanes if len(dmin) > 0 else 0), np.float32)
+    tile_scale = np.zeros((n_groups, lanes), np.float32)
+    tile_minimum = np.zeros((n_groups, lanes), np.float32)
+    ones = np.ones((shape.group, lanes), np.float32)
+    unit = np.zeros(lanes, np.float32)
+    tile_codes[:] = codes[:, first:last]
+    slope[:] = gradient[:, first:last]
+    tile_d[:] = d[:, first:last]
+    tile_scale[:] = scale[:, first:last]
+    tile_minimum[:] = minimum[:, first:last]
+    if len(dmin) > 0:
+        tile_dmin[:] = dmin[:, first:last]
+    for column in range(n_columns):
+        for lane in range(lanes):
+            code = tile_codes[column, lane]
+            level[column, lane] = np.float32(code) if table.size == 0 else table[code]
 
-        for column in range(width):
-            u[column] = np.float32(codes[row, column]) if plain else table[codes[row, column]]
-        for k in range(width // group):
-            own = k * group
-            if limits[0] <= limits[1] and d[row] != 0:
-                old = scale[row, k]
-                basis = u[own : own + group]
-                new = _step_integer(old, d[row], basis, own, slope, hessian, limits[0], limits[1])
-                if new != old:
-                    scale[row, k] = new
-                    for i in range(own, own + group):
-                        steps[row, i] += (new - old) * d[row] * u[i]
-                        _add_row(slope, (new - old) * d[row] * u[i], hessian, i)
-            if limits[2] <= limits[3] and dmin[row] != 0:
-                old = minimum[row, k]
-                unit = sign * dmin[row]
-                new = _step_integer(old, unit, ones, own, slope, hessian, limits[2], limits[3])
-                if new != old:
-                    minimum[row, k] = new
-                    for i in range(own, own + group):
-                        steps[row, i] += (new - old) * unit
-                        _add_row(slope, (new - old) * unit, hessian, i)
+    for block in range(n_blocks):
+        at = block * shape.width
+        end = at + shape.width
+        own_d, own_dmin = tile_d[block], tile_dmin[block]
+        _move_codes(tile_codes, level, slope, moved, own_d, tile_scale, hessian, table, shape, at)
+        for group in range(at // shape.group, end // shape.group):
+            if limits[0] <= limits[1]:
+                basis = level[group * shape.group : (group + 1) * shape.group]
+                integers = tile_scale[group]
+                _move_integers(
+                    integers,
+                    own_d,
+                    basis,
+                    slope,
+                    moved,
+                    hessian,
+                    shape,
+                    at,
+                    group,
+                    limits[0],
+                    limits[1],
+                )
+            if limits[2] <= limits[3]:
+                for lane in range(lanes):
+                    unit[lane] = np.float32(shape.dmin_sign) * own_dmin[lane]
+                integers = tile_minimum[group]
+                _move_integers(
+                    integers,
+                    unit,
+                    ones,
+                    slope,
+                    moved,
+                    hessian,
+                    shape,
+                    at,
+                    group,
+                    limits[2],
+                    limits[3],
+                )
+        _fit_halves(
+            level,
+            slope,
+            moved,
+            own_d,
+            own_dmin,
+            tile_scale,
+            tile_minimum,
+            hessian,
+            group_sums,
+            shape,
+            at,
+        )
+        for other in range(end, n_columns):  # the window's other blocks hear of it
+            for column in range(at, end):
+                share = hessian[column, other]
+                for lane in range(lanes):
+                    slope[other, lane] += share * moved[column, lane]
 
-        for column in range(width):  # d and dmin together
-            u[column] *= scale[row, column // group]
-            if has_min:
-                v[column] = sign * minimum[row, column // group]
-        _times(hessian, u, hu)
-        au, uu = _dot(u, slope), _dot(u, hu)
-        if not uu > 0:
-            continue
-        to_d, to_m = -au / uu, np.float32(0)
-        av = uv = vv = np.float32(0)
-        if has_min:
-            _times(hessian, v, hv)
-            av, uv, vv = _dot(v, slope), _dot(v, hu), _dot(v, hv)
-            det = uu * vv - uv * uv
-            if det > np.float32(1e-6) * uu * vv:
-                to_d = -(vv * au - uv * av) / det
-                to_m = -(uu * av - uv * au) / det
-        step_d = round_to_half(d[row] + to_d) - d[row]
-        step_m = round_to_half(dmin[row] + to_m) - dmin[row] if has_min else np.float32(0)
-        gain = 2 * (step_d * au + step_m * av)
-        gain += step_d * step_d * uu + 2 * step_d * step_m * uv + step_m * step_m * vv
-        if gain < 0:
-            d[row] += step_d
-            if has_min:
-                dmin[row] += step_m
-            for column in range(width):
-                steps[row, column] += step_d * u[column] + step_m * v[column]
+    codes[:, first:last] = tile_codes
+    change[:, first:last] = moved
+    d[:, first:last] = tile_d
+    scale[:, first:last] = tile_scale
+    minimum[:, first:last] = tile_minimum
+    if len(dmin) > 0:
+        dmin[:, first:last] = tile_dmin
 
 
 def descend(
     codes: np.ndarray,
     gradient: np.ndarray,
-    steps: np.ndarray,
+    change: np.ndarray,
     d: np.ndarray,
     dmin: np.ndarray,
     scale: np.ndarray,
     minimum: np.ndarray,
     hessian: np.ndarray,
+    group_sums: np.ndarray,
     table: np.ndarray,
     shape: Shape,
     limits: tuple[int, int, int, int],
 ) -> None:
-    """Descend on one block of all rows, in place; `steps` collects what was added to the values.
+    """Descend on a window of blocks, one after the other, of all rows, in place; `change` is filled
+    with what was added to the values. The gradient is left to the caller.
 
-    `codes` int8, `gradient`, `steps` float32 are (n_rows, width), `d`, `dmin` (n_rows,) (`dmin`
-    empty where the format has none), `scale`, `minimum` (n_rows, groups of the block), `hessian`
-    the block's own (width, width), C-contiguous; `table` (16,) or empty. `limits` are the ranges of
-    the integer scales and minimums, low above high where there are none.
+    `codes` int8, `gradient`, `change` float32 are (n_columns, n_rows), `d`, `dmin` (n_blocks,
+    n_rows) (`dmin` without rows where the format has none), `scale`, `minimum` (n_groups, n_rows),
+    `hessian` the window's own (n_columns, n_columns), C-contiguous, `group_sums` (n_groups,
+    n_groups) its sums over groups; `table` (16,) or empty. `limits` are the ranges of the integer
+    scales and minimums, low above high where there are none.
     """
 
     def work(first: int, last: int) -> None:
         _descend_rows(
             codes,
             gradient,
-            steps,
+            change,
             d,
             dmin,
             scale,
             minimum,
             hessian,
+            group_sums,
             table,
             shape,
             limits,
@@ -302,4 +441,4 @@ def descend(
             last,
         )
 
-    _over_tiles(codes.shape[0], work)
+    _over_tiles(codes.shape[1], work)
