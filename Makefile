@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m quantkit run demo:smollm2-135m --like Q4_K_M --profile demo --methods gptq,imatrix --calibration builtin --out runs/demo
+	$(BIN)/python -m quantkit run demo:smollm2-135m --like Q4_K_M --profile demo --methods gptq,imatrix --calibration english --out runs/demo
 
 app: install
 	$(BIN)/python app.py

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from quantkit.calibration import sources
 from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split, without
+from quantkit.calibration.languages import LANGUAGES
 from quantkit.calibration.spec import (
-    BUILTIN,
-    HUB_MIX,
+    BUILTIN_TEXTS,
     HUB_TEXTS,
+    MIXES,
     SUFFIXES,
     Request,
+    language_of,
     parse_spec,
 )
 from quantkit.errors import QuantkitError, UsageError
@@ -74,6 +76,16 @@ def test_shares_are_by_characters() -> None:
     for part, share in PARTS.items():
         assert sum(map(len, parts[part])) / total == pytest.approx(share, abs=0.02)
     assert sum(PARTS.values()) == pytest.approx(1)
+
+
+def test_of_a_short_text_more_is_evaluated() -> None:
+    """Enough for a window, but never so much that nothing is left to calibrate on."""
+    for n, share in ((10, 0.30), (20, 0.30), (60, 4000)):
+        docs = lines(n)
+        total = sum(map(len, docs))
+        wanted = share * total if share < 1 else share
+        taken = sum(map(len, split(Domain("d", "s", docs), 0)["eval"]))
+        assert wanted <= taken < wanted + 900
 
 
 def test_seed_and_name_decide() -> None:
@@ -167,11 +179,34 @@ def test_rows_of_a_domain_stay_in_order() -> None:
 def test_specs() -> None:
     assert parse_spec("docs:2,code") == (Request("docs", 2.0), Request("code", 1.0))
     assert parse_spec(" docs , , notes.txt:0.5 ") == (Request("docs", 1), Request("notes.txt", 0.5))
-    assert parse_spec("builtin:2") == tuple(Request(k, 2 * v) for k, v in BUILTIN.items())
     assert parse_spec("/data/a:b.jsonl") == (Request("/data/a:b.jsonl", 1.0),)
-    assert {r.name for r in parse_spec(",".join(HUB_MIX))} == set(HUB_MIX)
-    assert set(HUB_MIX) <= {*HUB_TEXTS, *BUILTIN}
-    assert sum(BUILTIN.values()) == pytest.approx(1) == sum(HUB_MIX.values())
+    assert parse_spec("prose-de,lang-hi") == (Request("prose-de", 1), Request("lang-hi", 1))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixes_share_their_weight_among_texts(mix: str) -> None:
+    parts = parse_spec(f"{mix}:2")
+    assert {r.name for r in parts} <= {*HUB_TEXTS, *BUILTIN_TEXTS}
+    assert sum(r.weight for r in parts) == pytest.approx(2)
+    languages = [r for r in parts if r.language]
+    assert all(r.if_known for r in languages) and not any(
+        r.if_known for r in parts if not r.language
+    )
+    assert len(languages) in (0, len(LANGUAGES))
+
+
+def test_without_languages_the_builtin_mix_is_the_english_one() -> None:
+    kept = [r for r in parse_spec("builtin") if not r.language]
+    english = parse_spec("english")
+    assert [r.name for r in kept] == [r.name for r in english]
+    total = sum(r.weight for r in kept)
+    assert [r.weight / total for r in kept] == pytest.approx([r.weight for r in english])
+
+
+def test_the_language_of_a_name() -> None:
+    assert [language_of(n) for n in ("lang-de", "prose-zh")] == ["de", "zh"]
+    others = ("prose", "docs", "lang-en", "prose-de.txt", "fineweb-edu", "code-hub")
+    assert not any(map(language_of, others))
 
 
 @pytest.mark.parametrize(

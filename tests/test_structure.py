@@ -83,6 +83,7 @@ LAYERS = {
     "quantkit.errors": 1,
     "quantkit.qtypes": 2,
     "quantkit.tensors": 3,
+    "quantkit.calibration.languages": 2,
     "quantkit.calibration.spec": 3,
     "quantkit.config": 4,
     "quantkit.rundir": 4,

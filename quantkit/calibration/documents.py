@@ -18,6 +18,10 @@ import numpy as np
 from quantkit.errors import QuantkitError
 
 PARTS = {"train": 0.65, "heldout": 0.25, "eval": 0.10}
+# A short text gives more to evaluation, which needs whole windows: so many characters, but not more
+# than this share.
+_EVAL_CHARACTERS = 4000
+_EVAL_SHARE = 0.30
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
     """The documents of each part, in their own order.
 
     Documents are ranked by hash and dealt out by characters, so that each part has its share of
-    text, and every part at least one document. Equal documents stay together: what is evaluated
-    was not calibrated on. Raises QuantkitError when there are fewer than three different ones.
+    text (of a short one evaluation has more), and every part at least one document. Equal documents
+    stay together: what is evaluated was not calibrated on. Raises QuantkitError when there are
+    fewer than three different ones.
     """
     n_copies = Counter(domain.documents)
     if len(n_copies) < len(PARTS):
@@ -70,9 +75,11 @@ def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
     part_of: dict[str, str] = {}
     # The small parts first: they take documents until they have their share and leave one for each
     # part that comes after; train takes the rest.
-    for part, n_after in (("eval", 2), ("heldout", 1)):
+    n_eval = max(PARTS["eval"] * n_total, min(_EVAL_CHARACTERS, _EVAL_SHARE * n_total))
+    n_heldout = PARTS["heldout"] * n_total
+    for part, n_wanted, n_after in (("eval", n_eval, 2), ("heldout", n_heldout, 1)):
         n_taken = 0
-        while len(left) > n_after and (not n_taken or n_taken < PARTS[part] * n_total):
+        while len(left) > n_after and (not n_taken or n_taken < n_wanted):
             text = left.popleft()
             part_of[text] = part
             n_taken += len(text) * n_copies[text]

@@ -7,7 +7,7 @@ beginning of a user message).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,17 @@ def _continue(
 
 
 def free_text(
-    model: PreTrainedModel, tokenizer: Any, n_texts: int, n_new: int, seed: int, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: Any,
+    starts: Sequence[str],
+    n_texts: int,
+    n_new: int,
+    seed: int,
+    progress: Progress,
 ) -> list[str]:
-    """`n_texts` texts continued from the openings in turn, each of at most `n_new` new tokens."""
-    starts = openings()
+    """`n_texts` texts continued from the openings `starts` in turn, each of at most `n_new` new
+    tokens.
+    """
     texts: list[str] = []
     while len(texts) < n_texts:
         n = min(_BATCH, n_texts - len(texts))

@@ -1,16 +1,18 @@
 """The spec of `--calibration`: `name[:weight],...`, and the names that it may use.
 
-Names are domains of the Hub mix, `builtin` or its parts (docs, code, prose, dialogue), or the path
-of a .txt, .jsonl or .parquet file. `auto` stands alone: the Hub mix when the Hub answers and
-`builtin` when not. Only the spelling is looked at here, so that a wrong one is refused at once;
-`quantkit.calibration.sources` reads the texts.
+A name is a text (of the Hub, of this machine, written by the model, the path of a .txt, .jsonl or
+.parquet file) or a mix of texts, whose parts share its weight. `auto` stands alone: the mix `hub`
+when the Hub answers and `builtin` when not. Only the spelling is looked at here, so that a wrong
+one is refused at once; `quantkit.calibration.sources` reads the texts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.calibration.languages import LANGUAGES
 from quantkit.errors import UsageError
 
 
@@ -29,21 +31,56 @@ HUB_TEXTS = {
     "c4": HubText("allenai/c4", "en", "train", "text"),
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
     "code-hub": HubText("bigcode/the-stack-smol-xs", "python", "train", "content"),
-    "languages": HubText("HuggingFaceFW/fineweb-2", "deu_Latn", "train", "text"),
     "chat": HubText("HuggingFaceH4/ultrachat_200k", "default", "train_sft", "messages"),
+} | {
+    f"lang-{code}": HubText("HuggingFaceFW/fineweb-2", language.config, "train", "text")
+    for code, language in LANGUAGES.items()
 }
+BUILTIN_TEXTS = ("docs", "code", "prose", "dialogue", *(f"prose-{code}" for code in LANGUAGES))
 AUTO = "auto"
-BUILTIN = {"docs": 0.3, "code": 0.3, "prose": 0.25, "dialogue": 0.15}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-HUB_MIX = {"fineweb-edu": 0.35, "c4": 0.15, "code": 0.2, "chat": 0.2, "prose": 0.1}
+
+# The weights of a mix's parts. Languages that the model does not know leave theirs to the rest.
+MIXES: dict[str, dict[str, float]] = {
+    "hub": {"fineweb-edu": 7, "c4": 3, "code": 4, "chat": 4, "prose": 2, "languages": 3},
+    "builtin": {"english": 20, "prose-languages": 3},
+    "english": {"docs": 6, "code": 6, "prose": 5, "dialogue": 3},
+    "languages": {f"lang-{code}": 1 for code in LANGUAGES},
+    "prose-languages": {f"prose-{code}": 1 for code in LANGUAGES},
+}
 
 
 @dataclass(frozen=True)
 class Request:
-    """One entry of a calibration spec."""
+    """One text of a calibration spec. `if_known`: left out where the model does not know its
+    language; so are the parts of mixes, while a text that is asked for by name is used.
+    """
 
     name: str
     weight: float
+    if_known: bool = False
+
+    @property
+    def language(self) -> str | None:
+        """The code of the text's language; None for English and code."""
+        return language_of(self.name)
+
+
+def language_of(name: str) -> str | None:
+    """The code of the language of a text with this name; None for English and code."""
+    kind, _, code = name.partition("-")
+    return code if kind in ("lang", "prose") and code in LANGUAGES else None
+
+
+def parts_of(mix: str, weight: float = 1.0) -> Iterator[Request]:
+    """The texts of a mix, of the mixes in it too, with their shares of `weight`."""
+    total = sum(MIXES[mix].values())
+    for name, own in MIXES[mix].items():
+        share = own / total
+        if name in MIXES:
+            yield from parts_of(name, weight * share)
+        else:
+            yield Request(name, weight * share, if_known=language_of(name) is not None)
 
 
 def parse_spec(spec: str) -> tuple[Request, ...]:
@@ -64,12 +101,12 @@ def parse_spec(spec: str) -> tuple[Request, ...]:
                 f"The weight in {entry!r} is not a positive number.",
                 "Write name:weight, such as docs:2.",
             )
-        if name == "builtin":
-            requests += [Request(part, weight * share) for part, share in BUILTIN.items()]
-        elif name in (AUTO, *BUILTIN, *HUB_TEXTS) or Path(name).suffix in SUFFIXES:
+        if name in MIXES:
+            requests += parts_of(name, weight)
+        elif name in (AUTO, *BUILTIN_TEXTS, *HUB_TEXTS) or Path(name).suffix in SUFFIXES:
             requests.append(Request(name, weight))
         else:
-            known = ", ".join((AUTO, "builtin", *BUILTIN, *HUB_TEXTS))
+            known = ", ".join((AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS))
             raise UsageError(
                 f"There is no calibration text {name!r}.",
                 f"Use {known}, or the path of a .txt, .jsonl or .parquet file.",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit import hub
+from quantkit.calibration.spec import AUTO, BUILTIN_TEXTS, HUB_TEXTS, MIXES
 from quantkit.config import FAMILY, MOST_CONTEXT, PROFILES, RunConfig, Target, compile_pattern
 from quantkit.errors import UsageError
 from quantkit.tensors import METHODS
@@ -23,10 +24,7 @@ FAMILIES = {
 HERE = "here"
 # Who may see a published repository: everyone unless the model is gated, only its owner, everyone.
 VISIBILITIES = ("model", "private", "public")
-CALIBRATION_TEXTS = (
-    *("auto", "builtin", "docs", "code", "prose", "dialogue"),
-    *("fineweb-edu", "c4", "wikitext2", "code-hub", "languages", "chat"),
-)
+CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
 
 _MAX_TYPES_TEXT = 10_000
 _MAX_TYPES = 100

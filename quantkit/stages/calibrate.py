@@ -12,6 +12,7 @@ work is one block: after a kill, blocks whose file is there are only run forward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,9 @@ from safetensors.torch import save_file
 
 from quantkit import hub
 from quantkit.blockwise import BlockwiseModel, compute_dtype, load_tokenizer
-from quantkit.calibration import sampling, sources
-from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split, without
-from quantkit.calibration.spec import AUTO, HUB_MIX, HUB_TEXTS, Request, parse_spec
+from quantkit.calibration import sources
+from quantkit.calibration.documents import Domain, interleave, pack, split
+from quantkit.calibration.mix import Mix, Reader, shown
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import write_imatrix
 from quantkit.gptq.experts import ExpertCollector
@@ -48,7 +49,6 @@ _BATCH_TOKENS = 4096  # per forward call
 _FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens price a layer well
 _EVAL_TOKENS = N_CTX + N_CTX // 8  # one window, though llama.cpp should count a few tokens less
 _ACTIVATIONS_SHARE = 0.25  # of the free memory; what is more lies in a file
-_CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 
 
 def execute(run: Run) -> StageResult:
@@ -60,7 +60,8 @@ def execute(run: Run) -> StageResult:
     tokenizer = load_tokenizer(snapshot.folder)
     tokens_path, report_path = folder / "tokens.safetensors", folder / "calibration.json"
 
-    domains, note = _read_domains(run, model.model, tokenizer)
+    mix = _read_mix(run, model.model, tokenizer)
+    domains, note = mix.domains, mix.note
     tokens = _tokens(run, domains, tokenizer)
     with replacing(tokens_path) as partial:
         save_file({name: torch.from_numpy(ids) for name, ids in tokens.items()}, partial)
@@ -88,9 +89,10 @@ def execute(run: Run) -> StageResult:
     names = [f"{d.name} ({d.source})" for d, _ in domains]
     write_imatrix(imatrix_path, importances, names, len(tokens["train"]), N_CTX)
     report = {
-        "spec": _shown(run.config.calibration),
+        "spec": shown(run.config.calibration),
         "note": note,
         "domains": sources.describe(domains),
+        "languages": {code: round(bits, 3) for code, bits in mix.languages.items()},
         "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
         "n_ctx": N_CTX,
         "n_imatrix_entries": len(importances),
@@ -110,84 +112,23 @@ def is_intermediate(path: str) -> bool:
     return "/hessians/" in path
 
 
-def _read_domains(run: Run, model: Any, tokenizer: Any) -> tuple[list[tuple[Domain, float]], str]:
-    """The calibration mix as documents with weights that sum to 1, and a sentence on where it came
-    from.
-    """
-    requests = parse_spec(run.config.calibration)
-    token = hub.resolve_token()
-    note = f"calibration text as asked: {_shown(run.config.calibration)}"
-    if requests[0].name == AUTO:
-        reason = sources.hub_answers(token)
-        if reason:
-            requests = parse_spec("builtin")
-            note = f"built-in text, because {reason}"
-        else:
-            requests = tuple(Request(name, weight) for name, weight in HUB_MIX.items())
-            note = "the Hub mix, because the Hub answers"
-    n_wanted = run.profile.calibration_tokens + run.profile.heldout_tokens
-    total = sum(r.weight for r in requests)
-    has_chat = sampling.has_chat_template(tokenizer)
-    domains: list[tuple[Domain, float]] = []
-    known: set[str] = set()
-    for request in requests:
-        share = request.weight / total
-        n_tokens = int(share * n_wanted / (1 - PARTS["eval"])) + run.profile.eval_windows * N_CTX
-        if request.name == "dialogue" and not has_chat:
-            note += "; no dialogue, because the tokenizer has no chat template"
-            continue
-        found = _read(run, request.name, n_tokens, model, tokenizer, token)
-        domains.append((without(found, known), share))
-        known |= set(found.documents)
-    if not domains:
-        raise QuantkitError("No calibration text is left.", "Give another --calibration.")
-    left = sum(weight for _, weight in domains)
-    run.events.emit(NAME, "note", note)
-    return [(domain, weight / left) for domain, weight in domains], note
+def _read_mix(run: Run, model: Any, tokenizer: Any) -> Mix:
+    """The calibration mix as documents."""
+
+    def progress(done: int, total: int, message: str) -> None:
+        run.events.progress(NAME, done, total, message)
+
+    profile = run.profile
+    reader = Reader(model, tokenizer, hub.resolve_token(), run.config.seed, progress)
+    n_tokens = profile.calibration_tokens + profile.heldout_tokens
+    mix = reader.mix(run.config.calibration, n_tokens, profile.eval_windows * N_CTX)
+    run.events.emit(NAME, "note", mix.note)
+    return mix
 
 
-def _shown(spec: str) -> str:
-    """The spec without folders: it is published, and they are nobody's business."""
-    return ",".join(Path(entry).name for entry in spec.split(","))
-
-
-def _read(
-    run: Run, name: str, n_tokens: int, model: Any, tokenizer: Any, token: str | None
-) -> Domain:
-    """One domain with about `n_tokens` tokens of text."""
-    n_characters = n_tokens * _CHARACTERS_PER_TOKEN
-
-    def progress(done: int, total: int) -> None:
-        run.events.progress(NAME, done, total, f"the model writes calibration text ({name})")
-
-    builtin = sources.builtin_text(name, n_characters * 2)
-    if builtin is not None:
-        return builtin
-    if name in ("prose", "dialogue"):
-        n_new = 192
-        write = sampling.free_text if name == "prose" else sampling.dialogues
-        texts = write(
-            model, tokenizer, -(-n_tokens // (n_new * 7 // 8)), n_new, run.config.seed, progress
-        )
-        return sources.domain(name, "sampled from the model itself", texts)
-    if name in HUB_TEXTS:
-
-        def render(messages: list[dict[str, str]]) -> str:
-            if sampling.has_chat_template(tokenizer):
-                return str(tokenizer.apply_chat_template(messages, tokenize=False))
-            return "\n\n".join(m["content"] for m in messages)
-
-        return sources.domain(
-            name,
-            HUB_TEXTS[name].repo,
-            sources.hub_text(name, n_characters * 2, token, render),
-        )
-    return sources.domain(
-        Path(name).name, Path(name).name, sources.local_file(Path(name), n_characters * 20)
-    )
-
-
-def _tokens(run: Run, domains: list[tuple[Domain, float]], tokenizer: Any) -> dict[str, np.ndarray]:
+def _tokens(
+    run: Run, domains: Sequence[tuple[Domain, float]], tokenizer: Any
+) -> dict[str, np.ndarray]:
     """Sequences of the train and heldout parts, domains interleaved by weight: int64 (n, N_CTX)
     each.
     """
@@ -212,7 +153,9 @@ def _tokens(run: Run, domains: list[tuple[Domain, float]], tokenizer: Any) -> di
     return tokens
 
 
-def _eval_texts(run: Run, domains: list[tuple[Domain, float]], tokenizer: Any) -> dict[str, str]:
+def _eval_texts(
+    run: Run, domains: Sequence[tuple[Domain, float]], tokenizer: Any
+) -> dict[str, str]:
     """What is held out of each domain for validation, by a name for its file. Domains with less
     than a window of it are left out: better now than after the long work.
     """

@@ -1,0 +1,139 @@
+"""A calibration spec becomes text: every part of the mix as documents, with its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from quantkit.calibration import knowledge, sampling, sources
+from quantkit.calibration.documents import PARTS, Domain, without
+from quantkit.calibration.languages import LANGUAGES, sentences
+from quantkit.calibration.spec import AUTO, HUB_TEXTS, Request, language_of, parse_spec, parts_of
+from quantkit.errors import QuantkitError
+
+_CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
+_NEW_TOKENS = 192  # that the model writes after an opening
+_LANGUAGE_TOKENS = 4096  # of each language beside its share: enough to validate on two windows
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The texts with shares that sum to 1, a sentence on where they come from, and how many bits
+    the model needs in each language that was asked for, over those that it needs in English.
+    """
+
+    domains: tuple[tuple[Domain, float], ...]
+    note: str
+    languages: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What texts are read and written with."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    token: str | None  # of the Hub
+    seed: int
+    progress: Progress
+
+    def mix(self, spec: str, n_tokens: int, n_eval: int) -> Mix:
+        """The texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each text
+        some more to hold `n_eval` out. Raises QuantkitError when a text cannot be read or none is
+        left.
+        """
+        requests, note = self._requests(spec)
+        requests, known, said = self._in_known_languages(requests)
+        note += said
+        total = sum(r.weight for r in requests)
+        domains: list[tuple[Domain, float]] = []
+        seen: set[str] = set()
+        for request in requests:
+            if request.name == "dialogue" and not sampling.has_chat_template(self.tokenizer):
+                note += "; no dialogue, because the tokenizer has no chat template"
+                continue
+            share = request.weight / total
+            beside = n_eval if request.language is None else min(n_eval, _LANGUAGE_TOKENS)
+            found = self.read(request.name, int(share * n_tokens / (1 - PARTS["eval"])) + beside)
+            domains.append((without(found, seen), share))
+            seen |= set(found.documents)
+        if not domains:
+            raise QuantkitError("No calibration text is left.", "Give another --calibration.")
+        left = sum(weight for _, weight in domains)
+        return Mix(tuple((domain, weight / left) for domain, weight in domains), note, known)
+
+    def _requests(self, spec: str) -> tuple[tuple[Request, ...], str]:
+        requests = parse_spec(spec)
+        if requests[0].name != AUTO:
+            return requests, f"calibration text as asked: {shown(spec)}"
+        reason = sources.hub_answers(self.token)
+        if reason:
+            return tuple(parts_of("builtin")), f"built-in text, because {reason}"
+        return tuple(parts_of("hub")), "the Hub mix, because the Hub answers"
+
+    def _in_known_languages(
+        self, requests: Sequence[Request]
+    ) -> tuple[tuple[Request, ...], dict[str, float], str]:
+        """The requests without a mix's languages that the model does not know; what it needs in
+        each, and what is to be said of it.
+        """
+        if not any(r.language for r in requests):
+            return tuple(requests), {}, ""
+        bits = knowledge.relative_bits(self.model, self.tokenizer)
+        unknown = [
+            r for r in requests if r.if_known and bits[str(r.language)] > knowledge.MOST_BITS
+        ]
+        kept = tuple(r for r in requests if r not in unknown)
+        said = ""
+        if unknown:
+            names = ", ".join(LANGUAGES[str(r.language)].name for r in unknown)
+            said = (
+                f"; no {names}, where the model needs more than {knowledge.MOST_BITS:g} times the"
+                " bits of the same sentences in English"
+            )
+        return kept, {r.language: bits[r.language] for r in requests if r.language}, said
+
+    def read(self, name: str, n_tokens: int) -> Domain:
+        """One text with about `n_tokens` tokens."""
+        n_characters = n_tokens * _CHARACTERS_PER_TOKEN
+        builtin = sources.builtin_text(name, n_characters * 2)
+        if builtin is not None:
+            return builtin
+        if name in HUB_TEXTS:
+            texts = sources.hub_text(name, n_characters * 2, self.token, self._rendered)
+            return sources.domain(name, HUB_TEXTS[name].repo, texts)
+        if Path(name).suffix:
+            text = sources.local_file(Path(name), n_characters * 20)
+            return sources.domain(Path(name).name, Path(name).name, text)
+        written = self._written(name, -(-n_tokens // (_NEW_TOKENS * 7 // 8)))
+        return sources.domain(name, "sampled from the model itself", written)
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        """Chat messages as the model reads them."""
+        if sampling.has_chat_template(self.tokenizer):
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        return "\n\n".join(m["content"] for m in messages)
+
+    def _written(self, name: str, n_texts: int) -> list[str]:
+        """Texts that the model writes."""
+
+        def progress(done: int, total: int) -> None:
+            self.progress(done, total, f"the model writes calibration text ({name})")
+
+        model, tokenizer, seed = self.model, self.tokenizer, self.seed
+        if name == "dialogue":
+            return sampling.dialogues(model, tokenizer, n_texts, _NEW_TOKENS, seed, progress)
+        language = language_of(name)
+        starts = sampling.openings() if language is None else sentences(language)
+        return sampling.free_text(model, tokenizer, starts, n_texts, _NEW_TOKENS, seed, progress)
+
+
+def shown(spec: str) -> str:
+    """The spec without folders: it is published, and they are nobody's business."""
+    return ",".join(Path(entry).name for entry in spec.split(","))

@@ -1,0 +1,123 @@
+"""A spec becomes text: languages that a model knows and does not know, texts that it writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+
+from quantkit.blockwise import load_model, load_tokenizer
+from quantkit.calibration import knowledge, mix, sources
+from quantkit.calibration.documents import Domain
+from quantkit.calibration.languages import LANGUAGES, sentences
+from quantkit.calibration.mix import Reader
+from quantkit.errors import QuantkitError
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    folder = tiny_llama(tmp_path_factory.mktemp("tiny"))
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    return Reader(model, tokenizer, None, 0, lambda done, total, message: None)
+
+
+def test_the_sentences_are_the_same_in_all_languages() -> None:
+    """As many in each, none twice, and of about as much text."""
+    english = sentences("en")
+    for code in LANGUAGES:
+        found = sentences(code)
+        assert len(found) == len(english) >= 8 and len(set(found)) == len(found)
+        assert 0.25 < sum(map(len, found)) / sum(map(len, english)) < 1.5, code
+        assert "1923" in found[0]
+    assert not sentences("xx")
+
+
+def test_at_least_eight_scripts_of_letters() -> None:
+    import unicodedata
+
+    def script(code: str) -> str:
+        """The script of most letters: the first word of their Unicode names."""
+        names = [unicodedata.name(c).split()[0] for c in "".join(sentences(code)) if c.isalpha()]
+        return max(set(names), key=names.count)
+
+    assert len({script(code) for code in LANGUAGES}) >= 8
+
+
+def test_bits_are_those_of_the_model(reader: Reader) -> None:
+    """A model that expects every token alike needs log2 of their number for each."""
+    ids = reader.tokenizer("\nhello").input_ids
+
+    def level(input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 512))
+
+    class Level:
+        device = torch.device("cpu")
+        __call__ = staticmethod(level)
+
+    found = knowledge.bits_of(Level(), reader.tokenizer, ("hello",))  # type: ignore[arg-type]
+    assert found == pytest.approx((len(ids) - 1) * math.log2(512))
+
+
+def test_a_mix_leaves_out_languages_that_the_model_does_not_know(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = {code: 3.0 for code in LANGUAGES} | {"de": 1.2, "zh": knowledge.MOST_BITS}
+    monkeypatch.setattr(knowledge, "relative_bits", lambda model, tokenizer: bits)
+    monkeypatch.setattr(Reader, "read", _documents)
+    made = reader.mix("docs:3,prose-languages:1", 1000, 100)
+    assert [d.name for d, _ in made.domains] == ["docs", "prose-de", "prose-zh"]
+    assert sum(share for _, share in made.domains) == pytest.approx(1)
+    assert made.domains[1][1] == made.domains[2][1] < made.domains[0][1] / 10
+    assert made.languages == bits
+    assert "no Arabic, Spanish" in made.note and "German" not in made.note
+    named = reader.mix("prose-hi", 1000, 100)
+    assert [d.name for d, _ in named.domains] == ["prose-hi"], "asked for by name"
+    assert named.languages == {"hi": 3.0} and "no " not in named.note
+    assert reader.mix("english", 1000, 100).languages == {}
+    with pytest.raises(QuantkitError, match="No calibration text"):
+        monkeypatch.setattr(knowledge, "relative_bits", lambda *_: dict.fromkeys(LANGUAGES, 9.0))
+        reader.mix("languages", 1000, 100)
+
+
+def _documents(self: Reader, name: str, n_tokens: int) -> Domain:
+    return Domain(name, "here", tuple(f"{name} {i}" for i in range(5)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "first"), [(None, "fineweb-edu"), ("there is no network", "docs")]
+)
+def test_auto_is_a_mix(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, reason: str | None, first: str
+) -> None:
+    monkeypatch.setattr(sources, "hub_answers", lambda token: reason)
+    monkeypatch.setattr(Reader, "read", _documents)
+    monkeypatch.setattr(knowledge, "relative_bits", lambda *_: dict.fromkeys(LANGUAGES, 1.0))
+    made = reader.mix("auto", 1000, 100)
+    assert made.domains[0][0].name == first
+    assert len(made.domains) >= 4 + len(LANGUAGES) - 1  # dialogue needs a chat template
+    assert (reason or "the Hub answers") in made.note
+
+
+def test_the_model_writes_in_a_language(reader: Reader) -> None:
+    """From that language's sentences in turn, and twice the same."""
+    found = reader.read("prose-ru", 400)
+    starts: Sequence[str] = sentences("ru")
+    assert len(found.documents) == 3 and found.source == "sampled from the model itself"
+    for text, start in zip(found.documents, starts, strict=False):
+        assert text.startswith(start) and len(text) > len(start)
+    assert reader.read("prose-ru", 400) == found
+    assert not reader.read("prose", 400).documents[0].startswith(starts[0])
+
+
+def test_files_are_named_without_their_folders(tmp_path: Path, reader: Reader) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("\n\n".join(f"{i} " + "word " * 500 for i in range(9)), "utf-8")
+    made = reader.mix(str(path), 1000, 100)
+    assert [(d.name, d.source) for d, _ in made.domains] == [("notes.txt", "notes.txt")]
+    assert str(tmp_path) not in made.note and mix.shown(f"docs,{path}") == "docs,notes.txt"
