@@ -1,4 +1,6 @@
-"""Write into README.md what the code knows: the table of profiles. `--check`: fail when stale."""
+"""Write into the docs what the code knows: the tables of profiles (README.md) and of calibration
+mixes (docs/calibration.md). `--check`: fail when stale.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,11 @@ import re
 import sys
 from pathlib import Path
 
+from quantkit.calibration.spec import HUB_TEXTS, MIXES
 from quantkit.config import PROFILES
 from quantkit.report import table
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def profiles() -> str:
@@ -27,22 +30,53 @@ def profiles() -> str:
     return table(headers, rows)
 
 
+_SOURCES = {
+    "docs": "documentation that CPython ships",
+    "code": "CPython's standard library",
+    "prose": "written by the model",
+    "dialogue": "written by the model",
+}
+
+
+def mixes() -> str:
+    rows = []
+    for mix, weights in MIXES.items():
+        for name, weight in weights.items():
+            share = f"{100 * weight / sum(weights.values()):.0f} %"
+            rows.append([f"`{mix}`", f"`{name}`", share, _source(name)])
+    return table(["mix", "text", "share", "source"], rows)
+
+
+def _source(name: str) -> str:
+    if name in MIXES:
+        return "the mix of that name"
+    if name in HUB_TEXTS:
+        text = HUB_TEXTS[name]
+        return f"{text.repo}, {text.config}" if text.config else text.repo
+    return _SOURCES[name.partition("-")[0]]
+
+
 def filled(text: str, marker: str, content: str) -> str:
     """`text` with everything between the marker and its end replaced."""
     pattern = re.compile(rf"<!-- {marker} -->.*?<!-- end -->", re.DOTALL)
     new, n = pattern.subn(lambda _: f"<!-- {marker} -->\n{content}\n<!-- end -->", text)
     if n != 1:
-        raise SystemExit(f"README.md has {n} markers {marker}")
+        raise SystemExit(f"there are {n} markers {marker}")
     return new
 
 
 def main() -> int:
-    text = README.read_text("utf-8")
-    new = filled(text, "profiles", profiles())
-    if "--check" in sys.argv:
-        return int(new != text)
-    README.write_text(new, "utf-8")
-    return 0
+    stale = False
+    for path, marker, content in (
+        ("README.md", "profiles", profiles()),
+        ("docs/calibration.md", "mixes", mixes()),
+    ):
+        text = (ROOT / path).read_text("utf-8")
+        new = filled(text, marker, content)
+        stale |= new != text
+        if "--check" not in sys.argv:
+            (ROOT / path).write_text(new, "utf-8")
+    return int(stale and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

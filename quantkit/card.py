@@ -114,6 +114,7 @@ def model_card(
         " the activations of quantized files, which costs each the same few thousandths.",
         *_losses(report),
         reports.set_table(tables.domains(report)),
+        *([reports.set_table(spoken)] if (spoken := tables.languages(report)) else []),
         *([reports.set_table(long)] if (long := tables.long_contexts(report)) else []),
         *([reports.bullets(lines)] if (lines := text.task_lines(report)) else []),
         "## Run it",

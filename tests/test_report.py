@@ -283,6 +283,21 @@ def test_sizes_for_people() -> None:
     assert report.size(5_500_000_000) == "5.50 GB"
 
 
+def test_languages_one_row_each() -> None:
+    """Beside how well the base knows them; not among the domains a second time."""
+    changed = values()
+    for row in (*changed["outputs"], *changed["baselines"]):
+        row["domains"] = {**row["domains"], "prose-de": {"kl": KL}, "lang-hi": {"kl": KL}}
+    changed["calibration"] = {"note": "x", "languages": {"de": 1.234}}
+    made = report.read(changed)
+    found = tables.languages(made)
+    assert found is not None
+    assert [line.cells[:2] for line in found.lines] == [("German", "1.23"), ("Hindi", "-")]
+    assert tables.domains(made).headers == tables.domains(report.read(values())).headers
+    assert tables.languages(report.read(values())) is None
+    assert "German" in report.markdown(made) and "German" in report.html(made)
+
+
 def test_domains_one_column_each() -> None:
     made = tables.domains(report.read(values()))
     assert made.headers == ("mean KL on", "docs", "code")

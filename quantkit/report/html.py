@@ -81,6 +81,9 @@ def sections(report: Report) -> str:
         lines = [f"{name}: {reason}" for name, reason in report.not_measured]
         parts.append(_titled("Not measured", _list(lines)))
     by_domain = _figure("domains", pictures) + _table(tables.domains(report))
+    languages = tables.languages(report)
+    if languages is not None:
+        by_domain += _table(languages)
     parts.append(_titled("By domain", by_domain))
     tails = tables.tails(report)
     if tails is not None:

@@ -58,6 +58,9 @@ def markdown(report: Report) -> str:
             bullets(f"{name}: {reason}" for name, reason in report.not_measured),
         ]
     parts += ["## By domain", set_table(tables.domains(report))]
+    languages = tables.languages(report)
+    if languages is not None:
+        parts += ["## In other languages", set_table(languages)]
     tails = tables.tails(report)
     if tails is not None:
         parts += ["## By token", set_table(tails)]

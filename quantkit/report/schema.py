@@ -178,6 +178,7 @@ class Report:
     not_measured: tuple[tuple[str, str], ...] = ()  # name, reason
     fallbacks: tuple[Fallback, ...] = ()
     unmapped: tuple[str, ...] = ()
+    languages: dict[str, float] = field(default_factory=dict)  # by code: the base's bits, English 1
     versions: dict[str, str] = field(default_factory=dict)
     weight_windows: int | None = None
     n_windows: int | None = None
@@ -257,6 +258,10 @@ def _report(value: Mapping[str, Any]) -> Report:
             for f in value.get("fallbacks", ())
         ),
         unmapped=tuple(str(name) for name in value.get("unmapped", ())),
+        languages={
+            str(code): float(bits)
+            for code, bits in ((value.get("calibration") or {}).get("languages") or {}).items()
+        },
         versions={str(k): str(v) for k, v in (value.get("versions") or {}).items()},
         n_windows=value.get("n_windows"),
         weight_windows=value.get("weight_windows"),

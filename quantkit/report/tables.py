@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quantkit.calibration.languages import LANGUAGES
+from quantkit.calibration.spec import language_of
 from quantkit.report import text
 from quantkit.report.schema import OURS, Mean, Report, Row, Speed
 
@@ -124,8 +126,9 @@ def _against(report: Report) -> str:
 
 
 def domains(report: Report) -> Table:
-    """Mean KL of every file by domain of text."""
-    names = list(report.first.domains)
+    """Mean KL of every file by domain of text; languages have a table of their own."""
+    of_all = list(report.first.domains)
+    names = [name for name in of_all if language_of(name) is None] or of_all
     lines = [
         Line(
             row.kind,
@@ -137,6 +140,32 @@ def domains(report: Report) -> Table:
         for row in report.by_size
     ]
     return Table(("mean KL on", *names), tuple(lines))
+
+
+def languages(report: Report) -> Table | None:
+    """Mean KL by language: of the outputs and of the llama.cpp file that the first is held against.
+
+    Before it stands how well the base knows the language: its bits for sentences that take one bit
+    in English.
+    """
+    found = {name: code for name in report.first.domains if (code := language_of(name))}
+    if not found:
+        return None
+    best = text.best_of_at_most(report)
+    rows = [*report.outputs, *([best] if best else [])]
+    lines = tuple(
+        Line(
+            "",
+            (
+                LANGUAGES[code].name,
+                f"{report.languages[code]:.2f}" if code in report.languages else "-",
+                *(_kl_of(row.domains.get(name)) for row in rows),
+            ),
+        )
+        for name, code in found.items()
+    )
+    headers = ("mean KL in", "base's bits, English 1", *(row.label for row in rows))
+    return Table(headers, lines)
 
 
 def tails(report: Report) -> Table | None:
