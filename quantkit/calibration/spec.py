@@ -106,10 +106,12 @@ def parse_spec(spec: str) -> tuple[Request, ...]:
         elif name in (AUTO, *BUILTIN_TEXTS, *HUB_TEXTS) or Path(name).suffix in SUFFIXES:
             requests.append(Request(name, weight))
         else:
-            known = ", ".join((AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS))
+            names = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
+            known = ", ".join(n for n in names if language_of(n) is None)
             raise UsageError(
                 f"There is no calibration text {name!r}.",
-                f"Use {known}, or the path of a .txt, .jsonl or .parquet file.",
+                f"Use {known}, prose-CODE or lang-CODE with one of {' '.join(LANGUAGES)}, or the"
+                " path of a .txt, .jsonl or .parquet file.",
             )
     if not requests:
         raise UsageError(
