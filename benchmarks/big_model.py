@@ -1,14 +1,14 @@
 """Llama-3.1-8B's widths with random weights through all stages: time, disk and memory of each.
 
     python benchmarks/big_model.py FOLDER [--blocks 4] [--until publish] [--tokens 4096]
-                                   [--levels Q3_K,Q4_K] [--memory 12GiB] [--seconds N]
+                                   [--levels Q3_K,Q4_K] [--memory 12GiB] [--pause N]
 
 FOLDER gets the checkpoint (one shard a block) and the run. Weights are random, scaled so that
 logits have a standard deviation of 3; the vocabulary has 128,256 tokens, of which the tokenizer (of
 SmolLM2) knows 49,152. `--tokens` is how many calibrate, a quarter more judges, and as many are
-searched with; `--memory` is QUANTKIT_MEMORY of the run. With `--seconds` the run is killed after so
-long and taken up again by the next call; times add up, peaks are those of all pieces. It is
-published to a Hub on this machine.
+searched with; the head gets one type alone, Q6_K. `--memory` is QUANTKIT_MEMORY of the run. With
+`--pause` the run is killed at its first progress after so many seconds and taken up again by the
+next call; times add up, peaks are those of all pieces. It is published to a Hub on this machine.
 
 Memory is the resident set of the process and its children: pages of mapped files count as long as
 they are mapped. "anonymous" leaves those out, which the system takes back when others need memory.
@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--levels", default="Q3_K,Q4_K")
-    parser.add_argument("--bpw", default="4.2")
+    parser.add_argument("--bpw", default="4.7")
     parser.add_argument("--until", default=STAGES[-1], choices=STAGES)
     parser.add_argument("--memory")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--pause", type=float, default=float("inf"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -61,8 +61,7 @@ def main() -> None:
         began = time.time()
         write_model(model, options.blocks, options.vocabulary)
         print(f"checkpoint: {size_of(model) / 1e9:.2f} GB in {time.time() - began:.0f} s")
-    table = measure(options)
-    show(table)
+    show(measure(options), planned(options))
 
 
 def write_model(folder: Path, n_blocks: int, n_vocab: int) -> None:
@@ -127,9 +126,24 @@ def write_model(folder: Path, n_blocks: int, n_vocab: int) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """The run itself, with the demo profile's tokens replaced."""
+    """The run itself."""
     from quantkit import pipeline
 
+    pipeline.run(config_of(options), options.folder / "run", lambda _: None, options.until)
+
+
+def planned(options: argparse.Namespace) -> dict[str, int]:
+    """The peak memory of every stage, as `quantkit plan` states it."""
+    from quantkit.plan import make_plan
+
+    if options.memory:
+        os.environ["QUANTKIT_MEMORY"] = options.memory
+    found: dict[str, int] = make_plan(config_of(options))["estimates"]["memory"]
+    return found
+
+
+def config_of(options: argparse.Namespace) -> RunConfig:
+    """The demo's profile with other numbers of tokens."""
     profiles: Any = settings.PROFILES
     profiles["demo"] = dataclasses.replace(
         profiles["demo"],
@@ -137,15 +151,15 @@ def run(options: argparse.Namespace) -> None:
         heldout_tokens=max(2048, options.tokens // 4),
         search_tokens=options.tokens,
     )
-    config = RunConfig(
+    return RunConfig(
         model=str(options.folder / "Big-Llama"),
         targets=(Target("bpw", options.bpw),),
         profile="demo",
         levels=tuple(options.levels.split(",")),
+        types=((r"^output\.weight$", "Q6_K"),),
         calibration="docs,code",
         publish="alice/Big-Llama-GGUF" if options.until == "publish" else None,
     )
-    pipeline.run(config, options.folder / "run", lambda _: None, options.until)
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -178,12 +192,16 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def watch(
     process: subprocess.Popen, options: argparse.Namespace, table: dict[str, dict[str, float]]
 ) -> None:
-    """Look at the process until it ends or its time is over."""
+    """Look at the process until it ends or may pause."""
     events = options.folder / "run" / "events.jsonl"
     began = last = time.monotonic()
-    stage, looks = "fetch", 0
-    while process.poll() is None and time.monotonic() - began < options.seconds:
+    stage, looks, n_bytes = "fetch", 0, 0
+    while process.poll() is None:
         now = time.monotonic()
+        if now - began < options.pause:
+            n_bytes = events.stat().st_size if events.exists() else 0
+        elif events.stat().st_size > n_bytes:
+            return
         current = stage_now(events) or stage
         if current != stage or not looks:
             stage = current
@@ -261,17 +279,15 @@ def size_of(folder: Path) -> int:
     return n_bytes
 
 
-def show(table: dict[str, dict[str, float]]) -> None:
-    print("| stage | time | peak memory | anonymous | disk of the run at most |")
-    print("|---|---:|---:|---:|---:|")
+def show(table: dict[str, dict[str, float]], plan: dict[str, int]) -> None:
+    print("| stage | time | peak memory | planned | of it anonymous | disk of the run at most |")
+    print("|---|---:|---:|---:|---:|---:|")
     for stage in STAGES:
         if stage in table:
             row = table[stage]
-            gib = [f"{row[key] / 2**30:.2f} GiB" for key in ("rss", "anonymous")]
-            print(
-                f"| {stage} | {row['seconds']:.0f} s | {gib[0]} | {gib[1]} |"
-                f" {row['disk'] / 1e9:.1f} GB |"
-            )
+            sizes = (row["rss"], plan[stage], row["anonymous"])
+            gib = " | ".join(f"{n / 2**30:.2f} GiB" for n in sizes)
+            print(f"| {stage} | {row['seconds']:.0f} s | {gib} | {row['disk'] / 1e9:.1f} GB |")
 
 
 if __name__ == "__main__":

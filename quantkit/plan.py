@@ -21,6 +21,7 @@ from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
+from quantkit.footprint import stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
@@ -146,7 +147,8 @@ def estimates(
     config: RunConfig, info: hub.ModelInfo, base: GgufFile, levels: LevelPlan
 ) -> dict[str, Any]:
     """Disk, memory and time that the run is expected to take for one file, from the model's
-    shapes, and what each further size adds.
+    shapes, and what each further size adds. `memory` is the peak of every stage here, where the
+    model is taken whole if it fits; `memory_bytes` is what the run needs anywhere.
 
     Time is counted in multiply-adds over what the device does in a second, measured on two cores of
     a server CPU (bf16) and one H200; it is within a factor of two or so.
@@ -174,8 +176,8 @@ def estimates(
     for tensor in inputs:
         block = tensor.name.split(".")[1]
         by_block[block] = by_block.get(block, 0) + _hessian_bytes(tensor)
-    widest = max((t.shape[-1] for t in inputs), default=0)
-    memory = base_bytes + 2_000_000_000 + max(widest**2 * 4 * 8, *by_block.values(), 0)
+    most = max(by_block.values(), default=0)
+    memory = stage_memory(config, base, levels, most, _free(config.device))
     speed = 1.2e11 if config.device == "cpu" else 2e14  # multiply-adds a second
     n_calibrated = profile.calibration_tokens + profile.heldout_tokens
     forward = round(n_linear) * (n_calibrated + profile.search_tokens)
@@ -186,7 +188,8 @@ def estimates(
     search = round(n_linear) * profile.search_tokens
     return {
         "disk_bytes": disk,
-        "memory_bytes": memory,
+        "memory_bytes": max(stage_memory(config, base, levels, most, 0).values()),
+        "memory": memory,
         "multiply_adds": forward + gather + solve,
         "seconds": round(60 + (forward + gather + solve) / speed),
         "n_files": 1,
@@ -196,6 +199,15 @@ def estimates(
             "seconds": round(30 + search / speed),
         },
     }
+
+
+def _free(device: str) -> int:
+    from quantkit.memory import free_memory  # needs torch
+
+    try:
+        return free_memory(device)
+    except (AssertionError, RuntimeError):  # planned for a machine with a GPU, on one without
+        return free_memory()
 
 
 def _blocks(base: GgufFile) -> list[Any]:
@@ -225,6 +237,12 @@ def _share(tensor: Any, chosen: int) -> float:
     return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
 
 
+def _by_stage(estimate: dict[str, Any]) -> str:
+    """The largest peak first."""
+    peaks = sorted(estimate["memory"].items(), key=lambda item: -item[1])
+    return "about " + ", ".join(f"{size(n)} in {stage}" for stage, n in peaks[:5])
+
+
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
@@ -245,7 +263,7 @@ def render(plan: dict[str, Any]) -> str:
         f"GPTQ      {in_words(plan['coverage'])}",
         f"time      about {max(1, estimate['seconds'] // 60)} minutes",
         f"disk      about {size(estimate['disk_bytes'])}",
-        f"memory    about {size(estimate['memory_bytes'])}",
+        f"memory    {_by_stage(estimate)}",
         "",
         table(
             ["level, uniform", "bytes"], [[name, f"{n:,}"] for name, n in sizes["levels"].items()]

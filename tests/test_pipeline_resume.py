@@ -49,11 +49,14 @@ def test_kill_in_every_stage(
     tmp_path: Path,
     offline: dict[str, str],
 ) -> None:
-    """One run, killed once in each of its stages: its files are those of an undisturbed one."""
+    """One run, killed once in each of its stages: its files are those of an undisturbed one. Every
+    other process has too little memory for the model and streams it.
+    """
     run = Run(tmp_path / "killed")
     command = ("run", tiny_checkpoint, "--out", run.folder, *CHEAP)
-    for stage in STAGES:
-        process = start(*command, env=offline)
+    for i, stage in enumerate(STAGES):
+        little = {"QUANTKIT_MEMORY": "100kB"} if i % 2 else {}
+        process = start(*command, env={**offline, **little})
         assert wait_for(process, run.folder, stage, MOMENTS[stage]), f"{stage} never began"
         kill(process)
         assert process.returncode == -signal.SIGKILL
@@ -80,6 +83,22 @@ def test_kill_in_every_stage(
         {str(p.relative_to(r.folder)) for p in r.folder.rglob("*")} for r in (run, expected)
     )
     assert mine == theirs  # nothing is left over
+
+
+def test_a_streamed_run(
+    tiny_checkpoint: Path, whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """With less memory than the model takes, all stages make the same files, and say so."""
+    run = Run(tmp_path / "streamed")
+    env = {**offline, "QUANTKIT_MEMORY": "100kB"}
+    answer = quantkit("run", tiny_checkpoint, "--out", run.folder, *CHEAP, "--json", env=env)
+    assert answer.code == 0, answer.err
+    expected = whole_run[0]
+    assert run.hashes == expected.hashes
+    assert run.report["outputs"][0]["kl"] == expected.report["outputs"][0]["kl"]
+    notes = [e for e in run.events if "blocks are read one by one" in e.message]
+    assert [e.stage for e in notes] == ["convert", "calibrate", "search"]
+    assert "blocks are read one by one" not in expected.dir.events_path.read_text("utf-8")
 
 
 def test_one_run_at_a_time(

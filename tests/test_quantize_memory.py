@@ -1,0 +1,94 @@
+"""What the quantize stage holds at once: holding less changes nothing. What `plan` says of it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_gguf import write_llama
+
+from quantkit.config import RunConfig
+from quantkit.footprint import stage_memory
+from quantkit.ggufio.read import GgufFile
+from quantkit.gptq.compete import Inputs, solve_tensor
+from quantkit.gptq.hessian import HessianCollector
+from quantkit.gptq.solver import factorize
+from quantkit.levels import plan_levels
+from quantkit.plan import specs_of
+from quantkit.qtypes import QuantType
+from quantkit.rowmap import RowMap
+from quantkit.rundir import STAGES
+from quantkit.stages.quantize import Unit, _Known
+from quantkit.statistics import block_file, save_statistics
+
+TYPES = tuple(map(QuantType, ("Q4_0", "Q4_K", "Q5_K", "Q6_K")))
+
+
+def test_one_type_at_a_time_is_all_at_once() -> None:
+    """How the largest tensors are solved."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, 256, generator=generator) @ torch.randn(256, 256, generator=generator)
+    train, heldout = (x.T @ x / len(x) for x in inputs.chunk(2))
+    known = Inputs(train.diagonal().numpy().copy(), train, heldout, factorize(train, 0.1))
+    weight = torch.randn(96, 256, generator=generator).numpy()
+    methods = ("gptq", "imatrix", "rtn")
+    together = solve_tensor(weight, TYPES, methods, known, None, 2)
+    for qtype in TYPES:
+        (alone,) = solve_tensor(weight, (qtype,), methods, known, None, 2).values()
+        assert alone.method == together[qtype].method
+        assert np.array_equal(alone.packed, together[qtype].packed)
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> tuple[Unit, dict[str, RowMap]]:
+    """Two inputs: q and k read one, o another."""
+    linears = {name: torch.nn.Linear(n, 8) for name, n in (("q", 32), ("k", 32), ("o", 48))}
+    collectors = {part: HessianCollector(dict(linears)) for part in ("train", "heldout")}
+    for collector in collectors.values():
+        with collector.watching():
+            shared = torch.randn(1, 200, 32)
+            linears["q"](shared), linears["k"](shared), linears["o"](torch.randn(1, 200, 48))
+    path = block_file(tmp_path, 0)
+    path.parent.mkdir()
+    save_statistics(path, collectors, in_blocks=True)
+    maps = {n: RowMap(n, f"{n}.weight", False, None, n, False) for n in linears}
+    return Unit("block-000", tuple(linears), path), maps
+
+
+def test_inputs_are_forgotten_after_their_last_tensor(
+    unit: tuple[Unit, dict[str, RowMap]],
+) -> None:
+    known = _Known(*unit, RunConfig("m"))
+    assert [tensors for _, tensors in known.groups] == [["q", "k"], ["o"]]
+    with known.lent("q") as first:
+        assert first is not None
+        with known.lent("k") as second:
+            assert second is first  # factorized once
+        left = weakref.ref(first)
+    del first, second
+    gc.collect()
+    assert left() is None
+    with known.lent("o") as other:
+        assert other is not None and len(other.train) == 48
+    assert known.has("o") and not known.has("norm")
+    with known.lent("norm") as nothing:
+        assert nothing is None
+    assert known.dampings() == []
+
+
+def test_peaks_by_stage(tmp_path: Path) -> None:
+    """A stage that holds the whole model where there is room, needs less where there is none."""
+    base = GgufFile(write_llama(tmp_path / "base.gguf"))
+    config = RunConfig("m")
+    levels = plan_levels(specs_of(base), config)
+    whole, streamed = (stage_memory(config, base, levels, 1 << 20, free) for free in (1 << 40, 0))
+    assert tuple(whole) == STAGES
+    for stage in STAGES:
+        assert whole[stage] >= streamed[stage] > 100_000_000
+        assert (whole[stage] > streamed[stage]) == (stage in ("calibrate", "search", "validate")), (
+            stage
+        )
