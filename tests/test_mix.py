@@ -67,22 +67,29 @@ def test_bits_are_those_of_the_model(reader: Reader) -> None:
 def test_a_mix_leaves_out_languages_that_the_model_does_not_know(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bits = {code: 3.0 for code in LANGUAGES} | {"de": 1.2, "zh": knowledge.MOST_BITS}
-    monkeypatch.setattr(knowledge, "relative_bits", lambda model, tokenizer: bits)
+    most = knowledge.MOST_BITS
+    bits = {"en": most / 2} | dict.fromkeys(LANGUAGES, 2 * most) | {"de": 0.9 * most, "zh": most}
+    monkeypatch.setattr(knowledge, "bits_by_language", lambda model, tokenizer: bits)
     monkeypatch.setattr(Reader, "read", _documents)
     made = reader.mix("docs:3,prose-languages:1", 1000, 100)
     assert [d.name for d, _ in made.domains] == ["docs", "prose-de", "prose-zh"]
     assert sum(share for _, share in made.domains) == pytest.approx(1)
     assert made.domains[1][1] == made.domains[2][1] < made.domains[0][1] / 10
-    assert made.languages == bits
+    assert made.languages == {code: bits[code] / bits["en"] for code in LANGUAGES}
     assert "no Arabic, Spanish" in made.note and "German" not in made.note
     named = reader.mix("prose-hi", 1000, 100)
     assert [d.name for d, _ in named.domains] == ["prose-hi"], "asked for by name"
-    assert named.languages == {"hi": 3.0} and "no " not in named.note
+    assert named.languages == {"hi": 4.0} and "no " not in named.note
     assert reader.mix("english", 1000, 100).languages == {}
     with pytest.raises(QuantkitError, match="No calibration text"):
-        monkeypatch.setattr(knowledge, "relative_bits", lambda *_: dict.fromkeys(LANGUAGES, 9.0))
+        _needs(monkeypatch, 9 * most)
         reader.mix("languages", 1000, 100)
+
+
+def _needs(monkeypatch: pytest.MonkeyPatch, bits: float) -> None:
+    """A model that needs so many bits in every language."""
+    found = dict.fromkeys(("en", *LANGUAGES), bits)
+    monkeypatch.setattr(knowledge, "bits_by_language", lambda model, tokenizer: found)
 
 
 def _documents(self: Reader, name: str, n_tokens: int) -> Domain:
@@ -97,7 +104,7 @@ def test_auto_is_a_mix(
 ) -> None:
     monkeypatch.setattr(sources, "hub_answers", lambda token: reason)
     monkeypatch.setattr(Reader, "read", _documents)
-    monkeypatch.setattr(knowledge, "relative_bits", lambda *_: dict.fromkeys(LANGUAGES, 1.0))
+    _needs(monkeypatch, knowledge.MOST_BITS)
     made = reader.mix("auto", 1000, 100)
     assert made.domains[0][0].name == first
     assert len(made.domains) >= 4 + len(LANGUAGES) - 1  # dialogue needs a chat template

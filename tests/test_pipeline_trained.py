@@ -106,7 +106,9 @@ def test_better_than_any_llama_cpp_file_of_its_size(trained_run: Run) -> None:
 
 
 def test_the_model_wrote_some_of_the_text(trained_run: Run) -> None:
-    """The built-in mix, without dialogue for want of a chat template."""
+    """The built-in mix, without dialogue for want of a chat template, and no language: the model
+    knows little of English and nothing of any other.
+    """
     made = read_json(trained_run.dir.stage_dir("calibrate") / "calibration.json")
     assert [d["name"] for d in made["domains"]] == ["docs", "code", "prose"]
     assert made["domains"][2]["source"] == "sampled from the model itself"

@@ -85,7 +85,7 @@ class Reader:
         """
         if not any(r.language for r in requests):
             return tuple(requests), {}, ""
-        bits = knowledge.relative_bits(self.model, self.tokenizer)
+        bits = knowledge.bits_by_language(self.model, self.tokenizer)
         unknown = [
             r for r in requests if r.if_known and bits[str(r.language)] > knowledge.MOST_BITS
         ]
@@ -94,10 +94,14 @@ class Reader:
         if unknown:
             names = ", ".join(LANGUAGES[str(r.language)].name for r in unknown)
             said = (
-                f"; no {names}, where the model needs more than {knowledge.MOST_BITS:g} times the"
-                " bits of the same sentences in English"
+                f"; no {names}, where the model needs more than {knowledge.MOST_BITS} bits for"
+                f" eight sentences that take {bits['en']:.0f} in English"
             )
-        return kept, {r.language: bits[r.language] for r in requests if r.language}, said
+        return (
+            kept,
+            {r.language: bits[r.language] / bits["en"] for r in requests if r.language},
+            said,
+        )
 
     def read(self, name: str, n_tokens: int) -> Domain:
         """One text with about `n_tokens` tokens."""
