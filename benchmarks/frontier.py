@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from quantkit import pipeline
 from quantkit.config import PROFILES, RunConfig, Target
-from quantkit.rundir import RunDir
+from quantkit.rundir import RunDir, read_json, sha256_file, write_json
 from quantkit.stages import convert, stitch
 
 MIXES = ("Q2_K", "IQ3_M", "IQ4_XS", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -103,6 +103,15 @@ class Peer:
         return path
 
     def weight_kl(self, file: Path, texts: list[Path]) -> dict[str, float]:
+        """Mean KL by text; what was measured before is read again."""
+        known = self._scratch / f"{sha256_file(file)[:16]}.{self._n_chunks}.json"
+        found: dict[str, float] = read_json(known) if known.exists() else {}
+        missing = [text for text in texts if text.name not in found]
+        if missing:
+            write_json(known, found | self._measured(file, missing))
+        return read_json(known)
+
+    def _measured(self, file: Path, texts: list[Path]) -> dict[str, float]:
         exact = self._scratch / f"{file.name}.{os.getpid()}.f16"
         self._call("llama-quantize", "--allow-requantize", file, exact, "F16", self._threads)
         found = {}

@@ -127,6 +127,12 @@ class BlockwiseModel:
         return self._weights is not None
 
     @property
+    def embedding_name(self) -> str:
+        """The module that looks tokens up."""
+        table = self.model.get_input_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is table)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.get_input_embeddings().parameters()).device
 

@@ -126,7 +126,7 @@ def stage_memory(
         "database": _PROGRAM,
         "search": _TORCH
         + model(2, 4)
-        + 4 * shapes.n_inside
+        + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
         + 4 * logits
         + min(states, int(_STATES_SHARE * free)),
         "stitch": _PROGRAM + 2 * shapes.largest,

@@ -7,6 +7,7 @@ that command.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import time
 from collections.abc import Callable, Iterator
@@ -223,6 +224,7 @@ def _execute(stage: str, config: RunConfig, directory: RunDir, events: EventLog)
     directory.save_record(record)
     for left in folder.glob(f"**/*{PARTIAL}"):
         left.unlink()
+    gc.collect()  # a model refers to itself in many places, and may be gigabytes
     events.emit(
         stage, "finished", f"{record.seconds:.0f} s", seconds=record.seconds, **record.summary
     )

@@ -172,6 +172,10 @@ def load_expert_statistics(path: Path) -> list[ExpertStatistics]:
     ]
 
 
+def embedding_file(folder: Path) -> Path:
+    return folder / "hessians" / "embedding.safetensors"
+
+
 def fisher_file(folder: Path) -> Path:
     return folder / "hessians" / "fisher.safetensors"
 
@@ -195,7 +199,8 @@ def sensitivity_of(fisher: Fisher, row_map: RowMap | None, device: str) -> Sensi
     """What errors in a GGUF tensor cost, rows in the file's order; None where its gradients are not
     known.
 
-    A tied embedding is both a table that is looked up and the output head.
+    A tied embedding is both a table that is looked up and the output head: its Hessian is that of
+    the head.
     """
     if row_map is None:
         return None
@@ -207,5 +212,6 @@ def sensitivity_of(fisher: Fisher, row_map: RowMap | None, device: str) -> Sensi
 
     outputs = in_file_order(fisher.modules.get(row_map.module))
     if row_map.is_lookup:
-        return Sensitivity(outputs, in_file_order(fisher.frequency), fisher.embedding.to(device))
+        columns = None if outputs is None else fisher.embedding.to(device)
+        return Sensitivity(outputs, in_file_order(fisher.frequency), columns)
     return None if outputs is None else Sensitivity(outputs)

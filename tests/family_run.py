@@ -141,8 +141,6 @@ def _apart(row_map: RowMap | None) -> str:
         return ""
     if row_map.flipped:
         return "columns are no module's input"
-    if row_map.is_lookup and row_map.parameter.removesuffix(".weight") == row_map.module:
-        return "looked up"
     return ""
 
 

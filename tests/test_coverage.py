@@ -34,7 +34,7 @@ def test_all_of_a_llama(model: Path) -> None:
             blk__1__ffn_down__weight=(64, 128),
         ),
     )
-    assert found.share == 1 and found.apart == {"token_embd": "looked up, not multiplied"}
+    assert found.share == 1 and found.apart == {}
 
 
 def test_a_tied_table_is_the_head(model: Path) -> None:

@@ -20,6 +20,7 @@ from quantkit.gptq.fisher import Fisher, output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
 
 N_VOCAB = 256
+PARTS = ("train", "heldout")
 BAND, VALUE_BAND, EMBEDDING_BAND = (0.75, 1.3), (0.33, 1.1), (0.85, 1.15)
 
 
@@ -47,7 +48,8 @@ class Case:
             self.model.lm_head.weight.mul_(3)
         self.ids = torch.randint(0, N_VOCAB, (48, 64), generator=torch.Generator().manual_seed(5))
         self.linears = {n: m for n, m in self.model.named_modules() if is_linear(m)}
-        self.fisher = output_fisher(BlockwiseModel(self.model), self.ids, seed=0)
+        self.lookups = {part: HessianCollector({}) for part in PARTS}
+        self.fisher = output_fisher(BlockwiseModel(self.model), self.ids, 0, self.lookups)
         collector = HessianCollector(self.linears)
         with collector.watching(), torch.no_grad():
             self.base = self.model(self.ids).logits
@@ -130,6 +132,32 @@ def test_price_of_tied_embeddings_is_that_of_table_and_head(tied: Case, seed: in
     predicted = tied.lookup_cost(error) + tied.head_cost("lm_head", error)
     low, high = EMBEDDING_BAND
     assert low < predicted / tied.true_kl(weight, error) < high
+
+
+def test_the_table_has_a_hessian_of_gradients(untied: Case) -> None:
+    """Errors that point the same way in every row: their price is in the covariances."""
+    table = untied.model.get_input_embeddings().weight
+    train, heldout = (untied.lookups[part].means()["model.embed_tokens"] for part in PARTS)
+    hessian = (train + heldout) / 2
+    assert torch.allclose(hessian.diagonal(), untied.fisher.embedding, rtol=1e-4)
+    error = noise(table, 4)
+    for vector in (torch.linalg.eigh(hessian)[1][:, i] for i in (0, -1)):
+        along = (error @ vector)[:, None] * vector
+        price = 0.5 * float(untied.fisher.frequency @ ((along @ hessian) * along).sum(1))
+        assert 0.7 < price / untied.true_kl(table, along) < 1.4
+
+
+def test_lookups_are_divided_by_sequences() -> None:
+    """Whatever the batch: every other sequence decides, the others judge."""
+    case = Case(tied=False)
+    found = []
+    for batch in (3, 4):
+        lookups = {part: HessianCollector({}) for part in PARTS}
+        output_fisher(BlockwiseModel(case.model), case.ids[:7], 0, lookups, batch)
+        assert [lookups[p].n_tokens["model.embed_tokens"] for p in PARTS] == [4 * 64, 3 * 64]
+        found.append([lookups[p].means()["model.embed_tokens"] for p in PARTS])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_frequency_is_the_share_of_positions(untied: Case) -> None:

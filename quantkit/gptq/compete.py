@@ -59,8 +59,9 @@ class Sensitivity:
     `quantkit.gptq.fisher`).
 
     `outputs` (n_rows,) are the mean squared gradients at the layer's outputs, None for a table that
-    is only looked up. A table of embeddings has `frequency` (n_rows,) and `columns` (n_columns,),
-    the mean squared gradients at what is looked up.
+    is only looked up. A table of embeddings has `frequency` (n_rows,), and if it is a layer, too,
+    `columns` (n_columns,), the mean squared gradients at what is looked up; if not, its Hessian is
+    made of these gradients.
     """
 
     outputs: torch.Tensor | None
@@ -286,8 +287,10 @@ def _error(
     nats = 0.0
     if sensitivity.outputs is not None and inputs is not None:
         nats += float(sensitivity.outputs @ per_row) / 2
-    if sensitivity.frequency is not None and sensitivity.columns is not None:
-        nats += float(sensitivity.frequency @ (squares @ sensitivity.columns)) / 2
+    if sensitivity.frequency is not None:
+        columns = sensitivity.columns
+        looked_up = per_row if columns is None else squares @ columns
+        nats += float(sensitivity.frequency @ looked_up) / 2
     return Error(float(per_row.sum()), nats)
 
 

@@ -6,18 +6,23 @@ e_r of row r of the weight costs about ½ G_r e_r H e_rᵀ nats per token, where
 is the Hessian of the layer's input (a Kronecker factorization with the diagonal of its output side;
 Martens & Grosse 2015, arXiv:1503.05671). One backward pass prices every type of every tensor.
 
+An error e in the row of the input embeddings that is looked up with frequency f costs about
+½ f e C eᵀ, where C = mean g gᵀ of the gradients g at what is looked up: the same form, with
+gradients for inputs. So GPTQ solves a table of embeddings, too.
+
 The pass runs one block at a time, as the forward pass does: only block boundaries are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from quantkit.blockwise import BlockwiseModel
 from quantkit.gptq.experts import ExpertProducts, eager_experts, stacked_parameters
-from quantkit.gptq.hessian import is_linear
+from quantkit.gptq.hessian import HessianCollector, is_linear
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,18 @@ class Fisher:
     frequency: torch.Tensor
 
 
-def output_fisher(model: BlockwiseModel, ids: torch.Tensor, seed: int, batch: int = 4) -> Fisher:
-    """Estimate it on sequences `ids` (n_sequences, n_ctx), labels drawn with `seed`."""
+def output_fisher(
+    model: BlockwiseModel,
+    ids: torch.Tensor,
+    seed: int,
+    lookups: Mapping[str, HessianCollector] | None = None,
+    batch: int = 4,
+) -> Fisher:
+    """Estimate it on sequences `ids` (n_sequences, n_ctx), labels drawn with `seed`.
+
+    `lookups` are given C by the name of the embedding module: its first collector of the first
+    sequence and every second after it, the other one of the others.
+    """
     device = model.device
     generator = torch.Generator(device="cpu").manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
@@ -54,6 +69,10 @@ def output_fisher(model: BlockwiseModel, ids: torch.Tensor, seed: int, batch: in
             with model.holding(index):
                 gradient = _backward(model, index, states[index], calls[index], gradient, sums)
         embedding = embedding + gradient.float().square().sum((0, 1))
+        for parity, collector in enumerate((lookups or {}).values()):
+            own = gradient[(start + parity) % 2 :: 2]
+            if len(own):
+                collector.add((model.embedding_name,), own)
     n_tokens = ids.numel()
     n_vocab = head.shape[0]
     frequency = torch.bincount(ids.flatten(), minlength=n_vocab)[:n_vocab].float() / n_tokens

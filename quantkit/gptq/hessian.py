@@ -90,16 +90,20 @@ class HessianCollector:
         for name, x in self._inputs.items():
             groups.setdefault((x.data_ptr(), *x.shape, *x.stride()), []).append(name)
         for names in groups.values():
-            group, x = names[0], self._inputs[names[0]]
-            x = x.reshape(-1, x.shape[-1])
-            if group not in self.sums:
-                n = x.shape[1]
-                self.members[group] = tuple(names)
-                self.sums[group] = torch.zeros((n, n), dtype=torch.float32, device=x.device)
-                self.n_tokens[group] = 0
-            add_outer(self.sums[group], x)
-            self.n_tokens[group] += len(x)
+            self.add(tuple(names), self._inputs[names[0]])
         self._inputs.clear()
+
+    def add(self, names: tuple[str, ...], x: torch.Tensor) -> None:
+        """Add the rows x (..., n) to the sum of what modules `names` share."""
+        group = names[0]
+        x = x.reshape(-1, x.shape[-1])
+        if group not in self.sums:
+            n = x.shape[1]
+            self.members[group] = names
+            self.sums[group] = torch.zeros((n, n), dtype=torch.float32, device=x.device)
+            self.n_tokens[group] = 0
+        add_outer(self.sums[group], x)
+        self.n_tokens[group] += len(x)
 
     def means(self) -> dict[str, torch.Tensor]:
         """The Hessians: float32 (n, n) by group; the sums are used up."""

@@ -5,6 +5,7 @@ Writes `tokens.safetensors` (train and heldout sequences), `eval/<domain>.txt` (
 before validation sees),
 `hessians/block-NNN.safetensors` and `hessians/head.safetensors` (two Hessians per distinct input:
 train and heldout),
+`hessians/embedding.safetensors` (the gradients' outer products at what is looked up),
 `hessians/fisher.safetensors` (what output errors cost),
 `imatrix.gguf` (the diagonals, as llama-imatrix writes them) and `calibration.json`. The unit of
 work is one block: after a kill, blocks whose file is there are only run forward.
@@ -35,13 +36,20 @@ from quantkit.memory import Shelf, free_memory
 from quantkit.rowmap import load_row_maps
 from quantkit.rundir import PARTIAL, replacing, write_json
 from quantkit.stages import StageResult, fetch, open_model
-from quantkit.statistics import block_file, fisher_file, head_file, save_fisher, save_statistics
+from quantkit.statistics import (
+    block_file,
+    embedding_file,
+    fisher_file,
+    head_file,
+    save_fisher,
+    save_statistics,
+)
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "calibrate"
-VERSION = 2
+VERSION = 3
 FIELDS = ("calibration", "profile", "seed", "device")
 
 N_CTX = 512  # tokens per sequence
@@ -74,11 +82,11 @@ def execute(run: Run) -> StageResult:
 
     statistics = _collect(run, model, tokens, folder)
     if not fisher_file(folder).exists():
-        n = max(1, _FISHER_TOKENS // N_CTX)
-        save_fisher(
-            fisher_file(folder),
-            output_fisher(model, torch.from_numpy(tokens["heldout"][:n]), run.config.seed),
-        )
+        ids = torch.from_numpy(tokens["heldout"][: max(1, _FISHER_TOKENS // N_CTX)])
+        lookups = {part: HessianCollector({}) for part in tokens}
+        fisher = output_fisher(model, ids, run.config.seed, lookups)
+        save_statistics(embedding_file(folder), lookups, in_blocks=False)
+        save_fisher(fisher_file(folder), fisher)
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     importances = {
         name: (m.in_file_order(statistics[m.module].diagonal), statistics[m.module].n_tokens)

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "quantize"
-VERSION = 3
+VERSION = 4
 FIELDS = ("profile", "levels", "levels_from", "methods", "types", "tensors")
 
 _ALL_TYPES_AT_ONCE = 1 << 27  # weights; a larger tensor is solved one type after the other
@@ -66,7 +66,7 @@ DAMPING = 0.1  # of the median of diag H: dev/LOG.md
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that are solved together: one block's, or the head's, or those without statistics."""
+    """Tensors solved together: a block's, the head, the embeddings, or one without statistics."""
 
     name: str
     tensors: tuple[str, ...]
@@ -158,7 +158,10 @@ def _units(run: Run, plan: LevelPlan, maps: Mapping[str, RowMap]) -> Iterator[Un
         if name in maps:
             of_module.setdefault(maps[name].module, []).append(name)
     left = set(plan.types)
-    for path in sorted((run.dir.stage_dir("calibrate") / "hessians").glob("[bh]*.safetensors")):
+    # Without gptq the table of embeddings is rounded as llama.cpp does, whose imatrix has no
+    # gradients.
+    kinds = "[beh]*.safetensors" if "gptq" in run.config.methods else "[bh]*.safetensors"
+    for path in sorted((run.dir.stage_dir("calibrate") / "hessians").glob(kinds)):
         modules = [m for s in load_statistics(path) for m in s.modules]
         modules += [m for s in load_expert_statistics(path) for m in s.modules]
         tensors = tuple(name for module in modules for name in of_module.get(module, ()))
