@@ -22,6 +22,7 @@ from frontier import Peer
 
 from quantkit import pipeline
 from quantkit.config import PROFILES, RunConfig, Target
+from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir
 from quantkit.stages import convert
 
@@ -42,7 +43,7 @@ def main() -> None:
     types = tuple(arguments.types.split(","))
     config = RunConfig(
         model=arguments.model,
-        targets=(Target("like", "Q8_0"),),
+        targets=(Target("bpw", str(max(QuantType(t).bpw for t in types))),),
         levels=types,
         profile=arguments.profile,
         calibration=arguments.calibration,

@@ -180,28 +180,41 @@ def fisher_file(folder: Path) -> Path:
     return folder / "hessians" / "fisher.safetensors"
 
 
-_EMBEDDING, _FREQUENCY = "(embedding)", "(frequency)"
+_FREQUENCY = "(frequency)"
 
 
 def save_fisher(path: Path, fisher: Fisher) -> None:
-    special = {_EMBEDDING: fisher.embedding, _FREQUENCY: fisher.frequency}
+    tensors = fisher.modules | {_FREQUENCY: fisher.frequency}
     with replacing(path) as partial:
-        save_file({k: v.contiguous() for k, v in (fisher.modules | special).items()}, partial)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
 
 
 def load_fisher(path: Path) -> Fisher:
     tensors = load_file(path)
-    embedding, frequency = (tensors.pop(key) for key in (_EMBEDDING, _FREQUENCY))
-    return Fisher(tensors, embedding, frequency)
+    frequency = tensors.pop(_FREQUENCY)
+    return Fisher(tensors, frequency)
 
 
-def sensitivity_of(fisher: Fisher, row_map: RowMap | None, device: str) -> Sensitivity | None:
+@dataclass(frozen=True)
+class Gradients:
+    """`fisher`, and of what is looked up the outer products, in the place of those of inputs."""
+
+    fisher: Fisher
+    lookups: InputStatistics
+
+
+def load_gradients(folder: Path) -> Gradients:
+    (lookups,) = load_statistics(embedding_file(folder))
+    return Gradients(load_fisher(fisher_file(folder)), lookups)
+
+
+def sensitivity_of(gradients: Gradients, row_map: RowMap | None, device: str) -> Sensitivity | None:
     """What errors in a GGUF tensor cost, rows in the file's order; None where its gradients are not
     known.
 
-    A tied embedding is both a table that is looked up and the output head: its Hessian is that of
-    the head.
+    A tied embedding is both a table that is looked up and the output head.
     """
+    fisher = gradients.fisher
     if row_map is None:
         return None
 
@@ -212,6 +225,6 @@ def sensitivity_of(fisher: Fisher, row_map: RowMap | None, device: str) -> Sensi
 
     outputs = in_file_order(fisher.modules.get(row_map.module))
     if row_map.is_lookup:
-        columns = None if outputs is None else fisher.embedding.to(device)
-        return Sensitivity(outputs, in_file_order(fisher.frequency), columns)
+        lookups = gradients.lookups.heldout.to(device)
+        return Sensitivity(outputs, in_file_order(fisher.frequency), lookups)
     return None if outputs is None else Sensitivity(outputs)

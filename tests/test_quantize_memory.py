@@ -15,15 +15,16 @@ from quantkit.config import RunConfig
 from quantkit.footprint import stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.gptq.compete import Inputs, solve_tensor
+from quantkit.gptq.fisher import Fisher
 from quantkit.gptq.hessian import HessianCollector
 from quantkit.gptq.solver import factorize
+from quantkit.inputs import KnownInputs
 from quantkit.levels import plan_levels
 from quantkit.plan import specs_of
 from quantkit.qtypes import QuantType
 from quantkit.rowmap import RowMap
 from quantkit.rundir import STAGES
-from quantkit.stages.quantize import Unit, _Known
-from quantkit.statistics import block_file, save_statistics
+from quantkit.statistics import Gradients, block_file, load_statistics, save_statistics
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q4_K", "Q5_K", "Q6_K")))
 
@@ -44,7 +45,7 @@ def test_one_type_at_a_time_is_all_at_once() -> None:
 
 
 @pytest.fixture
-def unit(tmp_path: Path) -> tuple[Unit, dict[str, RowMap]]:
+def known(tmp_path: Path) -> KnownInputs:
     """Two inputs: q and k read one, o another."""
     linears = {name: torch.nn.Linear(n, 8) for name, n in (("q", 32), ("k", 32), ("o", 48))}
     collectors = {part: HessianCollector(dict(linears)) for part in ("train", "heldout")}
@@ -56,13 +57,11 @@ def unit(tmp_path: Path) -> tuple[Unit, dict[str, RowMap]]:
     path.parent.mkdir()
     save_statistics(path, collectors, in_blocks=True)
     maps = {n: RowMap(n, f"{n}.weight", False, None, n, False) for n in linears}
-    return Unit("block-000", tuple(linears), path), maps
+    gradients = Gradients(Fisher({}, torch.zeros(8)), load_statistics(path)[0])
+    return KnownInputs(path, tuple(linears), maps, RunConfig("m"), gradients)
 
 
-def test_inputs_are_forgotten_after_their_last_tensor(
-    unit: tuple[Unit, dict[str, RowMap]],
-) -> None:
-    known = _Known(*unit, RunConfig("m"))
+def test_inputs_are_forgotten_after_their_last_tensor(known: KnownInputs) -> None:
     assert [tensors for _, tensors in known.groups] == [["q", "k"], ["o"]]
     with known.lent("q") as first:
         assert first is not None

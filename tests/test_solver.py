@@ -353,14 +353,14 @@ def test_with_sensitivities_the_costly_rows_decide() -> None:
 
 def test_a_looked_up_table_is_priced_by_how_often_rows_are_read() -> None:
     w = weight(12, 256)
-    frequency, columns = torch.rand(12), torch.rand(256)
+    frequency, lookups = torch.rand(12), hessian(256)
     solved = solve_tensor(
-        w.numpy(), TYPES, ALL_METHODS, None, Sensitivity(None, frequency, columns)
+        w.numpy(), TYPES, ALL_METHODS, None, Sensitivity(None, frequency, lookups)
     )
     for qtype, result in solved.items():
         assert result.method == "rtn" and set(result.errors) == {"rtn"}
-        squares = (native.dequantize(result.packed, qtype).astype(np.float64) - w.numpy()) ** 2
-        wanted = 0.5 * float(frequency.numpy() @ (squares @ columns.numpy()))
+        per_row = errors_of(w, result.packed, qtype, lookups)
+        wanted = 0.5 * float(frequency.double().numpy() @ per_row)
         assert result.errors["rtn"].nats == pytest.approx(wanted, rel=1e-4)
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quantkit.blockwise import BlockwiseModel
 from quantkit.errors import QuantkitError
 from quantkit.gptq.fisher import output_fisher
+from quantkit.gptq.hessian import HessianCollector
 from quantkit.streaming import open_model
 
 QUICK = ("Llama 3", "GPT-2", "Qwen3-MoE", "Mistral 3", "LFM2")  # tied, transposed, stacked, sees
@@ -96,10 +97,16 @@ def test_generation(checkpoint: Path) -> None:
 
 def test_gradients(checkpoint: Path) -> None:
     ids = torch.randint(0, 200, (5, 16), generator=torch.Generator().manual_seed(1))
-    whole, streamed = (output_fisher(model, ids, seed=3) for model in both(checkpoint))
+    lookups = [{"train": HessianCollector({}), "heldout": HessianCollector({})} for _ in range(2)]
+    whole, streamed = (
+        output_fisher(model, ids, 3, own)
+        for model, own in zip(both(checkpoint), lookups, strict=True)
+    )
     assert list(whole.modules) == list(streamed.modules)
     assert all(torch.equal(whole.modules[name], streamed.modules[name]) for name in whole.modules)
-    assert torch.equal(whole.embedding, streamed.embedding)
+    for part in ("train", "heldout"):
+        one, other = (own[part].means()["model.embed_tokens"] for own in lookups)
+        assert torch.equal(one, other)
 
 
 def test_one_block_at_a_time(checkpoint: Path) -> None:

@@ -59,20 +59,19 @@ class Sensitivity:
     `quantkit.gptq.fisher`).
 
     `outputs` (n_rows,) are the mean squared gradients at the layer's outputs, None for a table that
-    is only looked up. A table of embeddings has `frequency` (n_rows,), and if it is a layer, too,
-    `columns` (n_columns,), the mean squared gradients at what is looked up; if not, its Hessian is
-    made of these gradients.
+    is only looked up. A table of embeddings has `frequency` (n_rows,) and `lookups` (n_columns,
+    n_columns), the mean outer products of the gradients at what is looked up.
     """
 
     outputs: torch.Tensor | None
     frequency: torch.Tensor | None = None
-    columns: torch.Tensor | None = None
+    lookups: torch.Tensor | None = None
 
     def rows(self, first: int, last: int) -> Sensitivity:
         """That of some rows of the tensor."""
         outputs = None if self.outputs is None else self.outputs[first:last]
         frequency = None if self.frequency is None else self.frequency[first:last]
-        return Sensitivity(outputs, frequency, self.columns)
+        return Sensitivity(outputs, frequency, self.lookups)
 
 
 @dataclass(frozen=True)
@@ -280,16 +279,16 @@ def _error(
     difference: torch.Tensor, inputs: Inputs | None, sensitivity: Sensitivity | None
 ) -> Error:
     """The error of weight differences (n_rows, n_columns), not yet relative to the power."""
-    squares = difference.square()
-    per_row = squares.sum(1) if inputs is None else output_error(difference, inputs.heldout)
+    per_row = (
+        difference.square().sum(1) if inputs is None else output_error(difference, inputs.heldout)
+    )
     if sensitivity is None:
         return Error(float(per_row.sum()), None)
     nats = 0.0
     if sensitivity.outputs is not None and inputs is not None:
         nats += float(sensitivity.outputs @ per_row) / 2
-    if sensitivity.frequency is not None:
-        columns = sensitivity.columns
-        looked_up = per_row if columns is None else squares @ columns
+    if sensitivity.frequency is not None and sensitivity.lookups is not None:
+        looked_up = output_error(difference, sensitivity.lookups)
         nats += float(sensitivity.frequency @ looked_up) / 2
     return Error(float(per_row.sum()), nats)
 

@@ -8,7 +8,8 @@ Martens & Grosse 2015, arXiv:1503.05671). One backward pass prices every type of
 
 An error e in the row of the input embeddings that is looked up with frequency f costs about
 ½ f e C eᵀ, where C = mean g gᵀ of the gradients g at what is looked up: the same form, with
-gradients for inputs. So GPTQ solves a table of embeddings, too.
+gradients for inputs. So GPTQ solves a table of embeddings, too; a tied one, which is also the head,
+under the sum of both.
 
 The pass runs one block at a time, as the forward pass does: only block boundaries are kept.
 """
@@ -30,12 +31,10 @@ class Fisher:
     """Mean squared gradients: by module per output feature (n_out,), float32, all experts' counted
     through; of the output head, p(1 - p).
 
-    `embedding` (n_embd,) is that of the embedded input, `frequency` (n_vocab,) how often each token
-    was looked up, as a share of all positions.
+    `frequency` (n_vocab,) is how often each token was looked up, as a share of all positions.
     """
 
     modules: dict[str, torch.Tensor]
-    embedding: torch.Tensor
     frequency: torch.Tensor
 
 
@@ -54,7 +53,7 @@ def output_fisher(
     device = model.device
     generator = torch.Generator(device="cpu").manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
-    head = embedding = torch.zeros(())
+    head = torch.zeros(())
     for start in range(0, len(ids), batch):
         part = ids[start : start + batch].to(device)
         states, calls = _boundaries(model, part)
@@ -68,18 +67,17 @@ def output_fisher(
         for index in reversed(range(len(model.blocks))):
             with model.holding(index):
                 gradient = _backward(model, index, states[index], calls[index], gradient, sums)
-        embedding = embedding + gradient.float().square().sum((0, 1))
+        scale = _embedding_scale(model, part, states[0]) if lookups else 1.0
         for parity, collector in enumerate((lookups or {}).values()):
             own = gradient[(start + parity) % 2 :: 2]
             if len(own):
-                collector.add((model.embedding_name,), own)
+                collector.add((model.embedding_name,), scale * own.float())
     n_tokens = ids.numel()
     n_vocab = head.shape[0]
     frequency = torch.bincount(ids.flatten(), minlength=n_vocab)[:n_vocab].float() / n_tokens
     sums |= {name: head for name in model.head_linears()}
     return Fisher(
         {name: (total / n_tokens).cpu() for name, total in sums.items()},
-        (embedding / n_tokens).cpu(),
         frequency.cpu(),
     )
 
@@ -91,6 +89,14 @@ def _boundaries(model: BlockwiseModel, ids: torch.Tensor) -> tuple[list[torch.Te
     for index, call in enumerate(calls):
         states.append(model.run_block(index, states[-1], call))
     return states, calls
+
+
+def _embedding_scale(model: BlockwiseModel, ids: torch.Tensor, hidden: torch.Tensor) -> float:
+    """What embeddings are multiplied with before the first block (Gemma: √n_embd), by least
+    squares: what else is added does not point their way.
+    """
+    table = model.model.get_input_embeddings().get_parameter("weight")[ids].float()
+    return float((table * hidden.float()).sum() / table.square().sum())
 
 
 def _label_gradient(

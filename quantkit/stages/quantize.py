@@ -12,19 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from quantkit.config import RunConfig
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
 from quantkit.gptq.compete import (
-    Inputs,
     Part,
     Sensitivity,
     Solved,
@@ -33,7 +28,7 @@ from quantkit.gptq.compete import (
     solve_experts,
     solve_tensor,
 )
-from quantkit.gptq.solver import Factor, factorize
+from quantkit.inputs import KnownInputs, make_inputs
 from quantkit.kquants import native
 from quantkit.levels import LevelPlan, plan_levels
 from quantkit.outside import PREFIX, Outsider, open_outsiders, rows_of
@@ -43,11 +38,9 @@ from quantkit.rundir import read_json, sha256_file, write_json
 from quantkit.stages import StageResult, convert
 from quantkit.statistics import (
     ExpertStatistics,
-    Fisher,
-    InputStatistics,
-    fisher_file,
+    Gradients,
     load_expert_statistics,
-    load_fisher,
+    load_gradients,
     load_statistics,
     sensitivity_of,
 )
@@ -61,7 +54,6 @@ VERSION = 4
 FIELDS = ("profile", "levels", "levels_from", "methods", "types", "tensors")
 
 _ALL_TYPES_AT_ONCE = 1 << 27  # weights; a larger tensor is solved one type after the other
-DAMPING = 0.1  # of the median of diag H: dev/LOG.md
 
 
 @dataclass(frozen=True)
@@ -93,9 +85,9 @@ def execute(run: Run) -> StageResult:
     )
     outsiders = open_outsiders(run.config.levels_from, convert.load_specs(run.dir))
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
-    fisher = load_fisher(fisher_file(run.dir.stage_dir("calibrate")))
+    gradients = load_gradients(run.dir.stage_dir("calibrate"))
     units = list(_units(run, plan, maps))
-    work = _Work(run, base, plan, files, outsiders, maps, fisher)
+    work = _Work(run, base, plan, files, outsiders, maps, gradients)
     for position, unit in enumerate(units):
         if unit.name not in done:
             done[unit.name] = _solve_unit(unit, work)
@@ -183,25 +175,28 @@ class _Work:
     files: Mapping[QuantType, SlotFile]
     outsiders: Sequence[Outsider]
     maps: Mapping[str, RowMap]
-    fisher: Fisher
+    gradients: Gradients
+
+    def sensitivity(self, tensor: str) -> Sensitivity | None:
+        return sensitivity_of(self.gradients, self.maps.get(tensor), self.run.config.device)
 
 
 def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
     """Solve a unit's tensors and fill their slots in every file. Returns what `errors.json` will
     say of them.
     """
-    run, base, plan, maps, fisher = work.run, work.base, work.plan, work.maps, work.fisher
-    methods, device = run.config.methods, run.config.device
+    run, base, plan, maps = work.run, work.base, work.plan, work.maps
+    methods = run.config.methods
     errors: dict[str, Any] = {}
     fallbacks: list[Fallback] = []
-    known = _Known(unit, maps, run.config)
+    known = KnownInputs(unit.statistics, unit.tensors, maps, run.config, work.gradients)
     for statistics, tensors in known.groups:
         if statistics.is_judged_on_train:
             reason = "no held-out token reached its inputs"
             fallbacks += [Fallback(t, "error held out", "error on train", reason) for t in tensors]
 
     def solve(name: str) -> dict[QuantType, Solved]:
-        sensitivity = sensitivity_of(fisher, maps.get(name), run.config.device)
+        sensitivity = work.sensitivity(name)
         weight = base.values(name)
         # Of the largest tensors, the vocabulary's, the rows of all types would not fit.
         choices = plan.choices(name)
@@ -233,8 +228,7 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
             if not tensors:
                 continue
             rows = [
-                _Experts(base, name, plan.choices(name), sensitivity_of(fisher, maps[name], device))
-                for name in tensors
+                _Experts(base, name, plan.choices(name), work.sensitivity(name)) for name in tensors
             ]
             found = _solve_experts(experts, rows, run, pool.map)
             for name, solved in zip(tensors, found, strict=True):
@@ -242,77 +236,6 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
                 fallbacks.extend(_method_fallbacks(name, solved, methods, True))
                 fallbacks.extend(_borrowed(name, experts))
     return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": known.dampings()}
-
-
-class _Known:
-    """What is known of the inputs of a unit's tensors: read and factorized when the first of those
-    that share them is solved, forgotten after the last. The widest take gigabytes.
-    """
-
-    def __init__(self, unit: Unit, maps: Mapping[str, RowMap], config: RunConfig) -> None:
-        self._maps, self._config = maps, config
-        self.groups: list[tuple[InputStatistics, list[str]]] = []
-        for statistics in load_statistics(unit.statistics) if unit.statistics else ():
-            tensors = [name for name in unit.tensors if maps[name].module in statistics.modules]
-            if tensors:
-                self.groups.append((statistics, tensors))
-        self._group_of = {t: i for i, (_, tensors) in enumerate(self.groups) for t in tensors}
-        self._left = [len(tensors) for _, tensors in self.groups]
-        self._made: dict[int, Inputs] = {}
-        self._escalated: dict[int, float] = {}
-        self._lock = Lock()
-
-    def has(self, tensor: str) -> bool:
-        return tensor in self._group_of
-
-    @contextmanager
-    def lent(self, tensor: str) -> Iterator[Inputs | None]:
-        """The inputs of a tensor; None without statistics. Once for every tensor."""
-        group = self._group_of.get(tensor)
-        if group is None:
-            yield None
-            return
-        with self._lock:
-            if group not in self._made:
-                self._made[group] = self._make(group)
-            inputs = self._made[group]
-            self._left[group] -= 1
-            if not self._left[group]:
-                del self._made[group]
-        columns = self._maps[tensor].columns
-        yield inputs if columns is None else _reordered(inputs, columns, self._config.methods)
-
-    def _make(self, group: int) -> Inputs:
-        statistics, _ = self.groups[group]
-        config = self._config
-        inputs = _inputs(statistics.train, statistics.heldout, config.methods, config.device)
-        if inputs.factor is not None and inputs.factor.escalated:
-            self._escalated[group] = inputs.factor.damping
-        return inputs
-
-    def dampings(self) -> list[dict[str, Any]]:
-        """Of inputs whose Hessian was not positive definite at the usual damping."""
-        return [
-            {"modules": list(statistics.modules), "damping": self._escalated[i]}
-            for i, (statistics, _) in enumerate(self.groups)
-            if i in self._escalated
-        ]
-
-
-def _inputs(
-    train: torch.Tensor, heldout: torch.Tensor, methods: tuple[str, ...], device: str
-) -> Inputs:
-    importance = train.diagonal().cpu().numpy().copy()
-    train, heldout = train.to(device), heldout.to(device)
-    factor: Factor | None = factorize(train, DAMPING) if "gptq" in methods else None
-    return Inputs(importance, train, heldout, factor)
-
-
-def _reordered(inputs: Inputs, columns: torch.Tensor, methods: tuple[str, ...]) -> Inputs:
-    """Of a tensor whose columns are not in the module's order."""
-    at = columns.to(inputs.train.device)
-    train, heldout = (h[at][:, at] for h in (inputs.train, inputs.heldout))
-    return _inputs(train, heldout, methods, train.device.type)
 
 
 def _errors(solved: Solved) -> dict[str, Any]:
@@ -350,7 +273,7 @@ def _solve_experts(
 
     def solve(experts: range) -> list[list[Part]]:
         """Of every tensor what its experts became."""
-        inputs = [_inputs(*statistics.load(e), methods, run.config.device) for e in experts]
+        inputs = [make_inputs(*statistics.load(e), methods, run.config.device) for e in experts]
         parts = []
         for tensor in tensors:
             weights, own = zip(*(tensor.rows(e) for e in experts), strict=True)
