@@ -130,7 +130,7 @@ def stage_memory(
         + 4 * logits
         + min(states, int(_STATES_SHARE * free)),
         "stitch": _PROGRAM + 2 * shapes.largest,
-        "validate": _TORCH + max(model(4, 4) + 2 * logits, 2 * shapes.n_all + 4 * logits),
+        "validate": _TORCH + model(4, 4) + 2 * logits + min(2 * shapes.n_all, free),  # base.gguf
         "publish": _PROGRAM,
     }
 
