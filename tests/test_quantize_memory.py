@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from tiny_gguf import write_llama
 
@@ -15,16 +12,11 @@ from quantkit.config import RunConfig
 from quantkit.footprint import stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.gptq.compete import Inputs, solve_tensor
-from quantkit.gptq.fisher import Fisher
-from quantkit.gptq.hessian import HessianCollector
 from quantkit.gptq.solver import factorize
-from quantkit.inputs import KnownInputs
 from quantkit.levels import plan_levels
 from quantkit.plan import specs_of
 from quantkit.qtypes import QuantType
-from quantkit.rowmap import RowMap
 from quantkit.rundir import STAGES
-from quantkit.statistics import Gradients, block_file, load_statistics, save_statistics
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q4_K", "Q5_K", "Q6_K")))
 
@@ -42,41 +34,6 @@ def test_one_type_at_a_time_is_all_at_once() -> None:
         (alone,) = solve_tensor(weight, (qtype,), methods, known, None, 2).values()
         assert alone.method == together[qtype].method
         assert np.array_equal(alone.packed, together[qtype].packed)
-
-
-@pytest.fixture
-def known(tmp_path: Path) -> KnownInputs:
-    """Two inputs: q and k read one, o another."""
-    linears = {name: torch.nn.Linear(n, 8) for name, n in (("q", 32), ("k", 32), ("o", 48))}
-    collectors = {part: HessianCollector(dict(linears)) for part in ("train", "heldout")}
-    for collector in collectors.values():
-        with collector.watching():
-            shared = torch.randn(1, 200, 32)
-            linears["q"](shared), linears["k"](shared), linears["o"](torch.randn(1, 200, 48))
-    path = block_file(tmp_path, 0)
-    path.parent.mkdir()
-    save_statistics(path, collectors, in_blocks=True)
-    maps = {n: RowMap(n, f"{n}.weight", False, None, n, False) for n in linears}
-    gradients = Gradients(Fisher({}, torch.zeros(8)), load_statistics(path)[0])
-    return KnownInputs(path, tuple(linears), maps, RunConfig("m"), gradients)
-
-
-def test_inputs_are_forgotten_after_their_last_tensor(known: KnownInputs) -> None:
-    assert [tensors for _, tensors in known.groups] == [["q", "k"], ["o"]]
-    with known.lent("q") as first:
-        assert first is not None
-        with known.lent("k") as second:
-            assert second is first  # factorized once
-        left = weakref.ref(first)
-    del first, second
-    gc.collect()
-    assert left() is None
-    with known.lent("o") as other:
-        assert other is not None and len(other.train) == 48
-    assert known.has("o") and not known.has("norm")
-    with known.lent("norm") as nothing:
-        assert nothing is None
-    assert known.dampings() == []
 
 
 def test_peaks_by_stage(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""What tensors are solved with: read once for all that share it; a tied table for both its uses."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.config import RunConfig
+from quantkit.gptq.fisher import Fisher
+from quantkit.gptq.hessian import HessianCollector
+from quantkit.inputs import KnownInputs
+from quantkit.rowmap import RowMap
+from quantkit.statistics import (
+    Gradients,
+    block_file,
+    embedding_file,
+    head_file,
+    load_statistics,
+    save_statistics,
+    sensitivity_of,
+)
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> KnownInputs:
+    """Two inputs: q and k read one, o another."""
+    linears = {name: torch.nn.Linear(n, 8) for name, n in (("q", 32), ("k", 32), ("o", 48))}
+    collectors = {part: HessianCollector(dict(linears)) for part in ("train", "heldout")}
+    for collector in collectors.values():
+        with collector.watching():
+            shared = torch.randn(1, 200, 32)
+            linears["q"](shared), linears["k"](shared), linears["o"](torch.randn(1, 200, 48))
+    path = block_file(tmp_path, 0)
+    path.parent.mkdir()
+    save_statistics(path, collectors, in_blocks=True)
+    maps = {n: RowMap(n, f"{n}.weight", False, None, n, False) for n in linears}
+    gradients = Gradients(Fisher({}, torch.zeros(8)), load_statistics(path)[0])
+    return KnownInputs(path, tuple(linears), maps, RunConfig("m"), gradients)
+
+
+def test_inputs_are_forgotten_after_their_last_tensor(known: KnownInputs) -> None:
+    assert [tensors for _, tensors in known.groups] == [["q", "k"], ["o"]]
+    with known.lent("q") as first:
+        assert first is not None
+        with known.lent("k") as second:
+            assert second is first  # factorized once
+        left = weakref.ref(first)
+    del first, second
+    gc.collect()
+    assert left() is None
+    with known.lent("o") as other:
+        assert other is not None and len(other.train) == 48
+    assert known.has("o") and not known.has("norm")
+    with known.lent("norm") as nothing:
+        assert nothing is None
+    assert known.dampings() == []
+
+
+def hessians(path: Path, module: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a train and a held-out Hessian of one module."""
+    generator = torch.Generator().manual_seed(seed)
+    collectors = {part: HessianCollector({}) for part in ("train", "heldout")}
+    for collector in collectors.values():
+        collector.add((module,), torch.randn(50, 16, generator=generator))
+    path.parent.mkdir(exist_ok=True)
+    save_statistics(path, collectors, in_blocks=False)
+    train, heldout = (collector.means()[module] for collector in collectors.values())
+    return train, heldout
+
+
+@pytest.mark.parametrize("methods", [("gptq", "imatrix"), ("imatrix",)])
+def test_a_tied_table_is_solved_for_both_uses(tmp_path: Path, methods: tuple[str, ...]) -> None:
+    head = hessians(head_file(tmp_path), "lm_head", 0)
+    looked_up = hessians(embedding_file(tmp_path), "embed", 1)
+    prices = torch.tensor([0.1, 0.2, 0.3])
+    lookups = load_statistics(embedding_file(tmp_path))[0]
+    gradients = Gradients(Fisher({"lm_head": prices}, torch.tensor([0.5, 0.5, 0.0])), lookups)
+    tied = RowMap("token_embd.weight", "embed.weight", False, None, "lm_head", True)
+    config = RunConfig("m", methods=methods)
+    known = KnownInputs(head_file(tmp_path), [tied.tensor], {tied.tensor: tied}, config, gradients)
+    with known.lent(tied.tensor) as inputs:
+        assert inputs is not None
+        # llama.cpp's imatrix knows nothing of lookups, and has to find itself in ours.
+        wanted = 0.6 * head[0] + looked_up[0] if "gptq" in methods else head[0]
+        assert torch.allclose(inputs.train, wanted)
+        assert torch.allclose(inputs.heldout, head[1])
+    sensitivity = sensitivity_of(gradients, tied, "cpu")
+    assert sensitivity is not None and sensitivity.outputs is not None
+    assert torch.equal(sensitivity.outputs, prices)
+    assert sensitivity.lookups is not None and torch.equal(sensitivity.lookups, looked_up[1])
+
+
+def test_a_table_that_is_only_looked_up(tmp_path: Path) -> None:
+    looked_up = hessians(embedding_file(tmp_path), "embed", 1)
+    lookups = load_statistics(embedding_file(tmp_path))[0]
+    gradients = Gradients(Fisher({}, torch.ones(3) / 3), lookups)
+    table = RowMap("token_embd.weight", "embed.weight", False, None, "embed", True)
+    path = embedding_file(tmp_path)
+    known = KnownInputs(path, [table.tensor], {table.tensor: table}, RunConfig("m"), gradients)
+    with known.lent(table.tensor) as inputs:
+        assert inputs is not None and torch.equal(inputs.train, looked_up[0])
+    sensitivity = sensitivity_of(gradients, table, "cpu")
+    assert sensitivity is not None and sensitivity.outputs is None
