@@ -41,8 +41,9 @@ class Row:
     mapped_share: float = 0.0  # of the parameters of linear layers: found in the model
     gptq_share: float = 0.0  # of the same: quantized with a Hessian
     apart: tuple[str, ...] = ()  # kinds of tensors that are not counted, as `_apart` says
+    agrees: bool = False  # PyTorch and llama.cpp, at F16 and on the file, as integrity judges
     kl_f16: float = math.inf
-    kl_f16_worst: float = math.inf  # of one token
+    kl_f16_trimmed: float = math.inf  # without the worst 2 % of the tokens
     kl_file: float = math.inf
     kl_swapped: float = 0.0  # at F16, with two heads or other rows exchanged on one side
     spread: float = 0.0  # standard deviation of a position's logits
@@ -55,8 +56,7 @@ class Row:
             (
                 self.mapped_share >= 0.99,
                 self.gptq_share >= 0.99,
-                self.kl_f16 <= integrity.F16_LIMIT,
-                self.kl_file <= integrity.FILE_LIMIT,
+                self.agrees,
                 self.kl_swapped >= 30 * max(self.kl_f16, integrity.F16_LIMIT / 10),
                 self.spread >= 3,
                 (self.n_projector_bytes > 0) == FAMILIES[self.family].sees,
@@ -125,8 +125,10 @@ def run_family(family: Family, folder: Path) -> Row:
         sum(n for name, n in sizes.items() if name in maps) / sum(sizes.values()),
         sum(n for name, n in sizes.items() if _has_gptq(errors[name])) / sum(sizes.values()),
         tuple(kinds),
+        integrity.agrees(file, at_f16, integrity.F16_LIMIT)
+        and integrity.agrees(file, as_it_is, integrity.FILE_LIMIT),
         at_f16.mean_kl,
-        at_f16.max_kl,
+        at_f16.trimmed_kl,
         as_it_is.mean_kl,
         swap.mean_kl,
         float(logits.std(-1).mean()),

@@ -36,6 +36,19 @@ def test_other_weights_do_not(tmp_path: Path) -> None:
     assert found.mean_kl > 1e-3 and found.top1 < 1.0
 
 
+def test_one_token_that_went_elsewhere(tmp_path: Path) -> None:
+    """It is in the mean, not in the trimmed one; two of fewer than a hundred are in both."""
+    spec = TinySpec()
+    path = write_tiny(tmp_path / "tiny.gguf", spec)
+    ids = agreement.tokens_of(path, TEXT, 48)
+    logits = reference(spec, ids)
+    logits[7] = logits[7, ::-1]
+    one = measure(path, ids, logits)
+    assert one.mean_kl == pytest.approx(one.max_kl / 48, rel=1e-3) and one.trimmed_kl < 1e-6
+    logits[30] = logits[30, ::-1]
+    assert measure(path, ids, logits).trimmed_kl > 1e-4
+
+
 def test_a_padded_vocabulary_is_cut(tmp_path: Path) -> None:
     spec = TinySpec()
     path = write_tiny(tmp_path / "tiny.gguf", spec)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from tiny_gguf import Shape, write_llama
 
+from evaluators.agreement import Agreement
 from quantkit import integrity
 from quantkit.config import PROFILES
 from quantkit.errors import QuantkitError
@@ -170,3 +172,27 @@ def test_every_profile_has_an_effort() -> None:
     assert list(EFFORTS) == list(PROFILES)
     for effort, profile in zip(EFFORTS.values(), PROFILES.values(), strict=True):
         assert effort.weight_windows is None or 2 <= effort.weight_windows <= profile.eval_windows
+
+
+class _File:
+    """What `agrees` reads of a file."""
+
+    def __init__(self, n_experts: int) -> None:
+        self.metadata = {"general.architecture": "some", "some.expert_count": n_experts}
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "mean", "trimmed", "passed"),
+    [
+        (0, 0.9e-4, 0.9e-4, True),
+        (0, 2e-4, 1e-5, False),  # without a router nothing can tie
+        (8, 2e-4, 1e-5, True),
+        (8, 2e-4, 1.1e-4, False),
+        (8, 1.1e-3, 1e-5, False),  # too much for ties
+    ],
+)
+def test_ties_of_experts(n_experts: int, mean: float, trimmed: float, passed: bool) -> None:
+    agreement = Agreement(mean, trimmed, 0.02, 1.0, 96)
+    check = integrity.logits_check("logits", cast(GgufFile, _File(n_experts)), agreement, 1e-4)
+    assert check.passed is passed
+    assert ("tie within rounding" in check.about) == (passed and mean > 1e-4)

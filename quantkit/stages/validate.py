@@ -213,8 +213,8 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
         at_f16 = agreement.measure(f16, ids, logits, runtime)
     as_it_is = agreement.measure(file.path, ids, logits, runtime)
     return [
-        integrity.logits_check(names[0], at_f16, integrity.F16_LIMIT),
-        integrity.logits_check(names[1], as_it_is, integrity.FILE_LIMIT),
+        integrity.logits_check(names[0], file, at_f16, integrity.F16_LIMIT),
+        integrity.logits_check(names[1], file, as_it_is, integrity.FILE_LIMIT),
     ]
 
 
