@@ -12,15 +12,28 @@ to type); embeddings and head stay as they are. An arm is a way to choose the by
     disturbed          in order; H from the inputs that the layers quantized before it leave
     aimed, aimed-half  the same, and weights are moved first, all the way or half of it, so that
                        W' X~ is near W X
-    stream             aimed, and layers that write to the residual stream make up for its error too
+    stream, stream-half  aimed, and layers that write to the residual stream make up for its error
+                       too
+    weighted            gptq, every token counted by the squared gradient at the layer's output
+    weighted-root       the same by the gradient's norm
+    rows                gptq under the Kronecker product of H and G, the mean outer product of those
+                        gradients: rows make up for each other's errors (YAQA, arXiv:2505.22988),
+                        in layers where gradients of other tokens say that it helps
+    rows-weighted       both
+    aimed-fit, stream-fit  how far, and against what ridge, is what is best on the other half of
+                       the tokens, each layer for itself
     X+scales, X+codes  after arm X: d and dmin (and codes, straight through) by gradient against
                        each block's output, in order
+    X+fisher-scales, X+fisher-codes
+                       the same, errors weighted by the gradients' mean outer product there
     X+kl-scales, X+kl-codes
-                       the same against the whole model's KL
+                       the same against the whole model's KL; tunings may follow each other
 
 All of them give packed rows that a GGUF can hold. KL is that of the decoded model in float32
-against the original, second half of windows of 512 tokens. Arms run in the order of the list, while
-the minutes last; --out keeps the table as trials.json, written after every arm.
+against the original, second half of windows of 512 tokens; gradients are taken with TF32 products
+on a GPU and bf16 ones on a CPU. Arms run in the order of the list, while the minutes last; --out
+keeps the table as trials.json, written after every arm. What the original's layers read is kept
+on the device: 0.4 MB a token for a model of 135M.
 """
 
 from __future__ import annotations
@@ -34,6 +47,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,44 +55,59 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
+from trial_gradients import Curvature, curvatures, feedback, gain, stream_curvatures
+from trial_inputs import DAMPING, Moments, Reference, Replay, linears_of, moved
 
-from quantkit.blockwise import BlockCall, BlockwiseModel, load_model, load_tokenizer
+from quantkit.blockwise import BlockCall, BlockwiseModel, compute_dtype, load_model, load_tokenizer
 from quantkit.gptq.compete import Inputs, solve_tensor
-from quantkit.gptq.descent import RowState, put_together
-from quantkit.gptq.hessian import is_linear
 from quantkit.gptq.solver import factorize
-from quantkit.kquants.formats import FORMATS, levels_of
+from quantkit.gptq.tunable import Tunable
+from quantkit.kquants.formats import FORMATS
 from quantkit.qtypes import QuantType
 
 N_CTX = 512
-DAMPING = 0.1  # of the median of diag H, as in the package
+ROW_DAMPINGS = (0.03, 0.1, 0.3, 1.0)  # of the mean of diag G
 Packed = dict[str, tuple[QuantType, torch.Tensor]]  # by the module's name in the model
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How to choose the bytes. `aim` and `stream` are how much of the difference is made up for."""
+    """How to choose the bytes. `share` of the difference from what the original gives is made up
+    for (`fit`: as much as helps unseen tokens), with `stream` that of the residual stream, too.
+    """
 
-    disturbed: bool = False
-    aim: float = 0.0
-    stream: float = 0.0
+    disturbed: bool = True
+    share: float = 0.0
+    stream: bool = False
+    fit: bool = False
+    weighted: bool = False
+    root: bool = False
+    rows: bool = False
     method: str = "gptq"
 
 
 ARMS = {
-    "imatrix": Arm(method="imatrix"),
-    "gptq": Arm(),
-    "disturbed": Arm(disturbed=True),
-    "aimed-half": Arm(disturbed=True, aim=0.5),
-    "aimed": Arm(disturbed=True, aim=1.0),
-    "stream-half": Arm(disturbed=True, aim=0.5, stream=0.5),
-    "stream": Arm(disturbed=True, aim=1.0, stream=1.0),
+    "imatrix": Arm(disturbed=False, method="imatrix"),
+    "gptq": Arm(disturbed=False),
+    "weighted": Arm(disturbed=False, weighted=True),
+    "weighted-root": Arm(disturbed=False, weighted=True, root=True),
+    "rows": Arm(disturbed=False, rows=True),
+    "rows-weighted": Arm(disturbed=False, rows=True, weighted=True),
+    "rows-weighted-root": Arm(disturbed=False, rows=True, weighted=True, root=True),
+    "disturbed": Arm(),
+    "aimed-half": Arm(share=0.5),
+    "aimed": Arm(share=1.0),
+    "aimed-fit": Arm(share=1.0, fit=True),
+    "stream-half": Arm(share=0.5, stream=True),
+    "stream": Arm(share=1.0, stream=True),
+    "stream-fit": Arm(share=1.0, stream=True, fit=True),
 }
 DEFAULT = (
-    "imatrix,gptq,disturbed,aimed-half,aimed,stream,gptq+kl-scales,gptq+kl-codes,gptq+codes,"
-    "gptq+scales,aimed+kl-codes"
+    "imatrix,gptq,rows,weighted,rows-weighted,disturbed,aimed-half,aimed,stream,gptq+kl-scales,"
+    "gptq+kl-codes,gptq+codes,gptq+scales,gptq+codes+kl-scales,aimed+kl-codes"
 )
 
 
@@ -93,37 +122,9 @@ class Settings:
     rate_codes: float  # Adam's, in steps between neighbouring codes; falls to zero
     rate_scales: float  # Adam's, relative to d and dmin; falls to zero
     n_blocks: int | None  # quantize only the first ones
-
-
-class Probe:
-    """Inputs and outputs of a block's linear layers during one call."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._linears = {name: m for name, m in block.named_modules() if is_linear(m)}
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        def note(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-                self.inputs[name], self.outputs[name] = args[0], output
-
-            return hook
-
-        handles = [m.register_forward_hook(note(name)) for name, m in self._linears.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def groups(self) -> list[tuple[str, ...]]:
-        """Layers in the order of their calls, those that read the same tensor together."""
-        found: dict[int, list[str]] = {}
-        for name, x in self.inputs.items():
-            found.setdefault(id(x), []).append(name)
-        return [tuple(names) for names in found.values()]
+    gradient_tokens: int
+    row_block: int  # rows solved side by side
+    row_margin: float  # rows are coupled where that promises to save more than this share
 
 
 class Trial:
@@ -149,9 +150,21 @@ class Trial:
         self.names = [
             f"{self.base.block_name(i)}.{name}"
             for i in self.blocks
-            for name, m in self.base.blocks[i].named_modules()
-            if is_linear(m)
+            for name in linears_of(self.base.blocks[i])
         ]
+        with torch.no_grad():
+            self.reference = Reference(self.base, self.calibration, n_blocks)
+            self._ends = {
+                name: [self._end(self.base, ids) for ids in windows.split(settings.batch)]
+                for name, windows in self.heldout.items()
+            }
+
+    def _end(self, model: BlockwiseModel, ids: torch.Tensor) -> torch.Tensor:
+        """The hidden state after the last block, of the second half of the windows."""
+        hidden, calls = model.trace(ids)
+        for index, call in enumerate(calls):
+            hidden = model.run_block(index, hidden, call)
+        return hidden[:, N_CTX // 2 :]
 
     def load(self, packed: Packed) -> None:
         """Put the decoded rows into the changed model; what is not in `packed` is original."""
@@ -167,11 +180,9 @@ class Trial:
         found = {}
         for name, windows in self.heldout.items():
             parts = []
-            for ids in windows.split(self.settings.batch):
-                log_p, log_q = (
-                    m.model(input_ids=ids, use_cache=False).logits[:, N_CTX // 2 :].log_softmax(-1)
-                    for m in (self.base, self.model)
-                )
+            for ids, end in zip(windows.split(self.settings.batch), self._ends[name], strict=True):
+                log_p = self.base.head(end).log_softmax(-1)
+                log_q = self.model.head(self._end(self.model, ids)).log_softmax(-1)
                 parts.append((log_p.exp() * (log_p - log_q)).sum(-1).mean(1))
             found[name] = torch.cat(parts).tolist()
         return found
@@ -181,116 +192,120 @@ class Trial:
         """The rows of every layer, block by block, groups in the order of their calls."""
         self.load({})
         packed: Packed = {}
-        hidden = [self.base.trace(ids)[0] for ids in self.calibration]
-        call = self.base.trace(self.calibration[0])[1]
-        ours = [h.clone() for h in hidden] if arm.disturbed else hidden
+        ours = self.reference.hidden[0]
         for index in self.blocks:
-            probe = Probe(self.base.blocks[index])
-            with probe.watching():
-                self.base.run_block(index, hidden[0], call[index])
-            for group in probe.groups():
-                moments = self._moments(index, group, hidden, ours, call[index], arm)
+            before = self.reference.hidden[index]
+            replay = Replay(self.model, index, self.reference.calls[index])
+            if not arm.disturbed:
+                ours = before
+            behind = [b - h for b, h in zip(before, ours, strict=True)]
+            for group, x in self.reference.inputs[index].items():
+                y = replay.inputs(group[0], ours) if arm.disturbed else x
+                moments = Moments.of(x, y, behind)
+                halves = []
+                if arm.fit:
+                    halves = [Moments.of(x[i::2], y[i::2], behind[i::2]) for i in range(2)]
                 for name in group:
                     full = f"{self.base.block_name(index)}.{name}"
-                    packed[full] = types[full], self._solve(full, types[full], moments, arm)
-                    if arm.disturbed:
-                        target = self.model.blocks[index].get_submodule(name)
-                        target.weight.copy_(_values(*packed[full]))
+                    weight = self.modules[full].weight
+                    writes = len(group) == 1 and len(weight) == behind[0].shape[-1]
+                    if arm.share:
+                        weight = moved(weight, moments, halves, arm.share, arm.stream and writes)
+                    hessian = moments.own
+                    if arm.weighted:
+                        found = self.curvature[full]
+                        hessian = found.rooted if arm.root else found.inputs
+                    solve = self._solve_rows if arm.rows else self._solve
+                    packed[full] = types[full], solve(full, weight, types[full], hessian, arm)
+                    if not arm.disturbed:
+                        continue
+                    _set_weight(replay.linears[name], _values(*packed[full]))
+                    replay.settle(name, y)
+                    if writes:
+                        gave = [self.modules[full](each) for each in x]
+                        parts = zip(behind, gave, replay.kept[name], strict=True)
+                        behind = [b + g - k for b, g, k in parts]
             if arm.disturbed:
-                ours = [self.model.run_block(index, h, call[index]) for h in ours]
-            hidden = [self.base.run_block(index, h, call[index]) for h in hidden]
-            if not arm.disturbed:
-                ours = hidden
+                ours = replay.outputs(ours)
         return packed
 
-    def _moments(
-        self,
-        index: int,
-        group: tuple[str, ...],
-        hidden: Sequence[torch.Tensor],
-        ours: Sequence[torch.Tensor],
-        call: BlockCall,
-        arm: Arm,
-    ) -> Moments:
-        """Means over tokens of the group's inputs x (original) and y (ours): y y^T, x y^T, and of
-        the residual stream's difference after the group times y^T.
+    @cached_property
+    def curvature(self) -> dict[str, Curvature]:
+        n = max(1, self.settings.gradient_tokens // self.calibration[0].numel())
+        return curvatures(self.base, self.calibration[:n], self.names)
+
+    def _solve_rows(
+        self, name: str, weight: torch.Tensor, qtype: QuantType, hessian: torch.Tensor, arm: Arm
+    ) -> torch.Tensor:
+        """Rows by blocks: each makes up for the errors of those before it. Rows of a block, which
+        are solved side by side, lie far apart: neighbours feel each other most. Which G and what
+        damping is decided by the other half of the gradients, as is whether rows are coupled.
         """
-        name, n_tokens = group[0], 0
-        n = self.base.blocks[index].get_submodule(name).weight.shape[1]
-        n_embd = hidden[0].shape[-1]
-        own = torch.zeros(n, n, device=self.device)
-        cross, stream = torch.zeros_like(own), torch.zeros(n_embd, n, device=self.device)
-        writes = len(group) == 1 and self.modules_of(index)[name].weight.shape[0] == n_embd
-        for before, after in zip(hidden, ours, strict=True):
-            theirs, mine = Probe(self.base.blocks[index]), Probe(self.model.blocks[index])
-            with theirs.watching():
-                self.base.run_block(index, before, call)
-            if arm.disturbed:
-                with mine.watching():
-                    self.model.run_block(index, after, call)
-            else:
-                mine = theirs
-            x, y = theirs.inputs[name].reshape(-1, n), mine.inputs[name].reshape(-1, n)
-            own.addmm_(y.T, y)
-            n_tokens += len(x)
-            if arm.aim:
-                cross.addmm_(x.T, y)
-            if arm.stream and writes:
-                gap = _written(theirs, before, name) - _written(mine, after, name)
-                stream.addmm_(gap.reshape(-1, n_embd).T, y)
-        return Moments(own / n_tokens, cross / n_tokens, stream / n_tokens, writes)
+        step, form, n_rows = self.settings.row_block, FORMATS[qtype], len(weight)
+        n_blocks = -(-n_rows // step)
+        order = torch.cat([torch.arange(k, n_rows, n_blocks) for k in range(n_blocks)])
+        order = order.to(weight.device)
+        found = self.curvature[name]
+        unseen = found.outputs[1][order][:, order]
+        tried, whole = [], {}
+        for label, (half, other) in (("raw", found.outputs), ("capped", found.capped)):
+            for damping in ROW_DAMPINGS:
+                g = half[order][:, order]
+                tried.append((gain(feedback(g, damping), unseen, step), damping, label))
+                whole[label] = (half + other)[order][:, order]
+        best, damping, label = min(tried)
+        if best > 1 - self.settings.row_margin:
+            return self._solve(name, weight, qtype, hessian, arm)
+        upper = feedback(whole[label], damping)
+        wanted, parts = weight[order], []
+        for first in range(0, n_rows, step):
+            own, rest = slice(first, first + step), slice(first + step, n_rows)
+            parts.append(self._solve(name, wanted[own].contiguous(), qtype, hessian, arm))
+            error = wanted[own] - form.values(parts[-1])
+            error = torch.linalg.solve_triangular(upper[own, own].T, error, upper=False)
+            wanted[rest] -= upper[own, rest].T @ error
+        return torch.cat(parts)[torch.argsort(order)]
 
-    def modules_of(self, index: int) -> dict[str, nn.Module]:
-        return dict(self.base.blocks[index].named_modules())
-
-    def _solve(self, name: str, qtype: QuantType, moments: Moments, arm: Arm) -> torch.Tensor:
-        weight = self.modules[name].weight
-        own = moments.own
-        factor = factorize(own, DAMPING) if arm.method == "gptq" else None
-        inputs = Inputs(own.diagonal().cpu().numpy().copy(), own, own, factor)
-        if arm.aim or arm.stream:
-            root = torch.linalg.cholesky(inputs.damped)
-            wanted = torch.zeros_like(weight)
-            if (
-                arm.stream and moments.writes
-            ):  # the layer's own difference is a part of the stream's
-                wanted += arm.stream * moments.stream
-            elif arm.aim:
-                wanted += arm.aim * (weight @ (moments.cross - own))
-            weight = weight + torch.cholesky_solve(wanted.T, root).T
+    def _solve(
+        self, _: str, weight: torch.Tensor, qtype: QuantType, hessian: torch.Tensor, arm: Arm
+    ) -> torch.Tensor:
+        factor = factorize(hessian, DAMPING) if arm.method == "gptq" else None
+        inputs = Inputs(hessian.diagonal().cpu().numpy().copy(), hessian, hessian, factor)
         solved = solve_tensor(
             weight.cpu().numpy(), [qtype], (arm.method,), inputs, None, self.settings.n_sweeps
         )
         return torch.from_numpy(solved[qtype].packed).to(self.device)
 
-    def tune_blocks(self, packed: Packed, with_codes: bool) -> Packed:
+    @cached_property
+    def stream_roots(self) -> list[torch.Tensor]:
+        """Of every block, L with L L^T the curvature of the loss in the block's output."""
+        n = max(1, self.settings.gradient_tokens // self.calibration[0].numel())
+        found = []
+        for c in stream_curvatures(self.base, self.calibration[:n]):
+            c.diagonal().add_(0.01 * c.diagonal().mean())
+            found.append(torch.linalg.cholesky(c / c.diagonal().mean()))
+        return found
+
+    def tune_blocks(self, packed: Packed, with_codes: bool, by_fisher: bool) -> Packed:
         """Every block against the original's output, its inputs being those that the tuned blocks
         before it give.
         """
         self.load(packed)
         tuned: Packed = {}
-        with torch.no_grad():
-            hidden = [self.base.trace(ids)[0] for ids in self.calibration]
-            call = self.base.trace(self.calibration[0])[1]
-            ours = [h.clone() for h in hidden]
+        ours = self.reference.hidden[0]
         for index in self.blocks:
-            prefix = self.base.block_name(index)
-            with torch.no_grad():
-                wanted = [self.base.run_block(index, h, call[index]) for h in hidden]
-            own = {name: p for name, p in packed.items() if name.startswith(prefix + ".")}
+            prefix, call = self.base.block_name(index) + ".", self.reference.calls[index]
+            own = {name: p for name, p in packed.items() if name.startswith(prefix)}
             rows = self._tunables(own, with_codes)
-            block = self.model.blocks[index]
-
-            loss = self._block_loss(index, rows, ours, wanted, call[index])
+            root = self.stream_roots[index] if by_fisher else None
+            loss = self._block_loss(index, rows, ours, self.reference.hidden[index + 1], call, root)
             self._descend(loss, rows, self.settings.block_steps)
-            of_block = {name: (own[name][0], r.packed()) for name, r in rows.items()}
-            tuned |= of_block
+            linears = linears_of(self.model.blocks[index])
             with torch.no_grad():
-                for name, (qtype, values) in of_block.items():
-                    target = block.get_submodule(name[len(prefix) + 1 :])
-                    target.weight.copy_(_values(qtype, values))
-                ours = [self.model.run_block(index, h, call[index]) for h in ours]
-            hidden = wanted
+                for name, r in rows.items():
+                    tuned[name] = own[name][0], r.packed()
+                    _set_weight(linears[name.removeprefix(prefix)], _values(*tuned[name]))
+                ours = [self.model.run_block(index, h, call) for h in ours]
         return tuned
 
     def _block_loss(
@@ -300,15 +315,17 @@ class Trial:
         ours: Sequence[torch.Tensor],
         wanted: Sequence[torch.Tensor],
         call: BlockCall,
+        root: torch.Tensor | None,
     ) -> Callable[[int], torch.Tensor]:
-        """The mean squared error of the block's output, by batch."""
+        """The mean squared error of the block's output (times `root`), by batch."""
         block, skip = self.model.blocks[index], len(self.base.block_name(index)) + 1
 
         def loss(batch: int) -> torch.Tensor:
             weights = {f"{name[skip:]}.weight": r.weight() for name, r in rows.items()}
             answer = functional_call(block, weights, (ours[batch], *call.args), call.kwargs)
             answer = answer[0] if isinstance(answer, tuple) else answer
-            return (answer - wanted[batch]).square().mean()
+            error = answer - wanted[batch]
+            return (error if root is None else error @ root).square().mean()
 
         return loss
 
@@ -351,124 +368,19 @@ class Trial:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / n_steps)
         generator = torch.Generator().manual_seed(0)
         order: list[int] = []
-        with _fast_products():
-            for _ in range(n_steps):
-                order = order or torch.randperm(len(self.calibration), generator=generator).tolist()
-                optimizer.zero_grad(set_to_none=True)
-                with torch.enable_grad():
-                    loss(order.pop()).backward()
-                optimizer.step()
-                schedule.step()
+        for _ in range(n_steps):
+            order = order or torch.randperm(len(self.calibration), generator=generator).tolist()
+            optimizer.zero_grad(set_to_none=True)
+            with _fast_products(self.device), torch.enable_grad():
+                value = loss(order.pop())
+            with _fast_products(self.device):
+                value.backward()
+            optimizer.step()
+            schedule.step()
 
 
-@dataclass(frozen=True)
-class Moments:
-    own: torch.Tensor
-    cross: torch.Tensor
-    stream: torch.Tensor
-    writes: bool  # whether the group writes to the residual stream
-
-
-def _written(probe: Probe, before: torch.Tensor, last: str) -> torch.Tensor:
-    """The residual stream after layer `last`: the block's input and all that was written to it."""
-    stream = before
-    for group in probe.groups():
-        (name, *others) = group
-        if not others and probe.outputs[name].shape == before.shape:
-            stream = stream + probe.outputs[name]
-        if name == last:
-            break
-    return stream
-
-
-class Tunable:
-    """Packed rows whose d and dmin (and codes) are reached by gradients.
-
-    `scales` are relative changes of d, then of dmin; `level` what the codes are rounded from, in
-    units of the mean step between codes.
-    """
-
-    def __init__(
-        self, qtype: QuantType, packed: torch.Tensor, weight: torch.Tensor, with_codes: bool
-    ) -> None:
-        self.form = FORMATS[qtype]
-        self._rows = packed
-        n_rows = len(packed)
-        blocks = self.form.blocks(packed)
-        self._halves = self.form.scales(packed)
-        self._scale, self._minimum = (
-            x.reshape(n_rows, -1).float().contiguous() for x in self.form.multipliers(blocks)
-        )
-        self._codes = self.form.codes(packed)
-        table = self.form.table
-        self._unit = 1.0 if table is None else (table[-1] - table[0]) / (len(table) - 1)
-        ends = (self.form.low, self.form.high) if table is None else (table[0], table[-1])
-        self._range = ends[0] - self._unit / 2, ends[1] + self._unit / 2
-        grid = self.form.grid(packed)
-        step = grid.scale.repeat_interleave(grid.group, 1)
-        floor = grid.minimum.repeat_interleave(grid.group, 1)
-        level = (weight.float() - floor) / torch.where(step == 0, 1.0, step)
-        low, high = self._cell()
-        margin = 0.02 * (high - low)
-        level = torch.minimum(torch.maximum(level, low + margin), high - margin)
-        level = torch.where(step == 0, levels_of(self._codes, table), level)
-        self.level = (level / self._unit).requires_grad_(with_codes)
-        self.scales = torch.zeros_like(self._halves).requires_grad_(True)
-
-    def _cell(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The levels that round to the codes."""
-        if self.form.table is None:
-            codes = self._codes.float()
-            return codes - 0.5, codes + 0.5
-        table = torch.tensor(self.form.table, dtype=torch.float32, device=self._codes.device)
-        middle = (table[1:] + table[:-1]) / 2
-        bounds = torch.cat([2 * table[:1] - middle[:1], middle, 2 * table[-1:] - middle[-1:]])
-        return bounds[self._codes.long()], bounds[self._codes.long() + 1]
-
-    def _rounded(self) -> torch.Tensor:
-        """Codes as they are now."""
-        if not self.level.requires_grad:
-            return self._codes
-        return self.form.nearest(self.level.detach() * self._unit)
-
-    def weight(self) -> torch.Tensor:
-        """float32 (n_rows, n_columns), with gradients."""
-        levels = levels_of(self._rounded(), self.form.table)
-        if self.level.requires_grad:
-            soft = self.level * self._unit
-            inside = soft.clamp(*self._range)  # beyond the last codes nothing pulls
-            levels = levels + inside - inside.detach()
-        halves = self._halves * (1 + self.scales)
-        n_rows, n_blocks = len(levels), self.form.blocks(self._rows).shape[1]
-        per_block = self._scale.shape[1] // n_blocks
-
-        def widen(per_row: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
-            return (per_row[..., None] * integers.view(n_rows, n_blocks, per_block)).view(
-                n_rows, -1
-            )
-
-        grouped = levels.view(n_rows, -1, self.form.group)
-        values = grouped * widen(halves[:, :n_blocks], self._scale)[..., None]
-        if self.form.dmin_at is not None:
-            minimum = widen(halves[:, n_blocks:], self._minimum)[..., None]
-            values = values + self.form.dmin_sign * minimum
-        return values.view(n_rows, -1)
-
-    @torch.no_grad()
-    def packed(self) -> torch.Tensor:
-        """The rows as bytes."""
-        halves = (self._halves * (1 + self.scales)).half().float()
-        n_blocks = self.form.blocks(self._rows).shape[1]
-        state = RowState(
-            self.form,
-            self._rounded().to(torch.int8),
-            halves[:, :n_blocks],
-            halves[:, n_blocks:],
-            self._scale,
-            self._minimum,
-            self._halves,
-        )
-        return put_together(state, self._rows)
+def _set_weight(layer: nn.Module, values: torch.Tensor) -> None:
+    layer.get_parameter("weight").data.copy_(values)
 
 
 def _values(qtype: QuantType, packed: torch.Tensor) -> torch.Tensor:
@@ -476,8 +388,12 @@ def _values(qtype: QuantType, packed: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _fast_products() -> Iterator[None]:
-    """Tensor cores for the gradients."""
+def _fast_products(device: str) -> Iterator[None]:
+    """Products for the gradients: TF32 on a GPU, bf16 on a CPU that has them."""
+    if device == "cpu":
+        with torch.autocast("cpu", torch.bfloat16, compute_dtype(device) != torch.float32):
+            yield
+        return
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "tf32"
@@ -488,7 +404,12 @@ def _fast_products() -> Iterator[None]:
 
 
 def tokens_of(tokenizer: Any, path: Path, n_tokens: int) -> torch.Tensor:
-    """int64 (n, N_CTX) of a text, in its order."""
+    """int64 (n, N_CTX) of a text, in its order; of a run's `3-calibrate/tokens.safetensors` those
+    that it calibrates on.
+    """
+    if path.suffix == ".safetensors":
+        train = load_file(path)["train"].long()
+        return train.flatten()[: n_tokens // N_CTX * N_CTX].view(-1, N_CTX)
     ids = tokenizer(path.read_text("utf-8"), verbose=False).input_ids
     n = min(len(ids), n_tokens) // N_CTX
     return torch.tensor(ids[: n * N_CTX]).view(n, N_CTX)
@@ -515,12 +436,17 @@ def summary(rows: dict[str, list[float]], reference: dict[str, list[float]]) -> 
 
 def run_arm(trial: Trial, name: str, types: dict[str, QuantType], made: dict[str, Packed]) -> None:
     """Makes the rows of an arm, and first those of the arm that it starts from."""
-    start, _, tuning = name.partition("+")
+    start, _, tuning = name.rpartition("+")
+    if not start:
+        made[name] = trial.quantize(ARMS[name], types)
+        return
     if start not in made:
-        made[start] = trial.quantize(ARMS[start], types)
-    if tuning:
-        tune = trial.tune_whole if tuning.startswith("kl-") else trial.tune_blocks
-        made[name] = tune(made[start], tuning.endswith("codes"))
+        run_arm(trial, start, types, made)
+    with_codes = tuning.endswith("codes")
+    if tuning.startswith("kl-"):
+        made[name] = trial.tune_whole(made[start], with_codes)
+    else:
+        made[name] = trial.tune_blocks(made[start], with_codes, tuning.startswith("fisher-"))
 
 
 def main() -> None:
@@ -538,6 +464,9 @@ def main() -> None:
     parser.add_argument("--kl-steps", type=int, default=256)
     parser.add_argument("--rate-codes", type=float, default=5e-3)
     parser.add_argument("--rate-scales", type=float, default=5e-4)
+    parser.add_argument("--gradient-tokens", type=int, default=131072)
+    parser.add_argument("--row-block", type=int, default=64)
+    parser.add_argument("--row-margin", type=float, default=0.1)
     parser.add_argument("--sweeps", type=int, default=4)
     parser.add_argument("--blocks", type=int, help="quantize only the first ones")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no arm begins after them")
@@ -552,6 +481,9 @@ def main() -> None:
         given.rate_codes,
         given.rate_scales,
         given.blocks,
+        given.gradient_tokens,
+        given.row_block,
+        given.row_margin,
     )
     tokenizer = load_tokenizer(given.checkpoint)
     files = dict(entry.split("=", 1) for entry in given.heldout)
@@ -561,7 +493,8 @@ def main() -> None:
     print(f"{calibration.numel()} tokens, {len(trial.names)} layers, torch {torch.__version__}")
     results: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(given).items()}}
     for spec in given.types.split(","):
-        types, made = types_of(spec, trial.names), {}
+        types = types_of(spec, trial.names)
+        made: dict[str, Packed] = {}
         label = Path(spec).stem
         results[label] = {}
         for name in given.arms.split(","):
