@@ -24,16 +24,16 @@ to type); embeddings and head stay as they are. An arm is a way to choose the by
                        the tokens, each layer for itself
     X+scales, X+codes  after arm X: d and dmin (and codes, straight through) by gradient against
                        each block's output, in order
-    X+fisher-scales, X+fisher-codes
-                       the same, errors weighted by the gradients' mean outer product there
+    X+fisher-scales, X+fisher-codes, X+diagonal-scales, X+diagonal-codes
+                       the same, errors weighted by the gradients' mean outer product there, or by
+                       its diagonal
     X+kl-scales, X+kl-codes
                        the same against the whole model's KL; tunings may follow each other
 
 All of them give packed rows that a GGUF can hold. KL is that of the decoded model in float32
 against the original, second half of windows of 512 tokens; gradients are taken with TF32 products
 on a GPU and bf16 ones on a CPU. Arms run in the order of the list, while the minutes last; --out
-keeps the table as trials.json, written after every arm. What the original's layers read is kept
-on the device: 0.4 MB a token for a model of 135M.
+keeps the table as trials.json, written after every arm.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Trial:
             if not arm.disturbed:
                 ours = before
             behind = [b - h for b, h in zip(before, ours, strict=True)]
-            for group, x in self.reference.inputs[index].items():
+            for group, x in self.reference.inputs(index).items():
                 y = replay.inputs(group[0], ours) if arm.disturbed else x
                 moments = Moments.of(x, y, behind)
                 halves = []
@@ -286,9 +286,10 @@ class Trial:
             found.append(torch.linalg.cholesky(c / c.diagonal().mean()))
         return found
 
-    def tune_blocks(self, packed: Packed, with_codes: bool, by_fisher: bool) -> Packed:
+    def tune_blocks(self, packed: Packed, with_codes: bool, errors: str) -> Packed:
         """Every block against the original's output, its inputs being those that the tuned blocks
-        before it give.
+        before it give. `errors` count alike ("plain"), by the gradients' mean squares ("diagonal")
+        or by their mean outer product ("fisher").
         """
         self.load(packed)
         tuned: Packed = {}
@@ -297,7 +298,9 @@ class Trial:
             prefix, call = self.base.block_name(index) + ".", self.reference.calls[index]
             own = {name: p for name, p in packed.items() if name.startswith(prefix)}
             rows = self._tunables(own, with_codes)
-            root = self.stream_roots[index] if by_fisher else None
+            root = None if errors == "plain" else self.stream_roots[index]
+            if root is not None and errors == "diagonal":
+                root = root.square().sum(1).sqrt().diag()
             loss = self._block_loss(index, rows, ours, self.reference.hidden[index + 1], call, root)
             self._descend(loss, rows, self.settings.block_steps)
             linears = linears_of(self.model.blocks[index])
@@ -446,7 +449,8 @@ def run_arm(trial: Trial, name: str, types: dict[str, QuantType], made: dict[str
     if tuning.startswith("kl-"):
         made[name] = trial.tune_whole(made[start], with_codes)
     else:
-        made[name] = trial.tune_blocks(made[start], with_codes, tuning.startswith("fisher-"))
+        errors = tuning.rpartition("-")[0] or "plain"
+        made[name] = trial.tune_blocks(made[start], with_codes, errors)
 
 
 def main() -> None:

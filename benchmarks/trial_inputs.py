@@ -22,28 +22,31 @@ RIDGES = (0.1, 1.0, 10.0)  # the same for the moves of weights, where they are f
 
 
 class Reference:
-    """The original on the calibration text: `hidden[i]` before block i, by batch, and what every
-    group of layers reads. Groups are in the order of their calls; those in one read one tensor.
-    """
+    """The original on the calibration text: `hidden[i]` before block i, by batch."""
 
     def __init__(
         self, base: BlockwiseModel, calibration: Sequence[torch.Tensor], n_blocks: int
     ) -> None:
+        self._base = base
         self.hidden = [[base.trace(ids)[0] for ids in calibration]]
         self.calls = base.trace(calibration[0])[1]
-        self.inputs: list[dict[tuple[str, ...], list[torch.Tensor]]] = []
         for index in range(n_blocks):
-            linears = linears_of(base.blocks[index])
-            groups: dict[tuple[str, ...], list[torch.Tensor]] = {}
-            after = []
-            for before in self.hidden[index]:
-                seen: dict[str, torch.Tensor] = {}
-                with noting(linears, seen):
-                    after.append(base.run_block(index, before, self.calls[index]))
-                for names in sharing(seen):
-                    groups.setdefault(names, []).append(seen[names[0]])
-            self.inputs.append(groups)
-            self.hidden.append(after)
+            call = self.calls[index]
+            self.hidden.append([base.run_block(index, h, call) for h in self.hidden[index]])
+
+    def inputs(self, index: int) -> dict[tuple[str, ...], list[torch.Tensor]]:
+        """What every group of layers of a block reads, by batch. Groups are in the order of their
+        calls; those in one read one tensor.
+        """
+        linears = linears_of(self._base.blocks[index])
+        groups: dict[tuple[str, ...], list[torch.Tensor]] = {}
+        for before in self.hidden[index]:
+            seen: dict[str, torch.Tensor] = {}
+            with noting(linears, seen):
+                self._base.run_block(index, before, self.calls[index])
+            for names in sharing(seen):
+                groups.setdefault(names, []).append(seen[names[0]])
+        return groups
 
 
 @contextmanager

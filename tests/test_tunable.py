@@ -65,3 +65,29 @@ def test_a_loss_falls_in_the_bytes(qtype: QuantType, with_codes: bool) -> None:
     assert loss(tuned) < 0.97 * loss(packed)
     assert torch.allclose(tunable.weight(), read(tuned, qtype), rtol=1e-5, atol=1e-5)
     assert np.array_equal(read(tuned, qtype)[0].numpy(), np.zeros(weight.shape[1], np.float32))
+
+
+@EACH
+def test_gradients_are_those_of_the_smooth_function(qtype: QuantType) -> None:
+    """Of values that are linear in the levels and in d and dmin, as autograd sees them."""
+    form = FORMATS[qtype]
+    weight, packed = rows(qtype)
+    tunable = Tunable(qtype, packed, weight, with_codes=True)
+    pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    (tunable.weight() * pull).sum().backward()
+    levels = (tunable.level.detach() * tunable.unit).requires_grad_()
+    halves = tunable.halves.clone().requires_grad_()
+    scale, minimum = tunable.grid(halves)
+    codes = form.codes(packed)
+    table = torch.tensor(form.table) if form.table else None
+    rounded = codes.float() if table is None else table[codes.long()].float()
+    for through, wanted in ((levels, tunable.level.grad), (rounded, tunable.scales.grad)):
+        values = through.view(len(codes), -1, form.group) * scale[..., None]
+        if minimum is not None:
+            values = values + minimum[..., None]
+        of = levels if through is levels else halves
+        (found,) = torch.autograd.grad(
+            (values.view(codes.shape) * pull).sum(), of, retain_graph=True
+        )
+        found = found * tunable.unit if through is levels else found * halves
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
