@@ -26,7 +26,7 @@ to type); embeddings and head stay as they are. An arm is a way to choose the by
                        each block's output, in order
     X+fisher-scales, X+fisher-codes, X+diagonal-scales, X+diagonal-codes
                        the same, errors weighted by the gradients' mean outer product there, or by
-                       its diagonal
+                       its diagonal; X+relative-codes: over the power of the token
     X+kl-scales, X+kl-codes
                        the same against the whole model's KL; tunings may follow each other
 
@@ -288,8 +288,8 @@ class Trial:
 
     def tune_blocks(self, packed: Packed, with_codes: bool, errors: str) -> Packed:
         """Every block against the original's output, its inputs being those that the tuned blocks
-        before it give. `errors` count alike ("plain"), by the gradients' mean squares ("diagonal")
-        or by their mean outer product ("fisher").
+        before it give. `errors` count alike ("plain"), over the token's power ("relative"), by the
+        gradients' mean squares ("diagonal") or by their mean outer product ("fisher").
         """
         self.load(packed)
         tuned: Packed = {}
@@ -298,10 +298,15 @@ class Trial:
             prefix, call = self.base.block_name(index) + ".", self.reference.calls[index]
             own = {name: p for name, p in packed.items() if name.startswith(prefix)}
             rows = self._tunables(own, with_codes)
-            root = None if errors == "plain" else self.stream_roots[index]
+            by_gradients = errors in ("diagonal", "fisher")
+            root = self.stream_roots[index] if by_gradients else None
             if root is not None and errors == "diagonal":
                 root = root.square().sum(1).sqrt().diag()
-            loss = self._block_loss(index, rows, ours, self.reference.hidden[index + 1], call, root)
+            wanted = self.reference.hidden[index + 1]
+            powers = [
+                w.square().mean(-1, keepdim=True) if errors == "relative" else None for w in wanted
+            ]
+            loss = self._block_loss(index, rows, ours, wanted, powers, call, root)
             self._descend(loss, rows, self.settings.block_steps)
             linears = linears_of(self.model.blocks[index])
             with torch.no_grad():
@@ -317,10 +322,11 @@ class Trial:
         rows: dict[str, Tunable],
         ours: Sequence[torch.Tensor],
         wanted: Sequence[torch.Tensor],
+        powers: Sequence[torch.Tensor | None],
         call: BlockCall,
         root: torch.Tensor | None,
     ) -> Callable[[int], torch.Tensor]:
-        """The mean squared error of the block's output (times `root`), by batch."""
+        """The mean squared error of the block's output (times `root`, over `powers`), by batch."""
         block, skip = self.model.blocks[index], len(self.base.block_name(index)) + 1
 
         def loss(batch: int) -> torch.Tensor:
@@ -328,7 +334,9 @@ class Trial:
             answer = functional_call(block, weights, (ours[batch], *call.args), call.kwargs)
             answer = answer[0] if isinstance(answer, tuple) else answer
             error = answer - wanted[batch]
-            return (error if root is None else error @ root).square().mean()
+            squares = (error if root is None else error @ root).square()
+            power = powers[batch]
+            return (squares if power is None else squares / power).mean()
 
         return loss
 
