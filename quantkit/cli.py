@@ -158,6 +158,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--max-types", type=int, metavar="N", help="at most so many different types in the file"
     )
     parser.add_argument(
+        "--tuning",
+        type=int,
+        metavar="STEPS",
+        help="steps by gradient of every block of the found file; 0: none (default: the profile's)",
+    )
+    parser.add_argument(
         "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
     )
     parser.add_argument(
@@ -265,6 +271,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         methods=tuple(arguments.methods.split(",")),
         types=load_types_map(arguments.types) if arguments.types else (),
         max_types=arguments.max_types,
+        tuning=arguments.tuning,
         tensors=arguments.tensors,
         calibration=arguments.calibration,
         eval_text=arguments.eval_text,

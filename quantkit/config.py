@@ -19,6 +19,7 @@ from quantkit.tensors import METHODS
 AT_LEAST = ">="  # before a type of `--types`
 DEMO_MODEL = "demo:smollm2-135m"
 MOST_CONTEXT = 4_000_000  # tokens
+MOST_STEPS = 10_000  # of tuning a block
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Profile:
     search_tokens: int  # evaluated by the search, all candidates together
     eval_windows: int  # of 512 tokens, per domain, in validation
     n_sweeps: int  # of descent over codes and scales after GPTQ
+    tuning_steps: int  # by gradient, of every block of a found allocation
     levels: tuple[str, ...]
     about: str
 
@@ -38,28 +40,44 @@ _LEVELS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0")
 
 PROFILES = {
     "demo": Profile(
-        20_480,
-        4_096,
-        24_576,
-        2,
-        2,
-        ("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
-        "minutes on 2 cores, 135M parameters",
+        calibration_tokens=20_480,
+        heldout_tokens=4_096,
+        search_tokens=24_576,
+        eval_windows=2,
+        n_sweeps=2,
+        tuning_steps=0,
+        levels=("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
+        about="minutes on 2 cores, 135M parameters",
     ),
     "fast": Profile(
-        65_536, 16_384, 131_072, 20, 4, _LEVELS, "tens of minutes on 2 cores; a first look"
+        calibration_tokens=65_536,
+        heldout_tokens=16_384,
+        search_tokens=131_072,
+        eval_windows=20,
+        n_sweeps=4,
+        tuning_steps=0,
+        levels=_LEVELS,
+        about="tens of minutes on 2 cores; a first look",
     ),
     "standard": Profile(
-        131_072, 32_768, 524_288, 40, 4, _LEVELS, "an hour on 2 cores at 135M; minutes on a GPU"
+        calibration_tokens=131_072,
+        heldout_tokens=32_768,
+        search_tokens=524_288,
+        eval_windows=40,
+        n_sweeps=4,
+        tuning_steps=200,
+        levels=_LEVELS,
+        about="an hour on 2 cores at 135M; minutes on a GPU",
     ),
     "thorough": Profile(
-        262_144,
-        65_536,
-        2_097_152,
-        80,
-        4,
-        _LEVELS,
-        "overnight on a CPU; when the file will have many users",
+        calibration_tokens=262_144,
+        heldout_tokens=65_536,
+        search_tokens=2_097_152,
+        eval_windows=80,
+        n_sweeps=4,
+        tuning_steps=400,
+        levels=_LEVELS,
+        about="overnight on a CPU; when the file will have many users",
     ),
 }
 
@@ -188,6 +206,7 @@ class RunConfig:
     types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched;
     # with `>=` before the type what is named has at least that
     max_types: int | None = None  # distinct types among the searched tensors
+    tuning: int | None = None  # steps by gradient of every block; None: the profile's
     tensors: str | None = None  # regex: only these are quantized
     calibration: str = "auto"
     eval_text: str | None = None
@@ -226,6 +245,11 @@ class RunConfig:
                 )
         if self.max_types is not None and self.max_types < 1:
             raise UsageError("There must be at least one type.", "Use --max-types 1 or more.")
+        if self.tuning is not None and not 0 <= self.tuning <= MOST_STEPS:
+            raise UsageError(
+                f"{self.tuning} is not a number of steps.",
+                f"Use 0 to {MOST_STEPS:,}; 0 tunes nothing.",
+            )
         if self.tensors is not None:
             compile_pattern(self.tensors)
         parse_spec(self.calibration)
@@ -240,6 +264,11 @@ class RunConfig:
     def sizes(self) -> str:
         """What was asked for, for people."""
         return ", ".join(map(str, self.targets)) or str(DEFAULT_TARGET)
+
+    @property
+    def tuning_steps(self) -> int:
+        """Steps by which every block of the found allocation is tuned."""
+        return PROFILES[self.profile].tuning_steps if self.tuning is None else self.tuning
 
     @property
     def level_names(self) -> tuple[str, ...]:

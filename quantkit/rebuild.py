@@ -8,7 +8,9 @@ elsewhere the same allocation.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
 from quantkit.output import Provenance, lay_out_output
 from quantkit.qtypes import FILE_TYPES, QuantType
-from quantkit.rundir import RunDir, read_json, sha256_file
+from quantkit.rundir import read_json, sha256_file
+from quantkit.tuned import is_tuned
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
     when `out` is one of them.
     """
     recipe = Recipe.load(recipe_path)
-    kept = [levels / name for name in recipe.levels] if levels is not None else []
-    if out.resolve() in {path.resolve() for path in (recipe_path, base_path, *kept)}:
+    kept = {} if levels is None else _kept(recipe, levels)
+    if out.resolve() in {path.resolve() for path in (recipe_path, base_path, *kept.values())}:
         raise QuantkitError(f"{out} is what the file is made of.", "Choose another --out.")
     base = GgufFile(base_path)
     _check_base(recipe, base)
@@ -108,14 +111,24 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
         with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
             return _stitch(recipe, base, _make_levels(recipe, Path(folder)), out)
     for name, sha256 in recipe.levels.items():
-        path = levels / name
+        path = kept[name]
         if not path.exists() or sha256_file(path) != sha256:
             what = "not the level file of this recipe" if path.exists() else "missing"
             raise QuantkitError(
                 f"{path} is {what}.",
                 "Leave --levels out to make the levels again.",
             )
-    return _stitch(recipe, base, levels, out)
+    return _stitch(recipe, base, kept, out)
+
+
+def _kept(recipe: Recipe, levels: Path) -> dict[str, Path]:
+    """The level files by name: in the folder or, as a tuned one in that of a run, below it."""
+    found = {}
+    for name in recipe.levels:
+        found[name] = levels / name
+        if not found[name].exists():
+            found[name] = next(levels.rglob(glob.escape(name)), found[name])
+    return found
 
 
 def _check_base(recipe: Recipe, base: GgufFile) -> None:
@@ -136,17 +149,22 @@ def _check_base(recipe: Recipe, base: GgufFile) -> None:
             )
 
 
-def _make_levels(recipe: Recipe, folder: Path) -> Path:
-    """Run the stages up to the levels again, at the recipe's revision and settings."""
+def _make_levels(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    """Run the stages up to the levels again, at the recipe's revision and settings: a tuned file
+    comes after the search.
+    """
     from quantkit import pipeline
 
-    pipeline.run(recipe.pinned_config, folder, until="quantize")
-    return RunDir(folder).stage_dir("quantize")
+    until = "search" if any(map(is_tuned, recipe.levels)) else "quantize"
+    pipeline.run(recipe.pinned_config, folder, until=until)
+    return _kept(recipe, folder)
 
 
-def _stitch(recipe: Recipe, base: GgufFile, levels: Path, out: Path) -> dict[str, Any]:
+def _stitch(
+    recipe: Recipe, base: GgufFile, levels: Mapping[str, Path], out: Path
+) -> dict[str, Any]:
     layout = lay_out_output(base, recipe.types, recipe.provenance, recipe.label)
-    stitch(out, layout, base, {name: levels / file for name, file in recipe.files.items()})
+    stitch(out, layout, base, {name: levels[file] for name, file in recipe.files.items()})
     sha256 = sha256_file(out)
     return {
         "file": str(out),

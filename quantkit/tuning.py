@@ -41,7 +41,7 @@ class Effort:
 
     n_steps: int
     n_batch: int
-    rate_codes: float = 1e-2
+    rate_codes: float = 5e-3
     rate_scales: float = 5e-4
 
 

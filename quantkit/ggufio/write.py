@@ -154,6 +154,12 @@ class SlotFile:
         self._file.seek(self.layout.offsets[name])
         self._file.write(np.ascontiguousarray(packed).data)
 
+    def read(self, name: str) -> native.Bytes:
+        """The bytes of a slot as they were written: uint8 (n_bytes,)."""
+        self._file.flush()
+        self._file.seek(self.layout.offsets[name])
+        return np.frombuffer(self._file.read(self.layout.sizes[name]), np.uint8)
+
     def flush(self) -> None:
         """Have everything written so far on the disk."""
         self._file.flush()

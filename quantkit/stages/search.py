@@ -4,15 +4,17 @@ Proposes allocations from estimated damages, decides by KL to the full-precision
 text (EvoPress). Several budgets are searched one after the other, smallest first, with one
 evaluator; each begins with what was found for the one before. Writes `budgets.json` (the budgets
 that are met, those that are refused) and, in a folder per budget, called after its bytes,
-`allocation.json` (tensor -> type, method), `budget.json`, `trace.jsonl` and `state.json` (after
-every generation: a killed search goes on from there).
+`allocation.json` (tensor -> type, method), `trace.jsonl` and `state.json` (after every generation:
+a killed search goes on from there). Then the found files are tuned, block by block:
+`tuned-<bytes>.gguf` is a level file of one allocation, `tuning.json` says what came of it.
+`budget.json` sums up.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ import numpy as np
 from quantkit.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import slot_bytes
+from quantkit.ggufio.write import Layout, slot_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
 from quantkit.levels import plan_levels
 from quantkit.output import Provenance, lay_out_output
@@ -36,16 +38,20 @@ from quantkit.search.propose import Costs, knapsack, spend, uniform
 from quantkit.search.workers import Workers
 from quantkit.stages import StageResult, convert, database, fetch, open_model
 from quantkit.tensors import CandidateKey, to_json
+from quantkit.tuned import Outcome, tune_file, tuned_name
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
     from quantkit.search.fitness import Fitness
+    from quantkit.tuning import Stored, Tuner
 
 NAME = "search"
-VERSION = 4
-FIELDS = ("targets", "max_types", "seed", "profile", "device", "types")
+VERSION = 5
+FIELDS = ("targets", "max_types", "seed", "profile", "device", "types", "tuning")
 
 _FLOAT32_ABOVE_BPW = 6.5
+_TUNING_BATCH = 2  # sequences of a step
+_TUNING_HELDOUT = 32  # sequences that say whether tuning helped
 _LEAST_SEQUENCES = 4
 
 
@@ -61,15 +67,30 @@ def execute(run: Run) -> StageResult:
         run.events.emit(NAME, "note", f"refused: {budget.target}: {budget.refusal}")
     asked = budgets or (Budget("what the types come to", largest),)
     space = _capped(run, space, asked)
-    searcher = _Searcher(run, base, space, asked)
     outputs = [write_json(folder / "budgets.json", {"budgets": asked, "refused": refused})]
-    summaries = []
-    before: Choices | None = None
+    searcher = _Searcher(run, base, space, asked)
+    found: list[_Found] = []
     for budget in asked:
-        before, written, summary = searcher.search(budget, before)
-        outputs += written
-        summaries.append(summary)
+        found.append(searcher.search(budget, found[-1].choices if found else None))
+    del searcher  # its model, and what lies on GPUs
+    summaries = []
+    for position, answer in enumerate(found):
+        is_new = not any(np.array_equal(answer.choices, f.choices) for f in found[:position])
+        tuned = _tuned(run, base, space, answer, position, len(found)) if is_new else None
+        about = answer.about
+        if tuned is not None:
+            outcome, files = tuned
+            outputs += files
+            about |= {"tuning": _in_short(outcome)}
+        path = budget_dir(run.dir, answer.budget) / "budget.json"
+        outputs += [*answer.outputs, write_json(path, about)]
+        summaries.append(about)
     return StageResult(outputs, {"budgets": summaries, "n_refused": len(refused)})
+
+
+def is_intermediate(path: str) -> bool:
+    """Tuned level files are dropped by `clean`."""
+    return path.endswith(".gguf")
 
 
 def load_budgets(directory: RunDir) -> list[Budget]:
@@ -90,6 +111,15 @@ def load_allocation(directory: RunDir, budget: Budget) -> dict[str, CandidateKey
         name: CandidateKey(name, QuantType(row["qtype"]), row["method"])
         for name, row in table.items()
     }
+
+
+def load_tuned(directory: RunDir, budget: Budget) -> tuple[Path, tuple[str, ...]] | None:
+    """The tuned level file of one budget and the tensors that it changed, where tuning helped."""
+    folder = budget_dir(directory, budget)
+    outcome = Outcome.load(folder)
+    if outcome is None or not outcome.tensors:
+        return None
+    return folder / tuned_name(budget.limit_bytes), outcome.tensors
 
 
 def provenance(run: Run) -> Provenance:
@@ -172,6 +202,16 @@ def proposals(
     return found
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The answer for one budget: the files written, and what to say of it."""
+
+    budget: Budget
+    choices: Choices
+    outputs: list[Path]
+    about: dict[str, Any]
+
+
 class _Searcher:
     """Searches one budget after the other. The model and its targets are made once, when the first
     search needs them.
@@ -190,11 +230,9 @@ class _Searcher:
         """What llama.cpp would make of the model: asked once for all budgets."""
         return {label: stock_types(self._base.path, StockRecipe(label)) for label in STOCK_MIXES}
 
-    def search(
-        self, budget: Budget, before: Choices | None
-    ) -> tuple[Choices, list[Path], dict[str, Any]]:
-        """The best allocation found within a budget, the files written, and what to say of it.
-        `before` is the answer for the next smaller budget.
+    def search(self, budget: Budget, before: Choices | None) -> _Found:
+        """The best allocation found within a budget; `before` is the answer for the next smaller
+        one.
         """
         folder = budget_dir(self._run.dir, budget)
         folder.mkdir(exist_ok=True)
@@ -213,13 +251,10 @@ class _Searcher:
             "largest_bytes": space.n_bytes(space.largest),
             **report,
         }
-        outputs = [
-            write_json(folder / "allocation.json", _by_name(space, chosen)),
-            write_json(folder / "budget.json", about),
-        ]
+        outputs = [write_json(folder / "allocation.json", _by_name(space, chosen))]
         if state is not None:
             outputs += [folder / "state.json", _write_trace(folder / "trace.jsonl", state)]
-        return chosen, outputs, about
+        return _Found(budget, chosen, outputs, about)
 
     def _evolve(
         self, budget: Budget, space: SearchSpace, before: Choices | None, folder: Path
@@ -328,6 +363,74 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
         )
     targets = run.dir.stage_dir(NAME) / f"targets-{device.replace(':', '-')}.partial"
     return Fitness(model, space, maps, run.dir.stage_dir("quantize"), ids, targets)
+
+
+def _tuned(
+    run: Run, base: GgufFile, space: SearchSpace, found: _Found, position: int, n_budgets: int
+) -> tuple[Outcome, list[Path]] | None:
+    """Tune the file of one budget."""
+    n_steps = run.config.tuning_steps
+    if not n_steps:
+        return None
+    from quantkit.tuning import Stored
+
+    keys = space.keys(found.choices)
+    index = database.load(run.dir)
+    files: dict[str, GgufFile] = {}
+    stored = {}
+    for name, key in keys.items():
+        file = index.find(key).file
+        if file not in files:
+            files[file] = GgufFile(run.dir.stage_dir("quantize") / file)
+        stored[name] = Stored(key.qtype, files[file].packed(name))
+    layout = lay_out_output(base, {n: k.qtype for n, k in keys.items()}, provenance(run), "Q8_0")
+    what = f"{found.budget.target}: " if n_budgets > 1 else ""
+
+    def progress(done: int, total: int, message: str) -> None:
+        run.events.progress(
+            NAME, position * total + done, n_budgets * total, f"{what}tuning {message}"
+        )
+
+    path = budget_dir(run.dir, found.budget) / tuned_name(found.budget.limit_bytes)
+    outcome, written = tune_file(
+        path, layout, base, stored, lambda: _tuner(run, base, stored, layout), n_steps, progress
+    )
+    said = f"{what}tuning: KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
+    run.events.emit(NAME, "note", said if outcome.tensors else f"{said}: not taken")
+    return outcome, written
+
+
+def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout) -> Tuner:
+    import torch
+    from safetensors.torch import load_file
+
+    from quantkit.rowmap import load_row_maps
+    from quantkit.tuning import Effort, Tuner
+
+    folder, device = fetch.load(run.dir).folder, run.config.device
+    model = open_model(run, NAME, folder, torch.float32, device)
+    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
+    ids = load_file(run.dir.stage_dir("calibrate") / "tokens.safetensors")
+    effort = Effort(run.config.tuning_steps, _TUNING_BATCH)
+    return Tuner(
+        model,
+        maps,
+        stored,
+        ids["train"],
+        ids["heldout"][:_TUNING_HELDOUT],
+        effort,
+        run.dir.stage_dir(NAME),
+        exact=8 * layout.n_bytes / base.n_elements > _FLOAT32_ABOVE_BPW,
+    )
+
+
+def _in_short(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "steps": outcome.n_steps,
+        "kl_before": outcome.kl_before,
+        "kl_after": outcome.kl_after,
+        "n_tensors": len(outcome.tensors),
+    }
 
 
 def _write_trace(path: Path, state: SearchState) -> Path:

@@ -20,6 +20,7 @@ from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
 from quantkit.ggufio.write import Layout
 from quantkit.output import Provenance, file_name, lay_out_output, nearest_label
+from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, sha256_file, write_json, write_text
 from quantkit.stages import StageResult, convert, database, fetch, search
 from quantkit.tensors import Candidate, CandidateKey, to_json
@@ -28,8 +29,17 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "stitch"
-VERSION = 3
+VERSION = 4
 FIELDS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor's bytes lie: a level file, or the tuned file of its budget."""
+
+    qtype: QuantType
+    method: str
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def execute(run: Run) -> StageResult:
     written, outputs = [], []
     for budget, layout, label, name in _named(run, base, made):
         allocation = search.load_allocation(run.dir, budget)
-        used = {tensor: index.find(key) for tensor, key in allocation.items()}
+        used = _sources(run, budget, {t: index.find(key) for t, key in allocation.items()})
         output = Output(name, layout.n_bytes, label, budget)
         _stitch(run, folder / name, layout, base, used)
         recipe = _recipe(run, folder / name, used, label, made)
@@ -105,15 +115,26 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
         yield budget, layout, label, file_name(model, label, bpw)
 
 
-def _stitch(
-    run: Run, path: Path, layout: Layout, base: GgufFile, used: Mapping[str, Candidate]
-) -> None:
+def _sources(run: Run, budget: Budget, chosen: Mapping[str, Candidate]) -> dict[str, Source]:
+    """The source of every tensor of an allocation."""
     levels = run.dir.stage_dir("quantize")
+    tuned = search.load_tuned(run.dir, budget)
+    found = {}
+    for name, candidate in chosen.items():
+        key = candidate.key
+        found[name] = Source(key.qtype, key.method, levels / candidate.file)
+        if tuned is not None and name in tuned[1]:
+            found[name] = Source(key.qtype, f"{key.method}+tuned", tuned[0])
+    return found
 
+
+def _stitch(
+    run: Run, path: Path, layout: Layout, base: GgufFile, used: Mapping[str, Source]
+) -> None:
     def progress(done: int, total: int) -> None:
         run.events.progress(NAME, done, total, path.name)
 
-    stitch(path, layout, base, {name: levels / c.file for name, c in used.items()}, progress)
+    stitch(path, layout, base, {name: source.path for name, source in used.items()}, progress)
     if path.stat().st_size != layout.n_bytes:
         raise QuantkitError(
             f"{path.name} has another size than was computed.", "This is a bug: please report it."
@@ -121,14 +142,15 @@ def _stitch(
 
 
 def _recipe(
-    run: Run, path: Path, used: Mapping[str, Candidate], label: str, made: Provenance
+    run: Run, path: Path, used: Mapping[str, Source], label: str, made: Provenance
 ) -> dict[str, Any]:
     """Everything that makes this file again: base, calibration, levels, every tensor's choice."""
     info = fetch.load(run.dir).info
     levels = run.dir.stage_dir("quantize")
     base = run.records["convert"].outputs[0]
     onto = info.base and {"model": info.base.id, "revision": info.base.sha}
-    known = {Path(o.path).name: o.sha256 for o in run.records["quantize"].outputs}
+    outputs = [*run.records["quantize"].outputs, *run.records["search"].outputs]
+    known = {run.dir.path / o.path: o.sha256 for o in outputs}
     return {
         "schema": 1,
         "quantkit": __version__,
@@ -145,10 +167,10 @@ def _recipe(
         },
         "provenance": made,
         "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
-        "levels": {file: known[file] for file in sorted({c.file for c in used.values()})},
+        "levels": {path.name: known[path] for path in sorted({s.path for s in used.values()})},
         "tensors": {
-            name: {"qtype": str(c.key.qtype), "method": c.key.method, "file": c.file}
-            for name, c in used.items()
+            name: {"qtype": str(s.qtype), "method": s.method, "file": s.path.name}
+            for name, s in used.items()
         },
         "fallbacks": to_json(read_json(levels / "errors.json")["fallbacks"]),
     }

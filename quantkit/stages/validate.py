@@ -333,7 +333,7 @@ def _made(run: Run, output: stitch.Output) -> dict[str, Any]:
     path = run.dir.stage_dir("stitch") / output.file
     name = str(path.relative_to(run.dir.path))
     found = search.budget_dir(run.dir, output.budget)
-    chosen = search.load_allocation(run.dir, output.budget)
+    recipe = read_json(run.dir.stage_dir("stitch") / output.recipe)
     tensors = GgufFile(path).tensors
     return {
         "path": name,
@@ -344,11 +344,11 @@ def _made(run: Run, output: stitch.Output) -> dict[str, Any]:
         "tensors": {
             name: {
                 "qtype": str(tensors[name].qtype),
-                "method": key.method,
+                "method": row["method"],
                 "n_elements": math.prod(tensors[name].shape),
                 "n_bytes": tensors[name].n_bytes,
             }
-            for name, key in chosen.items()
+            for name, row in recipe["tensors"].items()
         },
     }
 

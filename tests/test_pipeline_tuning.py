@@ -1,0 +1,122 @@
+"""A run whose files are tuned: killed on the way, cleaned, and made again from the recipe."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from commands import Answer, Run, kill, packed_tensors, quantkit, start
+
+from quantkit.ggufio.read import GgufFile
+from quantkit.rundir import read_events, read_json, sha256_file
+
+pytestmark = pytest.mark.slow
+
+TARGETS = [{"kind": "like", "value": "Q6_K"}, {"kind": "like", "value": "Q4_K_M"}]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def forked(whole_run: tuple[Run, Answer], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    return whole_run[0].fork(folder, "search", targets=TARGETS, tuning=STEPS)
+
+
+@pytest.fixture(scope="module")
+def tuned(forked: Run, offline: dict[str, str]) -> Run:
+    answer = quantkit("resume", forked.folder, env=offline)
+    assert answer.code == 0, answer.err
+    return forked
+
+
+def searched(run: Run) -> list[Path]:
+    """The folders of the budgets, smallest first."""
+    folder = run.dir.stage_dir("search")
+    return [folder / str(budget["limit_bytes"]) for budget in run.budgets]
+
+
+def files(run: Run) -> dict[str, str]:
+    """sha256 of the finished files and the tuned level files."""
+    found = [*run.dir.stage_dir("stitch").glob("*.gguf")]
+    found += [path for folder in searched(run) for path in folder.glob("*.gguf")]
+    return {path.name: sha256_file(path) for path in found}
+
+
+def test_files_are_nearer_to_the_model(tuned: Run) -> None:
+    """Of the same size and types; what changed is named in budget, recipe and report."""
+    for folder, row in zip(searched(tuned), tuned.report["outputs"], strict=True):
+        said = read_json(folder / "budget.json")["tuning"]
+        assert said == row["search"]["tuning"]
+        assert said["steps"] == STEPS
+        assert 0 < said["kl_after"] < said["kl_before"]
+        outcome = read_json(folder / "tuning.json")
+        assert len(outcome["errors"]) == 2  # blocks
+        chosen = read_json(folder / "allocation.json")
+        stored = packed_tensors(next(tuned.dir.stage_dir("stitch").glob(Path(row["name"]).name)))
+        levels = {p.name: packed_tensors(p) for p in tuned.levels.glob("*.gguf")}
+        for name, choice in chosen.items():
+            is_tuned = name in outcome["tensors"]
+            method = choice["method"] + ("+tuned" if is_tuned else "")
+            assert row["tensors"][name]["method"] == method
+            known = [own[name] for own in levels.values() if own[name][0] == choice["qtype"]]
+            assert (stored[name] in known) != is_tuned
+    assert all("tuned" in row for row in _card(tuned) if row.startswith("Quantized tensors"))
+
+
+def _card(run: Run) -> list[str]:
+    path = run.dir.stage_dir("publish") / "upload" / "README.md"
+    return path.read_text("utf-8").splitlines()
+
+
+def test_killed_while_it_tunes(
+    whole_run: tuple[Run, Answer], tuned: Run, offline: dict[str, str], tmp_path: Path
+) -> None:
+    """The same bytes, tuned level files included."""
+    run = whole_run[0].fork(tmp_path / "killed", "search", targets=TARGETS, tuning=STEPS)
+    process = start("resume", run.folder, env=offline)
+    while process.poll() is None:
+        events = read_events(run.dir.events_path)[0] if run.dir.events_path.exists() else []
+        if any("tuning block 1" in event.message for event in events):
+            break
+        time.sleep(0.001)
+    assert process.poll() is None, "it ended before it could be killed"
+    kill(process)
+    assert "search" not in run.dir.records()
+    answer = quantkit("resume", run.folder, env=offline)
+    assert answer.code == 0, answer.err
+    assert files(run) == files(tuned)
+
+
+def test_from_the_kept_levels(tuned: Run, offline: dict[str, str], tmp_path: Path) -> None:
+    upload = tuned.dir.stage_dir("publish") / "upload"
+    for path in sorted((upload / "recipes").glob("*.json")):
+        out = tmp_path / f"{path.stem}.gguf"
+        options = ("--base", tuned.base, "--levels", tuned.folder, "--out", out, "--json")
+        answer = quantkit("rebuild", path, *options, env=offline)
+        assert answer.code == 0, answer.err
+        assert answer.json["equal"] and sha256_file(out) == sha256_file(upload / out.name)
+
+
+def test_from_the_base_alone(tuned: Run, offline: dict[str, str], tmp_path: Path) -> None:
+    """Calibration, levels, search and tuning all over again."""
+    path = next((tuned.dir.stage_dir("stitch") / "recipes").glob("*Q4_K_M*.json"))
+    out = tmp_path / "again.gguf"
+    answer = quantkit("rebuild", path, "--base", tuned.base, "--out", out, "--json", env=offline)
+    assert answer.code == 0, answer.err
+    assert answer.json["equal"]
+
+
+def test_clean_drops_tuned_levels(
+    tuned: Run, whole_run: tuple[Run, Answer], offline: dict[str, str], tmp_path: Path
+) -> None:
+    run = whole_run[0].fork(tmp_path / "cleaned", "search", tuning=2)
+    assert quantkit("resume", run.folder, env=offline).code == 0
+    output = sha256_file(run.output)
+    assert quantkit("clean", run.folder, env=offline).code == 0
+    assert not any(folder.glob("*.gguf") for folder in searched(run) if list(folder.glob("*.gguf")))
+    assert sha256_file(run.output) == output
+    assert GgufFile(run.output).tensors
+    answer = quantkit("resume", run.folder, env=offline)
+    assert answer.code == 0, answer.err
+    assert sha256_file(run.output) == output
