@@ -16,12 +16,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def profiles() -> str:
-    headers = ["profile", "calibration tokens", "search tokens", "levels", "meant for"]
+    headers = [
+        *("profile", "calibration tokens", "search tokens", "tuning steps", "levels", "meant for")
+    ]
     rows = [
         [
             f"`{name}`",
             f"{p.calibration_tokens:,}",
             f"{p.search_tokens:,}",
+            str(p.tuning_steps),
             " ".join(p.levels),
             p.about,
         ]

@@ -287,7 +287,17 @@ def _search(search: dict[str, Any]) -> str:
         f"{budget} ({search['target']}), used: {search['n_bytes']:,}. Search:"
         f" {search['generations']} generations over {search['tokens']:,} evaluated tokens, from KL"
         f" {text.number(search['proposal_kl'])} to {text.number(search['kl'])} on its own text."
+        + _tuning(search.get("tuning"))
     )
+
+
+def _tuning(tuning: dict[str, Any] | None) -> str:
+    """What tuning came to, as a sentence that follows another."""
+    if tuning is None:
+        return ""
+    before, after = (text.number(tuning[name]) for name in ("kl_before", "kl_after"))
+    said = f" Tuned by {tuning['steps']} gradient steps a block: KL {before} to {after}"
+    return f"{said} on held-out text." if tuning["n_tensors"] else f"{said}, so it was not taken."
 
 
 def _checks(report: Report) -> list[tuple[str, str, str]]:

@@ -22,6 +22,9 @@ MOST_CONTEXT = 4_000_000  # tokens
 MOST_STEPS = 10_000  # of tuning a block
 
 
+TUNING_BATCH = 2  # sequences of 512 tokens that a step of tuning sees
+
+
 @dataclass(frozen=True)
 class Profile:
     """How much work a run does. One table, shown in the README."""

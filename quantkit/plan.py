@@ -16,7 +16,7 @@ from typing import Any
 
 from quantkit import hub
 from quantkit.budgets import Budget, for_files, settle_budgets
-from quantkit.config import PROFILES, RunConfig
+from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
@@ -180,12 +180,15 @@ def estimates(
     memory = stage_memory(config, base, levels, most, _free(config.device))
     speed = 1.2e11 if config.device == "cpu" else 2e14  # multiply-adds a second
     n_calibrated = profile.calibration_tokens + profile.heldout_tokens
-    forward = round(n_linear) * (n_calibrated + profile.search_tokens)
+    forward = round(n_linear) * n_calibrated
     gather = n_calibrated * sum(
         t.shape[-1] ** 2 * (chosen if len(t.shape) == 3 else 1) for t in inputs
     )
     solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
-    search = round(n_linear) * profile.search_tokens
+    # A step's backward pass takes two forward ones; streams of hidden states pass four times.
+    tuned = 3 * config.tuning_steps * TUNING_BATCH * 512
+    tuned += 4 * n_calibrated if config.tuning_steps else 0
+    search = round(n_linear) * (profile.search_tokens + tuned)
     return {
         "disk_bytes": disk,
         "memory_bytes": max(stage_memory(config, base, levels, most, 0).values()),

@@ -30,6 +30,7 @@ from quantkit.qtypes import QuantType
 from quantkit.rowmap import RowMap
 
 _STATES_SHARE = 0.1  # of the free memory, for each of the streams of hidden states
+_ROUNDS = 3  # how often a sequence is seen, where there are enough of them
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12  # Adam's
 
 
@@ -99,6 +100,7 @@ class Tuner:
             block = model.block_of(maps[name].parameter)
             self._of_block.setdefault(block, []).append(name)
         n = effort.n_batch
+        train = train[: max(n, effort.n_steps * n // _ROUNDS)]
         parts = [p for ids in (train, heldout) for p in ids.to(model.device).split(n)]
         self._n_train = len(train.split(n))
         self._batches = [_Batch(ids, model.trace(ids)[1]) for ids in parts]
@@ -195,7 +197,9 @@ class Tuner:
         self, stream: str, index: int, batches: Sequence[int], weights: Mapping[str, torch.Tensor]
     ) -> None:
         for i in batches:
-            self._put(stream, i, self._run(index, i, self._get(stream, i), weights))
+            with self._products():
+                answer = self._run(index, i, self._get(stream, i), weights)
+            self._put(stream, i, answer.float())
 
     def _run(
         self, index: int, batch: int, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]
@@ -271,10 +275,11 @@ class Tuner:
         the tuned blocks before it give.
         """
         weights = self._weights(index, values)
-        found = [
-            _distance(self._run(index, i, self._get("tuned", i), weights), self._get("original", i))
-            for i in self._heldout
-        ]
+        found = []
+        for i in self._heldout:
+            with self._products():
+                answer = self._run(index, i, self._get("tuned", i), weights)
+            found.append(_distance(answer.float(), self._get("original", i)))
         return float(torch.stack(found).mean())
 
     @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkit.config import DEFAULT_TARGET, PROFILES, RunConfig, Target
+from quantkit.config import DEFAULT_TARGET, PROFILES, TUNING_BATCH, RunConfig, Target
 from quantkit.hub import ModelInfo
 
 # Bits per weight of llama.cpp's own files of a model of 8B parameters. Of the whole file, so small
@@ -65,4 +65,5 @@ def rough_seconds(config: RunConfig, n_parameters: int) -> float:
     """About the time of the run on a machine of two cores, or with a GPU."""
     profile = PROFILES[config.profile]
     tokens = profile.calibration_tokens + profile.heldout_tokens + profile.search_tokens
+    tokens += 3 * config.tuning_steps * TUNING_BATCH * 512  # forward and backward
     return 60 + _BESIDE_FORWARD * n_parameters * tokens / _SPEED[config.device]

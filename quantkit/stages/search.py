@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkit.budgets import Budget
+from quantkit.config import TUNING_BATCH
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import Layout, slot_bytes
@@ -50,7 +51,6 @@ VERSION = 5
 FIELDS = ("targets", "max_types", "seed", "profile", "device", "types", "tuning")
 
 _FLOAT32_ABOVE_BPW = 6.5
-_TUNING_BATCH = 2  # sequences of a step
 _TUNING_HELDOUT = 32  # sequences that say whether tuning helped
 _LEAST_SEQUENCES = 4
 
@@ -411,7 +411,7 @@ def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layou
     model = open_model(run, NAME, folder, torch.float32, device)
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     ids = load_file(run.dir.stage_dir("calibrate") / "tokens.safetensors")
-    effort = Effort(run.config.tuning_steps, _TUNING_BATCH)
+    effort = Effort(run.config.tuning_steps, TUNING_BATCH)
     return Tuner(
         model,
         maps,
