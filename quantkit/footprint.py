@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from quantkit.config import PROFILES, RunConfig
+from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.ggufio.read import GgufFile, StoredTensor
 from quantkit.levels import LevelPlan
 
@@ -26,6 +26,9 @@ _SWEEP_WEIGHTS = 1 << 26
 _AT_ONCE = 2  # tensors that are solved at a time
 _ALL_TYPES_AT_ONCE = 1 << 27  # weights: quantkit.stages.quantize
 _TARGETS_ROWS = 512  # positions whose logits are there at once
+_TUNED_WEIGHT = 40  # bytes for each weight of a block that is tuned
+_TUNING_ROUNDS, _TUNING_SHARE = 3, 0.1  # quantkit.tuning
+_TUNING_HELDOUT = 16_384  # tokens: quantkit.stages.search
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,13 @@ def stage_memory(
         "quantize": _TORCH + max(_solving(shapes, levels), _vocabulary(shapes, levels)),
         "database": _PROGRAM,
         "search": _TORCH
-        + model(2, 4)
-        + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
-        + 4 * logits
-        + min(states, int(_STATES_SHARE * free)),
+        + max(
+            model(2, 4)
+            + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
+            + 4 * logits
+            + min(states, int(_STATES_SHARE * free)),
+            _tuning(config, shapes, free) + model(4, 4),
+        ),
         "stitch": _PROGRAM + 2 * shapes.largest,
         "validate": _TORCH + model(4, 4) + 2 * logits + min(2 * shapes.n_all, free),  # base.gguf
         "publish": _PROGRAM,
@@ -140,6 +146,28 @@ def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
     n_types = len(levels.levels)
     sweep = _SWEEP * min(shapes.n_inside * n_types, _SWEEP_WEIGHTS) // _SWEEP_WEIGHTS
     return 5 * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
+
+
+def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
+    """A block's weights, levels, gradients and Adam's moments; the file's tensors; hidden states of
+    the original and the tuned file.
+    """
+    if not config.tuning_steps:
+        return 0
+    n_tokens = min(
+        PROFILES[config.profile].calibration_tokens,
+        config.tuning_steps * TUNING_BATCH * _N_CTX // _TUNING_ROUNDS,
+    )
+    streams = 2 * 4 * (n_tokens + _TUNING_HELDOUT) * shapes.width
+    batch = TUNING_BATCH * _N_CTX * (32 * shapes.widest + 80 * shapes.width)
+    table = 2 * 4 * shapes.largest  # as the original's and as the file's
+    return (
+        _TUNED_WEIGHT * shapes.n_block
+        + batch
+        + shapes.n_all  # the file's tensors, and their pages
+        + table
+        + min(streams, int(2 * _TUNING_SHARE * free))
+    )
 
 
 def _vocabulary(shapes: _Shapes, levels: LevelPlan) -> int:

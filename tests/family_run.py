@@ -26,7 +26,16 @@ from quantkit.rowmap import RowMap, load_row_maps
 from quantkit.rundir import RunDir, read_json
 
 # Four held-out sequences are what the search needs; nothing is judged on so few tokens.
-_PROFILE = config.Profile(4096, 2048, 2048, 2, 0, ("Q4_K", "Q6_K"), "families")
+_PROFILE = config.Profile(
+    calibration_tokens=4096,
+    heldout_tokens=2048,
+    search_tokens=2048,
+    eval_windows=2,
+    n_sweeps=0,
+    tuning_steps=3,
+    levels=("Q4_K", "Q6_K"),
+    about="families",
+)
 _N_TOKENS = 96
 _TEXT = "The quick brown fox (born 1984) jumps over 13 lazy dogs; isn't it odd? def f(x): return x"
 
@@ -47,6 +56,7 @@ class Row:
     kl_file: float = math.inf
     kl_swapped: float = 0.0  # at F16, with two heads or other rows exchanged on one side
     spread: float = 0.0  # standard deviation of a position's logits
+    kl_tuned: tuple[float, float] = (0.0, 0.0)  # before and after tuning, on held-out sequences
     n_projector_bytes: int = 0  # of the vision tower's own GGUF
     seconds: float = 0.0
 
@@ -59,6 +69,7 @@ class Row:
                 self.agrees,
                 self.kl_swapped >= 30 * max(self.kl_f16, integrity.F16_LIMIT / 10),
                 self.spread >= 3,
+                0 < self.kl_tuned[0] and math.isfinite(self.kl_tuned[1]),
                 (self.n_projector_bytes > 0) == FAMILIES[self.family].sees,
             )
         )
@@ -114,6 +125,7 @@ def run_family(family: Family, folder: Path) -> Row:
         swap = agreement.measure(f16, ids, wrong)
     as_it_is = agreement.measure(stitched, ids, logits)
     errors = read_json(directory.stage_dir("quantize") / "errors.json")["errors"]
+    tuning = directory.records()["search"].summary["budgets"][0]["tuning"]
     apart = {name: why for name in errors if (why := _apart(maps.get(name)))}
     sizes = {n: math.prod(file.tensors[n].shape) for n in errors if n not in apart}
     kinds = sorted({f"{name.split('.')[-2]}: {why}" for name, why in apart.items()})
@@ -132,6 +144,7 @@ def run_family(family: Family, folder: Path) -> Row:
         as_it_is.mean_kl,
         swap.mean_kl,
         float(logits.std(-1).mean()),
+        (tuning["kl_before"], tuning["kl_after"]),
         projector.stat().st_size if projector.exists() else 0,
         time.monotonic() - begun,
     )

@@ -192,6 +192,8 @@ def test_every_field_is_compared_but_where_it_is_published() -> None:
         {"levels": ("Q4_K_M",)},
         {"levels": ("F16",)},
         {"max_types": 0},
+        {"tuning": -1},
+        {"tuning": 10_001},
         {"methods": ()},
         {"methods": ("gptq", "awq")},
         {"methods": ("",)},
