@@ -30,7 +30,6 @@ from quantkit.qtypes import QuantType
 from quantkit.rowmap import RowMap
 
 _STATES_SHARE = 0.1  # of the free memory, for each of the streams of hidden states
-_LEAST_POWER = 1e-12
 _ROUNDS = 3  # how often a sequence is seen, where there are enough of them
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12  # Adam's
 
@@ -57,8 +56,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """What became of a block. Errors are squared, over the power of the original's output (the mean
-    of tokens), on held-out sequences; `rows` by tensor, none where tuning did not help.
+    """What became of a block. Errors are squared, over the power of the original's output, on
+    held-out sequences; `rows` by tensor, none where tuning did not help.
     """
 
     before: float
@@ -306,8 +305,5 @@ def _values(stored: Stored) -> torch.Tensor:
 
 
 def _distance(answer: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The squared error of every token's hidden state over its power, the mean of all tokens: the
-    next norm divides by that power, and a few tokens (the first) have a thousand times the others'.
-    """
-    errors = (answer - wanted).square().mean(-1)
-    return (errors / wanted.square().mean(-1).clamp_min(_LEAST_POWER)).mean()
+    """The mean squared error of hidden states over the mean power of what is wanted."""
+    return (answer - wanted).square().mean() / wanted.square().mean()
