@@ -197,7 +197,7 @@ def estimates(
         "seconds": round(60 + (forward + gather + solve) / speed),
         "n_files": 1,
         "per_file": {
-            "disk_bytes": base_bytes // 3,
+            "disk_bytes": base_bytes // 3 * (2 if config.tuning_steps else 1),
             "multiply_adds": search,
             "seconds": round(30 + search / speed),
         },
