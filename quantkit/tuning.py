@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -141,18 +142,27 @@ class Tuner:
     @contextmanager
     def _outside_as_stored(self) -> Iterator[None]:
         """What lies outside of blocks as the file holds it, for a while."""
-        before = {}
-        for name in self._of_block.get(None, ()):
-            parameter = self._model.model.get_parameter(self._maps[name].parameter)
-            before[name] = parameter, parameter.data
-            changed = parameter.data.clone()
-            self._maps[name].scatter(self._decoded(name).to(changed.device), changed)
-            parameter.data = changed
+        parameters = {name: self._model.model.get_parameter(name) for name in self._outside}
+        before = {name: parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.data = self._outside[name]
         try:
             yield
         finally:
-            for parameter, data in reversed(before.values()):
-                parameter.data = data
+            for name, parameter in parameters.items():
+                parameter.data = before[name]
+
+    @cached_property
+    def _outside(self) -> dict[str, torch.Tensor]:
+        """Parameters outside of blocks as the file holds them."""
+        found: dict[str, torch.Tensor] = {}
+        for name in self._of_block.get(None, ()):
+            map_ = self._maps[name]
+            if map_.parameter not in found:
+                found[map_.parameter] = self._model.weight(map_.parameter).clone()
+            changed = found[map_.parameter]
+            map_.scatter(self._decoded(name).to(changed.device), changed)
+        return found
 
     def _decoded(self, name: str) -> torch.Tensor:
         """float32 (n_rows, n_columns) of a tensor of the file."""
@@ -227,7 +237,7 @@ class Tuner:
     def _tune(self, index: int, plain: Mapping[str, torch.Tensor]) -> TunedBlock:
         rows = {name: self._tunable(name) for name in plain if self._stored[name].qtype in FORMATS}
         before = self._error(index, plain)
-        if not rows:
+        if not rows or not before:
             return TunedBlock(before, before, {})
         fixed = {name: values for name, values in plain.items() if name not in rows}
         groups = [
