@@ -157,7 +157,7 @@ def test_a_first_estimate_comes_before_the_planner(
     form = JobForm("demo:smollm2-135m", "family", family=("Q4_K_M", "Q6_K"))
     told = desk.preview(form, "", ME)
     first = next(told)
-    for words in ("135M parameters", "apache-2.0", "about 82.4 MB, 111.0 MB", "about 16 min"):
+    for words in ("135M parameters", "apache-2.0", "about 82.4 MB, 111.0 MB", "about 30 min"):
         assert words in first, words
     assert "the planner was asked" in next(told)
     config = to_config(JobForm("a/b", "bpw", bpw="4"), public=True)

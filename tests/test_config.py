@@ -115,7 +115,8 @@ def test_profiles_are_steps_of_the_same_work() -> None:
     assert len(counts) >= 4
     for name in counts:
         values = [getattr(row, name) for row in rows]
-        assert values == sorted(values) and values[0] > 0
+        assert values == sorted(values)
+        assert values[0] > 0 or (name == "tuning_steps" and values[-1] > 0)  # small profiles: none
     for row in rows:
         assert all(QuantType(level).is_quantized for level in row.levels)
         assert len(set(row.levels)) == len(row.levels)
@@ -140,6 +141,7 @@ CONFIGS = st.builds(
     ).map(tuple),
     tensors=st.none() | st.just("attn"),
     calibration=st.sampled_from(["auto", "docs:2,code"]),
+    tuning=st.none() | st.integers(0, 10_000),
     seed=st.integers(0, 2**31),
     device=st.sampled_from(["cpu", "cuda"]),
     publish=st.none() | st.just("me/it"),
@@ -167,6 +169,7 @@ def test_every_field_is_compared_but_where_it_is_published() -> None:
         ("rtn",),
         (("default", "Q4_0"),),
         2,
+        9,
         "attn",
         "docs",
         "e.txt",
