@@ -295,6 +295,8 @@ def _tuning(tuning: dict[str, Any] | None) -> str:
     """What tuning came to, as a sentence that follows another."""
     if tuning is None:
         return ""
+    if "reason" in tuning:
+        return f" Not tuned: {tuning['reason']}."
     before, after = (text.number(tuning[name]) for name in ("kl_before", "kl_after"))
     said = f" Tuned by {tuning['steps']} gradient steps a block: KL {before} to {after}"
     return f"{said} on held-out text." if tuning["n_tensors"] else f"{said}, so it was not taken."

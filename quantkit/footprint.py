@@ -148,6 +148,11 @@ def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
     return 5 * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
 
 
+def tuned_block_bytes(base: GgufFile) -> int:
+    """What tuning the largest block takes, without which nothing is tuned."""
+    return _TUNED_WEIGHT * _Shapes.of(base).n_block
+
+
 def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
     """A block's weights, levels, gradients and Adam's moments; the file's tensors; hidden states of
     the original and the tuned file.

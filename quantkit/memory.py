@@ -1,7 +1,8 @@
 """How much memory a run may take, and a shelf for tensors that may not fit into it.
 
 QUANTKIT_MEMORY (`12GiB`) is the most that a run may count on, of the machine's memory or of a
-GPU's; without it that is what is free. No result depends on it.
+GPU's; without it that is what is free. No result depends on it but whether files are tuned, and
+the run says when they are not.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import Layout, SlotFile
+from quantkit.report import size
 from quantkit.rundir import PARTIAL, read_json, write_json
 
 if TYPE_CHECKING:
@@ -48,6 +49,16 @@ class Outcome:
     errors: tuple[tuple[float, float], ...]
     tensors: tuple[str, ...]
 
+    @property
+    def in_short(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {
+            "steps": self.n_steps,
+            "kl_before": self.kl_before,
+            "kl_after": self.kl_after,
+            "n_tensors": len(self.tensors),
+        }
+
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
         """What `tune_file` wrote into the folder of its file, None where nothing was tuned."""
@@ -57,6 +68,13 @@ class Outcome:
         value["errors"] = tuple(tuple(pair) for pair in value["errors"])
         value["tensors"] = tuple(value["tensors"])
         return cls(**value)
+
+
+def lack_of_memory(needed: int, free: int) -> str:
+    """Why files are not tuned where memory is missing; empty where there is enough."""
+    if needed <= free:
+        return ""
+    return f"a block takes {size(needed)} to tune and {size(free)} are free"
 
 
 def tune_file(

@@ -120,3 +120,16 @@ def test_clean_drops_tuned_levels(
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 0, answer.err
     assert sha256_file(run.output) == output
+
+
+def test_too_little_memory_to_tune(
+    whole_run: tuple[Run, Answer], offline: dict[str, str], tmp_path: Path
+) -> None:
+    """The run goes on, and run, report and card say why nothing was tuned."""
+    run = whole_run[0].fork(tmp_path / "little", "search", tuning=STEPS)
+    answer = quantkit("resume", run.folder, env={**offline, "QUANTKIT_MEMORY": "1MB"})
+    assert answer.code == 0, answer.err
+    assert "not tuned: a block takes" in answer.err
+    assert "are free" in run.report["outputs"][0]["search"]["tuning"]["reason"]
+    assert any("Not tuned: a block takes" in line for line in _card(run))
+    assert run.hashes == whole_run[0].hashes

@@ -24,6 +24,7 @@ import numpy as np
 from quantkit.budgets import Budget
 from quantkit.config import TUNING_BATCH
 from quantkit.errors import QuantkitError
+from quantkit.footprint import tuned_block_bytes
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import Layout, slot_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
@@ -39,7 +40,7 @@ from quantkit.search.propose import Costs, knapsack, spend, uniform
 from quantkit.search.workers import Workers
 from quantkit.stages import StageResult, convert, database, fetch, open_model
 from quantkit.tensors import CandidateKey, to_json
-from quantkit.tuned import Outcome, tune_file, tuned_name
+from quantkit.tuned import Outcome, lack_of_memory, tune_file, tuned_name
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -73,15 +74,17 @@ def execute(run: Run) -> StageResult:
     for budget in asked:
         found.append(searcher.search(budget, found[-1].choices if found else None))
     del searcher  # its model, and what lies on GPUs
+    reason = _reason_not_to_tune(run, base)
     summaries = []
     for position, answer in enumerate(found):
         is_new = not any(np.array_equal(answer.choices, f.choices) for f in found[:position])
-        tuned = _tuned(run, base, space, answer, position, len(found)) if is_new else None
         about = answer.about
-        if tuned is not None:
-            outcome, files = tuned
+        if reason:
+            about |= {"tuning": {"steps": 0, "reason": reason}}
+        elif is_new and run.config.tuning_steps:
+            outcome, files = _tuned(run, base, space, answer, position, len(found))
             outputs += files
-            about |= {"tuning": _in_short(outcome)}
+            about |= {"tuning": outcome.in_short}
         path = budget_dir(run.dir, answer.budget) / "budget.json"
         outputs += [*answer.outputs, write_json(path, about)]
         summaries.append(about)
@@ -365,15 +368,25 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     return Fitness(model, space, maps, run.dir.stage_dir("quantize"), ids, targets)
 
 
+def _reason_not_to_tune(run: Run, base: GgufFile) -> str:
+    """Why files are not tuned although that was asked for; empty where nothing is in the way."""
+    if not run.config.tuning_steps:
+        return ""
+    from quantkit.memory import free_memory
+
+    reason = lack_of_memory(tuned_block_bytes(base), free_memory(run.config.device))
+    if reason:
+        run.events.emit(NAME, "note", f"not tuned: {reason}")
+    return reason
+
+
 def _tuned(
     run: Run, base: GgufFile, space: SearchSpace, found: _Found, position: int, n_budgets: int
-) -> tuple[Outcome, list[Path]] | None:
+) -> tuple[Outcome, list[Path]]:
     """Tune the file of one budget."""
-    n_steps = run.config.tuning_steps
-    if not n_steps:
-        return None
     from quantkit.tuning import Stored
 
+    n_steps = run.config.tuning_steps
     keys = space.keys(found.choices)
     index = database.load(run.dir)
     files: dict[str, GgufFile] = {}
@@ -422,15 +435,6 @@ def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layou
         run.dir.stage_dir(NAME),
         exact=8 * layout.n_bytes / base.n_elements > _FLOAT32_ABOVE_BPW,
     )
-
-
-def _in_short(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "steps": outcome.n_steps,
-        "kl_before": outcome.kl_before,
-        "kl_after": outcome.kl_after,
-        "n_tensors": len(outcome.tensors),
-    }
 
 
 def _write_trace(path: Path, state: SearchState) -> Path:
