@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--levels",
         type=Path,
         metavar="DIR",
-        help="the kept level files; without them they are made again",
+        help="the kept level files, or the run's folder; without them they are made again",
     )
     rebuild.add_argument("--out", type=Path, required=True, metavar="FILE")
     rebuild.add_argument("--json", action="store_true", help="print one JSON object last")
