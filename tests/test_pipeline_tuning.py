@@ -9,7 +9,7 @@ import pytest
 from commands import Answer, Run, kill, packed_tensors, quantkit, start
 
 from quantkit.ggufio.read import GgufFile
-from quantkit.rundir import read_events, read_json, sha256_file
+from quantkit.rundir import read_events, read_json, sha256_file, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +127,11 @@ def test_too_little_memory_to_tune(
 ) -> None:
     """The run goes on, and run, report and card say why nothing was tuned."""
     run = whole_run[0].fork(tmp_path / "little", "search", tuning=STEPS)
+    # What an attempt with more memory left behind when it was killed.
+    left = run.dir.stage_dir("search") / str(whole_run[0].budgets[0]["limit_bytes"])
+    outcome = {"n_steps": STEPS, "kl_before": 1.0, "kl_after": 0.5, "errors": []}
+    left.mkdir(parents=True)
+    write_json(left / "tuning.json", {**outcome, "tensors": ["token_embd.weight"]})
     answer = quantkit("resume", run.folder, env={**offline, "QUANTKIT_MEMORY": "1MB"})
     assert answer.code == 0, answer.err
     assert "not tuned: a block takes" in answer.err

@@ -120,7 +120,9 @@ def load_tuned(directory: RunDir, budget: Budget) -> tuple[Path, tuple[str, ...]
     """The tuned level file of one budget and the tensors that it changed, where tuning helped."""
     folder = budget_dir(directory, budget)
     outcome = Outcome.load(folder)
-    if outcome is None or not outcome.tensors:
+    # An interrupted attempt may have left one behind: the budget's own word counts.
+    said = read_json(folder / "budget.json").get("tuning", {})
+    if outcome is None or not said.get("n_tensors"):
         return None
     return folder / tuned_name(budget.limit_bytes), outcome.tensors
 
