@@ -65,6 +65,15 @@ def open_page(
     return page
 
 
+def open_advanced(page: Any) -> None:
+    """Gradio mounts what an accordion holds when it opens and gives the fields their values once
+    more some milliseconds later: a script types that fast, and its text would be lost.
+    """
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_label("Calibration text").wait_for()
+    page.wait_for_timeout(1000)
+
+
 @pytest.mark.slow
 def test_from_the_form_to_the_result(
     browser: Any, tmp_path: Path, shots: Path, monkeypatch: pytest.MonkeyPatch

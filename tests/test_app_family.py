@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_app import ROOT, _app
-from test_app_browser import browser, open_page, pytestmark  # noqa: F401
+from test_app_browser import browser, open_advanced, open_page, pytestmark  # noqa: F401
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_a_family(browser, tiny_checkpoint: Path, tmp_path: Path) -> None:  # no
         model.press("Enter")
         page.get_by_text("Several sizes").click()
         page.locator("#profile").get_by_label("demo: minutes").check()
-        page.get_by_role("button", name="Advanced").click()
+        open_advanced(page)
         page.get_by_label("Calibration text").fill("docs,code")
         page.get_by_role("button", name="Start").click()
         page.wait_for_url(re.compile(r"\?job=[\w-]{20,}"))

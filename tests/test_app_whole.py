@@ -17,7 +17,7 @@ import pytest
 from hub_server import ALICE, SECRETS, HubServer
 from huggingface_hub import ModelCard
 from test_app import ROOT, _app
-from test_app_browser import browser, open_page, pytestmark, shots  # noqa: F401
+from test_app_browser import browser, open_advanced, open_page, pytestmark, shots  # noqa: F401
 
 from quantkit.ggufio.read import GgufFile
 
@@ -65,7 +65,7 @@ def test_from_the_name_to_the_published_repository(
         page.get_by_text("Sizes of this model").click()
         page.screenshot(path=shots / "preview-1280-light.png", full_page=True)
         page.locator("#profile").get_by_label("demo: minutes").check()
-        page.get_by_role("button", name="Advanced").click()
+        open_advanced(page)
         page.get_by_label("Calibration text").fill("builtin")
         page.get_by_role("button", name="Start").click()
 
