@@ -34,7 +34,7 @@ from quantkit.config import PROFILES, RunConfig, Target
 from quantkit.ggufio.stitch import stitch as stitch_file
 from quantkit.output import lay_out_output
 from quantkit.rundir import EventLog, RunDir, read_json, sha256_file, write_json
-from quantkit.search.propose import knapsack
+from quantkit.search.propose import damages, knapsack
 from quantkit.stages import convert, database, search, stitch
 
 MIXES = ("Q2_K", "IQ3_M", "IQ4_XS", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -165,7 +165,7 @@ def proposed_files(config: RunConfig, run: Path, sizes: list[int]) -> list[Path]
         space = replace(whole, limit_bytes=n_bytes)
         if not space.fits(space.smallest):
             continue
-        chosen = knapsack(space, search.damages(space))
+        chosen = knapsack(space, damages(space))
         keys = space.keys(chosen)
         types = {name: key.qtype for name, key in keys.items()}
         path = folder / f"{n_bytes}.gguf"

@@ -45,9 +45,9 @@ from quantkit.rundir import EventLog, RunDir, read_json
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.evolve import Plan, SearchState, begin, evolve
 from quantkit.search.fitness import Fitness
-from quantkit.search.propose import knapsack, uniform
+from quantkit.search.propose import damages, knapsack, uniform
 from quantkit.stages import convert, fetch
-from quantkit.stages.search import damages, make_space
+from quantkit.stages.search import make_space
 
 N_OFFSPRING, SURVIVORS, TOKENS, N_FIRST = 128, (16, 4, 1), (2048, 16_384, 131_072), 10
 

@@ -25,8 +25,7 @@ from search_efficiency import Judge, judge_of
 from quantkit.config import PROFILES
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.evolve import Plan, begin, evolve
-from quantkit.search.propose import Costs, knapsack, uniform
-from quantkit.stages.search import damages
+from quantkit.search.propose import Costs, damages, knapsack, uniform
 
 
 def budgets(space: SearchSpace) -> list[tuple[str, int]]:

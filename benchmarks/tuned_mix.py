@@ -20,19 +20,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from safetensors.torch import load_file
 
-from quantkit.config import TUNING_BATCH
-from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
 from quantkit.kquants.stock import StockRecipe, stock_types
 from quantkit.output import Provenance, lay_out_output
-from quantkit.rowmap import load_row_maps
 from quantkit.rundir import RunDir
 from quantkit.stages import convert, database, fetch
 from quantkit.streaming import open_model
-from quantkit.tuned import tune_file, tuned_name
-from quantkit.tuning import Effort, Stored, Tuner
+from quantkit.tuned import load_stored, load_tuner, tune_file, tuned_name
+from quantkit.tuning import Tuner
 
 
 def main() -> None:
@@ -52,22 +48,19 @@ def main() -> None:
         for name, candidates in index.candidates.items()
     }
     levels = run.stage_dir("quantize")
-    files = {c.file: GgufFile(levels / c.file) for c in chosen.values()}
-    stored = {n: Stored(c.key.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
+    stored = load_stored(chosen, levels)
     made = Provenance(fetch.load(run).info.sha, (), 0, 0)
     layout = lay_out_output(base, {n: s.qtype for n, s in stored.items()}, made, given.like)
     given.out.mkdir(parents=True, exist_ok=True)
     stitch(given.out / "levels.gguf", layout, base, {n: levels / c.file for n, c in chosen.items()})
 
     def tuner() -> Tuner:
-        ids = load_file(run.stage_dir("calibrate") / "tokens.safetensors")
-        return Tuner(
+        return load_tuner(
             open_model(fetch.load(run).folder, torch.float32, given.device),
-            load_row_maps(run.stage_dir("convert") / "rowmaps.safetensors"),
+            run.stage_dir("convert") / "rowmaps.safetensors",
+            run.stage_dir("calibrate") / "tokens.safetensors",
             stored,
-            ids["train"],
-            ids["heldout"][:32],
-            Effort(given.steps, TUNING_BATCH),
+            given.steps,
             given.out,
             exact=False,
         )

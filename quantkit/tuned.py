@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.config import TUNING_BATCH
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import Layout, SlotFile
 from quantkit.report import size
 from quantkit.rundir import PARTIAL, read_json, write_json
+from quantkit.tensors import Candidate
 
 if TYPE_CHECKING:
+    from quantkit.blockwise import BlockwiseModel
     from quantkit.tuning import Stored, TunedBlock, Tuner
 
 _PREFIX = "tuned-"
 _DONE, _OUTCOME = "tuning.partial.json", "tuning.json"
+
+_HELDOUT = 32  # sequences that say whether tuning helped
 
 Progress = Callable[[int, int, str], None]
 
@@ -75,6 +80,36 @@ def lack_of_memory(needed: int, free: int) -> str:
     if needed <= free:
         return ""
     return f"a block takes {size(needed)} to tune and {size(free)} are free"
+
+
+def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stored]:
+    """Tensors as the level files in a folder hold them; what each is to be, by its name."""
+    from quantkit.tuning import Stored
+
+    files = {file: GgufFile(levels / file) for file in sorted({c.file for c in chosen.values()})}
+    return {n: Stored(c.key.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
+
+
+def load_tuner(
+    model: BlockwiseModel,
+    row_maps: Path,
+    tokens: Path,
+    stored: Mapping[str, Stored],
+    n_steps: int,
+    scratch: Path,
+    exact: bool,
+) -> Tuner:
+    """What tunes the tensors of `stored`, with the row maps and the tokens of these files; for the
+    others see `Tuner`.
+    """
+    from safetensors.torch import load_file
+
+    from quantkit.rowmap import load_row_maps
+    from quantkit.tuning import Effort, Tuner
+
+    ids, effort = load_file(tokens), Effort(n_steps, TUNING_BATCH)
+    train, heldout = ids["train"], ids["heldout"][:_HELDOUT]
+    return Tuner(model, load_row_maps(row_maps), stored, train, heldout, effort, scratch, exact)
 
 
 def tune_file(

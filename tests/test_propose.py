@@ -1,11 +1,13 @@
 """Starting points: within the budget, nothing left over, and near the best additive answer.
 
-Measured on 1500 random toys of up to six tensors and four choices against brute force: 97 % are
-solved exactly; what is lost is 0.3 % of the possible gain on average, 37 % at worst (few tensors of
-very different sizes). On 200 tensors the answer is within 1 % of the Lagrangian bound.
+Measured on 1500 random toys of up to six tensors and four choices against brute force: 99.8 % are
+solved exactly; what is lost is 0.03 % of the possible gain on average, 31 % at worst (few tensors
+of very different sizes). On 200 tensors the answer is within 1 % of the Lagrangian bound.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from search_spaces import everything, make_space, spaces, total
 
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.propose import knapsack, nearby, spend, uniform
+from quantkit.search.propose import knapsack, knapsacks, nearby, spend, uniform
 
 
 def is_full(space: SearchSpace, choices: np.ndarray) -> bool:
@@ -89,8 +91,51 @@ def test_the_knapsack_against_brute_force() -> None:
         worst = total(costs, space.smallest)
         assert ours >= best - 1e-9
         lost.append((ours - best) / (worst - best) if worst > best else 0.0)
-    assert np.mean(np.array(lost) < 1e-9) >= 0.93
-    assert np.mean(lost) <= 0.01 and max(lost) <= 0.5
+    assert np.mean(np.array(lost) < 1e-9) >= 0.98
+    assert np.mean(lost) <= 0.002 and max(lost) <= 0.5
+
+
+def with_a_table(seed: int, share: float) -> tuple[SearchSpace, list[np.ndarray]]:
+    """Sixty tensors alike and one that is a fifth of the file, as a table of embeddings is."""
+    rng = np.random.default_rng(seed)
+    bits = np.array([4.5, 5.0, 5.5, 6.0, 8.5])
+    sizes = [(1000 * bits).astype(int).tolist() for _ in range(60)]
+    costs = [rng.lognormal(0, 0.7) * 4.0**-bits for _ in range(60)]
+    sizes.append((15_000 * bits).astype(int).tolist())
+    costs.append(15 * rng.lognormal(0, 0.7) * 4.0**-bits)
+    whole = make_space(sizes)
+    low, high = whole.n_bytes(whole.smallest), whole.n_bytes(whole.largest)
+    return make_space(sizes, int(low + share * (high - low))), costs
+
+
+def test_a_table_of_a_fifth_of_the_file_is_no_obstacle() -> None:
+    """At every budget as good as the best answer for any choice of the table."""
+    for seed in range(4):
+        for share in np.linspace(0.05, 0.95, 10):
+            space, costs = with_a_table(seed, float(share))
+            ours = total(costs, knapsack(space, costs))
+            rest = make_space([list(row) for row in space.slot_bytes[:-1]])
+            for choice, n_bytes in enumerate(space.slot_bytes[-1]):
+                left = replace(rest, limit_bytes=space.limit_bytes - n_bytes)
+                if left.fits(left.smallest):
+                    held = total(costs[:-1], knapsack(left, costs[:-1])) + costs[-1][choice]
+                    assert ours <= held * (1 + 1e-9)
+
+
+@given(spaces())
+def test_answers_for_every_choice_of_the_widest_tensor(drawn: tuple) -> None:
+    """Each within the budget and spent; the best of them is as good as the knapsack's answer."""
+    space, costs = drawn
+    found = knapsacks(space, costs)
+    assert all(is_full(space, choices) for choices in found)
+    if found:
+        best = min(total(costs, choices) for choices in found)
+        assert best <= total(costs, knapsack(space, costs)) * (1 + 1e-9) + 1e-12
+
+
+def test_a_table_is_proposed_at_every_type() -> None:
+    space, costs = with_a_table(0, 0.5)
+    assert sorted({int(choices[-1]) for choices in knapsacks(space, costs)}) == [0, 1, 2, 3, 4]
 
 
 def test_many_tensors_come_close_to_the_bound() -> None:

@@ -1,13 +1,13 @@
 """search: the type of every tensor, within the budget of the whole file's bytes.
 
 Proposes allocations from estimated damages, decides by KL to the full-precision model on held-out
-text (EvoPress). Several budgets are searched one after the other, smallest first, with one
-evaluator; each begins with what was found for the one before. Writes `budgets.json` (the budgets
-that are met, those that are refused) and, in a folder per budget, called after its bytes,
-`allocation.json` (tensor -> type, method), `trace.jsonl` and `state.json` (after every generation:
-a killed search goes on from there). Then the found files are tuned, block by block:
-`tuned-<bytes>.gguf` is a level file of one allocation, `tuning.json` says what came of it.
-`budget.json` sums up.
+text (EvoPress); where files are tuned afterwards, by the KL that is expected then. Several budgets
+are searched one after the other, smallest first, with one evaluator; each begins with what was
+found for the one before. Writes `budgets.json` (the budgets that are met, those that are refused)
+and, in a folder per budget, called after its bytes, `allocation.json` (tensor -> type, method),
+`trace.jsonl` and `state.json` (after every generation: a killed search goes on from there). Then
+the found files are tuned, block by block: `tuned-<bytes>.gguf` is a level file of one allocation,
+`tuning.json` says what came of it. `budget.json` sums up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkit.budgets import Budget
-from quantkit.config import TUNING_BATCH
 from quantkit.errors import QuantkitError
 from quantkit.footprint import tuned_block_bytes
 from quantkit.ggufio.read import GgufFile
@@ -36,11 +35,19 @@ from quantkit.rundir import RunDir, read_json, replacing, write_json
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, prune
 from quantkit.search.caps import cap_types
 from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
-from quantkit.search.propose import Costs, knapsack, spend, uniform
+from quantkit.search.foresee import AfterTuning, costs_after
+from quantkit.search.propose import Costs, damages, knapsack, knapsacks, spend, uniform
 from quantkit.search.workers import Workers
 from quantkit.stages import StageResult, convert, database, fetch, open_model
 from quantkit.tensors import CandidateKey, to_json
-from quantkit.tuned import Outcome, lack_of_memory, tune_file, tuned_name
+from quantkit.tuned import (
+    Outcome,
+    lack_of_memory,
+    load_stored,
+    load_tuner,
+    tune_file,
+    tuned_name,
+)
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -48,11 +55,10 @@ if TYPE_CHECKING:
     from quantkit.tuning import Stored, Tuner
 
 NAME = "search"
-VERSION = 5
+VERSION = 6
 FIELDS = ("targets", "max_types", "seed", "profile", "device", "types", "tuning")
 
 _FLOAT32_ABOVE_BPW = 6.5
-_TUNING_HELDOUT = 32  # sequences that say whether tuning helped
 _LEAST_SEQUENCES = 4
 
 
@@ -68,13 +74,18 @@ def execute(run: Run) -> StageResult:
         run.events.emit(NAME, "note", f"refused: {budget.target}: {budget.refusal}")
     asked = budgets or (Budget("what the types come to", largest),)
     space = _capped(run, space, asked)
-    outputs = [write_json(folder / "budgets.json", {"budgets": asked, "refused": refused})]
-    searcher = _Searcher(run, base, space, asked)
+    reason = _reason_not_to_tune(run, base)
+    # Free memory may be another after an interruption: the first attempt decides what counts.
+    path = folder / "budgets.json"
+    known = read_json(path) if path.exists() else {}
+    expects = known.get("expects_tuning", run.config.tuning_steps > 0 and not reason)
+    table = {"budgets": asked, "refused": refused, "expects_tuning": expects}
+    outputs = [write_json(path, table)]
+    searcher = _Searcher(run, base, space, asked, expects)
     found: list[_Found] = []
     for budget in asked:
         found.append(searcher.search(budget, found[-1].choices if found else None))
     del searcher  # its model, and what lies on GPUs
-    reason = _reason_not_to_tune(run, base)
     summaries = []
     for position, answer in enumerate(found):
         is_new = not any(np.array_equal(answer.choices, f.choices) for f in found[:position])
@@ -167,33 +178,17 @@ def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSp
     return capped
 
 
-def damages(space: SearchSpace) -> Costs:
-    """Estimated nats per token of every choice. Tensors without an estimate get the median rate of
-    the others.
-    """
-    known = [
-        c.nats / c.error
-        for cs in space.candidates
-        for c in cs
-        if c.nats is not None and c.error > 0
-    ]
-    rate = float(np.median(known)) if known else 1.0
-    return [
-        np.array([c.error * rate if c.nats is None else c.nats for c in cs])
-        for cs in space.candidates
-    ]
-
-
 def proposals(
     run: Run,
     space: SearchSpace,
     costs: Costs,
     mixes: Mapping[str, Mapping[str, QuantType]],
 ) -> list[tuple[Choices, str]]:
-    """The first population: the knapsack's answer, uniform levels, and the stock mixes, types of
+    """The first population: the knapsack's answers, uniform levels, and the stock mixes, types of
     tensors by label, that can be built and fit.
     """
     found = [(knapsack(space, costs), "knapsack")]
+    found += [(choices, "knapsack") for choices in knapsacks(space, costs)]
     plan = plan_levels(convert.load_specs(run.dir), run.config)
     for level in plan.levels:
         choices = choices_of(space, plan.uniform(level))
@@ -223,10 +218,16 @@ class _Searcher:
     """
 
     def __init__(
-        self, run: Run, base: GgufFile, space: SearchSpace, budgets: Sequence[Budget]
+        self,
+        run: Run,
+        base: GgufFile,
+        space: SearchSpace,
+        budgets: Sequence[Budget],
+        expects_tuning: bool,
     ) -> None:
         self._run, self._base, self._space = run, base, space
-        self._costs = damages(space)
+        self._expects_tuning = expects_tuning
+        self._costs = costs_after(space, damages(space)) if expects_tuning else damages(space)
         self._budgets = budgets
         self._evaluator: Evaluator | None = None
 
@@ -247,7 +248,8 @@ class _Searcher:
             report: dict[str, Any] = {"searched": False, "reason": "every tensor's type is given"}
         else:
             state = self._evolve(budget, space, before, folder)
-            chosen, report = np.array(state.best.choices, np.int64), _summary(state)
+            chosen = np.array(state.best.choices, np.int64)
+            report = _summary(state) | {"expects_tuning": self._expects_tuning}
         about = {
             "target": budget.target,
             "limit_bytes": budget.limit_bytes,
@@ -266,12 +268,16 @@ class _Searcher:
     ) -> SearchState:
         events, config = self._run.events, self._run.config
         if self._evaluator is None:
-            self._evaluator = _evaluator(self._run, self._space, self._budgets[-1].limit_bytes)
+            judge = _evaluator(self._run, self._space, self._budgets[-1].limit_bytes)
+            if self._expects_tuning:
+                judge = AfterTuning(judge, self._space, self._costs)
+            self._evaluator = judge
         evaluator = self._evaluator
         plan = Plan.of(self._run.profile.search_tokens, evaluator.n_sequences, evaluator.n_batch)
         position, n_budgets = self._budgets.index(budget), len(self._budgets)
         path = folder / "state.json"
         what = f"{budget.target}: " if n_budgets > 1 else ""
+        kl = "expected KL" if self._expects_tuning else "KL"
 
         def save(state: SearchState) -> None:
             write_json(path, state)
@@ -282,7 +288,7 @@ class _Searcher:
                 NAME,
                 position * plan.n_tokens + done,
                 n_budgets * plan.n_tokens,
-                f"{what}generation {state.generation}: KL {best.kl:.4f} ± {best.stderr:.4f}",
+                f"{what}generation {state.generation}: {kl} {best.kl:.4f} ± {best.stderr:.4f}",
                 generation=state.generation,
                 kl=best.kl,
                 stderr=best.stderr,
@@ -299,7 +305,7 @@ class _Searcher:
             if before is not None:
                 first.append((spend(space, before, self._costs), "the next smaller file"))
             state = begin(evaluator, plan, first, config.seed)
-            said = f"the best proposal is {state.best.origin}, KL {state.best.kl:.4f}"
+            said = f"the best proposal is {state.best.origin}, {kl} {state.best.kl:.4f}"
             events.emit(NAME, "note", what + said)
             save(state)
         return evolve(space, evaluator, self._costs, plan, state, save)
@@ -386,18 +392,9 @@ def _tuned(
     run: Run, base: GgufFile, space: SearchSpace, found: _Found, position: int, n_budgets: int
 ) -> tuple[Outcome, list[Path]]:
     """Tune the file of one budget."""
-    from quantkit.tuning import Stored
-
-    n_steps = run.config.tuning_steps
-    keys = space.keys(found.choices)
-    index = database.load(run.dir)
-    files: dict[str, GgufFile] = {}
-    stored = {}
-    for name, key in keys.items():
-        file = index.find(key).file
-        if file not in files:
-            files[file] = GgufFile(run.dir.stage_dir("quantize") / file)
-        stored[name] = Stored(key.qtype, files[file].packed(name))
+    keys, index = space.keys(found.choices), database.load(run.dir)
+    chosen = {name: index.find(key) for name, key in keys.items()}
+    stored = load_stored(chosen, run.dir.stage_dir("quantize"))
     layout = lay_out_output(base, {n: k.qtype for n, k in keys.items()}, provenance(run), "Q8_0")
     what = f"{found.budget.target}: " if n_budgets > 1 else ""
 
@@ -408,7 +405,13 @@ def _tuned(
 
     path = budget_dir(run.dir, found.budget) / tuned_name(found.budget.limit_bytes)
     outcome, written = tune_file(
-        path, layout, base, stored, lambda: _tuner(run, base, stored, layout), n_steps, progress
+        path,
+        layout,
+        base,
+        stored,
+        lambda: _tuner(run, base, stored, layout),
+        run.config.tuning_steps,
+        progress,
     )
     said = f"{what}tuning: KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
     run.events.emit(NAME, "note", said if outcome.tensors else f"{said}: not taken")
@@ -417,25 +420,16 @@ def _tuned(
 
 def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout) -> Tuner:
     import torch
-    from safetensors.torch import load_file
 
-    from quantkit.rowmap import load_row_maps
-    from quantkit.tuning import Effort, Tuner
-
-    folder, device = fetch.load(run.dir).folder, run.config.device
-    model = open_model(run, NAME, folder, torch.float32, device)
-    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
-    ids = load_file(run.dir.stage_dir("calibrate") / "tokens.safetensors")
-    effort = Effort(run.config.tuning_steps, TUNING_BATCH)
-    return Tuner(
-        model,
-        maps,
+    exact = 8 * layout.n_bytes / base.n_elements > _FLOAT32_ABOVE_BPW
+    return load_tuner(
+        open_model(run, NAME, fetch.load(run.dir).folder, torch.float32, run.config.device),
+        run.dir.stage_dir("convert") / "rowmaps.safetensors",
+        run.dir.stage_dir("calibrate") / "tokens.safetensors",
         stored,
-        ids["train"],
-        ids["heldout"][:_TUNING_HELDOUT],
-        effort,
+        run.config.tuning_steps,
         run.dir.stage_dir(NAME),
-        exact=8 * layout.n_bytes / base.n_elements > _FLOAT32_ABOVE_BPW,
+        exact,
     )
 
 
