@@ -312,7 +312,9 @@ def bits_by_kind(tensors: Sequence[Tensor]) -> Picture | None:
 
 
 def convergence(points: Sequence[TracePoint]) -> Picture | None:
-    """The best KL known so far over the tokens spent, with its standard error as a band."""
+    """The KL that decides (expected after tuning where files are tuned), the best so far over the
+    tokens spent, with its standard error as a band.
+    """
     points = [p for p in points if p.kl > 0 and math.isfinite(p.kl)]
     if len(points) < 2:
         return None
@@ -322,7 +324,7 @@ def convergence(points: Sequence[TracePoint]) -> Picture | None:
     low = [max(p.kl - p.stderr, p.kl / 3) for p in points]
     tokens = [float(p.tokens) for p in points]
     axes = Axes((min(tokens), max(tokens)), Log.over([*high, *low], pad=0.08))
-    items = frame(axes, "tokens evaluated by the search", "KL of the best so far, nats", _tokens)
+    items = frame(axes, "tokens evaluated by the search", "deciding KL, best so far, nats", _tokens)
     xs = [axes.x(t) for t in tokens]
     band = [(x, axes.y(v)) for x, v in zip(xs, high, strict=True)]
     band += [(x, axes.y(v)) for x, v in zip(xs, low, strict=True)][::-1]
