@@ -83,9 +83,12 @@ def test_killed_while_it_tunes(
     assert process.poll() is None, "it ended before it could be killed"
     kill(process)
     assert "search" not in run.dir.records()
+    n_events = len(read_events(run.dir.events_path)[0])
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 0, answer.err
     assert files(run) == files(tuned)
+    said = [event.message for event in read_events(run.dir.events_path)[0][n_events:]]
+    assert not any("generation" in message for message in said), "it searched again"
 
 
 def test_from_the_kept_levels(tuned: Run, offline: dict[str, str], tmp_path: Path) -> None:

@@ -243,11 +243,15 @@ class _Searcher:
         folder = budget_dir(self._run.dir, budget)
         folder.mkdir(exist_ok=True)
         space = replace(self._space, limit_bytes=budget.limit_bytes)
+        table, state_path = folder / "allocation.json", folder / "state.json"
         if bool((space.n_choices == 1).all()):
             state, chosen = None, space.smallest
             report: dict[str, Any] = {"searched": False, "reason": "every tensor's type is given"}
         else:
-            state = self._evolve(budget, space, before, folder)
+            if table.exists() and state_path.exists():  # finished before an interruption
+                state = SearchState.from_json(read_json(state_path))
+            else:
+                state = self._evolve(budget, space, before, state_path)
             chosen = np.array(state.best.choices, np.int64)
             report = _summary(state) | {"expects_tuning": self._expects_tuning}
         about = {
@@ -258,13 +262,13 @@ class _Searcher:
             "largest_bytes": space.n_bytes(space.largest),
             **report,
         }
-        outputs = [write_json(folder / "allocation.json", _by_name(space, chosen))]
+        outputs = [write_json(table, _by_name(space, chosen))]
         if state is not None:
-            outputs += [folder / "state.json", _write_trace(folder / "trace.jsonl", state)]
+            outputs += [state_path, _write_trace(folder / "trace.jsonl", state)]
         return _Found(budget, chosen, outputs, about)
 
     def _evolve(
-        self, budget: Budget, space: SearchSpace, before: Choices | None, folder: Path
+        self, budget: Budget, space: SearchSpace, before: Choices | None, path: Path
     ) -> SearchState:
         events, config = self._run.events, self._run.config
         if self._evaluator is None:
@@ -275,7 +279,6 @@ class _Searcher:
         evaluator = self._evaluator
         plan = Plan.of(self._run.profile.search_tokens, evaluator.n_sequences, evaluator.n_batch)
         position, n_budgets = self._budgets.index(budget), len(self._budgets)
-        path = folder / "state.json"
         what = f"{budget.target}: " if n_budgets > 1 else ""
         kl = "expected KL" if self._expects_tuning else "KL"
 
