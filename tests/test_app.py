@@ -282,6 +282,14 @@ def test_charts_of_little_data() -> None:
     assert "nan" not in charts.kl_curve(flat)
 
 
+@pytest.mark.parametrize("expected", [True, False])
+def test_a_curve_says_whether_its_kl_is_expected(expected: bool) -> None:
+    points = [KlPoint(i, 1000 * i, 0.01 / (i + 1), 0.001, expected) for i in range(3)]
+    said = view.curve(_replace(_view(), report=None, curve=points))
+    assert "after generation 2" in said
+    assert ("as tuning is expected to leave it" in said) == expected
+
+
 def _view() -> Any:
     from quantkit.launch import JobView, StageView
 

@@ -64,6 +64,13 @@ class TestProgress:
             progress.feed(Event(1, "search", "progress", "", data))
         assert [point.generation for point in progress.curve] == [0, 1]
 
+    @pytest.mark.parametrize("expects", [True, False])
+    def test_an_expected_kl_is_known_as_one(self, expects: bool) -> None:
+        progress = Progress()
+        data = {"done": 1, "total": 9, "kl": 0.1, "generation": 0, "expects_tuning": expects}
+        progress.feed(Event(1, "search", "progress", "", data))
+        assert progress.curve[0].is_expected == expects
+
     def test_odd_events_are_survived(self) -> None:
         progress = Progress()
         for event in (

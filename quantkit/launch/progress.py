@@ -44,12 +44,15 @@ class LogLine:
 
 @dataclass(frozen=True)
 class KlPoint:
-    """The best KL divergence that the search knew after `tokens` evaluated tokens."""
+    """The best KL divergence that the search knew after `tokens` evaluated tokens; `is_expected`:
+    what it expects tuning to leave of it.
+    """
 
     generation: int
     tokens: int
     kl: float
     stderr: float
+    is_expected: bool = False
 
 
 class _Eta:
@@ -161,7 +164,8 @@ class Progress:
                 self.curve.pop()
             stderr = _number(event.data.get("stderr")) or 0.0
             tokens = _number(event.data.get("n_tokens")) or done or 0
-            self.curve.append(KlPoint(generation, int(tokens), kl, stderr))
+            expected = bool(event.data.get("expects_tuning"))
+            self.curve.append(KlPoint(generation, int(tokens), kl, stderr, expected))
 
     def _end(self, event: Event) -> None:
         self._eta = None

@@ -298,6 +298,7 @@ class _Searcher:
                 n_tokens=state.n_tokens,
                 n_bytes=space.n_bytes(np.array(best.choices, np.int64)),
                 budget=budget.target,
+                expects_tuning=self._expects_tuning,
             )
 
         if path.exists():

@@ -235,10 +235,11 @@ def curve(job: JobView) -> str:
         return ""
     last = job.curve[-1]
     title = "How the search is doing" if job.is_active else "How the search went"
+    tuned = ", as tuning is expected to leave it" if last.is_expected else ""
     return (
         f'<section class="qk-section"><h3>{title}</h3><p class="qk-help">KL divergence to the'
         f" original, lower is better: {kl_with_error(last.kl, last.stderr)} after generation"
-        f" {last.generation}.</p>{picture}</section>"
+        f" {last.generation}{tuned}.</p>{picture}</section>"
     )
 
 
