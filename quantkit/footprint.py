@@ -14,6 +14,7 @@ from math import prod
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.ggufio.read import GgufFile, StoredTensor
 from quantkit.levels import LevelPlan
+from quantkit.tensors import is_in_block
 
 _PROGRAM = 300_000_000  # Python with numpy and gguf
 _TORCH = 550_000_000  # and with torch and transformers
@@ -43,7 +44,7 @@ class _Shapes:
         blocks: dict[str, list[StoredTensor]] = {}
         outside = []
         for tensor in base.tensors.values():
-            if tensor.name.startswith("blk."):
+            if is_in_block(tensor.name):
                 blocks.setdefault(tensor.name.split(".")[1], []).append(tensor)
             else:
                 outside.append(tensor)

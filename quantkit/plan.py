@@ -27,7 +27,7 @@ from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.levels import LevelPlan, plan_levels
 from quantkit.report import size, table
-from quantkit.tensors import TensorSpec, to_json
+from quantkit.tensors import TensorSpec, is_in_block, to_json
 
 _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to the base's header
 
@@ -214,7 +214,7 @@ def _free(device: str) -> int:
 
 
 def _blocks(base: GgufFile) -> list[Any]:
-    return [t for t in base.tensors.values() if len(t.shape) > 1 and t.name.startswith("blk.")]
+    return [t for t in base.tensors.values() if len(t.shape) > 1 and is_in_block(t.name)]
 
 
 def _inputs(base: GgufFile) -> list[Any]:

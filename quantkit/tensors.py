@@ -16,6 +16,11 @@ from quantkit.qtypes import QuantType
 METHODS = ("gptq", "imatrix", "rtn")  # best first: the order in which ties are settled
 
 
+def is_in_block(name: str) -> bool:
+    """Whether a GGUF's tensor lies in one of the model's blocks, by its name."""
+    return name.startswith("blk.")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of `base.gguf`: its name, shape (rows first) and stored type."""

@@ -13,9 +13,9 @@ import numpy as np
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.evolve import Evaluator
 from quantkit.search.propose import Costs
+from quantkit.tensors import is_in_block
 
 LEFT = 0.6  # of the blocks' share of the KL, after tuning: dev/LOG.md
-_BLOCK = "blk."
 
 
 class AfterTuning:
@@ -26,7 +26,7 @@ class AfterTuning:
     def __init__(self, evaluator: Evaluator, space: SearchSpace, costs: Costs) -> None:
         self._evaluator = evaluator
         self._outside = [
-            (i, costs[i]) for i, name in enumerate(space.tensors) if not name.startswith(_BLOCK)
+            (i, costs[i]) for i, name in enumerate(space.tensors) if not is_in_block(name)
         ]
 
     @property
@@ -56,6 +56,6 @@ class AfterTuning:
 def costs_after(space: SearchSpace, costs: Costs) -> Costs:
     """The estimated damages that tuning leaves."""
     return [
-        cost * LEFT if name.startswith(_BLOCK) else cost
+        cost * LEFT if is_in_block(name) else cost
         for name, cost in zip(space.tensors, costs, strict=True)
     ]

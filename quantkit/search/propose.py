@@ -19,6 +19,9 @@ import numpy.typing as npt
 
 from quantkit.search.allocation import Choices, SearchSpace
 
+_WIDE = 0.02  # of the bytes that can be chosen at all: what a wide tensor's own choices span
+_MOST_WIDE = 2
+
 Costs = Sequence[npt.NDArray[np.float64]]
 """Estimated damage of every choice of every tensor."""
 
@@ -38,10 +41,6 @@ def damages(space: SearchSpace) -> Costs:
         np.array([c.error * rate if c.nats is None else c.nats for c in cs])
         for cs in space.candidates
     ]
-
-
-_WIDE = 0.02  # of the bytes that can be chosen at all: what a wide tensor's own choices span
-_MOST_WIDE = 2
 
 
 def knapsack(space: SearchSpace, costs: Costs) -> Choices:
@@ -64,7 +63,7 @@ def knapsacks(space: SearchSpace, costs: Costs) -> list[Choices]:
         return []
     table, widest = _table(space, costs), tensors[0]
     held = [_held(table, (widest,), (k,)) for k in range(int(space.n_choices[widest]))]
-    return [_best(space, costs, t) for t in held if space.fits(np.argmax(np.isfinite(t), 1))]
+    return [_best(space, costs, t) for t in held if space.fits(_smallest(t))]
 
 
 def _best(space: SearchSpace, costs: Costs, table: npt.NDArray[np.float64]) -> Choices:
@@ -85,7 +84,7 @@ def _best(space: SearchSpace, costs: Costs, table: npt.NDArray[np.float64]) -> C
         if least(choices) >= _total(costs, found):
             break
         held = _held(table, tensors, choices)
-        if space.fits(np.argmax(np.isfinite(held), 1)):
+        if space.fits(_smallest(held)):
             other = spend(space, _solve(space, held)[0], costs)
             found = min(found, other, key=lambda c: _total(costs, c))
     return found
@@ -106,6 +105,11 @@ def _held(
     held[tensors, :] = np.inf
     held[tensors, choices] = table[tensors, choices]
     return held
+
+
+def _smallest(table: npt.NDArray[np.float64]) -> Choices:
+    """The smallest choices that are finite in `table`."""
+    return np.argmax(np.isfinite(table), 1).astype(np.int64)
 
 
 def _total(costs: Costs, choices: Choices) -> float:
@@ -161,7 +165,7 @@ def _solve(space: SearchSpace, table: npt.NDArray[np.float64]) -> tuple[Choices,
     while not space.fits(at_price(high)):
         low, high = high, high * 4
         if high > 1e12:
-            return np.argmax(np.isfinite(table), 1).astype(np.int64), high
+            return _smallest(table), high
     for _ in range(50):
         middle = (low + high) / 2
         if space.fits(at_price(middle)):

@@ -243,15 +243,18 @@ class _Searcher:
         folder = budget_dir(self._run.dir, budget)
         folder.mkdir(exist_ok=True)
         space = replace(self._space, limit_bytes=budget.limit_bytes)
-        table, state_path = folder / "allocation.json", folder / "state.json"
+        allocation_path, state_path = folder / "allocation.json", folder / "state.json"
+        state: SearchState | None
         if bool((space.n_choices == 1).all()):
-            state, chosen = None, space.smallest
+            state = None
+        elif allocation_path.exists() and state_path.exists():  # found before an interruption
+            state = SearchState.from_json(read_json(state_path))
+        else:
+            state = self._evolve(budget, space, before, state_path)
+        if state is None:
+            chosen = space.smallest
             report: dict[str, Any] = {"searched": False, "reason": "every tensor's type is given"}
         else:
-            if table.exists() and state_path.exists():  # finished before an interruption
-                state = SearchState.from_json(read_json(state_path))
-            else:
-                state = self._evolve(budget, space, before, state_path)
             chosen = np.array(state.best.choices, np.int64)
             report = _summary(state) | {"expects_tuning": self._expects_tuning}
         about = {
@@ -262,7 +265,7 @@ class _Searcher:
             "largest_bytes": space.n_bytes(space.largest),
             **report,
         }
-        outputs = [write_json(table, _by_name(space, chosen))]
+        outputs = [write_json(allocation_path, _by_name(space, chosen))]
         if state is not None:
             outputs += [state_path, _write_trace(folder / "trace.jsonl", state)]
         return _Found(budget, chosen, outputs, about)
