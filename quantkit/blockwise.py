@@ -71,6 +71,16 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     return next((k for k in kinds if type(config) in k._model_mapping), kinds[0]), config
 
 
+def _give_logits_alone(model: PreTrainedModel) -> None:
+    """Whatever a checkpoint's config says: a router's logits are read off modules of the blocks,
+    which do not run when the model is traced.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
+
+
 @contextmanager
 def refusals_told() -> Iterator[None]:
     """transformers' errors, as sentences for people."""
@@ -112,6 +122,7 @@ class BlockwiseModel:
 
     def __init__(self, model: PreTrainedModel, weights: StreamedWeights | None = None) -> None:
         self.model = model
+        _give_logits_alone(model)
         self.blocks_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self._weights = weights

@@ -93,6 +93,22 @@ def run(
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])
+def test_a_config_that_asks_for_more_than_logits(name: str) -> None:
+    """Fine-tunes are saved with what their training asked for."""
+    kind, config = MODELS[name]
+    torch.manual_seed(0)
+    asked = {"output_router_logits": True, "output_hidden_states": True}
+    model = kind(type(config)(**{**config.to_dict(), **asked})).eval().requires_grad_(False)
+    ids = torch.randint(0, 60, (2, 8))
+    wanted = model(ids, use_cache=False).logits
+    cut = BlockwiseModel(model)
+    hidden, calls = cut.trace(ids)
+    for index, call in enumerate(calls):
+        hidden = cut.run_block(index, hidden, call)
+    assert torch.equal(cut.head(hidden), wanted)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])
 def test_an_expert_sees_the_tokens_that_its_router_sends(name: str) -> None:
     model = build(name)
     collector = ExpertCollector(model.blocks[0], "b", 48, lent=0)
