@@ -23,11 +23,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def free_memory(device: str = "cpu") -> int:
     """Bytes that a run may still take on a device: what is free there, and no more than
-    QUANTKIT_MEMORY.
+    QUANTKIT_MEMORY; on a GPU less what PyTorch's tensors have of that already.
     """
     said = os.environ.get("QUANTKIT_MEMORY")
-    free = _free_here() if device == "cpu" else torch.cuda.mem_get_info(device)[0]
-    return free if said is None else min(free, parse_bytes(said))
+    limit = None if said is None else parse_bytes(said)
+    if device == "cpu":
+        free, taken = _free_here(), 0
+    else:
+        taken = torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - taken
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    return free if limit is None else max(0, min(free, limit - taken))
 
 
 def _free_here() -> int:

@@ -14,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantkit.blockwise import BlockwiseModel
 from quantkit.kquants import native
+from quantkit.kquants.formats import FORMATS
 from quantkit.qtypes import QuantType
 from quantkit.rowmap import RowMap
+from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
@@ -328,3 +330,13 @@ def test_targets_in_16_bits(tmp_path: Path) -> None:
     found = targets.kl(3, other)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=5e-6)
+
+
+@pytest.mark.parametrize("qtype", sorted(FORMATS), ids=str)
+def test_rows_decoded_some_at_a_time(qtype: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does, in parts: what libggml makes of the same bytes."""
+    rows = np.random.default_rng(0).standard_normal((7, 512), np.float32)
+    packed = native.quantize(rows, qtype)
+    monkeypatch.setattr(weights, "_DECODED_AT_ONCE", 3 * 512)
+    found = weights._decoded(FORMATS[qtype], torch.from_numpy(packed), 512)
+    assert torch.equal(found, torch.from_numpy(native.dequantize(packed, qtype)))

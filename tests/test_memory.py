@@ -25,6 +25,18 @@ def test_what_is_said_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch) -
         free_memory()
 
 
+def test_a_gpu_has_what_tensors_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch reserves and does not use is free; what its tensors have counts as said."""
+    monkeypatch.delenv("QUANTKIT_MEMORY", raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1300)
+    assert free_memory("cuda") == 5300
+    for said, left in (("4000", 3000), ("9000", 5300), ("500", 0)):
+        monkeypatch.setenv("QUANTKIT_MEMORY", said)
+        assert free_memory("cuda") == left
+
+
 def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QUANTKIT_MEMORY", raising=False)
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)

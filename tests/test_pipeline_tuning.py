@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Answer, Run, kill, packed_tensors, quantkit, start
 
+from quantkit import pipeline
+from quantkit.blockwise import BlockwiseModel
+from quantkit.config import RunConfig
 from quantkit.ggufio.read import GgufFile
 from quantkit.rundir import read_events, read_json, sha256_file, write_json
+from quantkit.stages import search
+from quantkit.tuning import Tuner
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +48,28 @@ def files(run: Run) -> dict[str, str]:
     found = [*run.dir.stage_dir("stitch").glob("*.gguf")]
     found += [path for folder in searched(run) for path in folder.glob("*.gguf")]
     return {path.name: sha256_file(path) for path in found}
+
+
+def test_one_model_at_a_time(
+    whole_run: tuple[Run, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is gigabytes on a GPU, and the search's refers to itself."""
+    run = whole_run[0].fork(tmp_path / "run", "search", targets=TARGETS, tuning=1)
+    config = RunConfig.from_json(read_json(run.dir.config_path))
+    load, alive = search.load_tuner, []
+
+    def counted(model: BlockwiseModel, *others: Any, **named: Any) -> Tuner:
+        alive.append(sum(type(found) is BlockwiseModel for found in gc.get_objects()))
+        return load(model, *others, **named)
+
+    monkeypatch.setattr(search, "load_tuner", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        pipeline.run(config, run.folder, until="search")
+    finally:
+        gc.enable()
+    assert alive == [1, 1]
 
 
 def test_files_are_nearer_to_the_model(tuned: Run) -> None:

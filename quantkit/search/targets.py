@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from quantkit.memory import free_memory
+
 _SCALE = 4096.0  # float16 holds 6e-8 .. 65504: probabilities from 1.5e-11 up survive
-
-
 _DEVICE_SHARE = 0.3  # of a GPU's free memory that targets may take
 
 
@@ -86,4 +86,4 @@ def _cross_entropy(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 def _fits(n_bytes: int, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
-    return n_bytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return n_bytes < _DEVICE_SHARE * free_memory(str(device))

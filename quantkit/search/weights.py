@@ -12,13 +12,15 @@ import torch
 
 from quantkit.blockwise import BlockwiseModel
 from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS
+from quantkit.kquants.formats import FORMATS, Format
+from quantkit.memory import free_memory
 from quantkit.rowmap import RowMap
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.tensors import Candidate
 
 _DEVICE_SHARE = 0.4  # of a GPU's free memory that packed levels may take
 _DECODED_SHARE = 0.15  # and what was decoded of them lately
+_DECODED_AT_ONCE = 1 << 26  # weights
 _BASE = -1  # in the place of a choice: the base's own weight
 OUTSIDE = -1  # the block number of what lies outside of blocks: embeddings and head
 
@@ -42,16 +44,23 @@ class Weights:
         self._resident: dict[tuple[str, int], torch.Tensor] = {}
         self._decoded: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
         device = model.device
+        _widen(model)
         # Bytes of the GPU's memory that packed rows may still take, and decoded ones.
-        self.room = self.decoded_room = 0
+        self.room = self.decoded_room = self.scratch = 0
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
+            self.scratch = self._decoding_bytes()
+            free = max(0, free_memory(str(device)) - self.scratch)
             self.room = int(_DEVICE_SHARE * free)
             self.decoded_room = int(_DECODED_SHARE * free)
         # The block that a tensor belongs to, OUTSIDE, or None for what is not in the model.
         self.block_of = [self._block_of(map_) for map_ in self._maps]
-        _widen(model)
         model.prepare_with(self._prepare)
+
+    def _decoding_bytes(self) -> int:
+        """What decoding the largest tensor takes for a moment."""
+        names = [map_.parameter for map_ in self._maps if map_ is not None]
+        counts = (self._model.model.get_parameter(name).numel() for name in names)
+        return 4 * max(counts, default=0) + 16 * _DECODED_AT_ONCE
 
     def _block_of(self, map_: RowMap | None) -> int | None:
         if map_ is None:
@@ -120,7 +129,7 @@ class Weights:
         form = FORMATS.get(candidate.key.qtype)
         device = self._model.device
         if form is not None and device.type == "cuda":
-            return form.values(self._on_device(candidate, rows, device))
+            return _decoded(form, self._on_device(candidate, rows, device), n_columns)
         return torch.from_numpy(native.dequantize(rows, candidate.key.qtype))
 
     def _on_device(
@@ -135,6 +144,17 @@ class Weights:
                 self.room -= found.numel()
                 self._resident[place] = found
         return found
+
+
+def _decoded(form: Format, packed: torch.Tensor, n_columns: int) -> torch.Tensor:
+    """float32 (n_rows, n_columns) of packed rows on a GPU, some rows at a time: a table of
+    embeddings has half a billion weights, and what is in between takes several times its size.
+    """
+    values = torch.empty(len(packed), n_columns, device=packed.device)
+    n = max(1, _DECODED_AT_ONCE // n_columns)
+    for first in range(0, len(packed), n):
+        values[first : first + n] = form.values(packed[first : first + n])
+    return values
 
 
 def _widen(model: BlockwiseModel) -> None:

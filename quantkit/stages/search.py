@@ -12,6 +12,7 @@ the found files are tuned, block by block: `tuned-<bytes>.gguf` is a level file 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ def execute(run: Run) -> StageResult:
     found: list[_Found] = []
     for budget in asked:
         found.append(searcher.search(budget, found[-1].choices if found else None))
-    del searcher  # its model, and what lies on GPUs
+    del searcher  # and its model
     summaries = []
     for position, answer in enumerate(found):
         is_new = not any(np.array_equal(answer.choices, f.choices) for f in found[:position])
@@ -428,6 +429,7 @@ def _tuned(
 def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout) -> Tuner:
     import torch
 
+    gc.collect()  # the model before this one refers to itself, and would stay on the GPU
     exact = 8 * layout.n_bytes / base.n_elements > _FLOAT32_ABOVE_BPW
     return load_tuner(
         open_model(run, NAME, fetch.load(run.dir).folder, torch.float32, run.config.device),
