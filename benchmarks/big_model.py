@@ -2,13 +2,15 @@
 
     python benchmarks/big_model.py FOLDER [--blocks 4] [--until publish] [--tokens 4096]
                                    [--levels Q3_K,Q4_K] [--memory 12GiB] [--pause N]
+                                   [--device cuda] [--tuning STEPS]
 
 FOLDER gets the checkpoint (one shard a block) and the run. Weights are random, scaled so that
 logits have a standard deviation of 3; the vocabulary has 128,256 tokens, of which the tokenizer (of
 SmolLM2) knows 49,152. `--tokens` is how many calibrate, a quarter more judges, and as many are
-searched with; the head gets one type alone, Q6_K. `--memory` is QUANTKIT_MEMORY of the run. With
-`--pause` the run is killed at its first progress after so many seconds and taken up again by the
-next call; times add up, peaks are those of all pieces. It is published to a Hub on this machine.
+searched with; the head gets one type alone, Q6_K. `--memory` is QUANTKIT_MEMORY of the run, and on
+a GPU all that PyTorch may take of it: what does not fit fails. With `--pause` the run is killed at
+its first progress after so many seconds and taken up again by the next call; times add up, peaks
+are those of all pieces. It is published to a Hub on this machine.
 
 Memory is the resident set of the process and its children: pages of mapped files count as long as
 they are mapped. "anonymous" leaves those out, which the system takes back when others need memory.
@@ -33,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from quantkit import config as settings  # noqa: E402
 from quantkit.config import RunConfig, Target  # noqa: E402
-from quantkit.rundir import STAGES, read_json, write_json  # noqa: E402
+from quantkit.rundir import STAGES, Event, read_json, write_json  # noqa: E402
 
 WIDTH, INNER, HEADS, KV_HEADS = 4096, 14_336, 32, 8
 SPREAD = 3.0  # standard deviation of logits
@@ -50,6 +52,8 @@ def main() -> None:
     parser.add_argument("--bpw", default="4.7")
     parser.add_argument("--until", default=STAGES[-1], choices=STAGES)
     parser.add_argument("--memory")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tuning", type=int, default=0)
     parser.add_argument("--pause", type=float, default=float("inf"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -61,7 +65,11 @@ def main() -> None:
         began = time.time()
         write_model(model, options.blocks, options.vocabulary)
         print(f"checkpoint: {size_of(model) / 1e9:.2f} GB in {time.time() - began:.0f} s")
-    show(measure(options), planned(options))
+    table = measure(options)
+    if options.device == "cuda":
+        for stage, n_bytes in read_json(options.folder / "gpu.json").items():
+            table[stage]["gpu"] = n_bytes
+    show(table, planned(options))
 
 
 def write_model(folder: Path, n_blocks: int, n_vocab: int) -> None:
@@ -127,9 +135,26 @@ def write_model(folder: Path, n_blocks: int, n_vocab: int) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """The run itself."""
-    from quantkit import pipeline
+    import torch
 
-    pipeline.run(config_of(options), options.folder / "run", lambda _: None, options.until)
+    from quantkit import pipeline
+    from quantkit.config import parse_bytes
+
+    on_gpu = options.device == "cuda"
+    if on_gpu and options.memory:
+        _, whole = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(parse_bytes(options.memory) / whole)
+    kept = options.folder / "gpu.json"
+    peaks: dict[str, int] = read_json(kept) if kept.exists() else {}
+
+    def look(event: Event) -> None:
+        if on_gpu and event.stage:
+            taken = torch.cuda.max_memory_reserved()
+            peaks[event.stage] = max(peaks.get(event.stage, 0), taken)
+            torch.cuda.reset_peak_memory_stats()
+            write_json(kept, peaks)
+
+    pipeline.run(config_of(options), options.folder / "run", look, options.until)
 
 
 def planned(options: argparse.Namespace) -> dict[str, int]:
@@ -156,6 +181,8 @@ def config_of(options: argparse.Namespace) -> RunConfig:
         targets=(Target("bpw", options.bpw),),
         profile="demo",
         levels=tuple(options.levels.split(",")),
+        device=options.device,
+        tuning=options.tuning,
         types=((r"^output\.weight$", "Q6_K"),),
         calibration="docs,code",
         publish="alice/Big-Llama-GGUF" if options.until == "publish" else None,
@@ -280,14 +307,20 @@ def size_of(folder: Path) -> int:
 
 
 def show(table: dict[str, dict[str, float]], plan: dict[str, int]) -> None:
-    print("| stage | time | peak memory | planned | of it anonymous | disk of the run at most |")
-    print("|---|---:|---:|---:|---:|---:|")
+    gpu = any("gpu" in row for row in table.values())
+    print(
+        "| stage | time | peak memory | planned | of it anonymous | disk of the run at most |"
+        + " GPU memory |" * gpu
+    )
+    print("|---|---:|---:|---:|---:|---:|" + "---:|" * gpu)
     for stage in STAGES:
         if stage in table:
             row = table[stage]
             sizes = (row["rss"], plan[stage], row["anonymous"])
             gib = " | ".join(f"{n / 2**30:.2f} GiB" for n in sizes)
-            print(f"| {stage} | {row['seconds']:.0f} s | {gib} | {row['disk'] / 1e9:.1f} GB |")
+            cells = f"{row['seconds']:.0f} s | {gib} | {row['disk'] / 1e9:.1f} GB |"
+            cells += f" {row.get('gpu', 0) / 2**30:.2f} GiB |" * gpu
+            print(f"| {stage} | {cells}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,47 @@ from quantkit.tuned import load_stored, load_tuner, tune_file, tuned_name
 from quantkit.tuning import Tuner
 
 
+def tuned(
+    run: RunDir, out: Path, recipe: StockRecipe, steps: int, device: str
+) -> tuple[Path, Path]:
+    """The file of a run's levels at a recipe's types, and the tuned one, written into `out`."""
+    base, index = convert.load_base(run), database.load(run)
+    types = stock_types(base.path, recipe)
+    chosen = {
+        name: next(c for c in candidates if c.key.qtype == types[name])
+        for name, candidates in index.candidates.items()
+    }
+    levels = run.stage_dir("quantize")
+    stored = load_stored(chosen, levels)
+    made = Provenance(fetch.load(run).info.sha, (), 0, 0)
+    layout = lay_out_output(base, {n: s.qtype for n, s in stored.items()}, made, recipe.label)
+    out.mkdir(parents=True, exist_ok=True)
+    sources = {n: levels / c.file for n, c in chosen.items()}
+    stitch(out / "levels.gguf", layout, base, sources)
+
+    def tuner() -> Tuner:
+        return load_tuner(
+            open_model(fetch.load(run).folder, torch.float32, device),
+            run.stage_dir("convert") / "rowmaps.safetensors",
+            run.stage_dir("calibrate") / "tokens.safetensors",
+            stored,
+            steps,
+            out,
+            exact=False,
+        )
+
+    started = time.monotonic()
+
+    def progress(done: int, total: int, message: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {message}", file=sys.stderr, flush=True)
+
+    path = out / tuned_name(layout.n_bytes)
+    outcome, _ = tune_file(path, layout, base, stored, tuner, steps, progress)
+    said = f"held-out KL {outcome.kl_before:.5f} -> {outcome.kl_after:.5f}"
+    print(f"{recipe.label}: {said}", file=sys.stderr, flush=True)
+    return out / "levels.gguf", path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
@@ -40,39 +81,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
-    run = RunDir(given.run)
-    base, index = convert.load_base(run), database.load(run)
-    types = stock_types(base.path, StockRecipe(given.like, given.pure))
-    chosen = {
-        name: next(c for c in candidates if c.key.qtype == types[name])
-        for name, candidates in index.candidates.items()
-    }
-    levels = run.stage_dir("quantize")
-    stored = load_stored(chosen, levels)
-    made = Provenance(fetch.load(run).info.sha, (), 0, 0)
-    layout = lay_out_output(base, {n: s.qtype for n, s in stored.items()}, made, given.like)
-    given.out.mkdir(parents=True, exist_ok=True)
-    stitch(given.out / "levels.gguf", layout, base, {n: levels / c.file for n, c in chosen.items()})
-
-    def tuner() -> Tuner:
-        return load_tuner(
-            open_model(fetch.load(run).folder, torch.float32, given.device),
-            run.stage_dir("convert") / "rowmaps.safetensors",
-            run.stage_dir("calibrate") / "tokens.safetensors",
-            stored,
-            given.steps,
-            given.out,
-            exact=False,
-        )
-
-    started = time.monotonic()
-
-    def progress(done: int, total: int, message: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {message}", flush=True)
-
-    path = given.out / tuned_name(layout.n_bytes)
-    outcome, _ = tune_file(path, layout, base, stored, tuner, given.steps, progress)
-    print(f"held-out KL {outcome.kl_before:.5f} -> {outcome.kl_after:.5f}")
+    recipe = StockRecipe(given.like, given.pure)
+    tuned(RunDir(given.run), given.out, recipe, given.steps, given.device)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ calibrated on, measured by llama-perplexity.
 
 One run of quantkit up to its level files, then `llama-quantize --pure` with that run's imatrix: the
 same base, the same statistics, the same bytes. Every file is expanded to F16 and its KL to the base
-measured, so that how a type rounds activations plays no part. What is there already is not made
-again.
+measured, so that how a type rounds activations plays no part. With --tuning every level file is
+also tuned as a whole, block after block, by so many steps. What is there already is not made again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from frontier import Peer
+from tuned_mix import tuned
 
 from quantkit import pipeline
 from quantkit.config import PROFILES, RunConfig, Target
+from quantkit.kquants.stock import StockRecipe
 from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir
 from quantkit.stages import convert
@@ -37,38 +40,62 @@ def main() -> None:
     parser.add_argument("--profile", choices=PROFILES, default="fast")
     parser.add_argument("--calibration", default="english")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tuning", type=int, default=0, help="steps a block; 0: not tuned")
     parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens, of each text")
     parser.add_argument("--jobs", type=int, default=1, help="files measured at a time")
     arguments = parser.parse_args()
-    types = tuple(arguments.types.split(","))
+    types, device = tuple(arguments.types.split(",")), arguments.device
     config = RunConfig(
         model=arguments.model,
         targets=(Target("bpw", str(max(QuantType(t).bpw for t in types))),),
         levels=types,
         profile=arguments.profile,
         calibration=arguments.calibration,
-        device=arguments.device,
+        device=device,
     )
     run, scratch = RunDir(arguments.out / "run"), arguments.out / "llama.cpp"
     scratch.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    pipeline.run(config, run.path, until="quantize")
+    pipeline.run(config, run.path, until="database")
     print(f"quantkit {time.monotonic() - started:.0f} s", file=sys.stderr)
     base = convert.load_base(run).path
     peer = Peer(arguments.peer, base, scratch, arguments.chunks, arguments.jobs)
     imatrix = run.stage_dir("calibrate") / "imatrix.gguf"
-    theirs = [peer.quantize(qtype, True, imatrix) for qtype in types]
-    ours = [run.stage_dir("quantize") / f"{qtype}.gguf" for qtype in types]
+    found = {
+        "theirs": [peer.quantize(qtype, True, imatrix) for qtype in types],
+        "level": [run.stage_dir("quantize") / f"{qtype}.gguf" for qtype in types],
+    }
+    if arguments.tuning:
+        made = [
+            tuned(run, arguments.out / qtype, StockRecipe(qtype, True), arguments.tuning, device)
+            for qtype in types
+        ]
+        found |= {"level": [level for level, _ in made], "tuned": [path for _, path in made]}
     for text in arguments.text:
         peer.logits(text)
+    files = [path for paths in found.values() for path in paths]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        kl = list(pool.map(lambda f: peer.weight_kl(f, arguments.text), [*theirs, *ours]))
-    names = [text.name for text in arguments.text]
-    print(f"| type |{''.join(f' {name} theirs | ours | ratio |' for name in names)}")
-    print("|---|" + "---:|---:|---:|" * len(names))
-    for qtype, their, our in zip(types, kl[: len(types)], kl[len(types) :], strict=True):
-        cells = (f" {their[n]:.5f} | {our[n]:.5f} | {our[n] / their[n]:.2f} |" for n in names)
-        print(f"| {qtype} |{''.join(cells)}")
+        measured = pool.map(lambda f: peer.weight_kl(f, arguments.text), files)
+        kl = dict(zip(files, measured, strict=True))
+    show(types, [text.name for text in arguments.text], found, kl)
+
+
+def show(
+    types: Sequence[str],
+    texts: Sequence[str],
+    found: Mapping[str, Sequence[Path]],
+    kl: Mapping[Path, Mapping[str, float]],
+) -> None:
+    """A row for every type and text."""
+    ours = [who for who in found if who != "theirs"]
+    print(f"| type | text | theirs |{''.join(f' {who} | ratio |' for who in ours)}")
+    print("|---|---|---:|" + "---:|---:|" * len(ours))
+    for position, qtype in enumerate(types):
+        for text in texts:
+            values = {who: kl[paths[position]][text] for who, paths in found.items()}
+            their = values["theirs"]
+            cells = "".join(f" {values[who]:.5f} | {values[who] / their:.2f} |" for who in ours)
+            print(f"| {qtype} | {text} | {their:.5f} |{cells}")
 
 
 if __name__ == "__main__":
