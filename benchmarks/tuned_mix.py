@@ -34,7 +34,9 @@ from quantkit.tuning import Tuner
 def tuned(
     run: RunDir, out: Path, recipe: StockRecipe, steps: int, device: str
 ) -> tuple[Path, Path]:
-    """The file of a run's levels at a recipe's types, and the tuned one, written into `out`."""
+    """The file of a run's levels at a recipe's types, and the tuned one, written into `out`: the
+    same where tuning did not help.
+    """
     base, index = convert.load_base(run), database.load(run)
     types = stock_types(base.path, recipe)
     chosen = {
@@ -69,7 +71,7 @@ def tuned(
     outcome, _ = tune_file(path, layout, base, stored, tuner, steps, progress)
     said = f"held-out KL {outcome.kl_before:.5f} -> {outcome.kl_after:.5f}"
     print(f"{recipe.label}: {said}", file=sys.stderr, flush=True)
-    return out / "levels.gguf", path
+    return out / "levels.gguf", path if outcome.tensors else out / "levels.gguf"
 
 
 def main() -> None:
