@@ -227,7 +227,7 @@ def _opponents(run: Run, base: GgufFile, outputs: Sequence[stitch.Output]) -> li
     uniform = opponents.uniform_opponents(
         run.dir.stage_dir("quantize"), list(sizes), effort.n_uniform
     )
-    if not uniform:
+    if effort.n_uniform and not uniform:
         run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
     return [
         *opponents.stock_opponents(base, sizes, effort.n_below, imatrix, run.dir.stage_dir(NAME)),
