@@ -67,7 +67,7 @@ def main() -> None:
     }
     if arguments.tuning:
         made = [
-            tuned(run, arguments.out / qtype, StockRecipe(qtype, True), arguments.tuning, device)
+            tuned(run, arguments.out / qtype, recipe_of(qtype), arguments.tuning, device)
             for qtype in types
         ]
         found |= {"level": [level for level, _ in made], "tuned": [path for _, path in made]}
@@ -78,6 +78,11 @@ def main() -> None:
         measured = pool.map(lambda f: peer.weight_kl(f, arguments.text), files)
         kl = dict(zip(files, measured, strict=True))
     show(types, [text.name for text in arguments.text], found, kl)
+
+
+def recipe_of(qtype: str) -> StockRecipe:
+    """llama.cpp's name for a file of one type."""
+    return StockRecipe(f"{qtype}_M" if qtype in ("Q3_K", "Q4_K", "Q5_K") else qtype, True)
 
 
 def show(

@@ -251,6 +251,7 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def _config(arguments: argparse.Namespace) -> RunConfig:
     """The RunConfig of `run` and `plan`. Raises UsageError."""
     from quantkit import given
+    from quantkit.calibration import spec
 
     for name in (*arguments.compare, *arguments.levels_from):
         given.check_name(name)
@@ -273,9 +274,9 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         max_types=arguments.max_types,
         tuning=arguments.tuning,
         tensors=arguments.tensors,
-        calibration=arguments.calibration,
-        eval_text=arguments.eval_text,
-        tasks=arguments.tasks,
+        calibration=spec.absolute(arguments.calibration),
+        eval_text=_given_file("--eval-text", arguments.eval_text),
+        tasks=_given_file("--tasks", arguments.tasks),
         compare=tuple(_absolute(name) for name in arguments.compare),
         seed=arguments.seed,
         device=arguments.device,
@@ -293,6 +294,15 @@ def _listed(given: str | None) -> list[str]:
 def _absolute(name: str) -> str:
     """A local path that means the same wherever the run is taken up again."""
     return name if name.startswith("hf://") else str(Path(name).expanduser().absolute())
+
+
+def _given_file(option: str, name: str | None) -> str | None:
+    """The absolute path of a file that an option names. Raises UsageError when it is not there."""
+    if name is None:
+        return None
+    if not Path(name).expanduser().is_file():
+        raise UsageError(f"There is no file {name}.", f"Check the path after {option}.")
+    return _absolute(name)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

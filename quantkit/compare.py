@@ -38,7 +38,7 @@ def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) 
     """
     base_path, *paths = [given.locate(name) for name in (base, *files)]
     measured = _measure(base_path, paths, options)
-    value = to_report(measured, base_path, paths)
+    value = to_report(measured, base_path, paths, given.short_names(files))
     out.mkdir(parents=True, exist_ok=True)
     write_report(out, value)
     return read(value)
@@ -68,13 +68,17 @@ def _measure(base: Path, files: Sequence[Path], options: Sequence[str]) -> dict[
     return result
 
 
-def to_report(measured: dict[str, Any], base: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """The JSON of evaluators.compare as the JSON of a report (kind compare)."""
+def to_report(
+    measured: dict[str, Any], base: Path, files: Sequence[Path], names: Sequence[str]
+) -> dict[str, Any]:
+    """The JSON of evaluators.compare as the JSON of a report (kind compare); `names` are what the
+    files are called there.
+    """
     opened = GgufFile(base)
     n_parameters = opened.n_elements
     about, settings = measured["base"], measured["settings"]
-    first = files[0].name
-    rows = [_row(row, n_parameters, first) for row in measured["files"]]
+    shown = zip(measured["files"], names, strict=True)
+    rows = [_row(row, name, n_parameters, names[0]) for row, name in shown]
     rows[0]["tensors"] = _tensors(GgufFile(files[0]))
     if "tasks" not in rows[0]:
         rows[0]["zero_shot"] = {"status": "not run", "reason": "no --task"}
@@ -100,14 +104,14 @@ def to_report(measured: dict[str, Any], base: Path, files: Sequence[Path]) -> di
     }
 
 
-def _row(row: dict[str, Any], n_parameters: int, first: str) -> dict[str, Any]:
+def _row(row: dict[str, Any], name: str, n_parameters: int, first: str) -> dict[str, Any]:
     made = {
         "kind": GIVEN,
-        "name": Path(row["file"]).name,
+        "name": name,
         "n_bytes": row["n_bytes"],
         "bpw": 8 * row["n_bytes"] / n_parameters,
         **{key: row[key] for key in _KEPT},
-        "domains": {name: {k: d[k] for k in _KEPT} for name, d in row["domains"].items()},
+        "domains": {n: {k: d[k] for k in _KEPT} for n, d in row["domains"].items()},
         **{key: row[key] for key in _MORE if key in row},
     }
     if "speed" in made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def locate(name: str) -> Path:
         cache_dir=hub.cache_dir(),
     )
     return Path(call(fetch, Asked(repo_id, revision), token, PATIENT))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """What files are called in tables: their own names, with the repository's or the folder's in
+    front where two have the same. Most publishers name theirs alike.
+    """
+    own = [name.rsplit("/", 1)[-1] for name in names]
+    found = []
+    for name, last in zip(names, own, strict=True):
+        folders = name.removeprefix(_SCHEME).split("/")[:-1]
+        n = 2 if name.startswith(_SCHEME) else 1
+        where = folders[:n] if name.startswith(_SCHEME) else folders[-n:]
+        found.append("/".join([*where, last]) if own.count(last) > 1 else last)
+    return found
 
 
 _EXAMPLE = "Give a local .gguf, or hf://owner/name/file.gguf."

@@ -94,7 +94,8 @@ def uniform_opponents(levels: Path, sizes: Sequence[int], n_around: int) -> list
 
 def given_opponents(names: Sequence[str]) -> list[Opponent]:
     """What the user named; one on the Hub is downloaded when it is opened."""
-    return [Opponent(GIVEN, n.rsplit("/", 1)[-1], partial(_located, n)) for n in names]
+    shown = zip(given.short_names(names), names, strict=True)
+    return [Opponent(GIVEN, short, partial(_located, name)) for short, name in shown]
 
 
 @contextmanager

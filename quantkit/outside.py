@@ -32,7 +32,7 @@ def open_outsiders(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> lis
     model is missing from it or has another shape.
     """
     found = []
-    for name in names:
+    for name, short in zip(names, given.short_names(names), strict=True):
         file = GgufFile(given.locate(name))
         for spec in specs.values():
             theirs = file.tensors.get(spec.name)
@@ -42,7 +42,7 @@ def open_outsiders(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> lis
                     " shape.",
                     "Give quantized GGUFs of the very model with --levels-from.",
                 )
-        found.append(Outsider(f"{PREFIX}{file.path.name}", file))
+        found.append(Outsider(f"{PREFIX}{short}", file))
     return found
 
 

@@ -193,6 +193,8 @@ def push(folder: Path, space: str, kind: str, private: bool, bucket: str | None)
         exist_ok=True,
         space_volumes=volumes,
     )
+    if volumes:  # a Space that was there has whatever it was created with
+        api.set_space_volumes(space, volumes)
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     api.upload_folder(
         repo_id=space,

@@ -7,6 +7,7 @@ package.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,3 +75,11 @@ def whole_run(
     answer = quantkit("run", tiny_checkpoint, "--out", folder, *CHEAP, "--json", env=offline)
     assert answer.code == 0, answer.err
     return Run(folder), answer
+
+
+@pytest.fixture(autouse=True)
+def _no_account_is_known() -> None:
+    """The names of accounts are kept for a while; every test has a Hub of its own."""
+    jobs = sys.modules.get("quantkit.hub.jobs")
+    if jobs is not None:
+        jobs._accounts.clear()

@@ -131,6 +131,10 @@ class Routes:
         repo = self._repo(kind, repo_id)
         verb = rest[0] if rest else "revision"
         revision = rest[1] if len(rest) > 1 else "main"
+        if verb == "volumes":
+            self._need_write(repo)
+            repo.extra["volumes"] = json.loads(body)["volumes"]
+            raise Answer(200, {})
         if verb == "auth-check":
             if revision == "write":
                 self._need_write(repo)

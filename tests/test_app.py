@@ -26,7 +26,7 @@ from gradio_client.exceptions import AppError
 from quantkit.launch import JobStore, JobSummary
 from quantkit.launch.progress import KlPoint, LogLine
 from quantkit.rundir import STAGES
-from quantkit.web import charts, results, view
+from quantkit.web import charts, results, view, visitor
 from quantkit.web.page import build_app
 from quantkit.web.visitor import COOKIE, Visitors
 
@@ -81,6 +81,13 @@ def test_cookie_and_headers(page: tuple[str, JobStore, Visitors]) -> None:
     assert "set-cookie" not in again
     _, forged, _ = get(url, jar[COOKIE].value[:-1] + "0z")
     assert "set-cookie" in forged
+
+
+def test_the_cookies_of_others_hide_none() -> None:
+    """All ports of localhost share them, and what other applications put there is odd at times."""
+    for odd in ('prefs={"theme":"dark"}', "bare", "a[0]=1", "x y=z"):
+        sent = f"{odd}; {COOKIE}=mine".encode()
+        assert visitor._cookies({b"cookie": sent})[COOKIE] == "mine"
 
 
 def test_keys_are_signed() -> None:

@@ -57,6 +57,26 @@ def test_auto_map_is_found_however_it_is_written(plain_model: Path, tmp_path: Pa
     assert json.loads((copy / "processor_config.json").read_text()) == {"x": [], "keep": "auto_map"}
 
 
+def test_what_no_converter_reads_may_be_broken(plain_model: Path, tmp_path: Path):
+    """A fine-tune's data and its trainer's notes lie beside it."""
+    (plain_model / "train.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (plain_model / "trainer_state.json").write_text(json.dumps(["x" * 1000] * 20_000))
+    (plain_model / "empty.json").write_text("")
+    result = sanitize(plain_model, tmp_path / "copy", "m")
+    left = " ".join(result.removed)
+    for name in ("train.json", "trainer_state.json", "empty.json"):
+        assert not (result.folder / name).exists() and f"{name} left out" in left
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "vocab.json", "params.json"]
+)
+def test_what_it_reads_may_not(plain_model: Path, tmp_path: Path, name: str):
+    (plain_model / name).write_text("{")
+    with pytest.raises(QuantkitError, match=name):
+        sanitize(plain_model, tmp_path / "copy", "m")
+
+
 def _escaping_link(model: Path) -> None:
     (model / "tokenizer.json").symlink_to("/etc/passwd")
 

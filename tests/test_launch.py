@@ -79,6 +79,20 @@ def test_a_job_runs_to_its_end(store: JobStore) -> None:
     assert "search 4" in store.log_tail(job_id, ALICE)
 
 
+def test_a_visitor_takes_no_more_places_by_resuming(tmp_path: Path) -> None:
+    store = JobStore(tmp_path, public=True)
+    store.limits = Limits(active_per_owner=2)
+    runs = []
+    for _ in range(3):
+        runs.append(store.submit(fixtures.CONFIG, ALICE))
+        store.cancel(runs[-1], ALICE)
+    store.resume(runs[0], ALICE)
+    store.resume(runs[1], ALICE)
+    with pytest.raises(UsageError, match="waiting or running"):
+        store.resume(runs[2], ALICE)
+    assert store.view(runs[2], ALICE).state == "cancelled"
+
+
 def test_the_queue_runs_one_after_the_other(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,7 +296,7 @@ def _json(info: hub.ModelInfo) -> Any:
     [
         ("/home/alice/llama", "Local folders cannot be used here"),
         ("alice/lora", "is an adapter itself"),
-        ("alice/four-bit", "is quantized"),
+        ("alice/four-bit", "The base of this adapter, alice/four-bit, is quantized"),
         ("nobody/nothing", "nobody/nothing"),
     ],
 )

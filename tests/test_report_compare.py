@@ -99,7 +99,7 @@ def test_evaluator_json_without_options_is_enough(tiny: TinyFiles) -> None:
         "files": [{**row, "domains": domains}],
         "settings": {**settings, "llama_cpp_python": "0"},
     }
-    made = report.read(to_report(measured, tiny.base, [tiny.noisy]))
+    made = report.read(to_report(measured, tiny.base, [tiny.noisy], ["noisy.gguf"]))
     assert made.first.weight_kl is None and made.first.tasks_not_run == "no --task"
     assert "closest" in report.verdict(made)
 

@@ -27,6 +27,7 @@ import test_app_fixtures as fixtures
 from hub_server import ALICE, BOB, HubServer, running_hub
 from itsdangerous import TimestampSigner
 
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
 from quantkit.launch import JobStore, Limits, Order, process
 from quantkit.launch.adopt import adopt
@@ -92,6 +93,10 @@ def test_the_dry_run_shows_exactly_what_is_pushed(
     pushed = {p: hashlib.sha256(b.data).hexdigest()[:12] for p, b in repo.head.files.items()}
     assert pushed.pop("mine.txt"), "what others put there is gone"
     assert pushed == shown
+    assert "volumes" not in repo.extra
+    deploy.push(tmp_path / "stage", "alice/quantkit", "gradio", False, "alice/state")
+    (volume,) = repo.extra["volumes"]  # of a Space that was there before
+    assert (volume["source"], volume["mountPath"]) == ("alice/state", "/data")
 
 
 @pytest.mark.slow
@@ -181,6 +186,32 @@ def test_runs_are_found_again_by_their_jobs(hub: HubServer, tmp_path: Path) -> N
     record = load_record(tmp_path / "theirs")
     assert record is not None and record.machine is None  # not taken over
     assert adopt(tmp_path, ALICE_OWNS, found) == ()
+
+
+def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path: Path) -> None:
+    """It is paid for; and what was deleted does not come back, whatever the Hub still lists."""
+    hub.jobs.command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    labels = app_labels({})
+    environment = {"QUANTKIT_CONFIG": json.dumps(to_json(fixtures.CONFIG))}
+    order = jobs.JobOrder("x", ("true",), "cpu-basic", 60, labels, environment)
+    jobs.start(order, "lost", ALICE)
+    (job,) = hub.jobs.all.values()
+    store, mirror = JobStore(tmp_path / "a", public=True), Mirror(tmp_path / "a", tmp_path / "b")
+    assert adopt(store.root, ALICE_OWNS, jobs.runs(labels, ALICE)) == ("lost",)
+    run = store.view("lost", ALICE_OWNS)
+    assert run.can_cancel and run.can_resume and not run.can_delete
+    with pytest.raises(UsageError, match="may still be at work"):
+        store.delete("lost", ALICE_OWNS)
+    with pytest.raises(QuantkitError, match="nobody is signed in"):
+        store.cancel("lost", ALICE_OWNS)
+    assert job.stage != "CANCELED" and store.view("lost", ALICE_OWNS).can_cancel
+    store.cancel("lost", ALICE_OWNS, ALICE)
+    assert job.stage == "CANCELED" and store.view("lost", ALICE_OWNS).state == "cancelled"
+    store.delete("lost", ALICE_OWNS)
+    assert adopt(store.root, ALICE_OWNS, jobs.runs(labels, ALICE)) == ()
+    mirror.keep()
+    Mirror(tmp_path / "c", tmp_path / "b").restore()  # another machine
+    assert adopt(tmp_path / "c", ALICE_OWNS, jobs.runs(labels, ALICE)) == ()
 
 
 # Rules.

@@ -83,6 +83,25 @@ def parts_of(mix: str, weight: float = 1.0) -> Iterator[Request]:
             yield Request(name, weight * share, if_known=language_of(name) is not None)
 
 
+def absolute(spec: str) -> str:
+    """The spec with paths that mean the same wherever a run is taken up again. Raises UsageError
+    for a file that is not there.
+    """
+    entries = []
+    for entry in filter(None, (part.strip() for part in spec.split(","))):
+        name, colon, weight = entry.rpartition(":")
+        if Path(entry).suffix in SUFFIXES:
+            name, colon, weight = entry, "", ""
+        if Path(name).suffix not in SUFFIXES:
+            entries.append(entry)
+            continue
+        path = Path(name).expanduser().absolute()
+        if not path.is_file():
+            raise UsageError(f"There is no calibration text {name}.", "Check the path.")
+        entries.append(f"{path}{colon}{weight}")
+    return ",".join(entries)
+
+
 def parse_spec(spec: str) -> tuple[Request, ...]:
     """'docs:2,notes.txt' -> requests; weights default to 1. Raises UsageError for unknown names and
     weights, and for `auto` beside others.

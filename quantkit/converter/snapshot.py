@@ -31,6 +31,11 @@ _KINDS = {
     ".v3": 64 * _MIB,  # tokenizer.model.v3
     ".tiktoken": 64 * _MIB,
 }
+# What a model cannot be converted without; of others a broken one just stays behind.
+_NEEDED = re.compile(
+    r"(config|generation_config|params|tekken|special_tokens_map|added_tokens|.*processor_config"
+    r"|(tokenizer|vocab|merges|chat_template).*|.*\.index)\.\w+(\.v3)?"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX = "model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * _MIB  # every JSON but the tokenizer's and the index
@@ -96,15 +101,20 @@ def _copy(
         real = _resolve(path, source)
         large = suffix != ".json" or name.startswith(("tokenizer", "vocab", _INDEX, "tekken"))
         limit = _KINDS[suffix] if large else _MAX_CONFIG_BYTES
-        if real.stat().st_size > limit:
-            raise QuantkitError(
-                f"{name} has {real.stat().st_size:,} bytes, more than {limit:,}.",
-                "No known model has such a file; check where it came from.",
-            )
-        if suffix == ".json":
-            _copy_json(real, folder / name, removed, config if name == "config.json" else {})
-        else:
-            shutil.copyfile(real, folder / name)
+        try:
+            if real.stat().st_size > limit:
+                raise QuantkitError(
+                    f"{name} has {real.stat().st_size:,} bytes, more than {limit:,}.",
+                    "No known model has such a file; check where it came from.",
+                )
+            if suffix == ".json":
+                _copy_json(real, folder / name, removed, config if name == "config.json" else {})
+            else:
+                shutil.copyfile(real, folder / name)
+        except QuantkitError as error:
+            if _NEEDED.fullmatch(name):
+                raise
+            removed.append(f"{name} left out ({error.message.rstrip('.')})")
 
 
 def _resolve(path: Path, source: Path) -> Path:

@@ -35,7 +35,7 @@ from quantkit.hub.model import (
     strings,
     weight_names,
 )
-from quantkit.hub.quantized import expanded, quantization_of, source_of
+from quantkit.hub.quantized import CannotExpand, expanded, quantization_of, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.rundir import sha256_file
 from quantkit.safetensors_file import Header, header_length, parse_header, read_header
@@ -129,15 +129,23 @@ def _refuse_other_kind(repo_id: str, token: str | None) -> None:
 def _inspect_base(adapter: Adapter, token: str | None, *, allow_local: bool) -> ModelInfo:
     """What an adapter is merged onto. A path of its author's machine is no reason to look here."""
     ref = parse_reference(adapter.base, adapter.revision, allow_local=allow_local)
-    base = inspect(ref, token)
-    if base.base is not None or base.quantization is not None:
-        what = "an adapter itself" if base.base is not None else "quantized"
-        raise QuantkitError(
-            f"The base of this adapter, {base.id}, is {what}: there are no full-precision weights"
-            " to merge onto.",
-            "Merge it onto the original yourself (peft's merge_and_unload), and give the result.",
-        )
+    try:
+        base = inspect(ref, token)
+    except CannotExpand:
+        raise _no_weights_to_merge_onto(ref.id, "quantized") from None
+    if base.base is not None:
+        raise _no_weights_to_merge_onto(base.id, "an adapter itself")
+    if base.quantization is not None:
+        raise _no_weights_to_merge_onto(base.id, "quantized")
     return base
+
+
+def _no_weights_to_merge_onto(base: str, what: str) -> QuantkitError:
+    return QuantkitError(
+        f"The base of this adapter, {base}, is {what}: there are no full-precision weights"
+        " to merge onto.",
+        "Merge it onto the original yourself (peft's merge_and_unload), and give the result.",
+    )
 
 
 def _inspect_folder(folder: Path, token: str | None) -> ModelInfo:

@@ -6,7 +6,9 @@ everything but a run's id asks for the jobs that carry it.
 
 from __future__ import annotations
 
+import hashlib
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,8 @@ WAITING, RUNNING, COMPLETED = "SCHEDULING", "RUNNING", "COMPLETED"
 ENDED = ("COMPLETED", "ERROR", "CANCELED", "DELETED")
 LABEL = "quantkit-run"
 
+_ACCOUNT_SECONDS = 600.0
+_accounts: dict[bytes, tuple[str, float]] = {}  # by the hash of a token: the name, and when
 _UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30}
 
 
@@ -74,9 +78,19 @@ class JobOrder:
 
 
 def account(token: str) -> str:
-    """The name of the account a token belongs to. Raises QuantkitError."""
+    """The name of the account a token belongs to, asked once in ten minutes: the Hub limits how
+    often. Raises QuantkitError.
+    """
+    key, now = hashlib.sha256(token.encode()).digest(), time.monotonic()
+    known = _accounts.get(key)
+    if known is not None and now < known[1] + _ACCOUNT_SECONDS:
+        return known[0]
     api = hf_api(token)
-    return str(call(lambda: api.whoami(cache=True), Asked(), token)["name"])
+    name = str(call(lambda: api.whoami(), Asked(), token)["name"])
+    for old in [k for k, (_, since) in _accounts.items() if now > since + _ACCOUNT_SECONDS]:
+        del _accounts[old]
+    _accounts[key] = name, now
+    return name
 
 
 def machines(token: str | None = None) -> tuple[Machine, ...]:
@@ -192,6 +206,13 @@ def cancel(job: RemoteJob, token: str) -> None:
     api = hf_api(token)
     stop = partial(api.cancel_job, job_id=job.id, namespace=job.owner)
     call(stop, _asked(job.owner), token)
+
+
+def cancel_all(run_id: str, token: str) -> None:
+    """End every Job of a run that is still at work. Raises QuantkitError."""
+    for job in find(run_id, token):
+        if not job.has_ended:
+            cancel(job, token)
 
 
 def lines(job: RemoteJob, token: str) -> Iterator[str]:

@@ -66,6 +66,10 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+class CannotExpand(QuantkitError):
+    """A model is quantized in a way that is not undone here."""
+
+
 def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> Source | None:
     """How the model is quantized, None if it is not. Raises QuantkitError, with the alternative,
     for what cannot be expanded exactly as its own runtime would.
@@ -95,7 +99,7 @@ def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> So
     if method == "awq" and bits == 4 and version == "gemm" and isinstance(group, int):
         return Source(AWQ, bits=4, group=group)
     name = {"bitsandbytes": "bitsandbytes", "gptq": f"GPTQ at {bits} bits"}.get(method, method)
-    raise QuantkitError(
+    raise CannotExpand(
         f"{model} is quantized already ({name}), in a way that is not undone here.",
         f"Give the original instead: {bases[0] if bases else 'the model it was made from'}.",
     )

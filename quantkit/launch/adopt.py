@@ -14,6 +14,7 @@ from quantkit.hub.jobs import FoundRun
 from quantkit.launch.record import STOPPED, JobRecord, new_job_folder, owner_hash, save_record
 from quantkit.rundir import RunDir, write_json
 
+DELETED_FILE = ".deleted"  # ids of runs that are not to come back, one a line
 _REASON = "It was found again by its Job. Resume it to see how it fares."
 
 
@@ -22,8 +23,10 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
 
     What a Job says of itself is what its owner made it say: a run that is here is never touched.
     """
-    taken = []
+    taken, deleted = [], _deleted(root)
     for run in found:
+        if run.run_id in deleted:
+            continue
         try:
             config = RunConfig.from_json(json.loads(run.config))
             folder = new_job_folder(root, run.run_id)
@@ -44,3 +47,16 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
         save_record(folder, record)
         taken.append(run.run_id)
     return tuple(taken)
+
+
+def forget(root: Path, run_id: str) -> None:
+    """Never adopt a run again: it was deleted, and the Hub goes on listing its Job."""
+    with (root / DELETED_FILE).open("a", encoding="utf-8") as file:
+        file.write(f"{run_id}\n")
+
+
+def _deleted(root: Path) -> frozenset[str]:
+    try:
+        return frozenset((root / DELETED_FILE).read_text("utf-8").split())
+    except FileNotFoundError:
+        return frozenset()

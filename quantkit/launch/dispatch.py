@@ -116,9 +116,7 @@ class Dispatch:
     def cancel(self) -> None:
         """End every Job of the run that is still at work."""
         try:
-            for job in jobs.find(self._run_id, self._token):
-                if not job.has_ended:
-                    jobs.cancel(job, self._token)
+            jobs.cancel_all(self._run_id, self._token)
         except QuantkitError as error:
             self._events.emit(None, "note", f"the Job could not be ended: {error}")
 

@@ -132,6 +132,16 @@ class Follower:
         return summary
 
     @property
+    def owner(self) -> str | None:
+        """The hash of the visitor it belongs to; None for a run of the command line."""
+        return self.record.owner if self.record is not None else None
+
+    def has_lost_job(self) -> bool:
+        """Whether its Job may be at work, and paid for, with nobody here that listens."""
+        found = self.view(None)
+        return found is not None and found.has_lost_job
+
+    @property
     def created(self) -> float:
         record = self.record
         if record is not None:
@@ -178,7 +188,7 @@ class Follower:
             card=self._read("9-publish/upload/README.md", _read_card) or "",
             publish_to=config.publish,
             published_url=progress.published_url,
-            can_try=not running and any(f.is_here and _is_model(f.name) for f in files),
+            can_try=not running and any(f.is_here and views.is_model(f.name) for f in files),
             has_base=self.base_path() is not None,
         )
 
@@ -209,7 +219,7 @@ class Follower:
 
     def model_path(self) -> Path | None:
         """The finished GGUF, where it lies here."""
-        name = next((f.name for f in self.files() if _is_model(f.name)), None)
+        name = next((f.name for f in self.files() if views.is_model(f.name)), None)
         path = None if name is None else self.file_path(name)
         return path if path is not None and path.is_file() else None
 
@@ -292,12 +302,8 @@ def tail(path: Path, n_bytes: int) -> str:
     return data.decode("utf-8", "replace")
 
 
-def _is_model(name: str) -> bool:
-    return name.endswith(".gguf") and not name.endswith("imatrix.gguf")
-
-
 def _file_order(name: str) -> tuple[int, str]:
-    return (0 if _is_model(name) else 1 if name.endswith(".gguf") else 2, name)
+    return (0 if views.is_model(name) else 1 if name.endswith(".gguf") else 2, name)
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from quantkit.errors import UsageError
 from quantkit.launch import process
 from quantkit.launch.follow import Follower
-from quantkit.launch.record import QUEUED
+from quantkit.launch.record import QUEUED, JobRecord
 
 CLEAN, DELETE = "clean", "delete"
 CLEANED_FILE = ".cleaned"
@@ -66,6 +67,21 @@ def what_is_due(follower: Follower, limits: Limits, now: float) -> str | None:
         if is_late and not (follower.folder / CLEANED_FILE).exists():
             return CLEAN
     return None
+
+
+def is_overdue(record: JobRecord, limits: Limits, now: float) -> bool:
+    """Whether a visitor's run is at work on this machine for longer than it may."""
+    started_by_us = record.owner is not None and record.machine is None
+    return limits.seconds is not None and started_by_us and now > record.since + limits.seconds
+
+
+def check_disk(root: Path, limits: Limits) -> None:
+    """Raises UsageError when there is no room for another run under `root`."""
+    root.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(root).free < limits.min_free_bytes:
+        raise UsageError(
+            "The disk of this machine is full.", "Delete runs that are no longer needed."
+        )
 
 
 def check_limits(followers: Iterable[Follower], mine: str, limits: Limits, public: bool) -> None:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantkit.launch.adopt import DELETED_FILE
 from quantkit.launch.record import JOB_FILE, JOB_LOG_FILE, LOG_FILE, MACHINE_FILE, load_record
 from quantkit.launch.wire import FILES
 from quantkit.rundir import PARTIAL
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _KEPT = (JOB_FILE, "config.json", "events.jsonl", LOG_FILE, JOB_LOG_FILE, MACHINE_FILE, *FILES)
 _RESULTS = "9-publish/upload"
 _SECRET = ".secret"
+_ALWAYS = (_SECRET, DELETED_FILE)
 _SECONDS = 20.0
 _MAX_BYTES = 20_000_000_000  # of one result file
 
@@ -54,9 +56,10 @@ class Mirror:
         if not self.state.is_dir():
             return 0
         n = 0
-        if (self.state / _SECRET).is_file() and not (self.root / _SECRET).exists():
-            _copy(self.state / _SECRET, self.root / _SECRET)
-            (self.root / _SECRET).chmod(0o600)
+        for name in _ALWAYS:
+            if (self.state / name).is_file() and not (self.root / name).exists():
+                _copy(self.state / name, self.root / name)
+                (self.root / name).chmod(0o600)
         for folder in sorted(self.state.iterdir()):
             target = self.root / folder.name
             if folder.name.startswith(".") or target.exists() or not (folder / JOB_FILE).is_file():
@@ -71,7 +74,8 @@ class Mirror:
     def keep(self) -> None:
         """Copy what has changed since the last call; drop what was deleted here."""
         self.state.mkdir(parents=True, exist_ok=True)
-        self._keep_file(self.root / _SECRET, self.state / _SECRET)
+        for name in _ALWAYS:
+            self._keep_file(self.root / name, self.state / name)
         here = set()
         for folder in sorted(self.root.iterdir()):
             if folder.name.startswith(".") or not (folder / JOB_FILE).is_file():

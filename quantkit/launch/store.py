@@ -18,10 +18,12 @@ import time
 from pathlib import Path
 from typing import IO
 
+from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.hub import PublishedFile
+from quantkit.hub import PublishedFile, jobs
 from quantkit.launch import process, view
+from quantkit.launch.adopt import forget
 from quantkit.launch.follow import Follower, tail
 from quantkit.launch.limits import (
     CLEAN,
@@ -29,7 +31,9 @@ from quantkit.launch.limits import (
     DELETE,
     Limits,
     Order,
+    check_disk,
     check_limits,
+    is_overdue,
     positions,
     wait_seconds,
     what_is_due,
@@ -155,7 +159,7 @@ class JobStore:
         """Queue a run. Returns its id. Raises UsageError when a limit is reached."""
         order = order or Order()
         with self._lock:
-            self._check_limits(owner)
+            self._check_limits(owner_hash(owner))
             job_id = new_job_id()
             folder = self.root / job_id
             folder.mkdir(parents=True)
@@ -173,8 +177,14 @@ class JobStore:
             save_record(folder, record)
             return job_id
 
-    def cancel(self, job_id: object, owner: str | None) -> None:
-        """Take a job out of the queue, or end its worker; finished stages stay."""
+    def cancel(self, job_id: object, owner: str | None, token: str | None = None) -> None:
+        """Take a job out of the queue, or end its worker; finished stages stay. A Job that nobody
+        here listens to any more is ended with `token`. Raises QuantkitError.
+        """
+        with self._lock:
+            is_lost = self._follower(job_id, owner).has_lost_job()
+        if is_lost:
+            jobs.cancel_all(str(job_id), jobs.check_token(token or hub.resolve_token()))
         with self._lock:
             follower = self._follower(job_id, owner)
             record = follower.record
@@ -183,7 +193,7 @@ class JobStore:
                     "This run was started from the command line.", "Stop it there with Ctrl-C."
                 )
             state = follower.state()
-            if state not in (view.QUEUED, view.RUNNING):
+            if state not in (view.QUEUED, view.RUNNING) and not is_lost:
                 raise UsageError("This run is not running.", "There is nothing to cancel.")
             self._set_phase(follower, record, CANCELLED)
             if record.pid is not None:
@@ -195,6 +205,7 @@ class JobStore:
             follower = self._follower(job_id, owner)
             if follower.state() not in (view.FAILED, view.INTERRUPTED, view.CANCELLED):
                 raise UsageError("This run has not stopped.", "There is nothing to resume.")
+            self._check_limits(follower.owner)
             self._queue_again(follower, token)
 
     def publish(
@@ -218,6 +229,7 @@ class JobStore:
                     "This run is not validated, and only validated files are published.",
                     "Resume it first.",
                 )
+            self._check_limits(follower.owner)
             asked = dataclasses.replace(
                 config, publish=repo, private=private, public=public, collection=collection
             )
@@ -233,8 +245,8 @@ class JobStore:
                 raise UsageError(
                     "This run was started from the command line.", "Remove its folder there."
                 )
-            if follower.is_running():
-                raise UsageError("This run is still at work.", "Cancel it first.")
+            if follower.is_running() or follower.has_lost_job():
+                raise UsageError("This run may still be at work.", "Cancel it first.")
             self._remove(follower)
 
     # The scheduler.
@@ -288,7 +300,7 @@ class JobStore:
                     ending = record.phase in (CANCELLED, STOPPED)
                     if ending and now > record.since + _GRACE_SECONDS:
                         process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-                    elif not ending and self._is_overdue(record, now):
+                    elif not ending and is_overdue(record, self.limits, now):
                         self._stop_overdue(follower, record)
             waiting.sort(key=lambda follower: _record(follower).since)
             for follower in waiting:
@@ -302,11 +314,6 @@ class JobStore:
             if now > self._next_sweep:
                 self._next_sweep = now + _SWEEP_SECONDS
                 self._sweep(now)
-
-    def _is_overdue(self, record: JobRecord, now: float) -> bool:
-        limit = self.limits.seconds
-        started_by_us = record.owner is not None and record.machine is None
-        return limit is not None and started_by_us and now > record.since + limit
 
     def _stop_overdue(self, follower: Follower, record: JobRecord) -> None:
         assert record.pid is not None and self.limits.seconds is not None
@@ -331,6 +338,8 @@ class JobStore:
 
     def _remove(self, follower: Follower) -> None:
         name = follower.folder.name
+        if follower.record is not None and follower.record.machine is not None:
+            forget(self.root, name)
         trash = self.root / f"{_TRASH}{name}"
         os.replace(follower.folder, trash)  # gone at once, however long removing takes
         self._followers.pop(name, None)
@@ -407,8 +416,6 @@ class JobStore:
 
     def _queue_again(self, follower: Follower, token: str | None) -> None:
         record = follower.record
-        if record is not None and record.owner is not None:
-            self._check_disk()
         now = time.time()
         if record is None:
             record = JobRecord(None, follower.created)
@@ -428,16 +435,12 @@ class JobStore:
         if token:
             self._tokens[job_id] = token
 
-    def _check_limits(self, owner: str) -> None:
-        self._check_disk()
-        check_limits(self._scan().values(), owner_hash(owner), self.limits, self.public)
-
-    def _check_disk(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.root).free < self.limits.min_free_bytes:
-            raise UsageError(
-                "The disk of this machine is full.", "Delete runs that are no longer needed."
-            )
+    def _check_limits(self, owner: str | None) -> None:
+        """`owner` is a visitor's hash; runs of the command line have none, and no limits."""
+        if owner is None:
+            return
+        check_disk(self.root, self.limits)
+        check_limits(self._scan().values(), owner, self.limits, self.public)
 
 
 def _record(follower: Follower) -> JobRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.hub.jobs import ENDED
 from quantkit.launch.progress import KlPoint, LogLine, StageView
 
 QUEUED, RUNNING, FINISHED = "queued", "running", "finished"
@@ -27,6 +28,12 @@ class JobSummary:
     percent: int | None = None
 
 
+def is_model(name: str) -> bool:
+    """Whether a result file is a finished model: no imatrix, no projector of images."""
+    is_part = name.endswith("imatrix.gguf") or name.startswith("mmproj-")
+    return name.endswith(".gguf") and not is_part
+
+
 @dataclass(frozen=True)
 class ResultFile:
     """A file that a visitor may download."""
@@ -39,7 +46,7 @@ class ResultFile:
     @property
     def is_model(self) -> bool:
         """Whether it is a finished model, not what it was made with."""
-        return self.name.endswith(".gguf") and not self.name.endswith("imatrix.gguf")
+        return is_model(self.name)
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,20 @@ class JobView:
         return self.state in (FAILED, INTERRUPTED, CANCELLED)
 
     @property
+    def has_lost_job(self) -> bool:
+        """Whether its Job may still be at work, and paid for, with nobody here that listens."""
+        ended = self.job is not None and self.job.get("stage") in ENDED
+        return self.machine is not None and self.state in (FAILED, INTERRUPTED) and not ended
+
+    @property
     def can_cancel(self) -> bool:
-        return self.is_active and not self.is_local and not self.stopping
+        if self.is_local or self.stopping:
+            return False
+        return self.is_active or self.has_lost_job
 
     @property
     def can_delete(self) -> bool:
-        return not self.is_active and not self.is_local
+        return not self.is_active and not self.is_local and not self.has_lost_job
 
     @property
     def can_publish(self) -> bool:

@@ -185,7 +185,8 @@ def add_endpoints(desk: Desk) -> None:
 
         def cancel() -> dict[str, Any]:
             owner = asker_of(key, request, user, token).owner
-            desk.store.cancel(job_id, known(owner))
+            secret = token.token if token is not None else None
+            desk.store.cancel(job_id, known(owner), secret)
             return {"job_id": job_id, "state": desk.store.view(job_id, owner).state}
 
         return _told(cancel)

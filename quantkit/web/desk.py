@@ -252,7 +252,7 @@ class Desk:
         def do() -> str:
             self.allow("act", asker)
             if action == "cancel":
-                self.store.cancel(job_id, asker.owner)
+                self.store.cancel(job_id, asker.owner, checked_token(token))
             elif action == "resume":
                 self.store.resume(job_id, asker.owner, checked_token(token))
             elif action == "delete":

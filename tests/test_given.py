@@ -1,0 +1,61 @@
+"""Files that a command line names: what they are called, and that they mean the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantkit.calibration import spec
+from quantkit.cli import main
+from quantkit.config import RunConfig
+from quantkit.errors import UsageError
+from quantkit.given import short_names
+from quantkit.rundir import read_json
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["/a/x.gguf", "hf://o/n/y.gguf"], ["x.gguf", "y.gguf"]),
+        (
+            ["hf://bartowski/L-GGUF/x.gguf", "hf://unsloth/L-GGUF@main/x.gguf", "/z.gguf"],
+            ["bartowski/L-GGUF/x.gguf", "unsloth/L-GGUF@main/x.gguf", "z.gguf"],
+        ),
+        (["/tmp/a/x.gguf", "/tmp/b/x.gguf"], ["a/x.gguf", "b/x.gguf"]),
+    ],
+)
+def test_files_of_one_name(names: list[str], shown: list[str]) -> None:
+    assert short_names(names) == shown
+
+
+def test_paths_in_a_calibration_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.txt").write_text("x")
+    (tmp_path / "a:b.jsonl").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    said = f"docs:2,{tmp_path}/own.txt:0.5,{tmp_path}/a:b.jsonl"
+    assert spec.absolute("docs:2, own.txt:0.5,a:b.jsonl") == said
+    assert [r.weight for r in spec.parse_spec(said)] == [2, 0.5, 1]
+    with pytest.raises(UsageError, match="no calibration text none.txt"):
+        spec.absolute("none.txt:2")
+
+
+def test_what_is_missing_is_said_before_the_work(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--eval-text", "--tasks"):
+        out = tmp_path / option
+        code = main(["run", str(tiny_checkpoint), "--out", str(out), option, "none.txt"])
+        assert code == 2 and "There is no file none.txt" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_a_run_remembers_where_its_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    config = ["--eval-text", "own.txt", "--calibration", "own.txt", "--profile", "demo"]
+    assert main(["run", "missing-model", "--out", "run", *config]) != 0
+    found = RunConfig.from_json(read_json(tmp_path / "run" / "config.json"))
+    assert (found.eval_text, found.calibration) == (str(tmp_path / "own.txt"),) * 2
