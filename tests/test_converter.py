@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import N_TOKENS, save_model, tiny_llama, write_tokenizer
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from quantkit.converter import install, sandbox
 from quantkit.converter.architectures import (
@@ -184,6 +184,29 @@ def test_a_sentencepiece_model(dtype: torch.dtype, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("skeleton", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "same", "stays"), [(True, True, False), (False, True, True), (True, False, True)]
+)
+def test_a_head_that_is_the_table_once_more(
+    tmp_path: Path, tied: bool, same: bool, stays: bool, skeleton: bool
+) -> None:
+    """As transformers loads it: one weight for both, where they are equal and the config ties."""
+    model = tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
+    weights = load_file(model / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = table.clone() if same else table.roll(1, 0)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "base.gguf"
+    convert(model, out, skeleton=skeleton)
+    names = {tensor.name for tensor in gguf.GGUFReader(out).tensors}
+    # A skeleton has no values: there the config's word counts.
+    assert ("output.weight" in names) == (stays and not (skeleton and tied))
+    loaded = LlamaForCausalLM.from_pretrained(model)
+    is_one = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert is_one == (not stays)
+
+
 def test_a_skeleton_of_shells_has_the_header_of_the_real_file(
     malicious: Path, converted: ConversionResult, tmp_path: Path
 ):

@@ -12,9 +12,11 @@ no layer has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 def class_for(folder: Path, config: dict[str, Any], converters: type) -> type:
@@ -40,6 +42,28 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
         "rotary_pct": rope.get("partial_rotary_factor") if isinstance(rope, dict) else None,
     }
     return {**{name: value for name, value in older.items() if value is not None}, **config}
+
+
+def tied_head(tensors: Mapping[str, Any], config: Mapping[str, Any], skeleton: bool) -> str | None:
+    """The name of an output head that is the table of embeddings once more, as some checkpoints of
+    tied models store it: transformers has one weight for both, and llama.cpp takes the table where
+    there is no head. Values by name are callables; those of a skeleton have none to compare.
+    """
+    if not config.get("tie_word_embeddings"):
+        return None
+    heads = [name for name in tensors if f".{name}".endswith(".lm_head.weight")]
+    tables = [name for name in tensors if name.endswith(_TABLES)]
+    if len(heads) != 1 or len(tables) != 1:
+        return None
+    if skeleton or _values(tensors[heads[0]]).equal(_values(tensors[tables[0]])):
+        return heads[0]
+    return None
+
+
+def _values(tensor: Callable[[], Any]) -> Any:
+    found = tensor()
+    to_eager = getattr(type(found), "to_eager", None)  # the converter reads when it writes
+    return found if to_eager is None else to_eager(found)
 
 
 def projector_class_for(found: Any) -> type:

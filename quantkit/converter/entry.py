@@ -236,6 +236,14 @@ def add_models(job: dict[str, Any]) -> None:
         return added["class_for"](folder, config, found)
 
     conversion.get_model_class = get
+    index_tensors = conversion.ModelBase.index_tensors
+
+    def index(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = index_tensors(self, *args, **kwargs)
+        head = added["tied_head"](tensors, self.hparams, job["skeleton"])
+        return {name: tensor for name, tensor in tensors.items() if name != head}
+
+    conversion.ModelBase.index_tensors = index
     load_hparams = conversion.ModelBase.load_hparams
     conversion.ModelBase.load_hparams = staticmethod(
         lambda *args, **kwargs: added["with_older_names"](load_hparams(*args, **kwargs))

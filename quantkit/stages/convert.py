@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "convert"
-VERSION = 2
+VERSION = 3
 FIELDS: tuple[str, ...] = ()
 
 
