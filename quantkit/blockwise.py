@@ -41,9 +41,10 @@ def load_model(
     Raises QuantkitError when transformers cannot load it.
     """
     with refusals_told():
-        kind, _ = class_of(folder)
+        kind, config = class_of(folder)
         model = kind.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -65,20 +66,20 @@ def empty_model(folder: Path) -> PreTrainedModel:
 def class_of(folder: Path) -> tuple[Any, Any]:
     """The auto class that loads the checkpoint in `folder`, and its config. Of the models that also
     see, transformers lists some as language models and some not.
+
+    Fine-tunes are saved with what their training asked for. Here a model gives logits alone (a
+    router's are read off modules that do not run when it is traced), in its usual kind of answer,
+    by the attention that this transformers has.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for part in (config, config.get_text_config()):
+        for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(part, name, False):
+                setattr(part, name, False)
+        part.return_dict = True
+        part._attn_implementation = None
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
     return next((k for k in kinds if type(config) in k._model_mapping), kinds[0]), config
-
-
-def _give_logits_alone(model: PreTrainedModel) -> None:
-    """Whatever a checkpoint's config says: a router's logits are read off modules of the blocks,
-    which do not run when the model is traced.
-    """
-    for config in (model.config, model.config.get_text_config()):
-        for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
-            if getattr(config, name, False):
-                setattr(config, name, False)
 
 
 @contextmanager
@@ -122,7 +123,6 @@ class BlockwiseModel:
 
     def __init__(self, model: PreTrainedModel, weights: StreamedWeights | None = None) -> None:
         self.model = model
-        _give_logits_alone(model)
         self.blocks_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self._weights = weights

@@ -75,9 +75,10 @@ class StreamedWeights:
         logging.disable_progress_bar()  # a bar for every block
         self._device = device
         with refusals_told():
-            kind, _ = class_of(folder)
+            kind, config = class_of(folder)
             self.model: PreTrainedModel = kind.from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
                 device_map={"": "meta"},
                 local_files_only=True,

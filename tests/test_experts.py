@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from quantkit.gptq.fisher import output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
 from quantkit.plan import _hessian_bytes
 from quantkit.statistics import block_file, load_expert_statistics, save_statistics
+from quantkit.streaming import open_model
 
 N = 32  # columns of the experts' inputs
 SIZES = {
@@ -93,19 +95,29 @@ def run(
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])
-def test_a_config_that_asks_for_more_than_logits(name: str) -> None:
+def test_a_config_that_asks_for_more_than_logits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fine-tunes are saved with what their training asked for."""
     kind, config = MODELS[name]
     torch.manual_seed(0)
-    asked = {"output_router_logits": True, "output_hidden_states": True}
-    model = kind(type(config)(**{**config.to_dict(), **asked})).eval().requires_grad_(False)
+    model = kind(config).eval().requires_grad_(False)
+    model.save_pretrained(tmp_path)
     ids = torch.randint(0, 60, (2, 8))
     wanted = model(ids, use_cache=False).logits
-    cut = BlockwiseModel(model)
-    hidden, calls = cut.trace(ids)
-    for index, call in enumerate(calls):
-        hidden = cut.run_block(index, hidden, call)
-    assert torch.equal(cut.head(hidden), wanted)
+    asked = {"output_router_logits": True, "output_hidden_states": True, "return_dict": False}
+    asked["attn_implementation"] = "flash_attention_2"
+    told = json.loads((tmp_path / "config.json").read_text()) | asked
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    for memory in ("1TB", "1kB"):  # whole, and streamed
+        monkeypatch.setenv("QUANTKIT_MEMORY", memory)
+        cut = open_model(tmp_path, torch.float32)
+        assert cut.is_streamed == (memory == "1kB")
+        hidden, calls = cut.trace(ids)
+        for index, call in enumerate(calls):
+            with cut.holding(index):
+                hidden = cut.run_block(index, hidden, call)
+        assert torch.allclose(cut.head(hidden), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_llama
+from transformers import GenerationConfig
 
 from quantkit.blockwise import load_model, load_tokenizer
-from quantkit.calibration import knowledge, mix, sources
+from quantkit.calibration import knowledge, mix, sampling, sources
 from quantkit.calibration.documents import Domain
 from quantkit.calibration.languages import LANGUAGES, sentences
 from quantkit.calibration.mix import Reader
@@ -25,6 +28,78 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     folder = tiny_llama(tmp_path_factory.mktemp("tiny"))
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     return Reader(model, tokenizer, None, 0, lambda done, total, message: None)
+
+
+def written(reader: Reader, n: int = 3) -> list[str]:
+    def progress(done: int, total: int) -> None: ...
+
+    return sampling.free_text(
+        reader.model, reader.tokenizer, ["the", "a much longer opening"], n, 12, 0, progress
+    )
+
+
+def test_what_is_written_is_the_models_own(reader: Reader) -> None:
+    """Whatever the checkpoint says of how it likes to be sampled in chats."""
+    plain = written(reader)
+    assert all(text.startswith(("the", "a much longer opening")) for text in plain)
+    before = reader.model.generation_config
+    said = {"repetition_penalty": 1.5, "top_p": 0.1, "temperature": 0.2, "num_return_sequences": 2}
+    said |= {"stop_strings": ["e"], "return_dict_in_generate": True, "use_cache": False}
+    reader.model.generation_config = GenerationConfig(**said, do_sample=True)
+    try:
+        assert written(reader) == plain
+        assert reader.model.generation_config.top_p == 0.1
+    finally:
+        reader.model.generation_config = before
+
+
+def test_a_tokenizer_without_padding_or_with_one_beyond_the_table(reader: Reader) -> None:
+    for pad, end in (("<far away>", "</s>"), (None, None)):
+        tokenizer = copy.deepcopy(reader.tokenizer)
+        if pad is not None:
+            tokenizer.add_special_tokens({"pad_token": pad})
+            assert tokenizer.pad_token_id >= 512
+        tokenizer.eos_token = end
+        assert len(written(replace(reader, tokenizer=tokenizer))) == 3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('a system turn, please') }}",
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}",
+        "always the same",
+    ],
+)
+def test_a_template_that_takes_no_plain_turns(reader: Reader, template: str) -> None:
+    tokenizer = copy.deepcopy(reader.tokenizer)
+    tokenizer.chat_template = template
+    assert not sampling.has_chat_template(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert sampling.has_chat_template(tokenizer)
+
+
+def test_a_streamed_model_writes_no_text(reader: Reader) -> None:
+    """Every token would read all of its weights; unless nothing else was asked for."""
+    streamed = replace(reader, is_streamed=True)
+    found = streamed.mix("docs,code,prose", 600, 64)
+    assert [domain.name for domain, _ in found.domains] == ["docs", "code"]
+    assert "none that the model writes" in found.note
+    assert sum(weight for _, weight in found.domains) == pytest.approx(1)
+    asked = streamed.mix("prose", 600, 64)
+    assert [domain.name for domain, _ in asked.domains] == ["prose"]
+
+
+def test_batches_are_smaller_where_keys_and_values_are_large(reader: Reader) -> None:
+    def of(**config: int) -> int:
+        shapes = {"num_attention_heads": 32, "hidden_size": 4096, **config}
+        model = SimpleNamespace(dtype=torch.bfloat16)
+        model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**shapes))
+        return sampling._batch(model, 200)  # type: ignore[arg-type]
+
+    assert of(num_hidden_layers=30, num_key_value_heads=3, head_dim=64) == 128  # SmolLM2
+    assert of(num_hidden_layers=32, num_key_value_heads=8) == 128 and of(num_hidden_layers=32) < 50
+    assert of(num_hidden_layers=10_000) == 4
 
 
 def test_the_sentences_are_the_same_in_all_languages() -> None:

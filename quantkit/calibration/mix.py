@@ -12,7 +12,15 @@ from transformers import PreTrainedModel
 from quantkit.calibration import knowledge, sampling, sources
 from quantkit.calibration.documents import PARTS, Domain, without
 from quantkit.calibration.languages import LANGUAGES, sentences
-from quantkit.calibration.spec import AUTO, HUB_TEXTS, Request, language_of, parse_spec, parts_of
+from quantkit.calibration.spec import (
+    AUTO,
+    HUB_TEXTS,
+    WRITTEN,
+    Request,
+    language_of,
+    parse_spec,
+    parts_of,
+)
 from quantkit.errors import QuantkitError
 
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
@@ -42,6 +50,7 @@ class Reader:
     token: str | None  # of the Hub
     seed: int
     progress: Progress
+    is_streamed: bool = False  # every token that the model writes would read all of its weights
 
     def mix(self, spec: str, n_tokens: int, n_eval: int) -> Mix:
         """The texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each text
@@ -50,6 +59,8 @@ class Reader:
         """
         requests, note = self._requests(spec)
         requests, known, said = self._in_known_languages(requests)
+        note += said
+        requests, said = self._without_written(requests)
         note += said
         total = sum(r.weight for r in requests)
         domains: list[tuple[Domain, float]] = []
@@ -102,6 +113,15 @@ class Reader:
             {r.language: bits[r.language] / bits["en"] for r in requests if r.language},
             said,
         )
+
+    def _without_written(self, requests: Sequence[Request]) -> tuple[tuple[Request, ...], str]:
+        """The requests without text that a streamed model would have to write, where there is any
+        other; what is to be said of it.
+        """
+        read = tuple(r for r in requests if r.name not in WRITTEN)
+        if not self.is_streamed or not read or len(read) == len(requests):
+            return tuple(requests), ""
+        return read, "; none that the model writes, which is larger than half of the memory"
 
     def read(self, name: str, n_tokens: int) -> Domain:
         """One text with about `n_tokens` tokens."""

@@ -7,15 +7,19 @@ beginning of a user message).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 128
+_CACHE_BYTES = 2**32  # of keys and values that a batch may take: a few sequences of any model fit
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 Progress = Callable[[int, int], None]
 
@@ -45,27 +49,66 @@ def _continue(
     """Continue each prompt by at most `n_new` sampled tokens; texts with the prompt, special tokens
     kept.
     """
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
+    width = max(map(len, ids))
+    ends = _ends(model, tokenizer)
+    # The mask hides what is padded with: any token of the table will do, a tokenizer's own need not
+    # be one.
+    batch = torch.tensor([[ends[0]] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
     torch.manual_seed(seed)
-    with _contiguous_inputs(model.get_output_embeddings()):
+    with _contiguous_inputs(model.get_output_embeddings()), _plain_sampling(model, ends, n_new):
         out = model.generate(  # type: ignore[operator]
-            **batch,
-            max_new_tokens=n_new,
-            do_sample=True,
-            temperature=1.0,
-            top_k=64,  # nucleus sampling would sort the vocabulary at every step
-            pad_token_id=tokenizer.pad_token_id,
+            input_ids=batch.to(model.device), attention_mask=mask.to(model.device)
         )
     texts = []
-    for row, prompt in zip(out, batch.input_ids, strict=True):
-        new = row[len(prompt) :].tolist()
-        if tokenizer.eos_token_id in new:
-            new = new[: new.index(tokenizer.eos_token_id)]
-        texts.append(tokenizer.decode(new, skip_special_tokens=True))
+    for row in out:
+        new = row[width:].tolist()
+        end = next((i for i, token in enumerate(new) if token in ends), len(new))
+        texts.append(tokenizer.decode(new[:end], skip_special_tokens=True))
     return texts
+
+
+def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokens that end a text, at least one, all of them in the table of embeddings."""
+    said = model.generation_config.eos_token_id if model.generation_config else None
+    found = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
+    table: Any = model.get_input_embeddings()
+    kept = [i for i in dict.fromkeys(found) if i is not None and 0 <= i < len(table.weight)]
+    return kept or [0]
+
+
+@contextmanager
+def _plain_sampling(model: PreTrainedModel, ends: list[int], n_new: int) -> Iterator[None]:
+    """The model's own distribution, whatever the checkpoint's generation_config.json says:
+    penalties and stops are for chats.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=n_new,
+        do_sample=True,
+        temperature=1.0,
+        top_k=64,  # nucleus sampling would sort the vocabulary at every step
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _batch(model: PreTrainedModel, n_tokens: int) -> int:
+    """How many texts of so many tokens are written at a time: fewer where a token's keys and values
+    take much memory.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    of_one = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize * n_tokens
+    return max(4, min(_BATCH, _CACHE_BYTES // of_one))
 
 
 def free_text(
@@ -81,8 +124,9 @@ def free_text(
     tokens.
     """
     texts: list[str] = []
+    n_batch = _batch(model, n_new)
     while len(texts) < n_texts:
-        n = min(_BATCH, n_texts - len(texts))
+        n = min(n_batch, n_texts - len(texts))
         prompts = [starts[(len(texts) + i) % len(starts)] for i in range(n)]
         continued = _continue(model, tokenizer, prompts, n_new, seed + len(texts))
         texts += [prompt + text for prompt, text in zip(prompts, continued, strict=True)]
@@ -91,7 +135,16 @@ def free_text(
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
+    """Whether there is one that takes a user's turn and an answer as plain text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": "Yes."}]
+    try:
+        made = [tokenizer.apply_chat_template(t, tokenize=False) for t in (turns[:1], turns)]
+    except Exception as error:  # templates raise whatever they like
+        logger.info("the chat template is not used: %s", error)
+        return False
+    return all(_MARK in text for text in made)
 
 
 def dialogues(
@@ -103,8 +156,9 @@ def dialogues(
     marked = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
     start = marked[: marked.index(_MARK)]
     texts: list[str] = []
+    n_batch = _batch(model, 2 * n_new)
     while len(texts) < n_texts:
-        n = min(_BATCH, n_texts - len(texts))
+        n = min(n_batch, n_texts - len(texts))
         questions = _continue(model, tokenizer, [start] * n, 64, seed + len(texts))
         turns = [[{"role": "user", "content": q.strip() or "Hello!"}] for q in questions]
         prompts = [

@@ -36,7 +36,8 @@ HUB_TEXTS = {
     f"lang-{code}": HubText("HuggingFaceFW/fineweb-2", language.config, "train", "text")
     for code, language in LANGUAGES.items()
 }
-BUILTIN_TEXTS = ("docs", "code", "prose", "dialogue", *(f"prose-{code}" for code in LANGUAGES))
+WRITTEN = ("prose", "dialogue", *(f"prose-{code}" for code in LANGUAGES))  # by the model itself
+BUILTIN_TEXTS = ("docs", "code", *WRITTEN)
 AUTO = "auto"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import load_file, save_file
 
 from quantkit import hub
 from quantkit.blockwise import BlockwiseModel, compute_dtype, load_tokenizer
@@ -34,7 +34,7 @@ from quantkit.gptq.fisher import output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
 from quantkit.memory import Shelf, free_memory
 from quantkit.rowmap import load_row_maps
-from quantkit.rundir import PARTIAL, replacing, write_json
+from quantkit.rundir import PARTIAL, read_json, replacing, write_json
 from quantkit.stages import StageResult, fetch, open_model
 from quantkit.statistics import (
     block_file,
@@ -52,6 +52,7 @@ NAME = "calibrate"
 VERSION = 3
 FIELDS = ("calibration", "profile", "seed", "device")
 
+_TOKENS, _MIX = "tokens.safetensors", "mix.json"
 N_CTX = 512  # tokens per sequence
 _BATCH_TOKENS = 4096  # per forward call
 _FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens price a layer well
@@ -66,20 +67,11 @@ def execute(run: Run) -> StageResult:
     dtype = compute_dtype(run.config.device)
     model = open_model(run, NAME, snapshot.folder, dtype, run.config.device)
     tokenizer = load_tokenizer(snapshot.folder)
-    tokens_path, report_path = folder / "tokens.safetensors", folder / "calibration.json"
-
-    mix = _read_mix(run, model.model, tokenizer)
-    domains, note = mix.domains, mix.note
-    tokens = _tokens(run, domains, tokenizer)
-    with replacing(tokens_path) as partial:
-        save_file({name: torch.from_numpy(ids) for name, ids in tokens.items()}, partial)
-    outputs = [tokens_path]
-    for name, text in _eval_texts(run, domains, tokenizer).items():
-        path = folder / "eval" / f"{name}.txt"
-        with replacing(path) as partial:
-            partial.write_text(text, "utf-8", newline="")
-        outputs.append(path)
-
+    about = _write_texts(run, model, tokenizer, folder)
+    tokens_path, report_path = folder / _TOKENS, folder / "calibration.json"
+    stored = load_file(tokens_path)
+    tokens = {part: stored[part] for part in ("train", "heldout")}
+    outputs = [tokens_path, *(folder / "eval" / name for name in about["eval"])]
     statistics = _collect(run, model, tokens, folder)
     if not fisher_file(folder).exists():
         ids = torch.from_numpy(tokens["heldout"][: max(1, _FISHER_TOKENS // N_CTX)])
@@ -94,13 +86,11 @@ def execute(run: Run) -> StageResult:
         if m.module in statistics and statistics[m.module].in_blocks
     }
     imatrix_path = folder / "imatrix.gguf"
-    names = [f"{d.name} ({d.source})" for d, _ in domains]
+    names = [f"{row['name']} ({row['source']})" for row in about["domains"]]
     write_imatrix(imatrix_path, importances, names, len(tokens["train"]), N_CTX)
     report = {
         "spec": shown(run.config.calibration),
-        "note": note,
-        "domains": sources.describe(domains),
-        "languages": {code: round(bits, 3) for code, bits in mix.languages.items()},
+        **{key: about[key] for key in ("note", "domains", "languages")},
         "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
         "n_ctx": N_CTX,
         "n_imatrix_entries": len(importances),
@@ -112,7 +102,7 @@ def execute(run: Run) -> StageResult:
         imatrix_path,
         *sorted((folder / "hessians").glob("*.safetensors")),
     ]
-    return StageResult(outputs, {"n_tokens": report["n_tokens"], "note": note})
+    return StageResult(outputs, {"n_tokens": report["n_tokens"], "note": about["note"]})
 
 
 def is_intermediate(path: str) -> bool:
@@ -120,14 +110,43 @@ def is_intermediate(path: str) -> bool:
     return "/hessians/" in path
 
 
-def _read_mix(run: Run, model: Any, tokenizer: Any) -> Mix:
+def _write_texts(run: Run, model: BlockwiseModel, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Write the tokens and the texts to validate on; what the report says of them. Once: a killed
+    stage goes on with the text that it began with, for neither the Hub nor a model gives the same
+    text again everywhere.
+    """
+    path = folder / _MIX
+    if path.exists():
+        known: dict[str, Any] = read_json(path)
+        run.events.emit(NAME, "note", f"going on with the text that was read: {known['note']}")
+        return known
+    mix = _read_mix(run, model, tokenizer)
+    tokens = _tokens(run, mix.domains, tokenizer)
+    with replacing(folder / _TOKENS) as partial:
+        save_file(tokens, partial)
+    texts = _eval_texts(run, mix.domains, tokenizer)
+    for name, text in texts.items():
+        with replacing(folder / "eval" / f"{name}.txt") as partial:
+            partial.write_text(text, "utf-8", newline="")
+    about = {
+        "note": mix.note,
+        "domains": sources.describe(mix.domains),
+        "languages": {code: round(bits, 3) for code, bits in mix.languages.items()},
+        "eval": [f"{name}.txt" for name in texts],
+    }
+    write_json(path, about)
+    return about
+
+
+def _read_mix(run: Run, model: BlockwiseModel, tokenizer: Any) -> Mix:
     """The calibration mix as documents."""
 
     def progress(done: int, total: int, message: str) -> None:
         run.events.progress(NAME, done, total, message)
 
     profile = run.profile
-    reader = Reader(model, tokenizer, hub.resolve_token(), run.config.seed, progress)
+    token, seed = hub.resolve_token(), run.config.seed
+    reader = Reader(model.model, tokenizer, token, seed, progress, model.is_streamed)
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
     mix = reader.mix(run.config.calibration, n_tokens, profile.eval_windows * N_CTX)
     run.events.emit(NAME, "note", mix.note)
