@@ -307,8 +307,7 @@ class RunConfig:
         value["levels"] = None if value["levels"] is None else tuple(value["levels"])
         return cls(**value)
 
-    # What may differ when a run is started again in the same folder: where it is published, and on
-    # what it computes.
+    # What may differ when a run is started again in the same folder: where it is published.
     FREE_ON_RESUME = ("publish", "private", "public", "collection")
 
     def changed_fields(self, other: RunConfig) -> list[str]:

@@ -19,6 +19,7 @@ from quantkit.tensors import is_in_block
 _PROGRAM = 300_000_000  # Python with numpy and gguf
 _TORCH = 550_000_000  # and with torch and transformers
 _WHOLE_SHARE = 0.5  # of the free memory that a model may take: quantkit.streaming
+_SEARCH_SEQUENCES = 32  # quantkit.search.evolve
 _STATES_SHARE = 0.5  # of the free memory: quantkit.search.fitness
 _ACTIVATIONS_SHARE = 0.25  # of the free memory: quantkit.stages.calibrate
 _N_CTX, _BATCH_TOKENS = 512, 4096  # quantkit.stages.calibrate
@@ -116,7 +117,7 @@ def stage_memory(
     logits = 4 * _TARGETS_ROWS * shapes.n_vocab
     activations = min(2 * n_tokens * shapes.width, int(_ACTIVATIONS_SHARE * free))
     batch = min(n_tokens, _BATCH_TOKENS) * (6 * shapes.widest + 16 * shapes.width)
-    n_sequences = max(1, profile.heldout_tokens // _N_CTX)
+    n_sequences = max(1, min(_SEARCH_SEQUENCES, profile.heldout_tokens // _N_CTX))
     states = 4 * _N_CTX * n_sequences * shapes.width * (len(shapes.blocks) + 1)
     return {
         "fetch": _PROGRAM,
@@ -149,17 +150,32 @@ def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
     return 5 * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
 
 
-def tuned_block_bytes(base: GgufFile) -> int:
-    """What tuning the largest block takes, without which nothing is tuned."""
-    return _TUNED_WEIGHT * _Shapes.of(base).n_block
+def search_target_bytes(config: RunConfig, base: GgufFile) -> int:
+    """The file of what candidates are compared with."""
+    n_sequences = min(_SEARCH_SEQUENCES, PROFILES[config.profile].heldout_tokens // _N_CTX)
+    return 2 * n_sequences * _N_CTX * _Shapes.of(base).n_vocab
+
+
+def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
+    """What tuning holds on its device, which has `free` bytes, the model included: without that
+    nothing is tuned.
+    """
+    shapes = _Shapes.of(base)
+    inside = shapes.n_all - shapes.n_outside
+    is_whole = 4 * shapes.n_all <= _WHOLE_SHARE * free
+    model = 4 * shapes.n_outside + (4 * inside if is_whole else 0)
+    return model + _tuned_block(config, shapes, free)
 
 
 def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
-    """A block's weights, levels, gradients and Adam's moments; the file's tensors; hidden states of
-    the original and the tuned file.
+    """`_tuned_block`, the file's tensors and their pages."""
+    return _tuned_block(config, shapes, free) + shapes.n_all if config.tuning_steps else 0
+
+
+def _tuned_block(config: RunConfig, shapes: _Shapes, free: int) -> int:
+    """A block's weights, levels, gradients and Adam's moments; hidden states of the original and
+    the tuned file.
     """
-    if not config.tuning_steps:
-        return 0
     n_tokens = min(
         PROFILES[config.profile].calibration_tokens,
         config.tuning_steps * TUNING_BATCH * _N_CTX // _TUNING_ROUNDS,
@@ -167,13 +183,8 @@ def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
     streams = 2 * 4 * (n_tokens + _TUNING_HELDOUT) * shapes.width
     batch = TUNING_BATCH * _N_CTX * (32 * shapes.widest + 80 * shapes.width)
     table = 2 * 4 * shapes.largest  # as the original's and as the file's
-    return (
-        _TUNED_WEIGHT * shapes.n_block
-        + batch
-        + shapes.n_all  # the file's tensors, and their pages
-        + table
-        + min(streams, int(2 * _TUNING_SHARE * free))
-    )
+    states = min(streams, int(2 * _TUNING_SHARE * free))
+    return _TUNED_WEIGHT * shapes.n_block + batch + table + states
 
 
 def _vocabulary(shapes: _Shapes, levels: LevelPlan) -> int:

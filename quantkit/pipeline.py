@@ -7,6 +7,7 @@ that command.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import importlib
 import time
@@ -101,9 +102,27 @@ def _failures_told(events: EventLog) -> Iterator[list[str | None]]:
         events.emit(begun[-1], "failed", "Interrupted.", remedy="Run the same command again.")
         raise
     except Exception as error:
+        told = _want_of_room(error)
+        if told is not None:
+            events.emit(begun[-1], "failed", told.message, remedy=told.remedy)
+            raise told from error
         message = f"{type(error).__name__}: {error}"
         events.emit(begun[-1], "failed", message, remedy="This is a bug: please report it.")
         raise
+
+
+def _want_of_room(error: Exception) -> QuantkitError | None:
+    """What to say of an error that means no more than a full disk or memory."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return QuantkitError("The disk is full.", "Free some, and resume: what is done stays.")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage has
+        return QuantkitError(
+            "The GPU has too little memory free.",
+            "End what else uses it, or resume with QUANTKIT_MEMORY set to less than it has.",
+        )
+    if isinstance(error, MemoryError):
+        return QuantkitError("There is too little memory.", "End what else uses it, and resume.")
+    return None
 
 
 def publish(

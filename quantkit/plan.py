@@ -21,7 +21,7 @@ from quantkit.context import context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
-from quantkit.footprint import stage_memory
+from quantkit.footprint import search_target_bytes, stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
@@ -169,6 +169,7 @@ def estimates(
         + hessians
         + uniform
         + 3 * base_bytes // 2
+        + search_target_bytes(config, base)
     )
     if info.base is not None or info.quantization is not None:  # written out in 16 bits once more
         disk += base_bytes

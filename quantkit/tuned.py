@@ -79,7 +79,7 @@ def lack_of_memory(needed: int, free: int) -> str:
     """Why files are not tuned where memory is missing; empty where there is enough."""
     if needed <= free:
         return ""
-    return f"a block takes {size(needed)} to tune and {size(free)} are free"
+    return f"tuning takes {size(needed)} and {size(free)} are free"
 
 
 def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stored]:

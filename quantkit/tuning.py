@@ -132,9 +132,7 @@ class Tuner:
 
     def _put(self, stream: str, batch: int, hidden: torch.Tensor) -> None:
         if not self._streams[stream].put(batch, hidden):
-            raise QuantkitError(
-                "There is no disk left for hidden states.", "Free some, or do not tune."
-            )
+            raise QuantkitError("There is no disk left for hidden states.", "Free some.")
 
     def _get(self, stream: str, batch: int) -> torch.Tensor:
         return self._streams[stream].get(batch).to(self._model.device)

@@ -123,12 +123,16 @@ class SlotFile:
     harmless.
     """
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        """Go on with a partial file that has this very layout, else start afresh."""
+    def __init__(self, path: Path, layout: Layout, reopen: bool = False) -> None:
+        """Go on with a partial file that has this very layout, else start afresh; with `reopen`
+        also with one that is finished.
+        """
         self.path = path
         self.layout = layout
         self._partial = path.with_name(path.name + PARTIAL)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if reopen and path.exists() and not self._partial.exists():
+            os.replace(path, self._partial)
         self.resumed = self._is_begun()
         if not self.resumed:
             with self._partial.open("wb") as file:

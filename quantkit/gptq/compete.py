@@ -17,10 +17,12 @@ from quantkit.gptq.descent import N_SWEEPS, descend, row_errors
 from quantkit.gptq.solver import Factor, Rows, gptq_experts, output_error
 from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
+from quantkit.memory import free_memory
 from quantkit.qtypes import QuantType
 
 _STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at work
-_STACKED_WEIGHTS_CUDA = 1 << 29  # a GPU needs many rows to be busy: about 8 GB
+_STACKED_WEIGHTS_CUDA = 1 << 29  # a GPU needs many rows to be busy
+_STACKED_BYTES = 40  # that a GPU holds for each of them at most
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def solve_tensor(
     """
     n_rows, n_columns = weight.shape
     device = inputs.heldout.device if inputs else torch.device("cpu")
-    limit = _STACKED_WEIGHTS_CUDA if device.type == "cuda" else _STACKED_WEIGHTS
+    limit = _STACKED_WEIGHTS if device.type == "cpu" else _stacked_on_gpu()
     step = max(1, limit // (n_columns * len(types)))
     parts = []
     for first in range(0, n_rows, step):
@@ -122,6 +124,11 @@ def solve_tensor(
         rows = weight[first:last]
         parts.append(solve_rows(rows, types, methods, inputs, own, n_sweeps, theirs))
     return {qtype: _decide(qtype, parts) for qtype in types}
+
+
+def _stacked_on_gpu() -> int:
+    """Weights times types in one sweep: fewer where the GPU has little memory free."""
+    return min(_STACKED_WEIGHTS_CUDA, max(1 << 22, free_memory("cuda") // _STACKED_BYTES))
 
 
 def _decide(qtype: QuantType, parts: Sequence[Part]) -> Solved:
@@ -188,7 +195,7 @@ def solve_rows(
 def experts_at_once(n_rows: int, n_columns: int, n_types: int) -> int:
     """How many experts' tensors of this size `solve_experts` is handed on a GPU."""
     of_one = max(n_rows * n_columns * n_types, 8 * n_columns * n_columns)
-    return max(1, _STACKED_WEIGHTS_CUDA // of_one)
+    return max(1, _stacked_on_gpu() // of_one)
 
 
 def solve_experts(

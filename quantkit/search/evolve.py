@@ -50,6 +50,9 @@ class Evaluator(Protocol):
         """What the next candidates are changes of; it is evaluated by itself, before them."""
 
 
+MOST_SEQUENCES = 32  # that decide
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the tokens of the search are spent. Sequences are counted from the first."""
@@ -69,7 +72,7 @@ class Plan:
         def whole(n: int) -> int:
             return max(batch, n // batch * batch)
 
-        deciding = whole(min(n_sequences, 32))
+        deciding = whole(min(n_sequences, MOST_SEQUENCES))
         rounds = tuple(sorted({whole(2), whole(deciding // 3), deciding}))
         return cls(n_tokens, rounds, (5, 2, 1)[-len(rounds) :])
 

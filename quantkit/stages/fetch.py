@@ -77,6 +77,10 @@ def execute(run: Run) -> StageResult:
         run.events.emit(NAME, "note", f"merging {info.id} onto {info.base.id}")
         base_files, own_files = ([f.path for f in i.files] for i in (info.base, info))
         made = merge(base, base_files, adapter, own_files, folder)
+    if folder.is_relative_to(run.dir.path):  # that folder may be moved, or named otherwise
+        folder = folder.relative_to(run.dir.path)
+    else:
+        folder = folder.absolute()
     path = write_json(_path(run.dir), {"info": info, "folder": str(folder)})
     summary = {
         "model": info.id,
@@ -118,8 +122,8 @@ def load(run_dir: RunDir) -> Snapshot:
     at the same commit. Raises QuantkitError when a local folder has changed.
     """
     value = read_json(_path(run_dir))
-    info, folder = hub.ModelInfo.from_json(value["info"]), Path(value["folder"])
-    is_made = folder.is_relative_to(run_dir.path)  # and looked after by the manifest
+    info, folder = hub.ModelInfo.from_json(value["info"]), run_dir.path / value["folder"]
+    is_made = not Path(value["folder"]).is_absolute()  # and looked after by the manifest
     if not is_made and hub.damaged_files(info, folder):
         folder = hub.download(info, hub.resolve_token())
     return Snapshot(info, folder)

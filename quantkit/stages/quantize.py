@@ -34,7 +34,7 @@ from quantkit.levels import LevelPlan, plan_levels
 from quantkit.outside import PREFIX, Outsider, open_outsiders, rows_of
 from quantkit.qtypes import FILE_TYPES, QuantType
 from quantkit.rowmap import RowMap, load_row_maps
-from quantkit.rundir import read_json, sha256_file, write_json
+from quantkit.rundir import PARTIAL, read_json, sha256_file, write_json
 from quantkit.stages import StageResult, convert
 from quantkit.statistics import (
     ExpertStatistics,
@@ -76,8 +76,12 @@ def execute(run: Run) -> StageResult:
     folder = run.dir.stage_dir(NAME)
     base = convert.load_base(run.dir)
     plan = plan_levels(convert.load_specs(run.dir), run.config)
-    files = {level: _open(folder / f"{level}.gguf", base, plan, level) for level in plan.levels}
-    done_path = folder / "done.json"
+    # Until the stage is recorded: a kill while files are finished or hashed loses nothing.
+    done_path = folder / f"done.json{PARTIAL}"
+    again = done_path.exists()
+    files = {
+        level: _open(folder / f"{level}.gguf", base, plan, level, again) for level in plan.levels
+    }
     done: dict[str, Any] = (
         read_json(done_path)
         if done_path.exists() and all(f.resumed for f in files.values())
@@ -114,7 +118,6 @@ def execute(run: Run) -> StageResult:
         "dampings": [d for u in done.values() for d in u["dampings"]],
     }
     outputs = [f.path for f in files.values()] + [write_json(folder / "errors.json", report)]
-    done_path.unlink(missing_ok=True)
     winners = [level["method"] for types in errors.values() for level in types.values()]
     return StageResult(
         outputs,
@@ -127,7 +130,7 @@ def is_intermediate(path: str) -> bool:
     return path.endswith(".gguf")
 
 
-def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType) -> SlotFile:
+def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType, again: bool) -> SlotFile:
     labels = (
         level.name,
         f"{level}_M",
@@ -138,7 +141,7 @@ def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType) -> Slot
         KeyValue.uint32("general.file_type", FILE_TYPES[label]),
         KeyValue.uint32("general.quantization_version", 2),
     ]
-    return SlotFile(path, lay_out(base, plan.uniform(level), key_values))
+    return SlotFile(path, lay_out(base, plan.uniform(level), key_values), reopen=again)
 
 
 def _units(run: Run, plan: LevelPlan, maps: Mapping[str, RowMap]) -> Iterator[Unit]:

@@ -13,7 +13,6 @@ the found files are tuned, block by block: `tuned-<bytes>.gguf` is a level file 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ import numpy as np
 
 from quantkit.budgets import Budget
 from quantkit.errors import QuantkitError
-from quantkit.footprint import tuned_block_bytes
+from quantkit.footprint import tuning_bytes
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import Layout, slot_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
@@ -32,15 +31,16 @@ from quantkit.levels import plan_levels
 from quantkit.output import Provenance, lay_out_output
 from quantkit.plan import budgets_of
 from quantkit.qtypes import QuantType
-from quantkit.rundir import RunDir, read_json, replacing, write_json
+from quantkit.rundir import RunDir, read_json, write_json
+from quantkit.search import answers
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, prune
 from quantkit.search.caps import cap_types
-from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
+from quantkit.search.evolve import MOST_SEQUENCES, Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.foresee import AfterTuning, costs_after
 from quantkit.search.propose import Costs, damages, knapsack, knapsacks, spend, uniform
 from quantkit.search.workers import Workers
 from quantkit.stages import StageResult, convert, database, fetch, open_model
-from quantkit.tensors import CandidateKey, to_json
+from quantkit.tensors import CandidateKey
 from quantkit.tuned import (
     Outcome,
     lack_of_memory,
@@ -80,7 +80,11 @@ def execute(run: Run) -> StageResult:
     path = folder / "budgets.json"
     known = read_json(path) if path.exists() else {}
     expects = known.get("expects_tuning", run.config.tuning_steps > 0 and not reason)
-    table = {"budgets": asked, "refused": refused, "expects_tuning": expects}
+    choices = answers.fingerprint(space)
+    if known.get("choices", choices) != choices:  # levels were made anew since: numbers mean others
+        for left in folder.glob("*/*.json"):
+            left.unlink()
+    table = {"budgets": asked, "refused": refused, "expects_tuning": expects, "choices": choices}
     outputs = [write_json(path, table)]
     searcher = _Searcher(run, base, space, asked, expects)
     found: list[_Found] = []
@@ -257,7 +261,7 @@ class _Searcher:
             report: dict[str, Any] = {"searched": False, "reason": "every tensor's type is given"}
         else:
             chosen = np.array(state.best.choices, np.int64)
-            report = _summary(state) | {"expects_tuning": self._expects_tuning}
+            report = answers.summary(state) | {"expects_tuning": self._expects_tuning}
         about = {
             "target": budget.target,
             "limit_bytes": budget.limit_bytes,
@@ -266,9 +270,9 @@ class _Searcher:
             "largest_bytes": space.n_bytes(space.largest),
             **report,
         }
-        outputs = [write_json(allocation_path, _by_name(space, chosen))]
+        outputs = [write_json(allocation_path, answers.by_name(space, chosen))]
         if state is not None:
-            outputs += [state_path, _write_trace(folder / "trace.jsonl", state)]
+            outputs += [state_path, answers.write_trace(folder / "trace.jsonl", state)]
         return _Found(budget, chosen, outputs, about)
 
     def _evolve(
@@ -285,11 +289,14 @@ class _Searcher:
         position, n_budgets = self._budgets.index(budget), len(self._budgets)
         what = f"{budget.target}: " if n_budgets > 1 else ""
         kl = "expected KL" if self._expects_tuning else "KL"
+        stage_folder = self._run.dir.stage_dir(NAME)
 
         def save(state: SearchState) -> None:
             write_json(path, state)
             best = state.best
-            _show_best(space, np.array(best.choices, np.int64), self._run.dir.stage_dir(NAME))
+            choices = np.array(best.choices, np.int64)
+            # For whoever watches; the stage itself never reads it.
+            write_json(stage_folder / "best.json", answers.by_name(space, choices))
             done = min(state.n_tokens, plan.n_tokens)
             events.progress(
                 NAME,
@@ -300,7 +307,7 @@ class _Searcher:
                 kl=best.kl,
                 stderr=best.stderr,
                 n_tokens=state.n_tokens,
-                n_bytes=space.n_bytes(np.array(best.choices, np.int64)),
+                n_bytes=space.n_bytes(choices),
                 budget=budget.target,
                 expects_tuning=self._expects_tuning,
             )
@@ -317,27 +324,6 @@ class _Searcher:
             events.emit(NAME, "note", what + said)
             save(state)
         return evolve(space, evaluator, self._costs, plan, state, save)
-
-
-def _summary(state: SearchState) -> dict[str, Any]:
-    return {
-        "searched": True,
-        "generations": state.generation,
-        "tokens": state.n_tokens,
-        "proposal_kl": state.history[0][2],
-        "kl": state.best.kl,
-        "kl_stderr": state.best.stderr,
-    }
-
-
-def _show_best(space: SearchSpace, choices: Choices, folder: Path) -> None:
-    """The best allocation so far, for whoever watches; the stage itself never reads it."""
-    write_json(folder / "best.json", _by_name(space, choices))
-
-
-def _by_name(space: SearchSpace, choices: Choices) -> dict[str, dict[str, str]]:
-    keys = space.keys(choices)
-    return {name: {"qtype": str(k.qtype), "method": k.method} for name, k in keys.items()}
 
 
 def _evaluator(run: Run, space: SearchSpace, limit_bytes: int) -> Evaluator:
@@ -375,6 +361,7 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
             f"{len(unmapped)} tensors cannot be put into the model: their damage is estimated only",
         )
     ids = load_file(run.dir.stage_dir("calibrate") / "tokens.safetensors")["heldout"]
+    ids = ids[:MOST_SEQUENCES]
     if len(ids) < _LEAST_SEQUENCES:
         raise QuantkitError(
             "There are too few held-out tokens to search with.",
@@ -390,7 +377,8 @@ def _reason_not_to_tune(run: Run, base: GgufFile) -> str:
         return ""
     from quantkit.memory import free_memory
 
-    reason = lack_of_memory(tuned_block_bytes(base), free_memory(run.config.device))
+    free = free_memory(run.config.device)
+    reason = lack_of_memory(tuning_bytes(run.config, base, free), free)
     if reason:
         run.events.emit(NAME, "note", f"not tuned: {reason}")
     return reason
@@ -440,11 +428,3 @@ def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layou
         run.dir.stage_dir(NAME),
         exact,
     )
-
-
-def _write_trace(path: Path, state: SearchState) -> Path:
-    with replacing(path) as partial:
-        names = ("generation", "tokens", "kl", "stderr")
-        lines = [json.dumps(dict(zip(names, row, strict=True))) for row in to_json(state.history)]
-        partial.write_text("\n".join(lines) + "\n", "utf-8")
-    return path

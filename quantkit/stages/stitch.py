@@ -110,9 +110,16 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
         label = nearest_label(base, layout.n_bytes, matrices)
         found.append((budget, lay_out_output(base, types, made, label), label))
     labels = [label for _, _, label in found]
-    for budget, layout, label in found:
-        bpw = 8 * layout.n_bytes / base.n_elements if labels.count(label) > 1 else None
-        yield budget, layout, label, file_name(model, label, bpw)
+    bpws = [8 * layout.n_bytes / base.n_elements for _, layout, _ in found]
+    for decimals in range(2, 17):  # as many as tell all of them apart
+        names = [
+            file_name(model, label, bpw if labels.count(label) > 1 else None, decimals)
+            for label, bpw in zip(labels, bpws, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            break
+    for (budget, layout, label), name in zip(found, names, strict=True):
+        yield budget, layout, label, name
 
 
 def _sources(run: Run, budget: Budget, chosen: Mapping[str, Candidate]) -> dict[str, Source]:

@@ -1,0 +1,46 @@
+"""What a search came to, as it is kept: by names and numbers that outlive the process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from quantkit.rundir import replacing
+from quantkit.search.allocation import Choices, SearchSpace
+from quantkit.search.evolve import SearchState
+from quantkit.tensors import to_json
+
+
+def summary(state: SearchState) -> dict[str, Any]:
+    """What the report says of a search."""
+    return {
+        "searched": True,
+        "generations": state.generation,
+        "tokens": state.n_tokens,
+        "proposal_kl": state.history[0][2],
+        "kl": state.best.kl,
+        "kl_stderr": state.best.stderr,
+    }
+
+
+def by_name(space: SearchSpace, choices: Choices) -> dict[str, dict[str, str]]:
+    """The type and the method of every tensor."""
+    keys = space.keys(choices)
+    return {name: {"qtype": str(k.qtype), "method": k.method} for name, k in keys.items()}
+
+
+def fingerprint(space: SearchSpace) -> str:
+    """Of all that the numbers of choices stand for: sha256 of the candidates and their bytes."""
+    rows = [[to_json(c.key), c.n_bytes] for of_tensor in space.candidates for c in of_tensor]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def write_trace(path: Path, state: SearchState) -> Path:
+    """The KL after every generation: JSON, an object a line."""
+    with replacing(path) as partial:
+        names = ("generation", "tokens", "kl", "stderr")
+        lines = [json.dumps(dict(zip(names, row, strict=True))) for row in to_json(state.history)]
+        partial.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
