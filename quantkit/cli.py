@@ -268,16 +268,16 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         targets=tuple(targets),
         profile=arguments.profile,
         levels=tuple(arguments.levels.split(",")) if arguments.levels else None,
-        levels_from=tuple(_absolute(name) for name in arguments.levels_from),
+        levels_from=tuple(_given_file("--levels-from", n) for n in arguments.levels_from),
         methods=tuple(arguments.methods.split(",")),
         types=load_types_map(arguments.types) if arguments.types else (),
         max_types=arguments.max_types,
         tuning=arguments.tuning,
         tensors=arguments.tensors,
         calibration=spec.absolute(arguments.calibration),
-        eval_text=_given_file("--eval-text", arguments.eval_text),
-        tasks=_given_file("--tasks", arguments.tasks),
-        compare=tuple(_absolute(name) for name in arguments.compare),
+        eval_text=arguments.eval_text and _given_file("--eval-text", arguments.eval_text),
+        tasks=arguments.tasks and _given_file("--tasks", arguments.tasks),
+        compare=tuple(_given_file("--compare", name) for name in arguments.compare),
         seed=arguments.seed,
         device=arguments.device,
         publish=getattr(arguments, "publish", None),
@@ -291,18 +291,16 @@ def _listed(given: str | None) -> list[str]:
     return [entry.strip() for entry in given.split(",")] if given is not None else []
 
 
-def _absolute(name: str) -> str:
-    """A local path that means the same wherever the run is taken up again."""
-    return name if name.startswith("hf://") else str(Path(name).expanduser().absolute())
-
-
-def _given_file(option: str, name: str | None) -> str | None:
-    """The absolute path of a file that an option names. Raises UsageError when it is not there."""
-    if name is None:
-        return None
-    if not Path(name).expanduser().is_file():
+def _given_file(option: str, name: str) -> str:
+    """A file that an option names, by a path that means the same wherever the run is taken up
+    again. Raises UsageError when it is not there.
+    """
+    if name.startswith("hf://"):
+        return name
+    path = Path(name).expanduser().absolute()
+    if not path.is_file():
         raise UsageError(f"There is no file {name}.", f"Check the path after {option}.")
-    return _absolute(name)
+    return str(path)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_too_little_memory_to_tune(
     write_json(left / "tuning.json", {**outcome, "tensors": ["token_embd.weight"]})
     answer = quantkit("resume", run.folder, env={**offline, "QUANTKIT_MEMORY": "1MB"})
     assert answer.code == 0, answer.err
-    assert "not tuned: a block takes" in answer.err
+    assert "not tuned: tuning takes" in answer.err
     assert "are free" in run.report["outputs"][0]["search"]["tuning"]["reason"]
-    assert any("Not tuned: a block takes" in line for line in _card(run))
+    assert any("Not tuned: tuning takes" in line for line in _card(run))
     assert run.hashes == whole_run[0].hashes

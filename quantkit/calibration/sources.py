@@ -117,12 +117,24 @@ def hub_text(
     import datasets
 
     source = HUB_TEXTS[name]
+
+    def rendered(messages: list[dict[str, str]]) -> str:
+        try:
+            return render_chat(messages)
+        except Exception as error:  # templates raise whatever they like
+            raise QuantkitError(
+                f"The model's chat template fails on a dialogue of {source.repo}: {error}",
+                "Leave dialogues out, such as --calibration fineweb-edu,c4,code.",
+            ) from error
+
     try:
         rows = datasets.load_dataset(
             source.repo, source.config, split=source.split, streaming=True, token=token
         )
         values = (row[source.column] for row in rows)
-        yield from _up_to(limit, (v if isinstance(v, str) else render_chat(v) for v in values if v))
+        yield from _up_to(limit, (v if isinstance(v, str) else rendered(v) for v in values if v))
+    except QuantkitError:
+        raise
     except Exception as error:  # datasets raises many kinds for one thing: the data did not come
         raise QuantkitError(
             f"The dataset {source.repo} cannot be read from the Hub: {str(error).splitlines()[0]}",

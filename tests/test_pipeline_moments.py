@@ -1,0 +1,159 @@
+"""Moments between two files: what a kill there leaves is taken up, what no longer fits is not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Answer, Run
+
+from quantkit import pipeline
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
+from quantkit.rundir import EventLog, RunDir, StageRecord, read_json, write_json
+from quantkit.stages import calibrate, fetch, quantize, search, stitch
+
+pytestmark = pytest.mark.slow
+
+
+def go_on(run: Run, until: str) -> None:
+    config = RunConfig.from_json(read_json(run.dir.config_path))
+    pipeline.run(config, run.folder, until=until)
+
+
+def sizes(*sizes: int) -> list[dict[str, str]]:
+    return [{"kind": "size", "value": str(n)} for n in sizes]
+
+
+def test_levels_that_are_finished_but_not_recorded(
+    whole_run: tuple[Run, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing gigabytes takes a while; a kill then costs no work."""
+    expected = whole_run[0]
+    run = expected.fork(tmp_path / "run", "quantize")
+
+    def killed(self: RunDir, record: StageRecord) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "save_record", killed)
+        go_on(run, "quantize")
+    levels = sorted(path.name for path in run.levels.glob("*.gguf"))
+    assert levels and "quantize" not in run.dir.records()
+    os.replace(run.levels / levels[0], run.levels / f"{levels[0]}.partial")  # between two finishes
+
+    def solved(*_: Any) -> None:
+        raise AssertionError("it was solved again")
+
+    monkeypatch.setattr(quantize, "_solve_unit", solved)
+    go_on(run, "quantize")
+    assert not list(run.levels.glob("*.partial"))
+    record, wanted = run.dir.records()["quantize"], expected.dir.records()["quantize"]
+    assert [o.sha256 for o in record.outputs] == [o.sha256 for o in wanted.outputs]
+
+
+def test_text_that_changed_while_calibrate_was_at_work(
+    whole_run: tuple[Run, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage ends with the text that it began with, and says so."""
+    text = tmp_path / "own.txt"
+    documents = whole_run[0].dir.stage_dir("calibrate") / "eval"
+    text.write_text("\n\n".join(path.read_text("utf-8") for path in documents.glob("*.txt")) * 3)
+    run = whole_run[0].fork(tmp_path / "run", "calibrate", calibration=str(text))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(calibrate, "output_fisher", killed)
+        go_on(run, "calibrate")
+    tokens = run.dir.stage_dir("calibrate") / "tokens.safetensors"
+    before = tokens.read_bytes()
+    text.unlink()
+    go_on(run, "calibrate")
+    assert tokens.read_bytes() == before
+    assert any("going on with the text" in event.message for event in run.events)
+    report = read_json(run.dir.stage_dir("calibrate") / "calibration.json")
+    assert [domain["name"] for domain in report["domains"]] == ["own.txt"]
+
+
+def test_answers_to_other_choices_are_forgotten(
+    whole_run: tuple[Run, Answer], tmp_path: Path
+) -> None:
+    """A search's numbers stand for levels: when those were made anew, old ones mean nothing."""
+    run = whole_run[0].fork(tmp_path / "run", "search")
+    go_on(run, "search")
+    (budget,) = search.load_budgets(run.dir)
+    wanted = search.load_allocation(run.dir, budget)
+    folder = search.budget_dir(run.dir, budget)
+    state = read_json(folder / "state.json")
+    state["best"]["choices"] = [0 for _ in state["best"]["choices"]]
+    write_json(folder / "state.json", state)
+    table = read_json(folder.parent / "budgets.json")
+    write_json(folder.parent / "budgets.json", {**table, "choices": "other"})
+    manifest = read_json(run.folder / "manifest.json")
+    del manifest["stages"]["search"]
+    write_json(run.folder / "manifest.json", manifest)
+    go_on(run, "search")
+    assert search.load_allocation(run.dir, budget) == wanted
+    assert read_json(folder / "state.json")["best"]["choices"] != state["best"]["choices"]
+
+
+def test_files_of_nearly_one_size(whole_run: tuple[Run, Answer], tmp_path: Path) -> None:
+    """Two names, however many decimals that takes."""
+    (budget,) = search.load_budgets(whole_run[0].dir)
+    run = whole_run[0].fork(
+        tmp_path / "run", "search", targets=sizes(*(budget.limit_bytes - 300 * i for i in range(6)))
+    )
+    go_on(run, "stitch")
+    outputs = stitch.load_outputs(run.dir)
+    names = [output.file for output in outputs]
+    assert len(outputs) > 1 and len(set(names)) == len(names)
+    for output in outputs:
+        n_bytes = (run.dir.stage_dir("stitch") / output.file).stat().st_size
+        assert n_bytes == output.n_bytes <= output.budget.limit_bytes
+
+
+def test_a_folder_that_was_moved(
+    whole_run: tuple[Run, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run made itself is looked for in its folder, however that is spelled."""
+    run = whole_run[0].fork(tmp_path / "run", "convert")
+    path = run.dir.stage_dir("fetch") / "snapshot.json"
+    made = run.dir.stage_dir("fetch") / "model"
+    made.mkdir()
+    write_json(path, {**read_json(path), "folder": "1-fetch/model"})
+    assert fetch.load(run.dir).folder == made
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert fetch.load(RunDir(Path("moved"))).folder == Path("moved/1-fetch/model")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(28, "No space left on device"), "The disk is full"),
+        (MemoryError(), "too little memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "The GPU has too"),
+    ],
+)
+def test_want_of_room_is_no_bug(
+    whole_run: tuple[Run, Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    sentence: str,
+) -> None:
+    run = whole_run[0].fork(tmp_path / "run", "database")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("quantkit.stages.database.execute", fail)
+    with pytest.raises(QuantkitError, match=sentence):
+        go_on(run, "database")
+    last = run.events[-1]
+    assert last.kind == "failed" and "bug" not in last.data["remedy"]
+    assert EventLog(run.dir.events_path)  # the run can be taken up
