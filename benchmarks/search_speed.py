@@ -40,7 +40,7 @@ from quantkit.search.mutate import mutate
 from quantkit.search.propose import knapsack, nearby, uniform
 from quantkit.tensors import Candidate, CandidateKey
 
-N_CTX, N_SEQUENCES, TILE = 512, 64, 64
+N_CTX, N_SEQUENCES, TILE = 512, 32, 64  # as many sequences as a search decides by
 
 MODELS = {
     "llama-8b": (
