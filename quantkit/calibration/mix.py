@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Reader:
     progress: Progress
     is_streamed: bool = False  # every token that the model writes would read all of its weights
 
+    @cached_property
+    def _talks(self) -> bool:
+        """Whether there is a chat template: tried once, not for every dialogue."""
+        return sampling.has_chat_template(self.tokenizer)
+
     def mix(self, spec: str, n_tokens: int, n_eval: int) -> Mix:
         """The texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each text
         some more to hold `n_eval` out. Raises QuantkitError when a text cannot be read or none is
@@ -66,7 +72,7 @@ class Reader:
         domains: list[tuple[Domain, float]] = []
         seen: set[str] = set()
         for request in requests:
-            if request.name == "dialogue" and not sampling.has_chat_template(self.tokenizer):
+            if request.name == "dialogue" and not self._talks:
                 note += "; no dialogue, because the tokenizer has no chat template"
                 continue
             share = request.weight / total
@@ -140,7 +146,7 @@ class Reader:
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         """Chat messages as the model reads them."""
-        if sampling.has_chat_template(self.tokenizer):
+        if self._talks:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         return "\n\n".join(m["content"] for m in messages)
 

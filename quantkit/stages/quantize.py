@@ -83,9 +83,7 @@ def execute(run: Run) -> StageResult:
         level: _open(folder / f"{level}.gguf", base, plan, level, again) for level in plan.levels
     }
     done: dict[str, Any] = (
-        read_json(done_path)
-        if done_path.exists() and all(f.resumed for f in files.values())
-        else {}
+        read_json(done_path) if again and all(f.resumed for f in files.values()) else {}
     )
     outsiders = open_outsiders(run.config.levels_from, convert.load_specs(run.dir))
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
