@@ -3,14 +3,17 @@
     python benchmarks/big_model.py FOLDER [--blocks 4] [--until publish] [--tokens 4096]
                                    [--levels Q3_K,Q4_K] [--memory 12GiB] [--pause N]
                                    [--device cuda] [--tuning STEPS]
+                                   [--windows 2] [--beside 3]
 
 FOLDER gets the checkpoint (one shard a block) and the run. Weights are random, scaled so that
 logits have a standard deviation of 3; the vocabulary has 128,256 tokens, of which the tokenizer (of
 SmolLM2) knows 49,152. `--tokens` is how many calibrate, a quarter more judges, and as many are
-searched with; the head gets one type alone, Q6_K. `--memory` is QUANTKIT_MEMORY of the run, and on
-a GPU all that PyTorch may take of it: what does not fit fails. With `--pause` the run is killed at
-its first progress after so many seconds and taken up again by the next call; times add up, peaks
-are those of all pieces. It is published to a Hub on this machine.
+searched with; the head gets one type alone, Q6_K. validate reads `--windows` of each text and
+measures `--beside` of llama.cpp's files of at most the output's size, and the next larger.
+`--memory` is QUANTKIT_MEMORY of the run, and on a GPU all that PyTorch may take of it: what does
+not fit fails. With `--pause` the run is killed at its first progress after so many seconds and
+taken up again by the next call; times add up, peaks are those of all pieces. It is published to a
+Hub on this machine.
 
 Memory is the resident set of the process and its children: pages of mapped files count as long as
 they are mapped. "anonymous" leaves those out, which the system takes back when others need memory.
@@ -34,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from quantkit import config as settings  # noqa: E402
+from quantkit import meter  # noqa: E402
 from quantkit.config import RunConfig, Target  # noqa: E402
 from quantkit.rundir import STAGES, Event, read_json, write_json  # noqa: E402
 
@@ -54,6 +58,8 @@ def main() -> None:
     parser.add_argument("--memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tuning", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--beside", type=int, default=3)
     parser.add_argument("--pause", type=float, default=float("inf"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -168,13 +174,18 @@ def planned(options: argparse.Namespace) -> dict[str, int]:
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
-    """The demo's profile with other numbers of tokens."""
+    """The demo's profile with other numbers of tokens, and its efforts with other numbers of files
+    to stand beside the output.
+    """
+    efforts: Any = meter.EFFORTS
+    efforts["demo"] = dataclasses.replace(efforts["demo"], n_below=options.beside)
     profiles: Any = settings.PROFILES
     profiles["demo"] = dataclasses.replace(
         profiles["demo"],
         calibration_tokens=options.tokens,
         heldout_tokens=max(2048, options.tokens // 4),
         search_tokens=options.tokens,
+        eval_windows=options.windows,
     )
     return RunConfig(
         model=str(options.folder / "Big-Llama"),

@@ -90,10 +90,12 @@ class World:
         )
         self.names = list(self.maps)
 
-    def fitness(self, name: str = "targets", dtype: torch.dtype = torch.float32) -> Fitness:
+    def fitness(
+        self, name: str = "targets", dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> Fitness:
         """A fresh evaluator on a fresh copy of the model."""
         return Fitness(
-            BlockwiseModel(copy.deepcopy(self.model).to(dtype)),
+            BlockwiseModel(copy.deepcopy(self.model).to(device, dtype)),
             self.space,
             self.maps,
             self.folder,
@@ -257,9 +259,12 @@ def test_a_part_of_the_sequences(world: World) -> None:
         cached.kl(child, 0, cached.n_batch - 1)
 
 
-def test_kl_in_16_bits(world: World) -> None:
-    """The residual stream and the head stay in float32: little is lost."""
-    fitness = world.fitness(dtype=torch.bfloat16)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kl_in_16_bits(world: World, device: str) -> None:
+    """The residual stream and the logits stay in float32: little is lost."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    fitness = world.fitness(dtype=torch.bfloat16, device=device)
     found = fitness.kl(middle(world), 0, N_SEQUENCES).mean()
     assert found == pytest.approx(world.true_kl(middle(world)).mean(), rel=0.05)
 
@@ -315,10 +320,11 @@ def test_tensors_that_cannot_be_put_into_the_model(world: World) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_targets_in_16_bits(tmp_path: Path) -> None:
-    """Against float64: very peaked, flat, and with probabilities down to 1e-20. Logits around 100
-    are themselves no better than 5e-6 in float32.
+def test_targets_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, four rows at a time: very peaked, flat, and with probabilities down to
+    1e-20. Logits around 100 are themselves no better than 5e-6 in float32.
     """
+    monkeypatch.setattr("quantkit.search.targets._VALUES_AT_ONCE", 2000)
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.0, 0.1, 1.0, 3.0, 8.0, 30.0])
     base = torch.randn(6, 500, generator=generator) * scales[:, None]

@@ -20,9 +20,10 @@ import torch
 from quantkit.blockwise import BlockCall, BlockwiseModel
 from quantkit.memory import Shelf, free_memory
 from quantkit.rowmap import RowMap
+from quantkit.search import precision
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.targets import Targets
-from quantkit.search.weights import Weights, precision
+from quantkit.search.weights import Weights
 
 CHUNKS = 8  # a sequence's KL is given for each eighth: more samples for paired comparisons
 _SEQUENCES_PER_BATCH = {"cpu": 2, "cuda": 8}
@@ -38,7 +39,7 @@ class _Pass:
     first: int
     at: int
     hidden: torch.Tensor
-    calls: list[BlockCall]
+    calls: Sequence[BlockCall]
 
 
 class Fitness:
@@ -125,7 +126,7 @@ class Fitness:
 
     def _begin(self, choices: Choices | None, first: int, last: int) -> _Pass:
         """A batch before the first block that the candidate does not share with the parent."""
-        hidden, calls = self._model.trace(self._ids[first:last])
+        hidden, calls = precision.begin(self._model, self._ids[first:last])
         start = self._shared(choices)
         if start and (first, start) in self._states:
             return _Pass(first, start, self._states.get((first, start)).to(hidden.device), calls)
@@ -151,7 +152,7 @@ class Fitness:
         """All blocks over all batches of a span, a block at a time; keeps the parent's states."""
         is_parent = self._is_parent(choices)
         for index in range(min(part.at for part in span), len(self._model.blocks)):
-            with self._model.holding(index), precision(self._model):
+            with self._model.holding(index), precision.products(self._model):
                 for part in span:
                     if part.at > index:
                         continue

@@ -8,6 +8,7 @@ thousand of the model's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from quantkit.memory import free_memory
 
 _SCALE = 4096.0  # float16 holds 6e-8 .. 65504: probabilities from 1.5e-11 up survive
 _DEVICE_SHARE = 0.3  # of a GPU's free memory that targets may take
+# On a CPU, of a few rows at a time: what is in between stays in the cache, three times as fast.
+_VALUES_AT_ONCE = 1 << 18
 
 
 class Targets:
@@ -39,21 +42,32 @@ class Targets:
 
     def put(self, first: int, logits: torch.Tensor) -> None:
         """Store the distributions of consecutive positions: logits (n, n_vocab), float32."""
-        stored = (torch.softmax(logits.float(), -1) * _SCALE).half()
-        own = slice(first, first + len(stored))
-        self._write(first, stored)
-        p = stored.float()
-        total = p.sum(-1, dtype=torch.float64)
-        self._totals[own] = total
-        self._entropies[own] = total.log() - torch.xlogy(p, p).sum(-1, dtype=torch.float64) / total
+        for own, part in self._parts(first, logits):
+            stored = (torch.softmax(part.float(), -1) * _SCALE).half()
+            self._write(own.start, stored)
+            p = stored.float()
+            total = p.sum(-1, dtype=torch.float64)
+            of_logs = torch.xlogy(p, p).sum(-1, dtype=torch.float64)
+            self._totals[own] = total
+            self._entropies[own] = total.log() - of_logs / total
 
     def kl(self, first: int, logits: torch.Tensor) -> torch.Tensor:
         """KL(base || candidate) in nats at consecutive positions: float64 (n,), on the logits'
         device, for candidate logits (n, n_vocab), float32.
         """
-        own = slice(first, first + len(logits))
-        p = self._read(first, len(logits)).to(logits.device)
-        return _cross_entropy(p, logits) / self._totals[own] - self._entropies[own]
+        parts = [
+            _cross_entropy(self._read(own.start, len(part)).to(part.device), part)
+            / self._totals[own]
+            - self._entropies[own]
+            for own, part in self._parts(first, logits)
+        ]
+        return torch.cat(parts)
+
+    def _parts(self, first: int, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of consecutive positions, and which positions those are."""
+        n = len(logits) if logits.is_cuda else max(1, _VALUES_AT_ONCE // self.n_vocab)
+        for i, part in enumerate(logits.split(n)):
+            yield slice(first + n * i, first + n * i + len(part)), part
 
     # Written and read, not mapped: pages of a mapped file count as memory of the process.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS, Format
 from quantkit.memory import free_memory
 from quantkit.rowmap import RowMap
+from quantkit.search import precision
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.tensors import Candidate
 
@@ -44,7 +44,7 @@ class Weights:
         self._resident: dict[tuple[str, int], torch.Tensor] = {}
         self._decoded: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
         device = model.device
-        _widen(model)
+        precision.prepare(model)
         # Bytes of the GPU's memory that packed rows may still take, and decoded ones.
         self.room = self.decoded_room = self.scratch = 0
         if device.type == "cuda":
@@ -78,9 +78,7 @@ class Weights:
 
     def _prepare(self, block: int) -> None:
         """Make a block what it is to be: its weights have just come from the checkpoint."""
-        for parameter in self._model.blocks[block].parameters():
-            if parameter.dim() < 2:
-                parameter.data = parameter.data.float()
+        precision.prepare_block(self._model.blocks[block])
         own = [i for i, of_tensor in enumerate(self.block_of) if of_tensor == block]
         self._there[own] = _BASE
         self._put(own)
@@ -155,23 +153,3 @@ def _decoded(form: Format, packed: torch.Tensor, n_columns: int) -> torch.Tensor
     for first in range(0, len(packed), n):
         values[first : first + n] = form.values(packed[first : first + n])
     return values
-
-
-def _widen(model: BlockwiseModel) -> None:
-    """Keep the model in float32, in place, but for the matrices inside blocks.
-
-    The rounding of a 16-bit residual stream or of 16-bit logits is as large as what candidates
-    differ by; products inside blocks may be in 16 bits (`precision`).
-    """
-    for name, parameter in model.model.named_parameters():
-        if model.block_of(name) is None:
-            parameter.data = parameter.data.float()
-
-
-def precision(model: BlockwiseModel) -> AbstractContextManager[object]:
-    """The context in which blocks are run: products in the type of their matrices."""
-    matrices = (p for block in model.blocks for p in block.parameters() if p.dim() >= 2)
-    dtype = next(matrices).dtype
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(model.device.type, dtype)

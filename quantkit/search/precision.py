@@ -1,0 +1,97 @@
+"""In what precision candidates run: 32 bits wherever rounding to 16 would be as large as what they
+differ by, that is the residual stream and the logits; products in the type of their matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.blockwise import BlockCall, BlockwiseModel
+
+
+def prepare(model: BlockwiseModel) -> None:
+    """Keep the model in float32, in place, but for the matrices inside blocks; on a GPU, which
+    gives float32 products of 16-bit matrices, also but for embeddings and head.
+    """
+    dtype = matrix_dtype(model)
+    stays = model.device.type == "cuda" and dtype != torch.float32
+    for name, parameter in model.model.named_parameters():
+        if model.block_of(name) is None and not (stays and parameter.dim() >= 2):
+            parameter.data = parameter.data.float()
+    if dtype == torch.float32:
+        return
+    for block in model.blocks:
+        for module in block.modules():
+            if _is_norm(module):
+                module.register_forward_hook(lambda _module, _inputs, out: _narrow(out, dtype))
+    if stays:
+        for head in model.head_linears().values():
+            head.forward = _wide_product(head)
+
+
+def prepare_block(block: nn.Module) -> None:
+    """The same for a block whose weights have just come from the checkpoint."""
+    for parameter in block.parameters():
+        if parameter.dim() < 2:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def products(model: BlockwiseModel) -> Iterator[None]:
+    """The context in which blocks are run."""
+    dtype = matrix_dtype(model)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[BlockCall]]:
+    """A trace whose hidden state, (batch, n_tokens, n_embd), is float32, and whose other arguments
+    of blocks are what products take: rotary tables of 32 bits would make all of attention wide.
+    """
+    hidden, calls = model.trace(ids)
+    dtype = matrix_dtype(model)
+    return hidden.float(), [
+        BlockCall(_narrow(call.args, dtype), _narrow(call.kwargs, dtype)) for call in calls
+    ]
+
+
+def matrix_dtype(model: BlockwiseModel) -> torch.dtype:
+    """The type of the matrices inside blocks."""
+    return next(p for b in model.blocks for p in b.parameters() if p.dim() >= 2).dtype
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A module that scales what the matrices after it read. Their inputs are rounded once here,
+    not by each of them.
+    """
+    own = list(module.parameters())
+    return "norm" in type(module).__name__.lower() and all(p.dim() < 2 for p in own)
+
+
+def _narrow(value: Any, dtype: torch.dtype) -> Any:
+    """Every floating-point tensor in a nest of containers as `dtype`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _narrow(v, dtype) for key, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_narrow(v, dtype) for v in value)
+    return value
+
+
+def _wide_product(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear layer's forward, with float32 products of 16-bit factors."""
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        rows = states.flatten(0, -2).to(head.weight.dtype)
+        logits = torch.mm(rows, head.weight.T, out_dtype=torch.float32)
+        if head.bias is not None:
+            logits += head.bias
+        return logits.unflatten(0, states.shape[:-1])
+
+    return forward
