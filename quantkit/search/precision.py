@@ -86,12 +86,14 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
 
 def _wide_product(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """A linear layer's forward, with float32 products of 16-bit factors."""
+    assert isinstance(head, nn.Linear)
+    linear: nn.Linear = head
 
     def forward(states: torch.Tensor) -> torch.Tensor:
-        rows = states.flatten(0, -2).to(head.weight.dtype)
-        logits = torch.mm(rows, head.weight.T, out_dtype=torch.float32)
-        if head.bias is not None:
-            logits += head.bias
+        rows = states.flatten(0, -2).to(linear.weight.dtype)
+        logits = torch.mm(rows, linear.weight.T, out_dtype=torch.float32)
+        if linear.bias is not None:
+            logits += linear.bias
         return logits.unflatten(0, states.shape[:-1])
 
     return forward
