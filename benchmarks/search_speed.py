@@ -13,8 +13,10 @@ output, its numbers as JSON to --out.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -154,25 +156,28 @@ class Clock:
         print(f"{name:58} {value:12.4g} {unit}", flush=True)
 
 
-def plain_forward(clock: Clock, model: LlamaForCausalLM, ids: torch.Tensor, n_batch: int) -> float:
-    """Tokens a second of the model's own forward, all logits included."""
+def plain_forward(model: LlamaForCausalLM, ids: torch.Tensor, n_batch: int) -> Callable[[], None]:
+    """The model's own forward, all logits included."""
 
     @torch.no_grad()
     def work() -> None:
         for first in range(0, len(ids), n_batch):
             model(ids[first : first + n_batch], use_cache=False)
 
-    work()
-    return ids.numel() / min(clock.seconds(work) for _ in range(3))
+    return work
 
 
 def measure(clock: Clock, world: World, ids: np.ndarray, n_tokens: int) -> None:
+    """On a CPU, whose clock depends on what it did before, plain passes and candidates take turns,
+    for which there is a second model; on a GPU the plain passes come first.
+    """
     device = clock.device
     on_device = torch.from_numpy(ids).to(device)
-    n_plain = min(len(ids), 16 if device == "cuda" else 4)
-    n_batch = {"cuda": 8, "cpu": 2}[device]
-    plain = plain_forward(clock, world.model, on_device[:n_plain], n_batch)
-    clock.note("plain forward", plain, "tokens/s")
+    n = min(len(ids), 16 if device == "cuda" else 4)
+    own = world.model if device == "cuda" else copy.deepcopy(world.model)
+    plain = plain_forward(own, on_device[:n], {"cuda": 8, "cpu": 2}[device])
+    plain()
+    plain_seconds = [clock.seconds(plain) for _ in range(3)] if device == "cuda" else []
     made: list[Fitness] = []
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -182,27 +187,25 @@ def measure(clock: Clock, world: World, ids: np.ndarray, n_tokens: int) -> None:
     fitness, space = made[0], world.space
     rng = np.random.default_rng(1)
     parent = knapsack(space, world.costs)
-    n = n_plain
 
     # Children as the search makes them, without a parent whose states could be used.
     children = [child(space, parent, world.costs, rng) for _ in range(6)]
     fitness.kl(parent, 0, n)
-    load = swapped = 0.0
-
-    def full_depth() -> None:
-        nonlocal load, swapped
-        for other in children:
-            load += clock.seconds(lambda other=other: fitness._weights.load(other))
-            swapped += int((other != parent).sum())
-            fitness.kl(other, 0, n)
-
-    full_depth()
-    load = swapped = 0.0
-    taken = clock.seconds(full_depth)
-    rate = len(children) * n * N_CTX / taken
+    for other in children:  # as in a search, whose children share most of their moves
+        fitness.kl(other, 0, n)
+    load, taken, swapped = [], [], 0
+    for other in children:
+        if device == "cpu":
+            plain_seconds.append(clock.seconds(plain))
+        swapped += int((other != parent).sum())
+        load.append(clock.seconds(lambda other=other: fitness._weights.load(other)))
+        taken.append(load[-1] + clock.seconds(lambda other=other: fitness.kl(other, 0, n)))
+    plain_rate, rate = (n * N_CTX / statistics.median(t) for t in (plain_seconds, taken))
+    clock.note("plain forward", plain_rate, "tokens/s")
     clock.note("candidates, whole depth, exact KL", rate, "tokens/s")
-    clock.note("... of the plain forward", rate / plain, "ratio")
-    clock.note(f"... putting in {swapped / len(children):.0f} tensors each", load / taken, "share")
+    clock.note("... of the plain forward", rate / plain_rate, "ratio")
+    share = sum(load) / sum(taken)
+    clock.note(f"... putting in {swapped / len(children):.0f} tensors each", share, "share")
 
     fitness.set_parent(parent)
     fitness.kl(parent, 0, n)

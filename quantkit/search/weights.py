@@ -18,8 +18,8 @@ from quantkit.search import precision
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.tensors import Candidate
 
-_DEVICE_SHARE = 0.4  # of a GPU's free memory that packed levels may take
-_DECODED_SHARE = 0.15  # and what was decoded of them lately
+_DEVICE_SHARE = 0.4  # of a GPU's free memory that packed levels may take; what they leave of it
+_DECODED_SHARE = 0.25  # and what was decoded of them lately
 _DECODED_AT_ONCE = 1 << 26  # weights
 _BASE = -1  # in the place of a choice: the base's own weight
 OUTSIDE = -1  # the block number of what lies outside of blocks: embeddings and head
@@ -50,8 +50,9 @@ class Weights:
         if device.type == "cuda":
             self.scratch = self._decoding_bytes()
             free = max(0, free_memory(str(device)) - self.scratch)
-            self.room = int(_DEVICE_SHARE * free)
-            self.decoded_room = int(_DECODED_SHARE * free)
+            packed = sum(c.n_bytes for own in space.candidates for c in own)
+            self.room = min(packed, int(_DEVICE_SHARE * free))
+            self.decoded_room = int((_DEVICE_SHARE + _DECODED_SHARE) * free) - self.room
         # The block that a tensor belongs to, OUTSIDE, or None for what is not in the model.
         self.block_of = [self._block_of(map_) for map_ in self._maps]
         model.prepare_with(self._prepare)
