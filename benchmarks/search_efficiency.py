@@ -31,7 +31,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file
 
 from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model
@@ -215,8 +214,6 @@ def judge_of(folder: Path, device: str) -> tuple[Judge, SearchSpace]:
     config = replace(RunConfig.from_json(read_json(directory.config_path)), device=device)
     run = Run(config, directory, EventLog(Path(os.devnull)))
     space = make_space(run, convert.load_base(directory))
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
     model = load_model(fetch.load(directory).folder, compute_dtype(device), device)
     maps = load_row_maps(directory.stage_dir("convert") / "rowmaps.safetensors")
     ids = load_file(directory.stage_dir("calibrate") / "tokens.safetensors")["heldout"]

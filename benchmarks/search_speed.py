@@ -179,8 +179,6 @@ def measure(clock: Clock, world: World, ids: np.ndarray, n_tokens: int) -> None:
     plain()
     plain_seconds = [clock.seconds(plain) for _ in range(3)] if device == "cuda" else []
     made: list[Fitness] = []
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
     model = BlockwiseModel(world.model)
     arguments = (world.space, world.maps, world.folder, ids, world.folder / "targets")
     clock.note("targets", clock.seconds(lambda: made.append(Fitness(model, *arguments))), "s")

@@ -55,7 +55,7 @@ PROFILES = {
     "fast": Profile(
         calibration_tokens=65_536,
         heldout_tokens=16_384,
-        search_tokens=98_304,
+        search_tokens=65_536,
         eval_windows=20,
         n_sweeps=4,
         tuning_steps=0,
