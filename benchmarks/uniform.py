@@ -25,7 +25,7 @@ from tuned_mix import tuned
 from quantkit import pipeline
 from quantkit.config import PROFILES, RunConfig, Target
 from quantkit.kquants.stock import StockRecipe
-from quantkit.qtypes import QuantType
+from quantkit.qtypes import QuantType, file_label
 from quantkit.rundir import RunDir
 from quantkit.stages import convert
 
@@ -66,9 +66,10 @@ def main() -> None:
         "level": [run.stage_dir("quantize") / f"{qtype}.gguf" for qtype in types],
     }
     if arguments.tuning:
+        recipes = {q: StockRecipe(file_label(QuantType(q)), True) for q in types}
         made = [
-            tuned(run, arguments.out / qtype, recipe_of(qtype), arguments.tuning, device)
-            for qtype in types
+            tuned(run, arguments.out / qtype, recipe, arguments.tuning, device)
+            for qtype, recipe in recipes.items()
         ]
         found |= {"level": [level for level, _ in made], "tuned": [path for _, path in made]}
     for text in arguments.text:
@@ -78,11 +79,6 @@ def main() -> None:
         measured = pool.map(lambda f: peer.weight_kl(f, arguments.text), files)
         kl = dict(zip(files, measured, strict=True))
     show(types, [text.name for text in arguments.text], found, kl)
-
-
-def recipe_of(qtype: str) -> StockRecipe:
-    """llama.cpp's name for a file of one type."""
-    return StockRecipe(f"{qtype}_M" if qtype in ("Q3_K", "Q4_K", "Q5_K") else qtype, True)
 
 
 def show(

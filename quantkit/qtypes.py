@@ -142,3 +142,11 @@ FILE_TYPES = {
     for member in gguf.LlamaFileType
     if member is not gguf.LlamaFileType.GUESSED
 }
+
+
+def file_label(qtype: QuantType) -> str:
+    """llama.cpp's name for a file of one quantized type: that of the mix around it, where the type
+    has none to itself.
+    """
+    names = (f"{qtype}{suffix}" for suffix in ("", "_M", "_MOE"))
+    return next(name for name in names if name in FILE_TYPES)

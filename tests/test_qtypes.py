@@ -12,7 +12,7 @@ from tiny_gguf import Shape, write_llama
 
 from quantkit.errors import UsageError
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
-from quantkit.qtypes import BF16, F16, F32, FILE_TYPES, QUANTIZED, QuantType, fallback
+from quantkit.qtypes import BF16, F16, F32, FILE_TYPES, QUANTIZED, QuantType, fallback, file_label
 
 LABELS = (*STOCK_MIXES, "TQ1_0", "TQ2_0", "MXFP4_MOE")
 MATRIX = "blk.0.ffn_up.weight"
@@ -82,6 +82,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, QuantType]:
 
 def test_the_dry_runs_name_every_type(asked: dict[str, QuantType]) -> None:
     assert set(asked.values()) == set(QUANTIZED)
+
+
+def test_a_file_of_one_type_has_the_label_of_that_type(asked: dict[str, QuantType]) -> None:
+    for qtype in QUANTIZED:
+        assert asked[file_label(qtype)] == qtype
 
 
 @pytest.mark.parametrize("stored", ["BF16", "F16", "F32"])

@@ -32,7 +32,7 @@ from quantkit.inputs import KnownInputs, make_inputs
 from quantkit.kquants import native
 from quantkit.levels import LevelPlan, plan_levels
 from quantkit.outside import PREFIX, Outsider, open_outsiders, rows_of
-from quantkit.qtypes import FILE_TYPES, QuantType
+from quantkit.qtypes import FILE_TYPES, QuantType, file_label
 from quantkit.rowmap import RowMap, load_row_maps
 from quantkit.rundir import PARTIAL, read_json, sha256_file, write_json
 from quantkit.stages import StageResult, convert
@@ -129,14 +129,8 @@ def is_intermediate(path: str) -> bool:
 
 
 def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType, again: bool) -> SlotFile:
-    labels = (
-        level.name,
-        f"{level}_M",
-        f"{level}_S",
-    )  # Q4_K files are labelled by the mix they are nearest to
-    label = next((name for name in labels if name in FILE_TYPES), "Q8_0")
     key_values = [
-        KeyValue.uint32("general.file_type", FILE_TYPES[label]),
+        KeyValue.uint32("general.file_type", FILE_TYPES[file_label(level)]),
         KeyValue.uint32("general.quantization_version", 2),
     ]
     return SlotFile(path, lay_out(base, plan.uniform(level), key_values), reopen=again)
