@@ -142,11 +142,14 @@ FILE_TYPES = {
     for member in gguf.LlamaFileType
     if member is not gguf.LlamaFileType.GUESSED
 }
+# Types without a label of their own name: a file of them alone has that of a mix.
+_OF_A_MIX = {
+    **{f"Q{bits}_K": f"Q{bits}_K_M" for bits in (3, 4, 5)},
+    "IQ2_S": "IQ2_M",  # the label IQ2_S is that of a mix around IQ2_XS
+    "MXFP4": "MXFP4_MOE",
+}
 
 
 def file_label(qtype: QuantType) -> str:
-    """llama.cpp's name for a file of one quantized type: that of the mix around it, where the type
-    has none to itself.
-    """
-    names = (f"{qtype}{suffix}" for suffix in ("", "_M", "_MOE"))
-    return next(name for name in names if name in FILE_TYPES)
+    """llama.cpp's name for a file of one quantized type."""
+    return _OF_A_MIX.get(qtype.name, qtype.name)
