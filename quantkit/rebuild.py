@@ -2,7 +2,8 @@
 
 From the kept level files the result is equal to the byte anywhere. From the base alone, the levels
 are made again first: equal to the byte on the same machine with the same versions and threads,
-elsewhere the same allocation.
+elsewhere the same allocation. A tuned file from the base alone repeats its search as well, which
+elsewhere may find another allocation: that is refused then, and the kept tuned file is needed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,26 @@ def test_choices_of_types() -> None:
     found = choices_of(space, {"t0": qtypes[0][2], "t1": qtypes[1][0], "other": "x"})
     assert found is not None and found.tolist() == [2, 0]
     assert choices_of(space, {"t0": qtypes[0][2]}) is None
-    assert choices_of(space, {"t0": qtypes[0][2], "t1": QuantType("MXFP4")}) is None
+
+
+def test_a_type_that_is_beaten_is_replaced_by_what_beats_it() -> None:
+    """Uniform files are proposed though one of their tensors lacks the type."""
+    plain = make_space([[10, 20, 30], [10, 20, 30]])
+    named = [
+        tuple(
+            replace(c, key=replace(c.key, qtype=QuantType(name)))
+            for c, name in zip(row, ("Q4_0", "Q4_1", "Q5_0"), strict=True)
+        )
+        for row in plain.candidates
+    ]
+    first, second, third = named[1]
+    kept = prune([first, replace(second, error=2 * first.error), third])
+    space = replace(plain, candidates=(named[0], kept))
+    wanted = {"Q4_0": [0, 0], "Q4_1": [1, 0], "Q5_0": [2, 1], "F32": [2, 1]}
+    for name, choices in wanted.items():
+        found = choices_of(space, dict.fromkeys(space.tensors, QuantType(name)))
+        assert found is not None and found.tolist() == choices
+    assert choices_of(space, dict.fromkeys(space.tensors, QuantType("Q2_K"))) is None
 
 
 LEVELS = ("Q2_K", "Q4_K", "Q6_K")

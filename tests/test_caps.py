@@ -76,4 +76,19 @@ def test_too_few_for_the_pins() -> None:
 @pytest.mark.parametrize("n_types", [4, 9])
 def test_enough_types_change_nothing(n_types: int) -> None:
     space = make_space(SIZES)
-    assert cap_types(space, errors, [space.limit_bytes], n_types) is space
+    assert cap_types(space, errors, [space.limit_bytes], n_types) == space
+
+
+def test_a_type_that_a_left_out_one_beats_is_a_choice() -> None:
+    """In the second tensor the second type is worse than the first, which is smaller: with one type
+    for all it is the best that fits nevertheless.
+    """
+    space = make_space([[100, 200, 400], [100, 200, 400]], 1000 + 500)
+    first, second, third = space.candidates[1]
+    beaten = replace(second, error=first.error + 0.1)
+    space = replace(space, candidates=(space.candidates[0], (first, beaten, third)))
+    capped = cap_types(space, errors, [space.limit_bytes], 1)
+    assert capped is not None
+    assert types_of(capped) == {second.key.qtype}
+    uncapped = cap_types(space, errors, [space.limit_bytes], 3)
+    assert uncapped is not None and len(uncapped.candidates[1]) == 2

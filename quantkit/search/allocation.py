@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from quantkit.qtypes import QuantType
 from quantkit.tensors import Candidate, CandidateKey
 
 Choices = npt.NDArray[np.int64]
@@ -87,25 +88,33 @@ class SearchSpace:
         }
 
 
+def in_order(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates of one tensor by rising bytes, of equal bytes the best first."""
+    return tuple(sorted(candidates, key=lambda c: (c.n_bytes, c.error, c.key)))
+
+
 def prune(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """The candidates of one tensor that are not beaten by one of at most their bytes; by rising
     bytes.
     """
     kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.n_bytes, c.error, c.key)):
+    for candidate in in_order(candidates):
         if not kept or candidate.error < kept[-1].error:
             kept.append(candidate)
     return tuple(kept)
 
 
-def choices_of(space: SearchSpace, types: Mapping[str, object]) -> Choices | None:
-    """The allocation whose tensors have these types, or None where a type is not among a tensor's
-    choices.
+def choices_of(space: SearchSpace, types: Mapping[str, QuantType]) -> Choices | None:
+    """The allocation nearest to these types: every tensor's largest choice of at most the bytes of
+    its type, which is that type unless it is beaten by a smaller one (`prune`) or is no level. None
+    where a tensor has no such choice, or no type.
     """
     found = []
     for name, candidates in zip(space.tensors, space.candidates, strict=True):
-        at = [k for k, c in enumerate(candidates) if c.key.qtype == types.get(name)]
-        if not at:
+        wanted = types.get(name)
+        at = {c.key.qtype: k for k, c in reversed(list(enumerate(candidates)))}
+        smaller = [at[q] for q in at if wanted and q.bpw <= wanted.bpw]
+        if wanted is None or not smaller:
             return None
-        found.append(at[0])
+        found.append(at.get(wanted, max(smaller)))
     return np.array(found, np.int64)

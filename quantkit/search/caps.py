@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from quantkit.qtypes import QuantType
-from quantkit.search.allocation import SearchSpace
+from quantkit.search.allocation import SearchSpace, prune
 from quantkit.search.propose import Costs, knapsack
 
 
@@ -19,7 +19,8 @@ def cap_types(
     limits: Sequence[int],
     n_types: int,
 ) -> SearchSpace | None:
-    """The space with the `n_types` types whose knapsacks promise the least damage, over all
+    """`space`, which need not be pruned: what a type is beaten by may be left out here. It is
+    pruned to the `n_types` types whose knapsacks promise the least damage, over all
     budgets `limits` (bytes); types of tensors without a choice count. None when no such set meets
     every budget.
     """
@@ -27,7 +28,7 @@ def cap_types(
     needed = {next(iter(types)) for types in choices if len(types) == 1}
     free = sorted(set().union(*choices) - needed)
     if len(needed) + len(free) <= n_types:
-        return space
+        return _only(space, needed.union(free))
     best: tuple[float, SearchSpace] | None = None
     for chosen in combinations(free, max(0, n_types - len(needed))):
         capped = _only(space, needed.union(chosen))
@@ -51,11 +52,10 @@ def _only(space: SearchSpace, types: set[QuantType]) -> SearchSpace | None:
     if not all(kept):
         return None
     pairs = list(zip(space.candidates, space.slot_bytes, kept, strict=True))
-    return replace(
-        space,
-        candidates=tuple(tuple(row[k] for k in ks) for row, _, ks in pairs),
-        slot_bytes=tuple(tuple(row[k] for k in ks) for _, row, ks in pairs),
-    )
+    candidates = tuple(prune([row[k] for k in ks]) for row, _, ks in pairs)
+    sizes = [dict(zip(row, slots, strict=True)) for row, slots, _ in pairs]
+    slots = tuple(tuple(of[c] for c in row) for row, of in zip(candidates, sizes, strict=True))
+    return replace(space, candidates=candidates, slot_bytes=slots)
 
 
 def _log_damage(space: SearchSpace, costs: Costs, n_bytes: int) -> float:

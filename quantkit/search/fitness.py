@@ -187,7 +187,7 @@ class Fitness:
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         """float32 (n positions, n_vocab) of hidden states (n sequences, n_ctx, n_embd)."""
-        return self._model.head(states).flatten(0, 1).float()
+        return precision.logits(self._model, states).flatten(0, 1)
 
     @torch.no_grad()
     def _make_targets(self, path: Path) -> Targets:

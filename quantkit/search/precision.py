@@ -5,7 +5,7 @@ differ by, that is the residual stream and the logits; products in the type of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,11 +55,28 @@ def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Seque
     """A trace whose hidden state, (batch, n_tokens, n_embd), is float32, and whose other arguments
     of blocks are what products take: rotary tables of 32 bits would make all of attention wide.
     """
-    hidden, calls = model.trace(ids)
     dtype = matrix_dtype(model)
+    with _surroundings(model):
+        hidden, calls = model.trace(ids)
     return hidden.float(), [
         BlockCall(_narrow(call.args, dtype), _narrow(call.kwargs, dtype)) for call in calls
     ]
+
+
+def logits(model: BlockwiseModel, states: torch.Tensor) -> torch.Tensor:
+    """float32 (n_sequences, n_ctx, n_vocab) of the last block's hidden states."""
+    with _surroundings(model):
+        return model.head(states).float()
+
+
+@contextmanager
+def _surroundings(model: BlockwiseModel) -> Iterator[None]:
+    """The context in which what lies outside of blocks is run: on a GPU matrices there are in 16
+    bits, and norms and biases in 32.
+    """
+    on_gpu = model.device.type == "cuda" and matrix_dtype(model) != torch.float32
+    with products(model) if on_gpu else nullcontext():
+        yield
 
 
 def matrix_dtype(model: BlockwiseModel) -> torch.dtype:
@@ -93,10 +110,11 @@ def _replace_forward(module: nn.Module, forward: Callable[[torch.Tensor], torch.
 def _product_on_gpu(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     """float32 products of a head's 16-bit weights."""
     rows = states.flatten(0, -2).to(head.weight.dtype)
-    logits = torch.mm(rows, head.weight.T, out_dtype=torch.float32)
+    with torch.autocast("cuda", enabled=False):
+        found = torch.mm(rows, head.weight.T, out_dtype=torch.float32)
     if head.bias is not None:
-        logits += head.bias
-    return logits.unflatten(0, states.shape[:-1])
+        found += head.bias
+    return found.unflatten(0, states.shape[:-1])
 
 
 def _product_on_cpu(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:

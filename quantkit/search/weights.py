@@ -48,7 +48,7 @@ class Weights:
         # Bytes of the GPU's memory that packed rows may still take, and decoded ones.
         self.room = self.decoded_room = self.scratch = 0
         if device.type == "cuda":
-            self.scratch = self._decoding_bytes()
+            self.scratch = self._decoding_bytes() + self._block_bytes()
             free = max(0, free_memory(str(device)) - self.scratch)
             packed = sum(c.n_bytes for own in space.candidates for c in own)
             self.room = min(packed, int(_DEVICE_SHARE * free))
@@ -56,6 +56,12 @@ class Weights:
         # The block that a tensor belongs to, OUTSIDE, or None for what is not in the model.
         self.block_of = [self._block_of(map_) for map_ in self._maps]
         model.prepare_with(self._prepare)
+
+    def _block_bytes(self) -> int:
+        """What a streamed block takes while it runs: none is there when memory is counted."""
+        if not self._model.is_streamed:
+            return 0
+        return max(sum(p.nbytes for p in b.parameters()) for b in self._model.blocks)
 
     def _decoding_bytes(self) -> int:
         """What decoding the largest tensor takes for a moment."""

@@ -33,7 +33,7 @@ from quantkit.plan import budgets_of
 from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.search import answers
-from quantkit.search.allocation import Choices, SearchSpace, choices_of, prune
+from quantkit.search.allocation import Choices, SearchSpace, choices_of, in_order, prune
 from quantkit.search.caps import cap_types
 from quantkit.search.evolve import MOST_SEQUENCES, Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.foresee import AfterTuning, costs_after
@@ -155,10 +155,13 @@ def provenance(run: Run) -> Provenance:
 
 
 def make_space(run: Run, base: GgufFile) -> SearchSpace:
-    """Every tensor's choices and the size of everything else; the budget is the largest file."""
+    """Every tensor's choices and the size of everything else; the budget is the largest file. Where
+    the types are capped, choices that others beat are in it still (`cap_types`).
+    """
     index = database.load(run.dir)
     tensors = tuple(index.candidates)
-    candidates = tuple(prune(index.candidates[name]) for name in tensors)
+    by_bytes = prune if run.config.max_types is None else in_order
+    candidates = tuple(by_bytes(index.candidates[name]) for name in tensors)
     smallest = {c[0].key.tensor: c[0].key.qtype for c in candidates}
     layout = lay_out_output(base, smallest, provenance(run), "Q8_0")
     slots = tuple(tuple(slot_bytes(base, c.n_bytes) for c in of_tensor) for of_tensor in candidates)
