@@ -34,6 +34,7 @@ from quantkit.config import PROFILES, RunConfig, Target
 from quantkit.ggufio.stitch import stitch as stitch_file
 from quantkit.output import lay_out_output
 from quantkit.rundir import EventLog, RunDir, read_json, sha256_file, write_json
+from quantkit.search.allocation import pruned
 from quantkit.search.propose import damages, knapsack
 from quantkit.stages import convert, database, search, stitch
 
@@ -157,7 +158,7 @@ def proposed_files(config: RunConfig, run: Path, sizes: list[int]) -> list[Path]
     directory = RunDir(run)
     work = pipeline.Run(config, directory, EventLog(directory.events_path))
     base, made = convert.load_base(directory), search.provenance(work)
-    whole, index = search.make_space(work, base), database.load(directory)
+    whole, index = pruned(search.make_space(work, base)), database.load(directory)
     folder = run.with_name("proposals")
     folder.mkdir(exist_ok=True)
     found = []

@@ -41,7 +41,7 @@ from quantkit.report.picture import Picture, Stroke, Words
 from quantkit.report.svg import standalone
 from quantkit.rowmap import load_row_maps
 from quantkit.rundir import EventLog, RunDir, read_json
-from quantkit.search.allocation import Choices, SearchSpace
+from quantkit.search.allocation import Choices, SearchSpace, pruned
 from quantkit.search.evolve import Plan, SearchState, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.propose import damages, knapsack, uniform
@@ -213,7 +213,7 @@ def judge_of(folder: Path, device: str) -> tuple[Judge, SearchSpace]:
     directory = RunDir(folder.absolute())
     config = replace(RunConfig.from_json(read_json(directory.config_path)), device=device)
     run = Run(config, directory, EventLog(Path(os.devnull)))
-    space = make_space(run, convert.load_base(directory))
+    space = pruned(make_space(run, convert.load_base(directory)))
     model = load_model(fetch.load(directory).folder, compute_dtype(device), device)
     maps = load_row_maps(directory.stage_dir("convert") / "rowmaps.safetensors")
     ids = load_file(directory.stage_dir("calibrate") / "tokens.safetensors")["heldout"]

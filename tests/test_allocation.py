@@ -21,7 +21,7 @@ from quantkit.levels import plan_levels
 from quantkit.output import Provenance, lay_out_output
 from quantkit.plan import budgets_of, check_sizes, specs_of
 from quantkit.qtypes import QuantType
-from quantkit.search.allocation import SearchSpace, choices_of, prune
+from quantkit.search.allocation import SearchSpace, choices_of, prune, pruned
 from quantkit.tensors import Candidate, CandidateKey
 
 
@@ -105,6 +105,24 @@ def test_choices_of_types() -> None:
     found = choices_of(space, {"t0": qtypes[0][2], "t1": qtypes[1][0], "other": "x"})
     assert found is not None and found.tolist() == [2, 0]
     assert choices_of(space, {"t0": qtypes[0][2]}) is None
+
+
+@given(spaces(), st.lists(st.floats(0.1, 1), min_size=1))
+def test_a_pruned_space_has_the_same_sizes(drawn: tuple, errors: list[float]) -> None:
+    """Whatever is kept costs what it did, and the smallest file is as small."""
+    space, _ = drawn
+    rows = tuple(
+        tuple(replace(c, error=errors[(i + k) % len(errors)]) for k, c in enumerate(row))
+        for i, row in enumerate(space.candidates)
+    )
+    space = replace(space, candidates=rows)
+    kept = pruned(space)
+    assert kept.candidates == tuple(map(prune, rows))
+    assert kept.n_bytes(kept.smallest) == space.n_bytes(space.smallest)
+    for row, slots, old, old_slots in zip(
+        kept.candidates, kept.slot_bytes, space.candidates, space.slot_bytes, strict=True
+    ):
+        assert [old_slots[old.index(c)] for c in row] == list(slots)
 
 
 def test_a_type_that_is_beaten_is_replaced_by_what_beats_it() -> None:

@@ -265,6 +265,8 @@ def test_kl_in_16_bits(world: World, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     fitness = world.fitness(dtype=torch.bfloat16, device=device)
+    (done,) = fitness._run([fitness._begin(None, 0, 2)])
+    assert done.hidden.dtype == fitness._model.head(done.hidden).dtype == torch.float32
     found = fitness.kl(middle(world), 0, N_SEQUENCES).mean()
     assert found == pytest.approx(world.true_kl(middle(world)).mean(), rel=0.05)
 

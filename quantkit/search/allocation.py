@@ -8,7 +8,7 @@ not searched are in `fixed_bytes`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -104,17 +104,27 @@ def prune(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(kept)
 
 
+def pruned(space: SearchSpace) -> SearchSpace:
+    """The space without choices that others of their tensor beat."""
+    sizes = [
+        dict(zip(candidates, slots, strict=True))
+        for candidates, slots in zip(space.candidates, space.slot_bytes, strict=True)
+    ]
+    kept = tuple(prune(candidates) for candidates in space.candidates)
+    slots = tuple(tuple(of[c] for c in row) for row, of in zip(kept, sizes, strict=True))
+    return replace(space, candidates=kept, slot_bytes=slots)
+
+
 def choices_of(space: SearchSpace, types: Mapping[str, QuantType]) -> Choices | None:
-    """The allocation nearest to these types: every tensor's largest choice of at most the bytes of
-    its type, which is that type unless it is beaten by a smaller one (`prune`) or is no level. None
+    """The allocation of a pruned space nearest to these types: every tensor's largest choice of at
+    most the bytes of its type, which is that type unless another beats it or it is no level. None
     where a tensor has no such choice, or no type.
     """
     found = []
     for name, candidates in zip(space.tensors, space.candidates, strict=True):
         wanted = types.get(name)
-        at = {c.key.qtype: k for k, c in reversed(list(enumerate(candidates)))}
-        smaller = [at[q] for q in at if wanted and q.bpw <= wanted.bpw]
-        if wanted is None or not smaller:
+        at = [k for k, c in enumerate(candidates) if wanted and c.key.qtype.bpw <= wanted.bpw]
+        if not at:
             return None
-        found.append(at.get(wanted, max(smaller)))
+        found.append(at[-1])
     return np.array(found, np.int64)

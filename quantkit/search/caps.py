@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from quantkit.qtypes import QuantType
-from quantkit.search.allocation import SearchSpace, prune
+from quantkit.search.allocation import SearchSpace, pruned
 from quantkit.search.propose import Costs, knapsack
 
 
@@ -28,7 +28,7 @@ def cap_types(
     needed = {next(iter(types)) for types in choices if len(types) == 1}
     free = sorted(set().union(*choices) - needed)
     if len(needed) + len(free) <= n_types:
-        return _only(space, needed.union(free))
+        return pruned(space)
     best: tuple[float, SearchSpace] | None = None
     for chosen in combinations(free, max(0, n_types - len(needed))):
         capped = _only(space, needed.union(chosen))
@@ -44,7 +44,7 @@ def cap_types(
 
 
 def _only(space: SearchSpace, types: set[QuantType]) -> SearchSpace | None:
-    """The space without candidates of other types; None when a tensor has none left."""
+    """The space of these types alone, pruned; None when a tensor has none left."""
     kept = [
         [k for k, c in enumerate(of_tensor) if c.key.qtype in types]
         for of_tensor in space.candidates
@@ -52,10 +52,12 @@ def _only(space: SearchSpace, types: set[QuantType]) -> SearchSpace | None:
     if not all(kept):
         return None
     pairs = list(zip(space.candidates, space.slot_bytes, kept, strict=True))
-    candidates = tuple(prune([row[k] for k in ks]) for row, _, ks in pairs)
-    sizes = [dict(zip(row, slots, strict=True)) for row, slots, _ in pairs]
-    slots = tuple(tuple(of[c] for c in row) for row, of in zip(candidates, sizes, strict=True))
-    return replace(space, candidates=candidates, slot_bytes=slots)
+    left = replace(
+        space,
+        candidates=tuple(tuple(row[k] for k in ks) for row, _, ks in pairs),
+        slot_bytes=tuple(tuple(row[k] for k in ks) for _, row, ks in pairs),
+    )
+    return pruned(left)
 
 
 def _log_damage(space: SearchSpace, costs: Costs, n_bytes: int) -> float:

@@ -4,8 +4,8 @@ differ by, that is the residual stream and the logits; products in the type of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -43,12 +43,10 @@ def prepare_block(block: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-@contextmanager
-def products(model: BlockwiseModel) -> Iterator[None]:
+def products(model: BlockwiseModel) -> AbstractContextManager[object]:
     """The context in which blocks are run."""
     dtype = matrix_dtype(model)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        yield
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[BlockCall]]:
@@ -69,14 +67,11 @@ def logits(model: BlockwiseModel, states: torch.Tensor) -> torch.Tensor:
         return model.head(states).float()
 
 
-@contextmanager
-def _surroundings(model: BlockwiseModel) -> Iterator[None]:
+def _surroundings(model: BlockwiseModel) -> AbstractContextManager[object]:
     """The context in which what lies outside of blocks is run: on a GPU matrices there are in 16
     bits, and norms and biases in 32.
     """
-    on_gpu = model.device.type == "cuda" and matrix_dtype(model) != torch.float32
-    with products(model) if on_gpu else nullcontext():
-        yield
+    return products(model) if model.device.type == "cuda" else nullcontext()
 
 
 def matrix_dtype(model: BlockwiseModel) -> torch.dtype:

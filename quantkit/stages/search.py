@@ -33,7 +33,7 @@ from quantkit.plan import budgets_of
 from quantkit.qtypes import QuantType
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.search import answers
-from quantkit.search.allocation import Choices, SearchSpace, choices_of, in_order, prune
+from quantkit.search.allocation import Choices, SearchSpace, choices_of, in_order, pruned
 from quantkit.search.caps import cap_types
 from quantkit.search.evolve import MOST_SEQUENCES, Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.foresee import AfterTuning, costs_after
@@ -155,13 +155,12 @@ def provenance(run: Run) -> Provenance:
 
 
 def make_space(run: Run, base: GgufFile) -> SearchSpace:
-    """Every tensor's choices and the size of everything else; the budget is the largest file. Where
-    the types are capped, choices that others beat are in it still (`cap_types`).
+    """Every tensor's choices, also those that others beat, and the size of everything else; the
+    budget is the largest file.
     """
     index = database.load(run.dir)
     tensors = tuple(index.candidates)
-    by_bytes = prune if run.config.max_types is None else in_order
-    candidates = tuple(by_bytes(index.candidates[name]) for name in tensors)
+    candidates = tuple(in_order(index.candidates[name]) for name in tensors)
     smallest = {c[0].key.tensor: c[0].key.qtype for c in candidates}
     layout = lay_out_output(base, smallest, provenance(run), "Q8_0")
     slots = tuple(tuple(slot_bytes(base, c.n_bytes) for c in of_tensor) for of_tensor in candidates)
@@ -171,10 +170,10 @@ def make_space(run: Run, base: GgufFile) -> SearchSpace:
 
 
 def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSpace:
-    """The space with at most as many types as were asked for."""
+    """The space of choices that none beats, of at most as many types as were asked for."""
     n_types = run.config.max_types
     if n_types is None:
-        return space
+        return pruned(space)
     capped = cap_types(space, damages, [b.limit_bytes for b in budgets], n_types)
     if capped is None:
         raise QuantkitError(
