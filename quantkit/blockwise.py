@@ -11,9 +11,9 @@ time, on whatever device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +108,22 @@ def load_tokenizer(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls one block, beside the hidden state."""
+    """How the model calls one block, beside the hidden state.
+
+    `shared` names the arguments in which blocks leave tensors for later blocks (Gemma 4: keys and
+    values): one mapping for all calls of a trace, empty before the first block.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    shared: tuple[str, ...] = ()
+
+    def with_left(self, left: Left) -> BlockCall:
+        """The same call after blocks that left this; what this block leaves is added to it."""
+        return replace(self, kwargs=self.kwargs | dict.fromkeys(self.shared, left))
+
+
+Left = dict[str, tuple[torch.Tensor, ...]]  # by the names that the blocks give them
 
 
 class BlockwiseModel:
@@ -175,6 +187,15 @@ class BlockwiseModel:
         for index in range(len(self.blocks)):
             if self.is_held(index):
                 prepare(index)
+
+    def text_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What takes part when text is read: not what sees or hears."""
+        stack = self.blocks_name.rpartition(".")[0]
+        parts = (self.model.get_submodule(stack), self.model.get_output_embeddings())
+        read = {id(parameter) for part in parts for parameter in part.parameters()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in read:
+                yield name, parameter
 
     def block_of(self, parameter: str) -> int | None:
         """The block that a parameter belongs to; None for one outside of blocks."""
@@ -247,7 +268,10 @@ class BlockwiseModel:
             def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index == 0:
                     embedded.append(hidden)
-                calls[index] = BlockCall(args, kwargs)
+                shared = tuple(
+                    n for n, v in kwargs.items() if isinstance(v, MutableMapping) and not v
+                )
+                calls[index] = BlockCall(args, kwargs, shared)
                 return self._answer(index, hidden)
 
             return note

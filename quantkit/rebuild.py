@@ -1,9 +1,8 @@
 """Make a published file again from its recipe.
 
 From the kept level files the result is equal to the byte anywhere. From the base alone, the levels
-are made again first: equal to the byte on the same machine with the same versions and threads,
-elsewhere the same allocation. A tuned file from the base alone repeats its search as well, which
-elsewhere may find another allocation: that is refused then, and the kept tuned file is needed.
+are made again first, and of a tuned file its tuning: equal to the byte on the same machine with the
+same versions and threads, elsewhere the same allocation. Nothing is searched again.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
@@ -23,8 +22,11 @@ from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
 from quantkit.output import Provenance, lay_out_output
 from quantkit.qtypes import FILE_TYPES, QuantType
-from quantkit.rundir import read_json, sha256_file
+from quantkit.rundir import EventLog, RunDir, read_json, sha256_file
 from quantkit.tuned import is_tuned
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Run
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,47 @@ def _check_base(recipe: Recipe, base: GgufFile) -> None:
 
 
 def _make_levels(recipe: Recipe, folder: Path) -> dict[str, Path]:
-    """Run the stages up to the levels again, at the recipe's revision and settings: a tuned file
-    comes after the search.
+    """Run the stages up to the levels again, at the recipe's revision and settings; a tuned file is
+    the recipe's allocation, tuned again.
     """
     from quantkit import pipeline
 
-    until = "search" if any(map(is_tuned, recipe.levels)) else "quantize"
-    pipeline.run(recipe.pinned_config, folder, until=until)
+    config, tuned = recipe.pinned_config, [name for name in recipe.levels if is_tuned(name)]
+    pipeline.run(config, folder, until="database" if tuned else "quantize")
+    run = pipeline.Run(config, RunDir(folder), EventLog(RunDir(folder).events_path))
+    for name in tuned:
+        _tune(recipe, run, folder / name)
     return _kept(recipe, folder)
+
+
+def _tune(recipe: Recipe, run: Run, path: Path) -> None:
+    """Make the tuned level file: every tensor of the type that the recipe says."""
+    from quantkit.stages import convert, database, search
+
+    base, index = convert.load_base(run.dir), database.load(run.dir)
+    reason = search.reason_not_to_tune(run, base)
+    if reason:
+        raise QuantkitError(
+            f"The file is tuned, and {reason}.", "Use a machine with more memory, or --levels."
+        )
+    types, files = recipe.types, recipe.files
+    chosen = {
+        c.key.tensor: c
+        for candidates in index.candidates.values()
+        for c in candidates
+        # Of a tensor that tuning changed, the recipe does not say what it was changed from.
+        if c.key.qtype == types[c.key.tensor] and files[c.key.tensor] in (c.file, path.name)
+    }
+
+    def progress(done: int, total: int, message: str) -> None:
+        run.events.progress(search.NAME, done, total, f"tuning {message}")
+
+    outcome, _ = search.tune(run, base, chosen, path, progress)
+    if not outcome.tensors:
+        raise QuantkitError(
+            "Tuning the file again did not bring it nearer to the original on this machine.",
+            "Use the kept tuned file: --levels.",
+        )
 
 
 def _stitch(

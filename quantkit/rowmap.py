@@ -149,6 +149,12 @@ class RowMatcher:
             for name, weight in self._weights.items()
             if getattr(module, "weight", None) is weight and isinstance(module, nn.Linear)
         }
+        # Gemma 4 looks up more than its input embeddings.
+        self._other_tables = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and module is not table
+        }
         self._index: dict[tuple[str, bool, QuantType], tuple[np.ndarray, np.ndarray]] = {}
         self._taken: dict[tuple[str, bool], np.ndarray] = {}  # which rows are a tensor's already
 
@@ -185,6 +191,12 @@ class RowMatcher:
             found = self._match_columns(spec, np.ascontiguousarray(packed))
         return found
 
+    def _reader(self, name: str) -> str:
+        """The module whose input a weight's columns are."""
+        if name in self._other_tables:
+            return ""
+        return self._heads.get(name, name.removesuffix(".weight"))
+
     def _match_columns(self, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
         """The map of a tensor whose columns are a weight's in another order, its rows in theirs."""
         upright = packed.reshape(*spec.shape, -1).swapaxes(0, 1)
@@ -200,13 +212,12 @@ class RowMatcher:
             order = np.argsort(digests, kind="stable")
             columns = _find(wanted, digests[order], order)
             if columns is not None and len(np.unique(columns)) == len(columns):
-                module = self._heads.get(name, name.removesuffix(".weight"))
                 return RowMap(
                     spec.name,
                     name,
                     transposed,
                     None,
-                    module,
+                    self._reader(name),
                     name in self._lookups,
                     columns=torch.from_numpy(columns),
                 )
@@ -247,7 +258,7 @@ class RowMatcher:
             name,
             transposed,
             None if identity else torch.from_numpy(rows),
-            "" if flipped else self._heads.get(name, name.removesuffix(".weight")),
+            "" if flipped else self._reader(name),
             name in self._lookups,
             flipped,
         )

@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 
-from quantkit.blockwise import BlockCall, BlockwiseModel, compute_dtype
-from quantkit.errors import QuantkitError
+from quantkit.blockwise import BlockCall, BlockwiseModel, Left, compute_dtype
 from quantkit.gptq.tunable import Tunable
 from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
-from quantkit.memory import Shelf, free_memory
+from quantkit.memory import free_memory
 from quantkit.qtypes import QuantType
 from quantkit.rowmap import RowMap
+from quantkit.states import States
 
 _STATES_SHARE = 0.1  # of the free memory, for each of the streams of hidden states
 _ROUNDS = 3  # how often a sequence is seen, where there are enough of them
@@ -107,7 +107,9 @@ class Tuner:
         self._batches = [_Batch(ids, model.trace(ids)[1]) for ids in parts]
         room = int(_STATES_SHARE * free_memory(str(model.device)))
         names = ("original", "tuned", "plain")
-        self._streams = {s: Shelf(scratch / f"tuning-{s}.partial", room) for s in names}
+        self._streams = {
+            s: States(scratch / f"tuning-{s}.partial", room, model.device) for s in names
+        }
         self._embed()
 
     @property
@@ -122,20 +124,23 @@ class Tuner:
         """The first block's inputs: of the original, and of the file's table of embeddings."""
         everything = range(len(self._batches))
         for i in everything:
-            self._put("original", i, self._model.trace(self._batches[i].ids)[0])
+            self._put("original", i, self._model.trace(self._batches[i].ids)[0], {})
         with self._outside_as_stored():
             for i in everything:
                 hidden = self._model.trace(self._batches[i].ids)[0]
-                self._put("tuned", i, hidden)
+                self._put("tuned", i, hidden, {})
                 if i in self._heldout:
-                    self._put("plain", i, hidden)
+                    self._put("plain", i, hidden, {})
 
-    def _put(self, stream: str, batch: int, hidden: torch.Tensor) -> None:
-        if not self._streams[stream].put(batch, hidden):
-            raise QuantkitError("There is no disk left for hidden states.", "Free some.")
+    def _put(self, stream: str, batch: int, hidden: torch.Tensor, left: Left) -> None:
+        self._streams[stream].put(batch, hidden, left)
 
-    def _get(self, stream: str, batch: int) -> torch.Tensor:
-        return self._streams[stream].get(batch).to(self._model.device)
+    def _get(self, stream: str, batch: int) -> tuple[torch.Tensor, Left]:
+        return self._streams[stream].get(batch, self._model.device)
+
+    def _wanted(self, batch: int) -> torch.Tensor:
+        """The original's hidden state."""
+        return self._get("original", batch)[0]
 
     @contextmanager
     def _outside_as_stored(self) -> Iterator[None]:
@@ -197,7 +202,7 @@ class Tuner:
 
     def _logits(self, stream: str, batch: int, sequence: int) -> torch.Tensor:
         """float32 (n_ctx, n_vocab) of one sequence."""
-        hidden = self._get(stream, batch)[sequence : sequence + 1]
+        hidden = self._get(stream, batch)[0][sequence : sequence + 1]
         return self._model.head(hidden)[0].float()
 
     @torch.no_grad()
@@ -205,15 +210,23 @@ class Tuner:
         self, stream: str, index: int, batches: Sequence[int], weights: Mapping[str, torch.Tensor]
     ) -> None:
         for i in batches:
+            hidden, left = self._get(stream, i)
             with self._products():
-                answer = self._run(index, i, self._get(stream, i), weights)
-            self._put(stream, i, answer.float())
+                answer = self._run(index, i, hidden, left, weights)
+            self._put(stream, i, answer.float(), left)
 
     def _run(
-        self, index: int, batch: int, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]
+        self,
+        index: int,
+        batch: int,
+        hidden: torch.Tensor,
+        left: Left,
+        weights: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The hidden state after a block with other `weights`, by the names of its parameters."""
-        call = self._batches[batch].calls[index]
+        """The hidden state after a block with other `weights`, by the names of its parameters; what
+        it leaves for later blocks is added to `left`.
+        """
+        call = self._batches[batch].calls[index].with_left(left)
         block, arguments = self._model.blocks[index], (hidden, *call.args)
         answer = functional_call(block, dict(weights), arguments, call.kwargs)
         return answer[0] if isinstance(answer, tuple) else answer
@@ -250,10 +263,9 @@ class Tuner:
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad(), self._products():
                 values = fixed | {name: r.weight() for name, r in rows.items()}
-                answer = self._run(
-                    index, batch, self._get("tuned", batch), self._weights(index, values)
-                )
-                loss = _distance(answer.float(), self._get("original", batch)) / before
+                weights = self._weights(index, values)
+                answer = self._run(index, batch, *self._get("tuned", batch), weights)
+                loss = _distance(answer.float(), self._wanted(batch)) / before
             with self._products():
                 loss.backward()
             optimizer.step()
@@ -286,8 +298,8 @@ class Tuner:
         found = []
         for i in self._heldout:
             with self._products():
-                answer = self._run(index, i, self._get("tuned", i), weights)
-            found.append(_distance(answer.float(), self._get("original", i)))
+                answer = self._run(index, i, *self._get("tuned", i), weights)
+            found.append(_distance(answer.float(), self._wanted(i)))
         return float(torch.stack(found).mean())
 
     @contextmanager

@@ -1,15 +1,12 @@
 """A tiny random checkpoint of every family of models that people ask for, by its real config class.
 
 What makes a family special is kept (widths that do not divide into 256, heads, experts, layer
-types, norms, soft caps, tied embeddings, vision towers); what only makes it large is not. Weights
-are scaled so that logits spread: with the usual initialization every token is as likely as any
-other, and then a wrong model computes the same.
+types, norms, soft caps, tied embeddings, vision towers); what only makes it large is not.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +14,9 @@ from typing import Any
 
 import torch
 import transformers
+from enliven import enliven
 from tiny_models import N_TOKENS, save_model
-from torch import nn
 from transformers import PreTrainedModel
-
-SPREAD = 3.5  # standard deviation of a position's logits
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ def write_checkpoint(family: Family, folder: Path) -> Path:
     enliven(model)
     save_model(folder, model.to(family.dtype), family.tokenizer)
     if hasattr(model.config, "vision_config"):
-        size = model.config.vision_config.image_size
+        size = getattr(model.config.vision_config, "image_size", 224)
         images = {
             "image_mean": [0.5] * 3,
             "image_std": [0.5] * 3,
@@ -53,44 +48,6 @@ def write_checkpoint(family: Family, folder: Path) -> Path:
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder
-
-
-def enliven(model: PreTrainedModel) -> None:
-    """Give every matrix outputs of about the size of its inputs, every norm and bias a value of its
-    own, and the logits a standard deviation of SPREAD.
-    """
-    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings().weight
-    # Small beside what blocks add where the head is tied: else it only ever repeats the token.
-    std = 0.02 if id(head) in lookups else 1.0
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            if name.endswith(("A_log", "dt_bias", ".D")):  # state space models: as initialized
-                continue
-            jitter = 0.1 * torch.randn_like(parameter)
-            parameter.copy_(parameter + jitter if parameter.abs().sum() else jitter)
-        elif id(parameter) in lookups:
-            nn.init.normal_(parameter, std=std)
-        elif "conv" not in name:
-            # Decided choices of experts: where two are level, rounding chooses.
-            gain = 6 if name.endswith((".gate.weight", ".router.weight")) else 1
-            nn.init.normal_(parameter, std=gain * parameter.shape[-1] ** -0.5)
-    if id(head) not in lookups:
-        head.mul_(SPREAD / _spread(model))
-        return
-    # Tied: the last norm's gain scales the logits. Gemma's gain is one more than its weight.
-    outside = [n for n, p in model.named_parameters() if p.dim() == 1 and not _IN_BLOCK.search(n)]
-    norm = model.get_parameter([name for name in outside if name.endswith("weight")][-1])
-    offset = float("gemma" in model.config.model_type)
-    norm.copy_((norm + offset) * (SPREAD / _spread(model)) - offset)
-
-
-_IN_BLOCK = re.compile(r"\.\d+\.")
-
-
-def _spread(model: PreTrainedModel) -> float:
-    ids = torch.arange(13, 77)[None]
-    return float(model(input_ids=ids, use_cache=False).logits[0].std(-1).mean())
 
 
 def _build(
@@ -138,6 +95,14 @@ _SMALL_MHA = {**_SMALL, "intermediate_size": 1024, "num_key_value_heads": 4}
 _SIX = {  # Gemma 3: five layers see a window, the sixth sees all
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+}
+
+_GEMMA_4 = {
+    "tie_word_embeddings": True,
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "sliding_window": 64,
+    "final_logit_softcapping": 30.0,
 }
 
 
@@ -409,6 +374,56 @@ FAMILIES = {
             ),
             "spm",
             sees=True,
+        ),
+        Family(
+            "Gemma 4",
+            "Gemma 4 E2B, E4B",
+            _vision(
+                "Gemma4Config",
+                "Gemma4ForConditionalGeneration",
+                {
+                    "model_type": "gemma4_text",
+                    **{**_SMALL, **_GEMMA_4, "num_hidden_layers": 6},
+                    "layer_types": ["sliding_attention", "full_attention"] * 3,
+                    "vocab_size_per_layer_input": N_TOKENS["gemma4"],
+                    "hidden_size_per_layer_input": 64,
+                    "num_kv_shared_layers": 2,
+                    "use_double_wide_mlp": True,
+                },
+                {
+                    "model_type": "gemma4_vision",
+                    "hidden_size": 64,
+                    "intermediate_size": 128,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "head_dim": 32,
+                    "position_embedding_size": 64,
+                },
+                image_token_id=10,
+                boi_token_id=11,
+                eoi_token_id=12,
+            ),
+            "gemma4",
+            sees=True,
+        ),
+        Family(
+            "Gemma 4 MoE",
+            "Gemma 4 26B-A4B",
+            _build(
+                "Gemma4TextConfig",
+                "Gemma4ForCausalLM",
+                **{**_SMALL, **_GEMMA_4},
+                layer_types=["sliding_attention", "full_attention"],
+                attention_k_eq_v=True,
+                num_global_key_value_heads=1,
+                hidden_size_per_layer_input=0,
+                enable_moe_block=True,
+                num_experts=8,
+                top_k_experts=2,
+                moe_intermediate_size=256,
+            ),
+            "gemma4",
         ),
         Family(
             "Phi-3",

@@ -154,9 +154,7 @@ def _apart(row_map: RowMap | None) -> str:
     """Why a tensor is no linear layer with an input of its own; empty where it is one."""
     if row_map is None:
         return ""
-    if row_map.flipped:
-        return "columns are no module's input"
-    return ""
+    return "" if row_map.module else "columns are no module's input"
 
 
 def _has_gptq(types: dict[str, Any]) -> bool:

@@ -239,6 +239,8 @@ def test_what_the_converter_supports():
         check_architecture({"architectures": ["FooForCausalLM"]})
     with pytest.raises(QuantkitError, match="does not predict the next token"):
         check_architecture({"architectures": ["BertModel"]})
+    with pytest.raises(QuantkitError, match="four hidden states side by side"):
+        check_architecture({"architectures": ["Gemma3nForConditionalGeneration"]})
     with pytest.raises(QuantkitError, match="names no architecture"):
         check_architecture({})
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.converter.added import class_for, dense_llama4, with_older_names
+from quantkit.converter.added import class_for, dense_llama4, unread, with_older_names
 
 
 def llama4(**changes: Any) -> dict[str, Any]:
@@ -63,3 +63,19 @@ def test_a_prediction_head_counts_only_when_it_is_there(
     save_file({name: torch.zeros(1)}, tmp_path / "model.safetensors")
     assert class_for(tmp_path, {"num_hidden_layers": 2}, Converter) is Converter
     assert Converter.no_mtp is left_out
+
+
+def test_keys_and_values_that_gemma_4_shares_are_left_out() -> None:
+    config = {"model_type": "gemma4_text", "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    names = [
+        f"model.layers.{i}.self_attn.{part}.weight"
+        for i in range(4)
+        for part in ("q_proj", "k_proj", "v_proj", "k_norm")
+    ]
+    names.append("model.vision_tower.encoder.layers.3.self_attn.k_proj.linear.weight")
+    tensors = dict.fromkeys(names)
+    left_out = {n for n in names[:-1] if int(n.split(".")[2]) >= 2 and "q_proj" not in n}
+    assert unread(tensors, config, True) == left_out
+    assert unread(tensors, {"model_type": "gemma4", "text_config": config}, True) == left_out
+    assert unread(tensors, config | {"num_kv_shared_layers": 0}, True) == set()
+    assert unread(tensors, config | {"model_type": "llama"}, True) == set()

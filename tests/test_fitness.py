@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit.blockwise import BlockwiseModel
+from quantkit.blockwise import BlockwiseModel, load_model
 from quantkit.kquants import native
 from quantkit.kquants.formats import FORMATS
 from quantkit.qtypes import QuantType
 from quantkit.rowmap import RowMap
-from quantkit.search import weights
+from quantkit.search import precision, weights
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
@@ -322,6 +324,18 @@ def test_tensors_that_cannot_be_put_into_the_model(world: World) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_what_sees_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = write_checkpoint(FAMILIES["Gemma 3 multimodal"], tmp_path)
+    model = BlockwiseModel(load_model(folder, torch.bfloat16))
+    precision.prepare(model)
+
+    def types(pattern: str) -> set[torch.dtype]:
+        return {p.dtype for n, p in model.model.named_parameters() if re.search(pattern, n)}
+
+    assert types("vision_tower") == types(r"layers\.\d+\.mlp") == {torch.bfloat16}
+    assert types("embed_tokens|language_model.norm") == {torch.float32}
+
+
 def test_targets_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64, four rows at a time: very peaked, flat, and with probabilities down to
     1e-20. Logits around 100 are themselves no better than 5e-6 in float32.

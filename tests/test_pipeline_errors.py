@@ -267,6 +267,12 @@ def huge_model() -> dict[str, Any]:
     return {"model.safetensors": Hole(content, True, claimed=len(content) + 2 * n)}
 
 
+def model_of(architecture: str) -> dict[str, Any]:
+    files = tiny_model()
+    config = json.loads(files["config.json"])
+    return {**files, "config.json": json.dumps(config | {"architectures": [architecture]})}
+
+
 @pytest.fixture
 def server():
     with HubServer() as running:
@@ -279,6 +285,8 @@ def server():
         files = running.repos["model", "lab/huge"].commits[0].files
         files.update(huge_model())
         running.add_model("lab/text", {"a.txt": "x"}, kind="dataset")
+        running.add_model("lab/moon", model_of("MoonLlamaForCausalLM"))
+        running.add_model("lab/gemma-3n", model_of("Gemma3nForConditionalGeneration"))
         yield running
 
 
@@ -302,6 +310,8 @@ ON_THE_HUB = {
         None,
         r"Not enough disk: a run of lab/huge needs \d{6,}.*GB free. Free some space",
     ),
+    "unknown": ("lab/moon", (), None, r"does not know the architecture MoonLlamaForCausalLM"),
+    "beyond reach": ("lab/gemma-3n", (), None, r"not supported: its blocks hand on four hidden"),
     "publish, anonymous": ("lab/gated", ("--publish", "alice/x"), None, r"needs a token"),
     "publish, reader": ("lab/gated", ("--publish", "alice/x"), READER, r"may only read"),
     "publish, other": ("lab/gated", ("--publish", "alice/x"), BOB, r"belongs to bob.*bob/x"),

@@ -14,6 +14,7 @@ from quantkit import pipeline
 from quantkit.blockwise import BlockwiseModel
 from quantkit.config import RunConfig
 from quantkit.ggufio.read import GgufFile
+from quantkit.rebuild import rebuild
 from quantkit.rundir import read_events, read_json, sha256_file, write_json
 from quantkit.stages import search
 from quantkit.tuning import Tuner
@@ -131,12 +132,23 @@ def test_from_the_kept_levels(tuned: Run, offline: dict[str, str], tmp_path: Pat
 
 
 def test_from_the_base_alone(tuned: Run, offline: dict[str, str], tmp_path: Path) -> None:
-    """Calibration, levels, search and tuning all over again."""
+    """Calibration, levels and tuning all over again."""
     path = next((tuned.dir.stage_dir("stitch") / "recipes").glob("*Q4_K_M*.json"))
     out = tmp_path / "again.gguf"
     answer = quantkit("rebuild", path, "--base", tuned.base, "--out", out, "--json", env=offline)
     assert answer.code == 0, answer.err
     assert answer.json["equal"]
+
+
+def test_from_the_base_alone_nothing_is_searched(
+    tuned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def searched_again(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(search, "execute", searched_again)
+    for path in sorted((tuned.dir.stage_dir("stitch") / "recipes").glob("*.json")):
+        assert rebuild(path, tuned.base, None, tmp_path / f"{path.stem}.gguf")["equal"]
 
 
 def test_clean_drops_tuned_levels(

@@ -27,10 +27,19 @@ from typing import Any
 import gguf
 import sentencepiece
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-N_TOKENS = {"spm": 512, "smollm2": 49_152, "bpe": 512}
+N_TOKENS = {"spm": 512, "smollm2": 49_152, "bpe": 512, "gemma4": 768}
 
 
 def tiny_llama(
@@ -69,9 +78,8 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: str) -> Path:
 
 def write_tokenizer(folder: Path, kind: str = "spm") -> None:
     """Write a tokenizer's files to `folder`."""
-    for name, content in {"spm": _sentencepiece, "smollm2": _smollm2, "bpe": _byte_level}[
-        kind
-    ]().items():
+    kinds = {"spm": _sentencepiece, "smollm2": _smollm2, "bpe": _byte_level, "gemma4": _gemma4}
+    for name, content in kinds[kind]().items():
         (folder / name).write_bytes(content)
 
 
@@ -134,6 +142,38 @@ def _byte_level() -> dict[str, bytes]:
     }
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
+
+
+@functools.cache
+def _gemma4() -> dict[str, bytes]:
+    """Pairs merged over whole lines, spaces a letter like others, bytes for what is not known."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_TOKENS["gemma4"],
+        limit_alphabet=200,
+        special_tokens=[*"<pad> <bos> <eos> <unk>".split(), *(f"<0x{b:02X}>" for b in range(256))],
+        show_progress=False,
+    )
+    lines = [line for _, text in sorted(topics.items()) for line in text.splitlines() if line]
+    tokenizer.train_from_iterator(lines[:4000], trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"][1:3] == "0x"]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    return {
+        "tokenizer.json": json.dumps(content).encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
     }
 

@@ -12,6 +12,7 @@ no layer has.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,25 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
         "rotary_pct": rope.get("partial_rotary_factor") if isinstance(rope, dict) else None,
     }
     return {**{name: value for name, value in older.items() if value is not None}, **config}
+
+
+def unread(
+    tensors: Mapping[str, Any], config: Mapping[str, Any], skeleton: bool
+) -> set[str | None]:
+    """Names of tensors that transformers does not read and llama.cpp need not: a tied head that is
+    stored once more, keys and values of Gemma 4's blocks that share those of blocks before.
+    """
+    found = {tied_head(tensors, config, skeleton)} - {None}
+    text = config.get("text_config") or config
+    n_shared = text.get("num_kv_shared_layers") or 0
+    if n_shared and str(config.get("model_type")).startswith("gemma4"):
+        blocks = {name: _KEYS_VALUES.search(name) for name in tensors}
+        first = text["num_hidden_layers"] - n_shared
+        found |= {name for name, match in blocks.items() if match and int(match[1]) >= first}
+    return found
+
+
+_KEYS_VALUES = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.")
 
 
 def tied_head(tensors: Mapping[str, Any], config: Mapping[str, Any], skeleton: bool) -> str | None:

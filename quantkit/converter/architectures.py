@@ -30,6 +30,9 @@ NOT_CAUSAL = frozenset(
     """.split()
 )
 
+# GGUF architectures that cannot be run a block at a time here, and why.
+BEYOND_REACH = {"gemma3n": "its blocks hand on four hidden states side by side (AltUp)"}
+
 
 @functools.cache
 def _tables(tree: Path, versions: str) -> dict[str, Any]:
@@ -66,8 +69,9 @@ def tables() -> dict[str, Any]:
 
 
 def supported_architectures() -> frozenset[str]:
-    """Hugging Face architectures of causal language models that the converter converts."""
-    return frozenset(hf for hf, gguf in tables()["text"].items() if gguf not in NOT_CAUSAL)
+    """Hugging Face architectures of causal language models that are converted and quantized."""
+    out = NOT_CAUSAL | set(BEYOND_REACH)
+    return frozenset(hf for hf, gguf in tables()["text"].items() if gguf not in out)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
@@ -110,6 +114,12 @@ def check_architecture(config: Mapping[str, Any]) -> str:
         raise QuantkitError(
             f"{name} is not a causal language model: it does not predict the next token.",
             "Choose a text-generating model; for this one use llama.cpp's converter directly.",
+        )
+    if known[name] in BEYOND_REACH:
+        raise QuantkitError(
+            f"{name} is not supported: {BEYOND_REACH[known[name]]}.",
+            "Choose another model (Gemma 3 and Gemma 4 are supported); llama.cpp's own tools"
+            " quantize this one.",
         )
     return name
 

@@ -240,8 +240,8 @@ def add_models(job: dict[str, Any]) -> None:
 
     def index(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = index_tensors(self, *args, **kwargs)
-        head = added["tied_head"](tensors, self.hparams, job["skeleton"])
-        return {name: tensor for name, tensor in tensors.items() if name != head}
+        unread = added["unread"](tensors, self.hparams, job["skeleton"])
+        return {name: tensor for name, tensor in tensors.items() if name not in unread}
 
     conversion.ModelBase.index_tensors = index
     load_hparams = conversion.ModelBase.load_hparams

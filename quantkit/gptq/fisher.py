@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.blockwise import BlockwiseModel
+from quantkit.blockwise import BlockwiseModel, Left
 from quantkit.gptq.experts import ExpertProducts, eager_experts, stacked_parameters
 from quantkit.gptq.hessian import HessianCollector, is_linear
 
@@ -86,6 +86,8 @@ def output_fisher(
 def _boundaries(model: BlockwiseModel, ids: torch.Tensor) -> tuple[list[torch.Tensor], list]:
     hidden, calls = model.trace(ids)
     states = [hidden]
+    left: Left = {}
+    calls = [call.with_left(left) for call in calls]
     for index, call in enumerate(calls):
         states.append(model.run_block(index, states[-1], call))
     return states, calls

@@ -127,7 +127,8 @@ class Fitness:
     def _begin(self, choices: Choices | None, first: int, last: int) -> _Pass:
         """A batch before the first block that the candidate does not share with the parent."""
         hidden, calls = precision.begin(self._model, self._ids[first:last])
-        start = self._shared(choices)
+        # What the blocks before left for later ones is not kept.
+        start = 0 if any(call.shared for call in calls) else self._shared(choices)
         if start and (first, start) in self._states:
             return _Pass(first, start, self._states.get((first, start)).to(hidden.device), calls)
         return _Pass(first, 0, hidden, calls)

@@ -6,23 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantkit.blockwise import BlockCall, BlockwiseModel
+from quantkit.blockwise import BlockCall, BlockwiseModel, Left
 
 
 def prepare(model: BlockwiseModel) -> None:
-    """Keep the model in float32, in place, but for the matrices inside blocks; on a GPU, which
+    """Keep the text model in float32, in place, but for the matrices inside blocks; on a GPU, which
     gives float32 products of 16-bit matrices, also but for embeddings and head.
     """
     dtype = matrix_dtype(model)
     narrow = dtype != torch.float32
     on_gpu = model.device.type == "cuda"
-    for name, parameter in model.model.named_parameters():
+    for name, parameter in model.text_parameters():
         if model.block_of(name) is None and not (narrow and on_gpu and parameter.dim() >= 2):
             parameter.data = parameter.data.float()
     if not narrow:
@@ -52,12 +53,17 @@ def products(model: BlockwiseModel) -> AbstractContextManager[object]:
 def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[BlockCall]]:
     """A trace whose hidden state, (batch, n_tokens, n_embd), is float32, and whose other arguments
     of blocks are what products take: rotary tables of 32 bits would make all of attention wide.
+    What blocks leave for later ones is the pass's own.
     """
     dtype = matrix_dtype(model)
     with _surroundings(model):
         hidden, calls = model.trace(ids)
+    left: Left = {}
     return hidden.float(), [
-        BlockCall(_narrow(call.args, dtype), _narrow(call.kwargs, dtype)) for call in calls
+        replace(call, args=_narrow(call.args, dtype), kwargs=_narrow(call.kwargs, dtype)).with_left(
+            left
+        )
+        for call in calls
     ]
 
 

@@ -32,10 +32,11 @@ from quantkit.ggufio.imatrix import write_imatrix
 from quantkit.gptq.experts import ExpertCollector
 from quantkit.gptq.fisher import output_fisher
 from quantkit.gptq.hessian import HessianCollector, is_linear
-from quantkit.memory import Shelf, free_memory
+from quantkit.memory import free_memory
 from quantkit.rowmap import load_row_maps
 from quantkit.rundir import PARTIAL, read_json, replacing, write_json
 from quantkit.stages import StageResult, fetch, open_model
+from quantkit.states import States
 from quantkit.statistics import (
     block_file,
     embedding_file,
@@ -217,9 +218,10 @@ def _collect(
         for part, ids in tokens.items()
         for i in range(0, len(ids), _BATCH_TOKENS // N_CTX)
     ]
-    hidden = Shelf(folder / f"activations{PARTIAL}", int(_ACTIVATIONS_SHARE * free_memory()))
+    room = int(_ACTIVATIONS_SHARE * free_memory())
+    states = States(folder / f"activations{PARTIAL}", room, "cpu")
     for i, (_, ids) in enumerate(batches):
-        _keep(hidden, i, model.trace(ids)[0])
+        states.put(i, model.trace(ids)[0], {})
     summary: dict[str, Any] = {}
     n_blocks = len(model.blocks)
     for index in range(n_blocks):
@@ -235,13 +237,14 @@ def _collect(
                 for part, ids in tokens.items()
             }
             for i, (part, ids) in enumerate(batches):
-                call = model.trace(ids)[1][index]
+                hidden, left = states.get(i, device)
+                call = model.trace(ids)[1][index].with_left(left)
                 with torch.no_grad(), ExitStack() as stack:
                     if not path.exists():
                         stack.enter_context(collectors[part].watching())
                         stack.enter_context(experts[part].watching())
-                    out = model.run_block(index, hidden.get(i).to(device), call)
-                _keep(hidden, i, out)
+                    hidden = model.run_block(index, hidden, call)
+                states.put(i, hidden, left)
         summary |= save_statistics(path, collectors, in_blocks=True, experts=experts)
         run.events.progress(
             NAME, index + 1, n_blocks + 1, f"block {index + 1} of {n_blocks}: activations"
@@ -251,16 +254,8 @@ def _collect(
     if not path.exists():
         for i, (part, _) in enumerate(batches):
             with collectors[part].watching():
-                model.head_input(hidden.get(i).to(device))
-    hidden.clear()
+                model.head_input(states.get(i, device)[0])
+    states.clear()
     summary |= save_statistics(path, collectors, in_blocks=False)
     run.events.progress(NAME, n_blocks + 1, n_blocks + 1, "activations are done")
     return summary
-
-
-def _keep(hidden: Shelf, batch: int, states: torch.Tensor) -> None:
-    """Keep a batch's hidden states until the next block runs, in memory or in a file."""
-    if not hidden.put(batch, states.cpu()):
-        raise QuantkitError(
-            "There is no disk left for activations.", "Free some, or use a smaller --profile."
-        )

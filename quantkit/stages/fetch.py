@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from quantkit import hub
 from quantkit.config import RunConfig
+from quantkit.converter.architectures import check_architecture
 from quantkit.errors import QuantkitError
 from quantkit.output import safe_name
 from quantkit.qtypes import BF16, QuantType
@@ -57,6 +58,7 @@ def execute(run: Run) -> StageResult:
         made = sorted(path for path in folder.iterdir() if path.is_file())
         ref = hub.ModelRef("local", str(folder))
     info = hub.inspect(ref, token)
+    check_architecture(info.config)  # before anything large is downloaded
     run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
     hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 

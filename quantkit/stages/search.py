@@ -40,9 +40,10 @@ from quantkit.search.foresee import AfterTuning, costs_after
 from quantkit.search.propose import Costs, damages, knapsack, knapsacks, spend, uniform
 from quantkit.search.workers import Workers
 from quantkit.stages import StageResult, convert, database, fetch, open_model
-from quantkit.tensors import CandidateKey
+from quantkit.tensors import Candidate, CandidateKey
 from quantkit.tuned import (
     Outcome,
+    Progress,
     lack_of_memory,
     load_stored,
     load_tuner,
@@ -75,7 +76,7 @@ def execute(run: Run) -> StageResult:
         run.events.emit(NAME, "note", f"refused: {budget.target}: {budget.refusal}")
     asked = budgets or (Budget("what the types come to", largest),)
     space = _capped(run, space, asked)
-    reason = _reason_not_to_tune(run, base)
+    reason = reason_not_to_tune(run, base)
     # Free memory may be another after an interruption: the first attempt decides what counts.
     path = folder / "budgets.json"
     known = read_json(path) if path.exists() else {}
@@ -370,7 +371,7 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     return Fitness(model, space, maps, run.dir.stage_dir("quantize"), ids, targets)
 
 
-def _reason_not_to_tune(run: Run, base: GgufFile) -> str:
+def reason_not_to_tune(run: Run, base: GgufFile) -> str:
     """Why files are not tuned although that was asked for; empty where nothing is in the way."""
     if not run.config.tuning_steps:
         return ""
@@ -387,10 +388,6 @@ def _tuned(
     run: Run, base: GgufFile, space: SearchSpace, found: _Found, position: int, n_budgets: int
 ) -> tuple[Outcome, list[Path]]:
     """Tune the file of one budget."""
-    keys, index = space.keys(found.choices), database.load(run.dir)
-    chosen = {name: index.find(key) for name, key in keys.items()}
-    stored = load_stored(chosen, run.dir.stage_dir("quantize"))
-    layout = lay_out_output(base, {n: k.qtype for n, k in keys.items()}, provenance(run), "Q8_0")
     what = f"{found.budget.target}: " if n_budgets > 1 else ""
 
     def progress(done: int, total: int, message: str) -> None:
@@ -399,18 +396,29 @@ def _tuned(
         )
 
     path = budget_dir(run.dir, found.budget) / tuned_name(found.budget.limit_bytes)
-    outcome, written = tune_file(
-        path,
-        layout,
-        base,
-        stored,
-        lambda: _tuner(run, base, stored, layout),
-        run.config.tuning_steps,
-        progress,
-    )
+    index = database.load(run.dir)
+    chosen = {name: index.find(key) for name, key in space.keys(found.choices).items()}
+    outcome, written = tune(run, base, chosen, path, progress)
     said = f"{what}tuning: KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
     run.events.emit(NAME, "note", said if outcome.tensors else f"{said}: not taken")
     return outcome, written
+
+
+def tune(
+    run: Run, base: GgufFile, chosen: Mapping[str, Candidate], path: Path, progress: Progress
+) -> tuple[Outcome, list[Path]]:
+    """Tune the file of an allocation, of a run whose database stage is finished, into the level
+    file `path`. Returns what `quantkit.tuned.tune_file` returns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = load_stored(chosen, run.dir.stage_dir("quantize"))
+    types = {name: candidate.key.qtype for name, candidate in chosen.items()}
+    layout = lay_out_output(base, types, provenance(run), "Q8_0")
+
+    def make() -> Tuner:
+        return _tuner(run, base, stored, layout)
+
+    return tune_file(path, layout, base, stored, make, run.config.tuning_steps, progress)
 
 
 def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout) -> Tuner:
