@@ -52,12 +52,16 @@ class _Shapes:
         return cls(blocks, outside)
 
     @property
+    def _table(self) -> StoredTensor:
+        return next(t for t in self.outside if t.name == "token_embd.weight")
+
+    @property
     def width(self) -> int:
-        return max(t.shape[-1] for t in self.outside)
+        return self._table.shape[1]
 
     @property
     def n_vocab(self) -> int:
-        return max(t.shape[0] for t in self.outside)
+        return self._table.shape[0]
 
     @property
     def n_outside(self) -> int:
@@ -135,7 +139,7 @@ def stage_memory(
             + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
             + 4 * logits
             + min(states, int(_STATES_SHARE * free)),
-            _tuning(config, shapes, free) + model(4, 4),
+            _tuning(config, shapes, free),
         ),
         "stitch": _PROGRAM + 2 * shapes.largest,
         "validate": _TORCH + model(4, 4) + 2 * logits + min(2 * shapes.n_all, free),  # base.gguf
@@ -161,15 +165,32 @@ def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
     nothing is tuned.
     """
     shapes = _Shapes.of(base)
-    inside = shapes.n_all - shapes.n_outside
-    is_whole = 4 * shapes.n_all <= _WHOLE_SHARE * free
-    model = 4 * shapes.n_outside + (4 * inside if is_whole else 0)
-    return model + _tuned_block(config, shapes, free)
+    beside = _tuned_block(config, shapes, free)
+    return _tuned_model(shapes, beside, free) + beside
+
+
+def tuning_bytes_beside_model(config: RunConfig, base: GgufFile, free: int) -> int:
+    """The same without the model."""
+    return _tuned_block(config, _Shapes.of(base), free)
 
 
 def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
-    """`_tuned_block`, the file's tensors and their pages."""
-    return _tuned_block(config, shapes, free) + shapes.n_all if config.tuning_steps else 0
+    """What tuning holds, and the file's tensors and their pages."""
+    if not config.tuning_steps:
+        return 0
+    beside = _tuned_block(config, shapes, free)
+    model = _tuned_model(shapes, beside, free)
+    block = 4 * shapes.n_block if model < 4 * shapes.n_all else 0
+    return model + block + beside + shapes.n_all
+
+
+def _tuned_model(shapes: _Shapes, beside: int, free: int) -> int:
+    """The original's weights: all of them where quantkit.streaming has them whole, else those
+    outside of blocks.
+    """
+    whole = 4 * shapes.n_all
+    is_whole = whole <= _WHOLE_SHARE * free and whole + beside <= free
+    return whole if is_whole else 4 * shapes.n_outside
 
 
 def _tuned_block(config: RunConfig, shapes: _Shapes, free: int) -> int:

@@ -38,14 +38,16 @@ _SINGLE = "model.safetensors"
 
 
 def open_model(
-    folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+    folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", n_beside: int = 0
 ) -> BlockwiseModel:
     """The checkpoint in `folder` for inference block by block: whole in memory where it takes no
-    more than half of what is free, else streamed. What comes out is the same.
+    more than half of what is free and leaves `n_beside` bytes of it, else streamed. What comes out
+    is the same.
 
     Raises QuantkitError when transformers cannot load it.
     """
-    if _whole_bytes(folder, dtype) <= _SHARE * free_memory(device):
+    whole, free = _whole_bytes(folder, dtype), free_memory(device)
+    if whole <= _SHARE * free and whole + n_beside <= free:
         return BlockwiseModel(load_model(folder, dtype, device))
     weights = StreamedWeights(folder, dtype, device)
     return BlockwiseModel(weights.model, weights)

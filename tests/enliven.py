@@ -40,6 +40,8 @@ def enliven(model: PreTrainedModel) -> None:
     for module in model.modules():  # Gemma 4 leaves scales of attention and routers to training
         if getattr(module, "scaling", None) == 1.0 and hasattr(module, "q_norm"):
             module.q_norm.weight.mul_(module.head_dim**-0.5)
+        if hasattr(module, "layer_scalar"):  # a buffer
+            module.layer_scalar.uniform_(0.7, 1.0)
         if hasattr(module, "scalar_root_size"):
             module.scale.div_(module.scalar_root_size)
     if id(head) not in lookups:

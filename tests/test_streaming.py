@@ -20,10 +20,12 @@ from quantkit.streaming import open_model
 QUICK = ("Llama 3", "GPT-2", "Qwen3-MoE", "Mistral 3", "LFM2")  # tied, transposed, stacked, sees
 
 
-def opened(folder: Path, memory: str, dtype: torch.dtype | str = "auto") -> BlockwiseModel:
+def opened(
+    folder: Path, memory: str, dtype: torch.dtype | str = "auto", n_beside: int = 0
+) -> BlockwiseModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTKIT_MEMORY", memory)
-        return open_model(folder, dtype)
+        return open_model(folder, dtype, n_beside=n_beside)
 
 
 def both(folder: Path, dtype: torch.dtype | str = "auto") -> tuple[BlockwiseModel, BlockwiseModel]:
@@ -158,6 +160,8 @@ def test_half_of_what_is_free(tmp_path: Path) -> None:
     assert opened(tmp_path, f"{4 * n - 4096}").is_streamed is True
     assert opened(tmp_path, f"{4 * n + 4096}", torch.float32).is_streamed is True
     assert opened(tmp_path, f"{8 * n + 8192}", torch.float32).is_streamed is False
+    assert opened(tmp_path, f"{4 * n + 4096}", n_beside=2 * n).is_streamed is False
+    assert opened(tmp_path, f"{4 * n + 4096}", n_beside=2 * n + 8192).is_streamed is True
 
 
 def test_a_tensor_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:

@@ -26,13 +26,18 @@ class StageResult:
 
 
 def open_model(
-    run: Run, stage: str, folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+    run: Run,
+    stage: str,
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    n_beside: int = 0,
 ) -> BlockwiseModel:
     """`streaming.open_model`; where it does not take the model whole, the run's events say so."""
     from quantkit.streaming import open_model
 
-    model = open_model(folder, dtype, device)
+    model = open_model(folder, dtype, device, n_beside)
     if model.is_streamed:
-        text = "the model takes more than half of the free memory: its blocks are read one by one"
+        text = "there is too little free memory for the whole model: its blocks are read one by one"
         run.events.emit(stage, "note", text)
     return model

@@ -23,7 +23,7 @@ import numpy as np
 
 from quantkit.budgets import Budget
 from quantkit.errors import QuantkitError
-from quantkit.footprint import tuning_bytes
+from quantkit.footprint import tuning_bytes, tuning_bytes_beside_model
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import Layout, slot_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
@@ -424,10 +424,14 @@ def tune(
 def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout) -> Tuner:
     import torch
 
+    from quantkit.memory import free_memory
+
     gc.collect()  # the model before this one refers to itself, and would stay on the GPU
     exact = 8 * layout.n_bytes / base.n_elements > _FLOAT32_ABOVE_BPW
+    folder, device = fetch.load(run.dir).folder, run.config.device
+    beside = tuning_bytes_beside_model(run.config, base, free_memory(device))
     return load_tuner(
-        open_model(run, NAME, fetch.load(run.dir).folder, torch.float32, run.config.device),
+        open_model(run, NAME, folder, torch.float32, device, beside),
         run.dir.stage_dir("convert") / "rowmaps.safetensors",
         run.dir.stage_dir("calibrate") / "tokens.safetensors",
         stored,
