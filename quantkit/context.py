@@ -1,55 +1,166 @@
-"""What a context costs in memory when llama.cpp runs a model: the key-value cache and its buffers.
+"""What a context costs in memory when llama.cpp runs a model: caches of keys, values and states,
+and the buffers of one batch.
 
-Counted from the GGUF's own metadata as llama.cpp does for a float16 cache without sliding windows
-or compressed keys, which need less: a file that is said to fit does fit.
+llama.cpp itself is asked, in a process of its own: it lays everything out without allocating it,
+and its log says how large each cache and buffer would be. Sliding windows, compressed keys, layers
+that share their keys, and recurrent states are counted as it counts them: for float16 caches of one
+sequence.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantkit.ggufio.read import GgufFile
 
-_CACHE_BYTES = 2  # float16
-_UBATCH = 512  # tokens that llama.cpp decodes at once
-_RUNTIME_BYTES = 200_000_000  # the program, its libraries and what it allocates for bookkeeping
+RUNTIME_BYTES = 200_000_000  # the program, its libraries and what it allocates for bookkeeping
+_PROBES = (
+    8192,
+    131_072,
+)  # contexts that llama.cpp is asked about: between them buffers take no more
+_SECONDS = 120
+_MIB = 2**20
+_CACHE = re.compile(r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells")
+_BUFFER = re.compile(r"(?:compute|output) buffer size\s*=\s*([\d.]+) MiB")
 
 
 @dataclass(frozen=True)
 class ContextMemory:
-    """Bytes beside the file itself."""
+    """Bytes beside the file itself: a sum that grows with every token of context, one that grows
+    with the first `window_tokens` of them, and the rest.
+    """
 
-    bytes_per_token: int  # of the key-value cache
-    fixed_bytes: int  # logits and activations of one batch, the program
+    bytes_per_token: int  # caches of the whole context, and what buffers grow by
+    window_bytes_per_token: int  # caches of a sliding window
+    window_tokens: int
+    fixed_bytes: int  # recurrent states, logits and activations of one batch, the program
     trained_tokens: int | None  # the context that the model was trained for
+    note: str = ""  # why llama.cpp could not be asked
 
     def n_bytes(self, n_tokens: int) -> int:
-        return self.fixed_bytes + n_tokens * self.bytes_per_token
+        window = min(n_tokens, self.window_tokens) * self.window_bytes_per_token
+        return self.fixed_bytes + n_tokens * self.bytes_per_token + window
 
 
 def context_memory(base: GgufFile) -> ContextMemory:
-    """Of a GGUF, whose header is enough."""
-    values = base.metadata
-    arch = str(values.get("general.architecture", ""))
+    """Of a GGUF, whose header is enough. Where llama.cpp does not open it, counted from its
+    metadata as for a model without any of what makes caches smaller, and the `note` says so.
+    """
+    trained = _value(base, "context_length")
+    trained_tokens = int(trained) if trained else None
+    try:
+        few, many = ask(base.path, _PROBES)
+    except (subprocess.SubprocessError, ValueError):
+        return _counted(base, trained_tokens)
+    whole = sum(n_bytes for n_bytes, n_cells in many.caches if n_cells >= many.n_tokens)
+    windows = [(b, n_cells) for b, n_cells in many.caches if 1 < n_cells < many.n_tokens]
+    states = sum(n_bytes for n_bytes, n_cells in many.caches if n_cells <= 1)
+    window_tokens = max((n_cells for _, n_cells in windows), default=0)
+    growth = max(0.0, (many.buffers - few.buffers) / (many.n_tokens - few.n_tokens))
+    return ContextMemory(
+        round(whole / many.n_tokens + growth),
+        round(sum(n_bytes / n_cells for n_bytes, n_cells in windows)),
+        window_tokens,
+        round(states + few.buffers - few.n_tokens * growth) + RUNTIME_BYTES,
+        trained_tokens,
+    )
 
-    def get(name: str, default: Any = None) -> Any:
-        return values.get(f"{arch}.{name}", default)
 
-    n_layers = int(get("block_count", 0))
-    width = int(get("embedding_length", 0))
-    n_heads = _most(get("attention.head_count", 1)) or 1
-    key = int(get("attention.key_length", width // n_heads))
-    value = int(get("attention.value_length", width // n_heads))
-    heads = get("attention.head_count_kv", n_heads)
+@dataclass(frozen=True)
+class Layout:
+    """What llama.cpp would allocate for a context: bytes and cells of its caches (a recurrent
+    state is one cell), and the bytes of buffers.
+    """
+
+    n_tokens: int
+    caches: tuple[tuple[float, int], ...]
+    buffers: float
+
+
+def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
+    """llama.cpp's layouts for contexts of so many tokens. Raises SubprocessError where it does not
+    survive the model and ValueError where it says nothing.
+    """
+    command = [sys.executable, "-m", "quantkit.context", str(path), *map(str, contexts)]
+    env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True, env=env)
+    found = [
+        Layout(
+            n_tokens,
+            tuple((float(mib) * _MIB, int(cells)) for mib, cells in _CACHE.findall(log)),
+            sum(map(float, _BUFFER.findall(log))) * _MIB,
+        )
+        for n_tokens, log in zip(contexts, json.loads(done.stdout), strict=True)
+    ]
+    if not all(layout.caches and layout.buffers for layout in found):
+        raise ValueError("llama.cpp says nothing of caches or buffers")
+    return found
+
+
+def _counted(base: GgufFile, trained_tokens: int | None) -> ContextMemory:
+    """From the metadata, all layers with keys and values of their own for the whole context."""
+    n_layers, width = (int(_value(base, name, 0)) for name in ("block_count", "embedding_length"))
+    n_heads = _most(_value(base, "attention.head_count", 1)) or 1
+    key = int(_value(base, "attention.key_length", width // n_heads))
+    value = int(_value(base, "attention.value_length", width // n_heads))
+    heads = _value(base, "attention.head_count_kv", n_heads)
     kv_heads = list(heads) if isinstance(heads, (list, tuple)) else [int(heads)] * n_layers
-    cache = sum(int(n) for n in kv_heads) * (key + value) * _CACHE_BYTES
     rows = [t.shape[0] for name, t in base.tensors.items() if name == "token_embd.weight"]
-    feed_forward = _most(get("feed_forward_length", 4 * width))
-    buffers = _UBATCH * 4 * ((rows[0] if rows else 0) + 4 * width + 2 * feed_forward)
-    trained = get("context_length")
-    return ContextMemory(cache, buffers + _RUNTIME_BYTES, int(trained) if trained else None)
+    feed_forward = _most(_value(base, "feed_forward_length", 4 * width))
+    buffers = 512 * 4 * ((rows[0] if rows else 0) + 4 * width + 2 * feed_forward)
+    return ContextMemory(
+        2 * sum(int(n) for n in kv_heads) * (key + value),
+        0,
+        0,
+        buffers + RUNTIME_BYTES,
+        trained_tokens,
+        "llama.cpp could not be asked what a context takes: it may be less",
+    )
+
+
+def _value(base: GgufFile, name: str, default: Any = None) -> Any:
+    return base.metadata.get(f"{base.metadata.get('general.architecture', '')}.{name}", default)
 
 
 def _most(value: Any) -> int:
     return int(max(value)) if isinstance(value, (list, tuple)) else int(value)
+
+
+def _log_of(path: Path, n_tokens: int) -> str:
+    """What llama.cpp says when it lays out a context and allocates nothing. Empty where it does
+    not open the file.
+    """
+    import llama_cpp
+
+    from quantkit.kquants.stock import captured_log
+
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0
+    asked = llama_cpp.llama_context_default_params()
+    asked.n_ctx, asked.n_batch, asked.n_ubatch = n_tokens, 2048, 512
+    asked.swa_full = False
+    with captured_log() as parts:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        context = llama_cpp.llama_init_from_model(model, asked) if model else None
+        said = "".join(parts) if context else ""
+        # What was laid out without memory is not freed like the rest: the process ends here.
+    return said
+
+
+def main() -> None:
+    path, *contexts = sys.argv[1:]
+    sys.stdout.write(json.dumps([_log_of(Path(path), int(n)) for n in contexts]))
+
+
+if __name__ == "__main__":
+    main()

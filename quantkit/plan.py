@@ -17,7 +17,7 @@ from typing import Any
 from quantkit import hub
 from quantkit.budgets import Budget, for_files, settle_budgets
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
-from quantkit.context import context_memory
+from quantkit.context import ContextMemory, context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
@@ -80,7 +80,9 @@ def budgets_of(
     def mix_bytes(label: str) -> int:
         return stock_bytes(base, StockRecipe(label))
 
-    context_bytes = context_memory(base).n_bytes
+    def context_bytes(n_tokens: int) -> int:
+        return context_memory(base).n_bytes(n_tokens)
+
     return settle_budgets(config, base.n_elements, mix_bytes, context_bytes, smallest, largest)
 
 
@@ -119,6 +121,8 @@ def make_plan(
         sizes = check_sizes(config, base, levels)
         coverage = foretell(snapshot, specs)
         stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
+        context = context_memory(base)
+        warnings += [context.note] if context.note else []
         return {
             "schema": 1,
             "model": {
@@ -132,7 +136,7 @@ def make_plan(
             },
             "sizes": to_json(sizes),
             "stock": stock,
-            "context": to_json(context_memory(base)),
+            "context": to_json(context),
             "levels": [str(level) for level in levels.levels],
             "coverage": to_json(coverage),
             "fallbacks": to_json(levels.fallbacks),
@@ -241,6 +245,12 @@ def _share(tensor: Any, chosen: int) -> float:
     return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
 
 
+def _context(context: dict[str, Any]) -> str:
+    memory = ContextMemory(**context)
+    n_tokens = min(8192, memory.trained_tokens or 8192)
+    return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} beside the file"
+
+
 def _by_stage(estimate: dict[str, Any]) -> str:
     """The largest peak first."""
     peaks = sorted(estimate["memory"].items(), key=lambda item: -item[1])
@@ -268,6 +278,7 @@ def render(plan: dict[str, Any]) -> str:
         f"time      about {max(1, estimate['seconds'] // 60)} minutes",
         f"disk      about {size(estimate['disk_bytes'])}",
         f"memory    {_by_stage(estimate)}",
+        f"context   {_context(plan['context'])}",
         "",
         table(
             ["level, uniform", "bytes"], [[name, f"{n:,}"] for name, n in sizes["levels"].items()]

@@ -20,7 +20,7 @@ from families import FAMILIES, Family, write_checkpoint
 
 from evaluators import agreement
 from evaluators.weights import expanded_to_f16
-from quantkit import config, integrity, pipeline
+from quantkit import config, context, integrity, pipeline
 from quantkit.ggufio.read import GgufFile
 from quantkit.rowmap import RowMap, load_row_maps
 from quantkit.rundir import RunDir, read_json
@@ -58,6 +58,7 @@ class Row:
     spread: float = 0.0  # standard deviation of a position's logits
     kl_tuned: tuple[float, float] = (0.0, 0.0)  # before and after tuning, on held-out sequences
     n_projector_bytes: int = 0  # of the vision tower's own GGUF
+    context_error: float = math.inf  # of what 4096 tokens take, relative to llama.cpp's own word
     seconds: float = 0.0
 
     @property
@@ -70,6 +71,7 @@ class Row:
                 self.kl_swapped >= 30 * max(self.kl_f16, integrity.F16_LIMIT / 10),
                 self.spread >= 3,
                 0 < self.kl_tuned[0] and math.isfinite(self.kl_tuned[1]),
+                self.context_error < 0.05,
                 (self.n_projector_bytes > 0) == FAMILIES[self.family].sees,
             )
         )
@@ -146,8 +148,17 @@ def run_family(family: Family, folder: Path) -> Row:
         float(logits.std(-1).mean()),
         (tuning["kl_before"], tuning["kl_after"]),
         projector.stat().st_size if projector.exists() else 0,
+        _context_error(file),
         time.monotonic() - begun,
     )
+
+
+def _context_error(file: GgufFile) -> float:
+    (layout,) = context.ask(file.path, [4096])
+    wanted = layout.buffers + sum(n_bytes for n_bytes, _ in layout.caches)
+    found = context.context_memory(file)
+    fixed = dataclasses.replace(found, fixed_bytes=found.fixed_bytes - context.RUNTIME_BYTES)
+    return math.inf if found.note else abs(fixed.n_bytes(4096) / wanted - 1)
 
 
 def _apart(row_map: RowMap | None) -> str:

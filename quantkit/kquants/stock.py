@@ -59,7 +59,7 @@ class StockRecipe:
 
 
 @contextmanager
-def _captured_log() -> Iterator[list[str]]:
+def captured_log() -> Iterator[list[str]]:
     """Everything that llama.cpp logs meanwhile, in this process."""
     import llama_cpp
 
@@ -77,7 +77,7 @@ def _captured_log() -> Iterator[list[str]]:
     try:
         yield parts
     finally:
-        _captured_log.silence = silence  # type: ignore[attr-defined]  # llama.cpp keeps the pointer
+        captured_log.silence = silence  # type: ignore[attr-defined]  # llama.cpp keeps the pointer
         llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
 
 
@@ -87,7 +87,7 @@ def _run(base: Path, out: Path, params: Any) -> str:
     """
     import llama_cpp
 
-    with _captured_log() as parts:
+    with captured_log() as parts:
         failed = llama_cpp.llama_model_quantize(
             str(base).encode(), str(out).encode(), ctypes.byref(params)
         )

@@ -6,14 +6,14 @@ from typing import Any
 
 from quantkit.budgets import for_files, settle_budgets
 from quantkit.config import RunConfig
+from quantkit.context import ContextMemory
 from quantkit.errors import UsageError
 from quantkit.tensors import to_json
 
 
 def context_bytes(plan: dict[str, Any], n_tokens: int) -> int:
     """Memory beside the file that llama.cpp takes for a context of so many tokens."""
-    context = plan["context"]
-    return int(context["fixed_bytes"] + n_tokens * context["bytes_per_token"])
+    return ContextMemory(**plan["context"]).n_bytes(n_tokens)
 
 
 def with_sizes(plan: dict[str, Any], config: RunConfig) -> dict[str, Any]:
