@@ -10,6 +10,7 @@ sequence.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quantkit.ggufio.read import GgufFile
 
 RUNTIME_BYTES = 200_000_000  # the program, its libraries and what it allocates for bookkeeping
-_PROBES = (
-    8192,
-    131_072,
-)  # contexts that llama.cpp is asked about: between them buffers take no more
+_PROBES = tuple(2**i for i in range(9, 19))  # contexts that llama.cpp is asked about
 _SECONDS = 120
 _MIB = 2**20
 _CACHE = re.compile(r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells")
@@ -34,20 +34,26 @@ _BUFFER = re.compile(r"(?:compute|output) buffer size\s*=\s*([\d.]+) MiB")
 
 @dataclass(frozen=True)
 class ContextMemory:
-    """Bytes beside the file itself: a sum that grows with every token of context, one that grows
-    with the first `window_tokens` of them, and the rest.
+    """Bytes beside the file itself: caches that grow with every token of context, caches that grow
+    with the first `window_tokens` of them, logits and activations of one batch, and the rest.
     """
 
-    bytes_per_token: int  # caches of the whole context, and what buffers grow by
-    window_bytes_per_token: int  # caches of a sliding window
+    bytes_per_token: int
+    window_bytes_per_token: int
     window_tokens: int
-    fixed_bytes: int  # recurrent states, logits and activations of one batch, the program
+    buffers: Sequence[Sequence[int]]  # tokens of context, bytes; between them, no more than a line
+    fixed_bytes: int  # recurrent states, the program
     trained_tokens: int | None  # the context that the model was trained for
     note: str = ""  # why llama.cpp could not be asked
 
     def n_bytes(self, n_tokens: int) -> int:
-        window = min(n_tokens, self.window_tokens) * self.window_bytes_per_token
-        return self.fixed_bytes + n_tokens * self.bytes_per_token + window
+        caches = n_tokens * self.bytes_per_token
+        caches += min(n_tokens, self.window_tokens) * self.window_bytes_per_token
+        contexts, n_bytes = zip(*self.buffers, strict=True)
+        buffers = np.interp(n_tokens, contexts, n_bytes)
+        if n_tokens > contexts[-1]:  # of masks then
+            buffers *= n_tokens / contexts[-1]
+        return self.fixed_bytes + caches + math.ceil(buffers)
 
 
 def context_memory(base: GgufFile) -> ContextMemory:
@@ -57,19 +63,20 @@ def context_memory(base: GgufFile) -> ContextMemory:
     trained = _value(base, "context_length")
     trained_tokens = int(trained) if trained else None
     try:
-        few, many = ask(base.path, _PROBES)
+        layouts = ask(base.path, _PROBES)
     except (subprocess.SubprocessError, ValueError):
         return _counted(base, trained_tokens)
+    many = layouts[-1]
     whole = sum(n_bytes for n_bytes, n_cells in many.caches if n_cells >= many.n_tokens)
     windows = [(b, n_cells) for b, n_cells in many.caches if 1 < n_cells < many.n_tokens]
     states = sum(n_bytes for n_bytes, n_cells in many.caches if n_cells <= 1)
     window_tokens = max((n_cells for _, n_cells in windows), default=0)
-    growth = max(0.0, (many.buffers - few.buffers) / (many.n_tokens - few.n_tokens))
     return ContextMemory(
-        round(whole / many.n_tokens + growth),
+        round(whole / many.n_tokens),
         round(sum(n_bytes / n_cells for n_bytes, n_cells in windows)),
         window_tokens,
-        round(states + few.buffers - few.n_tokens * growth) + RUNTIME_BYTES,
+        tuple((layout.n_tokens, round(layout.buffers)) for layout in layouts),
+        round(states) + RUNTIME_BYTES,
         trained_tokens,
     )
 
@@ -120,7 +127,8 @@ def _counted(base: GgufFile, trained_tokens: int | None) -> ContextMemory:
         2 * sum(int(n) for n in kv_heads) * (key + value),
         0,
         0,
-        buffers + RUNTIME_BYTES,
+        ((_PROBES[-1], buffers),),
+        RUNTIME_BYTES,
         trained_tokens,
         "llama.cpp could not be asked what a context takes: it may be less",
     )
@@ -134,9 +142,9 @@ def _most(value: Any) -> int:
     return int(max(value)) if isinstance(value, (list, tuple)) else int(value)
 
 
-def _log_of(path: Path, n_tokens: int) -> str:
-    """What llama.cpp says when it lays out a context and allocates nothing. Empty where it does
-    not open the file.
+def _logs(path: Path, contexts: Sequence[int]) -> list[str]:
+    """What llama.cpp says when it lays out contexts and allocates nothing. Empty where it does not
+    open the file.
     """
     import llama_cpp
 
@@ -146,20 +154,26 @@ def _log_of(path: Path, n_tokens: int) -> str:
     params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0
-    asked = llama_cpp.llama_context_default_params()
-    asked.n_ctx, asked.n_batch, asked.n_ubatch = n_tokens, 2048, 512
-    asked.swa_full = False
+    found = []
     with captured_log() as parts:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        context = llama_cpp.llama_init_from_model(model, asked) if model else None
-        said = "".join(parts) if context else ""
-        # What was laid out without memory is not freed like the rest: the process ends here.
-    return said
+        if not model:
+            return [""] * len(contexts)
+        for n_tokens in contexts:
+            asked = llama_cpp.llama_context_default_params()
+            asked.n_ctx, asked.n_batch, asked.n_ubatch = n_tokens, 2048, 512
+            asked.swa_full = False
+            parts.clear()
+            context = llama_cpp.llama_init_from_model(model, asked)
+            found.append("".join(parts))
+            if context:
+                llama_cpp.llama_free(context)
+    return found
 
 
 def main() -> None:
     path, *contexts = sys.argv[1:]
-    sys.stdout.write(json.dumps([_log_of(Path(path), int(n)) for n in contexts]))
+    sys.stdout.write(json.dumps(_logs(Path(path), [int(n) for n in contexts])))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Row:
     spread: float = 0.0  # standard deviation of a position's logits
     kl_tuned: tuple[float, float] = (0.0, 0.0)  # before and after tuning, on held-out sequences
     n_projector_bytes: int = 0  # of the vision tower's own GGUF
-    context_error: float = math.inf  # of what 4096 tokens take, relative to llama.cpp's own word
+    context_error: float = math.inf  # of what 5000 tokens take, relative to llama.cpp's own word
     seconds: float = 0.0
 
     @property
@@ -154,11 +154,11 @@ def run_family(family: Family, folder: Path) -> Row:
 
 
 def _context_error(file: GgufFile) -> float:
-    (layout,) = context.ask(file.path, [4096])
+    (layout,) = context.ask(file.path, [5000])
     wanted = layout.buffers + sum(n_bytes for n_bytes, _ in layout.caches)
     found = context.context_memory(file)
     fixed = dataclasses.replace(found, fixed_bytes=found.fixed_bytes - context.RUNTIME_BYTES)
-    return math.inf if found.note else abs(fixed.n_bytes(4096) / wanted - 1)
+    return math.inf if found.note else abs(fixed.n_bytes(5000) / wanted - 1)
 
 
 def _apart(row_map: RowMap | None) -> str:

@@ -20,24 +20,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
 
 
 def test_a_window_and_a_whole_cache() -> None:
-    memory = ContextMemory(100, 1000, 4096, 5, None)
-    assert memory.n_bytes(1) == 1105
-    assert memory.n_bytes(4096) == 5 + 4096 * 1100
-    assert memory.n_bytes(8192) == 5 + 8192 * 100 + 4096 * 1000
+    memory = ContextMemory(100, 1000, 4096, ((512, 7), (1024, 7), (2048, 107)), 5, None)
+    assert memory.n_bytes(1) == 1112
+    assert memory.n_bytes(1536) == 5 + 1536 * 1100 + 57
+    assert memory.n_bytes(4096) == 5 + 4096 * 1100 + 214
+    assert memory.n_bytes(8192) == 5 + 8192 * 100 + 4096 * 1000 + 428
 
 
-@pytest.mark.parametrize("n_tokens", [4096, 32_768, 131_072])
+@pytest.mark.parametrize("n_tokens", [512, 1024, 4096, 5000, 32_768, 131_072])
 def test_it_is_what_llama_cpp_would_allocate(base: GgufFile, n_tokens: int) -> None:
     (layout,) = ask(base.path, [n_tokens])
     ((cache, n_cells),) = layout.caches
-    assert n_cells == n_tokens
+    assert n_cells == pytest.approx(n_tokens, rel=0.05)
     memory = context_memory(base)
     assert not memory.note
     found = memory.n_bytes(n_tokens) - RUNTIME_BYTES
     assert found == pytest.approx(cache + layout.buffers, rel=0.02)
 
 
-@pytest.mark.parametrize("n_tokens", [256, 1024, 65_536])
+@pytest.mark.parametrize("n_tokens", [64, 300, 3000, 600_000])
 def test_it_is_never_less(base: GgufFile, n_tokens: int) -> None:
     (layout,) = ask(base.path, [n_tokens])
     taken = layout.buffers + sum(n_bytes for n_bytes, _ in layout.caches)
