@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,6 +18,33 @@ from quantkit.rowmap import RowMap
 from quantkit.statistics import Gradients, InputStatistics, load_statistics
 
 DAMPING = 0.1  # of the median of diag H: dev/LOG.md
+
+# Kinds of tensors of a block that read one input, in every architecture of llama.cpp.
+_ONE_INPUT = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
+
+
+def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, str]:
+    """By tensor, the module whose input its columns are. One that is not found in the model
+    borrows that of a tensor of its block that reads the same input, where there is one.
+    """
+    found = {}
+    for name in tensors:
+        lender = name if name in maps else lender_of(name, maps)
+        if lender is not None:
+            found[name] = maps[lender].module
+    return found
+
+
+def lender_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
+    """A tensor found in the model that reads the same input as this one, columns in their order."""
+    parts = tensor.split(".")
+    for kinds in _ONE_INPUT:
+        if parts[0] == "blk" and parts[2] in kinds:
+            for kind in kinds:
+                map_ = maps.get(".".join((*parts[:2], kind, *parts[3:])))
+                if map_ is not None and map_.module and map_.columns is None:
+                    return map_.tensor
+    return None
 
 
 class KnownInputs:
@@ -34,8 +62,9 @@ class KnownInputs:
     ) -> None:
         self._maps, self._config, self._gradients = maps, config, gradients
         self.groups: list[tuple[InputStatistics, list[str]]] = []
+        modules = modules_of(tensors, maps)
         for shared in load_statistics(statistics) if statistics else ():
-            own = [name for name in tensors if maps[name].module in shared.modules]
+            own = [name for name in tensors if modules[name] in shared.modules]
             if own:
                 self.groups.append((shared, own))
         self._group_of = {t: i for i, (_, own) in enumerate(self.groups) for t in own}
@@ -61,6 +90,11 @@ class KnownInputs:
             self._left[group] -= 1
             if not self._left[group]:
                 del self._made[group]
+        if tensor not in self._maps:
+            # Nothing shows that its columns are these inputs as they come: importances do little
+            # harm then, GPTQ would.
+            yield replace(inputs, factor=None)
+            return
         columns = self._maps[tensor].columns
         yield inputs if columns is None else _reordered(inputs, columns, self._config.methods)
 
@@ -80,7 +114,7 @@ class KnownInputs:
         """
         statistics, tensors = self.groups[group]
         modules = self._gradients.fisher.modules
-        maps = [self._maps[name] for name in tensors]
+        maps = [self._maps[name] for name in tensors if name in self._maps]
         prices = [modules[m.module] for m in maps if m.is_lookup and m.module in modules]
         if not prices or "gptq" not in self._config.methods:
             return statistics.train

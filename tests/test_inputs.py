@@ -12,7 +12,7 @@ import torch
 from quantkit.config import RunConfig
 from quantkit.gptq.fisher import Fisher
 from quantkit.gptq.hessian import HessianCollector
-from quantkit.inputs import KnownInputs
+from quantkit.inputs import KnownInputs, lender_of, modules_of
 from quantkit.rowmap import RowMap
 from quantkit.statistics import (
     Gradients,
@@ -105,3 +105,30 @@ def test_a_table_that_is_only_looked_up(tmp_path: Path) -> None:
         assert inputs is not None and torch.equal(inputs.train, looked_up[0])
     sensitivity = sensitivity_of(gradients, table, "cpu")
     assert sensitivity is not None and sensitivity.outputs is None
+
+
+def found(tensor: str, module: str, columns: torch.Tensor | None = None) -> RowMap:
+    return RowMap(tensor, f"{module}.weight", False, None, module, False, columns=columns)
+
+
+def test_what_is_not_found_borrows_from_what_reads_the_same() -> None:
+    maps = {
+        m.tensor: m
+        for m in (
+            found("blk.0.attn_q.weight", "q", torch.tensor([1, 0])),
+            found("blk.0.attn_v.weight", "v"),
+            found("blk.1.ffn_up.weight", "up"),
+            found("blk.1.ffn_down.weight", "down"),
+        )
+    }
+    assert lender_of("blk.0.attn_k.weight", maps) == "blk.0.attn_v.weight", "columns in order"
+    assert lender_of("blk.1.ffn_gate.weight", maps) == "blk.1.ffn_up.weight"
+    strangers = ("blk.0.ffn_gate.weight", "blk.1.attn_k.weight", "blk.1.attn_output.weight", "x")
+    assert not any(lender_of(name, maps) for name in strangers)
+    assert modules_of([*maps, "blk.0.attn_k.weight", *strangers], maps) == {
+        "blk.0.attn_q.weight": "q",
+        "blk.0.attn_v.weight": "v",
+        "blk.1.ffn_up.weight": "up",
+        "blk.1.ffn_down.weight": "down",
+        "blk.0.attn_k.weight": "v",
+    }

@@ -23,11 +23,14 @@ from quantkit.ggufio.imatrix import read_imatrix
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
 from quantkit.ggufio.write import lay_out
+from quantkit.kquants import native
 from quantkit.kquants.stock import StockRecipe, make_override, make_stock
 from quantkit.meter import EFFORTS
 from quantkit.qtypes import QuantType
+from quantkit.rowmap import RowMap, RowMatcher
 from quantkit.rundir import read_json
 from quantkit.statistics import head_file, load_statistics
+from quantkit.tensors import TensorSpec
 
 pytestmark = pytest.mark.slow
 
@@ -268,3 +271,33 @@ def test_long_contexts(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(rivals) == 1, "beside the file that it is held against"
     (missing,) = run.report["not_measured"]
     assert "1,000,000" in missing["name"] and "trained for" in missing["reason"]
+
+
+def test_a_tensor_that_is_not_found_in_the_model(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It borrows the importances of what reads the same input, and the run says so."""
+    name, lender = "blk.1.ffn_gate.weight", "blk.1.ffn_up.weight"
+    match = RowMatcher.match
+
+    def blind(matcher: RowMatcher, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
+        return None if spec.name == name else match(matcher, spec, packed)
+
+    monkeypatch.setattr(RowMatcher, "match", blind)
+    run = whole.fork(tmp_path / "run", "convert")
+    config = RunConfig.from_json(read_json(run.dir.config_path))
+    pipeline.run(config, run.folder, until="stitch")
+    assert run.dir.records()["convert"].summary["unmapped"] == [name]
+    table = read_json(run.dir.stage_dir("quantize") / "errors.json")
+    said = [f for f in table["fallbacks"] if f["tensor"] == name and lender in f["used"]]
+    assert [f["reason"] for f in said] == ["it is not found in the model"]
+    weight = GgufFile(run.base).values(name)
+    importance = read_imatrix(whole.imatrix)[lender]
+    for path in run.levels.glob("*.gguf"):
+        file = GgufFile(path)
+        qtype = file.tensors[name].qtype
+        level = table["errors"][name][str(qtype)]
+        assert set(level["errors"]) == {"imatrix", "rtn"}
+        given = importance if level["method"] == "imatrix" else None
+        assert np.array_equal(file.packed(name), native.quantize(weight, qtype, given))
+    assert GgufFile(next(run.dir.stage_dir("stitch").glob("*.gguf"))).tensors[name]

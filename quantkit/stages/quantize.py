@@ -28,7 +28,7 @@ from quantkit.gptq.compete import (
     solve_experts,
     solve_tensor,
 )
-from quantkit.inputs import KnownInputs, make_inputs
+from quantkit.inputs import KnownInputs, lender_of, make_inputs, modules_of
 from quantkit.kquants import native
 from quantkit.levels import LevelPlan, plan_levels
 from quantkit.outside import PREFIX, Outsider, open_outsiders, rows_of
@@ -141,9 +141,8 @@ def _units(run: Run, plan: LevelPlan, maps: Mapping[str, RowMap]) -> Iterator[Un
     known of.
     """
     of_module: dict[str, list[str]] = {}
-    for name in plan.types:
-        if name in maps:
-            of_module.setdefault(maps[name].module, []).append(name)
+    for name, module in modules_of(plan.types, maps).items():
+        of_module.setdefault(module, []).append(name)
     left = set(plan.types)
     # Without gptq the table of embeddings is rounded as llama.cpp does, whose imatrix has no
     # gradients.
@@ -210,7 +209,8 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
         errors[name] = {str(q): _errors(s) for q, s in solved.items()}
 
     stacked = load_expert_statistics(unit.statistics) if unit.statistics else []
-    of_experts = {t for s in stacked for t in unit.tensors if maps[t].module in s.modules}
+    modules = modules_of(unit.tensors, maps)
+    of_experts = {t for s in stacked for t in unit.tensors if modules.get(t) in s.modules}
     alone = [name for name in unit.tensors if name not in of_experts]
     # Tensors do not depend on each other; one alone leaves a CPU's cores idle between its steps.
     n_workers = 2 if run.config.device == "cpu" else 1
@@ -218,8 +218,12 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
         for name, solved in zip(alone, pool.map(solve, alone), strict=True):
             keep(name, solved)
             fallbacks.extend(_method_fallbacks(name, solved, methods, known.has(name)))
+            lender = None if name in maps else lender_of(name, maps)
+            if lender is not None:
+                used, reason = f"importances of {lender}", "it is not found in the model"
+                fallbacks.append(Fallback(name, "statistics of its own", used, reason))
         for experts in stacked:
-            tensors = [name for name in unit.tensors if maps[name].module in experts.modules]
+            tensors = [name for name in unit.tensors if modules.get(name) in experts.modules]
             if not tensors:
                 continue
             rows = [

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from quantkit.tuning import Stored, Tuner
 
 NAME = "search"
-VERSION = 6
+VERSION = 7
 FIELDS = ("targets", "max_types", "seed", "profile", "device", "types", "tuning")
 
 _FLOAT32_ABOVE_BPW = 6.5
