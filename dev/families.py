@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from families import FAMILIES  # noqa: E402
 from family_run import Row, run_all  # noqa: E402
 
-from quantkit.integrity import F16_LIMIT  # noqa: E402
+from quantkit.converter.architectures import BEYOND_REACH  # noqa: E402
+from quantkit.integrity import F16_LIMIT, FILE_LIMIT  # noqa: E402
 from quantkit.report import table  # noqa: E402
 
 _HEADERS = "family,models,llama.cpp,mapped,GPTQ,parity F16,parity file,swapped,notes".split(",")
@@ -42,6 +43,10 @@ works as long as both programs know it, and `quantkit plan` says how much of it 
   what a wrong row map would look like.
 
 {table}
+
+Known to both programs and refused before anything is downloaded:
+
+{beyond}
 """
 
 
@@ -54,6 +59,8 @@ def cells(row: Row) -> list[str]:
         notes.append("vision tower: a GGUF of its own")
     if row.passed and row.kl_f16 > F16_LIMIT:
         notes.append(f"F16 {row.kl_f16_trimmed:.1e} without one token: experts tie for it")
+    if row.passed and row.kl_file > FILE_LIMIT:
+        notes.append(f"file {row.kl_file_trimmed:.1e} without one token: experts tie for it")
     return [
         row.family,
         family.models,
@@ -79,6 +86,7 @@ def main() -> int:
         text = _TEXT.format(
             llama=f"(llama-cpp-python {version('llama-cpp-python')})",
             transformers=version("transformers"),
+            beyond="\n".join(f"- {name}: {why}." for name, why in BEYOND_REACH.items()),
             table=table(_HEADERS, [cells(row) for row in rows]),
         )
         (ROOT / "docs" / "architectures.md").write_text(text, "utf-8")

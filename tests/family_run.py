@@ -54,6 +54,7 @@ class Row:
     kl_f16: float = math.inf
     kl_f16_trimmed: float = math.inf  # without the worst 2 % of the tokens
     kl_file: float = math.inf
+    kl_file_trimmed: float = math.inf
     kl_swapped: float = 0.0  # at F16, with two heads or other rows exchanged on one side
     spread: float = 0.0  # standard deviation of a position's logits
     kl_tuned: tuple[float, float] = (0.0, 0.0)  # before and after tuning, on held-out sequences
@@ -144,6 +145,7 @@ def run_family(family: Family, folder: Path) -> Row:
         at_f16.mean_kl,
         at_f16.trimmed_kl,
         as_it_is.mean_kl,
+        as_it_is.trimmed_kl,
         swap.mean_kl,
         float(logits.std(-1).mean()),
         (tuning["kl_before"], tuning["kl_after"]),
