@@ -26,6 +26,7 @@ from quantkit.ggufio.read import GgufFile
 
 RUNTIME_BYTES = 200_000_000  # the program, its libraries and what it allocates for bookkeeping
 _PROBES = tuple(2**i for i in range(9, 19))  # contexts that llama.cpp is asked about
+_CELLS = 256  # caches are made of so many, and whole numbers of them
 _SECONDS = 120
 _MIB = 2**20
 _CACHE = re.compile(r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells")
@@ -47,6 +48,7 @@ class ContextMemory:
     note: str = ""  # why llama.cpp could not be asked
 
     def n_bytes(self, n_tokens: int) -> int:
+        n_tokens = _CELLS * math.ceil(n_tokens / _CELLS)
         caches = n_tokens * self.bytes_per_token
         caches += min(n_tokens, self.window_tokens) * self.window_bytes_per_token
         contexts, n_bytes = zip(*self.buffers, strict=True)
