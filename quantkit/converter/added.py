@@ -51,7 +51,8 @@ def unread(
     """Names of tensors that transformers does not read and llama.cpp need not: a tied head that is
     stored once more, keys and values of Gemma 4's blocks that share those of blocks before.
     """
-    found = {tied_head(tensors, config, skeleton)} - {None}
+    head = tied_head(tensors, config, skeleton)
+    found = {head} if head else set()
     text = config.get("text_config") or config
     n_shared = text.get("num_kv_shared_layers") or 0
     if n_shared and str(config.get("model_type")).startswith("gemma4"):
