@@ -52,7 +52,7 @@ def unread(
     stored once more, keys and values of Gemma 4's blocks that share those of blocks before.
     """
     head = tied_head(tensors, config, skeleton)
-    found = {head} if head else set()
+    found: set[str] = {head} if head else set()
     text = config.get("text_config") or config
     n_shared = text.get("num_kv_shared_layers") or 0
     if n_shared and str(config.get("model_type")).startswith("gemma4"):
