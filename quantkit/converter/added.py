@@ -45,9 +45,7 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in older.items() if value is not None}, **config}
 
 
-def unread(
-    tensors: Mapping[str, Any], config: Mapping[str, Any], skeleton: bool
-) -> set[str | None]:
+def unread(tensors: Mapping[str, Any], config: Mapping[str, Any], skeleton: bool) -> set[str]:
     """Names of tensors that transformers does not read and llama.cpp need not: a tied head that is
     stored once more, keys and values of Gemma 4's blocks that share those of blocks before.
     """
