@@ -336,6 +336,17 @@ def test_what_sees_is_left_as_it_is(tmp_path: Path) -> None:
     assert types("embed_tokens|language_model.norm") == {torch.float32}
 
 
+def test_other_tables_are_left_as_they_are(tmp_path: Path) -> None:
+    model = BlockwiseModel(
+        load_model(write_checkpoint(FAMILIES["Gemma 4"], tmp_path), torch.bfloat16)
+    )
+    precision.prepare(model)
+    for name, parameter in model.model.named_parameters():
+        if "embed_tokens" in name:
+            wide = "per_layer" not in name
+            assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+
+
 def test_targets_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64, four rows at a time: very peaked, flat, and with probabilities down to
     1e-20. Logits around 100 are themselves no better than 5e-6 in float32.

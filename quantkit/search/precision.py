@@ -18,13 +18,17 @@ from quantkit.blockwise import BlockCall, BlockwiseModel, Left
 
 def prepare(model: BlockwiseModel) -> None:
     """Keep the text model in float32, in place, but for the matrices inside blocks; on a GPU, which
-    gives float32 products of 16-bit matrices, also but for embeddings and head.
+    gives float32 products of 16-bit matrices, also but for embeddings and head. Tables that are
+    only looked up (Gemma 4's for every layer are half of the model) stay as they are.
     """
     dtype = matrix_dtype(model)
     narrow = dtype != torch.float32
     on_gpu = model.device.type == "cuda"
+    tables = {id(m.weight) for m in model.model.modules() if isinstance(m, nn.Embedding)}
+    tables -= {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
     for name, parameter in model.text_parameters():
-        if model.block_of(name) is None and not (narrow and on_gpu and parameter.dim() >= 2):
+        stays = id(parameter) in tables or (narrow and on_gpu and parameter.dim() >= 2)
+        if model.block_of(name) is None and not stays:
             parameter.data = parameter.data.float()
     if not narrow:
         return
