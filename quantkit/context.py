@@ -27,6 +27,7 @@ from quantkit.ggufio.read import GgufFile
 RUNTIME_BYTES = 200_000_000  # the program, its libraries and what it allocates for bookkeeping
 _PROBES = tuple(2**i for i in range(9, 19))  # contexts that llama.cpp is asked about
 _CELLS = 256  # caches are made of so many, and whole numbers of them
+_USUAL_TOKENS = 8192
 _SECONDS = 120
 _MIB = 2**20
 _CACHE = re.compile(r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells")
@@ -46,6 +47,11 @@ class ContextMemory:
     fixed_bytes: int  # recurrent states, the program
     trained_tokens: int | None  # the context that the model was trained for
     note: str = ""  # why llama.cpp could not be asked
+
+    @property
+    def usual_tokens(self) -> int:
+        """What is asked about where no context is named."""
+        return min(_USUAL_TOKENS, self.trained_tokens or _USUAL_TOKENS)
 
     def n_bytes(self, n_tokens: int) -> int:
         n_tokens = _CELLS * math.ceil(n_tokens / _CELLS)

@@ -16,7 +16,6 @@ from typing import Any
 from quantkit.tensors import TensorSpec
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
-_TABLES = ("token_embd", "per_layer_token_embd")  # rows are looked up by token id
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,10 @@ def foretell(folder: Path, specs: Mapping[str, TensorSpec]) -> Coverage:
         if not spec.quantizable:
             continue
         kind = spec.name.split(".")[-2]
-        if kind in _TABLES and not (kind == "token_embd" and is_tied):
-            if kind != "token_embd":  # which GPTQ solves by its gradients
-                apart[kind] = "a table that is looked up is no linear layer"
+        if kind == "token_embd" and not is_tied:
+            continue  # GPTQ solves it by its gradients, but it is no linear layer
+        if kind == "per_layer_token_embd":
+            apart[kind] = "a table that is looked up is no linear layer"
             continue
         n_all += spec.n_elements
         if found is None:

@@ -16,11 +16,9 @@ from quantkit.gptq.compete import Inputs
 from quantkit.gptq.solver import Factor, factorize
 from quantkit.rowmap import RowMap
 from quantkit.statistics import Gradients, InputStatistics, load_statistics
+from quantkit.tensors import ONE_INPUT
 
 DAMPING = 0.1  # of the median of diag H: dev/LOG.md
-
-# Kinds of tensors of a block that read one input, in every architecture of llama.cpp.
-_ONE_INPUT = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
 
 
 def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, str]:
@@ -38,7 +36,7 @@ def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, 
 def lender_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
     """A tensor found in the model that reads the same input as this one, columns in their order."""
     parts = tensor.split(".")
-    for kinds in _ONE_INPUT:
+    for kinds in ONE_INPUT:
         if parts[0] == "blk" and parts[2] in kinds:
             for kind in kinds:
                 map_ = maps.get(".".join((*parts[:2], kind, *parts[3:])))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.levels import LevelPlan, plan_levels
 from quantkit.report import size, table
-from quantkit.tensors import TensorSpec, is_in_block, to_json
+from quantkit.tensors import ONE_INPUT, TensorSpec, is_in_block, to_json
 
 _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to the base's header
 
@@ -80,8 +81,12 @@ def budgets_of(
     def mix_bytes(label: str) -> int:
         return stock_bytes(base, StockRecipe(label))
 
+    @cache  # llama.cpp is only asked where a size depends on it, and once for all of them
+    def memory() -> ContextMemory:
+        return context_memory(base)
+
     def context_bytes(n_tokens: int) -> int:
-        return context_memory(base).n_bytes(n_tokens)
+        return memory().n_bytes(n_tokens)
 
     return settle_budgets(config, base.n_elements, mix_bytes, context_bytes, smallest, largest)
 
@@ -224,7 +229,7 @@ def _blocks(base: GgufFile) -> list[Any]:
 
 def _inputs(base: GgufFile) -> list[Any]:
     """A tensor of every distinct input of a block: q, k and v share one, gate and up another."""
-    shared = {"attn_k", "attn_v", "ffn_up", "ffn_up_exps"}
+    shared = {kind for kinds in ONE_INPUT for kind in kinds[1:]} | {"ffn_up_exps"}
     return [t for t in _blocks(base) if t.name.split(".")[2] not in shared]
 
 
@@ -247,7 +252,7 @@ def _share(tensor: Any, chosen: int) -> float:
 
 def _context(context: dict[str, Any]) -> str:
     memory = ContextMemory(**context)
-    n_tokens = min(8192, memory.trained_tokens or 8192)
+    n_tokens = memory.usual_tokens
     return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} beside the file"
 
 

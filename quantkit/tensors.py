@@ -14,6 +14,8 @@ from typing import Any
 from quantkit.qtypes import QuantType
 
 METHODS = ("gptq", "imatrix", "rtn")  # best first: the order in which ties are settled
+# Kinds of tensors of a block that read one input, in every architecture of llama.cpp.
+ONE_INPUT = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
 
 
 def is_in_block(name: str) -> bool:

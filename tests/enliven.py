@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 SPREAD = 3.5  # standard deviation of a position's logits
+_ROUTERS = (".gate.weight", ".router.weight", ".router.proj.weight")
 
 
 def enliven(model: PreTrainedModel) -> None:
@@ -33,9 +34,7 @@ def enliven(model: PreTrainedModel) -> None:
             nn.init.normal_(parameter, std=std)
         elif "conv" not in name:
             # Decided choices of experts: where two are level, rounding chooses.
-            gain = (
-                6 if name.endswith((".gate.weight", ".router.weight", ".router.proj.weight")) else 1
-            )
+            gain = 6 if name.endswith(_ROUTERS) else 1
             nn.init.normal_(parameter, std=gain * parameter.shape[-1] ** -0.5)
     for module in model.modules():  # Gemma 4 leaves scales of attention and routers to training
         if getattr(module, "scaling", None) == 1.0 and hasattr(module, "q_norm"):

@@ -323,7 +323,6 @@ def test_tensors_that_cannot_be_put_into_the_model(world: World) -> None:
     assert np.array_equal(fitness.kl(parent, 0, 4), fitness.kl(child, 0, 4))
 
 
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_what_sees_is_left_as_it_is(tmp_path: Path) -> None:
     folder = write_checkpoint(FAMILIES["Gemma 3 multimodal"], tmp_path)
     model = BlockwiseModel(load_model(folder, torch.bfloat16))
@@ -347,6 +346,7 @@ def test_other_tables_are_left_as_they_are(tmp_path: Path) -> None:
             assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_targets_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64, four rows at a time: very peaked, flat, and with probabilities down to
     1e-20. Logits around 100 are themselves no better than 5e-6 in float32.

@@ -83,12 +83,17 @@ def write_tokenizer(folder: Path, kind: str = "spm") -> None:
         (folder / name).write_bytes(content)
 
 
+def _lines() -> list[str]:
+    """What tokenizers are trained on."""
+    lines = [line for _, text in sorted(topics.items()) for line in text.splitlines() if line]
+    return lines[:4000]
+
+
 @functools.cache
 def _sentencepiece() -> dict[str, bytes]:
-    lines = [line for _, text in sorted(topics.items()) for line in text.splitlines() if line]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines[:4000]),
+        sentence_iterator=iter(_lines()),
         model_writer=model,
         model_type="bpe",
         vocab_size=N_TOKENS["spm"],
@@ -132,8 +137,7 @@ def _byte_level() -> dict[str, bytes]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lines = [line for _, text in sorted(topics.items()) for line in text.splitlines() if line]
-    tokenizer.train_from_iterator(lines[:4000], trainer)
+    tokenizer.train_from_iterator(_lines(), trainer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
@@ -148,7 +152,7 @@ def _byte_level() -> dict[str, bytes]:
 
 @functools.cache
 def _gemma4() -> dict[str, bytes]:
-    """Pairs merged over whole lines, spaces a letter like others, bytes for what is not known."""
+    """Words with the space before them, written ▁; bytes for what is not known."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -161,8 +165,7 @@ def _gemma4() -> dict[str, bytes]:
         special_tokens=[*"<pad> <bos> <eos> <unk>".split(), *(f"<0x{b:02X}>" for b in range(256))],
         show_progress=False,
     )
-    lines = [line for _, text in sorted(topics.items()) for line in text.splitlines() if line]
-    tokenizer.train_from_iterator(lines[:4000], trainer)
+    tokenizer.train_from_iterator(_lines(), trainer)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"][1:3] == "0x"]
     config = {

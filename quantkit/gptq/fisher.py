@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.blockwise import BlockwiseModel, Left
+from quantkit.blockwise import BlockCall, BlockwiseModel
 from quantkit.gptq.experts import ExpertProducts, eager_experts, stacked_parameters
 from quantkit.gptq.hessian import HessianCollector, is_linear
 
@@ -86,8 +86,6 @@ def output_fisher(
 def _boundaries(model: BlockwiseModel, ids: torch.Tensor) -> tuple[list[torch.Tensor], list]:
     hidden, calls = model.trace(ids)
     states = [hidden]
-    left: Left = {}
-    calls = [call.with_left(left) for call in calls]
     for index, call in enumerate(calls):
         states.append(model.run_block(index, states[-1], call))
     return states, calls
@@ -123,7 +121,7 @@ def _backward(
     model: BlockwiseModel,
     index: int,
     hidden: torch.Tensor,
-    call: object,
+    call: BlockCall,
     gradient: torch.Tensor,
     sums: dict[str, torch.Tensor],
 ) -> torch.Tensor:
@@ -166,7 +164,7 @@ def _backward(
     seeing = ExpertProducts(experts, watch_expert)
     try:
         with torch.enable_grad(), eager_experts(model.blocks[index]), seeing:
-            out = model.run_block(index, hidden, call)  # type: ignore[arg-type]
+            out = model.run_block(index, hidden, call)
             (result,) = torch.autograd.grad(out, hidden, gradient)
     finally:
         for handle in handles:

@@ -63,12 +63,11 @@ def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Seque
     with _surroundings(model):
         hidden, calls = model.trace(ids)
     left: Left = {}
-    return hidden.float(), [
-        replace(call, args=_narrow(call.args, dtype), kwargs=_narrow(call.kwargs, dtype)).with_left(
-            left
-        )
+    narrowed = (
+        replace(call, args=_narrow(call.args, dtype), kwargs=_narrow(call.kwargs, dtype))
         for call in calls
-    ]
+    )
+    return hidden.float(), [call.with_left(left) for call in narrowed]
 
 
 def logits(model: BlockwiseModel, states: torch.Tensor) -> torch.Tensor:

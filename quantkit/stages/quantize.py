@@ -218,9 +218,9 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
         for name, solved in zip(alone, pool.map(solve, alone), strict=True):
             keep(name, solved)
             fallbacks.extend(_method_fallbacks(name, solved, methods, known.has(name)))
-            lender = None if name in maps else lender_of(name, maps)
-            if lender is not None:
-                used, reason = f"importances of {lender}", "it is not found in the model"
+            if name not in maps and known.has(name):
+                used = f"importances of {lender_of(name, maps)}"
+                reason = "it is not found in the model"
                 fallbacks.append(Fallback(name, "statistics of its own", used, reason))
         for experts in stacked:
             tensors = [name for name in unit.tensors if modules.get(name) in experts.modules]

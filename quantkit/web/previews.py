@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from quantkit.context import ContextMemory
 from quantkit.coverage import in_words
 from quantkit.launch.machine import Choice
 from quantkit.launch.rough import FirstLook
@@ -162,7 +163,7 @@ def _about(seconds: float) -> str:
 
 def _stock(plan: dict[str, Any], context: int | None) -> str:
     """How large llama.cpp's own mixes of this model are, and what each takes in memory."""
-    tokens = context or min(8192, plan["context"].get("trained_tokens") or 8192)
+    tokens = context or ContextMemory(**plan["context"]).usual_tokens
     beside = context_bytes(plan, tokens)
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{file_size(n)}</td>'
