@@ -81,6 +81,7 @@ def imports(path: Path) -> set[str]:
 LAYERS = {
     "quantkit": 0,
     "quantkit.errors": 1,
+    "quantkit.sandbox": 2,
     "quantkit.qtypes": 2,
     "quantkit.tensors": 3,
     "quantkit.calibration.languages": 2,
@@ -97,7 +98,13 @@ LAYERS = {
     "quantkit.cli": 9,
     "quantkit.__main__": 10,
 }
-_AMONG_THEMSELVES = ("tools", "quantkit.stages", "quantkit.launch", "quantkit.web")
+_AMONG_THEMSELVES = (
+    "tools",
+    "quantkit.sandbox",
+    "quantkit.stages",
+    "quantkit.launch",
+    "quantkit.web",
+)
 
 
 def layer(module: str) -> str:

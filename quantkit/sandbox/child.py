@@ -1,0 +1,198 @@
+"""What the parent starts: `python -I -S -B child.py`, with the job as JSON on stdin.
+
+It is the keeper of the worker (worker.py), in which the function runs with no rights left:
+
+    keeper    this process: ends the worker when the parent is gone, when time or memory is used up
+    init      in namespaces of its own where the kernel gives them: its death ends all within
+    worker    the one process that sees what a stranger wrote
+
+Nothing is imported here but the standard library and its siblings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import signal
+from select import POLLHUP, POLLIN, poll
+from time import monotonic
+from typing import Any
+
+from quantkit.sandbox import kernel, mounts, worker
+
+_POLL_SECONDS = 0.05
+_SCRATCH_BYTES = 64 * 2**20
+
+# From the strongest down: the first that the kernel grants is used.
+_ISOLATED = kernel.NEW_PID | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS
+_LADDER = (
+    _ISOLATED | kernel.NEW_MOUNTS,  # for root
+    _ISOLATED | kernel.NEW_MOUNTS | kernel.NEW_USER,
+    _ISOLATED | kernel.NEW_USER,
+)
+
+
+def main() -> None:
+    with open(0, "rb", closefd=False) as file:
+        job = json.load(file)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    init, told, flags = _start(job)
+    kernel.set_not_dumpable()
+    os.close(job["result"])
+    facts = _keep(job, init, told)
+    facts["namespaces"] = _names(flags)
+    os.write(job["verdict"], json.dumps(facts).encode())
+    os._exit(0)
+
+
+def _names(flags: int) -> list[str]:
+    known = {
+        "user": kernel.NEW_USER,
+        "pid": kernel.NEW_PID,
+        "network": kernel.NEW_NET,
+        "ipc": kernel.NEW_IPC,
+        "mount": kernel.NEW_MOUNTS,
+    }
+    return [name for name, flag in known.items() if flags & flag]
+
+
+def _start(job: dict[str, Any]) -> tuple[int, int, int]:
+    """Fork an init. Returns its number, a pipe that tells of its worker, and its namespaces."""
+    ladder = _LADDER if kernel.KNOWN_MACHINE else ()
+    for flags in ladder[0 if os.geteuid() == 0 else 1 :]:
+        try:
+            started = _attempt(job, flags)
+        except OSError:
+            continue
+        if started is not None:
+            return *started, flags
+    started = _attempt(job, 0)
+    if started is None:
+        os._exit(1)
+    return *started, 0
+
+
+def _attempt(job: dict[str, Any], flags: int) -> tuple[int, int] | None:
+    """An init in these namespaces, or None when they cannot be set up."""
+    ids, keeper = (os.getuid(), os.getgid()), os.getpid()
+    reading, writing = os.pipe()
+    pid = kernel.fork_into(flags) if flags else os.fork()
+    if pid == 0:
+        try:
+            os.close(reading)
+            _init(job, flags, ids, keeper, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    if os.read(reading, 1) == b"+":
+        return pid, reading
+    os.close(reading)
+    os.waitpid(pid, 0)
+    return None
+
+
+def _init(job: dict[str, Any], flags: int, ids: tuple[int, int], keeper: int, writing: int) -> None:
+    """Set the namespaces up, start the worker, wait for it, and tell how it ended."""
+    alone = bool(flags & kernel.NEW_PID)  # its parent is out of sight then
+    if not kernel.die_with_parent(0 if alone else keeper):
+        return
+    if flags & kernel.NEW_USER:
+        kernel.map_user(*ids)
+    if flags & kernel.NEW_MOUNTS:
+        mounts.make_root(job["readable"], job["writable"], job["home"], _SCRATCH_BYTES)
+    kernel.set_not_dumpable()
+    own = os.getpid()
+    child = os.fork()
+    if child == 0:
+        try:
+            if kernel.die_with_parent(own):
+                worker.run(job, flags)
+        finally:
+            os._exit(1)
+    os.close(job["result"])
+    os.write(writing, b"+")  # fails when the keeper is gone
+    _, status, usage = os.wait4(child, 0)
+    facts = {
+        "status": status,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+        "peak_bytes": usage.ru_maxrss * (1024 if sys.platform == "linux" else 1),
+    }
+    os.write(writing, json.dumps(facts).encode())
+
+
+def _keep(job: dict[str, Any], init: int, told: int) -> dict[str, Any]:
+    """Wait for the end of the worker, or bring it about. Returns what is known about it."""
+    limits = job["limits"]
+    deadline = monotonic() + limits["wall_seconds"]
+    events = poll()
+    events.register(job["lifeline"], POLLIN | POLLHUP)
+    events.register(told, POLLIN | POLLHUP)
+    number: int | None = None
+    why: str | None = None
+    while why is None:
+        ready = {descriptor for descriptor, _ in events.poll(1000 * _POLL_SECONDS)}
+        if told in ready:
+            break
+        if job["lifeline"] in ready:
+            why = "parent"
+        elif monotonic() > deadline:
+            why = "wall"
+        else:
+            number = number or _only_child(init)
+            why = _too_much(number, job["folders"], limits) if number else None
+    if why is not None:
+        os.kill(init, signal.SIGKILL)
+    text = b"" if why is not None else os.read(told, 2**16)
+    os.waitpid(init, 0)
+    facts: dict[str, Any] = json.loads(text) if text else {}
+    return {**facts, "why": why}
+
+
+def _only_child(init: int) -> int | None:
+    """The worker's number as it is seen from here."""
+    try:
+        with open(f"/proc/{init}/task/{init}/children") as file:
+            numbers = file.read().split()
+    except OSError:
+        return None
+    return int(numbers[0]) if numbers else None
+
+
+def _too_much(number: int, folders: list[str], limits: dict[str, int]) -> str | None:
+    """The name of a limit that the worker is above."""
+    facts = {}
+    try:
+        with open(f"/proc/{number}/status") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name in ("RssAnon", "RssShmem", "Threads"):
+                    facts[name] = int(value.split()[0])
+    except OSError:  # it has just ended
+        return None
+    if 1024 * (facts.get("RssAnon", 0) + facts.get("RssShmem", 0)) > limits["memory_bytes"]:
+        return "memory"
+    if facts.get("Threads", 0) > limits["n_processes"]:
+        return "processes"
+    if sum(map(_bytes_below, folders)) > limits["file_bytes"]:
+        return "bytes"
+    return None
+
+
+def _bytes_below(folder: str) -> int:
+    """What the files of a folder take, no links followed."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(where, name)).st_blocks * 512
+            except OSError:
+                pass
+    return total
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The parent's side: start the child, read what it says, end it. What it says is a stranger's word:
+its size is bounded, it is plain JSON, and nothing in it is followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from quantkit.sandbox.limits import Limits
+from quantkit.sandbox.places import always_readable, import_path
+
+_CHILD = Path(__file__).with_name("child.py")
+_MOST_LOG = 16 * 2**20
+_MOST_SAID = 256 * 2**20
+_LONGEST_LINE = 128 * 2**20
+_TICK_SECONDS = 0.2
+_GRACE_SECONDS = 10.0  # for the keeper to end what took too long
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call. `path` comes before the packages when modules are looked for."""
+
+    function: str
+    arguments: Mapping[str, Any]
+    limits: Limits = field(default_factory=Limits)
+    readable: Sequence[Path] = ()
+    writable: Sequence[Path] = ()
+    path: Sequence[Path] = ()
+    log: Path | None = None
+
+
+@dataclass
+class Ended:
+    """How the child ended. `why` names the limit that it was ended for."""
+
+    status: int | None = None  # as of wait(2); None: the keeper could not tell
+    why: str | None = None
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+    namespaces: tuple[str, ...] = ()
+    log: str = ""  # its end
+
+    @property
+    def signal(self) -> int:
+        return os.WTERMSIG(self.status) if self.status and os.WIFSIGNALED(self.status) else 0
+
+
+def environment(home: str) -> dict[str, str]:
+    """All that the child sees of the environment: no token, no cache, no proxy."""
+    n_threads = str(min(8, os.cpu_count() or 1))
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {
+        **kept,
+        "PATH": "/usr/bin:/bin",
+        "HOME": home,
+        "TMPDIR": home,
+        "HF_HOME": home,
+        "LANG": "C.UTF-8",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        # Each thread and malloc arena reserves address space, which is limited.
+        "OMP_NUM_THREADS": n_threads,
+        "RAYON_NUM_THREADS": n_threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_ARENA_MAX": "2",
+    }
+
+
+class Child:
+    """A child at work. Iterate over `messages`; leave it through `with`, which ends it whole."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.ended = job, Ended()
+        self._home = tempfile.TemporaryDirectory(prefix="quantkit-", ignore_cleanup_errors=True)
+        self._pipes: list[int] = []
+        self._log = bytearray()
+        self._partial = bytearray()
+        self._verdict = bytearray()
+        self._n_said = 0
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        job = self.job
+        home = os.path.realpath(self._home.name)
+        (result, result_w), (verdict, verdict_w), (log, log_w), (lifeline, self._lifeline) = (
+            os.pipe() for _ in range(4)
+        )
+        theirs = (result_w, verdict_w, lifeline)
+        self._pipes = [result, verdict, log, self._lifeline]
+        readable = [os.path.abspath(path) for path in job.readable]
+        told = {
+            "function": job.function,
+            "arguments": dict(job.arguments),
+            "limits": asdict(job.limits),
+            "home": home,
+            "path": [*map(str, job.path), *import_path()],
+            "readable": [*always_readable(), *readable, *map(str, job.path)],
+            "writable": [os.path.abspath(path) for path in job.writable],
+            "folders": [os.path.abspath(path) for path in job.writable if path.is_dir()],
+            "mapped_bytes": sum(_size(Path(path)) for path in readable),
+            "result": result_w,
+            "verdict": verdict_w,
+            "lifeline": lifeline,
+        }
+        try:
+            with _unnamed_file() as stdin:
+                stdin.write(json.dumps(told).encode())
+                stdin.seek(0)
+                self._process = subprocess.Popen(
+                    # -I: no PYTHON* variables, no current folder. -S: no .pth file is run. -B:
+                    # nothing is written beside the code.
+                    [sys.executable, "-I", "-S", "-B", str(_CHILD)],
+                    env=environment(home),
+                    cwd=home,
+                    stdin=stdin,
+                    stdout=log_w,
+                    stderr=log_w,
+                    pass_fds=theirs,
+                    start_new_session=True,
+                )
+        finally:
+            for descriptor in (*theirs, log_w):
+                os.close(descriptor)
+        self._selector = selectors.DefaultSelector()
+        for name, descriptor in (("result", result), ("verdict", verdict), ("log", log)):
+            self._selector.register(descriptor, selectors.EVENT_READ, name)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def messages(self) -> Iterator[dict[str, Any] | None]:
+        """What the worker says, as it says it; None when a while passes without a word. After the
+        last, `ended` is filled in.
+        """
+        deadline = time.monotonic() + self.job.limits.wall_seconds + _GRACE_SECONDS
+        while self._selector.get_map():
+            if time.monotonic() > deadline:
+                self.ended.why = "wall"
+                break
+            ready = self._selector.select(_TICK_SECONDS)
+            if not ready:
+                yield None
+            for key, _ in ready:
+                data = os.read(key.fd, 2**20)
+                if not data:
+                    self._selector.unregister(key.fd)
+                elif key.data == "log":
+                    self._keep_log(data)
+                elif key.data == "verdict":
+                    self._verdict += data[: 2**16]
+                else:
+                    yield from self._parse(data)
+        self.close()
+
+    def _parse(self, data: bytes) -> Iterator[dict[str, Any]]:
+        self._n_said += len(data)
+        self._partial += data
+        *lines, rest = self._partial.split(b"\n") if b"\n" in data else [self._partial]
+        self._partial = bytearray(rest)
+        if len(rest) > _LONGEST_LINE or self._n_said > _MOST_SAID:
+            self._refuse("answer")
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                message = None
+            if not isinstance(message, dict):
+                return self._refuse("answer")
+            yield message
+
+    def _refuse(self, why: str) -> None:
+        self.ended.why = why
+        self._partial.clear()
+        for key in list(self._selector.get_map().values()):
+            self._selector.unregister(key.fd)
+
+    def _keep_log(self, data: bytes) -> None:
+        room = _MOST_LOG - len(self._log)
+        if room > 0:
+            self._log += data[:room]
+            if len(data) >= room:
+                self._log += b"\n[the rest of the log is left out]\n"
+
+    def close(self) -> None:
+        """End everything of the child, and wait until it is gone."""
+        process = getattr(self, "_process", None)
+        if self._pipes:
+            os.close(self._pipes.pop())  # the lifeline: the keeper ends the rest
+        if process is not None and process.returncode is None:
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self._settle()
+        for descriptor in self._pipes:
+            os.close(descriptor)
+        self._pipes = []
+        self._home.cleanup()
+
+    def _settle(self) -> None:
+        try:
+            facts = json.loads(self._verdict)
+        except ValueError:
+            facts = {}
+        ended = self.ended
+        ended.status = facts.get("status")
+        ended.why = ended.why or facts.get("why")
+        ended.cpu_seconds, ended.peak_bytes = (
+            facts.get("cpu_seconds", 0.0),
+            facts.get("peak_bytes", 0),
+        )
+        ended.namespaces = tuple(facts.get("namespaces", ()))
+        ended.log = self._log[-(2**20) :].decode("utf-8", errors="replace")
+        if self.job.log is not None:
+            self.job.log.write_bytes(self._log)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file or of all files of a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(x.stat().st_size for x in path.glob("*") if x.is_file()) if path.is_dir() else 0
+
+
+def _unnamed_file() -> BinaryIO:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("job"), "w+b")
+    return tempfile.TemporaryFile()

@@ -1,0 +1,162 @@
+"""The worker: gives up everything but what it was given, then runs one function on a job.
+
+The order matters: what needs rights comes first, the filter of system calls last. Only then is
+anything imported that a stranger's bytes could reach.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from quantkit.sandbox import kernel, seccomp
+
+_SPARE_BYTES = 16 * 2**30  # of address space that is reserved and not used: stacks, libraries
+_result = -1
+
+
+def tell(**facts: Any) -> None:
+    """Send facts to the parent while the function still works."""
+    if _result >= 0:
+        data = memoryview(json.dumps({"facts": facts}).encode() + b"\n")
+        _write(data)
+
+
+def _write(data: memoryview) -> None:
+    while data:
+        data = data[os.write(_result, data) :]
+
+
+def run(job: dict[str, Any], flags: int) -> None:
+    """Never returns."""
+    global _result
+    _result = job["result"]
+    kept = {1, 2, _result}
+    limits = job["limits"]
+    set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
+    _close_others(kept)
+    protection = restrict(job, flags)
+    tell(protection=protection)
+    sys.path[:] = job["path"]
+    del limits
+    try:
+        module, _, name = job["function"].partition(":")
+        value = getattr(importlib.import_module(module), name)(**job["arguments"])
+        if inspect.isgenerator(value):
+            for part in value:
+                _write(memoryview(json.dumps({"part": part}).encode() + b"\n"))
+            value = None
+        answer = json.dumps({"value": value})
+    except SystemExit as error:
+        code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
+        answer = json.dumps({"exit": code, "message": str(error.code)[:4000]})
+    except BaseException as error:
+        answer = json.dumps(
+            {
+                "error": type(error).__name__,
+                "message": str(getattr(error, "message", error))[:4000],
+                "remedy": str(getattr(error, "remedy", ""))[:4000],
+                "ours": any(c.__name__ == "QuantkitError" for c in type(error).__mro__),
+            }
+        )
+        _write(memoryview(answer.encode() + b"\n"))  # first: MemoryError leaves little room
+        traceback.print_exc()
+        answer = ""
+    if answer:
+        _write(memoryview(answer.encode() + b"\n"))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass
+    logging.shutdown()
+    os._exit(0)
+
+
+def set_limits(job: dict[str, Any], namespaces: bool) -> None:
+    """Hard limits of the kernel, only ever lowered. A second after the soft limit of processor time
+    (SIGXCPU, which tells the parent what happened) comes the hard one (SIGKILL).
+    """
+    limits = job["limits"]
+    memory = limits["memory_bytes"] + job["mapped_bytes"]
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1)
+    _lower(resource.RLIMIT_FSIZE, limits["file_bytes"])
+    _lower(resource.RLIMIT_DATA, memory)
+    _lower(resource.RLIMIT_AS, memory + _SPARE_BYTES)
+    _lower(resource.RLIMIT_NOFILE, 1024)
+    if namespaces and sys.platform == "linux":  # elsewhere it would count the user's other programs
+        _lower(resource.RLIMIT_NPROC, limits["n_processes"])
+
+
+def _lower(which: int, soft: int, hard: int | None = None) -> None:
+    now_soft, now_hard = resource.getrlimit(which)
+
+    def least(wanted: int, now: int) -> int:
+        return wanted if now == resource.RLIM_INFINITY else min(wanted, now)
+
+    hard = least(soft if hard is None else hard, now_hard)
+    resource.setrlimit(which, (min(least(soft, now_soft), hard), hard))
+
+
+def _close_others(kept: set[int]) -> None:
+    last = 0
+    for descriptor in sorted(kept):
+        os.closerange(last, descriptor)
+        last = descriptor + 1
+    os.closerange(last, 65536)
+    os.open(os.devnull, os.O_RDONLY)  # stdin
+
+
+def restrict(job: dict[str, Any], flags: int) -> dict[str, Any]:
+    """Give up files, rights, sockets, programs and processes. Says by which means."""
+    found: dict[str, Any] = {"landlock": 0, "seccomp": False, "capabilities": False}
+    if kernel.LINUX:
+        kernel.set_no_new_privileges()
+        if kernel.KNOWN_MACHINE:
+            kernel.drop_capabilities()
+            found["capabilities"] = True
+        version = kernel.landlock_version()
+        if version:
+            kernel.restrict_files(_granted(job, flags), version)
+            found["landlock"] = version
+    sys.addaudithook(_refuse)
+    try:
+        seccomp.install()
+        found["seccomp"] = True
+    except OSError as error:
+        found["seccomp_error"] = str(error)
+    return found
+
+
+def _granted(job: dict[str, Any], flags: int) -> list[tuple[Path, int]]:
+    granted = [(Path(path), kernel.WRITE) for path in job["writable"]]
+    if flags & kernel.NEW_MOUNTS:  # nothing else can be named anyway
+        granted += [(Path("/"), kernel.READ), (Path(job["home"]), kernel.SCRATCH)]
+        granted += [(Path("/dev/null"), kernel.READ | kernel.WRITE)]
+        return granted
+    granted += [(Path(path), kernel.READ) for path in job["readable"]]
+    granted += [(Path(f"/proc/{os.getpid()}"), kernel.READ), (Path("/proc/self"), kernel.READ)]
+    granted += [(Path("/dev/null"), kernel.READ | kernel.WRITE)]
+    for device in ("zero", "full", "random", "urandom"):
+        granted.append((Path("/dev") / device, kernel.READ))
+    for name in ("cpuinfo", "meminfo", "stat", "filesystems"):
+        granted.append((Path("/proc") / name, kernel.READ))
+    return granted
+
+
+_DENIED = ("socket.", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+
+
+def _refuse(event: str, _arguments: Any) -> None:
+    """The same within Python, for a sentence that says it, and where there is no filter."""
+    if event.startswith(_DENIED) and event != "socket.gethostname":
+        raise PermissionError(f"{event} is denied in the sandbox")
