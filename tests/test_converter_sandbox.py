@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.converter import sandbox
 from quantkit.converter.checkpoint import write_shell
 from quantkit.converter.convert import ConversionResult, convert
 from quantkit.converter.sandbox import Limits
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.process import environment as environment_of
 
 # Small enough to be hit at once, large enough for Python itself.
 SMALL = Limits(cpu_seconds=20, wall_seconds=30, address_bytes=2**31, file_bytes=2**20)
@@ -64,7 +64,7 @@ def test_the_child_sees_no_token_and_no_foreign_gguf(run_code, monkeypatch: pyte
         "open(out, 'w').write(json.dumps([dict(os.environ), sys.path, gguf.__file__]))"
     )
     environment, path, gguf_file = json.loads(result.path.read_text())
-    expected = set(sandbox.environment(Path("/home"))) | {"LC_CTYPE"}  # Python may set the last
+    expected = set(environment_of("/home")) | {"LC_CTYPE"}  # Python may set the last
     assert set(environment) <= expected
     assert "secret" not in str(environment)
     assert environment["HF_HUB_OFFLINE"] == environment["TRANSFORMERS_OFFLINE"] == "1"

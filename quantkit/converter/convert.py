@@ -38,6 +38,7 @@ class ConversionResult:
     peak_bytes: int  # resident memory of the child
     converter: str  # version and hash
     network: str  # by what means the child had none
+    sandbox: str  # what else the kernel kept it from
     warnings: tuple[str, ...]  # said by the converter, or about a choice made for it
     removed: tuple[str, ...]  # what the sanitized copy of the model did not have
 
@@ -96,7 +97,7 @@ def convert(
                     tree,
                     log_path,
                     limits,
-                    folder=work,  # cleared by the next try when this one is killed
+                    readable=model.readable + (overrides,),
                     output=partial,
                     progress=None if skeleton else progress,
                     arguments=arguments,
@@ -121,21 +122,22 @@ def convert(
                         "llama.cpp puts other special tokens before or after a text than the "
                         "original tokenizer does: check add_bos_token in the result."
                     )
-                if outcome.status["composes"]:
+                if outcome.status.get("composes"):
                     notes.append(
                         "The tokenizer composes accents that are written as letter and mark (NFC), "
                         "llama.cpp does not: such texts get other tokens."
                     )
                 outcome = attempt(pre.name)
-            if not outcome.ok or not partial.is_file():
+            if not outcome.ok or partial.stat().st_size == 0:
                 raise explain(outcome, log_path, model.removed)
     return ConversionResult(
         path=out_path,
         n_bytes=out_path.stat().st_size,
         seconds=round(time.monotonic() - started, 2),
-        peak_bytes=outcome.status["peak_bytes"],
+        peak_bytes=outcome.ended.peak_bytes,
         converter=describe(tree),
-        network=outcome.status["network"],
+        network=outcome.protection.network,
+        sandbox=str(outcome.protection),
         warnings=(*notes, *_warnings(outcome.log)),
         removed=model.removed,
     )

@@ -1,14 +1,13 @@
-"""What runs inside the sandbox: `python -I -B entry.py JOB.json`. Never imported by quantkit.
+"""What runs inside the sandbox: llama.cpp's converter and llama.cpp's tokenizer. quantkit's parent
+process never imports it.
 
-It first gives up what it does not need (limits, network, programs), then puts the converter's own
-folder and its own `gguf` before the environment's, and does the job:
+The converter's own folder and its own `gguf` come before the environment's in sys.path.
 
-    convert         the converter's own main program, with its tensor writer wrapped: for progress,
-                    or to leave the tensor data a hole (skeleton), and with the models of added.py
-    list            the architectures that the converter registers with this transformers
-    match           which of llama.cpp's pre-tokenizers give the same tokens as the original
-
-The job's outcome goes to a small JSON file that the parent reads; everything else is log.
+    convert              the converter's own main program, with its tensor writer wrapped: for
+                         progress, or to leave the tensor data a hole (skeleton), and with the
+                         models of added.py
+    list_architectures   the architectures that the converter registers with this transformers
+    match                which of llama.cpp's pre-tokenizers give the same tokens as the original
 """
 
 from __future__ import annotations
@@ -16,103 +15,18 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import os
-import platform
-import resource
 import runpy
 import sys
-import traceback
 import unicodedata
 from pathlib import Path
 from typing import Any
 
-_STATUS: dict[str, Any] = {}
-
-
-def report(path: str, **facts: Any) -> None:
-    """Merge `facts` into the status file, which is always whole."""
-    _STATUS.update(facts)
-    partial = path + ".new"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(_STATUS, file)
-    os.replace(partial, path)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-    if os.getppid() != parent:  # it ended before we asked
-        sys.exit(1)
-
-
-def set_limits(cpu_seconds: int, address_bytes: int, file_bytes: int) -> None:
-    """Hard limits of the kernel; they cannot be raised again. A second after the soft CPU limit
-    (SIGXCPU, which tells the parent what happened) comes the hard one (SIGKILL).
-    """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (address_bytes, address_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-
-def close_network() -> str:
-    """Deny sockets and new programs to this process. Says by which means."""
-    denied = ("socket.", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
-
-    def refuse(event: str, _arguments: Any) -> None:
-        if event.startswith(denied) and event != "socket.gethostname":
-            raise PermissionError(f"{event} is denied while a model is converted")
-
-    sys.addaudithook(refuse)
-    return "denied by the kernel (seccomp)" if deny_syscalls() else "denied within Python only"
-
-
-def deny_syscalls() -> bool:
-    """A seccomp filter (a BPF program over struct seccomp_data: number at 0, architecture at 4)
-    that answers EACCES to socket, execve, execveat and io_uring_setup, and to every call of another
-    architecture's table. False where the system has no such thing.
-    """
-    # AUDIT_ARCH value, then the numbers of the four calls
-    known = {
-        "x86_64": (0xC000003E, (41, 59, 322, 425)),
-        "aarch64": (0xC00000B7, (198, 221, 281, 425)),
-    }
-    if sys.platform != "linux" or platform.machine() not in known or sys.maxsize < 2**32:
-        return False
-    architecture, calls = known[platform.machine()]
-    load, equal, result = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
-    allow, deny = 0x7FFF0000, 0x00050000 | 13  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | EACCES
-
-    class Instruction(ctypes.Structure):
-        _fields_ = [
-            ("code", ctypes.c_uint16),
-            ("if_true", ctypes.c_uint8),
-            ("if_false", ctypes.c_uint8),
-            ("value", ctypes.c_uint32),
-        ]
-
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(Instruction))]
-
-    n = len(calls)
-    code = [
-        Instruction(load, 0, 0, 4),
-        Instruction(equal, 0, n + 2, architecture),  # else: deny
-        Instruction(load, 0, 0, 0),
-        *(Instruction(equal, n - i, 0, call) for i, call in enumerate(calls)),
-        Instruction(result, 0, 0, allow),
-        Instruction(result, 0, 0, deny),
-    ]
-    array = (Instruction * len(code))(*code)
-    program = Program(len(code), array)
-    libc = ctypes.CDLL(None, use_errno=True)
-    # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP with SECCOMP_MODE_FILTER
-    return libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+from quantkit.sandbox.worker import tell
 
 
 def convert(job: dict[str, Any]) -> None:
     """Run the converter's main program with `job["arguments"]`."""
+    logging.basicConfig(level=logging.INFO)
     wrap_writer(job)
     if (Path(job["tree"]) / "conversion" / "base.py").is_file():
         accept_pre_tokenizer(job)
@@ -136,7 +50,7 @@ def wrap_writer(job: dict[str, Any]) -> None:
         (tensors,) = self.tensors  # one file: the converter was not asked to split
         check_blocks(self.arch, self.kv_data[0], tensors)
         sizes = [tensor.nbytes for tensor in tensors.values()]
-        report(job["status"], total=sum(sizes))
+        tell(total=sum(sizes))
         if not job["skeleton"]:
             for name, info in tensors.items():
                 if isinstance(info.tensor, gguf.LazyNumpyTensor):
@@ -213,7 +127,7 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
         if len({token for tokens in plain for token in tokens}) < 100:
             # transformers makes an empty tokenizer where the vocabulary is missing
             raise ValueError("the tokenizer has no vocabulary")
-        report(job["status"], probes=probes, composes=same, plain=plain, special=special)
+        tell(probes=probes, composes=same, plain=plain, special=special)
         job["skeleton"] = True
         return "default"
 
@@ -260,8 +174,7 @@ def list_architectures(job: dict[str, Any]) -> None:
     conversion.load_all_models()
     kinds = conversion.ModelBase._model_classes
     text, mmproj = kinds[conversion.ModelType.TEXT], kinds[conversion.ModelType.MMPROJ]
-    report(
-        job["status"],
+    tell(
         text={
             name: gguf.MODEL_ARCH_NAMES[text[name].model_arch]
             for name in conversion.TEXT_MODEL_MAP
@@ -285,7 +198,7 @@ def match(job: dict[str, Any]) -> None:
 
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    report(job["status"], matching=None, same_special=False)
+    found = None
     for candidate in job["candidates"]:
         override = (llama_cpp.llama_model_kv_override * 2)()  # the second, empty, ends the list
         override[0].tag, override[0].key = 3, b"tokenizer.ggml.pre"  # 3: a string
@@ -305,8 +218,9 @@ def match(job: dict[str, Any]) -> None:
             for special, wanted in ((False, job["plain"]), (True, job["special"]))
         }
         llama_cpp.llama_model_free(model)
-        if same[False] and (same[True] or _STATUS["matching"] is None):
-            report(job["status"], matching=candidate, same_special=same[True])
+        if same[False] and (same[True] or found is None):
+            found = candidate
+            tell(matching=found, same_special=same[True])
         if same[False] and same[True]:
             return
 
@@ -317,34 +231,3 @@ def tokenize(llama_cpp: Any, vocab: Any, text: str, special: bool) -> list[int] 
     tokens = (ctypes.c_int32 * (len(data) + 8))()
     n = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, len(tokens), special, True)
     return list(tokens[:n]) if n >= 0 else None
-
-
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    die_with_parent(job["parent"])
-    set_limits(**job["limits"])
-    report(job["status"], network=close_network())
-    logging.basicConfig(level=logging.INFO)
-    # The converter's folder comes first because it looks for its data files in sys.path[0].
-    sys.path[:0] = [job["tree"], str(Path(job["tree"]) / "gguf-py")]
-    modes = {"convert": convert, "list": list_architectures, "match": match}
-    try:
-        modes[job["mode"]](job)
-    except SystemExit as error:
-        if error.code not in (None, 0):
-            report(job["status"], error="SystemExit", message=str(error.code))
-            raise
-    except BaseException as error:
-        # MemoryError leaves little room: the report comes first, the long traceback after it.
-        report(job["status"], error=type(error).__name__, message=str(error)[:4000])
-        traceback.print_exc()
-        sys.exit(1)
-    report(
-        job["status"],
-        done=True,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ from pathlib import Path
 from quantkit.converter.architectures import unsupported
 from quantkit.converter.sandbox import Outcome
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.outcome import plain
 
 
 def tokenizer_hash(outcome: Outcome) -> str:
@@ -38,9 +39,9 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
     """The error for a child that did not finish; `removed` is what its model was stripped of."""
     error = _killed(outcome) or _recognized(outcome)
     if error is None:
-        words = f"{outcome.status.get('error', '')} {outcome.status.get('message', '')}".strip()
-        if not outcome.status.get("message") or outcome.status["error"] == "SystemExit":
-            words = _last_line(outcome.log)
+        words = plain(f"{outcome.status.get('error', '')} {outcome.status.get('message', '')}")
+        if not outcome.status.get("message") or outcome.status.get("error") == "SystemExit":
+            words = plain(_last_line(outcome.log))
         error = QuantkitError(f"The conversion failed: {words[:500]}.")
     if error.message == _NO_TOKENIZER and "auto_map removed from tokenizer_config.json" in removed:
         error = QuantkitError(
@@ -52,13 +53,14 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
 
 def _killed(outcome: Outcome) -> QuantkitError | None:
     """A limit or a signal."""
-    limits, code = outcome.limits, -outcome.returncode
-    if outcome.timed_out:
+    limits, code = outcome.limits, outcome.ended.signal
+    if outcome.ended.why == "wall":
         return QuantkitError(
             f"The conversion was stopped after {limits.wall_seconds:,} seconds.",
             "The disk is slow or the model is broken; try a faster disk.",
         )
-    if code == signal.SIGXCPU:
+    spent = outcome.ended.cpu_seconds >= limits.cpu_seconds
+    if code == signal.SIGXCPU or (code == signal.SIGKILL and spent):
         return QuantkitError(
             f"The conversion used up its {limits.cpu_seconds:,} seconds of processor time.",
             "No sound model of this size needs as much; check where it came from.",
@@ -68,15 +70,27 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
             "The conversion was killed, most likely because the machine ran out of memory.",
             "Use a machine with more memory, or close other programs.",
         )
-    if code == signal.SIGXFSZ or re.search(r"Errno 27\b|File too large", outcome.log):
+    if outcome.ended.why == "answer":
+        return QuantkitError(
+            "The converter said more than can be read.", "Check where the model came from."
+        )
+    if (
+        outcome.ended.why == "bytes"
+        or code == signal.SIGXFSZ
+        or re.search(r"Errno 27\b|File too large", outcome.log)
+    ):
         return QuantkitError(
             f"The conversion tried to write a file above its limit of {limits.file_bytes:,} bytes.",
             "A GGUF of this model cannot be as large; check where the model came from.",
         )
-    if outcome.status.get("error") == "MemoryError" or re.search(
-        r"\bMemoryError|std::bad_alloc|Cannot allocate memory|failed to map segment"
-        r"|can't allocate memory|memory allocation of \d+ bytes failed|Unable to allocate",
-        outcome.log,
+    if (
+        outcome.ended.why == "memory"
+        or outcome.status.get("error") == "MemoryError"
+        or re.search(
+            r"\bMemoryError|std::bad_alloc|Cannot allocate memory|failed to map segment"
+            r"|can't allocate memory|memory allocation of \d+ bytes failed|Unable to allocate",
+            outcome.log,
+        )
     ):
         return QuantkitError(
             f"The conversion needed more than its {limits.address_bytes:,} bytes of address space.",
@@ -209,7 +223,7 @@ _KNOWN: tuple[tuple[str, _Make], ...] = (
         ),
     ),
     (
-        r"is denied while a model is converted",
+        r"is denied in the sandbox",
         _say(
             "The converter wanted the network or another program, which it is not given.",
             "Something is missing from the model's folder; download it again.",

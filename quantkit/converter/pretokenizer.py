@@ -58,16 +58,20 @@ def find(tree: Path, skeleton: Path, status: dict[str, Any], log: Path) -> PreTo
     None. `skeleton` holds the vocabulary, `status` the original's tokens. Tries a name in a tenth
     of a second.
     """
+    names = candidates(tree)
     outcome = sandbox.run(
         "match",
         tree,
         log,
         sandbox.Limits.for_weights(0, 0),
+        readable=[skeleton],
         gguf=str(skeleton),
-        candidates=candidates(tree),
-        probes=status["probes"],
-        plain=status["plain"],
-        special=status["special"],
+        candidates=names,
+        probes=status.get("probes"),
+        plain=status.get("plain"),
+        special=status.get("special"),
     )
     name = outcome.status.get("matching")
-    return PreTokenizer(name, outcome.status["same_special"]) if outcome.ok and name else None
+    if not outcome.ok or name not in names:
+        return None
+    return PreTokenizer(name, outcome.status.get("same_special") is True)

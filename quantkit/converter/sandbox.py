@@ -1,28 +1,22 @@
-"""Start `entry.py` in a child process that can do no harm, watch it, and end it.
-
-The child gets a stripped environment, Python's isolated mode, limits, no network (see entry.py for
-how) and its own session; it dies with its parent and is killed with its whole group on a cancel.
+"""The converter's jobs in the sandbox (quantkit.sandbox): one of entry.py's functions in a child
+that may read the model's copy and the converter, and write the output's file and nothing else.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
+
 Progress = Callable[[int, int], None]
 
-ENTRY = Path(__file__).with_name("entry.py")
-_POLL_SECONDS = 0.2
+_MODES = {"convert": "convert", "list": "list_architectures", "match": "match"}
 
 
 @dataclass(frozen=True)
@@ -54,38 +48,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended, what it reported, and the end of its log."""
+    """How a child ended, and what it reported: a stranger's words."""
 
-    returncode: int
-    status: dict[str, Any]
-    log: str
-    timed_out: bool
+    ended: sandbox.Ended
     limits: Limits
+    status: dict[str, Any] = field(default_factory=dict)
+    done: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.returncode == 0 and self.status.get("done") is True
+        return self.done and self.ended.why is None and self.ended.status == 0
 
+    @property
+    def log(self) -> str:
+        return self.ended.log
 
-def environment(home: Path) -> dict[str, str]:
-    """All that the child sees of the environment: no token, no cache, no proxy."""
-    n_threads = str(min(8, os.cpu_count() or 1))
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    return {
-        **kept,
-        "HOME": str(home),
-        "TMPDIR": str(home),
-        "HF_HOME": str(home),
-        "LANG": "C.UTF-8",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-        # Each thread and malloc arena reserves address space, which is limited.
-        "OMP_NUM_THREADS": n_threads,
-        "MALLOC_ARENA_MAX": "2",
-    }
+    @property
+    def protection(self) -> sandbox.Protection:
+        return self.ended.protection
 
 
 def run(
@@ -94,85 +74,69 @@ def run(
     log: Path,
     limits: Limits,
     *,
-    folder: Path | None = None,
+    readable: Sequence[Path] = (),
     output: Path | None = None,
     progress: Progress | None = None,
     **job: Any,
 ) -> Outcome:
-    """Run one job of `entry.py` and wait for it. Its log goes to `log`; `progress` is called with
-    the bytes of `output` and the bytes it will have. The child's home is made in `folder`, by
-    default beside the log; only a kill of this process leaves it there.
+    """Run one job of entry.py and wait for it. Its log goes to `log`; `progress` is called with the
+    bytes of `output` and the bytes it will have. `output` is made, empty, before the job.
     """
-    with tempfile.TemporaryDirectory(dir=folder or log.parent, prefix="sandbox-") as scratch:
-        home = Path(scratch)
-        status = home / "status.json"
-        hard = dataclasses.asdict(limits)
-        hard.pop("wall_seconds")
-        job_file = home / "job.json"
-        job_file.write_text(
-            json.dumps(
-                {
-                    **job,
-                    "mode": mode,
-                    "tree": str(tree),
-                    "status": str(status),
-                    "parent": os.getpid(),
-                    "limits": hard,
-                }
-            )
+    made = None if output is None else _make(output)
+    child_job = sandbox.Job(
+        f"quantkit.converter.entry:{_MODES[mode]}",
+        {"job": {**job, "tree": str(tree)}},
+        sandbox.Limits(
+            limits.cpu_seconds, limits.wall_seconds, limits.address_bytes, limits.file_bytes
+        ),
+        readable=readable,
+        writable=() if output is None else (output,),
+        path=(tree, tree / "gguf-py"),
+        log=log,
+        address_bytes=limits.address_bytes,
+    )
+    status: dict[str, Any] = {}
+    done = False
+    n_written = 0
+    with sandbox.Child(child_job) as child:
+        for message in child.messages():
+            if message is not None and isinstance(message.get("facts"), dict):
+                status.update(message["facts"])
+            elif message is not None:
+                done = "value" in message or message.get("exit") == 0
+                status.update({k: message[k] for k in ("error", "message") if k in message})
+                if message.get("exit"):
+                    status["error"] = "SystemExit"
+            elif progress is not None and output is not None:
+                total = status.get("total")
+                total = total if type(total) is int else 0
+                n_bytes = min(os.lstat(output).st_size, total)
+                if n_bytes > n_written:  # the child goes on for a while after its last byte
+                    n_written = n_bytes
+                    progress(n_written, total)
+    if made is not None and output is not None:
+        _check(output, made)
+    return Outcome(child.ended, limits, status, done)
+
+
+def _make(output: Path) -> tuple[int, int]:
+    """An empty file, new or not. Returns what it is known by."""
+    output.unlink(missing_ok=True)
+    descriptor = os.open(output, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+    found = os.fstat(descriptor)
+    os.close(descriptor)
+    return found.st_dev, found.st_ino
+
+
+def _check(output: Path, made: tuple[int, int]) -> None:
+    """Raises QuantkitError when `output` is not the very file that was made."""
+    try:
+        found = os.lstat(output)
+    except OSError:
+        return  # it failed: the reason is in the outcome
+    if (found.st_dev, found.st_ino) != made or not stat.S_ISREG(found.st_mode):
+        output.unlink()
+        raise QuantkitError(
+            f"{output.name} was replaced while the model was converted.",
+            "Convert again; the model may try to attack the converter.",
         )
-        with log.open("wb") as log_file:
-            child = subprocess.Popen(
-                # -I: no PYTHON* variables, no user site, no current folder. -B: the converter's
-                # tree is hashed, so nothing may be written into it.
-                [sys.executable, "-I", "-B", str(ENTRY), str(job_file)],
-                env=environment(home),
-                cwd=home,
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            timed_out = _watch(child, status, output, progress, limits.wall_seconds)
-        finally:
-            _kill(child)
-        reported = json.loads(status.read_text()) if status.exists() else {}
-    text = log.read_bytes()[-(2**20) :].decode("utf-8", errors="replace")
-    return Outcome(child.returncode, reported, text, timed_out, limits)
-
-
-def _watch(
-    child: subprocess.Popen[bytes],
-    status: Path,
-    output: Path | None,
-    progress: Progress | None,
-    wall_seconds: int,
-) -> bool:
-    """Wait for the child's end and pass its progress on. True when it took too long."""
-    deadline = time.monotonic() + wall_seconds
-    total = done = 0
-    while True:
-        try:
-            child.wait(_POLL_SECONDS)
-            return False
-        except subprocess.TimeoutExpired:
-            pass
-        if time.monotonic() > deadline:
-            return True
-        if progress is not None and output is not None and status.exists():
-            total = total or json.loads(status.read_text()).get("total", 0)
-            n_bytes = min(output.stat().st_size, total) if output.exists() else 0
-            if n_bytes > done:  # the child goes on for a while after its last byte
-                done = n_bytes
-                progress(done, total)
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End the child's whole session, if any of it is left."""
-    if child.returncode is None:
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        child.wait()

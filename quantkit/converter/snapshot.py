@@ -50,6 +50,12 @@ class Snapshot:
     removed: tuple[str, ...]  # sentences for the record: what the copy does not have
 
     @property
+    def readable(self) -> tuple[Path, ...]:
+        """The copy, and the checked files that its links lead to."""
+        links = (path for path in sorted(self.folder.iterdir()) if path.is_symlink())
+        return (self.folder, *(path.resolve() for path in links))
+
+    @property
     def weight_bytes(self) -> int:
         return sum(tensor.n_bytes for tensor in self.tensors.values())
 

@@ -1,35 +1,27 @@
 """Try a finished file: one prompt, one answer, in a process that can do no harm.
 
-    python -m quantkit.launch.talk FILE.gguf    # a request as JSON on stdin, answers as JSON lines
-
 The prompt goes through the file's own chat template, which a stranger may have written: Jinja runs
-it in its sandbox, and the process around it has little memory, processor time and no token.
+it in its sandbox, and the process around it is quantkit's own sandbox.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import resource
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.converter.entry import close_network
+from quantkit import sandbox
 from quantkit.errors import QuantkitError
 
 MAX_PROMPT = 4000  # characters
 MAX_TOKENS = 200
 _CONTEXT = 2048
 _CPU_SECONDS, _WALL_SECONDS = 240, 120
-_EXTRA_BYTES = 6 * 2**30  # of address space beside the file: libraries, buffers, the context
+_EXTRA_BYTES = 6 * 2**30  # of memory beside the file: buffers, the context
 _AT_ONCE = threading.BoundedSemaphore(2)
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit.launch.talk")
-# All that the process sees of the environment: no token, no proxy.
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+ANSWER = f"{__name__}:answer"  # runs inside
 
 
 def say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -43,42 +35,23 @@ def say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
 
 
 def _say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
-    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    environment |= {"HOME": "/nonexistent", "OMP_WAIT_POLICY": "PASSIVE", "LANG": "C.UTF-8"}
-    child = subprocess.Popen(
-        [*COMMAND, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-        start_new_session=True,
+    limits = sandbox.Limits(
+        _CPU_SECONDS, _WALL_SECONDS, path.stat().st_size + _EXTRA_BYTES, n_processes=256
     )
-    watchdog = threading.Timer(_WALL_SECONDS, child.kill)
-    watchdog.start()
+    arguments = {"path": str(path), "messages": list(messages)}
     text = ""
     try:
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(json.dumps(list(messages)))
-        child.stdin.close()
-        for line in child.stdout:
-            value = json.loads(line)
-            if "error" in value:
-                raise QuantkitError(str(value["error"])[:300], "Try another prompt.")
-            text += str(value["text"])
+        for part in sandbox.stream(ANSWER, arguments, limits=limits, readable=[path]):
+            text += str(part)
             yield text
-        if child.wait() != 0:
+    except sandbox.Crashed as error:
+        if error.reason.startswith(("was stopped", "used up", "needed more")):
             raise QuantkitError(
                 "The answer took too long or too much memory.", "Download the file to try it."
-            )
-    except (BrokenPipeError, ValueError):
+            ) from None
         raise QuantkitError(
-            "The file could not be loaded here.", "Download it and try it in llama.cpp."
+            f"The file does not answer: the process {error.reason}."[:300], "Try another prompt."
         ) from None
-    finally:
-        watchdog.cancel()
-        child.kill()
-        child.wait()
 
 
 def check_prompt(prompt: object) -> str:
@@ -93,39 +66,12 @@ def check_prompt(prompt: object) -> str:
     return text
 
 
-def main(argv: Sequence[str]) -> int:
-    """Answer one request. Returns 0, or 1 after an error was told."""
-    path = Path(argv[1])
-    _limit(path.stat().st_size)
-    close_network()
-    messages = json.loads(sys.stdin.read(200_000))
-    try:
-        for text in _answer(path, messages):
-            _tell({"text": text})
-    except Exception as error:  # whatever a strange file makes llama.cpp or its template raise
-        _tell({"error": f"The file does not answer ({type(error).__name__}: {error})"[:300]})
-        return 1
-    return 0
-
-
-def _limit(n_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
-    memory = 2 * n_bytes + _EXTRA_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _tell(value: dict[str, str]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
-
-
-def _answer(path: Path, messages: list[dict[str, str]]) -> Iterator[str]:
+def answer(path: str, messages: list[dict[str, str]]) -> Iterator[str]:
+    """What llama.cpp says, piece by piece. Runs in the sandbox."""
     from llama_cpp import Llama
 
     model: Any = Llama(
-        str(path), n_ctx=_CONTEXT, verbose=False, seed=0, n_threads=max(1, os.cpu_count() or 1)
+        path, n_ctx=_CONTEXT, verbose=False, seed=0, n_threads=max(1, os.cpu_count() or 1)
     )
     # Greedy: the same prompt gives the same answer, so that two files can be compared.
     if "tokenizer.chat_template" in model.metadata:
@@ -139,7 +85,3 @@ def _answer(path: Path, messages: list[dict[str, str]]) -> Iterator[str]:
             prompt, max_tokens=MAX_TOKENS, temperature=0.0, stream=True
         ):
             yield part["choices"][0]["text"]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

@@ -9,73 +9,40 @@ kernel.py      namespaces, Landlock, capabilities: the kernel's own interfaces
 seccomp.py     the filter of system calls
 mounts.py      a file system that holds only what may be read
 places.py      what has to be read whatever the function is
+
+Nothing is imported before it is used: the child imports this package, too, and has to be quick.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from quantkit.sandbox.limits import Crashed, Limits
-from quantkit.sandbox.outcome import check
-from quantkit.sandbox.process import Child, Ended, Job
+if TYPE_CHECKING:
+    from quantkit.sandbox.api import call as call
+    from quantkit.sandbox.api import stream as stream
+    from quantkit.sandbox.limits import Crashed as Crashed
+    from quantkit.sandbox.limits import Limits as Limits
+    from quantkit.sandbox.outcome import check as check
+    from quantkit.sandbox.process import Child as Child
+    from quantkit.sandbox.process import Ended as Ended
+    from quantkit.sandbox.process import Job as Job
+    from quantkit.sandbox.protection import Protection as Protection
 
-__all__ = ["Child", "Crashed", "Ended", "Job", "Limits", "call", "check", "stream"]
-
-
-def call(
-    function: str,
-    arguments: Mapping[str, Any],
-    *,
-    limits: Limits | None = None,
-    readable: Sequence[Path] = (),
-    writable: Path | None = None,
-    log: Path | None = None,
-) -> Any:
-    """Run `function` ("package.module:name", a plain function of quantkit or evaluators) in a
-    sandboxed child: JSON-able keyword arguments in, JSON-able value out. It reads only `readable`,
-    the interpreter and its packages, and writes only into `writable` (or nowhere). No network, no
-    programs, no token, nothing of the parent.
-
-    Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
-    memory or another exception.
-    """
-    (value,) = _values(_job(function, arguments, limits, readable, writable, log), "value")
-    return value
+_WHERE = {
+    "call": "api",
+    "stream": "api",
+    "Crashed": "limits",
+    "Limits": "limits",
+    "check": "outcome",
+    "Child": "process",
+    "Ended": "process",
+    "Job": "process",
+    "Protection": "protection",
+}
 
 
-def stream(
-    function: str,
-    arguments: Mapping[str, Any],
-    *,
-    limits: Limits | None = None,
-    readable: Sequence[Path] = (),
-) -> Iterator[Any]:
-    """The same for a generator: its values as they come. Closing the iterator ends the child."""
-    return _values(_job(function, arguments, limits, readable, None, None), "part")
-
-
-def _job(
-    function: str,
-    arguments: Mapping[str, Any],
-    limits: Limits | None,
-    readable: Sequence[Path],
-    writable: Path | None,
-    log: Path | None,
-) -> Job:
-    if not function.startswith(("quantkit.", "evaluators.")):
-        raise ValueError(f"{function} is not a function of this project")
-    folders = () if writable is None else (writable,)
-    return Job(function, arguments, limits or Limits(), readable, folders, log=log)
-
-
-def _values(job: Job, kind: str) -> Iterator[Any]:
-    last: dict[str, Any] = {}
-    with Child(job) as child:
-        for message in child.messages():
-            if message is not None and not {"facts", "part"} & message.keys():
-                last = message
-            if message is not None and kind in message:
-                yield message[kind]
-    check(job, child.ended, last)
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(name)
+    return getattr(import_module(f"quantkit.sandbox.{_WHERE[name]}"), name)

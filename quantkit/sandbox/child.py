@@ -20,9 +20,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import signal
 from select import POLLHUP, POLLIN, poll
 from time import monotonic
-from typing import Any
 
 from quantkit.sandbox import kernel, mounts, worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _POLL_SECONDS = 0.05
 _SCRATCH_BYTES = 64 * 2**20

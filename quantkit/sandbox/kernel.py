@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 LINUX = sys.platform == "linux" and sys.maxsize > 2**32
-MACHINE = platform.machine()
+MACHINE = os.uname().machine if LINUX else ""
 KNOWN_MACHINE = LINUX and MACHINE in ("x86_64", "aarch64")
 
 _libc = ctypes.CDLL(None, use_errno=True) if LINUX else None
@@ -150,7 +151,7 @@ def landlock_version() -> int:
         return 0
 
 
-def restrict_files(granted: Iterable[tuple[Path, int]], version: int) -> None:
+def restrict_files(granted: Iterable[tuple[str, int]], version: int) -> None:
     """Landlock: what is not granted cannot be opened any more. Paths that do not exist are left
     out. From version 4 on no TCP port either, from 6 on no signal and no abstract socket leads out.
     """
@@ -168,7 +169,7 @@ def restrict_files(granted: Iterable[tuple[Path, int]], version: int) -> None:
         except OSError:
             continue
         try:
-            allowed = rights & handled & (~0 if path.is_dir() else _FILE_RIGHTS)
+            allowed = rights & handled & (~0 if os.path.isdir(path) else _FILE_RIGHTS)
             # struct { u64 rights; s32 descriptor; } __attribute__((packed))
             rule = allowed.to_bytes(8, sys.byteorder) + descriptor.to_bytes(4, sys.byteorder)
             beneath = 1

@@ -6,10 +6,13 @@ Every path keeps its name, links on the way included. Standard library only: run
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
 
 from quantkit.sandbox import kernel
 from quantkit.sandbox.kernel import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_REC
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _LONGEST_CHAIN = 40  # of links

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from quantkit.sandbox.limits import Limits
 from quantkit.sandbox.places import always_readable, import_path
+from quantkit.sandbox.protection import Protection
 
 _CHILD = Path(__file__).with_name("child.py")
 _MOST_LOG = 16 * 2**20
@@ -39,6 +40,7 @@ class Job:
     writable: Sequence[Path] = ()
     path: Sequence[Path] = ()
     log: Path | None = None
+    address_bytes: int | None = None  # where mapped files are to be limited, too
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Ended:
     why: str | None = None
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
-    namespaces: tuple[str, ...] = ()
+    protection: Protection = field(default_factory=Protection)
     log: str = ""  # its end
 
     @property
@@ -91,6 +93,7 @@ class Child:
         self._log = bytearray()
         self._partial = bytearray()
         self._verdict = bytearray()
+        self._first: dict[str, Any] | None = None
         self._n_said = 0
         try:
             self._start()
@@ -117,6 +120,7 @@ class Child:
             "writable": [os.path.abspath(path) for path in job.writable],
             "folders": [os.path.abspath(path) for path in job.writable if path.is_dir()],
             "mapped_bytes": sum(_size(Path(path)) for path in readable),
+            "address_bytes": job.address_bytes,
             "result": result_w,
             "verdict": verdict_w,
             "lifeline": lifeline,
@@ -188,7 +192,10 @@ class Child:
                 message = None
             if not isinstance(message, dict):
                 return self._refuse("answer")
-            yield message
+            if self._first is None:  # said before anything strange was seen
+                self._first = message
+            else:
+                yield message
 
     def _refuse(self, why: str) -> None:
         self.ended.why = why
@@ -232,7 +239,7 @@ class Child:
             facts.get("cpu_seconds", 0.0),
             facts.get("peak_bytes", 0),
         )
-        ended.namespaces = tuple(facts.get("namespaces", ()))
+        ended.protection = Protection.of(self._first or {}, tuple(facts.get("namespaces", ())))
         ended.log = self._log[-(2**20) :].decode("utf-8", errors="replace")
         if self.job.log is not None:
             self.job.log.write_bytes(self._log)

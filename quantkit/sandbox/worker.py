@@ -7,17 +7,17 @@ anything imported that a stranger's bytes could reach.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
-import logging
 import os
 import resource
 import sys
-import traceback
-from pathlib import Path
-from typing import Any
+from types import GeneratorType
 
 from quantkit.sandbox import kernel, seccomp
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _SPARE_BYTES = 16 * 2**30  # of address space that is reserved and not used: stacks, libraries
 _result = -1
@@ -39,18 +39,14 @@ def run(job: dict[str, Any], flags: int) -> None:
     """Never returns."""
     global _result
     _result = job["result"]
-    kept = {1, 2, _result}
-    limits = job["limits"]
     set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
-    _close_others(kept)
-    protection = restrict(job, flags)
-    tell(protection=protection)
+    _close_others({1, 2, _result})
+    _write(memoryview(json.dumps(restrict(job, flags)).encode() + b"\n"))
     sys.path[:] = job["path"]
-    del limits
     try:
         module, _, name = job["function"].partition(":")
         value = getattr(importlib.import_module(module), name)(**job["arguments"])
-        if inspect.isgenerator(value):
+        if isinstance(value, GeneratorType):
             for part in value:
                 _write(memoryview(json.dumps({"part": part}).encode() + b"\n"))
             value = None
@@ -68,6 +64,8 @@ def run(job: dict[str, Any], flags: int) -> None:
             }
         )
         _write(memoryview(answer.encode() + b"\n"))  # first: MemoryError leaves little room
+        import traceback
+
         traceback.print_exc()
         answer = ""
     if answer:
@@ -77,7 +75,8 @@ def run(job: dict[str, Any], flags: int) -> None:
             stream.flush()
         except OSError:
             pass
-    logging.shutdown()
+    if "logging" in sys.modules:
+        sys.modules["logging"].shutdown()
     os._exit(0)
 
 
@@ -91,7 +90,7 @@ def set_limits(job: dict[str, Any], namespaces: bool) -> None:
     _lower(resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1)
     _lower(resource.RLIMIT_FSIZE, limits["file_bytes"])
     _lower(resource.RLIMIT_DATA, memory)
-    _lower(resource.RLIMIT_AS, memory + _SPARE_BYTES)
+    _lower(resource.RLIMIT_AS, job["address_bytes"] or memory + _SPARE_BYTES)
     _lower(resource.RLIMIT_NOFILE, 1024)
     if namespaces and sys.platform == "linux":  # elsewhere it would count the user's other programs
         _lower(resource.RLIMIT_NPROC, limits["n_processes"])
@@ -137,19 +136,19 @@ def restrict(job: dict[str, Any], flags: int) -> dict[str, Any]:
     return found
 
 
-def _granted(job: dict[str, Any], flags: int) -> list[tuple[Path, int]]:
-    granted = [(Path(path), kernel.WRITE) for path in job["writable"]]
+def _granted(job: dict[str, Any], flags: int) -> list[tuple[str, int]]:
+    granted = [(path, kernel.WRITE) for path in job["writable"]]
     if flags & kernel.NEW_MOUNTS:  # nothing else can be named anyway
-        granted += [(Path("/"), kernel.READ), (Path(job["home"]), kernel.SCRATCH)]
-        granted += [(Path("/dev/null"), kernel.READ | kernel.WRITE)]
+        granted += [("/", kernel.READ), (job["home"], kernel.SCRATCH)]
+        granted += [("/dev/null", kernel.READ | kernel.WRITE)]
         return granted
-    granted += [(Path(path), kernel.READ) for path in job["readable"]]
-    granted += [(Path(f"/proc/{os.getpid()}"), kernel.READ), (Path("/proc/self"), kernel.READ)]
-    granted += [(Path("/dev/null"), kernel.READ | kernel.WRITE)]
+    granted += [(path, kernel.READ) for path in job["readable"]]
+    granted += [(f"/proc/{os.getpid()}", kernel.READ), ("/proc/self", kernel.READ)]
+    granted += [("/dev/null", kernel.READ | kernel.WRITE)]
     for device in ("zero", "full", "random", "urandom"):
-        granted.append((Path("/dev") / device, kernel.READ))
+        granted.append((f"/dev/{device}", kernel.READ))
     for name in ("cpuinfo", "meminfo", "stat", "filesystems"):
-        granted.append((Path("/proc") / name, kernel.READ))
+        granted.append((f"/proc/{name}", kernel.READ))
     return granted
 
 

@@ -1,0 +1,68 @@
+"""Call a function in a sandboxed child, or listen to one that gives its values one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.sandbox.limits import Limits
+from quantkit.sandbox.outcome import check
+from quantkit.sandbox.process import Child, Job
+
+
+def call(
+    function: str,
+    arguments: Mapping[str, Any],
+    *,
+    limits: Limits | None = None,
+    readable: Sequence[Path] = (),
+    writable: Path | None = None,
+    log: Path | None = None,
+) -> Any:
+    """Run `function` ("package.module:name", a plain function of quantkit or evaluators) in a
+    sandboxed child: JSON-able keyword arguments in, JSON-able value out. It reads only `readable`,
+    the interpreter and its packages, and writes only into `writable` (or nowhere). No network, no
+    programs, no token, nothing of the parent.
+
+    Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
+    memory or another exception.
+    """
+    (value,) = _values(_job(function, arguments, limits, readable, writable, log), "value")
+    return value
+
+
+def stream(
+    function: str,
+    arguments: Mapping[str, Any],
+    *,
+    limits: Limits | None = None,
+    readable: Sequence[Path] = (),
+) -> Iterator[Any]:
+    """The same for a generator: its values as they come. Closing the iterator ends the child."""
+    return _values(_job(function, arguments, limits, readable, None, None), "part")
+
+
+def _job(
+    function: str,
+    arguments: Mapping[str, Any],
+    limits: Limits | None,
+    readable: Sequence[Path],
+    writable: Path | None,
+    log: Path | None,
+) -> Job:
+    if not function.startswith(("quantkit.", "evaluators.")):
+        raise ValueError(f"{function} is not a function of this project")
+    folders = () if writable is None else (writable,)
+    return Job(function, arguments, limits or Limits(), readable, folders, log=log)
+
+
+def _values(job: Job, kind: str) -> Iterator[Any]:
+    last: dict[str, Any] = {}
+    with Child(job) as child:
+        for message in child.messages():
+            if message is not None and not {"facts", "part"} & message.keys():
+                last = message
+            if message is not None and kind in message:
+                yield message[kind]
+    check(job, child.ended, last)
