@@ -6,9 +6,10 @@ pytest tests/test_app_preview.py
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import test_app_fixtures as fixtures
 from hub_jobs import hardware
 from huggingface_hub import JobHardwareInfo
 
+from quantkit import sandbox
 from quantkit.config import RunConfig, Target
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
@@ -24,6 +26,7 @@ from quantkit.launch.estimate import _cache, _key, estimate
 from quantkit.launch.record import load_record
 from quantkit.launch.request import to_config
 from quantkit.launch.sizes import context_bytes, with_sizes
+from quantkit.sandbox import api
 from quantkit.web import desk as desks
 from quantkit.web import previews
 from quantkit.web.desk import Asker, Desk
@@ -212,23 +215,36 @@ def test_all_of_it_is_escaped() -> None:
 # Trying a file.
 
 SAYS = """
-import json, os, sys
-asked = json.load(sys.stdin)
-secret = [n for n in os.environ if "TOKEN" in n or "SECRET" in n]
-for text in ("You said ", asked[-1]["content"], f" {secret}"):
-    print(json.dumps({"text": text}), flush=True)
+import os
+def answer(path, messages):
+    secret = [n for n in os.environ if n.endswith(("TOKEN", "SECRET"))]
+    for text in ("You said ", messages[-1]["content"], f" {secret}"):
+        yield text
 """
 
 
 @pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(talk, "COMMAND", (sys.executable, "-c", SAYS))
+def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Let a stand-in for llama.cpp answer, in the real sandbox."""
+
+    def say(code: str) -> None:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / "stand_in.py").write_text(code)
+
+        def stream(_function: str, arguments: dict[str, Any], **options: Any) -> Iterator[Any]:
+            job = sandbox.Job("stand_in:answer", arguments, path=[folder], **options)
+            return api.listen(job, "part")
+
+        names = {"Limits": sandbox.Limits, "Crashed": sandbox.Crashed, "stream": stream}
+        monkeypatch.setattr(talk, "sandbox", SimpleNamespace(**names))
+
     monkeypatch.setenv("QUANTKIT_HF_TOKEN", "hf_secret")
     monkeypatch.setenv("OAUTH_CLIENT_SECRET", "secret")
-    return monkeypatch
+    return say
 
 
-def test_a_file_answers_without_secrets(desk: Desk, answering: pytest.MonkeyPatch) -> None:
+def test_a_file_answers_without_secrets(desk: Desk, answering: Callable[[str], None]) -> None:
+    answering(SAYS)
     fixtures.own(fixtures.write_run(desk.store.root / "done"), ME.owner)
     assert desk.store.view("done", ME.owner).can_try
     *_, last = desk.talk("done", " hello ", False, ME)
@@ -246,16 +262,21 @@ def test_a_file_answers_without_secrets(desk: Desk, answering: pytest.MonkeyPatc
     ("code", "words"),
     [
         ("import time; time.sleep(60)", "too long"),
-        ("print('not json')", "could not be loaded"),
-        ("raise SystemExit(3)", "too long or too much"),
-        ("""print('{"error": "a bad template"}')""", "a bad template"),
+        ("yield bytes(1)", "not JSON serializable"),
+        ("raise SystemExit(3)", "ended early: 3"),
+        ("raise ValueError('a bad template')", "a bad template"),
+        ("import os; os.abort()", "crashed .SIGABRT"),
     ],
 )
 def test_a_file_that_does_not_answer(
-    tmp_path: Path, answering: pytest.MonkeyPatch, code: str, words: str
+    tmp_path: Path,
+    answering: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    words: str,
 ) -> None:
-    answering.setattr(talk, "COMMAND", (sys.executable, "-c", code))
-    answering.setattr(talk, "_WALL_SECONDS", 0.5 if "sleep" in code else 60)
+    answering(f"def answer(path, messages):\n    {code}\n    yield 'x'\n")
+    monkeypatch.setattr(talk, "_WALL_SECONDS", 1 if "sleep" in code else 60)
     with pytest.raises(QuantkitError, match=words):
         list(talk.say(tmp_path, [{"role": "user", "content": "hello"}]))
 

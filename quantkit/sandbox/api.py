@@ -28,7 +28,7 @@ def call(
     Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
     memory or another exception.
     """
-    (value,) = _values(_job(function, arguments, limits, readable, writable, log), "value")
+    (value,) = listen(_job(function, arguments, limits, readable, writable, log), "value")
     return value
 
 
@@ -40,7 +40,7 @@ def stream(
     readable: Sequence[Path] = (),
 ) -> Iterator[Any]:
     """The same for a generator: its values as they come. Closing the iterator ends the child."""
-    return _values(_job(function, arguments, limits, readable, None, None), "part")
+    return listen(_job(function, arguments, limits, readable, None, None), "part")
 
 
 def _job(
@@ -57,7 +57,8 @@ def _job(
     return Job(function, arguments, limits or Limits(), readable, folders, log=log)
 
 
-def _values(job: Job, kind: str) -> Iterator[Any]:
+def listen(job: Job, kind: str) -> Iterator[Any]:
+    """The `value` or the `part`s of a job. Raises as `call` does."""
     last: dict[str, Any] = {}
     with Child(job) as child:
         for message in child.messages():

@@ -33,9 +33,10 @@ _SCRATCH_BYTES = 64 * 2**20
 # From the strongest down: the first that the kernel grants is used.
 _ISOLATED = kernel.NEW_PID | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS
 _LADDER = (
-    _ISOLATED | kernel.NEW_MOUNTS,  # for root
-    _ISOLATED | kernel.NEW_MOUNTS | kernel.NEW_USER,
-    _ISOLATED | kernel.NEW_USER,
+    (True, _ISOLATED | kernel.NEW_MOUNTS),  # only root needs no user namespace
+    (False, _ISOLATED | kernel.NEW_MOUNTS | kernel.NEW_USER),
+    (True, _ISOLATED),
+    (False, _ISOLATED | kernel.NEW_USER),
 )
 
 
@@ -65,8 +66,12 @@ def _names(flags: int) -> list[str]:
 
 def _start(job: dict[str, Any]) -> tuple[int, int, int]:
     """Fork an init. Returns its number, a pipe that tells of its worker, and its namespaces."""
-    ladder = _LADDER if kernel.KNOWN_MACHINE else ()
-    for flags in ladder[0 if os.geteuid() == 0 else 1 :]:
+    possible = kernel.KNOWN_MACHINE and "namespaces" not in job["without"]
+    for needs_root, flags in _LADDER if possible else ():
+        if needs_root and os.geteuid() != 0:
+            continue
+        if flags & kernel.NEW_MOUNTS and "mounts" in job["without"]:
+            continue
         try:
             started = _attempt(job, flags)
         except OSError:

@@ -42,14 +42,21 @@ def make_root(
     options = f"size={scratch_bytes},nr_inodes=10k,mode=700"
     kernel.mount("scratch", base + scratch, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     os.makedirs(f"{base}/proc", exist_ok=True)
-    try:
-        kernel.mount("proc", f"{base}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        kernel.make_read_only(f"{base}/proc")  # for root it holds settings of the whole machine
-    except OSError:  # a container that hides parts of its own /proc: there is none then
-        pass
+    _mount_proc(f"{base}/proc")
     kernel.enter_root(base)
     # The root alone: its mounts are read-only or not on purpose.
     kernel.mount("", "/", "", kernel.MS_REMOUNT | kernel.MS_RDONLY | MS_BIND | MS_NOSUID | MS_NODEV)
+
+
+def _mount_proc(target: str) -> None:
+    """This namespace's processes; nothing in a container that hides parts of its own /proc."""
+    for options in ("hidepid=ptraceable", ""):  # Linux < 5.8 does not know the word
+        try:
+            kernel.mount("proc", target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+        except OSError:
+            continue
+        kernel.make_read_only(target)  # for root it holds settings of the whole machine
+        return
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:
