@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_sandbox_ends import gone, session
 
 from quantkit.converter.checkpoint import write_shell
 from quantkit.converter.convert import ConversionResult, convert
@@ -127,40 +128,37 @@ def test_each_way_to_fail_has_a_sentence(run_code, tmp_path, source, limits, sen
 
 def test_a_cancel_kills_the_child(run_code, tmp_path: Path):
     """The progress callback is the place where a run notices that it was cancelled."""
-    source = f"""
-import gguf, os, time
-open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+    source = """
+import gguf, time
 open(out, "wb").write(bytes(100))
 class Tensor: nbytes = 1000
 writer = gguf.GGUFWriter()
-writer.arch, writer.kv_data, writer.tensors = "llama", [{{}}], [{{"w": Tensor()}}]
+writer.arch, writer.kv_data, writer.tensors = "llama", [{}], [{"w": Tensor()}]
 Tensor.tensor = None
-gguf.LazyNumpyTensor = type("Lazy", (), {{}})
+gguf.LazyNumpyTensor = type("Lazy", (), {})
 writer.write_tensors_to_file()
 time.sleep(60)
 """
     seen = []
 
     def cancel(done: int, total: int) -> None:
-        seen.append((done, total))
+        seen.append((done, total, _children()))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_code(source, progress=cancel)
-    assert seen == [(100, 1000)]
-    assert not _alive(int((tmp_path / "pid").read_text()))
+    ((done, total, children),) = seen
+    assert (done, total) == (100, 1000) and children
+    assert not any(map(session, children))
     assert not list(tmp_path.glob("base.gguf*"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 def test_the_child_dies_with_its_parent(run_code, tmp_path: Path):
-    pid_file = tmp_path / "pid"
-    source = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid()))"
     with pytest.raises(QuantkitError):
-        run_code(source)  # writes the stand-in; now let another process run a sleeping one
+        run_code("import sys; sys.exit(1)")  # writes the stand-in
     script = tmp_path / "checkout" / "convert_hf_to_gguf.py"
-    script.write_text(script.read_text() + "; time.sleep(60)")
-    pid_file.unlink()
+    script.write_text("import time; time.sleep(60)")
     code = (
         "from pathlib import Path; from quantkit.converter.convert import convert; "
         f"convert(Path({str(tmp_path / 'model')!r}), Path({str(tmp_path / 'base.gguf')!r}))"
@@ -168,22 +166,18 @@ def test_the_child_dies_with_its_parent(run_code, tmp_path: Path):
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
         deadline = time.monotonic() + 30
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        while not (found := _children(parent.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        child = int(pid_file.read_text())
-        assert _alive(child)
+        assert session(found[0])
     finally:
         parent.kill()
         parent.wait()
-    while _alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _alive(child)
+    assert gone(found[0])
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A zombie whose new parent has not looked yet is dead.
-    return ") Z " not in Path(f"/proc/{pid}/stat").read_text() if Path("/proc").exists() else True
+def _children(pid: int | None = None) -> list[int]:
+    """The sandbox's keepers among the children of a process: each leads a session."""
+    pid = pid or os.getpid()
+    numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    commands = {int(n): Path(f"/proc/{n}/cmdline").read_bytes() for n in numbers}
+    return [n for n, command in commands.items() if b"sandbox/child.py" in command]

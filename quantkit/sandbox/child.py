@@ -154,6 +154,8 @@ def _keep(job: dict[str, Any], init: int, told: int) -> dict[str, Any]:
             why = _too_much(number, job["folders"], limits) if number else None
     if why is not None:
         os.kill(init, signal.SIGKILL)
+    elif sum(map(_bytes_below, job["folders"])) > limits["file_bytes"]:
+        why = "bytes"  # all of it was written since the last look
     text = b"" if why is not None else os.read(told, 2**16)
     os.waitpid(init, 0)
     facts: dict[str, Any] = json.loads(text) if text else {}

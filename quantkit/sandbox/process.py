@@ -186,8 +186,9 @@ class Child:
         if self._n_said > _MOST_SAID or self._n_messages > _MOST_MESSAGES:
             return self._refuse("answer")
         self._partial += data
-        *lines, rest = self._partial.split(b"\n") if b"\n" in data else [self._partial]
-        self._partial = bytearray(rest)
+        if b"\n" not in data:
+            return
+        *lines, self._partial = self._partial.split(b"\n")
         for line in lines:
             try:
                 message = json.loads(line)

@@ -39,6 +39,7 @@ def run(job: dict[str, Any], flags: int) -> None:
     """Never returns."""
     global _result
     _result = job["result"]
+    os.chdir(job["home"])
     set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
     _close_others({1, 2, _result})
     _write(memoryview(json.dumps(restrict(job, flags)).encode() + b"\n"))

@@ -1,0 +1,244 @@
+"""How a sandboxed call ends: by itself, by a limit, with its parent; and what a hostile answer does
+to the parent. Nothing is left of it in any case.
+
+pytest tests/test_sandbox_ends.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.errors import QuantkitError
+from quantkit.sandbox import Child, Crashed, Job, Limits, call
+from quantkit.sandbox.api import listen
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+
+SMALL = {"cpu_seconds": 20, "wall_seconds": 30, "memory_bytes": 2**29, "file_bytes": 2**20}
+
+
+def session(number: int) -> list[int]:
+    """What still runs of a session; a zombie whose parent has not looked yet is dead."""
+    alive = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == number and fields[0] not in "ZX":
+            alive.append(int(name))
+    return alive
+
+
+def gone(number: int) -> bool:
+    deadline = time.monotonic() + 10
+    while session(number) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not session(number)
+
+
+@pytest.fixture
+def inside(tmp_path: Path) -> Callable[..., Any]:
+    """Call it with the body of a function: it runs inside. Returns its value."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (tmp_path / "out").mkdir()
+
+    def run(body: str, **limits: Any) -> Any:
+        text = "\n    ".join(["def go(out):", *body.strip().splitlines()])
+        (code / "stranger.py").write_text(text + "\n")
+        job = Job(
+            "stranger:go",
+            {"out": str(tmp_path / "out")},
+            Limits(**{**SMALL, **limits}),
+            writable=[tmp_path / "out"],
+            path=[code],
+            log=tmp_path / "log",
+        )
+        children = []
+        start = Child._start
+
+        def watched(self: Child) -> None:
+            start(self)
+            children.append(self._process.pid)
+
+        Child._start = watched  # type: ignore[method-assign]
+        try:
+            (value,) = listen(job, "value")
+            return value
+        finally:
+            Child._start = start  # type: ignore[method-assign]
+            assert not session(children[0])
+
+    return run
+
+
+def test_a_value_comes_back(inside: Callable[..., Any]) -> None:
+    assert inside("return {'a': [1, 2.5, None, 'é']}") == {"a": [1, 2.5, None, "é"]}
+    assert call("quantkit.sandbox.outcome:plain", {"text": "a\x1bb\n c"}) == "a b c"
+
+
+def test_errors_keep_their_words(inside: Callable[..., Any]) -> None:
+    raising = "from quantkit.errors import QuantkitError\nraise QuantkitError('So\\x1b[2J.', 'Do.')"
+    with pytest.raises(QuantkitError) as it:
+        inside(raising)
+    assert (it.value.message, it.value.remedy) == ("So [2J.", "Do.")
+    assert not isinstance(it.value, Crashed)
+
+
+FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._result, {})\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "limits", "reason"),
+    [
+        ("raise ValueError('no\\x1bno')", {}, "failed with ValueError: no no"),
+        ("import sys\nsys.exit('enough')", {}, "ended early: enough"),
+        ("import os\nos._exit(0)", {}, "ended without an answer"),
+        ("import os\nos.abort()", {}, "crashed .SIGABRT"),
+        ("import ctypes\nctypes.string_at(0)", {}, "crashed .SIGSEGV"),
+        ("import os\nos.kill(os.getpid(), 9)", {}, "was killed, most likely"),
+        ("while True: pass", {"cpu_seconds": 1}, "used up its 1 seconds of processor"),
+        (
+            "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+            {"cpu_seconds": 1},
+            "used up its 1 seconds of processor",
+        ),
+        (
+            "import threading, hashlib\ndata = bytes(2**20)\n"
+            "def burn():\n    while True: hashlib.sha256(data)\n"
+            "for _ in range(3): threading.Thread(target=burn).start()\nburn()",
+            {"cpu_seconds": 1},
+            "used up its 1 seconds of processor",
+        ),
+        ("import time\ntime.sleep(60)", {"wall_seconds": 1}, "was stopped after 1 seconds"),
+        ("bytearray(2**32)", {}, "needed more than its 536,870,912 bytes of memory"),
+        (
+            "import mmap, time\npage = mmap.mmap(-1, 2**30)\n"
+            "for i in range(0, 2**30, 4096): page[i] = 1\ntime.sleep(5)",
+            {},
+            "needed more than its 536,870,912 bytes of memory",
+        ),
+        (
+            "import threading, time\n"
+            "for _ in range(100): threading.Thread(target=time.sleep, args=(5,)).start()",
+            {},
+            "can't start new thread|started more than 64 threads",
+        ),
+        ("open(out + '/file', 'wb').write(bytes(2**21))", {}, "OSError|wrote more"),
+        (
+            "for i in range(40): open(f'{out}/{i}', 'wb').write(bytes(2**20))",
+            {},
+            "wrote more than its 1,048,576 bytes",
+        ),
+        (FORGED.format("b'['*10**5 + b'\\n'"), {}, "answered with more than can be read"),
+        (FORGED.format("b'nonsense\\n'"), {}, "answered with more than can be read"),
+        (FORGED.format("b'[1]\\n'"), {}, "answered with more than can be read"),
+        ("return 'x' * 2**25", {}, "answered with more than can be read"),
+        (
+            FORGED.format("b''") + "while True: os.write(worker._result, b'{}\\n' * 1000)",
+            {},
+            "answered with more",
+        ),
+        (FORGED.format("b'{\"value\": 1}\\n'") + "os.abort()", {}, "crashed .SIGABRT"),
+    ],
+)
+def test_each_end_has_a_reason(
+    inside: Callable[..., Any], tmp_path: Path, body: str, limits: dict[str, int], reason: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(Crashed, match=reason):
+        inside(body, **limits)
+    assert time.monotonic() - started < 20
+
+
+def test_nothing_outlives_a_normal_end(inside: Callable[..., Any]) -> None:
+    """The fixture looks for what is left of its session."""
+    body = """
+import threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+return 1"""
+    assert inside(body) == 1
+
+
+def test_it_is_quiet_about_a_flood(inside: Callable[..., Any], tmp_path: Path) -> None:
+    assert inside("for _ in range(20000): print('x' * 4000)\nreturn 1") == 1
+    assert (tmp_path / "log").stat().st_size < 5 * 2**20
+
+
+def test_what_it_leaves_is_not_followed(inside: Callable[..., Any], tmp_path: Path) -> None:
+    """Its home is gone afterwards, and a file of the parent's that it never saw is whole."""
+    body = """
+import os, tempfile
+with open(tempfile.gettempdir() + "/scratch", "wb") as file: file.write(bytes(1000))
+return [os.environ["HOME"], os.getcwd()]"""
+    home, here = inside(body)
+    assert home == here and not Path(home).exists()
+
+
+SLEEPING = """
+import sys, threading
+from quantkit import sandbox
+job = sandbox.Job("sleeping:go", {}, sandbox.Limits(60, 90), path=[sys.argv[1]])
+with sandbox.Child(job) as child:
+    for message in filter(None, child.messages()):
+        print(child._process.pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("whom", ["parent", "keeper"])
+def test_it_ends_with_who_started_it(tmp_path: Path, whom: str) -> None:
+    """However that ends."""
+    (tmp_path / "sleeping.py").write_text(
+        "import time\nfrom quantkit.sandbox.worker import tell\n"
+        "def go():\n    tell(up=True)\n    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SLEEPING, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    number = int(parent.stdout.readline())
+    assert len(session(number)) == 3  # keeper, init, worker
+    os.kill(parent.pid if whom == "parent" else number, signal.SIGKILL)
+    assert gone(number)
+    parent.kill()
+    parent.wait()
+
+
+@pytest.mark.parametrize(
+    ("which", "value"),
+    [("RLIMIT_AS", 3 * 2**30), ("RLIMIT_CPU", 30), ("RLIMIT_FSIZE", 2**16), ("RLIMIT_NOFILE", 64)],
+)
+def test_limits_are_only_lowered(tmp_path: Path, which: str, value: int) -> None:
+    """A caller under `ulimit` can call, and its lower limit holds inside."""
+    (tmp_path / "asking.py").write_text(
+        f"import resource\ndef go():\n    return resource.getrlimit(resource.{which})\n"
+    )
+    code = (
+        "import json, sys\nfrom quantkit import sandbox\n"
+        "limits = sandbox.Limits(3600, 90, 2**34, 2**30)\n"
+        "job = sandbox.Job('asking:go', {}, limits, path=[sys.argv[1]])\n"
+        "with sandbox.Child(job) as child:\n"
+        "    (*_, last) = [m for m in child.messages() if m]\n"
+        "print(json.dumps(last))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(getattr(resource, which), (value, value)),
+    )
+    assert done.returncode == 0, done.stderr
+    soft, hard = json.loads(done.stdout)["value"]
+    assert soft <= hard <= value
