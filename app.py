@@ -8,6 +8,12 @@ import sys
 # Before Gradio is imported: it reports to its makers by default, and takes `spaces/` for a package.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+from quantkit import secrets
+
+if __name__ == "__main__":
+    secrets.hide()  # may start this program anew
+    secrets.put_back("OAUTH_CLIENT_SECRET")  # for Gradio's sign-in
+
 from quantkit.errors import QuantkitError
 from quantkit.web.guard import hide_spaces_folder
 

@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quantkit import __version__
+from quantkit import __version__, secrets
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 when done, 2 for wrong use, 1 when it failed with a sentence on
     stderr.
     """
+    if argv is None:  # a program of its own, not a call
+        secrets.hide()
     arguments = _parser().parse_args(argv)
     try:
         answer = arguments.command(arguments)

@@ -163,25 +163,14 @@ def test_another_server_takes_over(store: JobStore, monkeypatch: pytest.MonkeyPa
     other.close()
 
 
-def test_a_token_is_only_in_the_environment(store: JobStore) -> None:
-    token = "hf_onlyInTheEnvironment"
+def test_a_token_is_in_no_file(store: JobStore) -> None:
+    token = "hf_onlyInMemory"
     job_id = store.submit(fixtures.CONFIG, ALICE, token=token)
     until(lambda: state(store, job_id) == "finished")
     assert "a token is there" in [line.text for line in store.view(job_id, ALICE).log]
     written = [path for path in store.root.rglob("*") if path.is_file()]
     assert written and not any(token.encode() in path.read_bytes() for path in written)
     assert token not in repr(store.view(job_id, ALICE))
-
-
-def test_a_public_worker_is_anonymous_without_a_token() -> None:
-    ours = {"HF_TOKEN": "hf_ours", "QUANTKIT_SECRET": "s", "PATH": "/bin"}
-    public = process.worker_environment(ours, None, public=True)
-    assert public["QUANTKIT_HF_TOKEN"] == "" and "HF_TOKEN" not in public
-    assert "QUANTKIT_SECRET" not in public and public["PATH"] == "/bin"
-    private = process.worker_environment(ours, None, public=False)
-    assert private["HF_TOKEN"] == "hf_ours" and "QUANTKIT_HF_TOKEN" not in private
-    given = process.worker_environment(ours, "hf_theirs", public=False)
-    assert given["QUANTKIT_HF_TOKEN"] == "hf_theirs" and "HF_TOKEN" not in given
 
 
 def test_nobody_reaches_the_job_of_another(store: JobStore) -> None:

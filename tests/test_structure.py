@@ -82,6 +82,7 @@ LAYERS = {
     "quantkit": 0,
     "quantkit.errors": 1,
     "quantkit.sandbox": 2,
+    "quantkit.secrets": 3,
     "quantkit.qtypes": 2,
     "quantkit.tensors": 3,
     "quantkit.calibration.languages": 2,

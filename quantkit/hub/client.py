@@ -16,7 +16,7 @@ import httpx2
 from huggingface_hub import HfApi, get_session, get_token, hf_hub_url, set_client_factory
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from quantkit import __version__
+from quantkit import __version__, secrets
 from quantkit.errors import QuantkitError
 from quantkit.hub.errors import CAUGHT, Asked, endpoint, is_transient, retry_after, translate
 
@@ -43,12 +43,13 @@ def resolve_token() -> str | None:
     HF_TOKEN and a cached login belong to the Space's owner there. Elsewhere: what huggingface_hub
     itself would use (HF_TOKEN, then `hf auth login`).
     """
-    given = os.environ.get("QUANTKIT_HF_TOKEN")
+    given = secrets.get("QUANTKIT_HF_TOKEN")
     if given is not None:
         return given.strip() or None
     if os.environ.get("SYSTEM") == "spaces":
         return None
-    return get_token()
+    named = secrets.get("HF_TOKEN") or secrets.get("HUGGING_FACE_HUB_TOKEN") or ""
+    return named.strip() or get_token()
 
 
 def hf_api(token: str | None) -> HfApi:

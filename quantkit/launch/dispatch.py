@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from quantkit import hub
+from quantkit import hub, secrets
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
@@ -40,6 +40,14 @@ from quantkit.tensors import to_json
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 BUCKET = "quantkit-jobs"
+# A Job gets its secret in the environment, where it would stay readable as long as `uv` lives: it
+# goes into a pipe instead (quantkit.secrets).
+_IN_JOB = f"""exec 9<<EOF
+HF_TOKEN=$HF_TOKEN
+EOF
+unset HF_TOKEN
+{secrets.DESCRIPTOR}=9 exec "$@"
+"""
 MOUNT = "/state"
 APP_LABEL = {"app": "quantkit"}
 _METRICS_SECONDS = 15.0
@@ -147,10 +155,7 @@ class Dispatch:
         assert record.machine is not None
         order = jobs.JobOrder(
             image=IMAGE,
-            command=(
-                *("uv", "run", "--no-project", "--python", "3.12", "--with", job_requirement()),
-                *("python", "-m", "quantkit.launch.in_job"),
-            ),
+            command=("sh", "-c", _IN_JOB, "sh", *_uv(job_requirement())),
             machine=record.machine,
             timeout_seconds=3600 * (record.hours or 6),
             labels=app_labels(os.environ),
@@ -287,6 +292,14 @@ class Dispatch:
         return 1
 
 
+def _uv(requirement: str) -> tuple[str, ...]:
+    """What a Job runs."""
+    return (
+        *("uv", "run", "--no-project", "--python", "3.12", "--with", requirement),
+        *("python", "-m", "quantkit.launch.in_job"),
+    )
+
+
 def app_labels(environment: Mapping[str, str]) -> dict[str, str]:
     """What the Jobs of this very server have in common."""
     return {**APP_LABEL, "space": _label(environment.get("SPACE_ID", "none"))}
@@ -298,4 +311,5 @@ def _label(text: str) -> str:
 
 
 if __name__ == "__main__":
+    secrets.hide()
     sys.exit(main(sys.argv))

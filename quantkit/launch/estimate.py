@@ -1,7 +1,7 @@
 """What a run would take, asked of `python -m quantkit plan` in a process of its own.
 
 The planner reads configs and tokenizers that strangers wrote and starts the converter: none of
-that happens in the server, and a visitor's token reaches it through the environment only.
+that happens in the server, and a visitor's token reaches it through a pipe only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from quantkit import secrets
 from quantkit.config import TARGET_OPTIONS, RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.launch.process import worker_environment
+from quantkit.launch.process import worker_environment, worker_secrets
 from quantkit.launch.sizes import with_sizes
 
 _SECONDS = 180
@@ -77,14 +78,16 @@ def _ask(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="quantkit-preview-") as folder:
         command = [sys.executable, "-m", "quantkit", "plan", *_arguments(config, Path(folder))]
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=_SECONDS,
-                env=worker_environment(os.environ, token, public),
-                start_new_session=True,
-            )
+            with secrets.handed_on(worker_secrets(token, public)) as (more, descriptors):
+                done = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=_SECONDS,
+                    env={**worker_environment(os.environ), **more},
+                    pass_fds=descriptors,
+                    start_new_session=True,
+                )
         except subprocess.TimeoutExpired:
             raise QuantkitError(
                 "The preview took too long.", "Start the run without it, or try again."

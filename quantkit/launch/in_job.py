@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from quantkit import secrets
 from quantkit.config import RunConfig
 from quantkit.launch import process
 from quantkit.launch.wire import FILES, event_line, file_lines
@@ -49,7 +50,13 @@ def main(environment: Mapping[str, str] | None = None) -> int:
     if SET_UP:
         subprocess.run(SET_UP, check=False)  # what fails here is said by the convert stage
     teller = _Teller(folder)
-    child = subprocess.Popen([*process.COMMAND, str(folder)], stdin=subprocess.DEVNULL)
+    with secrets.handed_on(process.worker_secrets(None, False)) as (more, descriptors):
+        child = subprocess.Popen(
+            [*process.COMMAND, str(folder)],
+            stdin=subprocess.DEVNULL,
+            env={**secrets.without(os.environ), **more},
+            pass_fds=descriptors,
+        )
 
     def end(number: int, frame: FrameType | None) -> None:
         child.send_signal(signal.SIGTERM)
@@ -190,5 +197,6 @@ def _keep_until(state: Path, folder: Path, child: subprocess.Popen[bytes]) -> No
 
 
 if __name__ == "__main__":
+    secrets.hide()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sys.exit(main())

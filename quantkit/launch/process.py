@@ -10,47 +10,50 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantkit import secrets
 from quantkit.launch.record import LOG_FILE
 
-# Whose token a worker uses is decided here, so nothing of the server's own may leak into it.
-_TOKEN_VARIABLES = ("QUANTKIT_HF_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # What only the server needs to know.
-_SERVER_VARIABLES = ("QUANTKIT_SECRET", "OAUTH_CLIENT_SECRET", "OAUTH_CLIENT_ID")
+_SERVER_VARIABLES = ("OAUTH_CLIENT_ID",)
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
 REMOTE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit.launch.dispatch")
 
 
-def worker_environment(
-    environment: Mapping[str, str], token: str | None, public: bool
-) -> dict[str, str]:
-    """The environment of a worker.
-
-    A visitor's token travels here and nowhere else. Without one, a worker of a public page is
-    anonymous; one of a private page uses what this machine is logged in with.
-    """
-    child = {name: v for name, v in environment.items() if name not in _SERVER_VARIABLES}
-    if token or public:
-        for name in _TOKEN_VARIABLES:
-            child.pop(name, None)
-        child["QUANTKIT_HF_TOKEN"] = token or ""
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a worker: no secret is in it, neither the server's nor a visitor's."""
+    clean = secrets.without(environment)
+    child = {name: v for name, v in clean.items() if name not in _SERVER_VARIABLES}
     child.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     child["PYTHONUNBUFFERED"] = "1"
     return child
 
 
+def worker_secrets(token: str | None, public: bool) -> dict[str, str]:
+    """What a worker is told through a pipe. Whose token it uses is decided here.
+
+    A visitor's token travels here and nowhere else. Without one, a worker of a public page is
+    anonymous; one of a private page uses what this machine is logged in with.
+    """
+    if token or public:
+        return {"QUANTKIT_HF_TOKEN": token or ""}
+    return {name: value for name in secrets.HUB if (value := secrets.get(name)) is not None}
+
+
 def start(
-    folder: Path, environment: Mapping[str, str], remote: bool = False
+    folder: Path, token: str | None, public: bool, remote: bool = False
 ) -> subprocess.Popen[bytes]:
     """Start, or go on with, the run whose config lies in `folder`: here, or in a Job."""
     command = REMOTE_COMMAND if remote else COMMAND
-    with (folder / LOG_FILE).open("ab") as log:
+    told = worker_secrets(token, public)
+    with (folder / LOG_FILE).open("ab") as log, secrets.handed_on(told) as (more, descriptors):
         return subprocess.Popen(
             [*command, str(folder.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=dict(environment),
+            env={**worker_environment(os.environ), **more},
+            pass_fds=descriptors,
             start_new_session=True,
         )
 
@@ -62,7 +65,7 @@ def start_cleaning(folder: Path) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=worker_environment(os.environ, None, True),
+        env=worker_environment(os.environ),
         start_new_session=True,
     )
 

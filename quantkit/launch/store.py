@@ -352,9 +352,9 @@ class JobStore:
         if record.has_token and token is None:
             self._set_phase(follower, record, STOPPED, reason=_FORGOTTEN)
             return
-        environment = process.worker_environment(os.environ, token, self.public)
+        remote = record.machine is not None
         try:
-            child = process.start(follower.folder, environment, record.machine is not None)
+            child = process.start(follower.folder, token, self.public, remote)
         except OSError as error:
             reason = f"The worker could not be started: {error.strerror or error}."
             self._set_phase(follower, record, STOPPED, reason=reason)

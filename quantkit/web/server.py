@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from quantkit import secrets
 from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore, open_store
 from quantkit.launch.mirror import Mirror, state_folder
@@ -32,7 +33,7 @@ def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
         mirror.restore()
         mirror.start()
         atexit.register(mirror.close)
-    visitors = Visitors.of_root(store.root, os.environ)
+    visitors = Visitors.of_root(store.root, secrets.everything())
     return build_app(store, visitors), store, visitors
 
 
