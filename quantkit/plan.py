@@ -145,6 +145,7 @@ def make_plan(
             "levels": [str(level) for level in levels.levels],
             "coverage": to_json(coverage),
             "fallbacks": to_json(levels.fallbacks),
+            "sandbox": conversion.sandbox,
             "warnings": [*warnings, *conversion.warnings],
             "estimates": for_files(
                 estimates(config, info, base, levels), max(1, len(sizes.budgets))
@@ -299,4 +300,5 @@ def render(plan: dict[str, Any]) -> str:
         rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
         lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
     lines += ["", *(f"note: {warning}" for warning in plan["warnings"])]
+    lines += [f"sandbox of what reads the model: {plan['sandbox']}"]
     return "\n".join(lines).rstrip()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.converter import sandbox
+from quantkit.converter.floor import check_floor
 from quantkit.converter.install import TREE_SHA256, describe, ensure_converter, install_dir
 from quantkit.errors import QuantkitError
 from quantkit.rundir import read_json, write_json
@@ -63,6 +64,7 @@ def tables() -> dict[str, Any]:
 
     Raises QuantkitError when the converter cannot be set up or does not start.
     """
+    check_floor()
     tree = ensure_converter()
     libraries = " ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
     return _tables(tree, f"{describe(tree)} {TREE_SHA256} {libraries}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from quantkit.converter import pretokenizer, sandbox
 from quantkit.converter.explain import explain, tokenizer_hash, unknown_tokenizer
+from quantkit.converter.floor import check_floor
 from quantkit.converter.install import describe, ensure_converter
 from quantkit.converter.sandbox import Limits, Progress
 from quantkit.converter.snapshot import Snapshot, model_name_of, sanitize
@@ -39,7 +40,7 @@ class ConversionResult:
     converter: str  # version and hash
     network: str  # by what means the child had none
     sandbox: str  # what else the kernel kept it from
-    warnings: tuple[str, ...]  # said by the converter, or about a choice made for it
+    warnings: tuple[str, ...]  # said by the converter, about a choice made for it, or the sandbox
     removed: tuple[str, ...]  # what the sanitized copy of the model did not have
 
     def to_json(self) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def convert(
     started = time.monotonic()
     out_path = out_path.absolute()
     log_path = out_path.with_name("mmproj.log" if projector else "convert.log")
+    check_floor()
     tree = ensure_converter()
     with _work_folder(out_path) as work:
         name = model_name or model_name_of(snapshot_dir)
@@ -138,7 +140,7 @@ def convert(
         converter=describe(tree),
         network=outcome.protection.network,
         sandbox=str(outcome.protection),
-        warnings=(*notes, *_warnings(outcome.log)),
+        warnings=(*notes, *_warnings(outcome.log), *outcome.protection.missing),
         removed=model.removed,
     )
 

@@ -1,14 +1,16 @@
 """Run one function where it can do no harm: for everything that parses a stranger's bytes.
 
-limits.py      Limits and Crashed
-outcome.py     how it ended, in a sentence
-process.py     the parent's side: start, listen, end
-child.py       what is started: the keeper and the init around the worker
-worker.py      gives up every right, then runs the function
-kernel.py      namespaces, Landlock, capabilities: the kernel's own interfaces
-seccomp.py     the filter of system calls
-mounts.py      a file system that holds only what may be read
-places.py      what has to be read whatever the function is
+    api.py         call, stream, protection
+    limits.py      Limits and Crashed
+    outcome.py     how it ended, in a sentence
+    in_force.py    what of all this the kernel granted
+    process.py     the parent's side: start, listen, end
+    child.py       what is started: the keeper and the init around the worker
+    worker.py      gives up every right, then runs the function
+    kernel.py      namespaces, Landlock, capabilities: the kernel's own interfaces
+    seccomp.py     the filter of system calls
+    mounts.py      a file system that holds only what may be read
+    places.py      what has to be read whatever the function is
 
 Nothing is imported before it is used: the child imports this package, too, and has to be quick.
 """
@@ -20,17 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantkit.sandbox.api import call as call
+    from quantkit.sandbox.api import protection as protection
     from quantkit.sandbox.api import stream as stream
+    from quantkit.sandbox.in_force import Protection as Protection
     from quantkit.sandbox.limits import Crashed as Crashed
     from quantkit.sandbox.limits import Limits as Limits
     from quantkit.sandbox.outcome import check as check
     from quantkit.sandbox.process import Child as Child
     from quantkit.sandbox.process import Ended as Ended
     from quantkit.sandbox.process import Job as Job
-    from quantkit.sandbox.protection import Protection as Protection
 
 _WHERE = {
     "call": "api",
+    "protection": "api",
     "stream": "api",
     "Crashed": "limits",
     "Limits": "limits",
@@ -38,7 +42,7 @@ _WHERE = {
     "Child": "process",
     "Ended": "process",
     "Job": "process",
-    "Protection": "protection",
+    "Protection": "in_force",
 }
 
 

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from quantkit.sandbox.in_force import Protection
 from quantkit.sandbox.limits import Limits
 from quantkit.sandbox.places import always_readable, import_path
-from quantkit.sandbox.protection import Protection
 
 _CHILD = Path(__file__).with_name("child.py")
 _MOST_LOG = 4 * 2**20
@@ -70,6 +70,7 @@ def environment(home: str) -> dict[str, str]:
         "HOME": home,
         "TMPDIR": home,
         "HF_HOME": home,
+        "TORCHINDUCTOR_CACHE_DIR": home,  # made when it is imported, if it is not there
         "LANG": "C.UTF-8",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -89,7 +90,7 @@ class Child:
 
     def __init__(self, job: Job) -> None:
         self.job, self.ended = job, Ended()
-        self._home = tempfile.TemporaryDirectory(prefix="quantkit-", ignore_cleanup_errors=True)
+        self._home = _empty_folder()
         self._pipes: list[int] = []
         self._log = bytearray()
         self._partial = bytearray()
@@ -104,7 +105,7 @@ class Child:
 
     def _start(self) -> None:
         job = self.job
-        home = os.path.realpath(self._home.name)
+        home = self._home
         (result, result_w), (verdict, verdict_w), (log, log_w), (lifeline, self._lifeline) = (
             os.pipe() for _ in range(4)
         )
@@ -136,7 +137,7 @@ class Child:
                     # nothing is written beside the code.
                     [sys.executable, "-I", "-S", "-B", str(_CHILD)],
                     env=environment(home),
-                    cwd=home,
+                    cwd="/",
                     stdin=stdin,
                     stdout=log_w,
                     stderr=log_w,
@@ -229,7 +230,12 @@ class Child:
         for descriptor in self._pipes:
             os.close(descriptor)
         self._pipes = []
-        self._home.cleanup()
+        if hasattr(self, "_selector"):
+            self._selector.close()
+        try:
+            os.rmdir(self._home)
+        except OSError:  # the keeper was there before
+            pass
 
     def _settle(self) -> None:
         try:
@@ -247,6 +253,14 @@ class Child:
         ended.log = self._log[-(2**20) :].decode("utf-8", errors="replace")
         if self.job.log is not None:
             self.job.log.write_bytes(self._log)
+
+
+def _empty_folder() -> str:
+    """What the child's home is called. With a file system of its own only the name is used."""
+    try:
+        return os.path.realpath(tempfile.mkdtemp(prefix="quantkit-"))
+    except OSError:  # no place for temporary files: it has none then, either
+        return "/nonexistent"
 
 
 def _size(path: Path) -> int:

@@ -39,11 +39,16 @@ def run(job: dict[str, Any], flags: int) -> None:
     """Never returns."""
     global _result
     _result = job["result"]
-    os.chdir(job["home"])
+    try:
+        os.chdir(job["home"])
+    except OSError:  # there was no place to make one
+        os.chdir("/")
     set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
     _close_others({1, 2, _result})
     _write(memoryview(json.dumps(restrict(job, flags)).encode() + b"\n"))
     sys.path[:] = job["path"]
+    if not flags & kernel.NEW_MOUNTS:
+        _know_temporary_folder(job["home"])
     try:
         module, _, name = job["function"].partition(":")
         value = getattr(importlib.import_module(module), name)(**job["arguments"])
@@ -79,6 +84,15 @@ def run(job: dict[str, Any], flags: int) -> None:
     if "logging" in sys.modules:
         sys.modules["logging"].shutdown()
     os._exit(0)
+
+
+def _know_temporary_folder(home: str) -> None:
+    """Without a file system of its own there is no place to write that could be bounded. Libraries
+    ask for one when they are imported, and look for it by writing: they are told a name.
+    """
+    import tempfile
+
+    tempfile.tempdir = home
 
 
 def set_limits(job: dict[str, Any], namespaces: bool) -> None:

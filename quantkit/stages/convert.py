@@ -46,6 +46,7 @@ def execute(run: Run) -> StageResult:
         run.events.progress(NAME, done, max(done, total), "llama.cpp's converter writes base.gguf")
 
     result = convert(snapshot.folder, base_path, model_name=model_name(snapshot), progress=progress)
+    run.events.emit(NAME, "note", f"sandbox: {result.sandbox}")
     for warning in result.warnings:
         run.events.emit(NAME, "note", f"converter: {warning}")
     base = GgufFile(base_path)

@@ -76,3 +76,7 @@ class Protection:
         parts = ["seccomp"] * self.seccomp + [f"Landlock {self.landlock}"] * bool(self.landlock)
         parts += [f"namespaces ({', '.join(self.namespaces)})"] * bool(self.namespaces)
         return ", ".join(parts) or "Python's own means only"
+
+
+def nothing() -> None:
+    """What a child does that is only asked for its protection."""
