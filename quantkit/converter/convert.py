@@ -20,11 +20,12 @@ from quantkit.converter.install import describe, ensure_converter
 from quantkit.converter.sandbox import Limits, Progress
 from quantkit.converter.snapshot import Snapshot, model_name_of, sanitize
 from quantkit.rundir import PARTIAL, replacing
+from quantkit.sandbox.outcome import plain
 
 log = logging.getLogger(__name__)
 
 OUTTYPES = ("auto", "f32", "f16", "bf16")
-_MAX_WARNINGS = 20
+_MAX_WARNINGS, _LONGEST_WARNING = 20, 500
 # What transformers 5 calls a RoPE without scaling; the converter writes none, as it should.
 _NOISE = {"Unknown RoPE type: default"}
 
@@ -174,5 +175,5 @@ def _output_bytes(model: Snapshot) -> int:
 def _warnings(text: str) -> list[str]:
     """The converter's own warnings, once each, without those of libraries."""
     found = re.findall(r"^WARNING:(?:hf-to-gguf|gguf[\w.]*|metadata):(.*\S.*)$", text, re.MULTILINE)
-    lines = dict.fromkeys(line.strip() for line in found)
+    lines = dict.fromkeys(plain(line)[:_LONGEST_WARNING] for line in found)
     return [x for x in lines if x not in _NOISE and not x.startswith("*")][:_MAX_WARNINGS]

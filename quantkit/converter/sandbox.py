@@ -16,6 +16,8 @@ from quantkit.errors import QuantkitError
 
 Progress = Callable[[int, int], None]
 
+_ENDS = ("error", "message")  # only an end has them
+_MOST_WORDS = 4000
 _MODES = {"convert": "convert", "list": "list_architectures", "match": "match"}
 
 
@@ -101,10 +103,10 @@ def run(
     with sandbox.Child(child_job) as child:
         for message in child.messages():
             if message is not None and isinstance(message.get("facts"), dict):
-                status.update(message["facts"])
+                status.update({k: v for k, v in message["facts"].items() if k not in _ENDS})
             elif message is not None:
                 done = "value" in message or message.get("exit") == 0
-                status.update({k: message[k] for k in ("error", "message") if k in message})
+                status.update({k: str(message[k])[:_MOST_WORDS] for k in _ENDS if k in message})
                 if message.get("exit"):
                     status["error"] = "SystemExit"
             elif progress is not None and output is not None:
