@@ -26,7 +26,7 @@ _STORAGE = frozenset(
     " eetq torchao aqlm vptq spqr higgs".split()
 )
 _PACKED_TYPES = ("U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6", "F8")
-_PACKED_PARTS = frozenset(
+PACKED_PARTS = frozenset(
     (*_BESIDE, *_PACKED, "weight_packed", "weight_shape", "weight_zero_point", "absmax", "SCB")
 )
 _CONSTANT = (".bias", ".masked_bias", "position_ids", "inv_freq")  # masks are bytes, too
@@ -91,7 +91,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def is_packed(tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether any weight is stored as a quantized model's are."""
     return any(
-        name.rpartition(".")[2] in _PACKED_PARTS
+        name.rpartition(".")[2] in PACKED_PARTS
         or (tensor.dtype.startswith(_PACKED_TYPES) and not name.endswith(_CONSTANT))
         for name, tensor in tensors.items()
     )
