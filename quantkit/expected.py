@@ -77,6 +77,13 @@ def compare(folder: str) -> dict[str, Any]:
             [name, list(stored), list(made)] for name, stored, made in found.mismatched_keys
         ),
         "failed": sorted(found.conversion_errors),
+        "odd_types": [
+            name
+            for name, target in targets.items()
+            if shapes[name][0] not in _DTYPES
+            and target in known
+            and known[target].is_floating_point()
+        ],
         "unread": unread,
         "unread_targets": [targets[name] for name in unread],
         "tied": tied,
@@ -122,6 +129,11 @@ def _ignored(model: PreTrainedModel) -> re.Pattern[str] | None:
 def _name_of(model: PreTrainedModel, wanted: Any) -> str:
     found = (name for name, module in model.named_modules() if module is wanted)
     return next(found, "") if wanted is not None else ""
+
+
+def block_widths(folder: str) -> list[list[list[int]]]:
+    """`widths` alone, from config.json alone."""
+    return _widths(find_blocks(empty_model(Path(folder)))[1])
 
 
 def _widths(blocks: Any) -> list[list[list[int]]]:

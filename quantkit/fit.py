@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit import sandbox
+from quantkit import hub, sandbox
 from quantkit.errors import QuantkitError
 from quantkit.hub.quantized import PACKED_PARTS
-from quantkit.safetensors_file import StoredTensor
+from quantkit.safetensors_file import StoredTensor, read_header
 from quantkit.weight_files import few, shown, tensors_of
 
 _OTHER_REVISION = "Use another revision, or tell the model's author."
@@ -131,6 +131,13 @@ def _refusals(
         yield QuantkitError(
             f"The checkpoint lacks {few([*missing, *report['failed']])}.", _OTHER_REVISION
         )
+    odd = [n for n in report["odd_types"] if tensors.get(n) is not None]
+    if odd:
+        yield QuantkitError(
+            f"{shown(odd[0])} is stored as {shown(tensors[odd[0]].dtype)}, which is no type of"
+            " weights.",
+            _OTHER_REVISION,
+        )
     empty = [name for name, t in tensors.items() if not t.n_elements and name not in unread]
     if empty:
         yield QuantkitError(f"{few(empty)} has no values.", _OTHER_REVISION)
@@ -174,38 +181,58 @@ def _mismatch(
         if any(part.get(key) == wrong for part in parts) and re.search(pattern, name):
             what = ("rows", "columns")[axis] if axis < 2 and len(made) > 1 else "values"
             short = name.removesuffix(".weight").rpartition(".")[2]
-            sentence = (
-                f"{shown(short)} has {stored[axis]} {what}, config.json says {key} {wrong}."
-            )
+            sentence = f"{shown(short)} has {stored[axis]} {what}, config.json says {key} {wrong}."
             break
     else:
         sentence = (
-            f"{shown(name)} is stored as {_times(stored)}, and by config.json it is"
-            f" {_times(made)}."
+            f"{shown(name)} is stored as {_times(stored)}, and by config.json it is {_times(made)}."
         )
-    return QuantkitError(
-        sentence, "Correct config.json in a local copy, or use another revision."
-    )
+    return QuantkitError(sentence, "Correct config.json in a local copy, or use another revision.")
 
 
 def _times(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 
-def is_copy(
+def copies(tied: Sequence[tuple[str, str]], info: hub.ModelInfo, token: str | None) -> list[str]:
+    """Those of the `tied` tensors that are once more what they are tied to. Another head beside a
+    table that config.json says it is: transformers uses both, and so does the GGUF.
+
+    Of a model on the Hub some places are compared, of a folder every byte.
+    """
+    if not tied:
+        return []
+    tensors, read = hub.stored_values(info, token)
+    return [copy for copy, of in tied if _is_copy(tensors, copy, of, read, bool(info.local_path))]
+
+
+def copies_in(folder: Path, tied: Sequence[tuple[str, str]]) -> list[str]:
+    """The same of the checkpoint in `folder`, every byte."""
+    if not tied:
+        return []
+    found = tensors_of(folder)
+    starts = {path: read_header(path).n_bytes for path, _ in found.values()}
+
+    def read(name: str, at: int, n_bytes: int) -> bytes:
+        path, tensor = found[name]
+        with path.open("rb") as file:
+            file.seek(starts[path] + tensor.start + at)
+            return file.read(n_bytes)
+
+    tensors = {name: tensor for name, (_, tensor) in found.items()}
+    return [copy for copy, of in tied if _is_copy(tensors, copy, of, read, True)]
+
+
+def _is_copy(
     tensors: Mapping[str, StoredTensor], name: str, of: str, read: ReadBytes, whole: bool
 ) -> bool:
-    """Whether a stored tensor is another one once more: all of its bytes, or only those of some
-    places where reading all of them would be a download.
-    """
-    one, other = tensors[name], tensors[of]
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    one, other = tensors.get(name), tensors.get(of)
+    if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     n_bytes = one.stop - one.start
     if whole:
         places = [(at, min(_CHUNK, n_bytes - at)) for at in range(0, n_bytes, _CHUNK)]
     else:
         n = min(_SAMPLE, n_bytes)
-        last = n_bytes - n
-        places = sorted({(last * i // (_N_SAMPLES - 1), n) for i in range(_N_SAMPLES)})
-    return all(read(name, at, n) == read(of, at, n) for at, n in places)
+        places = [((n_bytes - n) * i // (_N_SAMPLES - 1), n) for i in range(_N_SAMPLES)]
+    return all(read(name, at, n) == read(of, at, n) for at, n in dict.fromkeys(places))
