@@ -51,7 +51,7 @@ def compare(folder: str) -> dict[str, Any]:
             name: torch.empty(shape, dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
             for name, (dtype, shape) in shapes.items()
         }
-        mapping = get_model_conversion_mapping(model)
+        mapping: Any = get_model_conversion_mapping(model)
         found, _ = convert_and_load_state_dict_in_model(
             model,
             state,

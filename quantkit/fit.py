@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,8 @@ def _refusals(
     n_whole = _first_lacking_block(report, missing)
     if n_whole is not None:
         yield _wrong_number(n_whole, report["n_blocks"])
-    for name, stored, made in report["mismatched"]:
+    # The table first: the head and others have its rows.
+    for name, stored, made in sorted(report["mismatched"], key=lambda m: "embed" not in m[0]):
         yield _mismatch(name, stored, made, config)
     head = f"{report['head']}.weight"
     if report["head"] and missing == [head]:
@@ -206,6 +207,16 @@ def copies(tied: Sequence[tuple[str, str]], info: hub.ModelInfo, token: str | No
     return [copy for copy, of in tied if _is_copy(tensors, copy, of, read, bool(info.local_path))]
 
 
+def kept_notes(tied: Sequence[tuple[str, str]], copied: Collection[str]) -> list[str]:
+    """What is said of `tied` tensors that are none of the copies."""
+    return [
+        f"{shown(copy)} is another than {shown(of)}, though config.json says that they are one:"
+        " transformers uses both, and so does the GGUF."
+        for copy, of in tied
+        if copy not in copied
+    ]
+
+
 def copies_in(folder: Path, tied: Sequence[tuple[str, str]]) -> list[str]:
     """The same of the checkpoint in `folder`, every byte."""
     if not tied:
@@ -229,7 +240,7 @@ def _is_copy(
     one, other = tensors.get(name), tensors.get(of)
     if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    n_bytes = one.stop - one.start
+    n_bytes = one.n_bytes
     if whole:
         places = [(at, min(_CHUNK, n_bytes - at)) for at in range(0, n_bytes, _CHUNK)]
     else:

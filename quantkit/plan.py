@@ -22,7 +22,7 @@ from quantkit.context import ContextMemory, context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
-from quantkit.fit import check_fit, copies
+from quantkit.fit import check_fit, copies, kept_notes
 from quantkit.footprint import search_target_bytes, stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
@@ -112,9 +112,9 @@ def make_plan(
         check_architecture(info.config)
         snapshot = hub.fetch_metadata(info, token, Path(folder) / "metadata")
         fit = check_fit(snapshot)
-        left_out = (*fit.unread, *copies(fit.tied, (info.base or info), token))
+        copied = copies(fit.tied, info.base or info, token)
         source = hub.source_of(info.id, info.config, info.base_model)
-        warnings = [*info.notes, *fit.notes]
+        warnings = [*info.notes, *fit.notes, *kept_notes(fit.tied, copied)]
         warnings += [] if source is None else [source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"
         conversion = convert(
@@ -122,7 +122,7 @@ def make_plan(
             skeleton,
             skeleton=True,
             model_name=info.id,
-            left_out=left_out,
+            left_out=[*fit.unread, *copied],
             progress=progress,
         )
         base = GgufFile(skeleton)

@@ -37,11 +37,6 @@ def choose(
         raise QuantkitError(
             f"{INDEX} of {model} lists no weights.", "Tell its author, or use another revision."
         )
-    if not isinstance(index.get("metadata"), dict):
-        raise QuantkitError(
-            f'{INDEX} of {model} has no "metadata", and transformers reads no such index.',
-            'Add "metadata": {} to it in a local copy.',
-        )
     names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if not _is_plain(name)]
     if outside:
@@ -57,6 +52,11 @@ def choose(
             f"{model} is incomplete: its index names {shown(missing[0])}{more}, which is not "
             "there.",
             "Download it again, use another revision, or tell its author.",
+        )
+    if not isinstance(index.get("metadata"), dict):
+        raise QuantkitError(
+            f'{INDEX} of {model} has no "metadata", and transformers reads no such index.',
+            'Add "metadata": {} to it in a local copy.',
         )
     return tuple(names)
 

@@ -167,9 +167,8 @@ def _output_bytes(model: Snapshot) -> int:
     """
     growth = {"F64": 1, "F32": 1, "F16": 2, "BF16": 2}
     return sum(
-        (tensor.stop - tensor.start)
-        * growth.get(tensor.dtype, 4 if tensor.dtype.startswith("F8") else 16)
-        for tensor in model.tensors.values()
+        t.n_bytes * growth.get(t.dtype, 4 if t.dtype.startswith("F8") else 16)
+        for t in model.tensors.values()
     )
 
 

@@ -145,7 +145,7 @@ def add_models(job: dict[str, Any]) -> None:
     def of_the_model(self: Any) -> dict[str, Any]:
         return {name: tensor for name, tensor in enter(self).items() if name not in left_out}
 
-    gguf.utility.SafetensorsLocal.__enter__ = of_the_model
+    gguf.utility.SafetensorsLocal.__enter__ = of_the_model  # type: ignore[method-assign]
     added = runpy.run_path(str(Path(__file__).with_name("added.py")))
     folder = Path(job["arguments"][0])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

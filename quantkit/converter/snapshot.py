@@ -60,7 +60,7 @@ class Snapshot:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
 
 
 def model_name_of(snapshot_dir: Path) -> str:

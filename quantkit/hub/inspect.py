@@ -223,7 +223,8 @@ def _describe(
     """The part that is the same for the Hub and a folder. Raises QuantkitError for refusals."""
     by_path = {file.path: file for file in files}
     bases = strings(card.get("base_model"))
-    base, notes, dtype = None, [], ""
+    notes: list[str] = []
+    base, dtype = None, ""
     if is_adapter(by_path):
         settings = parse_object(read_file(CONFIG, _MAX_CONFIG_BYTES), f"{CONFIG} of {name}")
         base = inspect_base(read_adapter(name, by_path, settings))

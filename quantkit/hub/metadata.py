@@ -31,23 +31,23 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
     model those of the 16-bit checkpoint that it is expanded to. Raises QuantkitError.
     """
     small = [file for file in info.files if file.path not in info.weights]
-    source = (
+    origin = (
         Path(info.local_path) if info.local_path else snapshot(info, small, token, progress=None)
     )
     if info.base is not None:
         fetch_metadata(info.base, token, folder)
-        overlay(source, [file.path for file in small], folder)
+        overlay(origin, [file.path for file in small], folder)
         return folder
     for file in info.files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         if file.path not in info.weights:
-            shutil.copyfile(source / file.path, target)
+            shutil.copyfile(origin / file.path, target)
 
     def make_shell(file: RepoFile) -> None:
         header = (
-            header_bytes(source / file.path)
+            header_bytes(origin / file.path)
             if info.local_path
             else remote_header(info.id, info.sha, file, token)
         )

@@ -142,7 +142,8 @@ def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> So
     )
     if is_fp8:
         return Source(FP8, _block(model, settings.get("weight_block_size")))
-    bits, group = settings.get("bits"), settings.get("group_size")
+    bits: Any = settings.get("bits")
+    group: Any = settings.get("group_size")
     if type(group) is not int or type(bits) is not int or not (group == -1 or 0 < group < 2**20):
         bits = shown(str(bits))
     if method == "gptq" and bits in (2, 4, 8):

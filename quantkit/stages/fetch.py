@@ -20,7 +20,7 @@ from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.converter.architectures import check_architecture
 from quantkit.errors import QuantkitError
-from quantkit.fit import Fit, check_fit, copies_in
+from quantkit.fit import Fit, check_fit, copies_in, kept_notes
 from quantkit.output import safe_name
 from quantkit.qtypes import BF16, QuantType
 from quantkit.rundir import RunDir, read_json, write_json
@@ -85,10 +85,8 @@ def execute(run: Run) -> StageResult:
         made = merge(base, base_files, adapter, own_files, folder)
         fit = check_fit(folder)
     copied = copies_in(folder, fit.tied)
-    for copy, of in fit.tied:
-        if copy not in copied:
-            text = f"{copy} is another than {of}, though config.json ties them: both are used"
-            run.events.emit(NAME, "note", text)
+    for note in kept_notes(fit.tied, copied):
+        run.events.emit(NAME, "note", note)
     if folder.is_relative_to(run.dir.path):  # that folder may be moved, or named otherwise
         folder = folder.relative_to(run.dir.path)
     else:
