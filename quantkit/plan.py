@@ -22,6 +22,7 @@ from quantkit.context import ContextMemory, context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
+from quantkit.fit import check_fit, copies, kept_notes
 from quantkit.footprint import search_target_bytes, stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
@@ -110,21 +111,25 @@ def make_plan(
         info = hub.inspect(ref, token)
         check_architecture(info.config)
         snapshot = hub.fetch_metadata(info, token, Path(folder) / "metadata")
+        fit = check_fit(snapshot)
+        copied = copies(fit.tied, info.base or info, token)
         source = hub.source_of(info.id, info.config, info.base_model)
-        if source is not None and source.is_expanded:
-            from quantkit.dequantize import expand_shell  # needs torch
-
-            expand_shell(snapshot, info.weights, source)
-        warnings = [] if source is None else [source.sentence(info.base_model)]
+        warnings = [*info.notes, *fit.notes, *kept_notes(fit.tied, copied)]
+        warnings += [] if source is None else [source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"
         conversion = convert(
-            snapshot, skeleton, skeleton=True, model_name=info.id, progress=progress
+            snapshot,
+            skeleton,
+            skeleton=True,
+            model_name=info.id,
+            left_out=[*fit.unread, *copied],
+            progress=progress,
         )
         base = GgufFile(skeleton)
         specs = specs_of(base)
         levels = plan_levels(specs, config)
         sizes = check_sizes(config, base, levels)
-        coverage = foretell(snapshot, specs)
+        coverage = foretell(fit.widths, specs)
         stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
         context = context_memory(base)
         warnings += [context.note] if context.note else []
@@ -204,8 +209,8 @@ def estimates(
         "disk_bytes": disk,
         "memory_bytes": max(stage_memory(config, base, levels, most, 0).values()),
         "memory": memory,
-        "multiply_adds": forward + gather + solve,
-        "seconds": round(60 + (forward + gather + solve) / speed),
+        "multiply_adds": forward + gather + solve + search,
+        "seconds": round(60 + 30 + (forward + gather + solve + search) / speed),
         "n_files": 1,
         "per_file": {
             "disk_bytes": base_bytes // 3 * (2 if config.tuning_steps else 1),

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ def convert(
     skeleton: bool = False,
     projector: bool = False,
     model_name: str | None = None,
+    left_out: Collection[str] = (),
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     limits: Limits | None = None,
@@ -68,6 +69,7 @@ def convert(
     projector   not the language model but what it sees or hears with (`mmproj`)
     model_name  `owner/name`; where general.name, size label and the like come from. By default the
                 name of the folder, or of the repository for a folder in the Hub's cache
+    left_out    tensors of the checkpoint that are not converted: no part of the model
     metadata    GGUF keys (`general.author`, ...) to set whatever the model card says
     progress    called with (bytes written, bytes in all); not for a skeleton
     limits      by default generous ones that grow with the weights
@@ -83,7 +85,7 @@ def convert(
     tree = ensure_converter()
     with _work_folder(out_path) as work:
         name = model_name or model_name_of(snapshot_dir)
-        model = sanitize(snapshot_dir, work / "model", name)
+        model = sanitize(snapshot_dir, work / "model", name, left_out)
         limits = limits or Limits.for_weights(model.weight_bytes, _output_bytes(model))
         overrides = work / "metadata.json"
         overrides.write_text(json.dumps(dict(metadata or {})), encoding="utf-8")
@@ -105,6 +107,7 @@ def convert(
                     progress=None if skeleton else progress,
                     arguments=arguments,
                     skeleton=skeleton,
+                    left_out=sorted(left_out),
                     pre=pre,
                     probes=pretokenizer.PROBES,
                 )
@@ -167,8 +170,8 @@ def _output_bytes(model: Snapshot) -> int:
     """
     growth = {"F64": 1, "F32": 1, "F16": 2, "BF16": 2}
     return sum(
-        tensor.n_bytes * growth.get(tensor.dtype, 4 if tensor.dtype.startswith("F8") else 16)
-        for tensor in model.tensors.values()
+        t.n_bytes * growth.get(t.dtype, 4 if t.dtype.startswith("F8") else 16)
+        for t in model.tensors.values()
     )
 
 

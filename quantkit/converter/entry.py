@@ -137,7 +137,15 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
 def add_models(job: dict[str, Any]) -> None:
     """Have the converter take the class that `added.py` names for this model."""
     import conversion
+    import gguf
 
+    left_out = set(job["left_out"])
+    enter = gguf.utility.SafetensorsLocal.__enter__
+
+    def of_the_model(self: Any) -> dict[str, Any]:
+        return {name: tensor for name, tensor in enter(self).items() if name not in left_out}
+
+    gguf.utility.SafetensorsLocal.__enter__ = of_the_model  # type: ignore[method-assign]
     added = runpy.run_path(str(Path(__file__).with_name("added.py")))
     folder = Path(job["arguments"][0])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -154,7 +162,7 @@ def add_models(job: dict[str, Any]) -> None:
 
     def index(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = index_tensors(self, *args, **kwargs)
-        unread = added["unread"](tensors, self.hparams, job["skeleton"])
+        unread = added["unread"](tensors, self.hparams)
         return {name: tensor for name, tensor in tensors.items() if name not in unread}
 
     conversion.ModelBase.index_tensors = index

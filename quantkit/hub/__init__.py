@@ -12,16 +12,10 @@ from functools import partial
 
 from quantkit.hub.changes import Change, RepoChanges, add_to_collection, compare
 from quantkit.hub.client import Asked, call, endpoint, hf_api, resolve_token, why_offline
-from quantkit.hub.download import (
-    Progress,
-    cache_dir,
-    check_disk,
-    damaged_files,
-    download,
-    fetch_metadata,
-)
+from quantkit.hub.download import Progress, cache_dir, check_disk, damaged_files, download
 from quantkit.hub.errors import ModelNotFound, scrub
 from quantkit.hub.inspect import inspect
+from quantkit.hub.metadata import fetch_metadata, stored_values
 from quantkit.hub.model import ModelInfo, RepoFile
 from quantkit.hub.quantized import Source, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
@@ -55,6 +49,7 @@ __all__ = [
     "scrub",
     "search_models",
     "source_of",
+    "stored_values",
     "why_offline",
 ]
 

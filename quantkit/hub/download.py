@@ -1,4 +1,4 @@
-"""Bring a model's files here: all of them for a run, or everything but the weights for a plan."""
+"""Bring a model's files here, all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ from huggingface_hub import constants, snapshot_download
 from tqdm.auto import tqdm
 
 from quantkit.errors import QuantkitError
-from quantkit.hub.adapter import overlay
 from quantkit.hub.client import PATIENT, Asked, call, endpoint
-from quantkit.hub.inspect import N_WORKERS, remote_header
 from quantkit.hub.model import ModelInfo, RepoFile
-from quantkit.safetensors_file import header_bytes, write_shell
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -61,7 +57,7 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
     if info.local_path is not None:
         _check_sizes(info, Path(info.local_path))
         return Path(info.local_path)
-    folder = _snapshot(info, info.files, token, progress)
+    folder = snapshot(info, info.files, token, progress)
     try:
         _check_sizes(info, folder)
     except QuantkitError:
@@ -70,7 +66,7 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
             logger.warning("%s in the cache is damaged; downloading it again", file.path)
             (folder / file.path).resolve().unlink(missing_ok=True)
             (folder / file.path).unlink(missing_ok=True)
-        folder = _snapshot(info, info.files, token, progress)
+        folder = snapshot(info, info.files, token, progress)
         _check_sizes(info, folder)
     return folder
 
@@ -97,10 +93,10 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
         )
 
 
-def _snapshot(
+def snapshot(
     info: ModelInfo, files: Sequence[RepoFile], token: str | None, progress: Progress | None
 ) -> Path:
-    """snapshot_download of exactly these files."""
+    """The folder with exactly these files of a model on the Hub."""
     cache = cache_dir()
     repo = cache / constants.REPO_ID_SEPARATOR.join(["models", *info.id.split("/")])
     here = repo / "snapshots" / info.sha
@@ -157,38 +153,3 @@ def _byte_bar(progress: Progress | None, n_cached: int, n_total: int) -> type[tq
             return shown
 
     return ByteBar
-
-
-def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
-    """`folder` with everything but the weights: a converter can be asked for its plan there.
-
-    Small files are copied. Each safetensors file has its header and its size, and a hole where the
-    weights are. Of an adapter they are its base's, with its tokenizer over them. Raises
-    QuantkitError.
-    """
-    small = [file for file in info.files if file.path not in info.weights]
-    source = (
-        Path(info.local_path) if info.local_path else _snapshot(info, small, token, progress=None)
-    )
-    if info.base is not None:
-        fetch_metadata(info.base, token, folder)
-        overlay(source, [file.path for file in small], folder)
-        return folder
-    for file in info.files:
-        target = folder / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        if file.path not in info.weights:
-            shutil.copyfile(source / file.path, target)
-
-    def make_shell(file: RepoFile) -> None:
-        header = (
-            header_bytes(source / file.path)
-            if info.local_path
-            else remote_header(info.id, info.sha, file, token)
-        )
-        write_shell(folder / file.path, header, file.n_bytes)
-
-    with ThreadPoolExecutor(N_WORKERS) as pool:
-        list(pool.map(make_shell, [file for file in info.files if file.path in info.weights]))
-    return folder

@@ -45,7 +45,13 @@ def execute(run: Run) -> StageResult:
     def progress(done: int, total: int) -> None:
         run.events.progress(NAME, done, max(done, total), "llama.cpp's converter writes base.gguf")
 
-    result = convert(snapshot.folder, base_path, model_name=model_name(snapshot), progress=progress)
+    result = convert(
+        snapshot.folder,
+        base_path,
+        model_name=model_name(snapshot),
+        left_out=snapshot.left_out,
+        progress=progress,
+    )
     run.events.emit(NAME, "note", f"sandbox: {result.sandbox}")
     for warning in result.warnings:
         run.events.emit(NAME, "note", f"converter: {warning}")
