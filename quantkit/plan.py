@@ -145,7 +145,7 @@ def make_plan(
             "levels": [str(level) for level in levels.levels],
             "coverage": to_json(coverage),
             "fallbacks": to_json(levels.fallbacks),
-            "warnings": [*warnings, *conversion.warnings],
+            "warnings": [*warnings, *conversion.warnings, *conversion.tokens.notes],
             "estimates": for_files(
                 estimates(config, info, base, levels), max(1, len(sizes.budgets))
             ),

@@ -15,6 +15,7 @@ from quantkit.hub.client import Asked, call, endpoint, hf_api, resolve_token, wh
 from quantkit.hub.download import (
     Progress,
     cache_dir,
+    cached_folder,
     check_disk,
     damaged_files,
     download,
@@ -41,6 +42,7 @@ __all__ = [
     "Source",
     "add_to_collection",
     "cache_dir",
+    "cached_folder",
     "check_disk",
     "check_write",
     "compare",
