@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from evaluators.agreement import compare_logits
 from evaluators.errors import EvaluationError
-from evaluators.weights import expanded_to_f16
+from evaluators.weights import expand_to_f16
 
 _OFFLOADED = " by disk offload"
 
@@ -91,8 +91,9 @@ def _measured(
     expanded, reason = False, ""
     if agreement.mean_kl > closer_above:
         try:
-            with expanded_to_f16(file, scratch) as f16:
-                agreement, kl = compare_logits(f16, tokens, logits)
+            f16 = scratch / "f16.gguf"  # the caller's to delete, as the whole folder
+            expand_to_f16(file, f16)
+            agreement, kl = compare_logits(f16, tokens, logits)
             expanded = True
         except EvaluationError as error:  # no disk for it, or weights beyond F16
             reason = error.message

@@ -39,18 +39,16 @@ def convert(job: dict[str, Any]) -> None:
     except SystemExit as error:
         if error.code not in (None, 0):
             raise
-    is_whole = "plain" not in _STATUS or job["pre"] is not None
-    if is_whole and "--mmproj" not in job["arguments"]:
-        report(job["status"], tokens=compare_tokens(job))
+    if "--mmproj" not in job["arguments"] and not job.get("is_probe"):
+        tell(tokens=compare_tokens(job))
 
 
 def compare_tokens(job: dict[str, Any]) -> dict[str, Any]:
     """Compare the tokens of the file that was written with the tokenizer's."""
-    sys.path.append(str(Path(__file__).parents[2]))
     from quantkit.tokens import compare_in
 
-    folder, arguments = job["arguments"][0], job["arguments"]
-    return compare_in(folder, arguments[arguments.index("--outfile") + 1])
+    arguments = job["arguments"]
+    return compare_in(arguments[0], arguments[arguments.index("--outfile") + 1])
 
 
 def wrap_writer(job: dict[str, Any]) -> None:
@@ -145,7 +143,7 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
             # transformers makes an empty tokenizer where the vocabulary is missing
             raise ValueError("the tokenizer has no vocabulary")
         tell(probes=probes, composes=same, plain=plain, special=special)
-        job["skeleton"] = True
+        job["skeleton"] = job["is_probe"] = True
         return "default"
 
     TextModel.get_vocab_base_pre = get_vocab_base_pre
@@ -160,14 +158,15 @@ def complete_vocabulary(job: dict[str, Any]) -> None:
 
     completing = runpy.run_path(str(Path(__file__).with_name("vocabulary.py")))["complete"]
     write_header = gguf.GGUFWriter.write_header_to_file
-    folder, scratch = Path(job["arguments"][0]), Path(job["status"]).parent
+    folder = Path(job["arguments"][0])
 
     def looks_special(text: str) -> bool:
         return TextModel.does_token_look_special(None, text)  # type: ignore[arg-type]
 
     def write(self: Any, path: Path | None = None) -> None:
         gguf.GGUFWriter.write_header_to_file = write_header  # type: ignore[method-assign]
-        report(job["status"], missed_ends=completing(self, folder, scratch, looks_special))
+        target = Path(path or self.path)  # the one file that may be written
+        tell(missed_ends=completing(self, folder, target, looks_special))
         write_header(self, path)
 
     gguf.GGUFWriter.write_header_to_file = write  # type: ignore[method-assign]

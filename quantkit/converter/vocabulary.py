@@ -10,6 +10,8 @@ the one that the tokenizer has for it.
 score for all of its tokens; llama.cpp merges by scores, so texts got other tokens. The list of
 merges has the order.
 
+**The space before a text.** Whether the tokenizer puts one is seen by asking it.
+
 **Ends.** `eos_token_id` may be a list, of which the GGUF has room for one, and an `eot` and `eom`
 beside it. Which further ones llama.cpp finds by their texts, only it knows: it is asked, with a
 file of nothing but the keys. Keys are added only for ends that it would miss.
@@ -19,24 +21,27 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 _TOKENS, _KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
-_SCORES = "tokenizer.ggml.scores"
+_SCORES, _MODEL = "tokenizer.ggml.scores", "tokenizer.ggml.model"
+_PREFIX = "tokenizer.ggml.add_space_prefix"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
+_SPACE = "\u2581"  # how SentencePiece writes a space
 _ADDED_SCORE = -1000.0  # the converter's own for added tokens
 _EOS, _EOT, _EOM = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 
 
-def complete(writer: Any, folder: Path, scratch: Path, looks_special: Any) -> list[str]:
+def complete(writer: Any, folder: Path, target: Path, looks_special: Any) -> list[str]:
     """Complete the keys of a GGUF writer whose header is not written yet.
 
     Args:
         writer: the converter's `gguf.GGUFWriter`.
         folder: the model's, with its tokenizer.
-        scratch: where a file may be made.
+        target: where the file will be; until then something else may be.
         looks_special: the converter's own view of a text that should be a control token.
 
     Returns:
@@ -45,32 +50,49 @@ def complete(writer: Any, folder: Path, scratch: Path, looks_special: Any) -> li
     keys = writer.kv_data[0]
     if _TOKENS not in keys or _KINDS not in keys:
         return []  # an encoder's file
-    name_added(keys, folder, looks_special)
-    rank_merges(keys, folder)
-    return mark_ends(writer, ends_of(folder), scratch)
-
-
-def name_added(keys: Mapping[str, Any], folder: Path, looks_special: Any) -> None:
-    """Give ids that the converter left without a name the added tokens of the tokenizer."""
-    tokens, kinds = keys[_TOKENS].value, keys[_KINDS].value
-    nameless = {i for i, kind in enumerate(kinds) if kind == _UNUSED and _is_filler(tokens[i], i)}
-    if not nameless:
-        return
-    added = _tokenizer(folder).added_tokens_decoder
-    for i in sorted(nameless & added.keys()):
-        text = added[i].content
-        is_control = added[i].special or looks_special(text)
-        # llama.cpp looks for the texts of user-defined tokens in text as it was written
-        tokens[i] = (text if is_control else text.replace("\u2581", " ")).encode()
-        kinds[i] = _CONTROL if is_control else _USER_DEFINED
-        if _SCORES in keys:
-            keys[_SCORES].value[i] = _ADDED_SCORE
+    if keys[_MODEL].value == "llama" and _SCORES in keys:
+        rank_merges(keys, folder)
+        tokenizer = _tokenizer(folder)
+        if tokenizer is not None:
+            name_added(keys, tokenizer, looks_special)
+            say_prefix(writer, tokenizer)
+    return mark_ends(writer, ends_of(folder), target)
 
 
 def _tokenizer(folder: Path) -> Any:
+    """The tokenizer by transformers; None where it cannot load what the converter can, which the
+    comparison of tokens tells.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        logging.getLogger(__name__).warning("transformers cannot load the tokenizer: %s", error)
+        return None
+
+
+def name_added(keys: Mapping[str, Any], tokenizer: Any, looks_special: Any) -> None:
+    """Give ids that the converter left without a name the added tokens of the tokenizer."""
+    tokens, kinds = keys[_TOKENS].value, keys[_KINDS].value
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if i >= len(tokens) or kinds[i] != _UNUSED or not _is_filler(tokens[i], i):
+            continue
+        is_control = token.special or looks_special(token.content)
+        # llama.cpp looks for the texts of user-defined tokens in text as it was written
+        text = token.content if is_control else token.content.replace(_SPACE, " ")
+        tokens[i], kinds[i] = text.encode(), _CONTROL if is_control else _USER_DEFINED
+        keys[_SCORES].value[i] = _ADDED_SCORE
+
+
+def say_prefix(writer: Any, tokenizer: Any) -> None:
+    """llama.cpp begins a text with a space piece unless it is told not to."""
+    pieces = tokenizer.tokenize("a")
+    begins = bool(pieces) and pieces[0].startswith(_SPACE)
+    key = writer.kv_data[0].get(_PREFIX)
+    if begins != (True if key is None else bool(key.value)):
+        writer.kv_data[0].pop(_PREFIX, None)
+        writer.add_add_space_prefix(begins)
 
 
 def _is_filler(token: str | bytes, i: int) -> bool:
@@ -80,7 +102,7 @@ def _is_filler(token: str | bytes, i: int) -> bool:
 def rank_merges(keys: Mapping[str, Any], folder: Path) -> None:
     """Give the tokens of a SentencePiece BPE without scores their places in the list of merges."""
     path = folder / "tokenizer.json"
-    if _SCORES not in keys or not path.is_file():
+    if not path.is_file():
         return
     kinds, scores = keys[_KINDS].value, keys[_SCORES].value
     if len({score for score, kind in zip(scores, kinds, strict=True) if kind == _NORMAL}) != 1:
@@ -116,7 +138,7 @@ def ends_of(folder: Path) -> list[int]:
     return []
 
 
-def mark_ends(writer: Any, ends: Iterable[int], scratch: Path) -> list[str]:
+def mark_ends(writer: Any, ends: Iterable[int], target: Path) -> list[str]:
     """Add keys for ends that llama.cpp would miss. Returns the texts of those for which there is no
     key left.
     """
@@ -129,7 +151,7 @@ def mark_ends(writer: Any, ends: Iterable[int], scratch: Path) -> list[str]:
         known.add(ends[0])
     if not set(ends) - known:
         return []
-    found, has_eot = _ends_found(writer, ends, scratch)
+    found, has_eot = _ends_found(writer, ends, target)
     missed = [i for i in ends if i not in found]
     # The eot that llama.cpp finds by its text stays an end when another is named in the key.
     free = [_EOM, _EOT] if has_eot else [_EOT, _EOM]
@@ -143,15 +165,14 @@ def _text(token: str | bytes) -> str:
     return token if isinstance(token, str) else token.decode("utf-8", "replace")
 
 
-def _ends_found(writer: Any, ends: Iterable[int], scratch: Path) -> tuple[set[int], bool]:
+def _ends_found(writer: Any, ends: Iterable[int], target: Path) -> tuple[set[int], bool]:
     """Those of `ends` that llama.cpp takes for an end, and whether it knows an end of turn; by a
     file that has the keys alone.
     """
     import gguf
     import llama_cpp
 
-    path = scratch / "vocabulary.gguf"
-    probe = gguf.GGUFWriter(path, writer.arch)
+    probe = gguf.GGUFWriter(target, writer.arch)
     probe.kv_data[0].update(writer.kv_data[0])
     probe.write_header_to_file()
     probe.write_kv_data_to_file()
@@ -159,8 +180,7 @@ def _ends_found(writer: Any, ends: Iterable[int], scratch: Path) -> tuple[set[in
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    path.unlink()
+    model = llama_cpp.llama_model_load_from_file(str(target).encode(), parameters)
     if not model:
         raise ValueError("llama.cpp cannot read the vocabulary")
     vocab = llama_cpp.llama_model_get_vocab(model)
