@@ -8,8 +8,7 @@ read, nor the order of rows, nor the merge of an adapter.
 from __future__ import annotations
 
 import gc
-import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ def compare(
     offloaded: bool,
     offload_bytes: int,
     closer_above: float,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """KL(transformers || llama.cpp) over the first `n_tokens` of `ids`, as JSON values.
 
     For a BF16 file llama.cpp rounds activations to the 8 bits that BF16 has, which costs a few
-    1e-4: where the KL is above `closer_above`, the file is expanded to F16 and measured again.
+    1e-4: where the KL is above `closer_above`, the file is expanded to F16 and measured again, and
+    the last that is yielded counts.
 
     Args:
         file: the GGUF.
@@ -46,7 +46,7 @@ def compare(
         scratch: a folder for the expanded file and offloaded weights.
         offloaded: whether the weights stay on disk, but for `offload_bytes`.
 
-    Returns:
+    Yields:
         `oracle`, its name; `passed_over`, a sentence for every source before it; and one of
         `agreement`, an Agreement, with `first`, the first token apart (None: there is none),
         `expanded` to F16 or not, and `not_expanded`, why it was not though it should have been;
@@ -55,7 +55,8 @@ def compare(
     """
     ids = ids[:n_tokens]
     if len(ids) < 2:
-        return {"oracle": "", "passed_over": [], "error": "there are fewer than two tokens"}
+        yield {"oracle": "", "passed_over": [], "error": "there are fewer than two tokens"}
+        return
     passed_over: list[str] = []
     offload = Path(scratch, "weights") if offloaded else None
     for source in sources:
@@ -64,7 +65,8 @@ def compare(
         try:
             model, missing = _load(source, offload, offload_bytes)
             if missing:
-                return {**found, "missing": missing}
+                yield {**found, "missing": missing}
+                return
             logits = _logits(model, ids)
             del model
             gc.collect()
@@ -73,10 +75,12 @@ def compare(
             passed_over.append(f"{name}: {type(error).__name__}: {first}")
             continue
         try:
-            return {**found, **_measured(Path(file), ids, logits, Path(scratch), closer_above)}
+            for facts in _measured(Path(file), ids, logits, Path(scratch), closer_above):
+                yield {**found, **facts}
         except EvaluationError as error:
-            return {**found, "error": error.message}
-    return {"oracle": "", "passed_over": passed_over, "error": "; ".join(passed_over)}
+            yield {**found, "error": error.message}
+        return
+    yield {"oracle": "", "passed_over": passed_over, "error": "; ".join(passed_over)}
 
 
 def _measured(
@@ -85,30 +89,29 @@ def _measured(
     logits: NDArray[np.float32],
     scratch: Path,
     closer_above: float,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     tokens = np.asarray(ids, np.int32)
     agreement, kl = compare_logits(file, tokens, logits)
-    expanded, reason = False, ""
+
+    def facts(expanded: bool, not_expanded: str = "") -> dict[str, Any]:
+        apart = np.flatnonzero(kl > 10 * closer_above)
+        return {
+            "agreement": asdict(agreement),
+            "first": int(apart[0]) if len(apart) else None,
+            "expanded": expanded,
+            "not_expanded": not_expanded,
+        }
+
+    yield facts(False)
     if agreement.mean_kl > closer_above:
         try:
             f16 = scratch / "f16.gguf"  # the caller's to delete, as the whole folder
             expand_to_f16(file, f16)
             agreement, kl = compare_logits(f16, tokens, logits)
-            expanded = True
         except EvaluationError as error:  # no disk for it, or weights beyond F16
-            reason = error.message
-    apart = np.flatnonzero(kl > 10 * closer_above)
-    return {
-        "agreement": asdict(agreement),
-        "first": int(apart[0]) if len(apart) else None,
-        "expanded": expanded,
-        "not_expanded": reason,
-    }
-
-
-def has_peft() -> bool:
-    """Whether adapters can be loaded by PEFT itself."""
-    return importlib.util.find_spec("peft") is not None
+            yield facts(False, error.message)
+        else:
+            yield facts(True)
 
 
 def _load(

@@ -73,8 +73,9 @@ def check_logits(
     fits = whole + _LEFT <= free and whole <= _SHARE * free
     kept = whole if fits else int(_SHARE * free / 2)  # bytes of weights in memory
     with tempfile.TemporaryDirectory(dir=folder, prefix="parity-") as scratch:
+        found: dict[str, Any] = {}
         try:
-            found = sandbox.call(
+            for part in sandbox.stream(
                 "evaluators.oracle:compare",
                 {
                     "file": str(base.path),
@@ -90,9 +91,10 @@ def check_logits(
                 readable=(base.path, *(path for o in originals for path in o.readable())),
                 writable=Path(scratch),
                 log=folder / "parity.log",
-            )
+            ):
+                found = part
         except QuantkitError as error:
-            found = {"oracle": "", "error": error.message}
+            found = {"oracle": "", "error": error.message, **found, "not_expanded": error.message}
     return judged(base, found), found
 
 

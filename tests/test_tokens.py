@@ -1,4 +1,4 @@
-"""Every id's text and kind, the tokens of texts, the ends of turns: a GGUF's are the tokenizer's."""
+"""Ids with their texts and kinds, tokens of texts, ends of turns: a GGUF's are the tokenizer's."""
 
 from __future__ import annotations
 
