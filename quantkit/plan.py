@@ -151,7 +151,7 @@ def make_plan(
             "coverage": to_json(coverage),
             "fallbacks": to_json(levels.fallbacks),
             "sandbox": conversion.sandbox,
-            "warnings": [*warnings, *conversion.warnings],
+            "warnings": [*warnings, *conversion.warnings, *conversion.tokens.notes],
             "estimates": for_files(
                 estimates(config, info, base, levels), max(1, len(sizes.budgets))
             ),

@@ -21,6 +21,7 @@ from quantkit.converter.sandbox import Limits, Progress
 from quantkit.converter.snapshot import Snapshot, model_name_of, sanitize
 from quantkit.rundir import PARTIAL, replacing
 from quantkit.sandbox.outcome import plain
+from quantkit.tokens import Tokens, judged
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,11 @@ class ConversionResult:
     sandbox: str  # what else the kernel kept it from
     warnings: tuple[str, ...]  # said by the converter, about a choice made for it, or the sandbox
     removed: tuple[str, ...]  # what the sanitized copy of the model did not have
+    tokens: Tokens  # whether they are the original tokenizer's
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "path": str(self.path)}
+        facts = {name: value for name, value in self.__dict__.items() if name != "tokens"}
+        return {**facts, "path": str(self.path)}
 
 
 def convert(
@@ -136,6 +139,13 @@ def convert(
                 outcome = attempt(pre.name)
             if not outcome.ok or partial.stat().st_size == 0:
                 raise explain(outcome, log_path, model.removed)
+            tokens = judged(outcome.status.get("tokens", {"error": "the file has no tokens"}))
+            missed = outcome.status.get("missed_ends")
+            if missed:
+                notes.append(
+                    "The GGUF has no key left for all ends of a turn: llama.cpp does not stop at "
+                    f"{', '.join(missed[:5])}."
+                )
     return ConversionResult(
         path=out_path,
         n_bytes=out_path.stat().st_size,
@@ -146,6 +156,7 @@ def convert(
         sandbox=str(outcome.protection),
         warnings=(*notes, *_warnings(outcome.log), *outcome.protection.missing),
         removed=model.removed,
+        tokens=tokens,
     )
 
 

@@ -12,7 +12,14 @@ from functools import partial
 
 from quantkit.hub.changes import Change, RepoChanges, add_to_collection, compare
 from quantkit.hub.client import Asked, call, endpoint, hf_api, resolve_token, why_offline
-from quantkit.hub.download import Progress, cache_dir, check_disk, damaged_files, download
+from quantkit.hub.download import (
+    Progress,
+    cache_dir,
+    cached_folder,
+    check_disk,
+    damaged_files,
+    download,
+)
 from quantkit.hub.errors import ModelNotFound, scrub
 from quantkit.hub.inspect import inspect
 from quantkit.hub.metadata import fetch_metadata, stored_values
@@ -35,6 +42,7 @@ __all__ = [
     "Source",
     "add_to_collection",
     "cache_dir",
+    "cached_folder",
     "check_disk",
     "check_write",
     "compare",

@@ -71,6 +71,14 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
     return folder
 
 
+def cached_folder(info: ModelInfo) -> Path:
+    """Where the model's files lie, or would: its own folder, or its place in the Hub's cache."""
+    if info.local_path is not None:
+        return Path(info.local_path)
+    repo = constants.REPO_ID_SEPARATOR.join(["models", *info.id.split("/")])
+    return cache_dir() / repo / "snapshots" / info.sha
+
+
 def damaged_files(info: ModelInfo, folder: Path) -> list[RepoFile]:
     """Files of the model that `folder` lacks or has with another size."""
 
@@ -96,10 +104,8 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
 def snapshot(
     info: ModelInfo, files: Sequence[RepoFile], token: str | None, progress: Progress | None
 ) -> Path:
-    """The folder with exactly these files of a model on the Hub."""
-    cache = cache_dir()
-    repo = cache / constants.REPO_ID_SEPARATOR.join(["models", *info.id.split("/")])
-    here = repo / "snapshots" / info.sha
+    """snapshot_download of exactly these files."""
+    cache, here = cache_dir(), cached_folder(info)
     n_total = sum(file.n_bytes for file in files)
     n_cached = sum(file.n_bytes for file in files if (here / file.path).is_file())
     check_disk(cache, n_total - n_cached)
