@@ -33,9 +33,12 @@ def main() -> int:
                 worst_kl = max(worst_kl, verdict.kl)
             if not verdict.is_fine:
                 n_bad += 1
-                print(verdict, flush=True)
-    print(dict(sorted(counts.items())), f"largest KL of a right file {worst_kl:.2g}")
-    print(f"{n_bad} of {last - first} are not fine")
+                sys.stdout.write(f"{verdict}\n")
+                sys.stdout.flush()
+    for kind, n in sorted(counts.items()):
+        sys.stdout.write(f"{n:6}  {kind}\n")
+    sys.stdout.write(f"largest KL of a right file {worst_kl:.2g}\n")
+    sys.stdout.write(f"{n_bad} of {last - first} are not fine\n")
     return 1 if n_bad else 0
 
 
