@@ -106,7 +106,7 @@ def judge(folder: Path, seed: int) -> Verdict:
 def _what_comes(trouble: Trouble, own: Path) -> tuple[str, str, float | None]:
     asked = config.RunConfig(
         str(trouble.path),
-        targets=(config.Target("like", "Q8_0"),),
+        targets=(config.Target("like", "Q5_K_M"),),
         profile="demo",
         calibration="docs,code",
     )
