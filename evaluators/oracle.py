@@ -146,10 +146,13 @@ def _load(
         **where,
     )
     missing = sorted(about["missing_keys"])
-    if source.get("adapter") and not missing:
+    adapter = source.get("adapter")
+    if adapter and not missing:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, source["adapter"], local_files_only=True)
+        if not Path(adapter, "adapter_model.safetensors").is_file():
+            raise ValueError("the adapter has no safetensors")
+        model = PeftModel.from_pretrained(model, adapter, local_files_only=True)
     return model.eval(), missing
 
 
