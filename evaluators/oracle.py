@@ -121,13 +121,13 @@ def _load(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    folder = source["folder"]
+    folder = str(source["folder"])
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(part, name, False):
                 setattr(part, name, False)
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
     kind = next((k for k in kinds if type(config) in k._model_mapping), kinds[0])
     where: dict[str, Any] = {}
     if offload is not None:
