@@ -23,7 +23,7 @@ from quantkit.errors import QuantkitError
 from quantkit.sandbox.process import environment as environment_of
 
 # Small enough to be hit at once, large enough for Python itself.
-SMALL = Limits(cpu_seconds=20, wall_seconds=30, address_bytes=2**31, file_bytes=2**20)
+SMALL = Limits(cpu_seconds=20, wall_seconds=30, memory_bytes=2**31, file_bytes=2**20)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_files_are_bounded(run_code):
     ("source", "limits", "sentence"),
     [
         ("while True: pass", {"cpu_seconds": 1}, "its 1 seconds of processor time"),
-        ("x = bytearray(2**32)", {}, "more than its 2,147,483,648 bytes of address space"),
+        ("x = bytearray(2**32)", {}, "more than its 2,147,483,648 bytes of memory"),
         ("import time; time.sleep(60)", {"wall_seconds": 1}, "stopped after 1 seconds"),
         ("import os; os.kill(os.getpid(), 9)", {}, "out of memory"),
         ("import os; os.abort()", {}, "crashed \\(SIGABRT\\)"),

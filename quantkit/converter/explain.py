@@ -93,7 +93,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     ):
         return QuantkitError(
-            f"The conversion needed more than its {limits.address_bytes:,} bytes of address space.",
+            f"The conversion needed more than its {limits.memory_bytes:,} bytes of memory.",
             "No sound model of this size needs as much; check where it came from.",
         )
     if code > 0:
