@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     stderr.
     """
     terminal.settle_streams()
-    if argv is None:  # a program of its own, not a call
-        secrets.hide()
     try:
+        if argv is None:  # a program of its own, not a call
+            secrets.hide()
         arguments = _parser().parse_args(_readable(sys.argv[1:] if argv is None else argv))
-    except UsageError as error:
+    except QuantkitError as error:
         return terminal.failed(error)
     folder = getattr(arguments, "out", None) or getattr(arguments, "folder", None)
     try:
