@@ -8,8 +8,8 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +17,57 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quantkit import __version__, secrets
+from quantkit import __version__, faults, secrets, terminal
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json
+from quantkit.rundir import STAGES, RunDir, read_events
 from quantkit.tensors import METHODS, to_json
+from quantkit.terminal import Printer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 when done, 2 for wrong use, 1 when it failed with a sentence on
     stderr.
     """
-    if argv is None:  # a program of its own, not a call
-        secrets.hide()
-    arguments = _parser().parse_args(argv)
+    terminal.settle_streams()
     try:
-        answer = arguments.command(arguments)
-    except UsageError as error:
-        print(f"quantkit: {error}", file=sys.stderr)
-        return 2
+        if argv is None:  # a program of its own, not a call
+            secrets.hide()
+        arguments = _parser().parse_args(_readable(sys.argv[1:] if argv is None else argv))
     except QuantkitError as error:
-        print(f"quantkit: {error}", file=sys.stderr)
-        return 1
+        return terminal.failed(error)
+    folder = getattr(arguments, "out", None) or getattr(arguments, "folder", None)
+    try:
+        with terminal.ending_with_threads(folder):
+            answer = arguments.command(arguments)
+        if getattr(arguments, "json", False):
+            print(json.dumps(to_json(answer), ensure_ascii=False))
+        sys.stdout.flush()
+    except QuantkitError as error:
+        return terminal.failed(faults.explain(error, folder) or error)
     except BrokenPipeError:  # `| head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("quantkit: interrupted; the same command goes on from here", file=sys.stderr)
-        return 1
-    if getattr(arguments, "json", False):
-        print(json.dumps(to_json(answer), ensure_ascii=False))
+        return terminal.failed(QuantkitError("interrupted; the same command goes on from here"))
+    except Exception as error:
+        return terminal.failed(faults.explain(error, folder) or terminal.bug(error, folder))
     return 0
+
+
+def _readable(arguments: Sequence[str]) -> list[str]:
+    """The arguments. Raises UsageError for a name that is no UTF-8: it cannot stand in JSON, in a
+    GGUF or on the Hub.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            raise UsageError(
+                f"The name {shown} is not UTF-8.", "Rename it, or give it by a link."
+            ) from None
+    return list(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -310,57 +330,35 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
-    path = RunDir(arguments.folder).config_path
-    if not path.exists():
+    from quantkit import pipeline
+
+    directory = RunDir(arguments.folder)
+    if not directory.config_path.exists():
         raise UsageError(
             f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
         )
-    return _execute(RunConfig.from_json(read_json(path)), arguments.folder)
+    return _execute(pipeline.load_config(directory), arguments.folder)
 
 
 def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
     from quantkit import pipeline
 
-    shown = _Printer()
+    shown = Printer()
     records = pipeline.run(config, folder, shown)
     report_path = RunDir(folder).stage_dir("validate") / "report.md"
-    print(report_path.read_text("utf-8"), file=sys.stderr)
-    print(f"\nfiles: {RunDir(folder).stage_dir('publish')}\nweb page: make app", file=sys.stderr)
+    with suppress(OSError):
+        print(report_path.read_text("utf-8"), file=sys.stderr)
+        files = RunDir(folder).stage_dir("publish")
+        print(f"\nfiles: {files}\nweb page: make app", file=sys.stderr)
     return {
         "folder": str(folder),
         "stages": {name: record.summary for name, record in records.items()},
     }
 
 
-class _Printer:
-    """Prints events to stderr as they come: a line per stage, progress in place on a terminal."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._on_terminal = sys.stderr.isatty()
-        self._open_line = False
-        self._last_percent = -100
-
-    def __call__(self, event: Event) -> None:
-        seconds = int(time.monotonic() - self._started)
-        head = f"{seconds // 60:3d}:{seconds % 60:02d}  {event.stage or '':<10}"
-        if event.kind == "progress":
-            percent = 100 * event.data["done"] // max(event.data["total"], 1)
-            if not self._on_terminal and percent < self._last_percent + 25 and percent < 100:
-                return
-            self._last_percent = percent
-            self._write(f"{head} {percent:3d} %  {event.message}", keep_open=self._on_terminal)
-        elif event.kind in ("started", "finished", "skipped", "note", "failed"):
-            self._last_percent = -100
-            self._write(f"{head} {event.kind}  {event.message}".rstrip(), keep_open=False)
-
-    def _write(self, text: str, keep_open: bool) -> None:
-        start = "\r\033[K" if self._open_line else ""
-        print(start + text, end="" if keep_open else "\n", file=sys.stderr, flush=True)
-        self._open_line = keep_open
-
-
 def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+    from quantkit import pipeline
+
     directory = RunDir(arguments.folder)
     if not directory.config_path.exists():
         raise UsageError(
@@ -380,6 +378,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
         if failed
         else "interrupted"
     )
+    likely = pipeline.last_end(directory) if state == "interrupted" else ""
     if not arguments.json:
         print(f"{arguments.folder}: {state}")
         for stage in STAGES:
@@ -394,9 +393,17 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
                 last.data.get("remedy", ""),
             )
             print(" ".join(words).rstrip())
+        if likely:
+            print(f"  {likely}")
         if state in ("interrupted", "failed"):
             print(f"  go on with: quantkit resume {arguments.folder}")
-    return {"folder": str(arguments.folder), "state": state, "done": list(records), "last": last}
+    return {
+        "folder": str(arguments.folder),
+        "state": state,
+        "done": list(records),
+        "last": last,
+        **({"likely": likely} if likely else {}),
+    }
 
 
 def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -421,7 +428,7 @@ def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
     from quantkit import pipeline
 
     return pipeline.publish(
-        arguments.folder, arguments.repo, arguments.private, _Printer(), public=arguments.public
+        arguments.folder, arguments.repo, arguments.private, Printer(), public=arguments.public
     )
 
 

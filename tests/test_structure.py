@@ -178,8 +178,9 @@ def test_starting_is_quick(module: str) -> None:
 def may_print(path: Path) -> bool:
     """The command line, the evaluators' commands, and files that are run by themselves."""
     name = short(path)
+    command = ("quantkit/cli.py", "quantkit/terminal.py")
     entries = ("quantkit/converter/entry.py", "quantkit/converter/install.py")
-    return name.startswith(("evaluators/", "app.py")) or name in ("quantkit/cli.py", *entries)
+    return name.startswith(("evaluators/", "app.py")) or name in (*command, *entries)
 
 
 def test_only_the_command_line_prints() -> None:
