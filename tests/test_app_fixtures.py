@@ -25,7 +25,7 @@ from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore, process
 from quantkit.launch.record import JobRecord, load_record, owner_hash, save_record
 from quantkit.rundir import STAGES, EventLog, RunDir, StageRecord, read_json, write_json
-from quantkit.web.visitor import Visitors
+from quantkit.web.visitor import COOKIE, TOKEN, Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(Target("like", "Q4_K_M"),))
 GGUF = "SmolLM2-135M-Instruct-EVO-Q4_K_M.gguf"
@@ -298,6 +298,19 @@ def serving(
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = path
+
+
+def page_headers(url: str, visitors: Visitors, key: str) -> dict[str, str]:
+    """What a visitor's page sends with each of its events."""
+    visitor = visitors.check(key)
+    assert visitor is not None
+    return {
+        "Content-Type": "application/json",
+        "Cookie": f"{COOKIE}={key}",
+        "Origin": url.rstrip("/"),
+        "Sec-Fetch-Site": "same-origin",
+        TOKEN: visitors.page_token(visitor),
+    }
 
 
 def make_states(root: Path, owner: str, pid: int) -> dict[str, str]:
