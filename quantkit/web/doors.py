@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import gradio
 
 # What a door asks of who knocks (see `gate`):
 #   page     anybody, also from a link of another site
@@ -31,6 +34,7 @@ class Door:
     lasts: Lasts = ""  # what keeps its answer open for long
 
 
+_ICONS = re.escape(str(Path(gradio.__file__).parent / "icons"))  # of the button to sign in
 _READ = ("GET", "HEAD")
 _NAME = r"[a-z_]{1,40}"
 _ID = r"[A-Za-z0-9_-]{1,64}"
@@ -52,6 +56,7 @@ DOORS = (
     _door(_READ, r"/(?:favicon\.ico|robots\.txt|manifest\.json)", "public", "static"),
     _door(_READ, r"/pwa_icon(?:/[0-9]{1,4})?", "public", "static"),
     _door(_READ, r"(?:/gradio_api)?/theme\.css", "public", "static"),
+    _door(_READ, rf"/gradio_api/file={_ICONS}/[a-z-]+\.svg", "public", "static"),
     _door(("GET",), r"/config/?", "public", "page"),
     _door(("GET",), r"/gradio_api/(?:info/?|app_id|mcp/schema)", "public", "page"),
     _door(("GET",), r"/gradio_api/startup-events", "public", "page"),

@@ -80,8 +80,8 @@ class Guarded(H11Protocol):
         if self._key is None:
             return
         self.table.leave(self._key)
-        self._head = _stopped(self._head)
-        self._stall = _stopped(self._stall)
+        _stop(self._head)
+        _stop(self._stall)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -89,7 +89,8 @@ class Guarded(H11Protocol):
             return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._head = _stopped(self._head)  # a head is complete: the gate waits for the body
+            _stop(self._head)  # a head is complete: the gate waits for the body
+            self._head = None
         elif self._head is None and not self.transport.is_closing():
             self._wait_for_head()
 
@@ -100,13 +101,14 @@ class Guarded(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stall = _stopped(self._stall)
+        _stop(self._stall)
+        self._stall = None
 
     def _wait_for_head(self) -> None:
         self._head = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
 

@@ -1,4 +1,4 @@
-"""Where a request comes from: the name it asked for, the site that sent it, the address behind it."""
+"""Where a request comes from: the name that it asked for, the site that sent it, the address."""
 
 from __future__ import annotations
 

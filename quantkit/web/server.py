@@ -53,7 +53,8 @@ def launch(
         gate = Gate(app, visitors, places, Events.of(app.blocks))
         return listen.serve(gate, places, server_name, server_port)
 
-    http_server.start_server = start_server  # Gradio looks it up there when it launches
+    # Gradio looks it up there when it launches.
+    http_server.start_server = start_server  # type: ignore[assignment]
     store.start()
     return app.launch(
         theme=make_theme(),
