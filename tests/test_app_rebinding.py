@@ -126,3 +126,24 @@ def test_whose_address_is_counted() -> None:
     assert on_space.address("127.0.0.1", passed) == "127.0.0.1"
     assert counted("2001:db8::1") == counted("2001:db8::ffff") != counted("2001:db8:0:1::1")
     assert counted("::ffff:1.2.3.4") == counted("1.2.3.4")
+
+
+def test_a_stranger_is_no_proxy(private: Site) -> None:
+    """What only a proxy may say changes neither the cookie nor the page's address."""
+    sent = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example"}
+    sent |= {"X-Gradio-Server": "https://evil.example", "X-Forwarded-Prefix": "/evil"}
+    _, headers, body = ask(private[0], "GET", "/", None, sent)
+    assert "__Host-" not in headers["set-cookie"] and b"evil" not in body
+    assert b"evil" not in ask(private[0], "GET", "/config", None, sent)[2]
+
+
+def test_each_of_several_in_one_packet_is_judged(private: Site) -> None:
+    host, port = private[0].removeprefix("http://").rstrip("/").split(":")
+    head = f" HTTP/1.1\r\nHost: {host}:{port}\r\n"
+    evil = f"GET /session{head}Origin: {EVIL}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"GET /robots.txt{head}\r\n{evil}".encode())
+        said = b""
+        while more := connection.recv(65536):
+            said += more
+    assert said.count(b"HTTP/1.1 200 ") == 1 and said.count(b"HTTP/1.1 403 ") == 1

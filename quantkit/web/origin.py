@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import urlsplit
 
 from quantkit.errors import UsageError
 
@@ -106,8 +105,8 @@ class Places:
         if "sec-fetch-site" in headers:  # none: typed, or from the bookmarks
             said.add(headers["sec-fetch-site"] in ("same-origin", "none"))
         if not said and "referer" in headers:
-            parts = urlsplit(headers["referer"])
-            said.add(self.owns(f"{parts.scheme}://{parts.netloc}", host))
+            scheme, _, rest = headers["referer"].partition("://")
+            said.add(self.owns(f"{scheme}://{rest.partition('/')[0]}", host))
         if not said:
             return "unknown"
         return "own" if said == {True} else "other"
