@@ -135,6 +135,7 @@ def test_the_bare_converter_would_run_it(malicious: Path, tmp_path: Path):
         skeleton=True,
         pre=None,
         probes=(),
+        left_out=(),
     )
     # It ran, and met the sandbox.
     assert re.search(rf"Errno \d+\] [^\n]+: '{re.escape(str(canary))}'", outcome.log), outcome.log
