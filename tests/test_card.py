@@ -200,9 +200,9 @@ def test_a_gated_models_file_is_private_unless_it_is_to_be_public(
     config = RunConfig("owner/Tiny", publish="me/T", private=private, public=public)
     notes: list[str] = []
     events = SimpleNamespace(emit=lambda *event: notes.append(event[-1]))
-    run: Any = SimpleNamespace(
-        config=config, dir=SimpleNamespace(stage_dir=lambda _: Path("x")), events=events
-    )
+    directory = SimpleNamespace(stage_dir=lambda _: Path("x"))
+    records = dict.fromkeys(("stitch", "validate"), SimpleNamespace(outputs=()))
+    run: Any = SimpleNamespace(config=config, dir=directory, events=events, records=records)
     with pytest.raises(KeyboardInterrupt):
         publish._upload(run, Path("upload"))
     assert asked == [wanted]
