@@ -118,13 +118,7 @@ class Opened:
         self.path = Path(path)
         self.runtime = runtime
         self.n_bytes = check_gguf(self.path)
-        self.session = Session(
-            self.path,
-            shard_paths(self.path),
-            runtime.launch,
-            on_gpu=runtime.n_gpu_layers != 0,
-            writable=writable,
-        )
+        self.session = Session(self.path, shard_paths(self.path), runtime.launch, writable)
 
     def call(self, function: Callable[..., Any], n_tokens: int = 1, **arguments: Any) -> Any:
         """Run a function of `evaluators` there, which takes the path first: JSON in, JSON out. It

@@ -89,6 +89,11 @@ class _Server:
             self._context.close()
             self._context = None
 
+    def close(self) -> None:
+        self.close_context()
+        if self._model is not None:
+            self._model.close()
+
     def render(self, messages: list[dict[str, str]]) -> str | None:
         """The template is a program of a stranger's: it may loop for ever, or want all memory."""
         source = self._opened.chat_template()
@@ -135,7 +140,7 @@ def _data_bytes() -> int:
         return int(file.read().split()[5]) * mmap.PAGESIZE
 
 
-def serve(requests: int, answers: int, logits: int) -> None:
+def answer_requests(requests: int, answers: int, logits: int) -> None:
     """Answer until there are no more requests."""
     server = _Server(logits)
     with open(requests, "rb") as asked, open(answers, "wb", buffering=0) as told:
@@ -150,7 +155,13 @@ def serve(requests: int, answers: int, logits: int) -> None:
             data = memoryview(json.dumps(answer).encode() + b"\n")
             while data:
                 data = data[told.write(data) :]
-    os._exit(0)  # without llama.cpp's own ending, which broken files may keep from ending
+    server.close()
+
+
+def serve(requests: int, answers: int, logits: int) -> None:
+    """The same, and the end of this process."""
+    answer_requests(requests, answers, logits)
+    os._exit(0)  # nothing is left to be done that could keep it
 
 
 if __name__ == "__main__":

@@ -47,7 +47,6 @@ class Launch(Protocol):
         descriptors: dict[str, int],
         readable: Sequence[Path],
         writable: Path | None,
-        on_gpu: bool,
     ) -> Process: ...
 
 
@@ -84,23 +83,43 @@ class _Plain:
         self._reader.join(1.0)
         if self._child.stderr is not None and not self._reader.is_alive():
             self._child.stderr.close()
-        return died(-code if code < 0 else 0, b"".join(self._said).decode("utf-8", "replace"))
+        how = f"ended by signal {-code}" if code < 0 else f"ended with status {code}"
+        return how + last_words(b"".join(self._said).decode("utf-8", "replace"))
 
 
-def died(signal: int, log: str) -> str:
-    """How a process ended, as a clause, with its last words where it has any."""
+def last_words(log: str) -> str:
+    """' (the assertion that failed)' or the like, of what a process said before it died."""
     lines = [line for line in log.splitlines() if line.strip()]
     told = [line for line in lines if "ASSERT" in line or "rror" in line] or lines
     words = printable(told[-1].rsplit("/", 1)[-1])[:300].rstrip(".") if told else ""
-    how = f"signal {signal}" if signal else "without a word"
-    return f"ended ({how}: {words})" if words else f"ended ({how})"
+    return f" ({words})" if words else ""
 
 
 def plainly(
-    descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None, on_gpu: bool
+    descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None
 ) -> Process:
     """Launch a child process that may do what its parent may."""
     return _Plain(descriptors)
+
+
+class _Here:
+    """A thread of this very process."""
+
+    def __init__(self, descriptors: dict[str, int]) -> None:
+        from evaluators import serve
+
+        own = {name: os.dup(descriptor) for name, descriptor in descriptors.items()}
+        self._thread = threading.Thread(target=serve.answer_requests, kwargs=own, daemon=True)
+        self._thread.start()
+
+    def end(self) -> str:
+        self._thread.join()
+        return "ended"
+
+
+def here(descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None) -> Process:
+    """Launch no process at all: for callers that are in a process made for it already."""
+    return _Here(descriptors)
 
 
 class Session:
@@ -111,7 +130,6 @@ class Session:
         path: Path,
         parts: Sequence[Path],
         launch: Launch = plainly,
-        on_gpu: bool = False,
         writable: Path | None = None,
     ) -> None:
         self._path = path
@@ -122,7 +140,7 @@ class Session:
         os.set_blocking(self._requests, False)
         given = {"requests": theirs, "answers": answers, "logits": self._logits}
         try:
-            self._process = launch(given, parts, writable, on_gpu)
+            self._process = launch(given, parts, writable)
         except BaseException:
             self.close()
             raise
@@ -224,5 +242,5 @@ def _shared_file() -> int:
     import fcntl
 
     descriptor = os.memfd_create("logits", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return descriptor

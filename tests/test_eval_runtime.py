@@ -33,6 +33,7 @@ import evaluators
 from evaluators import llama_runtime, perplexity
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Context, Model, Runtime, shard_paths
+from evaluators.session import here
 from evaluators.windows import scored_logits, window_context
 
 measure = partial(perplexity.measure, runtime=ONE)
@@ -219,6 +220,16 @@ def test_a_process_that_dies_is_a_sentence(tiny: TinyFiles) -> None:
         assert str(tiny.base) in caught.value.message and caught.value.remedy
         with pytest.raises(EvaluationError, match="not open any more"):
             model.tokenize("qwertz")
+
+
+def test_without_a_process_of_its_own(tiny: TinyFiles) -> None:
+    """In a process that was made for it the same can be done by a thread."""
+    before = _held()
+    there = measure(tiny.base, TEXT, n_ctx=64, max_windows=2)
+    inside = perplexity.measure(tiny.base, TEXT, 64, 2, runtime=replace(ONE, launch=here))
+    assert inside.perplexity == there.perplexity
+    gc.collect()
+    assert _held() == before
 
 
 def test_a_process_that_does_not_answer_is_ended(
