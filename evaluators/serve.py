@@ -156,10 +156,12 @@ def answer_requests(requests: int, answers: int, logits: int) -> None:
             while data:
                 data = data[told.write(data) :]
     server.close()
+    os.close(logits)
 
 
 def serve(requests: int, answers: int, logits: int) -> None:
     """The same, and the end of this process."""
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # made by a debugger that it would start
     answer_requests(requests, answers, logits)
     os._exit(0)  # nothing is left to be done that could keep it
 

@@ -59,7 +59,7 @@ class _Plain:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._child = subprocess.Popen(
             [sys.executable, "-m", "evaluators.serve", json.dumps(descriptors)],
-            env={**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
+            env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -14,6 +14,7 @@ from typing import Any
 from quantkit import given, llama_place
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.sound import check_sound
 from quantkit.report import SCHEMA, Report, read, write_report
 from quantkit.report.schema import GIVEN
 
@@ -31,9 +32,11 @@ def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) 
 
     Raises:
         UsageError: a file that is not there.
-        QuantkitError: whatever the evaluators say; nothing is written then.
+        QuantkitError: a broken file, or whatever the evaluators say; nothing is written then.
     """
     base_path, *paths = [given.locate(name) for name in (base, *files)]
+    for path in (base_path, *paths):
+        check_sound(GgufFile(path))
     measured = _measure(base_path, paths, options)
     value = to_report(measured, base_path, paths, given.short_names(files))
     out.mkdir(parents=True, exist_ok=True)

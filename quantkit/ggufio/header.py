@@ -27,7 +27,7 @@ _MOST_ITEMS = 8_000_000  # of all arrays together; a vocabulary of 262k has a mi
 _MOST_BYTES = 256 * 2**20
 _MOST_NAME = 256
 _MOST_DIMENSIONS = 4
-_MOST_ALIGNMENT = 65_536
+_ALIGNMENTS = tuple(2**i for i in range(3, 17))
 _LEAST_KEY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -216,10 +216,9 @@ def _alignment(fields: Mapping[str, Field]) -> int:
     field = fields.get("general.alignment")
     if field is None:
         return _DEFAULT_ALIGNMENT
-    n = field.value
-    if field.kind != GGUFValueType.UINT32 or not 0 < n <= _MOST_ALIGNMENT or n & (n - 1):
+    if field.kind != GGUFValueType.UINT32 or field.value not in _ALIGNMENTS:
         raise Broken("its alignment is no power of two that can be meant")
-    return int(n)
+    return int(field.value)
 
 
 def _check_places(tensors: Mapping[str, StoredTensor], n_bytes: int) -> None:
