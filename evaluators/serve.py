@@ -6,7 +6,7 @@ closed. Logits are left in memory that both sides see.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import mmap
 import os
@@ -15,14 +15,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evaluators.errors import EvaluationError
-from evaluators.llama_native import Context, Model
 from evaluators.llama_runtime import Runtime
+
+if TYPE_CHECKING:
+    from evaluators.llama_native import Context, Model
 
 _RENDER_SECONDS = 20  # a real template takes milliseconds
 _RENDER_BYTES = 1 << 30
@@ -44,6 +46,8 @@ class _Server:
         return self._model
 
     def open(self, file: str, n_threads: int, n_gpu_layers: int) -> dict[str, Any]:
+        from evaluators.llama_native import Model
+
         model = self._model = Model(Path(file), Runtime(n_threads, n_gpu_layers))
         facts = ("n_vocab", "n_params", "n_ctx_train", "adds_bos", "bos", "eos", "is_recurrent")
         return {name: getattr(model, name) for name in facts}
@@ -58,6 +62,8 @@ class _Server:
         return self._opened.ends()
 
     def context(self, n_ctx: int, n_step: int, n_outputs: int, n_seqs: int) -> None:
+        from evaluators.llama_native import Context
+
         model = self._opened
         self._context = Context(model, n_ctx, n_step, n_outputs, n_seqs)
         n_floats = n_outputs * model.n_vocab
@@ -159,9 +165,23 @@ def answer_requests(requests: int, answers: int, logits: int) -> None:
     os.close(logits)
 
 
+def _import_bindings_alone() -> None:
+    """Have `llama_cpp` be a package without its front door, which imports all that chats and
+    servers need: half of what it takes to start.
+    """
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None or found.submodule_search_locations is None or "llama_cpp" in sys.modules:
+        return
+    package = ModuleType("llama_cpp")
+    package.__path__ = list(found.submodule_search_locations)
+    package.__spec__ = found
+    sys.modules["llama_cpp"] = package
+
+
 def serve(requests: int, answers: int, logits: int) -> None:
     """The same, and the end of this process."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # made by a debugger that it would start
+    _import_bindings_alone()
     answer_requests(requests, answers, logits)
     os._exit(0)  # nothing is left to be done that could keep it
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import CPU, Model, Opened, Runtime
+from evaluators.llama_runtime import CPU, Model, Runtime
 from evaluators.logit_store import check_space
 
 
@@ -34,13 +34,14 @@ def expanded_to_f16(
 
 def expand_to_f16(file: Path, target: Path, runtime: Runtime = CPU) -> None:
     """Write the F16 copy of `file` to `target`. Raises EvaluationError as `expanded_to_f16`."""
-    with Model(file, runtime) as model:
-        n_bytes = 2 * model.n_params
-    check_space(
-        target.parent, n_bytes, "The weights at F16", "Use --cache on another disk, or less."
-    )
-    with Opened(file, runtime, writable=target.parent) as opened:
-        opened.call(expand, target=str(target.absolute()), n_threads=runtime.threads)
+    with Model(file, runtime, writable=target.parent) as model:
+        check_space(
+            target.parent,
+            2 * model.n_params,
+            "The weights at F16",
+            "Use --cache on another disk, or less.",
+        )
+        model.call(expand, target=str(target.absolute()), n_threads=runtime.threads)
 
 
 def expand(file: str, target: str, n_threads: int) -> None:
