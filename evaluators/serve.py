@@ -19,9 +19,11 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Runtime
+from evaluators.session import Memory
 
 if TYPE_CHECKING:
     from evaluators.llama_native import Context, Model
@@ -34,8 +36,8 @@ _MOST_LETTERS = 1_000_000
 class _Server:
     """The open model and its one context. Every method without a _ is a request."""
 
-    def __init__(self, logits: int) -> None:
-        self._logits = logits
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
         self._model: Model | None = None
         self._context: Context | None = None
         self._shared = np.empty(0, np.float32)
@@ -66,9 +68,7 @@ class _Server:
 
         model = self._opened
         self._context = Context(model, n_ctx, n_step, n_outputs, n_seqs)
-        n_floats = n_outputs * model.n_vocab
-        n_bytes = max(4 * n_floats, mmap.PAGESIZE)
-        self._shared = np.frombuffer(mmap.mmap(self._logits, n_bytes), np.float32, n_floats)
+        self._shared = self._memory(n_outputs * model.n_vocab)
 
     def clear(self) -> None:
         assert self._context is not None
@@ -146,9 +146,9 @@ def _data_bytes() -> int:
         return int(file.read().split()[5]) * mmap.PAGESIZE
 
 
-def answer_requests(requests: int, answers: int, logits: int) -> None:
+def answer_requests(requests: int, answers: int, memory: Memory) -> None:
     """Answer until there are no more requests."""
-    server = _Server(logits)
+    server = _Server(memory)
     with open(requests, "rb") as asked, open(answers, "wb", buffering=0) as told:
         for line in asked:
             asking = json.loads(line)
@@ -162,7 +162,6 @@ def answer_requests(requests: int, answers: int, logits: int) -> None:
             while data:
                 data = data[told.write(data) :]
     server.close()
-    os.close(logits)
 
 
 def _import_bindings_alone() -> None:
@@ -182,7 +181,12 @@ def serve(requests: int, answers: int, logits: int) -> None:
     """The same, and the end of this process."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # made by a debugger that it would start
     _import_bindings_alone()
-    answer_requests(requests, answers, logits)
+
+    def memory(n_floats: int) -> NDArray[np.float32]:
+        n_bytes = max(4 * n_floats, mmap.PAGESIZE)
+        return np.frombuffer(mmap.mmap(logits, n_bytes), np.float32, n_floats)
+
+    answer_requests(requests, answers, memory)
     os._exit(0)  # nothing is left to be done that could keep it
 
 

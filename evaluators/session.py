@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,9 @@ from evaluators.errors import EvaluationError, printable
 
 _MOST_ANSWERED = 1 << 30
 _REMEDY = "Download or make the file again; it may be broken, or need more memory than there is."
+
+
+Memory = Callable[[int], NDArray[np.float32]]  # so many numbers that both ends see
 
 
 class Process(Protocol):
@@ -105,11 +108,11 @@ def plainly(
 class _Here:
     """A thread of this very process."""
 
-    def __init__(self, descriptors: dict[str, int]) -> None:
+    def __init__(self, requests: int, answers: int, memory: Memory) -> None:
         from evaluators import serve
 
-        own = {name: os.dup(descriptor) for name, descriptor in descriptors.items()}
-        self._thread = threading.Thread(target=serve.answer_requests, kwargs=own, daemon=True)
+        given = os.dup(requests), os.dup(answers), memory
+        self._thread = threading.Thread(target=serve.answer_requests, args=given, daemon=True)
         self._thread.start()
 
     def end(self) -> str:
@@ -118,8 +121,10 @@ class _Here:
 
 
 def here(descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None) -> Process:
-    """Launch no process at all: for callers that are in a process made for it already."""
-    return _Here(descriptors)
+    """Launch no process at all: for callers that are in one that was made for it already, and may
+    neither start others nor have files in memory. A `Session` knows this one by its name.
+    """
+    raise NotImplementedError
 
 
 class Session:
@@ -134,13 +139,18 @@ class Session:
     ) -> None:
         self._path = path
         self._process: Process | None = None
-        self._logits = _shared_file()
+        self._is_open = True
+        self._own = np.empty(0, np.float32)  # what is shared with a thread
+        self._logits = None if launch is here else _shared_file()
         theirs, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         os.set_blocking(self._requests, False)
-        given = {"requests": theirs, "answers": answers, "logits": self._logits}
         try:
-            self._process = launch(given, parts, writable)
+            if self._logits is None:
+                self._process = _Here(theirs, answers, self.share)
+            else:
+                given = {"requests": theirs, "answers": answers, "logits": self._logits}
+                self._process = launch(given, parts, writable)
         except BaseException:
             self.close()
             raise
@@ -154,6 +164,10 @@ class Session:
 
     def share(self, n_floats: int) -> NDArray[np.float32]:
         """Memory for so many numbers, which the process fills. It is the same memory every time."""
+        if self._logits is None:
+            if len(self._own) < n_floats:
+                self._own = np.empty(n_floats, np.float32)
+            return self._own[:n_floats]
         n_bytes = max(4 * n_floats, mmap.PAGESIZE)
         if os.fstat(self._logits).st_size < n_bytes:
             os.ftruncate(self._logits, n_bytes)
@@ -215,11 +229,12 @@ class Session:
     def close(self) -> str:
         """End the process and say how it ended."""
         how = ""
-        if self._logits >= 0:
+        if self._is_open:
+            self._is_open = False
             os.close(self._requests)
             os.close(self._answers)
-            os.close(self._logits)
-            self._logits = -1
+            if self._logits is not None:
+                os.close(self._logits)
         if self._process is not None:
             how, self._process = self._process.end(), None
         return how
