@@ -18,8 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quantkit import __version__, faults, secrets, terminal
-from quantkit import compare_options
+from quantkit import __version__, compare_options, faults, secrets, terminal
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.rundir import STAGES, RunDir, read_events
