@@ -21,7 +21,7 @@ from typing import Any, Literal
 import llama_cpp.llama_cpp as lib
 
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import LOG, because
+from evaluators.llama_native import LOG, because
 
 _UNKNOWN, _UNUSED, _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = (1 << i for i in range(6))  # ATTR_*
 _KINDS = {

@@ -5,6 +5,7 @@ needed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quantkit import __version__, faults, secrets, terminal
+from quantkit import __version__, compare_options, faults, secrets, terminal
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.rundir import STAGES, RunDir, read_events
@@ -104,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("folder", type=Path, metavar="DIR")
         sub.add_argument("--json", action="store_true", help="print one JSON object last")
         sub.set_defaults(command=command)
+        if name == "resume":
+            for option in ("--compare", "--eval-text", "--tasks"):
+                sub.add_argument(
+                    option,
+                    action="append",
+                    metavar="FILE",
+                    help="another than the run was started with; none: leave it out",
+                )
 
     publish = commands.add_parser("publish", help="upload a finished run to the Hub")
     publish.add_argument("folder", type=Path, metavar="DIR")
@@ -115,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="measure GGUFs of one base beside each other; none need be ours"
     )
-    _add_compare_options(compare)
+    compare_options.add(compare)
     compare.add_argument("--json", action="store_true", help="print one JSON object last")
     compare.set_defaults(command=_compare)
 
@@ -222,47 +231,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
-# Options of `compare` that the evaluators take as they are: flag, metavar, help.
-_EVALUATOR_OPTIONS = (
-    ("--text", "[NAME=]FILE", "UTF-8 text to measure on; several are domains"),
-    ("--dataset", "NAME", "wikitext2, c4 or fineweb-edu from the Hub, also as a domain"),
-    ("--ctx", "N", "tokens of a window (default: 512)"),
-    ("--chunks", "N", "windows of each text, else all"),
-    ("--task", "NAME", "zero-shot task such as piqa; may be given several times"),
-    ("--data", "FILE", "local items of that task instead of the Hub's"),
-    ("--limit", "N", "first N items of each task"),
-    ("--cache", "DIR", "keep the base's logits here for the next comparison"),
-    ("--threads", "N", "else all cores"),
-    ("--gpu-layers", "N", "layers on the GPU, -1 for all (default: 0)"),
-)
-_EVALUATOR_FLAGS = (
-    ("--weight-kl", "also the KL of the weights alone"),
-    ("--speed", "also tokens per second and memory"),
-)
-
-
-def _add_compare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="+", metavar="GGUF", help="files: paths or hf://owner/name/file.gguf"
-    )
-    parser.add_argument("--base", required=True, metavar="GGUF", help="full precision")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the report")
-    for flag, metavar, help_text in _EVALUATOR_OPTIONS:
-        parser.add_argument(flag, action="append", default=[], metavar=metavar, help=help_text)
-    for flag, help_text in _EVALUATOR_FLAGS:
-        parser.add_argument(flag, action="store_true", help=help_text)
-
-
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     from quantkit import compare, report
 
-    options: list[str] = []
-    for flag, _, _ in _EVALUATOR_OPTIONS:
-        for value in getattr(arguments, flag[2:].replace("-", "_")):
-            options.append(f"{flag}={value}")
-    options += [
-        flag for flag, _ in _EVALUATOR_FLAGS if getattr(arguments, flag[2:].replace("-", "_"))
-    ]
+    options = compare_options.chosen(arguments)
     made = compare.compare(arguments.base, arguments.files, options, arguments.out)
     if not arguments.json:
         print(report.markdown(made))
@@ -337,7 +309,29 @@ def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(
             f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
         )
-    return _execute(pipeline.load_config(directory), arguments.folder)
+    config = pipeline.load_config(directory)
+    return _execute(dataclasses.replace(config, **_measured_on(arguments)), arguments.folder)
+
+
+def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a RunConfig that `resume` was asked to change. Raises UsageError."""
+    from quantkit import given
+
+    found: dict[str, Any] = {}
+    for name in RunConfig.MEASURED_ON:
+        option, asked = "--" + name.replace("_", "-"), getattr(arguments, name)
+        if asked is None:
+            continue
+        files = tuple(_given_file(option, file) for file in asked if file != "none")
+        if name == "compare":
+            for file in files:
+                given.check_name(file)
+            found[name] = files
+        elif len(files) > 1:
+            raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
+        else:
+            found[name] = files[0] if files else None
+    return found
 
 
 def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:

@@ -248,7 +248,8 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
     """The stages to run, up to `until`: from the first whose record or files are missing.
 
     A stage whose files were dropped on purpose counts as done as long as nothing after it has to
-    run. Raises QuantkitError when a record was made from other inputs.
+    run. Raises QuantkitError when a record was made from other inputs; what a file is only measured
+    on or beside may differ, and is measured again.
     """
     records = directory.records()
     stages = STAGES[: STAGES.index(until) + 1]
@@ -260,7 +261,11 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
         inputs = stage_inputs(stage, config, directory)
         if fingerprint(inputs) != record.fingerprint:
             names = sorted({*inputs, *record.inputs})
-            name = next(k for k in names if inputs.get(k) != record.inputs.get(k))
+            changed = [k for k in names if inputs.get(k) != record.inputs.get(k)]
+            if all(k.removesuffix("_sha256").split()[0] in config.MEASURED_ON for k in changed):
+                events.emit(stage, "note", f"{changed[0]} was changed: this stage runs again")
+                break
+            name = changed[0]
             raise QuantkitError(
                 f"The {stage} stage in {directory.path} was made with"
                 f" {name} = {record.inputs.get(name)}, which is now {inputs.get(name)}.",
@@ -271,7 +276,8 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
         done += 1
     done = _n_whole([records[stage] for stage in stages[:done]], stages, directory, events)
     records = directory.records()
-    if stages[done:] not in ((), ("publish",)):  # publishing needs no dropped file
+    # Neither publishing nor measuring needs a dropped file.
+    if stages[done:] not in ((), ("publish",), ("validate",), ("validate", "publish")):
         cleaned = (i for i, stage in enumerate(stages[:done]) if records[stage].cleaned)
         done = min(done, next(cleaned, done))
     for stage in stages[:done]:

@@ -45,7 +45,7 @@ def run(job: dict[str, Any], flags: int) -> None:
     except OSError:  # there was no place to make one
         os.chdir("/")
     set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
-    _close_others({1, 2, _result})
+    _close_others({1, 2, _result, *job["inherited"]})
     _write(memoryview(json.dumps(restrict(job, flags)).encode() + b"\n"))
     sys.path[:] = job["path"]
     _know_temporary_folder(job["home"])

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import hub, integrity, opponents
+from quantkit import hub, integrity, llama_place, opponents
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import read_imatrix
@@ -251,14 +251,12 @@ def _runtime(run: Run) -> Runtime:
     """The GPU when the run is on one and this llama.cpp can use it."""
     import llama_cpp.llama_cpp as lib
 
-    from evaluators.llama_runtime import Runtime
-
     if run.config.device != "cuda":
-        return Runtime()
+        return llama_place.runtime()
     if not lib.llama_supports_gpu_offload():
         run.events.emit(NAME, "note", "this llama-cpp-python has no GPU support: measured on CPU")
-        return Runtime()
-    return Runtime(n_gpu_layers=-1)
+        return llama_place.runtime()
+    return llama_place.runtime(n_gpu_layers=-1)
 
 
 def _texts(run: Run) -> dict[str, str]:
