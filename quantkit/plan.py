@@ -115,6 +115,11 @@ def make_plan(
             from quantkit.dequantize import expand_shell  # needs torch
 
             expand_shell(snapshot, info.weights, source)
+        if info.base is not None:
+            from quantkit.lora import merge_shell  # needs torch
+
+            adapter = hub.fetch_adapter(info, token, Path(folder) / "adapter")
+            merge_shell(snapshot, info.base.weights, adapter)
         warnings = [] if source is None else [source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"
         conversion = convert(

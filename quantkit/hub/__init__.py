@@ -18,6 +18,7 @@ from quantkit.hub.download import (
     check_disk,
     damaged_files,
     download,
+    fetch_adapter,
     fetch_metadata,
 )
 from quantkit.hub.errors import ModelNotFound, scrub
@@ -47,6 +48,7 @@ __all__ = [
     "damaged_files",
     "download",
     "endpoint",
+    "fetch_adapter",
     "fetch_metadata",
     "inspect",
     "parse_reference",

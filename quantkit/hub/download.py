@@ -17,7 +17,7 @@ from huggingface_hub import constants, snapshot_download
 from tqdm.auto import tqdm
 
 from quantkit.errors import QuantkitError
-from quantkit.hub.adapter import overlay
+from quantkit.hub.adapter import CONFIG, overlay
 from quantkit.hub.client import PATIENT, Asked, call, endpoint
 from quantkit.hub.inspect import N_WORKERS, remote_header
 from quantkit.hub.model import ModelInfo, RepoFile
@@ -166,15 +166,35 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
     weights are. Of an adapter they are its base's, with its tokenizer over them. Raises
     QuantkitError.
     """
-    small = [file for file in info.files if file.path not in info.weights]
-    source = (
-        Path(info.local_path) if info.local_path else _snapshot(info, small, token, progress=None)
-    )
+    source = _small_files(info, token)
     if info.base is not None:
         fetch_metadata(info.base, token, folder)
-        overlay(source, [file.path for file in small], folder)
+        overlay(source, [f.path for f in info.files if f.path not in info.weights], folder)
         return folder
-    for file in info.files:
+    _make_shells(info, info.files, source, token, folder)
+    return folder
+
+
+def fetch_adapter(info: ModelInfo, token: str | None, folder: Path) -> Path:
+    """`folder` with an adapter's settings, and the header of its weights before a hole."""
+    files = [file for file in info.files if file.path in (CONFIG, *info.weights)]
+    _make_shells(info, files, _small_files(info, token), token, folder)
+    return folder
+
+
+def _small_files(info: ModelInfo, token: str | None) -> Path:
+    """A folder with everything but the weights."""
+    small = [file for file in info.files if file.path not in info.weights]
+    if info.local_path:
+        return Path(info.local_path)
+    return _snapshot(info, small, token, progress=None)
+
+
+def _make_shells(
+    info: ModelInfo, files: Sequence[RepoFile], source: Path, token: str | None, folder: Path
+) -> None:
+    """Copy small files, and of weights the header and the size."""
+    for file in files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -190,5 +210,4 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
         write_shell(folder / file.path, header, file.n_bytes)
 
     with ThreadPoolExecutor(N_WORKERS) as pool:
-        list(pool.map(make_shell, [file for file in info.files if file.path in info.weights]))
-    return folder
+        list(pool.map(make_shell, [file for file in files if file.path in info.weights]))
