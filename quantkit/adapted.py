@@ -12,8 +12,8 @@ from pathlib import Path
 from quantkit.errors import QuantkitError
 from quantkit.hub.adapter import MERGE, Adapter
 from quantkit.hub.model import shown
-from quantkit.hub.targets import strengths
 from quantkit.safetensors_file import StoredTensor
+from quantkit.targets import strengths
 
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_(?:(embedding_)([AB])(?:\.default)?|([AB])(?:\.default)?\.weight)")

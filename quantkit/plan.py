@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantkit import hub
+from quantkit import given, hub
 from quantkit.budgets import Budget, for_files, settle_budgets
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.context import ContextMemory, context_memory
@@ -98,6 +98,7 @@ def make_plan(
 
     Raises QuantkitError for everything that can be refused now.
     """
+    said = given.look(config)
     token = hub.resolve_token()
     ref = hub.parse_reference(config.model, config.revision)
     with tempfile.TemporaryDirectory(prefix="quantkit-plan-") as folder:
@@ -120,7 +121,7 @@ def make_plan(
 
             adapter = hub.fetch_adapter(info, token, Path(folder) / "adapter")
             merge_shell(snapshot, info.base.weights, adapter)
-        warnings = [] if source is None else [source.sentence(info.base_model)]
+        warnings = [*said] if source is None else [*said, source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"
         conversion = convert(
             snapshot, skeleton, skeleton=True, model_name=info.id, progress=progress

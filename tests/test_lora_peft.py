@@ -335,3 +335,13 @@ def test_settings_that_are_no_settings(settings: dict[str, Any]) -> None:
     known = {"base_model_name_or_path": "x/base", "lora_alpha": 8, "r": 4}
     with pytest.raises(QuantkitError, match=f"{next(iter(settings))}|of the kind"):
         read_adapter("alice/lora", ["adapter_model.safetensors"], {**known, **settings})
+
+
+def test_patterns_cannot_take_for_ever(tmp_path: Path) -> None:
+    """A pattern that takes exponential time on a name ends as a sentence."""
+    saved(tmp_path, llama, False, {"target_modules": Q})
+    path = tmp_path / "adapter/adapter_config.json"
+    settings = {**json.loads(path.read_text()), "target_modules": r"([\w.]+)+!"}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(QuantkitError, match="patterns of module names cannot be used"):
+        merged(tmp_path)

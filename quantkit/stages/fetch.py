@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit import hub
+from quantkit import given, hub
 from quantkit.config import RunConfig
 from quantkit.converter.architectures import check_architecture
 from quantkit.errors import QuantkitError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "fetch"
-VERSION = 1
+VERSION = 2
 FIELDS = ("model", "revision")
 
 # The converter writes the folder's name into the GGUF as the model's name.
@@ -46,6 +46,8 @@ class Snapshot:
 
 def execute(run: Run) -> StageResult:
     """Fetch the model of `run.config`. Raises QuantkitError for everything that is refused."""
+    for remark in given.look(run.config):  # before the download
+        run.events.emit(NAME, "note", remark)
     token = hub.resolve_token()
     made: list[Path] = []
     ref = hub.parse_reference(run.config.model, run.config.revision)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import hub
+from quantkit.calibration.spec import shown
 from quantkit.card import model_card
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
@@ -80,9 +81,13 @@ def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
     def strip(value: Any) -> Any:
         if isinstance(value, list):
             return [strip(item) for item in value]
-        return without_folders(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        # A folder's name may have spaces in it, which a sentence's parts do not.
+        return Path(value).name if value.startswith("/") else without_folders(value)
 
-    return {**recipe, "config": {name: strip(value) for name, value in recipe["config"].items()}}
+    config = {name: strip(value) for name, value in recipe["config"].items()}
+    return {**recipe, "config": {**config, "calibration": shown(recipe["config"]["calibration"])}}
 
 
 def _upload(run: Run, folder: Path) -> dict[str, Any]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantkit.hub.adapter import Adapter
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:  # what follows is done in a process that starts for it: few imports
+    from quantkit.hub.adapter import Adapter
 
 ALL_LINEAR = "all-linear"  # every linear layer but the head
 
@@ -90,8 +94,12 @@ def _layer(name: str, layer_names: Sequence[str]) -> int | None:
 
 
 def _apart(arguments: dict[str, Any]) -> dict[str, list[Any]]:
-    from quantkit import sandbox
-
-    limits = sandbox.Limits(cpu_seconds=10, wall_seconds=60, memory_bytes=2**30, file_bytes=0)
-    found: dict[str, list[Any]] = sandbox.call(f"{__name__}:match", arguments, limits=limits)
+    limits = sandbox.Limits(cpu_seconds=3, wall_seconds=60, memory_bytes=2**30)
+    try:
+        found: dict[str, list[Any]] = sandbox.call(f"{__name__}:match", arguments, limits=limits)
+    except sandbox.Crashed as error:
+        raise QuantkitError(
+            f"The adapter's patterns of module names cannot be used: the process {error.reason}.",
+            "Write simpler ones in adapter_config.json of a local copy, or merge it yourself.",
+        ) from None
     return found
