@@ -1,6 +1,4 @@
-"""Files that the user names: texts, tasks, and GGUFs to be compared with, which are local or
-`hf://owner/name/file.gguf`.
-"""
+"""A GGUF that the user names to be compared with: a local file, or `hf://owner/name/file.gguf`."""
 
 from __future__ import annotations
 
@@ -9,32 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from quantkit import hub
-from quantkit.calibration import files
-from quantkit.config import RunConfig
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import UsageError
 from quantkit.hub.client import PATIENT, Asked, call, hf_api
 
 _SCHEME = "hf://"
-
-
-def look(config: RunConfig) -> list[str]:
-    """Open every text that a run will read: sentences on what is worth knowing before the work.
-
-    Raises QuantkitError for what a stage would refuse hours later.
-    """
-    from evaluators import tasks
-    from evaluators.errors import EvaluationError
-    from evaluators.texts import read_text
-
-    said = files.look(config.calibration)
-    try:
-        if config.eval_text and not read_text(Path(config.eval_text)).strip():
-            raise QuantkitError(f"{config.eval_text} holds no text.", "Give another --eval-text.")
-        if config.tasks:
-            tasks.load("choices", data=Path(config.tasks))
-    except EvaluationError as error:
-        raise QuantkitError(error.message, error.remedy) from None
-    return said
 
 
 def check_name(name: str) -> None:

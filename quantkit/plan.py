@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantkit import given, hub
+from quantkit import hub, texts
 from quantkit.budgets import Budget, for_files, settle_budgets
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.context import ContextMemory, context_memory
@@ -98,7 +98,7 @@ def make_plan(
 
     Raises QuantkitError for everything that can be refused now.
     """
-    said = given.look(config)
+    said = texts.look(config)
     token = hub.resolve_token()
     ref = hub.parse_reference(config.model, config.revision)
     with tempfile.TemporaryDirectory(prefix="quantkit-plan-") as folder:

@@ -30,7 +30,11 @@ class Strength:
 
 def strengths(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Strength]:
     """By module. Raises QuantkitError when the adapter's patterns take too long."""
-    arguments = {"settings": dataclasses.asdict(adapter), "modules": modules, "head": head}
+    arguments: dict[str, Any] = {
+        "settings": dataclasses.asdict(adapter),
+        "modules": list(modules),
+        "head": head,
+    }
     patterns = [*adapter.alphas, *adapter.ranks, *adapter.whole, *adapter.layer_names]
     for names in (adapter.targets, adapter.excluded):
         patterns += [names] if isinstance(names, str) else []

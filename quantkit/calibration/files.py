@@ -38,6 +38,7 @@ _REMEDY = (
     'Use UTF-8 text, JSON lines of strings or of objects with a "text", or parquet with a column'
     ' "text".'
 )
+_MOST_EMPTY = 100_000  # rows without text, before it is taken that there is none
 _LIMITS = sandbox.Limits(cpu_seconds=120, wall_seconds=300, memory_bytes=3 * 2**30)
 
 
@@ -172,13 +173,15 @@ def parquet_texts(path: str, limit: int) -> Iterator[list[str | None]]:
         if column is None:
             raise QuantkitError('it has no column "text"')
         n = n_empty = 0
-        for batch in file.iter_batches(batch_size=64, columns=[column], use_threads=False):
+        for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
             texts = [_text_of(value, f'column "{column}"') for value in batch.column(0).to_pylist()]
             yield [text and text[: limit + 1] for text in texts]
             n += sum(len(text or "") for text in texts)
             n_empty += sum(not text for text in texts)
-            if n >= limit or n_empty >= limit:
+            if n >= limit or n_empty >= _MOST_EMPTY:
                 return
+    except MemoryError:
+        raise QuantkitError("it takes too much memory") from None
     except (pa.ArrowException, ValueError, OSError) as error:
         raise QuantkitError(str(error).split("\n")[0].rstrip(".")) from None
 

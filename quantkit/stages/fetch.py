@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit import given, hub
+from quantkit import hub, texts
 from quantkit.config import RunConfig
 from quantkit.converter.architectures import check_architecture
 from quantkit.errors import QuantkitError
@@ -46,7 +46,7 @@ class Snapshot:
 
 def execute(run: Run) -> StageResult:
     """Fetch the model of `run.config`. Raises QuantkitError for everything that is refused."""
-    for remark in given.look(run.config):  # before the download
+    for remark in texts.look(run.config):  # before the download
         run.events.emit(NAME, "note", remark)
     token = hub.resolve_token()
     made: list[Path] = []
