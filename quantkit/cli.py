@@ -118,7 +118,7 @@ def _add_visibility(parser: argparse.ArgumentParser) -> None:
     seen = parser.add_mutually_exclusive_group()
     seen.add_argument("--private", action="store_true", help="make that repository private")
     seen.add_argument(
-        "--public", action="store_true", help="make it public even if the model is gated"
+        "--public", action="store_true", help="make it public even if the model is private or gated"
     )
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
-import pytest
 from huggingface_hub import ModelCard
 from test_report import family, losing, values
 
 from quantkit.card import model_card
-from quantkit.config import RunConfig
 from quantkit.hub import ModelInfo
-from quantkit.stages import publish
 
 INFO = ModelInfo(
     kind="hub",
@@ -172,38 +167,3 @@ def test_a_local_folder_names_no_address() -> None:
     assert "/home/me" not in shown.content
     assert shown.data.to_dict().get("base_model") is None
     assert "<owner>/<repo>" in shown.text
-
-
-@pytest.mark.parametrize(
-    ("gated", "private", "public", "wanted"),
-    [
-        (False, False, False, False),
-        (False, True, False, True),
-        (True, False, False, True),
-        (True, False, True, False),
-    ],
-)
-def test_a_gated_models_file_is_private_unless_it_is_to_be_public(
-    monkeypatch: pytest.MonkeyPatch, gated: bool, private: bool, public: bool, wanted: bool
-) -> None:
-    asked: list[bool] = []
-
-    def upload(folder: Path, repo: str, token: None, private: bool, *_: object) -> NoReturn:
-        asked.append(private)
-        raise KeyboardInterrupt
-
-    info = dataclasses.replace(INFO, gated=gated)
-    snapshot = SimpleNamespace(info=info, folder=Path("Tiny"))
-    monkeypatch.setattr(publish.fetch, "load", lambda _: snapshot)
-    monkeypatch.setattr(publish.hub, "resolve_token", lambda: None)
-    monkeypatch.setattr(publish.hub, "publish", upload)
-    config = RunConfig("owner/Tiny", publish="me/T", private=private, public=public)
-    notes: list[str] = []
-    events = SimpleNamespace(emit=lambda *event: notes.append(event[-1]))
-    run: Any = SimpleNamespace(
-        config=config, dir=SimpleNamespace(stage_dir=lambda _: Path("x")), events=events
-    )
-    with pytest.raises(KeyboardInterrupt):
-        publish._upload(run, Path("upload"))
-    assert asked == [wanted]
-    assert bool(notes) == (gated and not public)

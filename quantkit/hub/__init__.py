@@ -26,7 +26,7 @@ from quantkit.hub.inspect import inspect
 from quantkit.hub.model import ModelInfo, RepoFile
 from quantkit.hub.quantized import Source, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
-from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, publish
+from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, is_open, publish
 
 __all__ = [
     "Change",
@@ -51,6 +51,7 @@ __all__ = [
     "fetch_adapter",
     "fetch_metadata",
     "inspect",
+    "is_open",
     "parse_reference",
     "publish",
     "resolve_token",

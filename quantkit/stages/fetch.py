@@ -24,6 +24,7 @@ from quantkit.qtypes import BF16, QuantType
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.safetensors_file import scan
 from quantkit.stages import StageResult
+from quantkit.visibility import closed, why_private
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -62,6 +63,8 @@ def execute(run: Run) -> StageResult:
     info = hub.inspect(ref, token)
     check_architecture(info.config)  # before anything large is downloaded
     run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
+    if run.config.publish:  # what is not possible after all the work is said before it
+        hub.check_write(run.config.publish, token, why_private(run.config, info) is not None)
     hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
     source = hub.source_of(info.id, info.config, info.base_model)
@@ -93,7 +96,7 @@ def execute(run: Run) -> StageResult:
         "n_parameters": info.n_parameters,
         "n_bytes": info.n_download_bytes,
         "license": info.license,
-        "gated": info.gated,
+        "closed": closed(info),
     }
     if source is not None:
         summary["source"] = source.scheme

@@ -22,6 +22,7 @@ from quantkit.output import safe_name
 from quantkit.report.text import without_folders
 from quantkit.rundir import StageRecord, read_json, write_json, write_text
 from quantkit.stages import StageResult, convert, fetch, stitch
+from quantkit.visibility import why_private
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -98,11 +99,11 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
 
     files = sorted(path.name for path in folder.glob("*-EVO-*.gguf"))
     message = f"{_name(run)}: {', '.join(files)}"
-    gated = fetch.load(run.dir).info.gated and not run.config.public
-    if gated and not run.config.private:
-        run.events.emit(NAME, "note", "the model is gated: published privately (else: --public)")
-    private = run.config.private or gated
-    made = hub.publish(folder, run.config.publish, hub.resolve_token(), private, message, progress)
+    why = why_private(run.config, fetch.load(run.dir).info)
+    if why and not run.config.private:
+        run.events.emit(NAME, "note", f"{why}: published privately (else: --public)")
+    private, token = why is not None, hub.resolve_token()
+    made = hub.publish(folder, run.config.publish, token, private, message, progress)
     if run.config.collection is not None:
         try:
             hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
