@@ -11,6 +11,7 @@ time, on whatever device.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,8 +27,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from quantkit.codeless import codeless
 from quantkit.errors import QuantkitError
+from quantkit.hub.model import shown
 
 if TYPE_CHECKING:
     from quantkit.streaming import StreamedWeights
@@ -40,11 +44,12 @@ def load_model(
 
     Raises QuantkitError when transformers cannot load it.
     """
-    with refusals_told():
-        kind, config = class_of(folder)
+    with refusals_told(), codeless(folder) as plain:
+        kind, config = class_of(plain)
         model = kind.from_pretrained(
-            folder,
+            plain,
             config=config,
+            trust_remote_code=False,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -58,9 +63,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
     Raises QuantkitError when transformers cannot make it.
     """
-    with refusals_told(), torch.device("meta"):
-        kind, config = class_of(folder)
-        return kind.from_config(config)
+    with refusals_told(), codeless(folder) as plain, torch.device("meta"):
+        kind, config = class_of(plain)
+        return kind.from_config(config, trust_remote_code=False)
 
 
 def class_of(folder: Path) -> tuple[Any, Any]:
@@ -71,7 +76,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     router's are read off modules that do not run when it is traced), in its usual kind of answer,
     by the attention that this transformers has.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(part, name, False):
@@ -83,13 +88,13 @@ def class_of(folder: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def refusals_told() -> Iterator[None]:
+def refusals_told(what: str = "model") -> Iterator[None]:
     """transformers' errors, as sentences for people."""
     try:
         yield
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         raise QuantkitError(
-            f"transformers cannot load this model: {(str(error).splitlines() or [''])[0]}",
+            f"transformers cannot load this {what}: {(str(error).splitlines() or [''])[0]}",
             "It must be a causal language model that loads without remote code.",
         ) from error
 
@@ -102,8 +107,23 @@ def compute_dtype(device: str) -> torch.dtype:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, without remote code or network."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """The checkpoint's tokenizer, without remote code or network. Raises QuantkitError."""
+    with refusals_told("tokenizer"), codeless(folder) as plain:
+        _check_tokenizer_class(plain)
+        return AutoTokenizer.from_pretrained(plain, local_files_only=True, trust_remote_code=False)
+
+
+def _check_tokenizer_class(folder: Path) -> None:
+    """Raises ValueError for a class that transformers lacks where nothing but that class says how
+    the vocabulary is used: transformers would take another and give other tokens.
+    """
+    path = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").exists() or not path.exists():
+        return
+    settings = json.loads(path.read_bytes())
+    name = settings.get("tokenizer_class") if isinstance(settings, dict) else None
+    if isinstance(name, str) and tokenizer_class_from_name(name) is None:
+        raise ValueError(f"it has no {shown(name)}, and there is no tokenizer.json")
 
 
 @dataclass(frozen=True)
