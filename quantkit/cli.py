@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__, secrets
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json
 from quantkit.tensors import METHODS, to_json
 
@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         answer = arguments.command(arguments)
     except UsageError as error:
-        print(f"quantkit: {error}", file=sys.stderr)
+        print(f"quantkit: {printable(str(error), '')}", file=sys.stderr)
         return 2
     except QuantkitError as error:
-        print(f"quantkit: {error}", file=sys.stderr)
+        print(f"quantkit: {printable(str(error), '')}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `| head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("quantkit: interrupted; the same command goes on from here", file=sys.stderr)
         return 1
     if getattr(arguments, "json", False):
-        print(json.dumps(to_json(answer), ensure_ascii=False))
+        print(printable(json.dumps(to_json(answer), ensure_ascii=False)))
     return 0
 
 
@@ -245,8 +245,8 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     made = compare.compare(arguments.base, arguments.files, options, arguments.out)
     if not arguments.json:
-        print(report.markdown(made))
-    print(f"report: {arguments.out / 'report.html'}", file=sys.stderr)
+        print(printable(report.markdown(made)))
+    print(f"report: {printable(str(arguments.out / 'report.html'))}", file=sys.stderr)
     return {"folder": str(arguments.out), "verdict": report.verdict(made)}
 
 
@@ -302,10 +302,12 @@ def _given_file(option: str, name: str) -> str:
     path = Path(name).expanduser().absolute()
     if not path.is_file():
         raise UsageError(f"There is no file {name}.", f"Check the path after {option}.")
+    check_writable_name(str(path))
     return str(path)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_writable_name(str(arguments.out.absolute()))
     return _execute(_config(arguments), arguments.out)
 
 
@@ -324,8 +326,9 @@ def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
     shown = _Printer()
     records = pipeline.run(config, folder, shown)
     report_path = RunDir(folder).stage_dir("validate") / "report.md"
-    print(report_path.read_text("utf-8"), file=sys.stderr)
-    print(f"\nfiles: {RunDir(folder).stage_dir('publish')}\nweb page: make app", file=sys.stderr)
+    print(printable(report_path.read_text("utf-8")), file=sys.stderr)
+    where = printable(str(RunDir(folder).stage_dir("publish")))
+    print(f"\nfiles: {where}\nweb page: make app", file=sys.stderr)
     return {
         "folder": str(folder),
         "stages": {name: record.summary for name, record in records.items()},
@@ -356,7 +359,8 @@ class _Printer:
 
     def _write(self, text: str, keep_open: bool) -> None:
         start = "\r\033[K" if self._open_line else ""
-        print(start + text, end="" if keep_open else "\n", file=sys.stderr, flush=True)
+        end = "" if keep_open else "\n"
+        print(start + printable(text, ""), end=end, file=sys.stderr, flush=True)
         self._open_line = keep_open
 
 
@@ -381,7 +385,8 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
         else "interrupted"
     )
     if not arguments.json:
-        print(f"{arguments.folder}: {state}")
+        folder = printable(str(arguments.folder))
+        print(f"{folder}: {state}")
         for stage in STAGES:
             record = records.get(stage)
             print(f"  {stage:<10} " + (f"done in {record.seconds:.0f} s" if record else "-"))
@@ -393,9 +398,9 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
                 last.message,
                 last.data.get("remedy", ""),
             )
-            print(" ".join(words).rstrip())
+            print(printable(" ".join(map(str, words)).rstrip(), ""))
         if state in ("interrupted", "failed"):
-            print(f"  go on with: quantkit resume {arguments.folder}")
+            print(f"  go on with: quantkit resume {folder}")
     return {"folder": str(arguments.folder), "state": state, "done": list(records), "last": last}
 
 
@@ -413,7 +418,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
     made = plan.make_plan(_config(arguments))
     if not arguments.json:
-        print(plan.render(made))
+        print(printable(plan.render(made)))
     return made
 
 

@@ -22,6 +22,7 @@ from quantkit.context import ContextMemory, context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
+from quantkit.errors import printable
 from quantkit.footprint import search_target_bytes, stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
@@ -274,9 +275,9 @@ def render(plan: dict[str, Any]) -> str:
     model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
     licence, n_parameters = model["license"] or "not stated", model["n_parameters"]
     lines = [
-        f"{model['id']} at {model['sha'][:12]}",
+        f"{printable(model['id'], '')} at {model['sha'][:12]}",
         f"  {model['architecture']}, {n_parameters / 1e6:,.0f}M parameters,"
-        f" licence {licence}, {size(model['download_bytes'])} to read",
+        f" licence {printable(licence, '')}, {size(model['download_bytes'])} to read",
         "",
     ]
     for budget in sizes["budgets"] or ({"target": "every type is given", "limit_bytes": None},):
@@ -305,6 +306,6 @@ def render(plan: dict[str, Any]) -> str:
     if groups:
         rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
         lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
-    lines += ["", *(f"note: {warning}" for warning in plan["warnings"])]
+    lines += ["", *(f"note: {printable(warning, '')}" for warning in plan["warnings"])]
     lines += [f"sandbox of what reads the model: {plan['sandbox']}"]
     return "\n".join(lines).rstrip()

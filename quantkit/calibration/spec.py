@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.calibration.languages import LANGUAGES
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, check_writable_name
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ def _absolute(entry: str) -> str:
         if not _is_known(name) and _is_path(name):
             raise UsageError(f"There is no calibration text {name}.", "Check the path.")
         return entry
+    check_writable_name(str(found[0]))
     path, weight = str(found[0]).replace(",", "\\,"), found[1]
     # What looks like a weight at the end of a name is none beside a weight.
     return f"{path}:{weight or 1}" if weight or _named(path)[1] else path
