@@ -66,6 +66,16 @@ def measure(
     Raises:
         EvaluationError: a broken file, a smaller vocabulary, logits that are not finite.
     """
+    return compare_logits(file, ids, reference, runtime)[0]
+
+
+def compare_logits(
+    file: Path | str,
+    ids: NDArray[np.int32],
+    reference: NDArray[np.float32],
+    runtime: Runtime = CPU,
+) -> tuple[Agreement, NDArray[np.float64]]:
+    """`measure`, and the KL of every token [n]."""
     n = len(ids)
     with Model(file, runtime) as model:
         if reference.shape[0] != n or reference.shape[1] < model.n_vocab:
@@ -89,9 +99,10 @@ def measure(
                     same[part] = p.argmax(axis=1) == q.argmax(axis=1)
         check_finite(kl, model.path)
     trimmed = np.sort(kl)[: n - max(1, n // _TRIMMED)]
-    return Agreement(
+    found = Agreement(
         float(kl.mean()), float(trimmed.mean()), float(kl.max()), float(same.mean()), n
     )
+    return found, kl
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

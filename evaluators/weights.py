@@ -30,19 +30,24 @@ def expanded_to_f16(
     """
     with tempfile.TemporaryDirectory(prefix="weight-kl-", dir=folder) as name:
         target = Path(name) / f"{file.stem}.f16.gguf"
-        with Model(file, runtime) as model:
-            n_bytes = 2 * model.n_params
-        check_space(
-            Path(name), n_bytes, "The weights at F16", "Use --cache on another disk, or less."
-        )
-        params = lib.llama_model_quantize_default_params()
-        params.ftype = lib.LLAMA_FTYPE_MOSTLY_F16
-        params.allow_requantize = True
-        params.nthread = runtime.threads
-        LOG.start()
-        if lib.llama_model_quantize(os.fsencode(file), os.fsencode(target), params) != 0:
-            raise EvaluationError(
-                f"llama.cpp cannot expand {file} to F16{because(LOG.reason())}.",
-                "Leave --weight-kl out for this file.",
-            )
+        expand_to_f16(file, target, runtime)
         yield target
+
+
+def expand_to_f16(file: Path, target: Path, runtime: Runtime = CPU) -> None:
+    """Write the F16 copy of `file` to `target`. Raises EvaluationError as `expanded_to_f16`."""
+    with Model(file, runtime) as model:
+        n_bytes = 2 * model.n_params
+    check_space(
+        target.parent, n_bytes, "The weights at F16", "Use --cache on another disk, or less."
+    )
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = lib.LLAMA_FTYPE_MOSTLY_F16
+    params.allow_requantize = True
+    params.nthread = runtime.threads
+    LOG.start()
+    if lib.llama_model_quantize(os.fsencode(file), os.fsencode(target), params) != 0:
+        raise EvaluationError(
+            f"llama.cpp cannot expand {file} to F16{because(LOG.reason())}.",
+            "Leave --weight-kl out for this file.",
+        )

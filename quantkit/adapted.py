@@ -220,10 +220,10 @@ def _check_complete(adapter: Adapter, found: Mapping[str, Change], base: Base) -
 def _placed(adapter: Adapter, found: Mapping[str, Change], names: list[str], base: Base) -> Changes:
     """The changes by the names of the base's tensors. Of two tied tables each has its own."""
     table, head = f"{base.embedding}.weight", f"{base.head}.weight"
-    tables = {name: _table(name, base) for name in found}
+    tables, is_stored = {name: _table(name, base) for name in found}, head in names
     made: dict[str, Change] = {}
     for name, change in found.items():
-        if base.is_tied and tables[name] is not None:
+        if base.is_tied and not is_stored and tables[name] is not None:
             continue
         place = _place(name, names)
         if place in made:
@@ -232,13 +232,13 @@ def _placed(adapter: Adapter, found: Mapping[str, Change], names: list[str], bas
     own = {side: change for name, change in found.items() if (side := tables[name])}
     if not base.is_tied or not own:
         return Changes(made)
+    if is_stored:  # transformers ties them only where they are equal
+        return Changes(made, is_untied=not adapter.is_tied)
     both, same = _two_tables(adapter, own, base)
     place = _place(table, names)
-    is_untied, is_stored = not adapter.is_tied and both[table] != both[head], head in names
+    is_untied = both[table] != both[head]
     made |= {place: both[table]} if both[table].is_any else {}
-    made |= {head: both[head]} if both[head].is_any and is_stored else {}
-    apart = (head, place, both[head]) if is_untied and not is_stored else None
-    return Changes(made, is_untied, apart, same)
+    return Changes(made, is_untied, (head, place, both[head]) if is_untied else None, same)
 
 
 def _table(name: str, base: Base) -> str | None:

@@ -12,7 +12,7 @@ time, on whatever device.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,8 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from quantkit.codeless import codeless
 from quantkit.errors import QuantkitError
-from quantkit.hub.model import shown
+from quantkit.hub.quantized import is_stale
+from quantkit.weight_files import few, main_dtype, shown, tensors_of
 
 if TYPE_CHECKING:
     from quantkit.streaming import StreamedWeights
@@ -42,18 +43,20 @@ def load_model(
 ) -> PreTrainedModel:
     """The checkpoint in `folder` for inference: safetensors only, no remote code, no network.
 
-    Raises QuantkitError when transformers cannot load it.
+    Raises QuantkitError when transformers cannot load it, or would draw a weight at random.
     """
     with refusals_told(), codeless(folder) as plain:
         kind, config = class_of(plain)
-        model = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             plain,
             config=config,
             trust_remote_code=False,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
+    check_loaded(report["missing_keys"], [name for name, *_ in report["mismatched_keys"]])
     model.requires_grad_(False)
     return model.eval().to(device)
 
@@ -68,14 +71,26 @@ def empty_model(folder: Path) -> PreTrainedModel:
         return kind.from_config(config, trust_remote_code=False)
 
 
+def check_loaded(missing: Iterable[str], mismatched: Iterable[str] = ()) -> None:
+    """Raise QuantkitError for weights that the checkpoint does not give: transformers draws them at
+    random. Those that it has beside are known from the headers (`quantkit.fit`).
+    """
+    lacking = sorted({*missing, *mismatched})
+    if lacking:
+        raise QuantkitError(f"The checkpoint lacks {few(lacking)}.", "Use another revision.")
+
+
 def class_of(folder: Path) -> tuple[Any, Any]:
     """The auto class that loads the checkpoint in `folder`, and its config. Of the models that also
     see, transformers lists some as language models and some not.
 
     Fine-tunes are saved with what their training asked for. Here a model gives logits alone (a
     router's are read off modules that do not run when it is traced), in its usual kind of answer,
-    by the attention that this transformers has.
+    by the attention that this transformers has. The type is that of most weights, and where none is
+    quantized the config does not say otherwise.
     """
+    tensors = {name: tensor for name, (_, tensor) in tensors_of(folder).items()}
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
@@ -83,18 +98,26 @@ def class_of(folder: Path) -> tuple[Any, Any]:
                 setattr(part, name, False)
         part.return_dict = True
         part._attn_implementation = None
+        if is_stale(settings, tensors) and hasattr(part, "quantization_config"):
+            del part.quantization_config
+    dtype = main_dtype(tensors.values())
+    if dtype is not None:
+        config.dtype = getattr(torch, dtype)
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
     return next((k for k in kinds if type(config) in k._model_mapping), kinds[0]), config
 
 
 @contextmanager
 def refusals_told(what: str = "model") -> Iterator[None]:
-    """transformers' errors, as sentences for people."""
+    """transformers' errors, as sentences for people. A config may make it raise anything."""
     try:
         yield
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+    except QuantkitError:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
         raise QuantkitError(
-            f"transformers cannot load this {what}: {(str(error).splitlines() or [''])[0]}",
+            f"transformers cannot load this {what}: {shown((lines or [type(error).__name__])[0])}",
             "It must be a causal language model that loads without remote code.",
         ) from error
 

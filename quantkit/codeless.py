@@ -40,6 +40,12 @@ def codeless(folder: Path) -> Iterator[Path]:
         yield view
 
 
+def strip(folder: Path) -> None:
+    """Do the same to a folder that is our own, in place."""
+    for name, value in filter(None, map(_cleaned, sorted(folder.glob("*.json")))):
+        (folder / name).write_text(json.dumps(value), "utf-8")
+
+
 def _cleaned(path: Path) -> tuple[str, Any] | None:
     """A JSON's name and what is left of it without what names code; None where it names none."""
     if path.name in _DATA or path.name.endswith(".index.json"):

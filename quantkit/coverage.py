@@ -8,9 +8,8 @@ a weight that is as wide and has as many rows. The convert stage finds out for s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from quantkit.tensors import TensorSpec
@@ -34,22 +33,10 @@ def in_words(coverage: dict[str, Any]) -> str:
     return f"{share} ({apart})" if apart else share
 
 
-def foretell(folder: Path, specs: Mapping[str, TensorSpec]) -> Coverage:
-    """Of the model whose config is in `folder` and whose GGUF will have the tensors `specs`.
-
-    Raises QuantkitError when transformers cannot make the model, or its blocks are not found.
+def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec]) -> Coverage:
+    """Of the model whose GGUF will have the tensors `specs`. `widths` are those of transformers'
+    blocks: columns -> rows of the largest weight (`quantkit.fit`).
     """
-    from quantkit.blockwise import empty_model, find_blocks
-
-    model = empty_model(folder)
-    prefix, blocks = find_blocks(model)
-    widths: dict[int, dict[int, int]] = {}  # block -> columns -> rows of the largest weight
-    for name, weight in model.named_parameters():
-        if name.startswith(prefix + ".") and weight.dim() in (2, 3):
-            block = int(name.removeprefix(prefix + ".").split(".")[0])
-            known = widths.setdefault(block, {})
-            for columns in weight.shape[-2:]:
-                known[columns] = max(known.get(columns, 0), weight.numel() // columns)
     is_tied = "output.weight" not in specs
     n_all = n_covered = 0
     apart: dict[str, str] = {}
@@ -66,9 +53,9 @@ def foretell(folder: Path, specs: Mapping[str, TensorSpec]) -> Coverage:
         n_all += spec.n_elements
         if found is None:
             n_covered += spec.n_elements
-        elif int(found[1]) >= len(blocks):
+        elif int(found[1]) >= len(widths):
             apart[f"blk.{found[1]}"] = "a prediction head, which transformers does not load"
-        elif widths.get(int(found[1]), {}).get(spec.n_columns, 0) >= spec.n_rows:
+        elif widths[int(found[1])].get(spec.n_columns, 0) >= spec.n_rows:
             n_covered += spec.n_elements
         else:
             apart[kind] = "no weight of the model is as wide and as long"

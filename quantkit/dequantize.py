@@ -8,19 +8,18 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit.converter.checkpoint import write_shell
 from quantkit.errors import QuantkitError
+from quantkit.hub.metadata import strip_config
 from quantkit.hub.quantized import AWQ, FP8, GPTQ, Expanded, Source, expanded
 from quantkit.safetensors_file import StoredTensor, read_header
+from quantkit.weight_files import INDEX, stored
 
 _SHARD_BYTES = 2_000_000_000  # of one file, and of what is in memory
-_INDEX = "model.safetensors.index.json"
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the i-th output of a word lies in it
 
 
@@ -51,52 +50,29 @@ def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) ->
             flush()
     if waiting:
         flush()
-    (out / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def expand_shell(folder: Path, weights: Iterable[str], source: Source) -> None:
-    """Do the same to a folder of shells (`hub.fetch_metadata`), in place: headers, no weights."""
-    weights = list(weights)
-    tensors, _ = _headers(folder, weights)
-    for file in (*weights, _INDEX):
-        (folder / file).unlink(missing_ok=True)
-    _strip_config(folder / "config.json", folder / "config.json")
-    made = expanded(source, tensors)
-    write_shell(folder / "model.safetensors", {n: (e.dtype, e.shape) for n, e in made.items()})
 
 
 def _headers(
     folder: Path, weights: Iterable[str]
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """All stored tensors, and the file of each."""
-    tensors: dict[str, StoredTensor] = {}
-    homes: dict[str, str] = {}
-    for file in weights:
-        for tensor in read_header(folder / file).tensors:
-            tensors[tensor.name], homes[tensor.name] = tensor, file
-    return tensors, homes
+    headers = ((file, read_header(folder / file).tensors) for file in weights)
+    found = stored(folder.name, headers)
+    return {n: t for n, (_, t) in found.items()}, {n: file for n, (file, _) in found.items()}
 
 
 def _copy_rest(folder: Path, files: Iterable[str], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
-        if file == _INDEX:
+        if file == INDEX:
             continue
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         if file == "config.json":
-            _strip_config(folder / file, out / file)
+            strip_config(folder / file, out / file)
         else:
             shutil.copyfile(folder / file, out / file)
-
-
-def _strip_config(path: Path, target: Path) -> None:
-    """config.json without what says that the weights are quantized."""
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            part.pop("quantization_config", None)
-    target.write_text(json.dumps(config), "utf-8")
 
 
 def _expand(parts: list[torch.Tensor], made: Expanded, source: Source) -> torch.Tensor:

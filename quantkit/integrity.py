@@ -19,6 +19,7 @@ from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile, StoredTensor
 from quantkit.kquants import native
 from quantkit.report.schema import Check
+from quantkit.unmapped import reason_of
 
 if TYPE_CHECKING:
     from quantkit.rowmap import RowMap
@@ -123,7 +124,11 @@ def torch_logits(
     Raises:
         QuantkitError: a quantized tensor has no row map, or there is too little memory.
     """
-    lacking = [t.name for t in file.tensors.values() if t.qtype.is_quantized and t.name not in maps]
+    lacking = [
+        t.name
+        for t in file.tensors.values()
+        if t.qtype.is_quantized and t.name not in maps and reason_of(file.metadata, t.name) is None
+    ]
     if lacking:
         raise QuantkitError(f"{len(lacking)} quantized tensors are not found in the model.", "")
     import torch

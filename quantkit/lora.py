@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.adapted import Change, Changes, base_of, changes
+from quantkit.codeless import strip
 from quantkit.converter.checkpoint import write_shell
 from quantkit.errors import QuantkitError
 from quantkit.hub.adapter import CONFIG, MERGE, WEIGHTS, overlay, read_adapter
-from quantkit.hub.model import INDEX, parse_object, shown
+from quantkit.hub.model import parse_object, shown
 from quantkit.safetensors_file import StoredTensor, read_header
+from quantkit.weight_files import INDEX, in_folder
 
 
 def merge(
@@ -43,6 +45,7 @@ def merge(
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, out / file)
     overlay(adapter, own_files, out)
+    strip(out)
     if made.is_untied:
         _untie(out)
     for file in weights:
@@ -58,22 +61,25 @@ def merge(
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-def merge_shell(folder: Path, weights: Iterable[str], adapter: Path) -> None:
+def merge_shell(folder: Path, adapter: Path) -> bool:
     """Do the same to a folder of shells (`hub.fetch_metadata`), in place: headers, no weights.
-    `adapter` is a shell, too. Raises QuantkitError for what `merge` would refuse by its header.
+    `adapter` is a shell, too. Returns whether tied tables were untied: nothing else changes.
+
+    Raises QuantkitError for what `merge` would refuse by its header.
     """
-    weights = list(weights)
+    weights = [path.name for path in in_folder(folder)]
     made = _changes(folder, weights, adapter)
     if made.is_untied:
         _untie(folder)
     if made.head is None:
-        return
+        return made.is_untied
     name, table, _ = made.head
     for file in weights:
         stored = {t.name: (t.dtype, t.shape) for t in read_header(folder / file).tensors}
         if table in stored:
             write_shell(folder / file, {**stored, name: stored[table]})
             _add_to_index(folder, name, file)
+    return True
 
 
 def _changes(base: Path, weights: Iterable[str], adapter: Path) -> Changes:

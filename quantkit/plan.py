@@ -23,6 +23,7 @@ from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
 from quantkit.errors import printable
+from quantkit.fit import check_fit, copies, kept_notes
 from quantkit.footprint import search_target_bytes, stage_memory
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.write import data_bytes
@@ -112,26 +113,33 @@ def make_plan(
         info = hub.inspect(ref, token)
         check_architecture(info.config)
         snapshot = hub.fetch_metadata(info, token, Path(folder) / "metadata")
+        fit = check_fit(snapshot)
+        copied = copies(fit.tied, info.base or info, token)
         source = hub.source_of(info.id, info.config, info.base_model)
-        if source is not None and source.is_expanded:
-            from quantkit.dequantize import expand_shell  # needs torch
-
-            expand_shell(snapshot, info.weights, source)
+        fit = check_fit(snapshot)
         if info.base is not None:
             from quantkit.lora import merge_shell  # needs torch
 
-            adapter = hub.fetch_adapter(info, token, Path(folder) / "adapter")
-            merge_shell(snapshot, info.base.weights, adapter)
-        warnings = [*said] if source is None else [*said, source.sentence(info.base_model)]
+            if merge_shell(snapshot, hub.fetch_adapter(info, token, Path(folder) / "adapter")):
+                fit = check_fit(snapshot)
+        copied = copies(fit.tied, info.base or info, token)
+        source = hub.source_of(info.id, info.config, info.base_model)
+        warnings = [*said, *info.notes, *fit.notes, *kept_notes(fit.tied, copied)]
+        warnings += [] if source is None else [source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"
         conversion = convert(
-            snapshot, skeleton, skeleton=True, model_name=info.id, progress=progress
+            snapshot,
+            skeleton,
+            skeleton=True,
+            model_name=info.id,
+            left_out=[*fit.unread, *copied],
+            progress=progress,
         )
         base = GgufFile(skeleton)
         specs = specs_of(base)
         levels = plan_levels(specs, config)
         sizes = check_sizes(config, base, levels)
-        coverage = foretell(snapshot, specs)
+        coverage = foretell(fit.widths, specs)
         stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
         context = context_memory(base)
         warnings += [context.note] if context.note else []
@@ -153,7 +161,7 @@ def make_plan(
             "coverage": to_json(coverage),
             "fallbacks": to_json(levels.fallbacks),
             "sandbox": conversion.sandbox,
-            "warnings": [*warnings, *conversion.warnings],
+            "warnings": [*warnings, *conversion.warnings, *conversion.tokens.notes],
             "estimates": for_files(
                 estimates(config, info, base, levels), max(1, len(sizes.budgets))
             ),
@@ -211,8 +219,8 @@ def estimates(
         "disk_bytes": disk,
         "memory_bytes": max(stage_memory(config, base, levels, most, 0).values()),
         "memory": memory,
-        "multiply_adds": forward + gather + solve,
-        "seconds": round(60 + (forward + gather + solve) / speed),
+        "multiply_adds": forward + gather + solve + search,
+        "seconds": round(60 + 30 + (forward + gather + solve + search) / speed),
         "n_files": 1,
         "per_file": {
             "disk_bytes": base_bytes // 3 * (2 if config.tuning_steps else 1),

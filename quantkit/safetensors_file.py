@@ -64,6 +64,10 @@ class StoredTensor:
     def n_elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def n_bytes(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Header:

@@ -8,7 +8,6 @@ that keep their type are mapped from the files, not copied, here as in a model t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,15 +26,21 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from quantkit.blockwise import BlockwiseModel, class_of, find_blocks, load_model, refusals_told
+from quantkit.blockwise import (
+    BlockwiseModel,
+    check_loaded,
+    class_of,
+    find_blocks,
+    load_model,
+    refusals_told,
+)
 from quantkit.codeless import codeless
 from quantkit.errors import QuantkitError
 from quantkit.memory import free_memory
 from quantkit.safetensors_file import read_header
+from quantkit.weight_files import few, in_folder, tensors_of
 
 _SHARE = 0.5  # of the free memory that a model may take as a whole; activations need theirs
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 def open_model(
@@ -56,18 +61,10 @@ def open_model(
 
 def _whole_bytes(folder: Path, dtype: torch.dtype | str) -> int:
     """What the weights take as a whole."""
-    headers = [read_header(path) for path in sorted(set(_files(folder).values()))]
     if isinstance(dtype, str):  # as they are stored
+        headers = [read_header(path) for path in in_folder(folder)]
         return sum(header.n_file_bytes - header.n_bytes for header in headers)
-    return sum(dtype.itemsize * t.n_elements for header in headers for t in header.tensors)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, as transformers chooses them."""
-    if (folder / _SINGLE).exists():
-        return {t.name: folder / _SINGLE for t in read_header(folder / _SINGLE).tensors}
-    index = json.loads((folder / _INDEX).read_text("utf-8"))
-    return {name: folder / file for name, file in index["weight_map"].items()}
+    return sum(dtype.itemsize * tensor.n_elements for _, tensor in tensors_of(folder).values())
 
 
 class StreamedWeights:
@@ -79,7 +76,7 @@ class StreamedWeights:
         self._device = device
         with refusals_told(), codeless(folder) as plain:
             kind, config = class_of(plain)
-            self.model: PreTrainedModel = kind.from_pretrained(
+            model, report = kind.from_pretrained(
                 plain,
                 config=config,
                 trust_remote_code=False,
@@ -87,23 +84,24 @@ class StreamedWeights:
                 device_map={"": "meta"},
                 local_files_only=True,
                 use_safetensors=True,
-            ).eval()
+                output_loading_info=True,
+            )
+            check_loaded(report["missing_keys"], [name for name, *_ in report["mismatched_keys"]])
+            self.model: PreTrainedModel = model.eval()
             self._prefix, blocks = find_blocks(self.model)
             self._of_block = [list(_slots(block)) for block in blocks]
             self._parts = self._split(folder)
             _make_buffers(self.model, device)
             self.bring(None)
-            self.model.tie_weights()
+            # Now that there are values: a head that is another than the table stays what it is.
+            self.model.tie_weights(missing_keys=self._lacking(), recompute_mapping=False)
+        check_loaded(self._lacking())
+
+    def _lacking(self) -> set[str]:
+        """What is outside of blocks and has no values."""
         own = {id(tensor) for slots in self._of_block for _, _, tensor in slots}
-        lacking = [
-            name
-            for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if tensor.is_meta and id(tensor) not in own
-        ]
-        if lacking:
-            raise QuantkitError(
-                f"The checkpoint lacks {', '.join(lacking[:3])}.", "Use another revision."
-            )
+        state = self.model.state_dict(keep_vars=True)
+        return {name for name, tensor in state.items() if tensor.is_meta and id(tensor) not in own}
 
     def bring(self, block: int | None) -> None:
         """Load the weights of a block, or those outside of blocks."""
@@ -125,7 +123,7 @@ class StreamedWeights:
         if found.conversion_errors or found.mismatched_keys:
             wrong = [*found.conversion_errors, *(name for name, *_ in found.mismatched_keys)]
             raise QuantkitError(
-                f"transformers cannot load {', '.join(wrong[:3])}.", "The checkpoint is broken."
+                f"transformers cannot load {few(wrong)}.", "The checkpoint is broken."
             )
         modules = self.model.modules() if block is None else {m for m, *_ in self._of_block[block]}
         for module in modules:
@@ -149,7 +147,7 @@ class StreamedWeights:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
         parts: dict[int | None, dict[Path, list[str]]] = {}
-        for name, path in _files(folder).items():
+        for name, (path, _) in tensors_of(folder).items():
             target, _ = rename_source_key(
                 name, renamings, converters, self.model.base_model_prefix, known
             )

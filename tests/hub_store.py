@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -118,7 +119,18 @@ def bf16(n: int, seed: int = 0) -> bytes:
     return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 8,
+    "hidden_size": 4,
+    "intermediate_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
 CARD = """---
 license: apache-2.0
 language: [en, fr]
@@ -129,15 +141,24 @@ tags: [chat]
 """
 
 
+def tiny_weights() -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Those of CONFIG: 152 parameters in BF16 and 4 in F32."""
+    projections = [f"self_attn.{name}_proj" for name in "qkvo"]
+    projections += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    block = {f"{name}.weight": (4, 4) for name in projections}
+    block |= {f"{name}_layernorm.weight": (4,) for name in ("input", "post_attention")}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (8, 4)}
+    shapes |= {f"model.layers.0.{name}": shape for name, shape in block.items()}
+    weights = {n: ("BF16", s, bf16(math.prod(s), i)) for i, (n, s) in enumerate(shapes.items())}
+    norm = ("F32", (4,), np.ones(4, np.float32).tobytes())
+    return {**weights, "model.norm.weight": norm}
+
+
 def tiny_model(**replaced: bytes | str | dict[str, Any] | None) -> dict[str, bytes]:
-    """Files of a model with 48 parameters. `name__ext=` replaces name.ext, None leaves it out."""
-    weights = {
-        "model.embed_tokens.weight": ("BF16", (8, 4), bf16(32)),
-        "model.norm.weight": ("F32", (16,), np.ones(16, np.float32).tobytes()),
-    }
+    """Files of a model with 156 parameters. `name__ext=` replaces name.ext, None leaves it out."""
     files: dict[str, Any] = {
         "config.json": CONFIG,
-        "model.safetensors": safetensors(weights),
+        "model.safetensors": safetensors(tiny_weights()),
         "tokenizer.json": {"version": "1.0"},
         "README.md": CARD,
         "modeling_tiny.py": "raise SystemExit('never run')",
@@ -156,12 +177,12 @@ def _as_bytes(content: bytes | str | dict[str, Any]) -> bytes:
 
 
 def sharded_model(n_shards: int = 3) -> dict[str, bytes]:
-    """A model of `n_shards` files of 32 parameters each, with an index."""
+    """The same model in `n_shards` files, with an index."""
     names = [f"model-{i + 1:05}-of-{n_shards:05}.safetensors" for i in range(n_shards)]
-    files = {
-        name: safetensors({f"t{i}": ("BF16", (32,), bf16(32, i))}) for i, name in enumerate(names)
-    }
-    index = {"metadata": {}, "weight_map": {f"t{i}": name for i, name in enumerate(names)}}
+    tensors = list(tiny_weights().items())
+    files = {name: safetensors(dict(tensors[i::n_shards])) for i, name in enumerate(names)}
+    homes = {tensor: name for i, name in enumerate(names) for tensor, _ in tensors[i::n_shards]}
+    index = {"metadata": {}, "weight_map": homes}
     whole = tiny_model(model__safetensors=None)
     return {**whole, **files, "model.safetensors.index.json": json.dumps(index).encode()}
 

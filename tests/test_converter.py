@@ -20,9 +20,10 @@ from quantkit.converter.architectures import (
     check_architecture,
     supported_architectures,
 )
-from quantkit.converter.checkpoint import read_header, write_shell
+from quantkit.converter.checkpoint import write_shell
 from quantkit.converter.convert import ConversionResult, convert
 from quantkit.errors import QuantkitError
+from quantkit.safetensors_file import read_header
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -214,8 +215,8 @@ def test_a_skeleton_of_shells_has_the_header_of_the_real_file(
     """Converted from headers alone: the same bytes up to the tensor data, and holes from there."""
     shells = tmp_path / malicious.name
     shutil.copytree(malicious, shells)
-    header = read_header(malicious / "model.safetensors")
-    write_shell(shells / "model.safetensors", {k: (t.dtype, t.shape) for k, t in header.items()})
+    tensors = read_header(malicious / "model.safetensors").tensors
+    write_shell(shells / "model.safetensors", {t.name: (t.dtype, t.shape) for t in tensors})
     skeleton = convert(
         shells,
         tmp_path / "skeleton.gguf",

@@ -87,12 +87,15 @@ def _escaping_weights(model: Path) -> None:
 
 
 def _index_outside(model: Path) -> None:
-    index = {"weight_map": {"w": "../elsewhere.safetensors"}}
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": {"w": "../elsewhere.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _index_incomplete(model: Path) -> None:
-    index = {"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    names = {"w": "model-1.safetensors", "v": "model-2.safetensors"}
+    index = {"metadata": {}, "weight_map": names}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -131,10 +134,10 @@ def _large_json(model: Path) -> None:
     [
         (_escaping_link, "tokenizer.json is a link that leads out"),
         (_escaping_weights, "model.safetensors is a link that leads out"),
-        (_index_outside, "names a file outside"),
-        (_index_incomplete, "1 of 2 weight files are missing, first model-2.safetensors"),
+        (_index_outside, "which is no safetensors file in the model's folder"),
+        (_index_incomplete, "incomplete: its index names model-2.safetensors"),
         (_truncated, "is truncated"),
-        (_lying_header, "header of model.safetensors is broken"),
+        (_lying_header, "model.safetensors is broken: its header cannot be read"),
         (_pickles_only, "no safetensors weights.*pickle"),
         (_adapter, "LoRA adapter"),
         (_broken_json, "generation_config.json is not readable as JSON"),

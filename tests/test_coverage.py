@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_llama
 
+from quantkit.converter.checkpoint import write_shell
 from quantkit.coverage import foretell
 from quantkit.errors import QuantkitError
+from quantkit.expected import block_widths
 from quantkit.qtypes import BF16
 from quantkit.tensors import TensorSpec
 
@@ -19,12 +21,16 @@ def specs(**shapes: tuple[int, ...]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(name, shape, BF16, True) for name, shape in names.items()}
 
 
+def widths_of(folder: Path) -> list[dict[int, int]]:
+    return [{columns: rows for columns, rows in block} for block in block_widths(str(folder))]
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("coverage"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, int]]:
+    return widths_of(tiny_llama(tmp_path_factory.mktemp("coverage")))
 
 
-def test_all_of_a_llama(model: Path) -> None:
+def test_all_of_a_llama(model: list[dict[int, int]]) -> None:
     found = foretell(
         model,
         specs(
@@ -37,12 +43,12 @@ def test_all_of_a_llama(model: Path) -> None:
     assert found.share == 1 and found.apart == {}
 
 
-def test_a_tied_table_is_the_head(model: Path) -> None:
+def test_a_tied_table_is_the_head(model: list[dict[int, int]]) -> None:
     found = foretell(model, specs(token_embd__weight=(512, 64)))
     assert found.share == 1 and not found.apart
 
 
-def test_what_is_left_out_is_named(model: Path) -> None:
+def test_what_is_left_out_is_named(model: list[dict[int, int]]) -> None:
     found = foretell(
         model,
         specs(
@@ -58,5 +64,6 @@ def test_what_is_left_out_is_named(model: Path) -> None:
 
 def test_a_model_that_transformers_cannot_make(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["X"]}')
+    write_shell(tmp_path / "model.safetensors", {"w": ("BF16", (2, 2))})
     with pytest.raises(QuantkitError, match="transformers cannot load"):
-        foretell(tmp_path, specs(output__weight=(512, 64)))
+        widths_of(tmp_path)

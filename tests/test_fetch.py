@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_server import ALICE, HubServer, running_hub
+from hub_server import ALICE, HubServer, look, running_hub
 from hub_store import bf16, safetensors, sharded_model, tiny_model, write
 
 from quantkit import hub, safetensors_file
@@ -45,7 +45,7 @@ def test_fetch_from_the_hub(
     result = fetch.execute(run)
     assert [path.name for path in result.outputs] == ["snapshot.json"]
     assert result.summary["sha"] == repo.head.sha
-    assert (result.summary["n_parameters"], result.summary["license"]) == (96, None)
+    assert (result.summary["n_parameters"], result.summary["license"]) == (156, None)
     snapshot = fetch.load(run.dir)
     assert snapshot.info.weights[0] == "model-00001-of-00003.safetensors"
     assert {path.suffix for path in snapshot.folder.iterdir()} == {".json", ".md", ".safetensors"}
@@ -63,7 +63,7 @@ def test_fetch_again_finds_everything(server: HubServer, tmp_path: Path) -> None
     server.requests.clear()
     second = make_run(tmp_path / "2", "alice/x")
     fetch.execute(second)
-    assert not server.asked("/lfs/", "GET")[1:]  # the header only
+    assert not server.asked("/lfs/", "GET")[2:]  # the header only, looked at and compared
     paths = [run.dir.path / "1-fetch/snapshot.json" for run in (first, second)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
@@ -156,7 +156,7 @@ def test_non_finite_weights_are_refused(tmp_path: Path, case: str, where: int) -
     )
     folder = write(tmp_path / "x", tiny_model(model__safetensors=data))
     with pytest.raises(QuantkitError, match=r"NaN or infinite weights in b\.weight \(model\.safe"):
-        fetch.execute(make_run(tmp_path / "run", str(folder)))
+        fetch.check_weights(look(str(folder)), folder)
 
 
 def test_extreme_but_finite_weights_pass(tmp_path: Path) -> None:

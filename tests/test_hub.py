@@ -118,7 +118,7 @@ def test_inspect_learns_everything_without_weights(server: HubServer) -> None:
     )
     info = look("alice/tiny")
     assert (info.id, info.sha, info.kind) == ("alice/tiny", repo.head.sha, "hub")
-    assert (info.n_parameters, info.n_by_dtype) == (48, {"BF16": 32, "F32": 16})
+    assert (info.n_parameters, info.n_by_dtype) == (156, {"BF16": 152, "F32": 4})
     assert (info.architectures, info.model_type, info.dtype) == (
         ("LlamaForCausalLM",),
         "llama",
@@ -147,7 +147,7 @@ def test_inspect_reads_long_headers_by_range(server: HubServer) -> None:
 def test_inspect_sharded(server: HubServer) -> None:
     server.add_model("alice/shards", sharded_model(3))
     info = look("alice/shards")
-    assert info.n_parameters == 96
+    assert info.n_parameters == 156
     assert [name[:11] for name in info.weights] == ["model-00001", "model-00002", "model-00003"]
 
 
@@ -162,9 +162,9 @@ def test_stale_index_beside_a_single_file(server: HubServer) -> None:
 def test_inspect_pins_the_revision(server: HubServer) -> None:
     old = server.add_model("alice/tiny", tiny_model()).head.sha
     server.add_model("alice/tiny", sharded_model(), branch="dev")
-    assert look("alice/tiny", revision=old[:40]).n_parameters == 48
+    assert look("alice/tiny", revision=old[:40]).n_parameters == 156
     assert look("alice/tiny").sha == old
-    assert look("alice/tiny@dev").n_parameters == 96
+    assert look("alice/tiny@dev").n_parameters == 156
 
 
 def test_legacy_ids_are_followed(server: HubServer) -> None:
@@ -248,7 +248,7 @@ REFUSED = {
         "header cannot be read",
     ),
     "overlap": (
-        tiny_model(model__safetensors=WEIGHTS.replace(b"[64, 128]", b"[60, 124]")),
+        tiny_model(model__safetensors=WEIGHTS.replace(b"[64, 96]", b"[60, 92]")),
         "overlap others",
     ),
     "missing shard": (
@@ -260,7 +260,20 @@ REFUSED = {
             model__safetensors=None,
             **{"model.safetensors.index.json": '{"weight_map": {"a": "../../x.safetensors"}}'},
         ),
-        "index names ../../x.safetensors, which is not there",
+        "names ../../x.safetensors, which is no safetensors file in the model's folder",
+    ),
+    "no metadata": (
+        {
+            **SHARDS,
+            "model.safetensors.index.json": SHARDS["model.safetensors.index.json"].replace(
+                b"metadata", b"metafora"
+            ),
+        },
+        'has no "metadata", and transformers reads no such index',
+    ),
+    "stored twice": (
+        {**SHARDS, "model-00002-of-00003.safetensors": SHARDS["model-00001-of-00003.safetensors"]},
+        "is stored twice, in model-00001-of-00003.safetensors and in model-00002",
     ),
     "strange names": (
         tiny_model(config__json=config(architectures=["\x1b[31m<b>\nBertModel"])),

@@ -87,14 +87,14 @@ def test_other_kinds_of_repository(server: HubServer, kind: str, word: str) -> N
 def test_passing_trouble_is_retried(server: HubServer, status: int, path: str) -> None:
     server.add_model("alice/x", tiny_model())
     server.fail_next(path, status)
-    assert look("alice/x").n_parameters == 48
+    assert look("alice/x").n_parameters == 156
 
 
 @pytest.mark.parametrize("path", ["/api/models/", "/resolve/.*config", "/lfs/"])
 def test_cut_connections_are_retried(server: HubServer, path: str) -> None:
     server.add_model("alice/x", tiny_model())
     server.cut_next(path, after_bytes=20)
-    assert look("alice/x").n_parameters == 48
+    assert look("alice/x").n_parameters == 156
 
 
 def test_long_waits_are_reported_not_waited_for(server: HubServer) -> None:
@@ -157,7 +157,7 @@ def test_a_hub_that_hangs(server: HubServer, monkeypatch: pytest.MonkeyPatch, pa
     monkeypatch.setitem(hub_client._SECONDS, "read", 0.1)
     server.add_model("alice/x", tiny_model())
     server.hang_next(path, 5.0)
-    assert look("alice/x").n_parameters == 48
+    assert look("alice/x").n_parameters == 156
     server.hang_next(path, 5.0, times=9)
     with pytest.raises(QuantkitError, match="did not answer in time"):
         look("alice/x")
@@ -234,4 +234,4 @@ def test_a_process_of_its_own(server: HubServer, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.split() == ["48", "False", "False"], done.stderr
+    assert done.stdout.split() == ["156", "False", "False"], done.stderr

@@ -176,7 +176,7 @@ def test_merged_as_peft_computes(
         (shell / path.name).write_bytes(path.read_bytes())
     weights = tmp_path / "base/model.safetensors"
     write_shell(shell / weights.name, header_bytes(weights), weights.stat().st_size)
-    merge_shell(shell, [weights.name], tmp_path / "adapter")
+    merge_shell(shell, tmp_path / "adapter")
     tensors = [
         {(t.name, t.shape, t.dtype) for t in read_header(folder / weights.name).tensors}
         for folder in (shell, found)

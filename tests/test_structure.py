@@ -211,7 +211,8 @@ def test_nothing_that_runs_what_it_reads() -> None:
 # What asks on a terminal whether to run a stranger's code when it is not told. `datasets` has not
 # run any since its version 4, and takes no such word.
 _LOADERS = {"from_pretrained", "from_config", "pipeline", "get_class_from_dynamic_module"}
-_OTHERS = {"Llama.from_pretrained"}  # llama-cpp-python's
+# llama-cpp-python's, and PEFT's, which reads tensors into a model that is given.
+_OTHERS = {"Llama.from_pretrained", "PeftModel.from_pretrained"}
 
 
 def test_remote_code_is_never_trusted() -> None:

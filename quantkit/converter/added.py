@@ -13,11 +13,9 @@ no layer has.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 def class_for(folder: Path, config: dict[str, Any], converters: type) -> type:
@@ -45,44 +43,20 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in older.items() if value is not None}, **config}
 
 
-def unread(tensors: Mapping[str, Any], config: Mapping[str, Any], skeleton: bool) -> set[str]:
-    """Names of tensors that transformers does not read and llama.cpp need not: a tied head that is
-    stored once more, keys and values of Gemma 4's blocks that share those of blocks before.
+def unread(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+    """Names of tensors that transformers ignores by a rule of its own and llama.cpp need not have:
+    keys and values of Gemma 4's blocks that share those of blocks before.
     """
-    head = tied_head(tensors, config, skeleton)
-    found: set[str] = {head} if head else set()
     text = config.get("text_config") or config
     n_shared = text.get("num_kv_shared_layers") or 0
-    if n_shared and str(config.get("model_type")).startswith("gemma4"):
-        blocks = {name: _KEYS_VALUES.search(name) for name in tensors}
-        first = text["num_hidden_layers"] - n_shared
-        found |= {name for name, match in blocks.items() if match and int(match[1]) >= first}
-    return found
+    if not n_shared or not str(config.get("model_type")).startswith("gemma4"):
+        return set()
+    blocks = {name: _KEYS_VALUES.search(name) for name in names}
+    first = text["num_hidden_layers"] - n_shared
+    return {name for name, match in blocks.items() if match and int(match[1]) >= first}
 
 
 _KEYS_VALUES = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.")
-
-
-def tied_head(tensors: Mapping[str, Any], config: Mapping[str, Any], skeleton: bool) -> str | None:
-    """The name of an output head that is the table of embeddings once more, as some checkpoints of
-    tied models store it: transformers has one weight for both, and llama.cpp takes the table where
-    there is no head. Values by name are callables; those of a skeleton have none to compare.
-    """
-    if not config.get("tie_word_embeddings"):
-        return None
-    heads = [name for name in tensors if f".{name}".endswith(".lm_head.weight")]
-    tables = [name for name in tensors if name.endswith(_TABLES)]
-    if len(heads) != 1 or len(tables) != 1:
-        return None
-    if skeleton or _values(tensors[heads[0]]).equal(_values(tensors[tables[0]])):
-        return heads[0]
-    return None
-
-
-def _values(tensor: Callable[[], Any]) -> Any:
-    found = tensor()
-    to_eager = getattr(type(found), "to_eager", None)  # the converter reads when it writes
-    return found if to_eager is None else to_eager(found)
 
 
 def projector_class_for(found: Any) -> type:

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from quantkit.converter.sandbox import Limits, Progress
 from quantkit.converter.snapshot import Snapshot, model_name_of, sanitize
 from quantkit.rundir import PARTIAL, replacing
 from quantkit.sandbox.outcome import plain
+from quantkit.tokens import Tokens, judged
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,11 @@ class ConversionResult:
     sandbox: str  # what else the kernel kept it from
     warnings: tuple[str, ...]  # said by the converter, about a choice made for it, or the sandbox
     removed: tuple[str, ...]  # what the sanitized copy of the model did not have
+    tokens: Tokens  # whether they are the original tokenizer's
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "path": str(self.path)}
+        facts = {name: value for name, value in self.__dict__.items() if name != "tokens"}
+        return {**facts, "path": str(self.path)}
 
 
 def convert(
@@ -56,6 +59,7 @@ def convert(
     skeleton: bool = False,
     projector: bool = False,
     model_name: str | None = None,
+    left_out: Collection[str] = (),
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     limits: Limits | None = None,
@@ -68,6 +72,7 @@ def convert(
     projector   not the language model but what it sees or hears with (`mmproj`)
     model_name  `owner/name`; where general.name, size label and the like come from. By default the
                 name of the folder, or of the repository for a folder in the Hub's cache
+    left_out    tensors of the checkpoint that are not converted: no part of the model
     metadata    GGUF keys (`general.author`, ...) to set whatever the model card says
     progress    called with (bytes written, bytes in all); not for a skeleton
     limits      by default generous ones that grow with the weights
@@ -83,7 +88,7 @@ def convert(
     tree = ensure_converter()
     with _work_folder(out_path) as work:
         name = model_name or model_name_of(snapshot_dir)
-        model = sanitize(snapshot_dir, work / "model", name)
+        model = sanitize(snapshot_dir, work / "model", name, left_out)
         limits = limits or Limits.for_weights(model.weight_bytes, _output_bytes(model))
         overrides = work / "metadata.json"
         overrides.write_text(json.dumps(dict(metadata or {})), encoding="utf-8")
@@ -105,6 +110,7 @@ def convert(
                     progress=None if skeleton else progress,
                     arguments=arguments,
                     skeleton=skeleton,
+                    left_out=sorted(left_out),
                     pre=pre,
                     probes=pretokenizer.PROBES,
                 )
@@ -133,6 +139,13 @@ def convert(
                 outcome = attempt(pre.name)
             if not outcome.ok or partial.stat().st_size == 0:
                 raise explain(outcome, log_path, model.removed)
+            tokens = judged(outcome.status.get("tokens", {"error": "the file has no tokens"}))
+            missed = outcome.status.get("missed_ends")
+            if missed:
+                notes.append(
+                    "The GGUF has no key left for all ends of a turn: llama.cpp does not stop at "
+                    f"{', '.join(missed[:5])}."
+                )
     return ConversionResult(
         path=out_path,
         n_bytes=out_path.stat().st_size,
@@ -143,6 +156,7 @@ def convert(
         sandbox=str(outcome.protection),
         warnings=(*notes, *_warnings(outcome.log), *outcome.protection.missing),
         removed=model.removed,
+        tokens=tokens,
     )
 
 
@@ -167,8 +181,8 @@ def _output_bytes(model: Snapshot) -> int:
     """
     growth = {"F64": 1, "F32": 1, "F16": 2, "BF16": 2}
     return sum(
-        tensor.n_bytes * growth.get(tensor.dtype, 4 if tensor.dtype.startswith("F8") else 16)
-        for tensor in model.tensors.values()
+        t.n_bytes * growth.get(t.dtype, 4 if t.dtype.startswith("F8") else 16)
+        for t in model.tensors.values()
     )
 
 

@@ -31,9 +31,24 @@ def convert(job: dict[str, Any]) -> None:
     if (Path(job["tree"]) / "conversion" / "base.py").is_file():
         accept_pre_tokenizer(job)
         add_models(job)
+        complete_vocabulary(job)
     script = str(Path(job["tree"]) / "convert_hf_to_gguf.py")
     sys.argv = [script, *job["arguments"]]
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
+    if "--mmproj" not in job["arguments"] and not job.get("is_probe"):
+        tell(tokens=compare_tokens(job))
+
+
+def compare_tokens(job: dict[str, Any]) -> dict[str, Any]:
+    """Compare the tokens of the file that was written with the tokenizer's."""
+    from quantkit.tokens import compare_in
+
+    arguments = job["arguments"]
+    return compare_in(arguments[0], arguments[arguments.index("--outfile") + 1])
 
 
 def wrap_writer(job: dict[str, Any]) -> None:
@@ -128,16 +143,47 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
             # transformers makes an empty tokenizer where the vocabulary is missing
             raise ValueError("the tokenizer has no vocabulary")
         tell(probes=probes, composes=same, plain=plain, special=special)
-        job["skeleton"] = True
+        job["skeleton"] = job["is_probe"] = True
         return "default"
 
     TextModel.get_vocab_base_pre = get_vocab_base_pre
 
 
+def complete_vocabulary(job: dict[str, Any]) -> None:
+    """Put what `vocabulary.py` knows into the keys before the header is written, and tell the
+    parent which ends llama.cpp will miss.
+    """
+    import gguf
+    from conversion.base import TextModel
+
+    completing = runpy.run_path(str(Path(__file__).with_name("vocabulary.py")))["complete"]
+    write_header = gguf.GGUFWriter.write_header_to_file
+    folder = Path(job["arguments"][0])
+
+    def looks_special(text: str) -> bool:
+        return TextModel.does_token_look_special(None, text)  # type: ignore[arg-type]
+
+    def write(self: Any, path: Path | None = None) -> None:
+        gguf.GGUFWriter.write_header_to_file = write_header  # type: ignore[method-assign]
+        target = Path(path or self.path)  # the one file that may be written
+        tell(missed_ends=completing(self, folder, target, looks_special))
+        write_header(self, path)
+
+    gguf.GGUFWriter.write_header_to_file = write  # type: ignore[method-assign]
+
+
 def add_models(job: dict[str, Any]) -> None:
     """Have the converter take the class that `added.py` names for this model."""
     import conversion
+    import gguf
 
+    left_out = set(job["left_out"])
+    enter = gguf.utility.SafetensorsLocal.__enter__
+
+    def of_the_model(self: Any) -> dict[str, Any]:
+        return {name: tensor for name, tensor in enter(self).items() if name not in left_out}
+
+    gguf.utility.SafetensorsLocal.__enter__ = of_the_model  # type: ignore[method-assign]
     added = runpy.run_path(str(Path(__file__).with_name("added.py")))
     folder = Path(job["arguments"][0])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -154,7 +200,7 @@ def add_models(job: dict[str, Any]) -> None:
 
     def index(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = index_tensors(self, *args, **kwargs)
-        unread = added["unread"](tensors, self.hparams, job["skeleton"])
+        unread = added["unread"](tensors, self.hparams)
         return {name: tensor for name, tensor in tensors.items() if name not in unread}
 
     conversion.ModelBase.index_tensors = index

@@ -11,12 +11,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.converter.checkpoint import StoredTensor, read_header
+from quantkit.card_data import read_card
 from quantkit.errors import QuantkitError
+from quantkit.hub.quantized import is_stale, without_quantization
+from quantkit.safetensors_file import StoredTensor
+from quantkit.weight_files import INDEX, tensors_of
 
 # Kinds of files that the converter reads, with the largest that is accepted. Anything else stays
 # behind. Tokenizers of 260k entries are JSON files of 33 MB; an index of 100k tensors has 9 MB.
@@ -37,7 +41,6 @@ _NEEDED = re.compile(
     r"|(tokenizer|vocab|merges|chat_template).*|.*\.index)\.\w+(\.v3)?"
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_INDEX = "model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * _MIB  # every JSON but the tokenizer's and the index
 
 
@@ -71,9 +74,12 @@ def model_name_of(snapshot_dir: Path) -> str:
     return snapshot_dir.resolve().name
 
 
-def sanitize(snapshot_dir: Path, into: Path, model_name: str) -> Snapshot:
+def sanitize(
+    snapshot_dir: Path, into: Path, model_name: str, left_out: Iterable[str] = ()
+) -> Snapshot:
     """Copy a snapshot to a new folder in `into`, named after the model because the converter takes
-    `general.name` and its parts from there.
+    `general.name` and its parts from there. It has the weight files that transformers reads, and an
+    index of what is in them without the tensors that are `left_out`.
 
     Raises QuantkitError for a folder that is no model, for weights that are only pickles, truncated
     or missing, for a broken or oversized JSON, and for a link that leads out of the snapshot.
@@ -87,11 +93,14 @@ def sanitize(snapshot_dir: Path, into: Path, model_name: str) -> Snapshot:
     if not (source / "config.json").is_file():
         raise _not_a_model(source)
     for path in sorted(source.iterdir()):
-        _copy(path, folder, source, removed, {"_name_or_path": model_name})
+        if path.name != INDEX:
+            _copy(path, folder, source, removed, {"_name_or_path": model_name})
     for path in sorted(source.glob("additional_chat_templates/*.jinja")):
         (folder / path.parent.name).mkdir(exist_ok=True)
         _copy(path, folder / path.parent.name, source, removed, {})
-    return Snapshot(folder, _link_weights(source, folder), tuple(removed))
+    tensors = _link_weights(source, folder, set(left_out))
+    _drop_stale_settings(folder / "config.json", tensors, removed)
+    return Snapshot(folder, tensors, tuple(removed))
 
 
 def _copy(
@@ -105,7 +114,7 @@ def _copy(
         removed.append(f"{name} left out (pickle)")
     elif suffix in _KINDS and (path.is_symlink() or path.is_file()):
         real = _resolve(path, source)
-        large = suffix != ".json" or name.startswith(("tokenizer", "vocab", _INDEX, "tekken"))
+        large = suffix != ".json" or name.startswith(("tokenizer", "vocab", "tekken"))
         limit = _KINDS[suffix] if large else _MAX_CONFIG_BYTES
         try:
             if real.stat().st_size > limit:
@@ -113,6 +122,8 @@ def _copy(
                     f"{name} has {real.stat().st_size:,} bytes, more than {limit:,}.",
                     "No known model has such a file; check where it came from.",
                 )
+            if suffix == ".md":
+                read_card(real.read_bytes())  # the converter reads it, too, and any YAML
             if suffix == ".json":
                 _copy_json(real, folder / name, removed, config if name == "config.json" else {})
             else:
@@ -177,29 +188,9 @@ def _copy_json(path: Path, target: Path, removed: list[str], config: dict[str, s
     removed.extend(f"{key} removed from {target.name}" for key in sorted(set(dropped)))
 
 
-def _link_weights(source: Path, folder: Path) -> dict[str, StoredTensor]:
+def _link_weights(source: Path, folder: Path, left_out: set[str]) -> dict[str, StoredTensor]:
     """Link the safetensors files that belong to the model, checked, and list their tensors."""
-    index = folder / _INDEX
-    names = sorted(path.name for path in source.glob("*.safetensors"))
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise QuantkitError(f"{_INDEX} has no weight_map.", "Download the file again.")
-        listed = sorted({str(name) for name in weight_map.values()})
-        outside = [name for name in listed if Path(name).name != name or name in (".", "..")]
-        if outside:
-            raise QuantkitError(
-                f"{_INDEX} names a file outside the model's folder: {outside[0]}.",
-                "Check where the model came from.",
-            )
-        missing = [name for name in listed if name not in names]
-        if missing:
-            raise QuantkitError(
-                f"{len(missing)} of {len(listed)} weight files are missing, first {missing[0]}.",
-                "Download the model again.",
-            )
-        names = listed
-    if not names:
+    if not list(source.glob("*.safetensors")):
         pickles = [path.name for path in source.iterdir() if path.suffix.lower() in _PICKLES]
         found = f" ({pickles[0]} is a pickle, which can run code when it is read)"
         raise QuantkitError(
@@ -207,12 +198,23 @@ def _link_weights(source: Path, folder: Path) -> dict[str, StoredTensor]:
             "Choose a revision with safetensors, or convert it on the Hub with "
             "the `safetensors/convert` Space.",
         )
-    tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        real = _resolve(source / name, source)
-        tensors.update(read_header(real))
-        (folder / name).symlink_to(real)
-    return tensors
+    for path in (*source.glob("*.safetensors"), source / INDEX):
+        if path.is_symlink() or path.exists():
+            _resolve(path, source)
+    stored = {n: found for n, found in tensors_of(source).items() if n not in left_out}
+    for path in {path for path, _ in stored.values()}:
+        (folder / path.name).symlink_to(_resolve(path, source))
+    weight_map = {name: path.name for name, (path, _) in stored.items()}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
+    return {name: tensor for name, (_, tensor) in stored.items()}
+
+
+def _drop_stale_settings(path: Path, tensors: dict[str, StoredTensor], removed: list[str]) -> None:
+    """Have config.json not say that weights are quantized when none is."""
+    config = json.loads(path.read_text("utf-8"))
+    if is_stale(config, tensors):
+        path.write_text(json.dumps(without_quantization(config)), "utf-8")
+        removed.append("quantization_config removed from config.json (no weight is quantized)")
 
 
 def _not_a_model(source: Path) -> QuantkitError:

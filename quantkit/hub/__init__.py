@@ -15,14 +15,14 @@ from quantkit.hub.client import Asked, call, endpoint, hf_api, resolve_token, wh
 from quantkit.hub.download import (
     Progress,
     cache_dir,
+    cached_folder,
     check_disk,
     damaged_files,
     download,
-    fetch_adapter,
-    fetch_metadata,
 )
 from quantkit.hub.errors import ModelNotFound, scrub
 from quantkit.hub.inspect import inspect
+from quantkit.hub.metadata import fetch_adapter, fetch_metadata, stored_values
 from quantkit.hub.model import ModelInfo, RepoFile
 from quantkit.hub.quantized import Source, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
@@ -42,6 +42,7 @@ __all__ = [
     "Source",
     "add_to_collection",
     "cache_dir",
+    "cached_folder",
     "check_disk",
     "check_write",
     "compare",
@@ -58,6 +59,7 @@ __all__ = [
     "scrub",
     "search_models",
     "source_of",
+    "stored_values",
     "why_offline",
 ]
 

@@ -1,4 +1,4 @@
-"""Bring a model's files here: all of them for a run, or everything but the weights for a plan."""
+"""Bring a model's files here, all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ from huggingface_hub import constants, snapshot_download
 from tqdm.auto import tqdm
 
 from quantkit.errors import QuantkitError
-from quantkit.hub.adapter import CONFIG, overlay
 from quantkit.hub.client import PATIENT, Asked, call, endpoint
-from quantkit.hub.inspect import N_WORKERS, remote_header
 from quantkit.hub.model import ModelInfo, RepoFile
-from quantkit.safetensors_file import header_bytes, write_shell
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -61,7 +57,7 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
     if info.local_path is not None:
         _check_sizes(info, Path(info.local_path))
         return Path(info.local_path)
-    folder = _snapshot(info, info.files, token, progress)
+    folder = snapshot(info, info.files, token, progress)
     try:
         _check_sizes(info, folder)
     except QuantkitError:
@@ -70,9 +66,17 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
             logger.warning("%s in the cache is damaged; downloading it again", file.path)
             (folder / file.path).resolve().unlink(missing_ok=True)
             (folder / file.path).unlink(missing_ok=True)
-        folder = _snapshot(info, info.files, token, progress)
+        folder = snapshot(info, info.files, token, progress)
         _check_sizes(info, folder)
     return folder
+
+
+def cached_folder(info: ModelInfo) -> Path:
+    """Where the model's files lie, or would: its own folder, or its place in the Hub's cache."""
+    if info.local_path is not None:
+        return Path(info.local_path)
+    repo = constants.REPO_ID_SEPARATOR.join(["models", *info.id.split("/")])
+    return cache_dir() / repo / "snapshots" / info.sha
 
 
 def damaged_files(info: ModelInfo, folder: Path) -> list[RepoFile]:
@@ -97,13 +101,11 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
         )
 
 
-def _snapshot(
+def snapshot(
     info: ModelInfo, files: Sequence[RepoFile], token: str | None, progress: Progress | None
 ) -> Path:
     """snapshot_download of exactly these files."""
-    cache = cache_dir()
-    repo = cache / constants.REPO_ID_SEPARATOR.join(["models", *info.id.split("/")])
-    here = repo / "snapshots" / info.sha
+    cache, here = cache_dir(), cached_folder(info)
     n_total = sum(file.n_bytes for file in files)
     n_cached = sum(file.n_bytes for file in files if (here / file.path).is_file())
     check_disk(cache, n_total - n_cached)
@@ -157,57 +159,3 @@ def _byte_bar(progress: Progress | None, n_cached: int, n_total: int) -> type[tq
             return shown
 
     return ByteBar
-
-
-def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
-    """`folder` with everything but the weights: a converter can be asked for its plan there.
-
-    Small files are copied. Each safetensors file has its header and its size, and a hole where the
-    weights are. Of an adapter they are its base's, with its tokenizer over them. Raises
-    QuantkitError.
-    """
-    source = _small_files(info, token)
-    if info.base is not None:
-        fetch_metadata(info.base, token, folder)
-        overlay(source, [f.path for f in info.files if f.path not in info.weights], folder)
-        return folder
-    _make_shells(info, info.files, source, token, folder)
-    return folder
-
-
-def fetch_adapter(info: ModelInfo, token: str | None, folder: Path) -> Path:
-    """`folder` with an adapter's settings, and the header of its weights before a hole."""
-    files = [file for file in info.files if file.path in (CONFIG, *info.weights)]
-    _make_shells(info, files, _small_files(info, token), token, folder)
-    return folder
-
-
-def _small_files(info: ModelInfo, token: str | None) -> Path:
-    """A folder with everything but the weights."""
-    small = [file for file in info.files if file.path not in info.weights]
-    if info.local_path:
-        return Path(info.local_path)
-    return _snapshot(info, small, token, progress=None)
-
-
-def _make_shells(
-    info: ModelInfo, files: Sequence[RepoFile], source: Path, token: str | None, folder: Path
-) -> None:
-    """Copy small files, and of weights the header and the size."""
-    for file in files:
-        target = folder / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        if file.path not in info.weights:
-            shutil.copyfile(source / file.path, target)
-
-    def make_shell(file: RepoFile) -> None:
-        header = (
-            header_bytes(source / file.path)
-            if info.local_path
-            else remote_header(info.id, info.sha, file, token)
-        )
-        write_shell(folder / file.path, header, file.n_bytes)
-
-    with ThreadPoolExecutor(N_WORKERS) as pool:
-        list(pool.map(make_shell, [file for file in files if file.path in info.weights]))

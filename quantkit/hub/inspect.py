@@ -7,23 +7,21 @@ header; no weights.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from huggingface_hub import ModelInfo as RemoteModel
 
+from quantkit.card_data import read_card
 from quantkit.errors import QuantkitError
 from quantkit.hub.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
+from quantkit.hub.bounds import check_numbers
 from quantkit.hub.client import Asked, call, hf_api, read_start
 from quantkit.hub.errors import CAUGHT, ModelNotFound
 from quantkit.hub.model import (
-    INDEX,
-    SINGLE,
     ModelInfo,
     RepoFile,
     count_parameters,
@@ -33,12 +31,20 @@ from quantkit.hub.model import (
     refuse_by_config,
     refuse_by_files,
     strings,
-    weight_names,
 )
-from quantkit.hub.quantized import CannotExpand, expanded, quantization_of, source_of
+from quantkit.hub.quantized import (
+    STALE,
+    CannotExpand,
+    expanded,
+    is_stale,
+    quantization_of,
+    source_of,
+    without_quantization,
+)
 from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.rundir import sha256_file
 from quantkit.safetensors_file import Header, header_length, parse_header, read_header
+from quantkit.weight_files import INDEX, SINGLE, choose, main_dtype, shown, stored
 
 logger = logging.getLogger(__name__)
 
@@ -185,10 +191,9 @@ def _folder_name(folder: Path) -> str:
 def _card(readme: Path) -> dict[str, Any]:
     """The YAML at the top of a local README; a card that cannot be read describes nothing."""
     try:
-        card = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-        return json.loads(json.dumps(card.to_dict(), default=str))  # YAML has dates, JSON none
-    except Exception as error:  # yaml raises its own; nothing of the model depends on the card
-        logger.warning("%s has no readable metadata: %s", readme, type(error).__name__)
+        return read_card(readme.read_bytes())
+    except QuantkitError as error:  # nothing of the model depends on it
+        logger.warning("%s of %s is not read: %s", readme.name, readme.parent, error.message)
         return {}
 
 
@@ -218,11 +223,13 @@ def _describe(
     """The part that is the same for the Hub and a folder. Raises QuantkitError for refusals."""
     by_path = {file.path: file for file in files}
     bases = strings(card.get("base_model"))
-    base = index = None
+    notes: list[str] = []
+    base, dtype = None, ""
     if is_adapter(by_path):
         settings = parse_object(read_file(CONFIG, _MAX_CONFIG_BYTES), f"{CONFIG} of {name}")
         base = inspect_base(read_adapter(name, by_path, settings))
-        config, bases = base.config, (base.id,)
+        config, bases, dtype = base.config, (base.id,), base.dtype or ""
+        notes += base.notes
         weights: tuple[str, ...] = (WEIGHTS,)
         read_headers([by_path[WEIGHTS]])
         n_by_dtype = base.n_by_dtype
@@ -232,16 +239,25 @@ def _describe(
         refuse_by_files(name, list(by_path), library, bases)
         config = parse_object(read_file("config.json", _MAX_CONFIG_BYTES), f"config.json of {name}")
         refuse_by_config(name, config)
-        if SINGLE not in by_path:
-            index = parse_object(read_file(INDEX, _MAX_INDEX_BYTES), f"{INDEX} of {name}")
-        weights = weight_names(name, by_path, index)
+        weights = choose(
+            name,
+            by_path,
+            lambda: parse_object(read_file(INDEX, _MAX_INDEX_BYTES), f"{INDEX} of {name}"),
+        )
         headers = read_headers([by_path[path] for path in weights])
-        n_by_dtype = count_parameters(t for header in headers for t in header.tensors)
+        found = stored(name, zip(weights, (header.tensors for header in headers), strict=True))
+        tensors = {tensor_name: tensor for tensor_name, (_, tensor) in found.items()}
+        if is_stale(config, tensors):
+            method = shown(str((quantization_of(config) or {}).get("quant_method")))
+            notes.append(STALE.format(method=method))
+            config = without_quantization(config)
+        check_numbers(name, config, tensors.values())
+        n_by_dtype = count_parameters(tensors.values())
         source = source_of(name, config, bases)
         if source is not None and source.is_expanded:
-            stored = {t.name: t for header in headers for t in header.tensors}
-            n_by_dtype = count_parameters(expanded(source, stored).values())
-    needed = set(weights) if index is None else {INDEX, *weights}
+            n_by_dtype = count_parameters(expanded(source, tensors).values())
+        dtype = main_dtype(tensors.values()) or dtype
+    needed = set(weights) if weights in ((SINGLE,), (WEIGHTS,)) else {INDEX, *weights}
     wanted = [file for file in files if file.path in needed or is_small_file(file)]
     if local_path is not None:
         with ThreadPoolExecutor(2) as pool:
@@ -263,7 +279,7 @@ def _describe(
         model_type=str(config.get("model_type") or ""),
         n_parameters=sum(n_by_dtype.values()),
         n_by_dtype=n_by_dtype,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or next(iter(n_by_dtype), "")),
+        dtype=dtype or next(iter(n_by_dtype), ""),
         config=config,
         quantization=quantization_of(config),
         license=next(iter(strings(card.get("license"))), None),
@@ -279,6 +295,7 @@ def _describe(
         card=card,
         local_path=local_path,
         base=base,
+        notes=tuple(notes),
     )
 
 

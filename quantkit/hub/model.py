@@ -21,9 +21,8 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.hub.quantized import Expanded
 from quantkit.safetensors_file import StoredTensor
+from quantkit.weight_files import INDEX, SINGLE, shown
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _MAX_SMALL_BYTES = 200_000_000  # tokenizers reach 40 MB; more is data that happens to lie there
 _SMALL = re.compile(
     r"[^/]+\.(json|jinja|txt|model|tiktoken|bpe)|tokenizer\.model\.v\d+"
@@ -57,7 +56,7 @@ class ModelInfo:
     model_type: str
     n_parameters: int
     n_by_dtype: dict[str, int]  # stored dtype (BF16, F8_E4M3, ...) -> parameters
-    dtype: str | None  # as the config names it, else the commonest stored one
+    dtype: str | None  # that of most weights, whatever the config says
     config: dict[str, Any]
     quantization: dict[str, Any] | None  # quantization_config of the config
     license: str | None = None
@@ -73,6 +72,7 @@ class ModelInfo:
     card: dict[str, Any] = field(default_factory=dict)  # the YAML at the top of README.md
     local_path: str | None = None
     base: ModelInfo | None = None  # of an adapter: the model that it is merged onto
+    notes: tuple[str, ...] = ()  # where weights and config disagree and the weights decided
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ModelInfo:
@@ -80,8 +80,8 @@ class ModelInfo:
         if value.get("base") is not None:
             value["base"] = cls.from_json(value["base"])
         value["files"] = tuple(RepoFile(**file) for file in value["files"])
-        for name in ("weights", "architectures", "base_model", "languages", "tags"):
-            value[name] = tuple(value[name])
+        for name in ("weights", "architectures", "base_model", "languages", "tags", "notes"):
+            value[name] = tuple(value.get(name, ()))
         return cls(**value)
 
 
@@ -90,12 +90,6 @@ def strings(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     return tuple(str(item) for item in value) if isinstance(value, (list, tuple)) else ()
-
-
-def shown(text: str) -> str:
-    """A name that a stranger chose, fit for a sentence: printable and short."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= 100 else clean[:99] + "…"
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
@@ -119,36 +113,6 @@ def is_small_file(file: RepoFile) -> bool:
         and file.n_bytes <= _MAX_SMALL_BYTES
         and not file.path.endswith(".index.json")  # the one in use is added by name
     )
-
-
-def weight_names(model: str, paths: Iterable[str], index: dict[str, Any] | None) -> tuple[str, ...]:
-    """The safetensors files that hold the model, chosen as transformers chooses them.
-
-    Raises QuantkitError when the index is malformed or names files that are not there. Names from
-    the index count only if the listing has them: an index cannot point outside the repository.
-    """
-    present = set(paths)
-    if SINGLE in present:
-        return (SINGLE,)
-    weight_map = (index or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise QuantkitError(
-            f"{INDEX} of {model} lists no weights.", "Tell its author, or use another revision."
-        )
-    names = sorted({str(name) for name in weight_map.values()})
-    missing = [name for name in names if name not in present or not _is_plain(name)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise QuantkitError(
-            f"{model} is incomplete: its index names {shown(missing[0])}{more}, which is not "
-            "there.",
-            "Download it again, use another revision, or tell its author.",
-        )
-    return tuple(names)
-
-
-def _is_plain(name: str) -> bool:
-    return name.endswith(".safetensors") and PurePosixPath(name).name == name
 
 
 def count_parameters(tensors: Iterable[StoredTensor | Expanded]) -> dict[str, int]:

@@ -40,9 +40,11 @@ def stream(
     *,
     limits: Limits | None = None,
     readable: Sequence[Path] = (),
+    writable: Path | None = None,
+    log: Path | None = None,
 ) -> Iterator[Any]:
     """The same for a generator: its values as they come. Closing the iterator ends the child."""
-    return listen(_job(function, arguments, limits, readable, None, None), "part")
+    return listen(_job(function, arguments, limits, readable, writable, log), "part")
 
 
 @cache

@@ -5,14 +5,23 @@ llama.cpp's own converter does the work, sandboxed (`quantkit.converter`). Besid
 `tensors.json` (shapes, types, which tensors llama.cpp lets one quantize) and `rowmaps.safetensors`
 (which row of which Hugging Face weight is which row here). Of a model that sees or hears also
 `mmproj.gguf`, the encoder in 16 bits, which llama.cpp loads beside the language model.
+
+`base.gguf` is held against its original before anything long is done with it: every id and the
+tokens of texts against the tokenizer (`quantkit.tokens`), logits against the model as transformers
+loads it from the user's own files (`quantkit.parity`), and every linear layer must be found in that
+model, or be missing for a reason that is known by name (`quantkit.unmapped`). What was found is
+`checks.json`, for the report.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantkit import hub
 from quantkit.converter.architectures import tables
 from quantkit.converter.convert import convert
 from quantkit.errors import QuantkitError
@@ -20,15 +29,19 @@ from quantkit.ggufio.read import GgufFile
 from quantkit.levels import plan_levels
 from quantkit.plan import check_sizes, specs_of
 from quantkit.qtypes import QuantType
+from quantkit.report.schema import Check
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.stages import StageResult, fetch, open_model
 from quantkit.tensors import TensorSpec
+from quantkit.unmapped import reason_of
 
 if TYPE_CHECKING:
+    from quantkit.parity import Original
     from quantkit.pipeline import Run
+    from quantkit.tokens import Tokens
 
 NAME = "convert"
-VERSION = 3
+VERSION = 4
 FIELDS: tuple[str, ...] = ()
 
 
@@ -45,14 +58,21 @@ def execute(run: Run) -> StageResult:
     def progress(done: int, total: int) -> None:
         run.events.progress(NAME, done, max(done, total), "llama.cpp's converter writes base.gguf")
 
-    result = convert(snapshot.folder, base_path, model_name=model_name(snapshot), progress=progress)
+    result = convert(
+        snapshot.folder,
+        base_path,
+        model_name=model_name(snapshot),
+        left_out=snapshot.left_out,
+        progress=progress,
+    )
     run.events.emit(NAME, "note", f"sandbox: {result.sandbox}")
-    for warning in result.warnings:
-        run.events.emit(NAME, "note", f"converter: {warning}")
+    for note in (*(f"converter: {warning}" for warning in result.warnings), *result.tokens.notes):
+        run.events.emit(NAME, "note", note)
     base = GgufFile(base_path)
     specs = specs_of(base)
     check_sizes(run.config, base, plan_levels(specs, run.config))  # before the long work
     quantizable = {spec.name for spec in specs.values() if spec.quantizable}
+    checks = _check(run, snapshot, base, result.tokens)
 
     model = open_model(run, NAME, snapshot.folder)
     matcher = RowMatcher(model.model, model.weight)
@@ -67,12 +87,13 @@ def execute(run: Run) -> StageResult:
             "No tensor of base.gguf was found in the model that transformers loads.",
             "This architecture is not supported yet: please open an issue with the model's id.",
         )
+    _check_unmapped(run, base, unmapped)
     rowmaps_path = folder / "rowmaps.safetensors"
     save_row_maps(maps, rowmaps_path)
     n_mapped = sum(specs[name].n_elements for name in maps)
     n_all = sum(specs[name].n_elements for name in quantizable)
     tensors = {"specs": list(specs.values()), "unmapped": unmapped, "conversion": result.to_json()}
-    outputs = [base_path, write_json(folder / "tensors.json", tensors), rowmaps_path]
+    outputs = [base_path, write_json(folder / "tensors.json", tensors), rowmaps_path, checks]
     projector = projector_path(run.dir)
     if _make_projector(run, snapshot, projector):
         outputs.append(projector)
@@ -82,6 +103,73 @@ def execute(run: Run) -> StageResult:
         "unmapped": unmapped,
     }
     return StageResult(outputs, summary)
+
+
+def _check(run: Run, snapshot: fetch.Snapshot, base: GgufFile, tokens: Tokens) -> Path:
+    """Hold `base.gguf` against its original, and keep what was found. Raises QuantkitError where it
+    is something else.
+    """
+    from quantkit.parity import check_logits
+
+    folder = run.dir.stage_dir(NAME)
+    run.events.emit(NAME, "note", "comparing base.gguf with the model that transformers loads")
+    logits, measured = check_logits(base, tokens.ids, _originals(snapshot), folder)
+    run.events.emit(NAME, "note", f"{logits.name}: {logits.about}")
+    found = {
+        "checks": [asdict(tokens.check), asdict(logits)],
+        "apart": tokens.apart,
+        "text": tokens.text,
+        "logits": measured,
+    }
+    return write_json(folder / "checks.json", found)
+
+
+def load_checks(directory: RunDir) -> list[Check]:
+    """What a finished convert stage found of `base.gguf`."""
+    return [Check(**c) for c in read_json(directory.stage_dir(NAME) / "checks.json")["checks"]]
+
+
+def _originals(snapshot: fetch.Snapshot) -> list[Original]:
+    """Where the model lies as its author made it, not as fetch wrote it again. PEFT is the judge of
+    adapters where it is installed.
+    """
+    from quantkit.parity import COPY, MERGED, Original
+
+    info = snapshot.info
+    if info.base is not None:
+        merged = Original(f"transformers on {MERGED}", snapshot.folder)
+        if importlib.util.find_spec("peft") is None:
+            return [Original(f"{merged.name} (PEFT is not installed)", snapshot.folder)]
+        return [Original("PEFT on transformers", _own(info.base), _own(info)), merged]
+    source = hub.source_of(info.id, info.config, info.base_model)
+    if source is not None and source.is_expanded:
+        return [Original("transformers", _own(info)), Original(COPY, snapshot.folder)]
+    return [Original("transformers", snapshot.folder)]
+
+
+def _own(info: hub.ModelInfo) -> Path:
+    """The folder with the files as they were fetched; what the cache has lost comes again."""
+    folder = hub.cached_folder(info)
+    if hub.damaged_files(info, folder):
+        folder = hub.download(info, hub.resolve_token())
+    return folder
+
+
+def _check_unmapped(run: Run, base: GgufFile, unmapped: list[str]) -> None:
+    """Raise QuantkitError for linear layers that should be in the model and are not."""
+    reasons = {name: reason_of(base.metadata, name) for name in unmapped}
+    lost = [name for name, reason in reasons.items() if reason is None]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise QuantkitError(
+            f"Linear layers of base.gguf are not found in the model that transformers loads:"
+            f" {', '.join(lost[:3])}{more}.",
+            "The model's files may not belong together; else its architecture is not supported"
+            " yet: please open an issue with its id.",
+        )
+    for reason in sorted({reason for reason in reasons.values() if reason}):
+        n = sum(found == reason for found in reasons.values())
+        run.events.emit(NAME, "note", f"{n} tensors are not calibrated: they belong to {reason}")
 
 
 def projector_path(directory: RunDir) -> Path:

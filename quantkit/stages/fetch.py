@@ -8,6 +8,7 @@ is merged onto its base, and a quantized checkpoint expanded to 16 bits, in this
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from quantkit import hub, texts
 from quantkit.config import RunConfig
 from quantkit.converter.architectures import check_architecture
 from quantkit.errors import QuantkitError
+from quantkit.fit import Fit, check_fit, copies_in, kept_notes
 from quantkit.output import safe_name
 from quantkit.qtypes import BF16, QuantType
 from quantkit.rundir import RunDir, read_json, write_json
@@ -43,6 +45,7 @@ class Snapshot:
 
     info: hub.ModelInfo
     folder: Path
+    left_out: tuple[str, ...] = ()  # stored tensors that are no part of the model
 
 
 def execute(run: Run) -> StageResult:
@@ -67,6 +70,7 @@ def execute(run: Run) -> StageResult:
         hub.check_write(run.config.publish, token, why_private(run.config, info) is not None)
     hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
+    fit = _look_at_headers(run, info, token)
     source = hub.source_of(info.id, info.config, info.base_model)
     if source is not None:
         run.events.emit(NAME, "note", source.sentence(info.base_model))
@@ -84,11 +88,18 @@ def execute(run: Run) -> StageResult:
         run.events.emit(NAME, "note", f"merging {info.id} onto {info.base.id}")
         base_files, own_files = ([f.path for f in i.files] for i in (info.base, info))
         made = merge(base, base_files, adapter, own_files, folder)
+        fit = check_fit(folder)
+    copied = copies_in(folder, fit.tied)
+    for note in kept_notes(fit.tied, copied):
+        run.events.emit(NAME, "note", note)
     if folder.is_relative_to(run.dir.path):  # that folder may be moved, or named otherwise
         folder = folder.relative_to(run.dir.path)
     else:
         folder = folder.absolute()
-    path = write_json(_path(run.dir), {"info": info, "folder": str(folder)})
+    path = write_json(
+        _path(run.dir),
+        {"info": info, "folder": str(folder), "left_out": [*fit.unread, *copied]},
+    )
     summary = {
         "model": info.id,
         "sha": info.sha,
@@ -103,6 +114,22 @@ def execute(run: Run) -> StageResult:
     if info.base is not None:
         summary |= {"base": info.base.id, "base_sha": info.base.sha}
     return StageResult([path, *made], summary)
+
+
+def _look_at_headers(run: Run, info: hub.ModelInfo, token: str | None) -> Fit:
+    """Whether transformers would load the model whole, before its weights are downloaded."""
+    headers = run.dir.stage_dir(NAME) / "headers"
+    try:
+        fit = check_fit(hub.fetch_metadata(info, token, headers))
+        if info.base is not None:
+            from quantkit.lora import merge_shell  # needs torch
+
+            merge_shell(headers, hub.fetch_adapter(info, token, headers / "adapter"))
+    finally:
+        shutil.rmtree(headers, ignore_errors=True)
+    for note in (*info.notes, *fit.notes):
+        run.events.emit(NAME, "note", note)
+    return fit
 
 
 def _bring(run: Run, info: hub.ModelInfo, token: str | None) -> Path:
@@ -133,7 +160,7 @@ def load(run_dir: RunDir) -> Snapshot:
     is_made = not Path(value["folder"]).is_absolute()  # and looked after by the manifest
     if not is_made and hub.damaged_files(info, folder):
         folder = hub.download(info, hub.resolve_token())
-    return Snapshot(info, folder)
+    return Snapshot(info, folder, tuple(value.get("left_out", ())))
 
 
 def _path(run_dir: RunDir) -> Path:

@@ -185,6 +185,7 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
                 f"{ours.name} is not what was stitched: {check.about}.",
                 "This is a bug: please report it.",
             )
+    found += convert.load_checks(run.dir)
     found += _logit_checks(run, file, text, runtime)
     said = generation.answer(ours, _PROMPT, n_tokens=48, runtime=runtime)
     found.append(integrity.chat_check(said))
@@ -208,7 +209,7 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
     try:
         logits = integrity.torch_logits(folder, maps, file, ids, run.config.device)
     except QuantkitError as error:
-        return [Check(name, None, error.message) for name in names]
+        return [Check(name, False, f"not compared: {error.message}") for name in names]
     with expanded_to_f16(file.path, run.dir.stage_dir(NAME), runtime) as f16:
         at_f16 = agreement.measure(f16, ids, logits, runtime)
     as_it_is = agreement.measure(file.path, ids, logits, runtime)

@@ -1,0 +1,100 @@
+"""A stranger's chat template, rendered where it can do no harm.
+
+A template is a program: it may loop for ever, or make a text of gigabytes. transformers runs it in
+Jinja's sandbox; here that happens in a limited process of its own, and the outcome is a text or a
+sentence.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
+
+# A conversation that every template takes: turns in order, no system message, no tools.
+CONVERSATION: tuple[dict[str, str], ...] = (
+    {"role": "user", "content": "Name three things that float on water, and say why."},
+    {
+        "role": "assistant",
+        "content": "Wood, ice and a cork: each is lighter than the water it displaces (1 g/cm³).",
+    },
+    {
+        "role": "user",
+        "content": "Write it as code:\n\n```python\ndef floats(density: float) -> bool:\n    "
+        "return density < 1.0  # g/cm³\n```\nUnd auf Deutsch? И по-русски? 用中文呢？",
+    },
+)
+_SECONDS = 20  # a real one takes milliseconds
+_MAX_LETTERS = 1_000_000
+_LIMITS = sandbox.Limits(
+    cpu_seconds=120, wall_seconds=240, memory_bytes=4 * 2**30, file_bytes=2**20
+)
+
+
+def render(
+    folder: Path, messages: Sequence[dict[str, str]] = CONVERSATION, log: Path | None = None
+) -> dict[str, str]:
+    """The prompt for `messages` by the chat template of the tokenizer in `folder`, in a sandboxed
+    process: `text`, or `error`, a sentence. Neither where it has no template.
+    """
+    try:
+        found: dict[str, str] = sandbox.call(
+            "quantkit.templates:rendered_in",
+            {"folder": str(folder), "messages": list(messages)},
+            limits=_LIMITS,
+            readable=readable(folder),
+            log=log,
+        )
+    except QuantkitError as error:
+        return {"error": f"The chat template cannot be rendered: {error.message}"}
+    return found
+
+
+def readable(folder: Path) -> tuple[Path, ...]:
+    """What a process needs to be shown for the files of a folder, which may be links (to the blobs
+    of the Hub's cache).
+    """
+    homes = {path.resolve().parent for path in folder.iterdir()} if folder.is_dir() else set()
+    return tuple(sorted({folder.resolve(), folder.absolute(), *homes}))
+
+
+def rendered_in(folder: str, messages: list[dict[str, str]]) -> dict[str, str]:
+    """`render` in the process that does it."""
+    from transformers import AutoTokenizer
+
+    return rendered(
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        messages,
+    )
+
+
+def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, str]:
+    """`text`, or `error`, a sentence; neither without a template. Only for the main thread of a
+    limited process: an endless loop is ended by an alarm, a huge text by the process's limits.
+    """
+    if not tokenizer.chat_template:
+        return {}
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"it is not done after {_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(_SECONDS)
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template can raise anything
+        about = (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+        return {"error": f"The chat template cannot be rendered: {about or type(error).__name__}."}
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    if not isinstance(text, str) or len(text) > _MAX_LETTERS:
+        return {"error": f"The chat template makes more than {_MAX_LETTERS:,} letters."}
+    return {"text": text}

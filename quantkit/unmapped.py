@@ -1,0 +1,33 @@
+"""Linear layers of a GGUF that the model of transformers is right not to have, each with its
+reason. Any other that is not found there shows that the two are not one model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def reason_of(metadata: Mapping[str, Any], tensor: str) -> str | None:
+    """Why a tensor is not in the model that transformers loads; None where it should be.
+
+    Args:
+        metadata: the GGUF's keys.
+    """
+    return _prediction_head(metadata, tensor)
+
+
+def _prediction_head(metadata: Mapping[str, Any], tensor: str) -> str | None:
+    """DeepSeek-V3, GLM-4.5, Qwen3-Next and others ship blocks that guess a token further on.
+    llama.cpp counts them as its last blocks; transformers leaves them in the checkpoint.
+    """
+    architecture = metadata["general.architecture"]
+    n_heads = int(metadata.get(f"{architecture}.nextn_predict_layers", 0))
+    n_blocks = int(metadata.get(f"{architecture}.block_count", 0))
+    found = _BLOCK.match(tensor)
+    if n_heads and found and int(found[1]) >= n_blocks - n_heads:
+        return "a prediction head, which transformers does not load"
+    return None
