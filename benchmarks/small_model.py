@@ -50,7 +50,7 @@ def main() -> None:
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(options.out)
-    tokenizer = AutoTokenizer.from_pretrained(options.out)
+    tokenizer = AutoTokenizer.from_pretrained(options.out, trust_remote_code=False)
     domains = [builtin_text(name, 8_000_000) for name in ("docs", "code")]
     texts = [text for domain in domains if domain is not None for text in domain.documents]
     random.Random(1).shuffle(texts)

@@ -125,7 +125,7 @@ def _load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder = str(source["folder"])
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(part, name, False):
@@ -142,6 +142,7 @@ def _load(
     model, about = kind.from_pretrained(
         folder,
         config=config,
+        trust_remote_code=False,
         dtype=torch.float32,
         local_files_only=True,
         use_safetensors=True,

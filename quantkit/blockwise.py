@@ -27,7 +27,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from quantkit.codeless import codeless
 from quantkit.errors import QuantkitError
 from quantkit.hub.quantized import is_stale
 from quantkit.weight_files import few, main_dtype, shown, tensors_of
@@ -43,11 +45,12 @@ def load_model(
 
     Raises QuantkitError when transformers cannot load it, or would draw a weight at random.
     """
-    with refusals_told():
-        kind, config = class_of(folder)
+    with refusals_told(), codeless(folder) as plain:
+        kind, config = class_of(plain)
         model, report = kind.from_pretrained(
-            folder,
+            plain,
             config=config,
+            trust_remote_code=False,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -63,9 +66,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
     Raises QuantkitError when transformers cannot make it.
     """
-    with refusals_told(), torch.device("meta"):
-        kind, config = class_of(folder)
-        return kind.from_config(config)
+    with refusals_told(), codeless(folder) as plain, torch.device("meta"):
+        kind, config = class_of(plain)
+        return kind.from_config(config, trust_remote_code=False)
 
 
 def check_loaded(missing: Iterable[str], mismatched: Iterable[str] = ()) -> None:
@@ -88,7 +91,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     """
     tensors = {name: tensor for name, (_, tensor) in tensors_of(folder).items()}
     settings = json.loads((folder / "config.json").read_text("utf-8"))
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(part, name, False):
@@ -105,7 +108,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def refusals_told() -> Iterator[None]:
+def refusals_told(what: str = "model") -> Iterator[None]:
     """transformers' errors, as sentences for people. A config may make it raise anything."""
     try:
         yield
@@ -114,7 +117,7 @@ def refusals_told() -> Iterator[None]:
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise QuantkitError(
-            f"transformers cannot load this model: {shown((lines or [type(error).__name__])[0])}",
+            f"transformers cannot load this {what}: {shown((lines or [type(error).__name__])[0])}",
             "It must be a causal language model that loads without remote code.",
         ) from error
 
@@ -127,8 +130,23 @@ def compute_dtype(device: str) -> torch.dtype:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, without remote code or network."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """The checkpoint's tokenizer, without remote code or network. Raises QuantkitError."""
+    with refusals_told("tokenizer"), codeless(folder) as plain:
+        _check_tokenizer_class(plain)
+        return AutoTokenizer.from_pretrained(plain, local_files_only=True, trust_remote_code=False)
+
+
+def _check_tokenizer_class(folder: Path) -> None:
+    """Raises ValueError for a class that transformers lacks where nothing but that class says how
+    the vocabulary is used: transformers would take another and give other tokens.
+    """
+    path = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").exists() or not path.exists():
+        return
+    settings = json.loads(path.read_bytes())
+    name = settings.get("tokenizer_class") if isinstance(settings, dict) else None
+    if isinstance(name, str) and tokenizer_class_from_name(name) is None:
+        raise ValueError(f"it has no {shown(name)}, and there is no tokenizer.json")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from quantkit.hub import ModelInfo, source_of
 from quantkit.output import safe_name
 from quantkit.report import plots, tables, text
 from quantkit.report.schema import OURS, Report, Row
+from quantkit.words import all_markdown, markdown, metadata, repo_ids, web_link
+from quantkit.words import tags as tags_of
 
-_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _TAGS = ("gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq")
 _NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")  # of the base
 
@@ -24,7 +25,7 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
     """The card's YAML: the base card's licence, languages and tags, where the model comes from,
     measured results.
     """
-    kept = {key: info.card[key] for key in _KEPT if info.card.get(key)}
+    kept = metadata(info.card, _repo(info))
     results = []
     for output in report.outputs:
         text_name = "held-out text" + _of_one(report, output)
@@ -37,7 +38,7 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
             _result(t.name + _of_one(report, output), "accuracy", "Accuracy", t.value)
             for t in output.tasks
         ]
-    tags = dict.fromkeys([*_TAGS, *(str(t) for t in info.card.get("tags") or [])])
+    tags = dict.fromkeys([*_TAGS, *tags_of(info.card.get("tags"))])
     return ModelCardData(
         model_name=_title(info, report),
         base_model=_base_model(info),
@@ -67,7 +68,14 @@ def _base_model(info: ModelInfo) -> str | list[str] | None:
     if info.base is not None:  # the fine-tune, and what it was merged onto
         found = [i.id for i in (info, info.base) if not i.local_path]
         return found or None
-    return info.card.get("base_model") if info.local_path else info.id
+    if not info.local_path:
+        return info.id
+    named = repo_ids(info.card.get("base_model"))
+    return named if len(named) > 1 else next(iter(named), None)
+
+
+def _repo(info: ModelInfo) -> str | None:
+    return None if info.local_path else info.id
 
 
 def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
@@ -94,6 +102,7 @@ def model_card(
     Raises:
         QuantkitError: the report is of another version.
     """
+    raw, value = value, all_markdown(value)
     report = reports.read(value)
     outputs, names = report.outputs, plots.names_by_output(report)
     middle = len(outputs) // 2  # of several sizes the commands name the one in the middle
@@ -143,7 +152,7 @@ def model_card(
     if groups is not None:
         parts += ["## Fallbacks", reports.set_table(groups)]
     body = "\n\n".join(parts) + "\n"
-    return str(ModelCard(f"---\n{card_data(info, report).to_yaml()}\n---\n\n{body}"))
+    return str(ModelCard(f"---\n{card_data(info, reports.read(raw)).to_yaml()}\n---\n\n{body}"))
 
 
 def _size(report: Report) -> str:
@@ -161,9 +170,9 @@ def _origin(info: ModelInfo) -> str:
 def _named(info: ModelInfo) -> str:
     if not info.local_path:
         return f"[{info.id}](https://huggingface.co/{info.id})"
-    name = info.id.rsplit("/", 1)[-1]
-    base = info.card.get("base_model")
-    return f"{name} ([{base}](https://huggingface.co/{base}))" if isinstance(base, str) else name
+    name = markdown(info.id.rsplit("/", 1)[-1])
+    base = next(iter(repo_ids(info.card.get("base_model"))), None)
+    return f"{name} ([{base}](https://huggingface.co/{base}))" if base else name
 
 
 def _link(name: str, repo: str | None) -> str:
@@ -323,11 +332,11 @@ def _limits(info: ModelInfo) -> str:
     ]
     source = source_of(info.id, info.config, info.base_model)
     if source is not None:
-        lines.append(source.sentence(info.base_model))
+        lines.append(source.sentence(tuple(map(markdown, info.base_model))))
     if info.gated:
         lines.append(
-            f"Access to {info.id} is gated: its owner's terms apply to this file, too. Such files"
-            " are published privately unless their maker decides otherwise."
+            f"Access to {markdown(info.id)} is gated: its owner's terms apply to this file, too."
+            " Such files are published privately unless their maker decides otherwise."
         )
     return "\n\n".join(lines)
 
@@ -335,6 +344,6 @@ def _limits(info: ModelInfo) -> str:
 def _licence(info: ModelInfo) -> str:
     if not info.license:
         return ", which does not state one"
-    name = info.license_name or info.license
-    link = info.license_link
-    return f" ([{name}]({link}))" if link and link.startswith("https://") else f" ({name})"
+    name = markdown(info.license_name or info.license)
+    link = web_link(info.license_link, _repo(info))
+    return f" ([{name}]({link}))" if link else f" ({name})"

@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__, compare_options, faults, secrets, terminal
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.rundir import STAGES, RunDir, read_events
 from quantkit.tensors import METHODS, to_json
 from quantkit.terminal import Printer
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with terminal.ending_with_threads(folder):
             answer = arguments.command(arguments)
         if getattr(arguments, "json", False):
-            print(json.dumps(to_json(answer), ensure_ascii=False))
+            print(printable(json.dumps(to_json(answer), ensure_ascii=False)))
         sys.stdout.flush()
     except QuantkitError as error:
         return terminal.failed(faults.explain(error, folder) or error)
@@ -147,7 +147,7 @@ def _add_visibility(parser: argparse.ArgumentParser) -> None:
     seen = parser.add_mutually_exclusive_group()
     seen.add_argument("--private", action="store_true", help="make that repository private")
     seen.add_argument(
-        "--public", action="store_true", help="make it public even if the model is gated"
+        "--public", action="store_true", help="make it public even if the model is private or gated"
     )
 
 
@@ -237,8 +237,8 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     options = compare_options.chosen(arguments)
     made = compare.compare(arguments.base, arguments.files, options, arguments.out)
     if not arguments.json:
-        print(report.markdown(made))
-    print(f"report: {arguments.out / 'report.html'}", file=sys.stderr)
+        print(printable(report.markdown(made)))
+    print(f"report: {printable(str(arguments.out / 'report.html'))}", file=sys.stderr)
     return {"folder": str(arguments.out), "verdict": report.verdict(made)}
 
 
@@ -294,10 +294,12 @@ def _given_file(option: str, name: str) -> str:
     path = Path(name).expanduser().absolute()
     if not path.is_file():
         raise UsageError(f"There is no file {name}.", f"Check the path after {option}.")
+    check_writable_name(str(path))
     return str(path)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_writable_name(str(arguments.out.absolute()))
     return _execute(_config(arguments), arguments.out)
 
 
@@ -341,8 +343,8 @@ def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
     records = pipeline.run(config, folder, shown)
     report_path = RunDir(folder).stage_dir("validate") / "report.md"
     with suppress(OSError):
-        print(report_path.read_text("utf-8"), file=sys.stderr)
-        files = RunDir(folder).stage_dir("publish")
+        print(printable(report_path.read_text("utf-8")), file=sys.stderr)
+        files = printable(str(RunDir(folder).stage_dir("publish")))
         print(f"\nfiles: {files}\nweb page: make app", file=sys.stderr)
     return {
         "folder": str(folder),
@@ -374,7 +376,8 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     likely = pipeline.last_end(directory) if state == "interrupted" else ""
     if not arguments.json:
-        print(f"{arguments.folder}: {state}")
+        folder = printable(str(arguments.folder))
+        print(f"{folder}: {state}")
         for stage in STAGES:
             record = records.get(stage)
             print(f"  {stage:<10} " + (f"done in {record.seconds:.0f} s" if record else "-"))
@@ -386,11 +389,11 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
                 last.message,
                 last.data.get("remedy", ""),
             )
-            print(" ".join(words).rstrip())
+            print(printable(" ".join(map(str, words)).rstrip(), ""))
         if likely:
-            print(f"  {likely}")
+            print(f"  {printable(likely)}")
         if state in ("interrupted", "failed"):
-            print(f"  go on with: quantkit resume {arguments.folder}")
+            print(f"  go on with: quantkit resume {folder}")
     return {
         "folder": str(arguments.folder),
         "state": state,
@@ -414,7 +417,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
     made = plan.make_plan(_config(arguments))
     if not arguments.json:
-        print(plan.render(made))
+        print(printable(plan.render(made)))
     return made
 
 

@@ -219,7 +219,7 @@ class RunConfig:
     device: str = "cpu"
     publish: str | None = None
     private: bool = False
-    public: bool = False  # a gated model's file is published privately without this
+    public: bool = False  # a private or gated model's file is published privately without this
     collection: str | None = None  # of the Hub, that the published repository is put into
 
     def __post_init__(self) -> None:

@@ -92,12 +92,14 @@ def _make(folder: Path) -> None:
         "pretrained_model_name_or_path": str(path.parent),
         "gguf_file": path.name,
     }
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
     # What transformers reads from the GGUF lacks SmolLM2's splitting of digits.
     digits = pre_tokenizers.Digits(individual_digits=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     ids = tokenizer(
         "The capital of France is Paris, and the capital of Germany is", return_tensors="pt"
     ).input_ids

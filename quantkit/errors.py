@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 
 class QuantkitError(Exception):
     """Something a user can act on: what happened (`message`) and what to do about it (`remedy`).
@@ -18,3 +20,24 @@ class QuantkitError(Exception):
 
 class UsageError(QuantkitError):
     """The command or form was filled in wrongly and nothing was started: exit status 2."""
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """Text for a terminal or a log: names and licences are strangers' words, and what could steer
+    a terminal, or cannot be encoded, is shown as JSON writes it. Of `kept` nothing is made.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in kept else json.dumps(letter)[1:-1]
+        for letter in text
+    )
+
+
+def check_writable_name(name: str) -> None:
+    """Raises UsageError for a name that no record could hold: bytes that are no UTF-8, or what
+    could steer a terminal.
+    """
+    if not name.isprintable():
+        raise UsageError(
+            f"The name {printable(name, '')} has characters that cannot be shown.",
+            "Give the file or the folder another name.",
+        )

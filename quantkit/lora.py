@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from quantkit.adapted import Change, Changes, base_of, changes
+from quantkit.codeless import strip
+from quantkit.converter.checkpoint import write_shell
 from quantkit.errors import QuantkitError
-from quantkit.hub.adapter import CONFIG, WEIGHTS, Adapter, overlay, read_adapter
-
-_PREFIX = "base_model.model."
-_REMEDY = "Merge it yourself (peft's merge_and_unload), and give the merged model."
+from quantkit.hub.adapter import CONFIG, MERGE, WEIGHTS, overlay, read_adapter
+from quantkit.hub.model import parse_object, shown
+from quantkit.safetensors_file import StoredTensor, read_header
+from quantkit.weight_files import INDEX, in_folder
 
 
 def merge(
@@ -27,102 +27,110 @@ def merge(
     `own_files` (tokenizer, chat template) laid over. Returns the files. One weight file is in
     memory at a time, sums are taken in float32.
 
-    Raises QuantkitError where a part of the adapter has no place in the base.
+    Where PEFT changes one of two tied tables, the head gets a tensor of its own and the config says
+    that they are untied. Raises QuantkitError where a part of the adapter has no place in the base.
     """
-    settings = json.loads((adapter / CONFIG).read_text("utf-8"))
-    config = read_adapter(adapter.name, [WEIGHTS], settings)
     base_files = list(base_files)
     weights = [file for file in base_files if file.endswith(".safetensors")]
-    names: list[str] = []  # of the base's tensors
-    for file in weights:
-        with safe_open(base / file, "pt") as opened:
-            names += opened.keys()
-    changes = _changes(load_file(adapter / WEIGHTS), config, names)
+    made = _changes(base, weights, adapter)
+    tensors = load_file(adapter / WEIGHTS)
+    for one, other in made.same:
+        if not torch.equal(*_comparable(tensors[one], tensors[other])):
+            raise QuantkitError(
+                f"The adapter's {shown(one)} and {shown(other)} should be one, and differ.", MERGE
+            )
     out.mkdir(parents=True, exist_ok=True)
     for file in base_files:
         if file not in weights:
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, out / file)
     overlay(adapter, own_files, out)
+    strip(out)
+    if made.is_untied:
+        _untie(out)
     for file in weights:
-        tensors = load_file(base / file)
-        for name, change in changes.items():
-            if name in tensors:
-                tensors[name] = _changed(name, tensors[name], change, config.transposed)
-        save_file(tensors, out / file, metadata={"format": "pt"})
+        whole = load_file(base / file)
+        if made.head is not None and made.head[1] in whole:
+            name, table, change = made.head
+            whole[name] = _changed(name, whole[table].clone(), change, tensors)
+            _add_to_index(out, name, file)
+        for name, change in made.of.items():
+            if name in whole:
+                whole[name] = _changed(name, whole[name], change, tensors)
+        save_file(whole, out / file, metadata={"format": "pt"})
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-Change = tuple[torch.Tensor, ...]
-"""(scaled B, A), or one tensor that replaces the base's."""
+def merge_shell(folder: Path, adapter: Path) -> bool:
+    """Do the same to a folder of shells (`hub.fetch_metadata`), in place: headers, no weights.
+    `adapter` is a shell, too. Returns whether tied tables were untied: nothing else changes.
 
-
-def _changes(
-    tensors: Mapping[str, torch.Tensor], config: Adapter, names: Sequence[str]
-) -> dict[str, Change]:
-    """What is done to which tensor of the base."""
-    pairs: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    changes: dict[str, Change] = {}
-    for key, tensor in tensors.items():
-        found = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", key)
-        if found:
-            pairs[found[1].removeprefix(_PREFIX)][found[2]] = tensor
-        elif ".lora_" in key:
-            raise QuantkitError(
-                f"The adapter has {key}, which cannot be merged: only lora_A and lora_B of linear"
-                " layers can.",
-                _REMEDY,
-            )
-        else:  # a module that was trained whole (modules_to_save), or a bias
-            name = re.sub(r"\.(modules_to_save|base_layer)(\.default)?", "", key)
-            changes[_place(name.removeprefix(_PREFIX), names)] = (tensor.contiguous(),)
-    for module, pair in pairs.items():
-        if pair.keys() != {"A", "B"} or pair["A"].dim() != 2 or pair["B"].dim() != 2:
-            raise QuantkitError(f"The adapter has no whole lora_A and lora_B of {module}.", _REMEDY)
-        rank = len(pair["A"])
-        patterns = (a for p, a in config.alphas.items() if re.match(rf"(.*\.)?({p})$", module))
-        scale = next(patterns, config.alpha) / (rank**0.5 if config.use_rslora else rank)
-        name = _place(f"{module}.weight", names)
-        changes[name] = (pair["B"].float() * scale, pair["A"].float())
-    return changes
-
-
-def _place(name: str, names: Sequence[str]) -> str:
-    """The base's tensor of this name; checkpoints leave outer modules out, or name them otherwise,
-    but number layers alike.
+    Raises QuantkitError for what `merge` would refuse by its header.
     """
-    if name in names:
-        return name
-    tail = name[found.start() :] if (found := re.search(r"\blayers\.\d", name)) else name
-    near = [n for n in names if name.endswith(f".{n}") or n.endswith(f".{tail}")]
-    if len(near) != 1:
-        raise QuantkitError(
-            f"The adapter changes {name}, and its base has "
-            f"{'no such tensor' if not near else f'{len(near)} such tensors'}.",
-            "Check that the adapter names the right base; or merge it yourself"
-            " (peft's merge_and_unload).",
-        )
-    return near[0]
+    weights = [path.name for path in in_folder(folder)]
+    made = _changes(folder, weights, adapter)
+    if made.is_untied:
+        _untie(folder)
+    if made.head is None:
+        return made.is_untied
+    name, table, _ = made.head
+    for file in weights:
+        stored = {t.name: (t.dtype, t.shape) for t in read_header(folder / file).tensors}
+        if table in stored:
+            write_shell(folder / file, {**stored, name: stored[table]})
+            _add_to_index(folder, name, file)
+    return True
 
 
-def _changed(name: str, weight: torch.Tensor, change: Change, transposed: bool) -> torch.Tensor:
-    if len(change) == 1:
-        made = change[0].to(weight.dtype)
-    else:
-        delta = change[0] @ change[1]
-        delta = delta.T if transposed else delta
-        if delta.shape == weight.shape and weight.is_floating_point() and weight.itemsize > 1:
-            return (weight.float() + delta).to(weight.dtype)
-        made = delta
-    if made.shape != weight.shape:
+def _changes(base: Path, weights: Iterable[str], adapter: Path) -> Changes:
+    settings = parse_object((adapter / CONFIG).read_bytes(), CONFIG)
+    config = read_adapter(adapter.name, [WEIGHTS], settings)
+    stored: dict[str, StoredTensor] = {}
+    for file in weights:
+        stored |= {t.name: t for t in read_header(base / file).tensors}
+    tensors = {t.name: t for t in read_header(adapter / WEIGHTS).tensors}
+    return changes(config, tensors, stored, base_of(base))
+
+
+def _untie(folder: Path) -> None:
+    """Say in the config that the embedding and the head are two tables."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    _write_json(path, config)
+
+
+def _add_to_index(folder: Path, tensor: str, file: str) -> None:
+    path = folder / INDEX
+    if path.exists():
+        index = json.loads(path.read_text("utf-8"))
+        index["weight_map"][tensor] = file
+        _write_json(path, index)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.unlink()
+    path.write_text(json.dumps(value, indent=1), "utf-8")
+
+
+def _comparable(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A LoRA of a table is stored the other way round than the same one of the head."""
+    return one, other if one.shape == other.shape else other.T
+
+
+def _changed(
+    name: str, weight: torch.Tensor, change: Change, tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    made = weight if change.whole is None else tensors[change.whole]
+    if change.a is not None and change.b is not None:
+        delta = (tensors[change.b].float() * change.scale) @ tensors[change.a].float()
+        made = made.float() + (delta.T if change.is_transposed else delta)
+    made = made.to(weight.dtype).contiguous()
+    if not made.isfinite().all():
         raise QuantkitError(
-            f"The adapter's {name} is {tuple(made.shape)} and its base's {tuple(weight.shape)}.",
-            "It was trained on another base, or with a larger vocabulary: merge it yourself"
-            " (peft's resize_token_embeddings and merge_and_unload).",
-        )
-    if len(change) == 2:
-        raise QuantkitError(
-            f"The base of the adapter is quantized ({weight.dtype}): there is nothing to add to.",
-            "Name its full-precision original in adapter_config.json of a local copy.",
+            f"With the adapter {shown(name)} has values that {weight.dtype} cannot hold.",
+            "Merge it in a wider type yourself, and give the merged model.",
         )
     return made

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.opponents import Opponent
 from quantkit.report.measures import Measures
@@ -219,3 +220,27 @@ class Meter:
                 "flips": {metric: asdict(value) for metric, value in flips.items()},
             }
         }
+
+
+def check_text(path: Path) -> None:
+    """Raises QuantkitError when validate could not measure on this text."""
+    from evaluators.errors import EvaluationError
+    from evaluators.texts import read_text
+
+    try:
+        text = read_text(path)
+    except EvaluationError as error:
+        raise QuantkitError(error.message, error.remedy) from None
+    if not text.strip():
+        raise QuantkitError(f"The text {path} is empty.", "Give another --eval-text.")
+
+
+def check_items(path: Path) -> None:
+    """Raises QuantkitError when validate could not ask these questions."""
+    from evaluators import tasks
+    from evaluators.errors import EvaluationError
+
+    try:
+        tasks.load("choices", data=path)
+    except EvaluationError as error:
+        raise QuantkitError(error.message, error.remedy) from None

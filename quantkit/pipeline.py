@@ -172,8 +172,8 @@ def _tell(events: EventLog, at: _Progress, error: QuantkitError) -> None:
 def publish(
     folder: Path, repo: str, private: bool, echo: Echo | None = None, public: bool = False
 ) -> dict[str, Any]:
-    """Upload a finished run to `repo`, privately when that is asked for or the model is gated and
-    `public` is not. Returns the summary of its publish stage.
+    """Upload a finished run to `repo`, privately when that is asked for or the model is private or
+    gated and `public` is not. Returns the summary of its publish stage.
 
     Raises QuantkitError when the run is not validated or the Hub refuses.
     """

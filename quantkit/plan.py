@@ -15,13 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantkit import hub
+from quantkit import hub, texts
 from quantkit.budgets import Budget, for_files, settle_budgets
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.context import ContextMemory, context_memory
 from quantkit.converter.architectures import check_architecture
 from quantkit.converter.convert import convert
 from quantkit.coverage import foretell, in_words
+from quantkit.errors import printable
 from quantkit.fit import check_fit, copies, kept_notes
 from quantkit.footprint import search_target_bytes, stage_memory
 from quantkit.ggufio.read import GgufFile
@@ -99,6 +100,7 @@ def make_plan(
 
     Raises QuantkitError for everything that can be refused now.
     """
+    said = texts.look(config)
     token = hub.resolve_token()
     ref = hub.parse_reference(config.model, config.revision)
     with tempfile.TemporaryDirectory(prefix="quantkit-plan-") as folder:
@@ -114,7 +116,15 @@ def make_plan(
         fit = check_fit(snapshot)
         copied = copies(fit.tied, info.base or info, token)
         source = hub.source_of(info.id, info.config, info.base_model)
-        warnings = [*info.notes, *fit.notes, *kept_notes(fit.tied, copied)]
+        fit = check_fit(snapshot)
+        if info.base is not None:
+            from quantkit.lora import merge_shell  # needs torch
+
+            if merge_shell(snapshot, hub.fetch_adapter(info, token, Path(folder) / "adapter")):
+                fit = check_fit(snapshot)
+        copied = copies(fit.tied, info.base or info, token)
+        source = hub.source_of(info.id, info.config, info.base_model)
+        warnings = [*said, *info.notes, *fit.notes, *kept_notes(fit.tied, copied)]
         warnings += [] if source is None else [source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"
         conversion = convert(
@@ -273,9 +283,9 @@ def render(plan: dict[str, Any]) -> str:
     model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
     licence, n_parameters = model["license"] or "not stated", model["n_parameters"]
     lines = [
-        f"{model['id']} at {model['sha'][:12]}",
+        f"{printable(model['id'], '')} at {model['sha'][:12]}",
         f"  {model['architecture']}, {n_parameters / 1e6:,.0f}M parameters,"
-        f" licence {licence}, {size(model['download_bytes'])} to read",
+        f" licence {printable(licence, '')}, {size(model['download_bytes'])} to read",
         "",
     ]
     for budget in sizes["budgets"] or ({"target": "every type is given", "limit_bytes": None},):
@@ -304,6 +314,6 @@ def render(plan: dict[str, Any]) -> str:
     if groups:
         rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
         lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
-    lines += ["", *(f"note: {warning}" for warning in plan["warnings"])]
+    lines += ["", *(f"note: {printable(warning, '')}" for warning in plan["warnings"])]
     lines += [f"sandbox of what reads the model: {plan['sandbox']}"]
     return "\n".join(lines).rstrip()

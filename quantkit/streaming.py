@@ -34,6 +34,7 @@ from quantkit.blockwise import (
     load_model,
     refusals_told,
 )
+from quantkit.codeless import codeless
 from quantkit.errors import QuantkitError
 from quantkit.memory import free_memory
 from quantkit.safetensors_file import read_header
@@ -73,11 +74,12 @@ class StreamedWeights:
         """Brings what lies outside of blocks. Raises QuantkitError for what cannot be loaded."""
         logging.disable_progress_bar()  # a bar for every block
         self._device = device
-        with refusals_told():
-            kind, config = class_of(folder)
+        with refusals_told(), codeless(folder) as plain:
+            kind, config = class_of(plain)
             model, report = kind.from_pretrained(
-                folder,
+                plain,
                 config=config,
+                trust_remote_code=False,
                 dtype=dtype,
                 device_map={"": "meta"},
                 local_files_only=True,

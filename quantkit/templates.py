@@ -67,7 +67,10 @@ def rendered_in(folder: str, messages: list[dict[str, str]]) -> dict[str, str]:
     """`render` in the process that does it."""
     from transformers import AutoTokenizer
 
-    return rendered(AutoTokenizer.from_pretrained(folder, local_files_only=True), messages)
+    return rendered(
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        messages,
+    )
 
 
 def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, str]:

@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantkit import faults
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, UsageError, printable
 from quantkit.rundir import Event
 
 
 def failed(error: QuantkitError) -> int:
     """Say why a command ends. Returns its exit status."""
     with suppress(OSError):  # nobody listens: the exit status says it
-        print(f"quantkit: {error}", file=sys.stderr)
+        print(f"quantkit: {printable(str(error), '')}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 
@@ -110,7 +110,8 @@ class Printer:
         start = "\r\033[K" if self._open_line else ""
         if self._is_heard:
             try:
-                print(start + text, end="" if keep_open else "\n", file=sys.stderr, flush=True)
+                end = "" if keep_open else "\n"
+                print(start + printable(text, ""), end=end, file=sys.stderr, flush=True)
             except OSError:  # whoever read this has gone, or its disk is full: the work goes on
                 self._is_heard = False
         self._open_line = keep_open

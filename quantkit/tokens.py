@@ -66,7 +66,9 @@ def compare_in(folder: str, gguf: str) -> dict[str, Any]:
     from evaluators import vocabulary
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         chat = templates.rendered(tokenizer, templates.CONVERSATION)
         texts = {f"text {i + 1}": text for i, text in enumerate(PROBES)}
         texts |= {"rendered chat": chat["text"]} if "text" in chat else {}

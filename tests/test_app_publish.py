@@ -62,7 +62,7 @@ def test_what_a_gated_model_becomes(desk: Desk, hub: HubServer) -> None:
     """Private, and why; public for those who ask for it; and never by chance in a public place."""
     record = desk.store.root / "done" / "manifest.json"
     told = json.loads(record.read_text())
-    told["stages"]["fetch"]["summary"]["gated"] = True
+    told["stages"]["fetch"]["summary"]["closed"] = "gated"
     record.write_text(json.dumps(told))
     html = desk.compare("done", REPO, "model", ME, ALICE)
     assert "will be made, private" in html and "Its model is gated" in html

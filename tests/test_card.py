@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from test_report import family, losing, values
 
 from quantkit.card import model_card
-from quantkit.config import RunConfig
 from quantkit.hub import ModelInfo
-from quantkit.stages import publish
+from quantkit.words import web_link
 
 INFO = ModelInfo(
     kind="hub",
@@ -114,7 +112,7 @@ def test_it_says_everything_that_it_must() -> None:
         "ab" * 32,
         "cd" * 32,
         "2 generations over 4,000",
-        "a \\| b",
+        "a &#124; b",
         "apache-2.0",
         "dequantized weights: passed",
         "logits: not run. too little memory",
@@ -174,36 +172,104 @@ def test_a_local_folder_names_no_address() -> None:
     assert "<owner>/<repo>" in shown.text
 
 
+HOSTILE = [
+    "x\n---\nlicense: mit\n---\n# Owned",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "![x](https://evil.example/pixel.png)",
+    "`code` *bold* _it_ ~~x~~",
+    "# Heading",
+    "a | b | c",
+    "\\[x](https://evil.example)",
+    "&#91;x](https://evil.example)",
+    "@everyone see https://evil.example and www.evil.example",
+    "\x1b]0;owned\x07\x9b31m\u202egnp.exe",
+    "<https://evil.example>",
+    "x" * 100_000,
+]
+
+
+def visible(markdown: str) -> list[tuple[str, str]]:
+    """What a renderer makes of a card: its tags and addresses, in order."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown)
+    found: list[tuple[str, str]] = []
+    for token in tokens:
+        for part in [token, *(token.children or [])]:
+            about = str(part.attrs.get("href", part.attrs.get("src", "")))
+            if part.type not in ("text", "inline", "softbreak", "code_inline", "fence"):
+                found.append((part.type, about))
+    return found
+
+
+@pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("where", ["hub", "folder"])
+def test_strangers_words_are_data(words: str, where: str) -> None:
+    """Whatever a model's card says of itself, ours has the shape of an honest one's."""
+    local = {"local_path": "/models/x"} if where == "folder" else {}
+    names = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")
+
+    def made(text: str) -> ModelCard:
+        own = {name: text for name in names} | {"tags": [text, "chat"], "evil": text}
+        info = dataclasses.replace(
+            INFO,
+            id=text if where == "folder" else INFO.id,
+            card=own,
+            license=text,
+            license_name=text,
+            license_link=text,
+            base_model=(text,),
+            gated=True,
+            **local,
+        )
+        value = report_value()
+        value["calibration"]["note"] = text
+        value["calibration"]["domains"][0] |= {"name": text, "source": text}
+        return card(info, value)
+
+    honest, found = made("an honest text"), made(words)
+    assert visible(found.text) == visible(honest.text)
+    data = found.data.to_dict()
+    assert "evil" not in data and data["tags"][-1] == "chat"
+    for name in ("license", "license_link", "language"):
+        assert name not in data or "example" not in str(data[name])
+    assert data.get("pipeline_tag") == "text-generation"
+    if where == "folder":
+        assert "base_model" not in data
+    assert not [c for c in found.content if not c.isprintable() and c != "\n"]
+    assert len(found.content) < 40_000
+
+
 @pytest.mark.parametrize(
-    ("gated", "private", "public", "wanted"),
+    "card_says",
     [
-        (False, False, False, False),
-        (False, True, False, True),
-        (True, False, False, True),
-        (True, False, True, False),
+        {"license": ["mit", "apache-2.0"], "language": "en", "tags": "one"},
+        {"license": {"a": 1}, "language": 7, "tags": {"x": 1}, "license_link": ["x"]},
+        {"license": None, "language": [None, 3, "en"], "tags": [["x"]], "pipeline_tag": []},
+        {"license_name": 3, "base_model": {"x": 1}, "language": [True]},
     ],
 )
-def test_a_gated_models_file_is_private_unless_it_is_to_be_public(
-    monkeypatch: pytest.MonkeyPatch, gated: bool, private: bool, public: bool, wanted: bool
-) -> None:
-    asked: list[bool] = []
+def test_cards_of_another_shape(card_says: dict[str, Any]) -> None:
+    for local_path in (None, "/models/x"):
+        card(dataclasses.replace(INFO, card=card_says, local_path=local_path))
 
-    def upload(folder: Path, repo: str, token: None, private: bool, *_: object) -> NoReturn:
-        asked.append(private)
-        raise KeyboardInterrupt
 
-    info = dataclasses.replace(INFO, gated=gated)
-    snapshot = SimpleNamespace(info=info, folder=Path("Tiny"))
-    monkeypatch.setattr(publish.fetch, "load", lambda _: snapshot)
-    monkeypatch.setattr(publish.hub, "resolve_token", lambda: None)
-    monkeypatch.setattr(publish.hub, "publish", upload)
-    config = RunConfig("owner/Tiny", publish="me/T", private=private, public=public)
-    notes: list[str] = []
-    events = SimpleNamespace(emit=lambda *event: notes.append(event[-1]))
-    directory = SimpleNamespace(stage_dir=lambda _: Path("x"))
-    records = dict.fromkeys(("stitch", "validate"), SimpleNamespace(outputs=()))
-    run: Any = SimpleNamespace(config=config, dir=directory, events=events, records=records)
-    with pytest.raises(KeyboardInterrupt):
-        publish._upload(run, Path("upload"))
-    assert asked == [wanted]
-    assert bool(notes) == (gated and not public)
+def test_links_of_licences() -> None:
+    assert web_link("LICENSE.md", "o/n") == "https://huggingface.co/o/n/blob/main/LICENSE.md"
+    assert web_link("LICENSE", None) is None
+    good = "https://example.org/a/b?c=d#e"
+    assert web_link(good, "o/n") == good
+    for link in (
+        "javascript:alert(1)",
+        "data:text/html,x",
+        "//evil.example",
+        "https://",
+        "../../x",
+        "https://huggingface.co@evil.example/x",
+        "file:///etc/passwd",
+        "x y",
+        7,
+        None,
+    ):
+        assert web_link(link, "o/n") is None  # fmt: skip
+    assert web_link("https://e.org/a)[b](c", "o/n") == "https://e.org/a%29%5Bb%5D%28c"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from quantkit.calibration.spec import (
     BUILTIN_TEXTS,
     HUB_TEXTS,
     MIXES,
-    SUFFIXES,
     Request,
     language_of,
     parse_spec,
@@ -102,12 +99,10 @@ def test_adding_documents_moves_few() -> None:
     assert moved <= 20
 
 
-def test_one_piece_of_text_cannot_be_split() -> None:
-    with pytest.raises(QuantkitError, match="one piece") as error:
-        split(Domain("d", "notes.txt", ("a", "b")), 0)
-    assert "blank lines" in error.value.remedy
-    with pytest.raises(QuantkitError, match="one piece"):
-        split(Domain("d", "notes.txt", ("a", "b", "a", "b")), 0)
+def test_fewer_than_three_documents_are_for_training() -> None:
+    for documents in (("a", "b"), ("a", "b", "a", "b"), ()):
+        parts = split(Domain("d", "notes.txt", documents), 0)
+        assert parts == {"train": documents, "heldout": (), "eval": ()}
 
 
 class Bytes:
@@ -223,64 +218,6 @@ def test_auto_stands_alone() -> None:
     for spec in ("auto:2,docs", "docs,auto", "auto,auto", "builtin,auto"):
         with pytest.raises(UsageError, match="alone"):
             parse_spec(spec)
-
-
-def test_every_suffix_has_a_reader() -> None:
-    assert set(sources._READERS) == set(SUFFIXES)
-
-
-def read(path: Path, limit: int = 10**9) -> list[str]:
-    return list(sources.local_file(path, limit))
-
-
-def test_text_files_are_cut_at_blank_lines(tmp_path: Path) -> None:
-    paragraphs = [f"{i} " + "word " * 100 for i in range(20)]
-    path = tmp_path / "notes.txt"
-    path.write_text("\n\n".join(paragraphs), "utf-8")
-    found = read(path)
-    assert len(found) >= 4 and all(len(text) < 3100 for text in found)
-    assert "\n\n".join(found) == "\n\n".join(paragraphs)
-
-
-def test_json_lines_and_parquet(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    wanted = ["größer", "two\nlines", "three"]
-    path = tmp_path / "a.jsonl"
-    path.write_text(
-        "\n".join([json.dumps({"text": wanted[0], "n": 1}), *map(json.dumps, wanted[1:])])
-    )
-    assert read(path) == wanted
-    pq.write_table(pa.table({"text": wanted, "other": [1, 2, 3]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == wanted
-    assert read(path, limit=7) == wanted[:2]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", b'{"txt": "x"}'),
-        ("a.jsonl", b"{"),
-        ("a.jsonl", b"3"),
-        ("a.txt", b"\xff\xfe\x00"),
-        ("a.parquet", b"PAR1 not"),
-    ],
-)
-def test_files_that_cannot_be_read(name: str, content: bytes, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(QuantkitError, match=name) as error:
-        read(tmp_path / name)
-    assert "UTF-8" in error.value.remedy
-    with pytest.raises(QuantkitError, match="no calibration file"):
-        read(tmp_path / f"no-{name}")
-
-
-@pytest.mark.parametrize("line", ['{"text": 3}', '{"text": null}'])
-def test_json_lines_without_text(line: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(line)
-    with pytest.raises(QuantkitError):
-        sources.domain("a", "a", read(tmp_path / "a.jsonl"))
 
 
 def test_domains_drop_what_is_no_text() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import email.utils
 import logging
 import os
 import re
 import subprocess
 import sys
+import time
 import traceback
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from huggingface_hub import constants
 import quantkit.hub.client as hub_client
 from quantkit import hub
 from quantkit.errors import QuantkitError
+from quantkit.hub.client import Asked, call, hf_api
 
 
 @pytest.fixture
@@ -99,6 +103,44 @@ def test_long_waits_are_reported_not_waited_for(server: HubServer) -> None:
     with pytest.raises(QuantkitError, match="again in 77 seconds"):
         look("alice/x", BOB)
     assert len(server.requests) == 1
+
+
+SOON = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+WAITS = {
+    "a date": ({"Retry-After": SOON}, r"again in (8\d|90) seconds"),
+    "a date long ago": ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, "in a few minutes"),
+    "a superscript": ({"Retry-After": "\N{SUPERSCRIPT TWO}"}, "in a few minutes"),
+    "words": ({"Retry-After": "soon, I hope"}, "in a few minutes"),
+    "nothing": ({"Retry-After": ""}, "in a few minutes"),
+    "a negative": ({"Retry-After": "-5"}, "in a few minutes"),
+    "no day": ({"Retry-After": "Wed, 99 Oct 99999 07:28:00 GMT"}, "in a few minutes"),
+    "many digits": ({"Retry-After": "9" * 5000}, "again in 999999999 seconds"),
+    "a limit": ({"RateLimit": '"api";r=0;t=55'}, "again in 55 seconds"),
+    "a long limit": ({"RateLimit": '"api";r=0;t=7200'}, "again in 7200 seconds"),
+    "an odd limit": ({"RateLimit": f'"api";r=0;t={"9" * 5000}'}, "in a few minutes"),
+    "an odd policy": (
+        {"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": f'"api";q={"9" * 5000};w=9'},
+        "in a few minutes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_whatever_an_answer_says_of_waiting(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Also of requests that huggingface_hub repeats by itself: it sleeps no longer than minutes."""
+    headers, sentence = WAITS[case]
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    server.add_model("alice/x", tiny_model())
+    server.fail_next("/api/models/", 429, times=99, headers=headers)
+    with pytest.raises(QuantkitError, match=sentence):
+        look("alice/x", BOB)
+    server.fail_next("/api/models", 429, times=99, headers=headers)
+    with pytest.raises(QuantkitError, match=sentence):
+        call(lambda: list(hf_api(BOB).list_models(search="x")), Asked(), BOB, waits=())
+    assert len(slept) > 4 and max(slept) <= 301
 
 
 def test_no_hub_at_all(isolated: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,13 @@ from tiny_models import save_model, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from quantkit import hub
+from quantkit.adapted import Base, changes
 from quantkit.card import card_data
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.hub.adapter import overlay, read_adapter
 from quantkit.lora import merge
+from quantkit.safetensors_file import StoredTensor
 from quantkit.stages import fetch
 
 PREFIX = "base_model.model."
@@ -99,6 +101,9 @@ def test_merge(tmp_path: Path, config: dict, scales: tuple[float, float], sharde
         (base / "model.safetensors").unlink()
         for i in range(2):
             save_file({n: before[n] for n in names[i::2]}, base / f"model-{i}.safetensors")
+        index = {n: f"model-{i}.safetensors" for i in range(2) for n in names[i::2]}
+        about = json.dumps({"metadata": {}, "weight_map": index})
+        (base / "model.safetensors.index.json").write_text(about)
     tensors = pair(Q, 64, 64) | pair(DOWN, 64, 128, seed=1)
     after = merged(base, write_adapter(tmp_path / "a", tensors, **config), tmp_path / "out")
     assert after.keys() == before.keys()
@@ -120,7 +125,9 @@ def test_sums_are_rounded_once(tmp_path: Path) -> None:
 
 
 def test_transposed_weights(tmp_path: Path) -> None:
-    """GPT-2 stores (in, out), and its checkpoints leave the name of the outer module out."""
+    """GPT-2 stores (in, out), whatever `fan_in_fan_out` says, and its checkpoints leave the name of
+    the outer module out.
+    """
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2))
     base = save_model(tmp_path / "base", model, "spm")
@@ -132,26 +139,30 @@ def test_transposed_weights(tmp_path: Path) -> None:
     )
     module = "transformer.h.0.attn.c_attn"
     tensors = pair(module, 96, 32)
-    adapter = write_adapter(tmp_path / "a", tensors, fan_in_fan_out=True)
-    after = merged(base, adapter, tmp_path / "out")
-    found = after[stored.removeprefix("transformer.")]
     wanted = before[stored].double() + 2 * product(tensors, module).T
-    assert torch.allclose(found.double(), wanted, atol=1e-6)
-    tensors = {key: tensor for key, tensor in tensors.items()}
-    wrong = write_adapter(tmp_path / "b", tensors)
+    for said in (True, False):
+        adapter = write_adapter(tmp_path / f"a-{said}", tensors, fan_in_fan_out=said)
+        after = merged(base, adapter, tmp_path / f"out-{said}")
+        found = after[stored.removeprefix("transformer.")]
+        assert torch.allclose(found.double(), wanted, atol=1e-6)
+    wrong = write_adapter(tmp_path / "b", pair(module, 32, 96))
     with pytest.raises(QuantkitError, match=r"\(96, 32\).*\(32, 96\)"):
         merged(base, wrong, tmp_path / "out2")
 
 
-def test_other_outer_names(tmp_path: Path) -> None:
+def test_other_outer_names() -> None:
     """A model that sees: its text model is called otherwise in memory than in the file."""
-    base = tmp_path / "base"
-    base.mkdir()
     names = ["language_model.model.layers.3.mlp.up_proj.weight", "vision.layers.3.fc.weight"]
-    save_file({name: torch.zeros(8, 8) for name in names}, base / "model.safetensors")
-    tensors = pair("model.language_model.layers.3.mlp.up_proj", 8, 8)
-    after = merged(base, write_adapter(tmp_path / "a", tensors), tmp_path / "out")
-    assert after[names[0]].abs().sum() > 0 and after[names[1]].abs().sum() == 0
+    stored = {name: StoredTensor(name, "F32", (8, 8), 0, 0) for name in names}
+    module = "model.language_model.layers.3.mlp.up_proj"
+    tensors = {
+        key: StoredTensor(key, "F32", tuple(t.shape), 0, 0) for key, t in pair(module, 8, 8).items()
+    }
+    base = Base(
+        {module: "linear", "embed": "table", "lm_head": "linear"}, "embed", "lm_head", False
+    )
+    config = read_adapter("a", WHOLE, {"base_model_name_or_path": "x", "lora_alpha": 8})
+    assert list(changes(config, tensors, stored, base).of) == names[:1]
 
 
 def test_modules_that_were_trained_whole(tmp_path: Path) -> None:
@@ -170,7 +181,8 @@ def test_modules_that_were_trained_whole(tmp_path: Path) -> None:
         (pair("model.layers.7.mlp.up_proj", 128, 64), "has no such tensor"),
         ({f"{PREFIX}{Q}.lora_A.weight": torch.ones(4, 64)}, "no whole lora_A and lora_B"),
         ({f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(4)}, "cannot be merged"),
-        ({f"{PREFIX}embed.lora_embedding_A": torch.ones(4, 4)}, "cannot be merged"),
+        ({f"{PREFIX}{Q}.lora_diag": torch.ones(4)}, "cannot be merged"),
+        ({f"{PREFIX}embed.lora_embedding_A": torch.ones(4, 4)}, "no whole lora_A and lora_B"),
     ],
 )
 def test_parts_without_a_place(tmp_path: Path, tensors: dict, sentence: str) -> None:
@@ -296,14 +308,10 @@ def _json(info: hub.ModelInfo) -> Any:
     [
         ("/home/alice/llama", "Local folders cannot be used here"),
         ("alice/lora", "is an adapter itself"),
-        ("alice/four-bit", "The base of this adapter, alice/four-bit, is quantized"),
         ("nobody/nothing", "nobody/nothing"),
     ],
 )
 def test_bases_that_cannot_be_merged_onto(server: HubServer, base: str, sentence: str) -> None:
-    quantized = json.loads(tiny_model()["config.json"])
-    quantized["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    server.add_model("alice/four-bit", tiny_model(config__json=quantized))
     server.add_model("alice/base", tiny_model())
 
     def adapter(of: str) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ one spelling of the nine stages everywhere.
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import datasets
 import pytest
 
 from quantkit.config import PROFILES
@@ -208,12 +210,34 @@ def test_nothing_that_runs_what_it_reads() -> None:
                 assert keywords.get("allow_pickle", "False") == "False", where
 
 
+# What asks on a terminal whether to run a stranger's code when it is not told. `datasets` has not
+# run any since its version 4, and takes no such word.
+_LOADERS = {"from_pretrained", "from_config", "pipeline", "get_class_from_dynamic_module"}
+# llama-cpp-python's, and PEFT's, which reads tensors into a model that is given.
+_OTHERS = {"Llama.from_pretrained", "PeftModel.from_pretrained"}
+
+
 def test_remote_code_is_never_trusted() -> None:
-    """The words stand in comments and texts alone, where llama.cpp's converter is spoken of."""
+    """`trust_remote_code=False` stands in every call that takes it, and the words nowhere else but
+    in comments and texts, where llama.cpp's converter is spoken of.
+    """
+    n_calls = 0
     for path in EVERYTHING:
+        if path.is_relative_to(ROOT / "tests"):
+            continue
         tokens = tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)
-        code = {t.string for t in tokens if t.type == tokenize.NAME}
-        assert "trust_remote_code" not in code or path.is_relative_to(ROOT / "tests"), short(path)
+        n_words = sum(t.type == tokenize.NAME and t.string == "trust_remote_code" for t in tokens)
+        n_refused = 0
+        for call in (node for node in walk(tree(path)) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            said = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("trust_remote_code")
+            n_refused += said == "False"
+            if name.rpartition(".")[2] in _LOADERS and name not in _OTHERS:
+                assert said == "False", f"{short(path)}:{call.lineno}: {name}"
+                n_calls += 1
+        assert n_words == n_refused, short(path)
+    assert n_calls >= 7
+    assert "trust_remote_code" not in inspect.signature(datasets.load_dataset).parameters
 
 
 def test_no_silent_fallback() -> None:

@@ -17,6 +17,8 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 
+N_CTX = 512  # tokens per sequence
+EVAL_TOKENS = N_CTX + N_CTX // 8  # one window, though llama.cpp should count a few tokens less
 PARTS = {"train": 0.65, "heldout": 0.25, "eval": 0.10}
 # A short text gives more to evaluation, which needs whole windows: so many characters, but not more
 # than this share.
@@ -57,15 +59,12 @@ def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
 
     Documents are ranked by hash and dealt out by characters, so that each part has its share of
     text (of a short one evaluation has more), and every part at least one document. Equal documents
-    stay together: what is evaluated was not calibrated on. Raises QuantkitError when there are
-    fewer than three different ones.
+    stay together: what is evaluated was not calibrated on. With fewer than three different ones all
+    are for training.
     """
     n_copies = Counter(domain.documents)
     if len(n_copies) < len(PARTS):
-        raise QuantkitError(
-            f"The calibration text {domain.source} is one piece.",
-            "Give at least three documents: blank lines separate them in a .txt file.",
-        )
+        return {"train": domain.documents} | dict.fromkeys(("heldout", "eval"), ())
 
     def rank(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\0{domain.name}\0{text}".encode()).digest()

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from quantkit.calibration import knowledge, sampling, sources
-from quantkit.calibration.documents import PARTS, Domain, without
+from quantkit.calibration import files, knowledge, sampling, sources
+from quantkit.calibration.documents import EVAL_TOKENS, N_CTX, PARTS, Domain, pack, split, without
 from quantkit.calibration.languages import LANGUAGES, sentences
 from quantkit.calibration.spec import (
     AUTO,
@@ -21,11 +21,14 @@ from quantkit.calibration.spec import (
     language_of,
     parse_spec,
     parts_of,
+    shown,
 )
 from quantkit.errors import QuantkitError
 
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 _NEW_TOKENS = 192  # that the model writes after an opening
+_ADDED = ("docs", "code")  # to given text that is too short
+_SHORT = 200_000  # characters: what has more is long enough
 _LANGUAGE_TOKENS = 4096  # of each language beside its share: enough to validate on two windows
 
 Progress = Callable[[int, int, str], None]
@@ -71,19 +74,46 @@ class Reader:
         total = sum(r.weight for r in requests)
         domains: list[tuple[Domain, float]] = []
         seen: set[str] = set()
+        remarks: list[str] = []
         for request in requests:
             if request.name == "dialogue" and not self._talks:
                 note += "; no dialogue, because the tokenizer has no chat template"
                 continue
             share = request.weight / total
             beside = n_eval if request.language is None else min(n_eval, _LANGUAGE_TOKENS)
-            found = self.read(request.name, int(share * n_tokens / (1 - PARTS["eval"])) + beside)
+            n_wanted = int(share * n_tokens / (1 - PARTS["eval"])) + beside
+            if request.is_file:
+                found, more = _file(Path(request.name), n_wanted)
+                remarks += more
+            else:
+                found = self.read(request.name, n_wanted)
             domains.append((without(found, seen), share))
             seen |= set(found.documents)
         if not domains:
             raise QuantkitError("No calibration text is left.", "Give another --calibration.")
+        if any(request.is_file for request in requests) and not self._is_enough(domains):
+            remarks.append(
+                "the given text is too short, so CPython's documentation and code follow"
+            )
+            for name in _ADDED:
+                found = without(self.read(name, n_tokens + n_eval), seen)
+                domains.append((found, 1 / len(_ADDED)))
+        note += "".join(f"; {remark}" for remark in remarks)
         left = sum(weight for _, weight in domains)
         return Mix(tuple((domain, weight / left) for domain, weight in domains), note, known)
+
+    def _is_enough(self, domains: Sequence[tuple[Domain, float]]) -> bool:
+        """Whether there is a sequence for every part."""
+        if sum(len(text) for domain, _ in domains for text in domain.documents) > _SHORT:
+            return True
+        parts = [split(domain, self.seed) for domain, _ in domains]
+        return all(
+            any(len(pack(part[name], self.tokenizer, 1, N_CTX)) for part in parts)
+            for name in ("train", "heldout")
+        ) and any(
+            len(self.tokenizer("\n\n".join(part["eval"]), verbose=False).input_ids) >= EVAL_TOKENS
+            for part in parts
+        )
 
     def _requests(self, spec: str) -> tuple[tuple[Request, ...], str]:
         requests = parse_spec(spec)
@@ -130,7 +160,7 @@ class Reader:
         return read, "; none that the model writes, which is larger than half of the memory"
 
     def read(self, name: str, n_tokens: int) -> Domain:
-        """One text with about `n_tokens` tokens."""
+        """One text with about `n_tokens` tokens, of the Hub, of CPython or of the model's own."""
         n_characters = n_tokens * _CHARACTERS_PER_TOKEN
         builtin = sources.builtin_text(name, n_characters * 2)
         if builtin is not None:
@@ -138,9 +168,6 @@ class Reader:
         if name in HUB_TEXTS:
             texts = sources.hub_text(name, n_characters * 2, self.token, self._rendered)
             return sources.domain(name, HUB_TEXTS[name].repo, texts)
-        if Path(name).suffix:
-            text = sources.local_file(Path(name), n_characters * 20)
-            return sources.domain(Path(name).name, Path(name).name, text)
         written = self._written(name, -(-n_tokens // (_NEW_TOKENS * 7 // 8)))
         return sources.domain(name, "sampled from the model itself", written)
 
@@ -164,6 +191,7 @@ class Reader:
         return sampling.free_text(model, tokenizer, starts, n_texts, _NEW_TOKENS, seed, progress)
 
 
-def shown(spec: str) -> str:
-    """The spec without folders: it is published, and they are nobody's business."""
-    return ",".join(Path(entry).name for entry in spec.split(","))
+def _file(path: Path, n_tokens: int) -> tuple[Domain, list[str]]:
+    """The text of a file, and clauses on what is not as it stands there."""
+    text = files.read(path, n_tokens * _CHARACTERS_PER_TOKEN * 20)
+    return Domain(path.name, path.name, text.documents), [f"{path.name}: {r}" for r in text.remarks]

@@ -1,10 +1,9 @@
 """Where calibration text comes from: the names of a spec (`quantkit.calibration.spec`) to
-documents, from CPython itself, local files and datasets on the Hub.
+documents, from CPython itself and datasets on the Hub. `quantkit.calibration.files` reads files.
 """
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -56,56 +55,6 @@ def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
         n += len(text)
         if n >= limit:
             return
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    paragraphs = path.read_text("utf-8").split("\n\n")
-    piece = ""
-    for (
-        paragraph
-    ) in paragraphs:  # documents of a few paragraphs, so that there is something to split
-        piece += paragraph + "\n\n"
-        if len(piece) > 2000:
-            yield piece.rstrip("\n")
-            piece = ""
-    if piece.strip():
-        yield piece.rstrip("\n")
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            value = json.loads(line)
-            yield value if isinstance(value, str) else value["text"]
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow.parquet as parquet
-
-    for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
-        yield from batch.column("text").to_pylist()
-
-
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def local_file(path: Path, limit: int) -> Iterator[str]:
-    """Documents of a local file. Raises QuantkitError when it cannot be read."""
-    try:
-        yield from _up_to(limit, _READERS[path.suffix](path))
-    except FileNotFoundError:
-        raise QuantkitError(
-            f"There is no calibration file {path}.", "Check the path given to --calibration."
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise QuantkitError(
-            f"The calibration file {path} cannot be read: {error}.",
-            'Use UTF-8 text, JSON lines with a "text" field, or parquet with a "text" column.',
-        ) from error
 
 
 def hub_text(

@@ -22,11 +22,11 @@ from quantkit.hub.download import (
 )
 from quantkit.hub.errors import ModelNotFound, scrub
 from quantkit.hub.inspect import inspect
-from quantkit.hub.metadata import fetch_metadata, stored_values
+from quantkit.hub.metadata import fetch_adapter, fetch_metadata, stored_values
 from quantkit.hub.model import ModelInfo, RepoFile
 from quantkit.hub.quantized import Source, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
-from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, publish
+from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, is_open, publish
 
 __all__ = [
     "Change",
@@ -49,8 +49,10 @@ __all__ = [
     "damaged_files",
     "download",
     "endpoint",
+    "fetch_adapter",
     "fetch_metadata",
     "inspect",
+    "is_open",
     "parse_reference",
     "publish",
     "resolve_token",

@@ -18,7 +18,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from quantkit import __version__, secrets
 from quantkit.errors import QuantkitError
-from quantkit.hub.errors import CAUGHT, Asked, endpoint, is_transient, retry_after, translate
+from quantkit.hub.errors import CAUGHT, Asked, endpoint, is_transient, retry_after, tame, translate
 
 __all__ = ["PATIENT", "QUICK", "Asked", "call", "hf_api", "endpoint", "read_start", "resolve_token"]
 
@@ -74,7 +74,10 @@ def _limit_waiting() -> None:
         request.extensions = {**request.extensions, "timeout": timeout}
 
     hooks = get_session().event_hooks
-    hooks = {**hooks, "request": [*hooks["request"], limit]}
+    hooks = {
+        "request": [*hooks["request"], limit],
+        "response": [tame, *hooks.get("response", [])],
+    }
     set_client_factory(
         lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
     )

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 import httpx2
 from huggingface_hub import constants
@@ -48,6 +51,9 @@ CAUGHT: tuple[type[Exception], ...] = (
 
 _TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 _TOKEN_PATTERN = re.compile(r"hf_(?:oauth|jwt)_[\w.\-]+|\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+")
+_ASKED = "quantkit.retry_after"  # in an answer's extensions: the seconds that it asked to wait
+_LONGEST_SLEEP = 300  # seconds that huggingface_hub may sleep by itself
+_NUMBERS = re.compile(r"\d+")
 _GET_TOKEN = "set HF_TOKEN or run `hf auth login`"
 
 
@@ -99,13 +105,39 @@ def retry_after(error: BaseException) -> float:
     """Seconds that the Hub asks to wait; 0 when it does not say."""
     for link in _chain(error):
         if isinstance(link, HfHubHTTPError):
-            value = link.response.headers.get("Retry-After", "")
-            if value.isdigit():
-                return float(value)
-            limit = parse_ratelimit_headers(link.response.headers)
-            if link.response.status_code == 429 and limit is not None:
-                return float(limit.reset_in_seconds)
+            return float(link.response.extensions.get(_ASKED, 0.0))
     return 0.0
+
+
+def tame(response: httpx2.Response) -> None:
+    """Leave no header of an answer that huggingface_hub would fail over, or sleep for hours for.
+
+    It takes Retry-After for a number, and any number: a proxy may send a date, or anything.
+    """
+    value = response.headers.pop("Retry-After", None)
+    seconds = None if value is None else _seconds(value)
+    if seconds is not None:
+        response.extensions[_ASKED] = seconds
+        response.headers["Retry-After"] = str(math.ceil(min(seconds, _LONGEST_SLEEP)))
+    said = response.headers.get("ratelimit", "") + response.headers.get("ratelimit-policy", "")
+    is_tame = all(len(number) < 10 for number in _NUMBERS.findall(said))
+    limit = parse_ratelimit_headers(response.headers) if is_tame else None
+    if limit is None or limit.reset_in_seconds > _LONGEST_SLEEP:
+        response.headers.pop("ratelimit", None)
+    if limit is not None and response.status_code == 429:
+        response.extensions.setdefault(_ASKED, float(limit.reset_in_seconds))
+
+
+def _seconds(value: str) -> float | None:
+    """Of a Retry-After: a number, or a date; None for anything else."""
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    try:
+        when = parsedate_to_datetime(value)
+        return max(0.0, when.timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
 
 
 def translate(error: BaseException, asked: Asked, token: str | None) -> QuantkitError:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from quantkit.codeless import strip
 from quantkit.converter import checkpoint
-from quantkit.hub.adapter import overlay
+from quantkit.hub.adapter import CONFIG, overlay
 from quantkit.hub.client import read_start
 from quantkit.hub.download import snapshot
 from quantkit.hub.inspect import N_WORKERS, remote_header
@@ -30,15 +31,41 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
     weights are. Of an adapter they are its base's, with its tokenizer over them; of a quantized
     model those of the 16-bit checkpoint that it is expanded to. Raises QuantkitError.
     """
-    small = [file for file in info.files if file.path not in info.weights]
-    origin = (
-        Path(info.local_path) if info.local_path else snapshot(info, small, token, progress=None)
-    )
     if info.base is not None:
+        small = [file.path for file in info.files if file.path not in info.weights]
         fetch_metadata(info.base, token, folder)
-        overlay(origin, [file.path for file in small], folder)
+        overlay(_small_files(info, token), small, folder)
+        strip(folder)
         return folder
-    for file in info.files:
+    _make_shells(info, info.files, token, folder)
+    source = source_of(info.id, info.config, info.base_model)
+    if source is not None and source.is_expanded:
+        _expand_shell(folder, source)
+    strip(folder)
+    return folder
+
+
+def fetch_adapter(info: ModelInfo, token: str | None, folder: Path) -> Path:
+    """`folder` with an adapter's settings, and the header of its weights before a hole."""
+    files = [file for file in info.files if file.path in (CONFIG, *info.weights)]
+    _make_shells(info, files, token, folder)
+    return folder
+
+
+def _small_files(info: ModelInfo, token: str | None) -> Path:
+    """A folder with everything but the weights."""
+    if info.local_path:
+        return Path(info.local_path)
+    small = [file for file in info.files if file.path not in info.weights]
+    return snapshot(info, small, token, progress=None)
+
+
+def _make_shells(
+    info: ModelInfo, files: Sequence[RepoFile], token: str | None, folder: Path
+) -> None:
+    """Copy small files, and of weights the header and the size."""
+    origin = _small_files(info, token)
+    for file in files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -54,11 +81,7 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
         write_shell(folder / file.path, header, file.n_bytes)
 
     with ThreadPoolExecutor(N_WORKERS) as pool:
-        list(pool.map(make_shell, [file for file in info.files if file.path in info.weights]))
-    source = source_of(info.id, info.config, info.base_model)
-    if source is not None and source.is_expanded:
-        _expand_shell(folder, source)
-    return folder
+        list(pool.map(make_shell, [file for file in files if file.path in info.weights]))
 
 
 def _expand_shell(folder: Path, source: Source) -> None:

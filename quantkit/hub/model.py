@@ -109,6 +109,7 @@ def is_small_file(file: RepoFile) -> bool:
     """Whether it is config, tokenizer, template, card or licence: wanted beside the weights."""
     return (
         _SMALL.fullmatch(file.path) is not None
+        and file.path.isprintable()  # of bytes that are no UTF-8 there is no record
         and file.n_bytes <= _MAX_SMALL_BYTES
         and not file.path.endswith(".index.json")  # the one in use is added by name
     )

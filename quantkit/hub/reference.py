@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from quantkit.config import DEMO_MODEL
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, check_writable_name
 from quantkit.hub.client import endpoint
 
 _EXAMPLE = "Write owner/name, a Hub address, or the path of a local folder."
@@ -116,6 +116,7 @@ def _local_folder(text: str) -> Path | None:
     try:
         path = Path(text).expanduser()
         if path.is_dir():
+            check_writable_name(str(path.resolve()))
             return path.resolve()
         is_file = path.is_file()
     except (OSError, RuntimeError):  # longer than the file system takes; ~ of an unknown user

@@ -93,6 +93,16 @@ def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
     return full_id
 
 
+def is_open(repo_id: str) -> bool:
+    """Whether everyone may read a model: asked without a token."""
+    api = hf_api(None)
+    try:
+        remote = call(lambda: api.model_info(repo_id), Asked(repo_id), None, PATIENT)
+    except ModelNotFound:
+        return False
+    return not (remote.private or remote.gated or remote.disabled)
+
+
 def _full_id(repo_id: str, account: str) -> str:
     """Raises UsageError when this is not a repository's id."""
     ref = parse_reference(repo_id, allow_local=False)
@@ -121,7 +131,7 @@ def _check_privacy(repo_id: str, wanted_private: bool, is_private: bool) -> None
     if wanted_private and not is_private:
         raise QuantkitError(
             f"{repo_id} exists and is public, and a private repository was asked for.",
-            "Choose another name, or make it private on the Hub first.",
+            "Choose another name, make it private on the Hub first, or say --public.",
         )
 
 

@@ -22,7 +22,7 @@ FAMILIES = {
     "whole": FAMILY,
 }
 HERE = "here"
-# Who may see a published repository: everyone unless the model is gated, only its owner, everyone.
+# Who may see a published repository: those who see the model, only its owner, everyone.
 VISIBILITIES = ("model", "private", "public")
 CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
 

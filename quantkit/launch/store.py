@@ -135,11 +135,12 @@ class JobStore:
         with self._lock:
             return self._follower(job_id, owner).staged()
 
-    def is_gated(self, job_id: object, owner: str | None) -> bool:
-        """Whether the run's model is gated, as far as the run has come to know."""
+    def closed(self, job_id: object, owner: str | None) -> str:
+        """What the run's model is, as far as the run has come to know: "private", "gated" or ""."""
         with self._lock:
             record = self._follower(job_id, owner).dir.records().get("fetch")
-        return record is not None and record.summary.get("gated") is True
+        said = "" if record is None else record.summary.get("closed")
+        return said if said in ("private", "gated") else ""
 
     def models(self, job_id: object, owner: str | None) -> tuple[Path | None, Path | None]:
         """The finished GGUF and the original, where they lie on this machine."""

@@ -25,8 +25,9 @@ from safetensors.numpy import load_file, save_file
 from quantkit import hub
 from quantkit.blockwise import BlockwiseModel, compute_dtype, load_tokenizer
 from quantkit.calibration import sources
-from quantkit.calibration.documents import Domain, interleave, pack, split
-from quantkit.calibration.mix import Mix, Reader, shown
+from quantkit.calibration.documents import EVAL_TOKENS, N_CTX, Domain, interleave, pack, split
+from quantkit.calibration.mix import Mix, Reader
+from quantkit.calibration.spec import shown
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import write_imatrix
 from quantkit.gptq.experts import ExpertCollector
@@ -50,14 +51,12 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Run
 
 NAME = "calibrate"
-VERSION = 3
+VERSION = 4
 FIELDS = ("calibration", "profile", "seed", "device")
 
 _TOKENS, _MIX = "tokens.safetensors", "mix.json"
-N_CTX = 512  # tokens per sequence
 _BATCH_TOKENS = 4096  # per forward call
 _FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens price a layer well
-_EVAL_TOKENS = N_CTX + N_CTX // 8  # one window, though llama.cpp should count a few tokens less
 _ACTIVATIONS_SHARE = 0.25  # of the free memory; what is more lies in a file
 
 
@@ -196,7 +195,7 @@ def _eval_texts(
     found: dict[str, str] = {}
     for domain, _ in domains:
         text = "\n\n".join(split(domain, run.config.seed)["eval"])
-        if len(tokenizer(text, verbose=False).input_ids) < _EVAL_TOKENS:
+        if len(tokenizer(text, verbose=False).input_ids) < EVAL_TOKENS:
             run.events.emit(NAME, "note", f"{domain.name} has too little text to validate on")
             continue
         name = Path(domain.name).stem
@@ -205,7 +204,7 @@ def _eval_texts(
         found[name] = text
     if not found and run.config.eval_text is None:
         raise QuantkitError(
-            f"No calibration text is long enough to hold {_EVAL_TOKENS} tokens of it out for"
+            f"No calibration text is long enough to hold {EVAL_TOKENS} tokens of it out for"
             " validation.",
             "Give more text, or a text to validate on with --eval-text.",
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit import hub
+from quantkit import hub, texts
 from quantkit.config import RunConfig
 from quantkit.converter.architectures import check_architecture
 from quantkit.errors import QuantkitError
@@ -26,6 +26,7 @@ from quantkit.qtypes import BF16, QuantType
 from quantkit.rundir import RunDir, read_json, write_json
 from quantkit.safetensors_file import scan
 from quantkit.stages import StageResult
+from quantkit.visibility import closed, why_private
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -49,6 +50,8 @@ class Snapshot:
 
 def execute(run: Run) -> StageResult:
     """Fetch the model of `run.config`. Raises QuantkitError for everything that is refused."""
+    for remark in texts.look(run.config):  # before the download
+        run.events.emit(NAME, "note", remark)
     token = hub.resolve_token()
     made: list[Path] = []
     ref = hub.parse_reference(run.config.model, run.config.revision)
@@ -63,6 +66,8 @@ def execute(run: Run) -> StageResult:
     info = hub.inspect(ref, token)
     check_architecture(info.config)  # before anything large is downloaded
     run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
+    if run.config.publish:  # what is not possible after all the work is said before it
+        hub.check_write(run.config.publish, token, why_private(run.config, info) is not None)
     hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
     fit = _look_at_headers(run, info, token)
@@ -102,7 +107,7 @@ def execute(run: Run) -> StageResult:
         "n_parameters": info.n_parameters,
         "n_bytes": info.n_download_bytes,
         "license": info.license,
-        "gated": info.gated,
+        "closed": closed(info),
     }
     if source is not None:
         summary["source"] = source.scheme
@@ -116,6 +121,10 @@ def _look_at_headers(run: Run, info: hub.ModelInfo, token: str | None) -> Fit:
     headers = run.dir.stage_dir(NAME) / "headers"
     try:
         fit = check_fit(hub.fetch_metadata(info, token, headers))
+        if info.base is not None:
+            from quantkit.lora import merge_shell  # needs torch
+
+            merge_shell(headers, hub.fetch_adapter(info, token, headers / "adapter"))
     finally:
         shutil.rmtree(headers, ignore_errors=True)
     for note in (*info.notes, *fit.notes):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import hub
+from quantkit.calibration.spec import shown
 from quantkit.card import model_card
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
@@ -21,6 +22,7 @@ from quantkit.output import safe_name
 from quantkit.report.text import without_folders
 from quantkit.rundir import StageRecord, read_json, write_json, write_text
 from quantkit.stages import StageResult, convert, fetch, stitch
+from quantkit.visibility import why_private
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Run
@@ -80,9 +82,13 @@ def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
     def strip(value: Any) -> Any:
         if isinstance(value, list):
             return [strip(item) for item in value]
-        return without_folders(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        # A folder's name may have spaces in it, which a sentence's parts do not.
+        return Path(value).name if value.startswith("/") else without_folders(value)
 
-    return {**recipe, "config": {name: strip(value) for name, value in recipe["config"].items()}}
+    config = {name: strip(value) for name, value in recipe["config"].items()}
+    return {**recipe, "config": {**config, "calibration": shown(recipe["config"]["calibration"])}}
 
 
 def _upload(run: Run, folder: Path) -> dict[str, Any]:
@@ -93,11 +99,10 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
 
     files = sorted(path.name for path in folder.glob("*-EVO-*.gguf"))
     message = f"{_name(run)}: {', '.join(files)}"
-    gated = fetch.load(run.dir).info.gated and not run.config.public
-    if gated and not run.config.private:
-        run.events.emit(NAME, "note", "the model is gated: published privately (else: --public)")
-    private = run.config.private or gated
-    token = hub.resolve_token()
+    why = why_private(run.config, fetch.load(run.dir).info)
+    if why and not run.config.private:
+        run.events.emit(NAME, "note", f"{why}: published privately (else: --public)")
+    private, token = why is not None, hub.resolve_token()
     made = hub.publish(
         folder, run.config.publish, token, private, message, progress, _known(run, folder)
     )

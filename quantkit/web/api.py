@@ -116,7 +116,8 @@ def add_endpoints(desk: Desk) -> None:
             context: tokens of context that have to fit beside it.
             machine: here, or auto or a name for a Job of Hugging Face, paid by the caller.
             publish: owner/name on the Hub to upload the result to; empty for none.
-            visibility: of that repository: model (private where that is gated), private or public.
+            visibility: of that repository: model (private where that is private or gated), private
+                or public.
             key: the key of an earlier answer, to keep jobs together; empty for a new one.
         """
         form = _form(

@@ -267,10 +267,10 @@ class Desk:
         files, places = self.store.staged(job_id, asker.owner)
         self.allow("compare", asker)
         secret = self._token_to_publish(token)
-        gated = visibility == "model" and self.store.is_gated(job_id, asker.owner)
-        private = gated or visibility == "private"
+        closed = self.store.closed(job_id, asker.owner) if visibility == "model" else ""
+        private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, check_repo(repo), secret, private)
-        return publishing.changes(changes, gated)
+        return publishing.changes(changes, closed)
 
     def publish(
         self, job_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str

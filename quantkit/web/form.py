@@ -304,7 +304,7 @@ def visibility(elem_id: str) -> gr.Radio:
     """Who may see the repository that is published to."""
     return gr.Radio(
         [
-            ("Everyone, unless the model is gated", "model"),
+            ("Everyone, unless the model is private or gated", "model"),
             ("Only me", "private"),
             ("Everyone", "public"),
         ],

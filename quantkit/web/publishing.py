@@ -12,9 +12,9 @@ _SIGNS = {"new": "+", "changed": "~", "same": "=", "kept": " "}
 _MAX_LINES = 200
 
 
-def changes(found: RepoChanges, gated: bool = False) -> str:
-    """The files, each with what happens to it, and the card's changed lines. `gated`: private only
-    because the model is gated.
+def changes(found: RepoChanges, closed: str = "") -> str:
+    """The files, each with what happens to it, and the card's changed lines. `closed`: what the
+    model is, "private" or "gated", where this is why the repository is private.
     """
     where = escape(found.repo_id)
     kind = "private" if found.private else "public"
@@ -23,7 +23,8 @@ def changes(found: RepoChanges, gated: bool = False) -> str:
         if found.exists
         else f"<b>{where}</b> will be made, {kind}."
     )
-    why = " Its model is gated, and the terms apply to this file, too." if gated else ""
+    terms = {"gated": ", and the terms apply to this file, too"}
+    why = f" Its model is {closed}{terms.get(closed, '')}." if closed else ""
     n_sent = sum(change.kind in ("new", "changed") for change in found.changes)
     what = (
         f"{n_sent} {'file is' if n_sent == 1 else 'files are'} uploaded in one commit,"
