@@ -184,6 +184,8 @@ def test_her_own_page_does_all_of_it(space: Site) -> None:
     assert ask(url, "GET", "/session", None, sent)[2].decode() == sent[TOKEN]
     file = f"/files/mine/{fixtures.GGUF}"
     assert ask(url, "GET", file, None, sent)[0] == 200
+    plain = {name: sent[name] for name in sent if name not in ("Origin", "Sec-Fetch-Site")}
+    assert b"mine" in ask(url, "POST", RUN, tick(space), plain)[2]  # a browser that tells nothing
     typed = {**hers(space), "Sec-Fetch-Site": "none"}
     assert ask(url, "GET", file, None, typed)[0] == 200
     number, n = event_number(url, "delete-now")

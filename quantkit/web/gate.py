@@ -161,8 +161,8 @@ class _Request:
         """The cookies that count, and the visitor of them. Raises Refused.
 
         A caller with a key or a token is known by that alone. What acts by a cookie needs the
-        page's own origin and the token that the page asked for; a caller that is no browser and
-        has no such token has no cookies.
+        page's own origin, as far as the browser tells it, and the token that the page asked for;
+        a caller that is no browser and has no such token has no cookies.
         """
         if door.kind in ("public", "api") or any(name in self._headers for name in _KEYS):
             return {}, None
@@ -172,11 +172,11 @@ class _Request:
         visitor = self._gate._visitors.check(kept.get(name))
         if door.kind != "act" or not kept:
             return kept, visitor
-        if site != "own":
-            return {}, None
-        if not self._gate._visitors.check_page(visitor, self._headers.get(TOKEN)):
+        if self._gate._visitors.check_page(visitor, self._headers.get(TOKEN)):
+            return kept, visitor
+        if site == "own":
             raise Refused(403, "Reload the page: its session is another one.")
-        return kept, visitor
+        return {}, None
 
     def _length(self, door: Door) -> int:
         """Bytes of the body. Raises Refused for one that is too long or of another kind."""
