@@ -154,6 +154,16 @@ def test_what_it_says_is_not_believed(run_code, tmp_path: Path, source: str):
     assert sorted(p.name for p in tmp_path.glob("base.gguf*")) == []
 
 
+@pytest.mark.parametrize("tokens", ["5", "[]", "{}", "dict(wrong=[1])", "dict(wrong=0, apart=0)"])
+def test_a_check_that_cannot_be_read_has_failed(run_code, tokens: str):
+    source = (
+        f"{HOSTILE}tell(tokens={tokens})\nopen(out, 'w').write('x')\n"
+        "os.write(_result, b'{\"value\": 1}\\n')\nos._exit(0)"
+    )
+    result = run_code(source)
+    assert not result.tokens.check.passed
+
+
 def test_warnings_are_plain(run_code):
     """What the converter says and is shown is on one line, cut, and has no control characters."""
     said = "WARNING:hf-to-gguf:\\x1b[2J" + "x" * 9000

@@ -140,7 +140,7 @@ def convert(
                 outcome = attempt(pre.name)
             if not outcome.ok or partial.stat().st_size == 0:
                 raise explain(outcome, log_path, model.removed)
-            tokens = judged(outcome.status.get("tokens", {"error": "the file has no tokens"}))
+            tokens = _tokens(outcome.status.get("tokens"))
             missed = outcome.status.get("missed_ends")
             if missed:
                 notes.append(
@@ -159,6 +159,14 @@ def convert(
         removed=model.removed,
         tokens=tokens,
     )
+
+
+def _tokens(said: Any) -> Tokens:
+    """The check of the tokens, from what the child said of them, if that can be read at all."""
+    try:
+        return judged(said if isinstance(said, dict) else {"error": "the file has no tokens"})
+    except (TypeError, KeyError, AttributeError):
+        return judged({"error": "the answer is not of the form that was asked for"})
 
 
 @contextmanager

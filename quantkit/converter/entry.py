@@ -45,8 +45,10 @@ def convert(job: dict[str, Any]) -> None:
 
 def compare_tokens(job: dict[str, Any]) -> dict[str, Any]:
     """Compare the tokens of the file that was written with the tokenizer's."""
-    from quantkit.tokens import compare_in
-
+    try:
+        from quantkit.tokens import compare_in
+    except AttributeError as error:  # a converter of one's own with another `gguf`
+        return {"error": str(error)}
     arguments = job["arguments"]
     return compare_in(arguments[0], arguments[arguments.index("--outfile") + 1])
 
