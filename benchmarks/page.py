@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_app_fixtures as fixtures  # noqa: E402
 
 from quantkit.rundir import EventLog  # noqa: E402
-from quantkit.web.visitor import COOKIE, Visitors  # noqa: E402
+from quantkit.web.visitor import Visitors  # noqa: E402
 
 N_JOBS, N_CLIENTS, SECONDS = 50, 20, 30
 EMPTY = (
@@ -88,7 +88,7 @@ def polls(folder: Path) -> None:
             request = urllib.request.Request(
                 f"{url}gradio_api/run/predict",
                 json.dumps(body).encode(),
-                {"Content-Type": "application/json", "Cookie": f"{COOKIE}={key}"},
+                fixtures.page_headers(url, visitors, key),
             )
             began = time.perf_counter()
             urllib.request.urlopen(request, timeout=30).read()

@@ -12,6 +12,7 @@ from typing import Any
 
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Runtime
+from evaluators.session import plainly
 from evaluators.texts import DATASETS, load_dataset_text, read_text
 
 Progress = Callable[[int, int], None]  # called with (done, total)
@@ -74,7 +75,7 @@ def read_domains(options: argparse.Namespace) -> dict[str, str]:
 
 
 def runtime_of(options: argparse.Namespace) -> Runtime:
-    return Runtime(options.threads, options.gpu_layers)
+    return Runtime(options.threads, options.gpu_layers, getattr(options, "launch", plainly))
 
 
 def positive(text: str) -> int:

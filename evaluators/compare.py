@@ -22,6 +22,7 @@ import llama_cpp
 from evaluators import command, kl, speed, zeroshot
 from evaluators.base_logits import BaseLogits
 from evaluators.kl import KLResult
+from evaluators.session import Launch
 from evaluators.stats import PairedTest, paired_difference
 from evaluators.tasks.items import TaskItems
 from evaluators.zeroshot import ZeroShotResult
@@ -117,7 +118,7 @@ def _show(result: dict[str, Any]) -> None:
         speed.show([row["speed"] for row in [base, *rows]])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluators.compare", description="Compare GGUF files of one base."
     )
@@ -134,7 +135,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     speed.add_speed_options(group)
     command.add_runtime_options(parser)
-    return command.run_command(parser, _evaluate, _show, argv)
+    return parser
+
+
+def answer(argv: Sequence[str], launch: Launch) -> dict[str, Any]:
+    """The JSON of the command with these arguments, as a value; `launch` starts the processes that
+    open files on the CPU. Raises EvaluationError.
+    """
+    options = _parser().parse_args(argv)
+    if not options.gpu_layers:
+        options.launch = launch
+    return _evaluate(options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run_command(_parser(), _evaluate, _show, argv)
 
 
 if __name__ == "__main__":

@@ -13,3 +13,8 @@ class EvaluationError(Exception):
         super().__init__(f"{message} {remedy}".strip())
         self.message = message
         self.remedy = remedy
+
+
+def printable(text: str) -> str:
+    """A stranger's words on one line: without control characters, at most 2,000 letters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())

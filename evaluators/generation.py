@@ -12,46 +12,58 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evaluators import command
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import CPU, Runtime, check_gguf
+from evaluators.llama_runtime import CPU, Context, Model, Runtime
+
+_CONTEXT = 512
 
 
 def answer(
     file: Path | str, prompt: str, n_tokens: int = 64, runtime: Runtime = CPU
 ) -> dict[str, str]:
-    """The greedy answer to `prompt`, of at most `n_tokens` tokens, and how it was asked.
+    """The greedy answer to `prompt`, of at most `n_tokens` tokens, and how it was asked. Where the
+    file's chat template cannot be used, plain text is asked for, and `template` says why.
 
-    Raises:
-        EvaluationError: a broken file, or one whose chat template cannot be rendered.
+    Raises EvaluationError for a broken file.
     """
-    import llama_cpp
+    said = {"prompt": prompt, "asked": "plain text"}
+    chat: str | None = None
+    with Model(file, runtime) as model:
+        try:
+            chat = model.chat_prompt([{"role": "user", "content": prompt}])
+        except EvaluationError as error:
+            said["template"] = error.message
+        if model.session.is_alive:
+            said["asked"] = "plain text" if chat is None else "chat template"
+            return {**said, "text": _continued(model, prompt, chat, n_tokens)}
+    with Model(file, runtime) as model:
+        return {**said, "text": _continued(model, prompt, None, n_tokens)}
 
-    check_gguf(Path(file))
-    llm = llama_cpp.Llama(
-        str(file),
-        n_ctx=512,
-        n_threads=runtime.threads,
-        n_gpu_layers=runtime.n_gpu_layers,
-        verbose=False,
-    )
-    try:
-        if "tokenizer.chat_template" in llm.metadata:
-            messages: Any = [{"role": "user", "content": prompt}]
-            said: Any = llm.create_chat_completion(messages, max_tokens=n_tokens, temperature=0)
-            return {
-                "prompt": prompt,
-                "asked": "chat template",
-                "text": said["choices"][0]["message"]["content"] or "",
-            }
-        said = llm.create_completion(prompt, max_tokens=n_tokens, temperature=0)
-        return {"prompt": prompt, "asked": "plain text", "text": said["choices"][0]["text"]}
-    except (ValueError, RuntimeError) as error:
-        raise EvaluationError(
-            f"{file} does not answer: {error}.", "Its chat template may be broken."
-        ) from error
-    finally:
-        llm.close()
+
+def _continued(model: Model, prompt: str, chat: str | None, n_tokens: int) -> str:
+    """What follows `chat`, or the plain `prompt`."""
+    if chat is None:
+        ids = model.tokenize(prompt)
+    else:
+        ids = model.tokenize(chat, add_special=False, parse_special=True)
+    ids, ends = ids[-(_CONTEXT - n_tokens) :], model.ends()
+    said: list[int] = []
+    position = 0
+    with Context(model, _CONTEXT, _CONTEXT, n_outputs=1) as context:
+        while len(ids) and len(said) < n_tokens:
+            wanted = np.zeros(len(ids), dtype=np.int8)
+            wanted[-1] = 1
+            positions = np.arange(position, position + len(ids), dtype=np.int32)
+            token = int(context.decode(ids, positions, wanted)[0].argmax())
+            if token in ends:
+                break
+            said.append(token)
+            position += len(ids)
+            ids = np.array([token], dtype=np.int32)
+    return model.text_of(said)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,45 +1,50 @@
-"""A GGUF opened through llama-cpp-python's C API: tokens in, logits of chosen tokens out.
+"""A GGUF opened in llama.cpp, in a process of its own: tokens in, logits of chosen tokens out.
 
 `Model` is the weights and the vocabulary, `Context` the memory of one computation. Both are context
-managers and free what they hold when left. Batches are numpy arrays handed to `llama_decode`
-without copying; only the tokens asked for leave a row of logits, and a context says beforehand how
-many rows it will ever hold, so a vocabulary of 150k costs what it must and no more.
-
-llama.cpp writes nothing to stderr here: its last lines are kept to explain a failure.
+managers and give back what they hold when left. The file may be anybody's: llama.cpp ends its whole
+process over some broken ones, and never comes back from others, which is a sentence here
+(`evaluators.session`). Only the tokens asked for leave a row of logits, and a context says
+beforehand how many rows it will ever hold, so a vocabulary of 150k costs what it must and no more.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import re
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.errors import EvaluationError
+from evaluators.session import Launch, Session, plainly
 
 MAX_STEP = 512  # tokens of one llama_decode; llama.cpp's own ubatch, more is not faster
-_VOCAB_TYPE_NONE = 0
-_LOG_ERROR, _LOG_CONT = 4, 5  # as in ggml.h; llama_cpp._logger has an older table
+_MOST_VOCAB = 1 << 24
+# A process may take so long for what it is asked, and more for larger files: far above what honest
+# ones need on slow machines.
+_SECONDS = 600.0
+_BYTES_PER_SECOND = 1e9  # of weights, for each token; of prompts that is slow
+_DISK_BYTES_PER_SECOND = 2e6
+_LETTERS_PER_SECOND = 20_000
+_RENDER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Runtime:
     """Where to compute. `n_threads` 0 means every core this process may use; `n_gpu_layers` 0 is
-    the CPU, -1 every layer.
+    the CPU, -1 every layer. `launch` starts the process that opens a file; the caller may have a
+    place for it that is safer than a plain process.
     """
 
     n_threads: int = 0
     n_gpu_layers: int = 0
+    launch: Launch = plainly
 
     @property
     def threads(self) -> int:
@@ -50,48 +55,6 @@ class Runtime:
 
 
 CPU = Runtime()
-
-
-class LogTail:
-    """llama.cpp's log, kept instead of printed: the last lines, and which of them are errors."""
-
-    def __init__(self) -> None:
-        self.lines: deque[str] = deque(maxlen=2000)
-        self._errors: deque[str] = deque(maxlen=8)
-        self._level = 0
-        # ctypes frees a callback that nobody holds, and llama.cpp would call into nothing
-        self._callback = lib.llama_log_callback(self._write)
-
-    def _write(self, level: int, text: bytes, _user_data: int | None) -> None:
-        line = text.decode("utf-8", "replace").strip()
-        self._level = self._level if level == _LOG_CONT else level
-        if line and level != _LOG_CONT:
-            self.lines.append(line)
-            if level == _LOG_ERROR:
-                self._errors.append(line)
-
-    def start(self) -> None:
-        """Take over llama.cpp's log (there is one per process) and forget earlier lines."""
-        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
-        self.lines.clear()
-        self._errors.clear()
-
-    def reason(self) -> str:
-        """The first error since `start` as half a sentence, or nothing. The first names the cause;
-        the ones after it are callers giving up.
-        """
-        if not self._errors:
-            return ""
-        text = re.sub(r"^(\w+: )+(error loading model: )?", "", self._errors[0])
-        return text.rstrip(".")
-
-
-LOG = LogTail()
-
-
-def because(reason: str) -> str:
-    """' (reason)' for the end of a clause, nothing without a reason."""
-    return f" ({reason})" if reason else ""
 
 
 def shard_paths(path: Path) -> list[Path]:
@@ -122,6 +85,16 @@ def check_gguf(path: Path) -> int:
     return n_bytes
 
 
+def check_context(path: Path, n_ctx: int, n_ctx_train: int) -> None:
+    """Raises EvaluationError when the model in `path` was not trained for `n_ctx` tokens."""
+    if n_ctx > n_ctx_train:
+        raise EvaluationError(
+            f"A context of {n_ctx} tokens is longer than the {n_ctx_train} that {path} was trained"
+            " with.",
+            f"Use --ctx {n_ctx_train} or less.",
+        )
+
+
 def model_sha256(path: Path) -> str:
     """sha256 over all parts of a model, in order."""
     digest = hashlib.sha256()
@@ -132,108 +105,37 @@ def model_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Model:
-    """The weights and vocabulary of a GGUF, read for inference.
+class Opened:
+    """A process of llama.cpp's for one file, before anything is loaded there. `writable` is the one
+    folder that it may write into.
 
-    Raises EvaluationError when the file is missing, not a GGUF, truncated, of an architecture this
-    llama.cpp does not know, without a vocabulary, or not a decoder.
+    Raises EvaluationError when the file is missing or not a GGUF.
     """
 
-    def __init__(self, path: Path | str, runtime: Runtime = CPU) -> None:
+    def __init__(
+        self, path: Path | str, runtime: Runtime = CPU, writable: Path | None = None
+    ) -> None:
         self.path = Path(path)
         self.runtime = runtime
-        self._model: Any = None
         self.n_bytes = check_gguf(self.path)
-        if runtime.n_gpu_layers and not lib.llama_supports_gpu_offload():
-            raise EvaluationError(
-                "This llama-cpp-python was built without GPU support.",
-                "Install a build for your GPU, or leave --gpu-layers out.",
-            )
-        LOG.start()
-        lib.llama_backend_init()
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = runtime.n_gpu_layers
-        self._model = lib.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self._model:
-            raise EvaluationError(
-                f"llama.cpp cannot load {self.path}{because(LOG.reason())}.",
-                "Download or write the file again; a newer llama-cpp-python may be needed for a "
-                "new architecture.",
-            )
-        try:
-            self._read_vocabulary()
-        except EvaluationError:
-            self.close()
-            raise
+        self.session = Session(self.path, shard_paths(self.path), runtime.launch, writable)
 
-    def _read_vocabulary(self) -> None:
-        self._vocab = lib.llama_model_get_vocab(self._model)
-        if not lib.llama_model_has_decoder(self._model) or (
-            lib.llama_model_has_encoder(self._model)
-        ):
-            raise EvaluationError(
-                f"{self.path} is not a causal language model.",
-                "Perplexity, KL and choices need a decoder that predicts the next token.",
-            )
-        if lib.llama_vocab_type(self._vocab) == _VOCAB_TYPE_NONE:
-            raise EvaluationError(
-                f"{self.path} carries no vocabulary.", "Convert the model with its tokenizer."
-            )
-        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
-        self.n_params: int = lib.llama_model_n_params(self._model)
-        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
-        self.adds_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
-        self.bos: int = lib.llama_vocab_bos(self._vocab)  # -1 when there is none
-        self.eos: int = lib.llama_vocab_eos(self._vocab)
-        # A recurrent state belongs to one sequence: it cannot be shared as cached keys can.
-        self.is_recurrent: bool = lib.llama_model_is_recurrent(
-            self._model
-        ) or lib.llama_model_is_hybrid(self._model)
-
-    def tokenize(self, text: str, add_special: bool = True) -> NDArray[np.int32]:
-        """Token ids of `text`, plain text throughout: "<s>" in it is three characters.
-
-        With `add_special` a BOS is put first where the vocabulary asks for one; an EOS never is
-        added, since a text here goes on.
+    def call(self, function: Callable[..., Any], n_tokens: int = 1, **arguments: Any) -> Any:
+        """Run a function of `evaluators` there, which takes the path first: JSON in, JSON out. It
+        may take as long as `n_tokens` tokens may.
         """
-        data = text.encode("utf-8")
-        capacity = len(data) + 16
-        while True:
-            ids = np.empty(capacity, dtype=np.int32)
-            n = lib.llama_tokenize(
-                self._vocab,
-                data,
-                len(data),
-                ids.ctypes.data_as(lib.llama_token_p),
-                capacity,
-                add_special,
-                False,
-            )
-            if n >= 0:
-                break
-            if n == -(2**31):
-                raise EvaluationError(
-                    "The text has more than 2 billion tokens.", "Give a shorter text."
-                )
-            capacity = -n
-        if add_special and n > 0 and lib.llama_vocab_get_add_eos(self._vocab):
-            n -= 1
-        return ids[:n].copy()
+        name = f"{function.__module__}:{function.__name__}"
+        seconds = self._seconds(n_tokens) + self.n_bytes / _DISK_BYTES_PER_SECOND
+        return self.session.ask(
+            "call", seconds, function=name, file=str(self.path.absolute()), arguments=arguments
+        )
 
-    def check_context(self, n_ctx: int) -> None:
-        """Raises EvaluationError when the model was not trained for `n_ctx` tokens."""
-        if n_ctx > self.n_ctx_train:
-            raise EvaluationError(
-                f"A context of {n_ctx} tokens is longer than the {self.n_ctx_train} that "
-                f"{self.path} was trained with.",
-                f"Use --ctx {self.n_ctx_train} or less.",
-            )
+    def _seconds(self, n_tokens: int) -> float:
+        return _SECONDS + n_tokens * self.n_bytes / _BYTES_PER_SECOND
 
     def close(self) -> None:
-        """Free the weights. Harmless when done before."""
-        if self._model:
-            lib.llama_model_free(self._model)
-            self._model = None
+        """End the process. Harmless when done before."""
+        self.session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -245,6 +147,81 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Model(Opened):
+    """The weights and vocabulary of a GGUF, read for inference.
+
+    Raises EvaluationError when the file is missing, not a GGUF, truncated, of an architecture this
+    llama.cpp does not know, without a vocabulary, not a decoder, or ends llama.cpp.
+    """
+
+    def __init__(
+        self, path: Path | str, runtime: Runtime = CPU, writable: Path | None = None
+    ) -> None:
+        super().__init__(path, runtime, writable)
+        try:
+            facts = self.session.ask(
+                "open",
+                _SECONDS + self.n_bytes / _DISK_BYTES_PER_SECOND,
+                file=str(self.path.absolute()),
+                n_threads=runtime.n_threads,
+                n_gpu_layers=runtime.n_gpu_layers,
+            )
+            self.n_vocab = int(facts["n_vocab"])
+            self.n_params = int(facts["n_params"])
+            self.n_ctx_train = int(facts["n_ctx_train"])
+            self.adds_bos = bool(facts["adds_bos"])
+            self.bos = int(facts["bos"])  # -1 when there is none
+            self.eos = int(facts["eos"])
+            # A recurrent state belongs to one sequence: it cannot be shared as cached keys can.
+            self.is_recurrent = bool(facts["is_recurrent"])
+            if not 0 < self.n_vocab <= _MOST_VOCAB:
+                raise EvaluationError(
+                    f"{self.path} has a vocabulary of {self.n_vocab:,} tokens.",
+                    "Download or write the file again.",
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def tokenize(
+        self, text: str, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        """Token ids of `text`, plain text throughout: "<s>" in it is three characters, unless
+        `parse_special`.
+
+        With `add_special` a BOS is put first where the vocabulary asks for one; an EOS never is
+        added, since a text here goes on.
+        """
+        ids = self.session.ask(
+            "tokenize",
+            _SECONDS + len(text) / _LETTERS_PER_SECOND,
+            text=text,
+            add_special=add_special,
+            parse_special=parse_special,
+        )
+        return np.array(ids, dtype=np.int32)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self.session.ask("text", _SECONDS, ids=list(ids)))
+
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset(self.session.ask("ends", _SECONDS))
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str | None:
+        """`messages` through the file's own chat template, None without one.
+
+        Raises EvaluationError when the template cannot be used; the model may be gone then.
+        """
+        said = self.session.ask("render", _RENDER_SECONDS, messages=list(messages))
+        return None if said is None else str(said)
+
+    def check_context(self, n_ctx: int) -> None:
+        """Raises EvaluationError when the model was not trained for `n_ctx` tokens."""
+        check_context(self.path, n_ctx, self.n_ctx_train)
 
 
 class Context:
@@ -261,30 +238,21 @@ class Context:
         self.model = model
         self.n_step = n_step
         self.n_outputs = n_outputs
-        params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_batch = n_step
-        params.n_ubatch = min(n_step, MAX_STEP)
-        params.n_seq_max = n_seqs
-        # llama.cpp keeps at least one row per sequence
-        params.n_outputs_max = max(n_outputs, n_seqs)
-        params.kv_unified = n_seqs > 1
-        params.n_threads = params.n_threads_batch = model.runtime.threads
-        # Without layers on the GPU nothing else may wander there either: the CPU means the CPU.
-        params.offload_kqv = params.op_offload = model.runtime.n_gpu_layers != 0
-        LOG.start()
-        self._context: Any = lib.llama_init_from_model(model._model, params)
-        if not self._context:
-            raise EvaluationError(
-                f"llama.cpp cannot make a context of {n_ctx} tokens for {model.path}"
-                f"{because(LOG.reason())}.",
-                "Use a smaller --ctx, or a machine with more memory.",
-            )
-        self.log_lines = tuple(LOG.lines)  # its buffer sizes
+        self._is_open = False
+        self._logits = model.session.share(n_outputs * model.n_vocab)
+        model.session.ask(
+            "context",
+            model._seconds(n_step),
+            n_ctx=n_ctx,
+            n_step=n_step,
+            n_outputs=n_outputs,
+            n_seqs=n_seqs,
+        )
+        self._is_open = True
 
     def clear(self) -> None:
         """Forget every sequence."""
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        self.model.session.ask("clear", _SECONDS)
 
     def decode(
         self,
@@ -302,11 +270,11 @@ class Context:
             sequences: for each token the sequences it belongs to; all in sequence 0 when None.
 
         Returns:
-            Logits [wanted.sum(), n_vocab] in the order of the batch. This is llama.cpp's own
-            buffer: read it before the next call.
+            Logits [wanted.sum(), n_vocab] in the order of the batch, in memory that the next call
+            writes over: read it before.
         """
         n, n_rows = len(tokens), int(wanted.sum())
-        # llama.cpp ends the whole process over either
+        # llama.cpp would end its process over either
         if not 0 < n <= self.n_step or n_rows > self.n_outputs:
             raise ValueError(f"{n} tokens, {n_rows} rows; made for {self.n_step}, {self.n_outputs}")
         if int(tokens.max()) >= self.model.n_vocab or int(tokens.min()) < 0:
@@ -314,45 +282,21 @@ class Context:
                 f"A token id lies outside the {self.model.n_vocab} of {self.model.path}.",
                 "The text was tokenized for another model; give files of one base.",
             )
-        tokens = np.ascontiguousarray(tokens, dtype=np.int32)
-        positions = np.ascontiguousarray(positions, dtype=np.int32)
-        wanted = np.ascontiguousarray(wanted, dtype=np.int8)
-        counts, flat, pointers = _sequence_table(n, sequences)
-        batch = lib.llama_batch(
-            n_tokens=n,
-            token=_pointer(tokens, ctypes.c_int32),
-            embd=None,
-            pos=_pointer(positions, ctypes.c_int32),
-            n_seq_id=_pointer(counts, ctypes.c_int32),
-            seq_id=ctypes.cast(
-                _pointer(pointers, ctypes.c_void_p),
-                ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)),
-            ),
-            logits=_pointer(wanted, ctypes.c_int8),
+        self.model.session.ask(
+            "decode",
+            self.model._seconds(n),
+            tokens=tokens.tolist(),
+            positions=positions.tolist(),
+            wanted=wanted.tolist(),
+            sequences=sequences,
         )
-        LOG.start()
-        status = lib.llama_decode(self._context, batch)
-        del flat  # held until here: `pointers` holds its addresses as plain numbers
-        if status != 0:
-            raise EvaluationError(
-                f"llama.cpp failed to run {self.model.path}: llama_decode gave {status}"
-                f"{because(LOG.reason())}.",
-                "Free some memory or use a smaller --ctx.",
-            )
-        if n_rows == 0:
-            return np.empty((0, self.model.n_vocab), dtype=np.float32)
-        rows = lib.llama_get_logits(self._context)
-        if not rows:
-            raise EvaluationError(
-                f"{self.model.path} gives no logits.", "It is not a causal language model."
-            )
-        return np.ctypeslib.as_array(rows, shape=(n_rows, self.model.n_vocab))
+        return self._logits[: n_rows * self.model.n_vocab].reshape(n_rows, self.model.n_vocab)
 
     def close(self) -> None:
-        """Free the memory. Harmless when done before."""
-        if self._context:
-            lib.llama_free(self._context)
-            self._context = None
+        """Free the memory. Harmless when done before, or when the process is gone."""
+        if self._is_open and self.model.session.is_alive:
+            self.model.session.ask("close_context", _SECONDS)
+        self._is_open = False
 
     def __enter__(self) -> Self:
         return self
@@ -364,24 +308,3 @@ class Context:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _pointer(array: NDArray[Any], kind: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(kind))
-
-
-def _sequence_table(
-    n: int, sequences: Sequence[Sequence[int]] | None
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uintp]]:
-    """How many sequences each token has [n], their ids end to end, and the address of each token's
-    first id [n]: the `llama_seq_id **` of a batch.
-    """
-    if sequences is None:
-        counts = np.ones(n, dtype=np.int32)
-        flat = np.zeros(n, dtype=np.int32)
-    else:
-        counts = np.array([len(ids) for ids in sequences], dtype=np.int32)
-        flat = np.array([seq for ids in sequences for seq in ids], dtype=np.int32)
-    starts = np.cumsum(counts) - counts
-    pointers = (flat.ctypes.data + starts * flat.itemsize).astype(np.uintp)
-    return counts, flat, pointers

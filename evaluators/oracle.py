@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 from evaluators.agreement import compare_logits
 from evaluators.errors import EvaluationError
+from evaluators.llama_runtime import Runtime
+from evaluators.session import here
 from evaluators.weights import expand_to_f16
 
+_INSIDE = Runtime(launch=here)  # the caller has made a process for all of this
 _OFFLOADED = " by disk offload"
 
 
@@ -91,7 +94,7 @@ def _measured(
     closer_above: float,
 ) -> Iterator[dict[str, Any]]:
     tokens = np.asarray(ids, np.int32)
-    agreement, kl = compare_logits(file, tokens, logits)
+    agreement, kl = compare_logits(file, tokens, logits, _INSIDE)
 
     def facts(expanded: bool, not_expanded: str = "") -> dict[str, Any]:
         apart = np.flatnonzero(kl > 10 * closer_above)
@@ -106,8 +109,8 @@ def _measured(
     if agreement.mean_kl > closer_above:
         try:
             f16 = scratch / "f16.gguf"  # the caller's to delete, as the whole folder
-            expand_to_f16(file, f16)
-            agreement, kl = compare_logits(f16, tokens, logits)
+            expand_to_f16(file, f16, _INSIDE)
+            agreement, kl = compare_logits(f16, tokens, logits, _INSIDE)
         except EvaluationError as error:  # no disk for it, or weights beyond F16
             yield facts(False, error.message)
         else:
@@ -121,13 +124,13 @@ def _load(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    folder = source["folder"]
+    folder = str(source["folder"])
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(part, name, False):
                 setattr(part, name, False)
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
     kind = next((k for k in kinds if type(config) in k._model_mapping), kinds[0])
     where: dict[str, Any] = {}
     if offload is not None:
@@ -147,10 +150,13 @@ def _load(
         **where,
     )
     missing = sorted(about["missing_keys"])
-    if source.get("adapter") and not missing:
+    adapter = source.get("adapter")
+    if adapter and not missing:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, source["adapter"], local_files_only=True)
+        if not Path(adapter, "adapter_model.safetensors").is_file():
+            raise ValueError("the adapter has no safetensors")
+        model = PeftModel.from_pretrained(model, adapter, local_files_only=True)
     return model.eval(), missing
 
 

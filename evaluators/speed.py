@@ -11,9 +11,6 @@ included; `buffers` are llama.cpp's own figures, on whatever device they lie.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +19,8 @@ from typing import Any
 
 from evaluators import command
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import CPU, Runtime, check_gguf
-from evaluators.speed_probe import ProbeRequest
+from evaluators.llama_runtime import CPU, Opened, Runtime, check_gguf
+from evaluators.speed_probe import ProbeRequest, probe
 
 
 @dataclass(frozen=True)
@@ -60,35 +57,26 @@ def measure(
     Raises EvaluationError when prompt and generation do not fit `n_ctx`, for a broken file, or when
     the process dies (mostly: not enough memory).
     """
-    check_gguf(Path(file))
+    n_bytes = check_gguf(Path(file))
     if n_prompt + n_generate > n_ctx:
         raise EvaluationError(
             f"{n_prompt} prompt and {n_generate} generated tokens do not fit a context of {n_ctx}.",
             "Use a larger --ctx.",
         )
     request = ProbeRequest(
-        str(file), n_ctx, n_prompt, n_generate, n_repeats, runtime.n_threads, runtime.n_gpu_layers
+        n_ctx, n_prompt, n_generate, n_repeats, runtime.n_threads, runtime.n_gpu_layers
     )
-    # The child must find this package however its parent did.
-    package_root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-m", "evaluators.speed_probe", json.dumps(asdict(request))],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
+    n_tokens = (1 + n_repeats) * n_prompt + n_repeats * n_generate
+    with Opened(file, runtime) as opened:
+        answer = opened.call(probe, n_tokens, **asdict(request))
+    return SpeedResult(
+        str(file),
+        n_bytes=n_bytes,
+        n_ctx=n_ctx,
+        n_gpu_layers=runtime.n_gpu_layers,
+        n_threads=runtime.threads,
+        **answer,
     )
-    try:
-        answer = json.loads(child.stdout)
-    except json.JSONDecodeError:
-        cause = f"signal {-child.returncode}" if child.returncode < 0 else child.stderr[-300:]
-        raise EvaluationError(
-            f"The measurement of {file} died ({cause.strip()}).",
-            "Free some memory or use a smaller --ctx.",
-        ) from None
-    if "error" in answer:
-        raise EvaluationError(*answer["error"])
-    return SpeedResult(str(file), n_ctx=n_ctx, n_gpu_layers=runtime.n_gpu_layers, **answer)
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:

@@ -1,14 +1,11 @@
-"""Speed and memory of one GGUF, measured in this very process; prints one JSON object.
+"""Speed and memory of one GGUF, measured in this very process.
 
-    python -m evaluators.speed_probe '{"file": "FILE.gguf", "n_ctx": 2048, ...}'
-
-`evaluators.speed` starts it, one process a file: peak memory is a property of a process, and only a
-fresh one has that of a single model.
+`evaluators.speed` has it run in a process for each file: peak memory is a property of a process,
+and only a fresh one has that of a single model.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import sys
@@ -16,12 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import LOG, MAX_STEP, Context, Model, Runtime
+from evaluators.llama_runtime import MAX_STEP, Runtime, check_context
+
+if TYPE_CHECKING:
+    from evaluators.llama_native import Context
 
 # "load_tensors:   CPU_Mapped model buffer size =   258.13 MiB", and so for KV, RS, compute, output
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|RS|compute|output)\s+buffer size\s*=\s*([\d.]+) MiB")
@@ -33,7 +32,6 @@ class ProbeRequest:
     `n_generate` one by one, all of it `n_repeats` times.
     """
 
-    file: str
     n_ctx: int
     n_prompt: int
     n_generate: int
@@ -42,14 +40,19 @@ class ProbeRequest:
     n_gpu_layers: int
 
 
-def probe(request: ProbeRequest) -> dict[str, Any]:
-    """Load time, tokens per second, and memory. Raises EvaluationError as `Model` does."""
+def probe(file: str, **asked: int) -> dict[str, Any]:
+    """Load time, tokens per second, and memory, for the fields of a `ProbeRequest`. Raises
+    EvaluationError as `Model` does.
+    """
+    from evaluators.llama_native import LOG, Context, Model
+
+    request = ProbeRequest(**asked)
     runtime = Runtime(request.n_threads, request.n_gpu_layers)
     started = time.perf_counter()
-    with Model(request.file, runtime) as model:
+    with Model(file, runtime) as model:
         load_seconds = time.perf_counter() - started
         lines = list(LOG.lines)
-        model.check_context(request.n_ctx)
+        check_context(Path(file), request.n_ctx, model.n_ctx_train)
         n_step = min(request.n_ctx, MAX_STEP)
         with Context(model, request.n_ctx, n_step, n_outputs=1) as context:
             lines += context.log_lines
@@ -62,15 +65,12 @@ def probe(request: ProbeRequest) -> dict[str, Any]:
                 prompt_rates.append(len(ids) / _prompt_seconds(context, ids))
                 seconds = _generation_seconds(context, len(ids), request.n_generate)
                 generation_rates.append(request.n_generate / seconds)
-        n_bytes = model.n_bytes
     return {
-        "n_bytes": n_bytes,
         "load_seconds": round(load_seconds, 4),
         "prompt": _rates(prompt_rates, request.n_prompt),
         "generation": _rates(generation_rates, request.n_generate),
         "peak_rss_bytes": _peak_rss(),
         "buffers": _buffers(lines),
-        "n_threads": runtime.threads,
     }
 
 
@@ -126,16 +126,3 @@ def _peak_rss() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
-
-
-def main() -> int:
-    try:
-        print(json.dumps(probe(ProbeRequest(**json.loads(sys.argv[1])))))
-    except EvaluationError as error:
-        print(json.dumps({"error": [error.message, error.remedy]}))
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import llama_cpp.llama_cpp as lib
 
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import LOG, because
+from evaluators.llama_native import LOG, because
 
 _UNKNOWN, _UNUSED, _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = (1 << i for i in range(6))  # ATTR_*
 _KINDS = {
@@ -35,7 +35,7 @@ _KINDS = {
 _OWN = _UNKNOWN | _CONTROL | _USER_DEFINED  # kinds that llama.cpp looks for in a text as a whole
 _SPM = 1  # LLAMA_VOCAB_TYPE_SPM
 _BYTE_TEXT = re.compile(r"<0x[0-9A-F]{2}>")
-_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
+_FORMS: tuple[Literal["NFC", "NFKC", "NFD", "NFKD"], ...] = ("NFC", "NFKC", "NFD", "NFKD")
 _SHOWN = 5  # differences that are told
 
 SPACE = "llama.cpp puts a space piece before text that follows a special token"
@@ -190,9 +190,9 @@ class _Both:
         """Without the spaces that added tokens swallow on their left or right."""
         for name, (_, token) in self._added.items():
             if token.lstrip:
-                text = re.sub(r"\s+" + re.escape(name), lambda _, n=name: n, text)
+                text = re.sub(rf"\s+(?={re.escape(name)})", "", text)
             if token.rstrip:
-                text = re.sub(re.escape(name) + r"\s+", lambda _, n=name: n, text)
+                text = re.sub(rf"(?<={re.escape(name)})\s+", "", text)
         return text
 
     def _spaced(self, text: str, even_before_spaces: bool) -> list[int]:

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import llama_cpp.llama_cpp as lib
-
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import CPU, LOG, Model, Runtime, because
+from evaluators.llama_runtime import CPU, Model, Runtime
 from evaluators.logit_store import check_space
 
 
@@ -36,16 +34,29 @@ def expanded_to_f16(
 
 def expand_to_f16(file: Path, target: Path, runtime: Runtime = CPU) -> None:
     """Write the F16 copy of `file` to `target`. Raises EvaluationError as `expanded_to_f16`."""
-    with Model(file, runtime) as model:
-        n_bytes = 2 * model.n_params
-    check_space(
-        target.parent, n_bytes, "The weights at F16", "Use --cache on another disk, or less."
-    )
+    with Model(file, runtime, writable=target.parent) as model:
+        check_space(
+            target.parent,
+            2 * model.n_params,
+            "The weights at F16",
+            "Use --cache on another disk, or less.",
+        )
+        model.call(expand, target=str(target.absolute()), n_threads=runtime.threads)
+
+
+def expand(file: str, target: str, n_threads: int) -> None:
+    """Write the F16 copy, in the process that may do so. Raises EvaluationError when llama.cpp
+    cannot.
+    """
+    import llama_cpp.llama_cpp as lib
+
+    from evaluators.llama_native import LOG, because
+
+    LOG.start()
     params = lib.llama_model_quantize_default_params()
     params.ftype = lib.LLAMA_FTYPE_MOSTLY_F16
     params.allow_requantize = True
-    params.nthread = runtime.threads
-    LOG.start()
+    params.nthread = n_threads
     if lib.llama_model_quantize(os.fsencode(file), os.fsencode(target), params) != 0:
         raise EvaluationError(
             f"llama.cpp cannot expand {file} to F16{because(LOG.reason())}.",

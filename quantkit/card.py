@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
         base_model_relation="quantized",
         quantized_by="quantkit",
         tags=[tag for tag in tags if tag not in _NOT_OURS],
-        eval_results=results,
+        eval_results=[r for r in results if not math.isnan(r.metric_value)],
         **{"pipeline_tag": "text-generation", **kept},
     )
 
@@ -122,6 +123,7 @@ def model_card(
         " importance matrix. Weight KL is that of the file expanded to F16: llama.cpp also rounds"
         " the activations of quantized files, which costs each the same few thousandths.",
         *_losses(report),
+        *_missing(report),
         reports.set_table(tables.domains(report)),
         *([reports.set_table(spoken)] if (spoken := tables.languages(report)) else []),
         *([reports.set_table(long)] if (long := tables.long_contexts(report)) else []),
@@ -208,6 +210,12 @@ def _plot(name: str, about: str) -> str:
 def _losses(report: Report) -> list[str]:
     lost = text.losses(report)
     return [f"{text.losing(report)}:", reports.bullets(lost)] if lost else []
+
+
+def _missing(report: Report) -> list[str]:
+    """What could not be measured, and why."""
+    lines = [f"{name}: {reason}" for name, reason in report.not_measured]
+    return ["Not measured:", reports.bullets(lines)] if lines else []
 
 
 def _commands(name: str, label: str, repo: str) -> str:

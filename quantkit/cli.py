@@ -5,11 +5,12 @@ needed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,57 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quantkit import __version__, secrets
+from quantkit import __version__, compare_options, faults, secrets, terminal
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
-from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json
+from quantkit.rundir import STAGES, RunDir, read_events
 from quantkit.tensors import METHODS, to_json
+from quantkit.terminal import Printer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 when done, 2 for wrong use, 1 when it failed with a sentence on
     stderr.
     """
-    if argv is None:  # a program of its own, not a call
-        secrets.hide()
-    arguments = _parser().parse_args(argv)
+    terminal.settle_streams()
     try:
-        answer = arguments.command(arguments)
-    except UsageError as error:
-        print(f"quantkit: {printable(str(error), '')}", file=sys.stderr)
-        return 2
+        if argv is None:  # a program of its own, not a call
+            secrets.hide()
+        arguments = _parser().parse_args(_readable(sys.argv[1:] if argv is None else argv))
     except QuantkitError as error:
-        print(f"quantkit: {printable(str(error), '')}", file=sys.stderr)
-        return 1
+        return terminal.failed(error)
+    folder = getattr(arguments, "out", None) or getattr(arguments, "folder", None)
+    try:
+        with terminal.ending_with_threads(folder):
+            answer = arguments.command(arguments)
+        if getattr(arguments, "json", False):
+            print(printable(json.dumps(to_json(answer), ensure_ascii=False)))
+        sys.stdout.flush()
+    except QuantkitError as error:
+        return terminal.failed(faults.explain(error, folder) or error)
     except BrokenPipeError:  # `| head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("quantkit: interrupted; the same command goes on from here", file=sys.stderr)
-        return 1
-    if getattr(arguments, "json", False):
-        print(printable(json.dumps(to_json(answer), ensure_ascii=False)))
+        return terminal.failed(QuantkitError("interrupted; the same command goes on from here"))
+    except Exception as error:
+        return terminal.failed(faults.explain(error, folder) or terminal.bug(error, folder))
     return 0
+
+
+def _readable(arguments: Sequence[str]) -> list[str]:
+    """The arguments. Raises UsageError for a name that is no UTF-8: it cannot stand in JSON, in a
+    GGUF or on the Hub.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            raise UsageError(
+                f"The name {shown} is not UTF-8.", "Rename it, or give it by a link."
+            ) from None
+    return list(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("folder", type=Path, metavar="DIR")
         sub.add_argument("--json", action="store_true", help="print one JSON object last")
         sub.set_defaults(command=command)
+        if name == "resume":
+            for option in ("--compare", "--eval-text", "--tasks"):
+                sub.add_argument(
+                    option,
+                    action="append",
+                    metavar="FILE",
+                    help="another than the run was started with; none: leave it out",
+                )
 
     publish = commands.add_parser("publish", help="upload a finished run to the Hub")
     publish.add_argument("folder", type=Path, metavar="DIR")
@@ -95,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="measure GGUFs of one base beside each other; none need be ours"
     )
-    _add_compare_options(compare)
+    compare_options.add(compare)
     compare.add_argument("--json", action="store_true", help="print one JSON object last")
     compare.set_defaults(command=_compare)
 
@@ -202,47 +231,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
-# Options of `compare` that the evaluators take as they are: flag, metavar, help.
-_EVALUATOR_OPTIONS = (
-    ("--text", "[NAME=]FILE", "UTF-8 text to measure on; several are domains"),
-    ("--dataset", "NAME", "wikitext2, c4 or fineweb-edu from the Hub, also as a domain"),
-    ("--ctx", "N", "tokens of a window (default: 512)"),
-    ("--chunks", "N", "windows of each text, else all"),
-    ("--task", "NAME", "zero-shot task such as piqa; may be given several times"),
-    ("--data", "FILE", "local items of that task instead of the Hub's"),
-    ("--limit", "N", "first N items of each task"),
-    ("--cache", "DIR", "keep the base's logits here for the next comparison"),
-    ("--threads", "N", "else all cores"),
-    ("--gpu-layers", "N", "layers on the GPU, -1 for all (default: 0)"),
-)
-_EVALUATOR_FLAGS = (
-    ("--weight-kl", "also the KL of the weights alone"),
-    ("--speed", "also tokens per second and memory"),
-)
-
-
-def _add_compare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="+", metavar="GGUF", help="files: paths or hf://owner/name/file.gguf"
-    )
-    parser.add_argument("--base", required=True, metavar="GGUF", help="full precision")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the report")
-    for flag, metavar, help_text in _EVALUATOR_OPTIONS:
-        parser.add_argument(flag, action="append", default=[], metavar=metavar, help=help_text)
-    for flag, help_text in _EVALUATOR_FLAGS:
-        parser.add_argument(flag, action="store_true", help=help_text)
-
-
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     from quantkit import compare, report
 
-    options: list[str] = []
-    for flag, _, _ in _EVALUATOR_OPTIONS:
-        for value in getattr(arguments, flag[2:].replace("-", "_")):
-            options.append(f"{flag}={value}")
-    options += [
-        flag for flag, _ in _EVALUATOR_FLAGS if getattr(arguments, flag[2:].replace("-", "_"))
-    ]
+    options = compare_options.chosen(arguments)
     made = compare.compare(arguments.base, arguments.files, options, arguments.out)
     if not arguments.json:
         print(printable(report.markdown(made)))
@@ -312,59 +304,57 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
-    path = RunDir(arguments.folder).config_path
-    if not path.exists():
+    from quantkit import pipeline
+
+    directory = RunDir(arguments.folder)
+    if not directory.config_path.exists():
         raise UsageError(
             f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
         )
-    return _execute(RunConfig.from_json(read_json(path)), arguments.folder)
+    config = pipeline.load_config(directory)
+    return _execute(dataclasses.replace(config, **_measured_on(arguments)), arguments.folder)
+
+
+def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a RunConfig that `resume` was asked to change. Raises UsageError."""
+    from quantkit import given
+
+    found: dict[str, Any] = {}
+    for name in RunConfig.MEASURED_ON:
+        option, asked = "--" + name.replace("_", "-"), getattr(arguments, name)
+        if asked is None:
+            continue
+        files = tuple(_given_file(option, file) for file in asked if file != "none")
+        if name == "compare":
+            for file in files:
+                given.check_name(file)
+            found[name] = files
+        elif len(files) > 1:
+            raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
+        else:
+            found[name] = files[0] if files else None
+    return found
 
 
 def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
     from quantkit import pipeline
 
-    shown = _Printer()
+    shown = Printer()
     records = pipeline.run(config, folder, shown)
     report_path = RunDir(folder).stage_dir("validate") / "report.md"
-    print(printable(report_path.read_text("utf-8")), file=sys.stderr)
-    where = printable(str(RunDir(folder).stage_dir("publish")))
-    print(f"\nfiles: {where}\nweb page: make app", file=sys.stderr)
+    with suppress(OSError):
+        print(printable(report_path.read_text("utf-8")), file=sys.stderr)
+        files = printable(str(RunDir(folder).stage_dir("publish")))
+        print(f"\nfiles: {files}\nweb page: make app", file=sys.stderr)
     return {
         "folder": str(folder),
         "stages": {name: record.summary for name, record in records.items()},
     }
 
 
-class _Printer:
-    """Prints events to stderr as they come: a line per stage, progress in place on a terminal."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._on_terminal = sys.stderr.isatty()
-        self._open_line = False
-        self._last_percent = -100
-
-    def __call__(self, event: Event) -> None:
-        seconds = int(time.monotonic() - self._started)
-        head = f"{seconds // 60:3d}:{seconds % 60:02d}  {event.stage or '':<10}"
-        if event.kind == "progress":
-            percent = 100 * event.data["done"] // max(event.data["total"], 1)
-            if not self._on_terminal and percent < self._last_percent + 25 and percent < 100:
-                return
-            self._last_percent = percent
-            self._write(f"{head} {percent:3d} %  {event.message}", keep_open=self._on_terminal)
-        elif event.kind in ("started", "finished", "skipped", "note", "failed"):
-            self._last_percent = -100
-            self._write(f"{head} {event.kind}  {event.message}".rstrip(), keep_open=False)
-
-    def _write(self, text: str, keep_open: bool) -> None:
-        start = "\r\033[K" if self._open_line else ""
-        end = "" if keep_open else "\n"
-        print(start + printable(text, ""), end=end, file=sys.stderr, flush=True)
-        self._open_line = keep_open
-
-
 def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+    from quantkit import pipeline
+
     directory = RunDir(arguments.folder)
     if not directory.config_path.exists():
         raise UsageError(
@@ -384,6 +374,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
         if failed
         else "interrupted"
     )
+    likely = pipeline.last_end(directory) if state == "interrupted" else ""
     if not arguments.json:
         folder = printable(str(arguments.folder))
         print(f"{folder}: {state}")
@@ -399,9 +390,17 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
                 last.data.get("remedy", ""),
             )
             print(printable(" ".join(map(str, words)).rstrip(), ""))
+        if likely:
+            print(f"  {printable(likely)}")
         if state in ("interrupted", "failed"):
             print(f"  go on with: quantkit resume {folder}")
-    return {"folder": str(arguments.folder), "state": state, "done": list(records), "last": last}
+    return {
+        "folder": str(arguments.folder),
+        "state": state,
+        "done": list(records),
+        "last": last,
+        **({"likely": likely} if likely else {}),
+    }
 
 
 def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -426,7 +425,7 @@ def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
     from quantkit import pipeline
 
     return pipeline.publish(
-        arguments.folder, arguments.repo, arguments.private, _Printer(), public=arguments.public
+        arguments.folder, arguments.repo, arguments.private, Printer(), public=arguments.public
     )
 
 

@@ -1,22 +1,20 @@
 """Any GGUFs of one base, measured beside each other: the same report for files made elsewhere.
 
-`python -m evaluators.compare` measures, in a process of its own; here its JSON becomes a report.
+`evaluators.compare` measures, every file open in a sandboxed process; here its JSON becomes a
+report.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit import given
+from quantkit import given, llama_place
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.sound import check_sound
 from quantkit.report import SCHEMA, Report, read, write_report
 from quantkit.report.schema import GIVEN
 
@@ -34,9 +32,11 @@ def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) 
 
     Raises:
         UsageError: a file that is not there.
-        QuantkitError: whatever the evaluators say; nothing is written then.
+        QuantkitError: a broken file, or whatever the evaluators say; nothing is written then.
     """
     base_path, *paths = [given.locate(name) for name in (base, *files)]
+    for path in (base_path, *paths):
+        check_sound(GgufFile(path))
     measured = _measure(base_path, paths, options)
     value = to_report(measured, base_path, paths, given.short_names(files))
     out.mkdir(parents=True, exist_ok=True)
@@ -45,27 +45,15 @@ def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) 
 
 
 def _measure(base: Path, files: Sequence[Path], options: Sequence[str]) -> dict[str, Any]:
-    """Run the evaluators' command; its progress goes to stderr."""
-    # The child must find the packages however its parent did.
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [
-            *(sys.executable, "-m", "evaluators.compare", "--base", str(base)),
-            *options,
-            "--",
-            *(str(file) for file in files),
-        ],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if child.returncode != 0:
-        raise QuantkitError(
-            "The comparison failed.", "What evaluators.compare said stands above this line."
-        )
-    result: dict[str, Any] = json.loads(child.stdout)
-    return result
+    """What the evaluators' command answers; its progress goes to stderr."""
+    from evaluators import compare as evaluated
+    from evaluators.errors import EvaluationError
+
+    arguments = ["--base", str(base), *options, "--", *(str(file) for file in files)]
+    try:
+        return evaluated.answer(arguments, llama_place.sandboxed)
+    except EvaluationError as error:
+        raise QuantkitError(error.message, error.remedy) from error
 
 
 def to_report(

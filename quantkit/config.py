@@ -307,8 +307,10 @@ class RunConfig:
         value["levels"] = None if value["levels"] is None else tuple(value["levels"])
         return cls(**value)
 
-    # What may differ when a run is started again in the same folder: where it is published.
-    FREE_ON_RESUME = ("publish", "private", "public", "collection")
+    # What may differ when a run is started again in the same folder: where it is published, and
+    # what it is only measured on and beside (the measuring is done again then).
+    MEASURED_ON = ("eval_text", "tasks", "compare")
+    FREE_ON_RESUME = ("publish", "private", "public", "collection", *MEASURED_ON)
 
     def changed_fields(self, other: RunConfig) -> list[str]:
         """Names of the fields that differ and decide the result."""

@@ -1,20 +1,16 @@
 """What a context costs in memory when llama.cpp runs a model: caches of keys, values and states,
 and the buffers of one batch.
 
-llama.cpp itself is asked, in a process of its own: it lays everything out without allocating it,
-and its log says how large each cache and buffer would be. Sliding windows, compressed keys, layers
+llama.cpp itself is asked, in the sandbox: it lays everything out without allocating it, and its log
+says how large each cache and buffer would be. Sliding windows, compressed keys, layers
 that share their keys, and recurrent states are counted as it counts them: for float16 caches of one
 sequence.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 
 RUNTIME_BYTES = 200_000_000  # the program, its libraries and what it allocates for bookkeeping
 _PROBES = tuple(2**i for i in range(9, 19))  # contexts that llama.cpp is asked about
 _CELLS = 256  # caches are made of so many, and whole numbers of them
 _USUAL_TOKENS = 8192
-_SECONDS = 120
+_LIMITS = sandbox.Limits(cpu_seconds=120, wall_seconds=120, n_processes=256)
 _MIB = 2**20
 _CACHE = re.compile(r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells")
 _BUFFER = re.compile(r"(?:compute|output) buffer size\s*=\s*([\d.]+) MiB")
@@ -72,7 +70,7 @@ def context_memory(base: GgufFile) -> ContextMemory:
     trained_tokens = int(trained) if trained else None
     try:
         layouts = ask(base.path, _PROBES)
-    except (subprocess.SubprocessError, ValueError):
+    except (QuantkitError, ValueError):
         return _counted(base, trained_tokens)
     many = layouts[-1]
     whole = sum(n_bytes for n_bytes, n_cells in many.caches if n_cells >= many.n_tokens)
@@ -101,19 +99,22 @@ class Layout:
 
 
 def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
-    """llama.cpp's layouts for contexts of so many tokens. Raises SubprocessError where it does not
+    """llama.cpp's layouts for contexts of so many tokens. Raises QuantkitError where it does not
     survive the model and ValueError where it says nothing.
     """
-    command = [sys.executable, "-m", "quantkit.context", str(path), *map(str, contexts)]
-    env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True, env=env)
+    logs = sandbox.call(
+        f"{logs_of.__module__}:{logs_of.__name__}",
+        {"path": str(path.absolute()), "contexts": list(contexts)},
+        limits=_LIMITS,
+        readable=[path.absolute()],
+    )
     found = [
         Layout(
             n_tokens,
             tuple((float(mib) * _MIB, int(cells)) for mib, cells in _CACHE.findall(log)),
             sum(map(float, _BUFFER.findall(log))) * _MIB,
         )
-        for n_tokens, log in zip(contexts, json.loads(done.stdout), strict=True)
+        for n_tokens, log in zip(contexts, logs, strict=True)
     ]
     if not all(layout.caches and layout.buffers for layout in found):
         raise ValueError("llama.cpp says nothing of caches or buffers")
@@ -150,7 +151,7 @@ def _most(value: Any) -> int:
     return int(max(value)) if isinstance(value, (list, tuple)) else int(value)
 
 
-def _logs(path: Path, contexts: Sequence[int]) -> list[str]:
+def logs_of(path: str, contexts: Sequence[int]) -> list[str]:
     """What llama.cpp says when it lays out contexts and allocates nothing. Empty where it does not
     open the file.
     """
@@ -164,7 +165,7 @@ def _logs(path: Path, contexts: Sequence[int]) -> list[str]:
     params.n_gpu_layers = 0
     found = []
     with captured_log() as parts:
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        model = llama_cpp.llama_model_load_from_file(path.encode(), params)
         if not model:
             return [""] * len(contexts)
         for n_tokens in contexts:
@@ -177,12 +178,3 @@ def _logs(path: Path, contexts: Sequence[int]) -> list[str]:
             if context:
                 llama_cpp.llama_free(context)
     return found
-
-
-def main() -> None:
-    path, *contexts = sys.argv[1:]
-    sys.stdout.write(json.dumps(_logs(Path(path), [int(n) for n in contexts])))
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,7 @@ _OTHER_REVISION = "Use another revision, or tell the model's author."
 _SIZED_BY = {
     "vocab_size": r"(embed_tokens|wte|word_embeddings|embeddings|lm_head|embed_out|head)\.weight$",
     "intermediate_size": r"(mlp|feed_forward)\.\w+\.weight$",
-    "hidden_size": r"(norm\w*|ln_\w+)\.weight$",
+    "hidden_size": r"(norm\w*|ln_\w+|embed_tokens|wte|word_embeddings)\.weight$",
 }
 _CHUNK = 1 << 20
 _N_SAMPLES = 8  # places of a matrix that are read where all of it would be a download

@@ -184,7 +184,10 @@ def logits_check(name: str, file: GgufFile, agreement: Any, limit: float) -> Che
 
 
 def chat_check(generation: Mapping[str, str]) -> Check:
-    """A turn through the chat template (or plain text, where there is none) gives text."""
+    """A turn through the chat template (or plain text, where there is none) gives text. A template
+    that cannot be used is a failed check, whatever plain text gives.
+    """
     said = generation["text"].strip()
     about = f"{len(said)} characters through the {generation['asked']}"
-    return Check("chat turn", bool(said), about)
+    why = generation.get("template")
+    return Check("chat turn", bool(said) and why is None, f"{about}; {why}" if why else about)

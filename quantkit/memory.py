@@ -1,8 +1,8 @@
 """How much memory a run may take, and a shelf for tensors that may not fit into it.
 
 QUANTKIT_MEMORY (`12GiB`) is the most that a run may count on, of the machine's memory or of a
-GPU's; without it that is what is free. No result depends on it but whether files are tuned, and
-the run says when they are not.
+GPU's; without it that is what is free (`quantkit.room`). No result depends on it but whether files
+are tuned, and the run says when they are not.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from quantkit import room
 from quantkit.config import parse_bytes
 
 _DISK_LEFT = 2_000_000_000  # bytes that a shelf leaves to others
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: str = "cpu") -> int:
@@ -28,31 +28,12 @@ def free_memory(device: str = "cpu") -> int:
     said = os.environ.get("QUANTKIT_MEMORY")
     limit = None if said is None else parse_bytes(said)
     if device == "cpu":
-        free, taken = _free_here(), 0
+        free, taken = room.free().n_bytes, 0
     else:
         taken = torch.cuda.memory_allocated(device)
         unused = torch.cuda.memory_reserved(device) - taken
         free = torch.cuda.mem_get_info(device)[0] + unused
     return free if limit is None else max(0, min(free, limit - taken))
-
-
-def _free_here() -> int:
-    """Of the machine, or of the container that we are in; a lot where the system does not say."""
-    found = [1 << 62]
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        found += [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")]
-        limit = (_CGROUP / "memory.max").read_text("utf-8").strip()
-        used = int((_CGROUP / "memory.current").read_text("utf-8"))
-        if limit != "max":
-            # Pages of files are given up as soon as they are needed.
-            stat = dict(
-                x.split() for x in (_CGROUP / "memory.stat").read_text("utf-8").splitlines()
-            )
-            found.append(max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
-    except (OSError, ValueError):
-        pass
-    return min(found)
 
 
 @dataclass(frozen=True)

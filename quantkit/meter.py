@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 from quantkit.opponents import Opponent
+from quantkit.report.measures import Measures
 from quantkit.report.schema import OURS
 
 if TYPE_CHECKING:
@@ -52,12 +54,19 @@ class Meter:
     """
 
     def __init__(
-        self, run: Run, base: GgufFile, runtime: Runtime, items: TaskItems | None, n_steps: int
+        self,
+        run: Run,
+        base: GgufFile,
+        runtime: Runtime,
+        items: TaskItems | None,
+        measures: Measures,
+        n_steps: int,
     ) -> None:
+        self.measures = measures
         self._run, self._base, self._runtime, self._items = run, base, runtime, items
         self._effort = EFFORTS[run.config.profile]
         self._n_steps, self._at = n_steps, 0
-        self._ours: dict[str, tuple[KLResult, KLResult]] = {}
+        self._ours: dict[str, tuple[KLResult | None, KLResult | None]] = {}
         self._answers: dict[str, ZeroShotResult] = {}
         self.long: dict[int, BaseLogits] = {}  # by tokens of a window
         self.first: KLResult | None = None
@@ -73,66 +82,112 @@ class Meter:
 
         return progress
 
-    def row(self, logits: BaseLogits, other: Opponent) -> dict[str, Any]:
-        """Everything that is measured of one file. Raises QuantkitError when that fails."""
-        from evaluators import kl
-        from evaluators.errors import EvaluationError
+    def ours(self, logits: BaseLogits | None, file: Opponent) -> dict[str, Any]:
+        """Everything that can be measured of an output; what cannot is in `measures`. `logits` are
+        None where the base's predictions could not be computed.
+        """
+        with file.open() as path:
+            return self._row(logits, file, path, self._kl(logits, file, path))
 
-        try:
+    def beside(self, logits: BaseLogits | None, other: Opponent) -> dict[str, Any] | None:
+        """The same of a file beside ours; None where it cannot even be held against the base."""
+
+        def measure() -> dict[str, Any] | None:
             with other.open() as path:
-                result = kl.measure(logits, path, self._runtime, self.step(f"KL of {other.name}"))
-                weights = kl.measure_weights(
-                    logits,
-                    path,
-                    self._run.dir.stage_dir(_STAGE),
-                    self._runtime,
-                    self.step(f"weight KL of {other.name}"),
-                    self._effort.weight_windows,
-                )
-                row = self._figures(other, result, weights)
-                progress = self.step(f"speed and answers of {other.name}")
-                if other.is_rival:
-                    row |= {"speed": self.speed(path), "tasks": self._tasks(path, progress)}
-                    row["long"] = {
-                        str(n): kl.measure(logits, path, self._runtime).to_json()["kl"]
-                        for n, logits in self.long.items()
-                    }
-                return row
-        except EvaluationError as error:
-            raise QuantkitError(error.message, error.remedy) from error
+                result = self._kl(logits, other, path)
+                return None if result is None else self._row(logits, other, path, result)
 
-    def _figures(self, other: Opponent, result: KLResult, weights: KLResult) -> dict[str, Any]:
+        return self.measures.take(other.name, measure)
+
+    def _kl(self, logits: BaseLogits | None, other: Opponent, path: Path) -> KLResult | None:
+        from evaluators import kl
+
+        progress = self.step(f"KL of {other.name}")
+        if logits is None:
+            return None
+        measure = partial(kl.measure, logits, path, self._runtime, progress)
+        return self.measures.take(f"KL of {other.name}", measure)
+
+    def _row(
+        self, logits: BaseLogits | None, other: Opponent, path: Path, result: KLResult | None
+    ) -> dict[str, Any]:
+        from evaluators import kl
+
+        take, name = self.measures.take, other.name
+        weights = None
+        progress = self.step(f"weight KL of {name}")
+        if logits is not None:
+            folder, n_windows = self._run.dir.stage_dir(_STAGE), self._effort.weight_windows
+            measure = partial(
+                kl.measure_weights, logits, path, folder, self._runtime, progress, n_windows
+            )
+            weights = take(f"weight KL of {name}", measure)
+        row = self._figures(other, path, result, weights)
+        progress = self.step(f"speed and answers of {name}")
+        if other.is_rival:
+            row["speed"] = take(f"speed of {name}", lambda: self.speed(path))
+            row["tasks"] = take(f"answers of {name}", lambda: self._tasks(path, progress)) or {}
+            row["long"] = {}
+            for n, long in self.long.items():
+                found = take(
+                    f"KL of {name} in a context of {n:,} tokens",
+                    partial(kl.measure, long, path, self._runtime),
+                )
+                if found is not None:
+                    row["long"][str(n)] = found.to_json()["kl"]
+        return row
+
+    def _figures(
+        self, other: Opponent, path: Path, result: KLResult | None, weights: KLResult | None
+    ) -> dict[str, Any]:
+        from evaluators import kl
+
+        kept = ("kl", "top1", "top1_stderr", "perplexity", "ln_ppl_ratio")
+        unknown: dict[str, Any] = {**dict.fromkeys(kept), "domains": {}}
+        values = unknown if result is None else result.to_json()
+        n_bytes = path.stat().st_size if result is None else result.n_bytes
+        row = {
+            "kind": other.kind,
+            "name": other.name,
+            "n_bytes": n_bytes,
+            "bpw": 8 * n_bytes / self._base.n_elements,
+            **{k: values[k] for k in kept},
+            "domains": {name: {k: d[k] for k in kept} for name, d in values["domains"].items()},
+            **(kl.weight_fields(weights) if weights else {}),
+        }
+        self.first = self.first or result
+        if weights is not None and not self.n_weight_windows:
+            self.n_weight_windows = weights.combined.n_windows
+        if other.kind == OURS:
+            self._ours[other.name] = result, weights
+        elif result is not None:
+            row["versus"] = {
+                name: self._versus(result, weights, *ours) for name, ours in self._ours.items()
+            }
+        return row
+
+    def _versus(
+        self,
+        result: KLResult,
+        weights: KLResult | None,
+        ours: KLResult | None,
+        ours_weights: KLResult | None,
+    ) -> dict[str, Any]:
+        """The paired tests against one of our files; a reason where there are too few windows."""
         from evaluators import kl
         from evaluators.compare import paired_nll
         from evaluators.errors import EvaluationError
 
-        values = result.to_json()
-        kept = ("kl", "top1", "top1_stderr", "perplexity", "ln_ppl_ratio")
-        row = {
-            "kind": other.kind,
-            "name": other.name,
-            "n_bytes": result.n_bytes,
-            "bpw": 8 * result.n_bytes / self._base.n_elements,
-            **{k: values[k] for k in kept},
-            "domains": {name: {k: d[k] for k in kept} for name, d in values["domains"].items()},
-            **kl.weight_fields(weights),
-        }
-        if other.kind == OURS:
-            self._ours[other.name] = result, weights
-            self.first, self.n_weight_windows = result, weights.combined.n_windows
-            return row
-        versus: dict[str, Any] = {}
-        row["versus"] = versus
-        for name, (ours, ours_weights) in self._ours.items():
-            try:
-                versus[name] = {
-                    "kl": kl.paired_test(result, ours).to_json(),
-                    "nll": paired_nll(result, ours).to_json(),
-                    "weight_kl": kl.paired_test(weights, ours_weights).to_json(),
-                }
-            except EvaluationError as error:
-                versus[name] = {"reason": error.message}
-        return row
+        found: dict[str, Any] = {}
+        try:
+            if ours is not None:
+                found["kl"] = kl.paired_test(result, ours).to_json()
+                found["nll"] = paired_nll(result, ours).to_json()
+            if weights is not None and ours_weights is not None:
+                found["weight_kl"] = kl.paired_test(weights, ours_weights).to_json()
+        except EvaluationError as error:
+            return {"reason": error.message}
+        return found
 
     def speed(self, path: Path) -> dict[str, Any]:
         """Tokens per second and memory, in a process of its own."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quantkit import given
 from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.sound import check_sound
 from quantkit.kquants.native import Floats
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
 from quantkit.qtypes import FILE_TYPES, QUANTIZED
@@ -93,7 +94,9 @@ def uniform_opponents(levels: Path, sizes: Sequence[int], n_around: int) -> list
 
 
 def given_opponents(names: Sequence[str]) -> list[Opponent]:
-    """What the user named; one on the Hub is downloaded when it is opened."""
+    """What the user named; one on the Hub is downloaded when it is opened. Opening a broken one
+    raises QuantkitError.
+    """
     shown = zip(given.short_names(names), names, strict=True)
     return [Opponent(GIVEN, short, partial(_located, name)) for short, name in shown]
 
@@ -106,7 +109,9 @@ def as_it_is(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _located(name: str) -> Iterator[Path]:
-    yield given.locate(name)
+    path = given.locate(name)
+    check_sound(GgufFile(path))
+    yield path
 
 
 @contextmanager

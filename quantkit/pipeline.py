@@ -7,29 +7,32 @@ that command.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import gc
 import importlib
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quantkit import hub
+from quantkit import faults, hub, room
 from quantkit.config import PROFILES, Profile, RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.rundir import (
     PARTIAL,
     STAGES,
+    Damaged,
     Event,
     EventLog,
+    OutputFile,
     RunDir,
     StageRecord,
     fingerprint,
+    read_events,
     read_json,
     write_json,
 )
@@ -61,6 +64,7 @@ def stage_module(stage: str) -> ModuleType:
 
     extra_inputs(config)       more that its result depends on, such as a file's hash
     is_intermediate(path)      whether `clean` may drop an output
+    last_reader(path)          the last stage that reads an output, by default the last of all
     is_current(config, record) False when the record, though its inputs are the same, is not enough
     """
     return importlib.import_module(f"quantkit.stages.{stage}")
@@ -78,51 +82,91 @@ def run(
     with directory.lock():
         _settle_config(directory, config)
         events = EventLog(directory.events_path, echo)
-        events.emit(None, "started", f"{config.model}, {config.sizes}")
-        with _failures_told(events) as told:
+        with _failures_told(events, folder) as at:
+            before = last_end(directory)
+            events.emit(None, "started", f"{config.model}, {config.sizes}", kills=room.kills())
+            if before:
+                events.emit(None, "note", f"the attempt before this one: {before}")
             if config.publish:
                 hub.check_write(config.publish, hub.resolve_token(), config.private)
             for stage in _to_do(directory, config, events, until):
-                told.append(stage)
-                _execute(stage, config, directory, events)
-        events.emit(None, "finished", "all stages are done")
-        return directory.records()
+                at.stage, at.needs = stage, _needs(stage, config, directory)
+                _execute(stage, config, directory, events, at.needs)
+            at.stage, at.needs = None, 0
+            events.emit(None, "finished", "all stages are done")
+            return directory.records()
+
+
+def last_end(directory: RunDir) -> str:
+    """What is likely to have ended the last attempt, where that left no word; else nothing."""
+    events, _ = read_events(directory.events_path)
+    if not events or (events[-1].kind in ("failed", "finished") and events[-1].stage is None):
+        return ""
+    if events[-1].kind == "failed":
+        return ""
+    begun = next((e for e in reversed(events) if e.stage is None and e.kind == "started"), None)
+    kills = begun.data.get("kills") if begun else None
+    return faults.ended_for_memory(kills) if isinstance(kills, dict) else ""
+
+
+def _needs(stage: str, config: RunConfig, directory: RunDir) -> int:
+    """About the bytes of memory that a long stage takes; 0 for the others."""
+    if stage not in ("calibrate", "quantize", "search", "validate"):
+        return 0
+    from quantkit.levels import plan_levels
+    from quantkit.plan import estimates
+    from quantkit.stages import convert, fetch
+
+    base, specs = convert.load_base(directory), convert.load_specs(directory)
+    info = fetch.load(directory).info
+    memory = estimates(config, info, base, plan_levels(specs, config))["memory"]
+    return int(memory.get(stage, 0))
 
 
 @contextmanager
-def _failures_told(events: EventLog) -> Iterator[list[str | None]]:
-    """Whatever goes wrong becomes the last event. Yields the list of stages begun."""
-    begun: list[str | None] = [None]
+def _failures_told(events: EventLog, folder: Path) -> Iterator[_Progress]:
+    """Whatever goes wrong becomes the last event, if there is room for one."""
+    at = _Progress()
+    before = threading.excepthook
+
+    def died(about: threading.ExceptHookArgs) -> None:
+        """A thread's end for want of memory ends the process: see `terminal`."""
+        if isinstance(about.exc_value, MemoryError):
+            told = faults.explain(about.exc_value, folder, at.needs, at.stage or "")
+            _tell(events, at, told or QuantkitError("There is too little memory."))
+        before(about)
+
+    threading.excepthook = died
     try:
-        yield begun
-    except QuantkitError as error:
-        events.emit(begun[-1], "failed", error.message, remedy=error.remedy)
-        raise
+        yield at
     except KeyboardInterrupt:
-        events.emit(begun[-1], "failed", "Interrupted.", remedy="Run the same command again.")
+        _tell(events, at, QuantkitError("Interrupted.", "Run the same command again."))
         raise
     except Exception as error:
-        told = _want_of_room(error)
-        if told is not None:
-            events.emit(begun[-1], "failed", told.message, remedy=told.remedy)
-            raise told from error
-        message = f"{type(error).__name__}: {error}"
-        events.emit(begun[-1], "failed", message, remedy="This is a bug: please report it.")
-        raise
+        told = faults.explain(error, folder, at.needs, at.stage or "")
+        if told is None:
+            message = f"{type(error).__name__}: {error}"
+            _tell(events, at, QuantkitError(message, "This is a bug: please report it."))
+            raise
+        _tell(events, at, told)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        threading.excepthook = before
 
 
-def _want_of_room(error: Exception) -> QuantkitError | None:
-    """What to say of an error that means no more than a full disk or memory."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return QuantkitError("The disk is full.", "Free some, and resume: what is done stays.")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage has
-        return QuantkitError(
-            "The GPU has too little memory free.",
-            "End what else uses it, or resume with QUANTKIT_MEMORY set to less than it has.",
-        )
-    if isinstance(error, MemoryError):
-        return QuantkitError("There is too little memory.", "End what else uses it, and resume.")
-    return None
+@dataclass
+class _Progress:
+    """The stage that is at work, and about what memory it takes."""
+
+    stage: str | None = None
+    needs: int = 0
+
+
+def _tell(events: EventLog, at: _Progress, error: QuantkitError) -> None:
+    with suppress(OSError):  # the log's own disk may be what is full: the caller says the same
+        events.emit(at.stage, "failed", error.message, remedy=error.remedy)
 
 
 def publish(
@@ -139,19 +183,27 @@ def publish(
             f"The run in {folder} is not validated, and only validated files are published.",
             f"Finish it first: quantkit resume {folder}",
         )
-    saved = RunConfig.from_json(read_json(directory.config_path))
+    saved = load_config(directory)
     config = dataclasses.replace(saved, publish=repo, private=private, public=public)
     return run(config, folder, echo)["publish"].summary
 
 
+def load_config(directory: RunDir) -> RunConfig:
+    """What a run was asked for. Raises Damaged."""
+    try:
+        return RunConfig.from_json(read_json(directory.config_path))
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise Damaged(directory.config_path, f"it is no run's config ({error})") from None
+
+
 # What may lie in a folder before its config does, a config that a kill cut short included.
-_BEFORE_CONFIG = ("lock", "events.jsonl", "log.txt", f"config.json{PARTIAL}")
+_BEFORE_CONFIG = ("lock", "events.jsonl", "log.txt", "traceback.txt", f"config.json{PARTIAL}")
 
 
 def _settle_config(directory: RunDir, config: RunConfig) -> None:
     """Save the config of a new run; in a folder that has one, refuse another."""
     if directory.config_path.exists():
-        saved = RunConfig.from_json(read_json(directory.config_path))
+        saved = load_config(directory)
         changed = saved.changed_fields(config)
         if changed:
             name = changed[0]
@@ -160,7 +212,9 @@ def _settle_config(directory: RunDir, config: RunConfig) -> None:
                 f" not {_shown(config, name)}.",
                 "Choose another --out, or `quantkit resume` to go on with what is there.",
             )
-    elif any(path.name not in _BEFORE_CONFIG for path in directory.path.iterdir()):
+    elif not directory.records() and any(
+        path.name not in _BEFORE_CONFIG for path in directory.path.iterdir()
+    ):  # with records, but without a config that was damaged, their inputs say what run it was
         raise UsageError(
             f"{directory.path} is not empty and holds no run.", "Choose another --out."
         )
@@ -194,7 +248,8 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
     """The stages to run, up to `until`: from the first whose record or files are missing.
 
     A stage whose files were dropped on purpose counts as done as long as nothing after it has to
-    run. Raises QuantkitError when a record was made from other inputs.
+    run. Raises QuantkitError when a record was made from other inputs; what a file is only measured
+    on or beside may differ, and is measured again.
     """
     records = directory.records()
     stages = STAGES[: STAGES.index(until) + 1]
@@ -206,7 +261,11 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
         inputs = stage_inputs(stage, config, directory)
         if fingerprint(inputs) != record.fingerprint:
             names = sorted({*inputs, *record.inputs})
-            name = next(k for k in names if inputs.get(k) != record.inputs.get(k))
+            changed = [k for k in names if inputs.get(k) != record.inputs.get(k)]
+            if all(k.removesuffix("_sha256").split()[0] in config.MEASURED_ON for k in changed):
+                events.emit(stage, "note", f"{changed[0]} was changed: this stage runs again")
+                break
+            name = changed[0]
             raise QuantkitError(
                 f"The {stage} stage in {directory.path} was made with"
                 f" {name} = {record.inputs.get(name)}, which is now {inputs.get(name)}.",
@@ -214,11 +273,11 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
             )
         if not getattr(stage_module(stage), "is_current", lambda *_: True)(config, record):
             break
-        if not record.cleaned and not all(directory.is_whole(o) for o in record.outputs):
-            events.emit(stage, "note", "files are missing or changed: this stage runs again")
-            break
         done += 1
-    if stages[done:] not in ((), ("publish",)):  # publishing needs no dropped file
+    done = _n_whole([records[stage] for stage in stages[:done]], stages, directory, events)
+    records = directory.records()
+    # Neither publishing nor measuring needs a dropped file.
+    if stages[done:] not in ((), ("publish",), ("validate",), ("validate", "publish")):
         cleaned = (i for i, stage in enumerate(stages[:done]) if records[stage].cleaned)
         done = min(done, next(cleaned, done))
     for stage in stages[:done]:
@@ -226,9 +285,83 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
     return list(stages[done:])
 
 
-def _execute(stage: str, config: RunConfig, directory: RunDir, events: EventLog) -> None:
+def _n_whole(
+    done: Sequence[StageRecord], stages: Sequence[str], directory: RunDir, events: EventLog
+) -> int:
+    """How many of the finished stages have all their files. What a stage that is left reads is
+    hashed: this process has not seen it being written. Where bytes have changed, nothing that came
+    of them is taken up again.
+    """
+    hashed: dict[str, bool] = {}  # each is read once, though more and more may be left to do
+
+    def is_whole(output: OutputFile) -> bool:
+        if output.path not in hashed:
+            hashed[output.path] = directory.is_whole(output, hashing=True)
+        return hashed[output.path]
+
+    n = len(done)
+    while True:
+        left = stages[n:]
+        bad = (
+            i
+            for i, record in enumerate(done[:n])
+            for output in _kept(record)
+            if not (
+                is_whole(output) if _is_read(record, output, left) else directory.is_whole(output)
+            )
+        )
+        found = next(bad, None)
+        if found is None:
+            break
+        n = found
+    if n < len(done):
+        text = "files are missing or changed: this stage runs again"
+        events.emit(done[n].stage, "note", text)
+    for record in done[n:]:
+        there = [o for o in _kept(record) if (directory.path / o.path).is_file()]
+        if not all(map(is_whole, there)):
+            directory.forget(record.stage)
+            break
+    return n
+
+
+def _kept(record: StageRecord) -> list[OutputFile]:
+    """The files of a stage that should be there: `clean` drops some."""
+    is_intermediate = getattr(stage_module(record.stage), "is_intermediate", lambda _: False)
+    return [o for o in record.outputs if not (record.cleaned and is_intermediate(o.path))]
+
+
+def _is_read(record: StageRecord, output: OutputFile, left: Sequence[str]) -> bool:
+    """Whether a stage that is left to do reads a finished file."""
+    last = getattr(stage_module(record.stage), "last_reader", lambda _: STAGES[-1])(output.path)
+    return any(STAGES.index(stage) <= STAGES.index(last) for stage in left)
+
+
+_HASHED_BEFORE = ("validate", "publish")
+
+
+def _check_outputs(directory: RunDir) -> None:
+    """Hash the finished files once more. Raises QuantkitError when one is not as it was stitched:
+    hours lie between, and what is published is what was measured.
+    """
+    for output in directory.records()["stitch"].outputs:
+        if not directory.is_whole(output, hashing=True):
+            raise QuantkitError(
+                f"{output.path} is not the file that was stitched: its bytes have changed.",
+                "Look at the disk, and resume: the file is made again.",
+            )
+
+
+def _execute(
+    stage: str, config: RunConfig, directory: RunDir, events: EventLog, needs: int
+) -> None:
     events.emit(stage, "started")
     begun = time.monotonic()
+    little = faults.little_memory(needs, stage)
+    if little:
+        events.emit(stage, "note", little)
+    if stage in _HASHED_BEFORE:
+        _check_outputs(directory)
     folder = directory.stage_dir(stage)
     folder.mkdir(parents=True, exist_ok=True)
     inputs = stage_inputs(stage, config, directory)

@@ -12,7 +12,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,10 +63,16 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> Path:
     """Write `value` as indented JSON, whole or not at all."""
     with replacing(path) as partial:
-        partial.write_text(
-            json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        partial.write_bytes(_encoded(value, indent=1))
     return path
+
+
+def _encoded(value: Any, indent: int | None = None) -> bytes:
+    """A line of JSON. A name that is no UTF-8 on the disk is escaped, and read back as it was."""
+    try:
+        return f"{json.dumps(to_json(value), indent=indent, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(to_json(value), indent=indent)}\n".encode()
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -73,8 +82,29 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+class Damaged(QuantkitError, ValueError):
+    """A file of a run that is not what was written: its name, and what to do about it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged: {reason}.", _mending(path))
+
+
+def _mending(path: Path) -> str:
+    if path.name == "config.json":
+        return "Delete it, and give the whole `quantkit run` command again: what is done stays."
+    if path.name == "manifest.json":
+        return "Delete it and resume: the stages run again."
+    if any(re.match(r"\d-", part) for part in path.parts[:-1]):
+        return "Delete it and resume: what it held is made again."
+    return "Put it back from a copy, or delete it."
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file. Raises Damaged for what is none, OSError where it is missing."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, f"it is not JSON ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -103,7 +133,7 @@ class EventLog:
 
     def emit(self, stage: str | None, kind: str, message: str = "", **data: Any) -> None:
         event = Event(round(time.time(), 3), stage, kind, message, data)
-        line = (json.dumps(to_json(event), ensure_ascii=False) + "\n").encode()
+        line = _encoded(event)
         with self._path.open("a+b") as file:
             # One write: a reader never sees half an event but at the very end. Half a line that a
             # full disk or a lost machine left there is ended first.
@@ -146,12 +176,16 @@ def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
 
 
 def _event(line: bytes) -> Event | None:
-    """The event of a line, None where the line is cut or empty: no part of an object is JSON."""
+    """The event of a line, None where the line is cut, empty or damaged."""
     try:
-        value = json.loads(line)
-    except ValueError:
+        event = Event(**json.loads(line))
+        whole = type(event.time) in (int, float) and math.isfinite(event.time)
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    return Event(**value)
+    whole = whole and isinstance(event.stage, str | None) and isinstance(event.data, dict)
+    return (
+        event if whole and isinstance(event.kind, str) and isinstance(event.message, str) else None
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +212,21 @@ class StageRecord:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.inputs)
+
+
+_SCHEMA = 1
+
+
+def _record(stage: str, value: dict[str, Any]) -> StageRecord:
+    """A record of the manifest. Raises what a value of another shape raises."""
+    outputs = tuple(OutputFile(**output) for output in value["outputs"])
+    for o in outputs:
+        if Path(o.path).is_absolute() or ".." in Path(o.path).parts or stage not in STAGES:
+            raise ValueError(f"{stage} with {o.path}")
+    record = StageRecord(**{**value, "outputs": outputs})
+    if not (isinstance(record.inputs, dict) and isinstance(record.summary, dict)):
+        raise TypeError("inputs or a summary that are no tables")
+    return record
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
@@ -218,20 +267,43 @@ class RunDir:
         return self.path / "manifest.json"
 
     def records(self) -> dict[str, StageRecord]:
-        """Records of the finished stages, by name."""
+        """Records of the finished stages, by name. Raises Damaged for a manifest that is not as it
+        was written.
+        """
         if not self._manifest_path.exists():
             return {}
-        return {
-            stage: StageRecord(
-                **{**record, "outputs": tuple(OutputFile(**o) for o in record["outputs"])}
-            )
-            for stage, record in read_json(self._manifest_path)["stages"].items()
-        }
+        value = read_json(self._manifest_path)
+        try:
+            schema, stages = value["schema"], value["stages"]
+            if isinstance(schema, int) and schema > _SCHEMA:
+                raise QuantkitError(
+                    f"{self._manifest_path} is of a newer quantkit (schema {schema}).",
+                    "Resume with that one, or choose another --out.",
+                )
+            if value.get("sha256", fingerprint(stages)) != fingerprint(stages):
+                raise Damaged(self._manifest_path, "its sum is another")
+            return {stage: _record(stage, record) for stage, record in stages.items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"it is no manifest ({type(error).__name__}: {error})"
+            raise Damaged(self._manifest_path, reason) from None
 
     def save_record(self, record: StageRecord) -> None:
-        records = {**self.records(), record.stage: record}
-        ordered = {stage: records[stage] for stage in STAGES if stage in records}
-        write_json(self._manifest_path, {"schema": 1, "stages": ordered})
+        self._save({**self.records(), record.stage: record})
+
+    def forget(self, stage: str) -> None:
+        """Drop the records of a stage and of all after it, and what they would take up again.
+        Finished results stay until better ones take their place.
+        """
+        begins = STAGES.index(stage)
+        self._save({name: r for name, r in self.records().items() if STAGES.index(name) < begins})
+        for name in STAGES[begins : STAGES.index("stitch")]:
+            if self.stage_dir(name).exists():
+                shutil.rmtree(self.stage_dir(name))
+
+    def _save(self, records: dict[str, StageRecord]) -> None:
+        ordered = to_json({stage: records[stage] for stage in STAGES if stage in records})
+        value = {"schema": _SCHEMA, "sha256": fingerprint(ordered), "stages": ordered}
+        write_json(self._manifest_path, value)
 
     def describe(self, path: Path) -> OutputFile:
         """The manifest's entry for a finished file."""
@@ -240,9 +312,9 @@ class RunDir:
             str(path.relative_to(self.path)), stat.st_size, stat.st_mtime_ns, sha256_file(path)
         )
 
-    def is_whole(self, output: OutputFile) -> bool:
-        """Whether the file is there with the recorded bytes. Contents are hashed only when the file
-        was touched since.
+    def is_whole(self, output: OutputFile, hashing: bool = False) -> bool:
+        """Whether the file is there with the recorded bytes. Contents are hashed when the file was
+        touched since, and always with `hashing`: a bad disk changes bytes and no time.
         """
         path = self.path / output.path
         if not path.is_file():
@@ -250,7 +322,8 @@ class RunDir:
         stat = path.stat()
         if stat.st_size != output.n_bytes:
             return False
-        return stat.st_mtime_ns == output.mtime_ns or sha256_file(path) == output.sha256
+        is_trusted = stat.st_mtime_ns == output.mtime_ns and not hashing
+        return is_trusted or sha256_file(path) == output.sha256
 
     @contextmanager
     def lock(self) -> Iterator[None]:

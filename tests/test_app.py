@@ -87,7 +87,7 @@ def test_the_cookies_of_others_hide_none() -> None:
     """All ports of localhost share them, and what other applications put there is odd at times."""
     for odd in ('prefs={"theme":"dark"}', "bare", "a[0]=1", "x y=z"):
         sent = f"{odd}; {COOKIE}=mine".encode()
-        assert visitor._cookies({b"cookie": sent})[COOKIE] == "mine"
+        assert visitor.parse_cookies([(b"cookie", sent)])[COOKIE] == "mine"
 
 
 def test_keys_are_signed() -> None:
@@ -205,7 +205,7 @@ def test_polling_is_cheap(page: tuple[str, JobStore, Visitors]) -> None:
             request = urllib.request.Request(
                 f"{url}gradio_api/run/predict",
                 json.dumps(body).encode(),
-                {"Content-Type": "application/json", "Cookie": f"{COOKIE}={key}"},
+                fixtures.page_headers(url, visitors, key),
             )
             began = time.perf_counter()
             urllib.request.urlopen(request, timeout=20).read()

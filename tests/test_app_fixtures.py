@@ -14,10 +14,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from quantkit import hub, secrets
 from quantkit.config import RunConfig, Target
@@ -25,7 +27,7 @@ from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore, process
 from quantkit.launch.record import JobRecord, load_record, owner_hash, save_record
 from quantkit.rundir import STAGES, EventLog, RunDir, StageRecord, read_json, write_json
-from quantkit.web.visitor import Visitors
+from quantkit.web.visitor import COOKIE, TOKEN, Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(Target("like", "Q4_K_M"),))
 GGUF = "SmolLM2-135M-Instruct-EVO-Q4_K_M.gguf"
@@ -298,6 +300,47 @@ def serving(
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = path
+
+
+def ask(
+    url: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Send exactly this; status, headers (lower case) and body of the answer."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
+    try:
+        given = dict(headers or {})
+        if body is not None:
+            given = {"Content-Type": "application/json", **given}
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, body, given)
+        answer = connection.getresponse()
+        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def event_number(url: str, elem_id: str, kind: str = "") -> tuple[int, int]:
+    """The number of the page's event of a component, and how many values it takes."""
+    config = json.loads(ask(url, "GET", "/config")[2])
+    ids = {c["id"]: c["props"].get("elem_id") for c in config["components"]}
+    for found in config["dependencies"]:
+        for target in found["targets"]:
+            if ids.get(target[0]) == elem_id or (kind and target[1] == kind):
+                return found["id"], len(found["inputs"])
+    raise AssertionError(f"no event of {elem_id}")
+
+
+def page_headers(url: str, visitors: Visitors, key: str) -> dict[str, str]:
+    """What a visitor's page sends with each of its events."""
+    visitor = visitors.check(key)
+    assert visitor is not None
+    return {
+        "Content-Type": "application/json",
+        "Cookie": f"{COOKIE}={key}",
+        "Origin": url.rstrip("/"),
+        "Sec-Fetch-Site": "same-origin",
+        TOKEN: visitors.page_token(visitor),
+    }
 
 
 def make_states(root: Path, owner: str, pid: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ from test_space import call
 from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore
 from quantkit.web.allowance import ALLOWED, Allowance
-from quantkit.web.visitor import COOKIE, Visitors
+from quantkit.web.visitor import Visitors
 
 DEEP = "[" * 100_000 + "]" * 100_000
 BOMBS = [
@@ -83,7 +83,7 @@ def digest(root: Path) -> str:
 
 def event(site: tuple[str, JobStore, Visitors, str], name: str, data: list[Any]) -> tuple[int, str]:
     """Send one of the page's own events, as a page that lies would."""
-    url, _, _, cookie = site
+    url, _, visitors, key = site
     config = json.loads(get(f"{url}config")[2])
     ids = {c["id"]: c["props"].get("elem_id") for c in config["components"]}
     found = next(
@@ -93,7 +93,7 @@ def event(site: tuple[str, JobStore, Visitors, str], name: str, data: list[Any])
     request = urllib.request.Request(
         f"{url}gradio_api/run/predict",
         json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Cookie": f"{COOKIE}={cookie}"},
+        fixtures.page_headers(url, visitors, key),
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
+import broken_ggufs
 import gguf
 import pytest
 from tiny_gguf import Shape, write_llama
 
-from quantkit import context
 from quantkit.context import RUNTIME_BYTES, ContextMemory, ask, context_memory
+from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
 
 
@@ -75,11 +75,11 @@ def test_a_model_that_llama_cpp_does_not_open(base: GgufFile, tmp_path: Path) ->
     assert counted.trained_tokens == asked.trained_tokens
 
 
-def test_a_model_that_llama_cpp_does_not_survive(
-    base: GgufFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(command: list[str], **_: object) -> None:
-        raise subprocess.CalledProcessError(-6, command)
-
-    monkeypatch.setattr(context.subprocess, "run", die)
-    assert context_memory(base).note
+def test_a_model_that_llama_cpp_does_not_survive(base: GgufFile, tmp_path: Path) -> None:
+    """It dies in the sandbox, and what a context takes is counted."""
+    path = tmp_path / "evil.gguf"
+    cases = broken_ggufs.cases(base.path.read_bytes(), n_flips=0)
+    path.write_bytes(cases["experts without tensors"])
+    with pytest.raises(QuantkitError):
+        ask(path, [512])
+    assert context_memory(GgufFile(path)).note

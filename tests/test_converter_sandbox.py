@@ -23,7 +23,7 @@ from quantkit.errors import QuantkitError
 from quantkit.sandbox.process import environment as environment_of
 
 # Small enough to be hit at once, large enough for Python itself.
-SMALL = Limits(cpu_seconds=20, wall_seconds=30, address_bytes=2**31, file_bytes=2**20)
+SMALL = Limits(cpu_seconds=20, wall_seconds=30, memory_bytes=2**31, file_bytes=2**20)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_files_are_bounded(run_code):
     ("source", "limits", "sentence"),
     [
         ("while True: pass", {"cpu_seconds": 1}, "its 1 seconds of processor time"),
-        ("x = bytearray(2**32)", {}, "more than its 2,147,483,648 bytes of address space"),
+        ("x = bytearray(2**32)", {}, "more than its 2,147,483,648 bytes of memory"),
         ("import time; time.sleep(60)", {"wall_seconds": 1}, "stopped after 1 seconds"),
         ("import os; os.kill(os.getpid(), 9)", {}, "out of memory"),
         ("import os; os.abort()", {}, "crashed \\(SIGABRT\\)"),
@@ -124,6 +124,43 @@ def test_each_way_to_fail_has_a_sentence(run_code, tmp_path, source, limits, sen
     with pytest.raises(QuantkitError, match=sentence):
         run_code(source, Limits(**{**SMALL.__dict__, **limits}))
     assert not list(tmp_path.glob("base.gguf*"))
+
+
+HOSTILE = "from quantkit.sandbox.worker import tell, _result\nimport os, sys, time\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tell(total='x', error=[1], message={'a': 'b' * 10**6}, ok=True, done=True)",
+        "tell(error='SystemExit', message='gguf ' * 10**5); raise ValueError('Model ' * 10**5)",
+        'os.write(_result, b\'{"error": [], "message": {"a": 1}}\\n\'); os._exit(1)',
+        "os.write(_result, b'{\"value\": null}\\n'); os._exit(1)",
+        'os.write(_result, b\'{"exit": "0", "message": null}\\n\'); os.abort()',
+        "tell(total=-5); time.sleep(0.5); tell(total=2**70); time.sleep(0.5); sys.exit(3)",
+        "print('\\x1b[2J WARNING:hf-to-gguf:' + ' ' * 10**6); sys.exit('\\x1b[31m')",
+        "os.rename(out, out + '2')",
+        "os.unlink(out); os.symlink('/etc/passwd', out)",
+        "os.unlink(out); os.mkfifo(out)",
+    ],
+)
+def test_what_it_says_is_not_believed(run_code, tmp_path: Path, source: str):
+    """Nothing of it is a traceback, takes long, or reaches a terminal."""
+    started = time.monotonic()
+    with pytest.raises(QuantkitError) as it:
+        run_code(HOSTILE + source, progress=lambda done, total: None)
+    assert str(it.value).isprintable() and len(str(it.value)) < 2000
+    assert time.monotonic() - started < 20
+    assert sorted(p.name for p in tmp_path.glob("base.gguf*")) == []
+
+
+def test_warnings_are_plain(run_code):
+    """What the converter says and is shown is on one line, cut, and has no control characters."""
+    said = "WARNING:hf-to-gguf:\\x1b[2J" + "x" * 9000
+    result = run_code(
+        f"print({said!r}.encode().decode('unicode_escape')); open(out, 'w').write('x')"
+    )
+    assert result.warnings[0].isprintable() and len(result.warnings[0]) == 500
 
 
 def test_a_cancel_kills_the_child(run_code, tmp_path: Path):

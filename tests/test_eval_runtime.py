@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import gc
+import os
+import signal
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +30,10 @@ from eval_fixtures import (
 )
 
 import evaluators
-from evaluators import perplexity
+from evaluators import llama_runtime, perplexity
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Context, Model, Runtime, shard_paths
+from evaluators.session import here
 from evaluators.windows import scored_logits, window_context
 
 measure = partial(perplexity.measure, runtime=ONE)
@@ -185,18 +190,58 @@ def test_nothing_reaches_stderr(tiny: TinyFiles, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
-def test_models_and_contexts_are_freed(tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[str] = []
-    for name in ("llama_free", "llama_model_free"):
-        original = getattr(lib, name)
-        monkeypatch.setattr(
-            lib, name, lambda handle, name=name, f=original: (freed.append(name), f(handle))
-        )
+def _held() -> tuple[int, list[str]]:
+    """Open descriptors of this process, and the processes that it has started."""
+    gc.collect()  # what earlier tests held
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return len(os.listdir("/proc/self/fd")), children
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_is_left_of_a_model(tiny: TinyFiles, tmp_path: Path) -> None:
+    before = _held()
     measure(tiny.base, TEXT, n_ctx=64, max_windows=1)
-    assert freed == ["llama_free", "llama_model_free"]
     with pytest.raises(EvaluationError):
         measure(tiny.base, TEXT, n_ctx=64, max_windows=-1)  # after loading: the model is freed, too
-    assert freed.count("llama_model_free") == 2
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(tiny.base.read_bytes()[:3000])
+    with pytest.raises(EvaluationError):
+        Model(broken, ONE)
+    assert _held() == before
+
+
+def test_a_process_that_dies_is_a_sentence(tiny: TinyFiles) -> None:
+    ids, ones = byte_ids("qwertz"), np.ones(6, dtype=np.int8)
+    with Model(tiny.base, ONE) as model, Context(model, 64, 64, 64) as context:
+        pid = int(_held()[1][-1])
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EvaluationError, match="signal 9") as caught:
+            context.decode(ids, np.arange(6, dtype=np.int32), ones)
+        assert str(tiny.base) in caught.value.message and caught.value.remedy
+        with pytest.raises(EvaluationError, match="not open any more"):
+            model.tokenize("qwertz")
+
+
+def test_without_a_process_of_its_own(tiny: TinyFiles) -> None:
+    """In a process that was made for it the same can be done by a thread."""
+    before = _held()
+    there = measure(tiny.base, TEXT, n_ctx=64, max_windows=2)
+    inside = perplexity.measure(tiny.base, TEXT, 64, 2, runtime=replace(ONE, launch=here))
+    assert inside.perplexity == there.perplexity
+    assert _held() == before
+
+
+def test_a_process_that_does_not_answer_is_ended(
+    tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Model(tiny.base, ONE) as model:
+        pid = int(_held()[1][-1])
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.setattr(llama_runtime, "_SECONDS", 0.1)
+        with pytest.raises(EvaluationError, match="did not answer"):
+            model.ends()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_context_longer_than_the_models(tiny: TinyFiles) -> None:

@@ -202,6 +202,28 @@ def test_publish_twice_is_one_commit(server: HubServer, results: Path) -> None:
     assert remote_files(server, "alice/t") == local_files(results)
 
 
+def test_what_is_not_what_was_made_is_not_published(server: HubServer, results: Path) -> None:
+    name = "Tiny-EVO-Q4_K_M.gguf"
+    with pytest.raises(QuantkitError, match=f"{name} is not the file that was made"):
+        hub.publish(results, "alice/t", ALICE, known={name: "0" * 64})
+    assert not server.requests and ("model", "alice/t") not in server.repos
+
+
+def test_bytes_that_change_while_they_are_sent(server: HubServer, results: Path) -> None:
+    """No commit is made of them."""
+    path = results / "Tiny-EVO-Q4_K_M.gguf"
+
+    def flip(done: int, total: int) -> None:
+        if done == 0:  # everything is hashed, nothing is sent yet
+            data = bytearray(path.read_bytes())
+            data[1_000_000] ^= 1
+            path.write_bytes(data)
+
+    with pytest.raises(QuantkitError, match=r"its bytes have changed.*Nothing was published"):
+        hub.publish(results, "alice/t", ALICE, progress=flip)
+    assert len(server.repos["model", "alice/t"].commits) == 1  # the Hub's own
+
+
 def test_publish_keeps_what_others_put_there(server: HubServer, results: Path) -> None:
     server.add_model("lab/t", {"their.gguf": b"theirs", "README.md": "their card"})
     hub.publish(results, "lab/t", ALICE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from quantkit import memory
+from quantkit import memory, room
 from quantkit.errors import UsageError
 from quantkit.memory import Shelf, free_memory
 
@@ -39,13 +41,51 @@ def test_a_gpu_has_what_tensors_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QUANTKIT_MEMORY", raising=False)
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("2000\n")
     (tmp_path / "memory.stat").write_text("anon 1500\ninactive_file 500\n")
     assert free_memory() == 1500
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() > 1500
+
+
+def test_a_group_of_the_first_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The innermost group, or one above it, may have least."""
+    monkeypatch.delenv("QUANTKIT_MEMORY", raising=False)
+    monkeypatch.setattr(room, "_CGROUP", tmp_path / "fs")
+    monkeypatch.setattr(room, "_PROC", tmp_path / "proc")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("4:memory:/lab/job\n1:cpu:/other\n0::/\n")
+    inner, outer = (tmp_path / "fs" / "memory" / name for name in ("lab/job", "lab"))
+    inner.mkdir(parents=True)
+    for folder, limit, used, cached in ((outer, 5000, 1000, 0), (inner, 1 << 63, 900, 0)):
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"inactive_file 9\ntotal_inactive_file {cached}\n")
+    assert free_memory() == 4000 and "group" in room.free().bound
+    (inner / "memory.limit_in_bytes").write_text("1100\n")
+    assert free_memory() == 200
+    (inner / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+    assert room.kills() == {"group": 3}
+
+
+_ASK = "from quantkit import room; f = room.free(); print(f.n_bytes, f.own, f.bound)"
+
+
+@pytest.mark.parametrize("option", ["-v", "-d"])
+def test_a_ulimit_counts(option: str) -> None:
+    """As clusters set it: what the process has already is taken off."""
+    kilobytes = 300_000
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit {option} {kilobytes} && exec {sys.executable} -c '{_ASK}'"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    n_bytes, own, bound = done.stdout.split(maxsplit=2)
+    assert bound.strip() == f"by `ulimit {option}`" and int(own) > 1_000_000
+    assert int(n_bytes) + int(own) == 1024 * kilobytes
 
 
 @pytest.mark.parametrize("room", [0, 100, 1 << 20])

@@ -119,6 +119,22 @@ def test_weights_drawn_at_random_are_no_oracle(made: Made, tmp_path: Path) -> No
         check_logits(made.base, made.ids, [Original("transformers", lacking)], tmp_path)
 
 
+@pytest.mark.parametrize("starts_at_zero", [True, False])
+def test_peft_judges_adapters(made: Made, tmp_path: Path, starts_at_zero: bool) -> None:
+    """A LoRA whose B is zero leaves the base as it is; any other does not."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=starts_at_zero)
+    model = LlamaForCausalLM.from_pretrained(made.model)
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    originals = [Original("PEFT on transformers", made.model, tmp_path / "adapter")]
+    if starts_at_zero:
+        check, _ = check_logits(made.base, made.ids, originals, tmp_path)
+        assert check.passed and check.about.endswith("by PEFT on transformers")
+    else:
+        with pytest.raises(QuantkitError, match="by PEFT on transformers"):
+            check_logits(made.base, made.ids, originals, tmp_path)
+
+
 def test_a_prediction_head_is_missed_for_a_reason() -> None:
     about = {
         "general.architecture": "glm4moe",

@@ -134,7 +134,7 @@ def test_a_folder_that_was_moved(
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (OSError(28, "No space left on device"), "The disk is full"),
+        (OSError(28, "No space left on device"), "The disk of .* is full"),
         (MemoryError(), "too little memory"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "The GPU has too"),
     ],

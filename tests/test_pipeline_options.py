@@ -19,6 +19,7 @@ from tiny_gguf import Shape, write_llama
 
 from quantkit import pipeline
 from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import read_imatrix
 from quantkit.ggufio.read import GgufFile
 from quantkit.ggufio.stitch import stitch
@@ -222,8 +223,8 @@ def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[
     assert made["spec"] == "notes.txt:4,lines.jsonl:3,table.parquet:2,few.jsonl:1"
     for name in ("README.md", "report.json", f"recipes/{run.output.stem}.json"):
         assert str(tmp_path) not in (published / name).read_text("utf-8")
-    with_fields = GgufFile(run.output).reader.fields
-    assert with_fields["quantize.imatrix.dataset"].contents() == ", ".join(weights)
+    about = GgufFile(run.output).metadata
+    assert about["quantize.imatrix.dataset"] == ", ".join(weights)
 
 
 def test_somebody_elses_tensors_compete(
@@ -276,7 +277,9 @@ def test_long_contexts(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_tensor_that_is_not_found_in_the_model(
     whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It borrows the importances of what reads the same input, and the run says so."""
+    """It stops the run, unless its reason is known: then it borrows the importances of what reads
+    the same input, and the run says so.
+    """
     name, lender = "blk.1.ffn_gate.weight", "blk.1.ffn_up.weight"
     match = RowMatcher.match
 
@@ -286,6 +289,10 @@ def test_a_tensor_that_is_not_found_in_the_model(
     monkeypatch.setattr(RowMatcher, "match", blind)
     run = whole.fork(tmp_path / "run", "convert")
     config = RunConfig.from_json(read_json(run.dir.config_path))
+    with pytest.raises(QuantkitError, match=f"not found in the model .*: {name}"):
+        pipeline.run(config, run.folder, until="convert")
+    reason = {name: "a head of another kind"}
+    monkeypatch.setattr("quantkit.stages.convert.reason_of", lambda _, tensor: reason.get(tensor))
     pipeline.run(config, run.folder, until="stitch")
     assert run.dir.records()["convert"].summary["unmapped"] == [name]
     table = read_json(run.dir.stage_dir("quantize") / "errors.json")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from commands import CHEAP, Answer, Run, kill, quantkit, start, wait_for
 
-from quantkit.rundir import STAGES
+from quantkit import pipeline
+from quantkit.errors import QuantkitError
+from quantkit.rundir import STAGES, EventLog, RunDir, sha256_file
 
 pytestmark = pytest.mark.slow
 
@@ -191,17 +193,93 @@ def test_a_folder_without_a_run(tmp_path: Path, offline: dict[str, str], command
     assert answer.code == 2 and "holds no run" in answer.err and not list(tmp_path.iterdir())
 
 
-def test_a_damaged_level_is_made_again(
-    whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
-) -> None:
-    """A file that was changed behind the run's back is noticed, and everything after it redone."""
-    expected = whole_run[0]
-    run = expected.fork(tmp_path / "damaged", "stitch")
-    path = run.levels / "Q4_K.gguf"
+def flip(path: Path) -> None:
+    """Change one byte of a file and not its time, as a bad disk does."""
+    stat = path.stat()
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[-len(data) // 3] ^= 0x11
     path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("stage", "pattern", "again"),
+    [
+        ("stitch", "4-quantize/Q4_*.gguf", "quantize"),
+        ("stitch", "6-search/*/state.json", "search"),
+        ("publish", "7-stitch/*.gguf", "stitch"),
+    ],
+)
+def test_damaged_files_are_made_again(
+    whole_run: tuple[Run, Answer],
+    tmp_path: Path,
+    offline: dict[str, str],
+    stage: str,
+    pattern: str,
+    again: str,
+) -> None:
+    """Bytes that changed behind the run's back are noticed, and everything after them redone."""
+    expected = whole_run[0]
+    run = expected.fork(tmp_path / "damaged", stage)
+    for path in run.folder.glob(pattern):
+        flip(path)
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 0, answer.err
     assert run.hashes == expected.hashes
-    assert any(e.stage == "quantize" and "changed" in e.message for e in run.events)
+    assert [e.stage for e in run.events if "changed" in e.message] == [again]
+    published = run.dir.stage_dir("publish") / "upload" / run.output.name
+    assert sha256_file(published) == expected.hashes[run.output.name]
+
+
+class Watched(RunDir):
+    """A run's folder that notes what is to be forgotten."""
+
+    def forget(self, stage: str) -> None:
+        self.forgotten = stage
+
+
+@pytest.mark.parametrize("n_done", range(1, len(STAGES)))
+def test_every_byte_that_is_read_again_is_looked_at(
+    whole_run: tuple[Run, Answer], tmp_path: Path, n_done: int
+) -> None:
+    """After an interruption, before each of the stages: what is not noticed no stage reads."""
+    run = whole_run[0].fork(tmp_path / "run", STAGES[n_done])
+    directory, log = Watched(run.folder), EventLog(tmp_path / "events.jsonl")
+    done = list(directory.records().values())
+    assert pipeline._n_whole(done, STAGES, directory, log) == n_done
+    for record in done:
+        reader = getattr(pipeline.stage_module(record.stage), "last_reader", lambda _: "publish")
+        for output in record.outputs:
+            directory.forgotten = ""
+            path = run.folder / output.path
+            flip(path)
+            n = pipeline._n_whole(done, STAGES, directory, log)
+            flip(path)
+            if n == n_done:
+                assert STAGES.index(reader(output.path)) < n_done, output.path
+            else:
+                assert (STAGES[n], directory.forgotten) == (record.stage, record.stage)
+
+
+def test_a_file_that_changes_while_it_is_validated(
+    whole_run: tuple[Run, Answer], tmp_path: Path
+) -> None:
+    run = whole_run[0].fork(tmp_path / "run", "publish")
+    flip(run.output)
+    with pytest.raises(QuantkitError, match="not the file that was stitched"):
+        pipeline._check_outputs(run.dir)
+
+
+def test_what_is_missing_is_made_again_and_results_stay(
+    whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """Somebody made room by hand: nothing that is whole is thrown away for it."""
+    expected = whole_run[0]
+    run = expected.fork(tmp_path / "run", "publish")
+    (run.dir.stage_dir("calibrate") / "tokens.safetensors").unlink()
+    log = EventLog(run.dir.events_path)
+    done = list(run.dir.records().values())
+    assert STAGES[pipeline._n_whole(done, STAGES, run.dir, log)] == "calibrate"
+    assert run.output.exists() and run.report and list(run.levels.glob("*.gguf"))
+    assert quantkit("resume", run.folder, env=offline).code == 0
+    assert run.hashes == expected.hashes

@@ -307,6 +307,8 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     settle(tmp_path)
     settle(tmp_path, publish="me/it", private=True)
     assert json.loads((tmp_path / "config.json").read_text())["publish"] == "me/it"
+    settle(tmp_path, compare=("other.gguf",), eval_text="e.txt")
+    assert json.loads((tmp_path / "config.json").read_text())["compare"] == ["other.gguf"]
     with pytest.raises(UsageError, match="seed = 0, not 3") as error:
         settle(tmp_path, seed=3)
     assert "--out" in error.value.remedy

@@ -89,6 +89,29 @@ def test_a_value_comes_back(inside: Callable[..., Any]) -> None:
     assert call("quantkit.sandbox.outcome:plain", {"text": "a\x1bb\n c"}) == "a b c"
 
 
+def test_what_lay_in_the_folder_does_not_count(inside: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "out" / "before").write_bytes(bytes(2**21))
+    body = "import time\nopen(out + '/file', 'wb').write(bytes(1000))\ntime.sleep(0.2)\nreturn 1"
+    assert inside(body) == 1
+
+
+def test_temporary_files_are_its_own(tmp_path: Path) -> None:
+    """Also where nothing may be written outside; torch and others look for the folder."""
+    (tmp_path / "stranger.py").write_text(
+        "import tempfile\nfrom pathlib import Path\ndef go():\n"
+        "    with tempfile.NamedTemporaryFile() as file:\n"
+        "        file.write(bytes(10**6)); file.flush()\n"
+        "        return [Path(file.name).stat().st_size, file.name]\n"
+    )
+    job = Job("stranger:go", {}, path=[tmp_path])
+    with Child(job) as child:
+        (last,) = [m for m in child.messages() if m]
+    if "mount" not in child.ended.protection.namespaces:
+        pytest.skip("this system gives no mount namespace")
+    n_bytes, name = last["value"]
+    assert n_bytes == 10**6 and not Path(name).parent.exists()
+
+
 def test_errors_keep_their_words(inside: Callable[..., Any]) -> None:
     raising = "from quantkit.errors import QuantkitError\nraise QuantkitError('So\\x1b[2J.', 'Do.')"
     with pytest.raises(QuantkitError) as it:

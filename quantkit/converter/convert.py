@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def convert(
     with _work_folder(out_path) as work:
         name = model_name or model_name_of(snapshot_dir)
         model = sanitize(snapshot_dir, work / "model", name, left_out)
-        limits = limits or Limits.for_weights(model.weight_bytes, _output_bytes(model))
+        limits = limits or _limits(model, skeleton)
         overrides = work / "metadata.json"
         overrides.write_text(json.dumps(dict(metadata or {})), encoding="utf-8")
         arguments = [str(model.folder), "--outtype", outtype, "--metadata", str(overrides)]
@@ -173,6 +174,17 @@ def _work_folder(out_path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
         out_path.with_name(out_path.name + PARTIAL).unlink(missing_ok=True)
+
+
+def _limits(model: Snapshot, skeleton: bool) -> Limits:
+    """By what the headers say, and what the machine has."""
+    from quantkit.memory import free_memory  # needs torch
+
+    counts: Counter[str] = Counter()  # experts are stacked: their parts become one tensor
+    for name, tensor in model.tensors.items():
+        counts[re.sub(r"\bexperts\.\d+\.", "experts.", name)] += tensor.n_elements
+    largest = 0 if skeleton else max(counts.values(), default=0)
+    return Limits.for_weights(model.weight_bytes, _output_bytes(model), largest, free_memory())
 
 
 def _output_bytes(model: Snapshot) -> int:

@@ -161,7 +161,7 @@ def complete_vocabulary(job: dict[str, Any]) -> None:
     folder = Path(job["arguments"][0])
 
     def looks_special(text: str) -> bool:
-        return TextModel.does_token_look_special(None, text)  # type: ignore[arg-type]
+        return bool(TextModel.does_token_look_special(None, text))
 
     def write(self: Any, path: Path | None = None) -> None:
         gguf.GGUFWriter.write_header_to_file = write_header  # type: ignore[method-assign]

@@ -93,7 +93,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     ):
         return QuantkitError(
-            f"The conversion needed more than its {limits.address_bytes:,} bytes of address space.",
+            f"The conversion needed more than its {limits.memory_bytes:,} bytes of memory.",
             "No sound model of this size needs as much; check where it came from.",
         )
     if code > 0:
@@ -140,7 +140,7 @@ _NO_TOKENIZER = "The model has no tokenizer that the converter can read."
 # Pattern and sentence; the first that is found counts.
 _KNOWN: tuple[tuple[str, _Make], ...] = (
     (
-        r"No space left on device|Disk quota exceeded",
+        r"No space left on device|Disk quota exceeded|\[Errno (?:28|122)\]",
         _say("The disk is full.", "Free some space, or choose another --out."),
     ),
     (r"Model (\S+) is not supported", lambda found: unsupported(found[1])),

@@ -20,30 +20,36 @@ _ENDS = ("error", "message")  # only an end has them
 _MOST_WORDS = 4000
 _MODES = {"convert": "convert", "list": "list_architectures", "match": "match"}
 
+_WITHOUT_TENSORS = 4 * 2**30  # libraries, and tokenizers of any size that is known
+_ELEMENT_BYTES = 24  # as it is stored, in float32, moved, and as it is written
+_LEAST = 2 * 2**30  # less is not tried: the end would come from the machine, without a sentence
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use. Sizes in bytes. The address space counts every mapping, libraries and
-    weights that are only mapped included, so it is far above the memory that is really used.
-    """
+    """What a child may use. Sizes in bytes; weights that are only mapped are no memory."""
 
     cpu_seconds: int
     wall_seconds: int
-    address_bytes: int
+    memory_bytes: int
     file_bytes: int
 
     @classmethod
-    def for_weights(cls, weight_bytes: int, output_bytes: int) -> Limits:
-        """Room for converting `weight_bytes` into a file of at most `output_bytes`.
+    def for_weights(
+        cls, weight_bytes: int, output_bytes: int, largest: int = 0, free: int | None = None
+    ) -> Limits:
+        """Room for converting `weight_bytes` into a file of at most `output_bytes`, where the
+        largest tensor has so many elements and the machine so many bytes of memory left.
 
         Measured: the imports take 10 CPU seconds, conversion about 6 seconds per GB; the converter
         holds one tensor at a time in several types.
         """
+        memory = _WITHOUT_TENSORS + _ELEMENT_BYTES * largest
         gigabytes = 1 + weight_bytes // 10**9
         return cls(
             cpu_seconds=1800 + 120 * gigabytes,
             wall_seconds=3600 + 240 * gigabytes,  # a disk can be slow
-            address_bytes=24 * 2**30 + 2 * weight_bytes,
+            memory_bytes=memory if free is None else min(memory, max(free, _LEAST)),
             file_bytes=256 * 2**20 + output_bytes,
         )
 
@@ -89,13 +95,12 @@ def run(
         f"quantkit.converter.entry:{_MODES[mode]}",
         {"job": {**job, "tree": str(tree)}},
         sandbox.Limits(
-            limits.cpu_seconds, limits.wall_seconds, limits.address_bytes, limits.file_bytes
+            limits.cpu_seconds, limits.wall_seconds, limits.memory_bytes, limits.file_bytes
         ),
         readable=readable,
         writable=() if output is None else (output,),
         path=(tree, tree / "gguf-py"),
         log=log,
-        address_bytes=limits.address_bytes,
     )
     status: dict[str, Any] = {}
     done = False

@@ -114,9 +114,9 @@ def rank_merges(keys: Mapping[str, Any], folder: Path) -> None:
     for rank, text in enumerate(merged):
         ranks.setdefault(text.encode(), rank)
     for i, token in enumerate(keys[_TOKENS].value):
-        rank = ranks.get(token if isinstance(token, bytes) else token.encode())
-        if kinds[i] == _NORMAL and rank is not None:
-            scores[i] = -float(rank)
+        place = ranks.get(token if isinstance(token, bytes) else token.encode())
+        if kinds[i] == _NORMAL and place is not None:
+            scores[i] = -float(place)
 
 
 def ends_of(folder: Path) -> list[int]:

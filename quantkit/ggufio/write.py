@@ -71,15 +71,12 @@ def lay_out(
         writer = GGUFWriter(path, arch="")
         writer.kv_data[0].clear()
         writer.data_alignment = base.alignment
-        for field in base.reader.fields.values():
-            if field.name.startswith("GGUF."):
-                continue
+        for field in base.fields.values():
             new = replaced.pop(field.name, None)
             if new is not None:
                 writer.add_key_value(new.key, new.value, new.kind)
             else:
-                inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-                writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+                writer.add_key_value(field.name, field.value, field.kind, field.item)
         for new in replaced.values():
             writer.add_key_value(new.key, new.value, new.kind)
         kept = {name: types.get(name, tensor.qtype) for name, tensor in base.tensors.items()}

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from quantkit.gptq.compiled import numba
 
 _TILE = 64  # rows of one task; in GPTQ's walk 128 columns x 64 rows of float32 are 32 kB
 _FAST = {"contract", "reassoc", "nsz"}  # never nnan: rows may hold anything

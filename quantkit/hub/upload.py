@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -142,16 +142,21 @@ def publish(
     private: bool = False,
     message: str = "Upload with quantkit",
     progress: Callable[[int, int], None] | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> PublishedRepo:
     """Put the files of `folder` into the model repository `repo_id`, which is created if missing.
 
     Files that others put there stay. Files that are there already with the same bytes are not
-    sent, and when none differs no commit is made. `progress` gets the bytes that are there.
+    sent, and when none differs no commit is made. `progress` gets the bytes that are there; `known`
+    are the sha256 of files as they were made: others are not published.
     Raises QuantkitError; then calling again continues where it stopped.
     """
     if token is None:
         raise _NEED_TOKEN
     files = _local_files(folder)
+    for file in files:
+        if (known or {}).get(file.path, file.sha256) != file.sha256:
+            raise _changed(file.path)
     api = hf_api(token)
     if "/" not in repo_id:
         repo_id = check_write(repo_id, token, private)
@@ -170,6 +175,13 @@ def publish(
             "Publish again; if it stays, something else writes to this repository.",
         )
     return PublishedRepo(repo_id, asked.url, sha, tuple(files), tuple(sorted(upload.changed)))
+
+
+def _changed(name: str) -> QuantkitError:
+    return QuantkitError(
+        f"{name} is not the file that was made and measured: its bytes have changed.",
+        "Look at the disk, and resume: the file is made again. Nothing was published.",
+    )
 
 
 def _local_files(folder: Path) -> list[PublishedFile]:
@@ -266,10 +278,14 @@ class _Upload:
         """Send the content of a large file; small ones travel with the commit."""
         operation = CommitOperationAdd(file.path, str(self._folder / file.path))
         operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: not hashed again
-        with self._watching(self._folder / file.path, n_left):
-            self._step(
-                lambda: self._api.preupload_lfs_files(self._repo_id, [operation], free_memory=False)
-            )
+        path = self._folder / file.path
+        send = partial(self._api.preupload_lfs_files, self._repo_id, [operation], free_memory=False)
+        try:
+            with self._watching(path, n_left):
+                self._step(send)
+        finally:  # read once more: nothing is committed whose bytes changed while they were sent
+            if sha256_file(path) != file.sha256:
+                raise _changed(file.path)
         return operation
 
     @contextmanager

@@ -73,7 +73,11 @@ _TO_FLOAT = {F16: "ggml_fp16_to_fp32_row", BF16: "ggml_bf16_to_fp32_row"}
 @functools.cache
 def _to_float(qtype: QuantType) -> ctypes._NamedFuncPointer:
     name = _TO_FLOAT.get(qtype, "dequantize_row_" + qtype.name.lower().replace("_k", "_K"))
-    function = getattr(library(), name)
+    function = getattr(library(), name, None)
+    if function is None:
+        raise QuantkitError(
+            f"Weights cannot be stored as {qtype}.", "The file is broken, or no language model."
+        )
     function.restype = None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return function

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 from quantkit.errors import QuantkitError
@@ -30,6 +31,7 @@ from quantkit.report.axes import (
     place,
     tick_text,
 )
+from quantkit.report.measures import Measures
 from quantkit.report.picture import (
     Area,
     Box,
@@ -51,15 +53,21 @@ _SMALL = 11.0
 _RAMP = ("#f7c948", "#f28c4b", "#dc5b7b", "#9a5cc6", "#4c6fd6", "#2a9d8f")
 
 
-def draw_all(report: Report) -> dict[str, Picture]:
-    """Every plot that the report has the data for, by name, in the order they are shown."""
-    found = {"frontier": frontier(report), "domains": domains(report)}
+def draw_all(report: Report, measures: Measures | None = None) -> dict[str, Picture]:
+    """Every plot that the report has the data for, by name, in the order they are shown. `measures`
+    is told of one that cannot be drawn.
+    """
+    draw: dict[str, Callable[[], Picture | None]] = {
+        "frontier": lambda: frontier(report),
+        "domains": lambda: domains(report),
+    }
     for output, names in names_by_output(report):
-        found |= {
-            names["tensor-map"]: tensor_map({t.name: t.qtype for t in output.tensors}),
-            names["bits-by-kind"]: bits_by_kind(output.tensors),
-            names["convergence"]: convergence(output.trace),
-        }
+        types = {t.name: t.qtype for t in output.tensors}
+        draw[names["tensor-map"]] = partial(tensor_map, types)
+        draw[names["bits-by-kind"]] = partial(bits_by_kind, output.tensors)
+        draw[names["convergence"]] = partial(convergence, output.trace)
+    take = (measures or Measures()).take
+    found = {name: take(f"the plot {name}", make) for name, make in draw.items()}
     return {name: picture for name, picture in found.items() if picture is not None}
 
 

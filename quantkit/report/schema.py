@@ -6,6 +6,7 @@ version or with a hole in it is one plain sentence, wherever it is met.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,14 @@ class Mean:
     stderr: float
     low: float | None = None
     high: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """False for what could not be measured."""
+        return not math.isnan(self.value)
+
+
+_UNKNOWN = Mean(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured file. `kind` is one of KINDS; KL in nats by domain and over all of them."""
+    """One measured file. `kind` is one of KINDS; KL in nats by domain and over all of them. Of an
+    output what could not be measured is not a number.
+    """
 
     kind: str
     name: str
@@ -278,7 +289,7 @@ def _row(row: Mapping[str, Any]) -> Row:
         n_bytes=int(row["n_bytes"]),
         bpw=float(row["bpw"]),
         kl=_mean(row["kl"], "mean"),
-        top1=float(row["top1"]),
+        top1=math.nan if row["top1"] is None else float(row["top1"]),
         perplexity=_mean(row["perplexity"], "value"),
         domains={str(name): _mean(d["kl"], "mean") for name, d in row["domains"].items()},
         tail=_tail(row),
@@ -314,14 +325,16 @@ def _row(row: Mapping[str, Any]) -> Row:
     )
 
 
-def _mean(value: Mapping[str, Any], key: str) -> Mean:
+def _mean(value: Mapping[str, Any] | None, key: str) -> Mean:
+    if value is None:
+        return _UNKNOWN
     low, high = value.get("ci95") or (None, None)
     return Mean(float(value[key]), float(value["stderr"]), low, high)
 
 
 def _tail(row: Mapping[str, Any]) -> Tail | None:
     kl, ratio = row["kl"], row.get("ln_ppl_ratio")
-    if ratio is None or "median" not in kl:
+    if kl is None or ratio is None or "median" not in kl:
         return None
     return Tail(
         float(kl["median"]),

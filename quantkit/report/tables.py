@@ -48,9 +48,7 @@ def comparison(
         columns.append(_Column("weight KL", _weight_kl, "0"))
     columns.append(_Column("same top-1", lambda row: text.percent(row.top1), "100 %"))
     columns.append(
-        _Column(
-            "perplexity", lambda row: f"{row.perplexity.value:.3f}", f"{base.perplexity.value:.3f}"
-        )
+        _Column("perplexity", lambda row: _perplexity(row.perplexity), _perplexity(base.perplexity))
     )
     if wide and any(row.tasks for row in report.rows):
         columns.append(_Column("tasks", _tasks, _base_tasks(report)))
@@ -78,6 +76,10 @@ class _Column:
     header: str
     cell: Callable[[Row], str]
     base: str
+
+
+def _perplexity(mean: Mean) -> str:
+    return f"{mean.value:.3f}" if mean.is_known else text.number(mean.value)
 
 
 def _weight_kl(row: Row) -> str:

@@ -13,8 +13,13 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
+_UNKNOWN = "not measured"
+
+
 def number(value: float) -> str:
     """A KL divergence with three digits that count."""
+    if math.isnan(value):
+        return _UNKNOWN
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = 2 - math.floor(math.log10(abs(value)))
@@ -24,6 +29,8 @@ def number(value: float) -> str:
 def with_error(mean: Mean) -> str:
     """`0.0123 ± 0.0004`: both with the digits that count of the value."""
     text = number(mean.value)
+    if not mean.is_known:
+        return text
     return f"{text} ± {mean.stderr:.{len(text.partition('.')[2])}f}"
 
 
@@ -33,7 +40,7 @@ def without_folders(said: str) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return _UNKNOWN if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def chance(p_value: float) -> str:
@@ -53,7 +60,8 @@ def tested(versus: Versus | None) -> str:
 
 def best_of_at_most(report: Report) -> Row | None:
     """The llama.cpp file of at most the first output's size that is closest to the base."""
-    rows = [r for r in report.others if r.kind == STOCK and r.n_bytes <= report.first.n_bytes]
+    size = report.first.n_bytes
+    rows = [r for r in report.others if r.kind == STOCK and r.n_bytes <= size and r.kl.is_known]
     return min(rows, key=lambda row: row.kl.value, default=None)
 
 
@@ -71,6 +79,8 @@ def verdict(report: Report) -> str:
     if report.kind == "compare":
         return _compare_verdict(report)
     ours, best = report.first, best_of_at_most(report)
+    if not ours.kl.is_known:
+        return "The KL divergence of this file could not be measured."
     if best is None:
         return "No llama.cpp file that was measured is as small as this one."
     ratio = ours.kl.value / best.kl.value if best.kl.value else math.inf
@@ -120,7 +130,7 @@ def losses(report: Report) -> list[str]:
         return []
     lines = []
     for row in report.others:
-        if row.n_bytes > ours.n_bytes:
+        if row.n_bytes > ours.n_bytes or not ours.kl.is_known:
             continue
         if row.kl.value < ours.kl.value:
             lines.append(

@@ -25,7 +25,9 @@ def call(
     """Run `function` ("package.module:name", a plain function of quantkit or evaluators) in a
     sandboxed child: JSON-able keyword arguments in, JSON-able value out. It reads only `readable`,
     the interpreter and its packages, and writes only into `writable` (or nowhere). No network, no
-    programs, no token, nothing of the parent.
+    programs, no token, nothing of the parent. In `writable` files can be made and written, but not
+    renamed, removed or linked; for what is temporary it has a folder in memory of its own, where
+    the system allows one.
 
     Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
     memory or another exception.

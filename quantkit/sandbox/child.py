@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 _POLL_SECONDS = 0.05
-_SCRATCH_BYTES = 64 * 2**20
 
 # From the strongest down: the first that the kernel grants is used.
 _ISOLATED = kernel.NEW_PID | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS
@@ -44,6 +43,8 @@ def main() -> None:
     with open(0, "rb", closefd=False) as file:
         job = json.load(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    there = sum(map(_bytes_below, job["folders"]))
+    job["limits"]["total_bytes"] = there + job["limits"]["file_bytes"]
     init, told, flags = _start(job)
     kernel.set_not_dumpable()
     os.close(job["result"])
@@ -115,7 +116,7 @@ def _init(job: dict[str, Any], flags: int, ids: tuple[int, int], keeper: int, wr
     if flags & kernel.NEW_USER:
         kernel.map_user(*ids)
     if flags & kernel.NEW_MOUNTS:
-        mounts.make_root(job["readable"], job["writable"], job["home"], _SCRATCH_BYTES)
+        mounts.make_root(job["readable"], job["writable"], job["home"], worker.SCRATCH_BYTES)
     kernel.set_not_dumpable()
     own = os.getpid()
     child = os.fork()
@@ -158,7 +159,7 @@ def _keep(job: dict[str, Any], init: int, told: int) -> dict[str, Any]:
             why = _too_much(number, job["folders"], limits) if number else None
     if why is not None:
         os.kill(init, signal.SIGKILL)
-    elif sum(map(_bytes_below, job["folders"])) > limits["file_bytes"]:
+    elif sum(map(_bytes_below, job["folders"])) > limits["total_bytes"]:
         why = "bytes"  # all of it was written since the last look
     text = b"" if why is not None else os.read(told, 2**16)
     os.waitpid(init, 0)
@@ -191,7 +192,7 @@ def _too_much(number: int, folders: list[str], limits: dict[str, int]) -> str | 
         return "memory"
     if facts.get("Threads", 0) > limits["n_processes"]:
         return "processes"
-    if sum(map(_bytes_below, folders)) > limits["file_bytes"]:
+    if sum(map(_bytes_below, folders)) > limits["total_bytes"]:
         return "bytes"
     return None
 

@@ -56,4 +56,6 @@ def reason(limits: Limits, ended: Ended, last: Mapping[str, Any]) -> str:
         return f"ended early: {plain(last.get('message'))}".rstrip(". :")
     if ended.signal:
         return f"crashed ({signal.Signals(ended.signal).name})"
+    if ended.status is None:  # the keeper has nothing to say of a worker
+        return f"could not be started: {plain(ended.log[-500:])}".rstrip(". :")
     return "ended without an answer"

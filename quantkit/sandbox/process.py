@@ -41,6 +41,7 @@ class Job:
     path: Sequence[Path] = ()
     log: Path | None = None
     address_bytes: int | None = None  # where mapped files are to be limited, too
+    inherited: Sequence[int] = ()  # descriptors that the function gets as they are, by number
     without: Sequence[str] = ()  # for tests: "mounts", "namespaces", "landlock", "seccomp"
 
 
@@ -109,7 +110,7 @@ class Child:
         (result, result_w), (verdict, verdict_w), (log, log_w), (lifeline, self._lifeline) = (
             os.pipe() for _ in range(4)
         )
-        theirs = (result_w, verdict_w, lifeline)
+        theirs = (result_w, verdict_w, lifeline)  # closed here; `inherited` are the caller's
         self._pipes = [result, verdict, log, self._lifeline]
         readable = [os.path.abspath(path) for path in job.readable]
         told = {
@@ -124,6 +125,7 @@ class Child:
             "mapped_bytes": sum(_size(Path(path)) for path in readable),
             "address_bytes": job.address_bytes,
             "without": list(job.without),
+            "inherited": list(job.inherited),
             "result": result_w,
             "verdict": verdict_w,
             "lifeline": lifeline,
@@ -141,7 +143,7 @@ class Child:
                     stdin=stdin,
                     stdout=log_w,
                     stderr=log_w,
-                    pass_fds=theirs,
+                    pass_fds=(*theirs, *job.inherited),
                     start_new_session=True,
                 )
         finally:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _SPARE_BYTES = 16 * 2**30  # of address space that is reserved and not used: stacks, libraries
+SCRATCH_BYTES = 64 * 2**20
 _result = -1
 
 
@@ -44,11 +45,10 @@ def run(job: dict[str, Any], flags: int) -> None:
     except OSError:  # there was no place to make one
         os.chdir("/")
     set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
-    _close_others({1, 2, _result})
+    _close_others({1, 2, _result, *job["inherited"]})
     _write(memoryview(json.dumps(restrict(job, flags)).encode() + b"\n"))
     sys.path[:] = job["path"]
-    if not flags & kernel.NEW_MOUNTS:
-        _know_temporary_folder(job["home"])
+    _know_temporary_folder(job["home"])
     try:
         module, _, name = job["function"].partition(":")
         value = getattr(importlib.import_module(module), name)(**job["arguments"])
@@ -87,8 +87,8 @@ def run(job: dict[str, Any], flags: int) -> None:
 
 
 def _know_temporary_folder(home: str) -> None:
-    """Without a file system of its own there is no place to write that could be bounded. Libraries
-    ask for one when they are imported, and look for it by writing: they are told a name.
+    """Libraries ask for it when they are imported, and look for it by writing: they are told.
+    Without a file system of its own it is a name alone: what is written there could not be bounded.
     """
     import tempfile
 
@@ -103,7 +103,8 @@ def set_limits(job: dict[str, Any], namespaces: bool) -> None:
     memory = limits["memory_bytes"] + job["mapped_bytes"]
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1)
-    _lower(resource.RLIMIT_FSIZE, limits["file_bytes"])
+    # One file; the keeper sums them up. What writes nowhere still has its folder in memory.
+    _lower(resource.RLIMIT_FSIZE, limits["file_bytes"] if job["writable"] else SCRATCH_BYTES)
     _lower(resource.RLIMIT_DATA, memory)
     _lower(resource.RLIMIT_AS, job["address_bytes"] or memory + _SPARE_BYTES)
     _lower(resource.RLIMIT_NOFILE, 1024)

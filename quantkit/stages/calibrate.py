@@ -110,14 +110,20 @@ def is_intermediate(path: str) -> bool:
     return "/hessians/" in path
 
 
+def last_reader(path: str) -> str:
+    """Hessians are large, and not looked at after their stage."""
+    return "quantize" if is_intermediate(path) else "publish"
+
+
 def _write_texts(run: Run, model: BlockwiseModel, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Write the tokens and the texts to validate on; what the report says of them. Once: a killed
     stage goes on with the text that it began with, for neither the Hub nor a model gives the same
     text again everywhere.
     """
     path = folder / _MIX
-    if path.exists():
-        known: dict[str, Any] = read_json(path)
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
+    texts_there = all((folder / "eval" / name).exists() for name in known.get("eval", ()))
+    if known and texts_there and (folder / _TOKENS).exists():
         run.events.emit(NAME, "note", f"going on with the text that was read: {known['note']}")
         return known
     mix = _read_mix(run, model, tokenizer)

@@ -172,6 +172,11 @@ def _check_unmapped(run: Run, base: GgufFile, unmapped: list[str]) -> None:
         run.events.emit(NAME, "note", f"{n} tensors are not calibrated: they belong to {reason}")
 
 
+def last_reader(path: str) -> str:
+    """Only the encoder is published."""
+    return "publish" if path.endswith("mmproj.gguf") else "validate"
+
+
 def projector_path(directory: RunDir) -> Path:
     """Where the encoder's GGUF lies, if the model has one that could be converted."""
     return directory.stage_dir(NAME) / "mmproj.gguf"

@@ -103,7 +103,9 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
     if why and not run.config.private:
         run.events.emit(NAME, "note", f"{why}: published privately (else: --public)")
     private, token = why is not None, hub.resolve_token()
-    made = hub.publish(folder, run.config.publish, token, private, message, progress)
+    made = hub.publish(
+        folder, run.config.publish, token, private, message, progress, _known(run, folder)
+    )
     if run.config.collection is not None:
         try:
             hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
@@ -118,6 +120,22 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
         "files": {file.path: file.sha256 for file in made.files},
         "changed": list(made.changed),
     }
+
+
+def _known(run: Run, folder: Path) -> dict[str, str]:
+    """The sha256 of what earlier stages made of what is uploaded, by its name there."""
+    found = {
+        f"{_name(run)}-imatrix.gguf": ("calibrate", "imatrix.gguf"),
+        f"mmproj-{_name(run)}-F16.gguf": ("convert", "mmproj.gguf"),
+    }
+    for stage in ("stitch", "validate"):
+        for output in run.records[stage].outputs:
+            name = output.path.partition("/")[2]
+            if not (name.startswith("recipes/") and name.endswith(".json")):  # written anew here
+                found[name] = stage, name
+    sums = {o.path: o.sha256 for record in run.records.values() for o in record.outputs}
+    paths = {name: f"{run.dir.stage_dir(stage).name}/{own}" for name, (stage, own) in found.items()}
+    return {n: sums[path] for n, path in paths.items() if path in sums and (folder / n).exists()}
 
 
 def _name(run: Run) -> str:

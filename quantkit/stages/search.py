@@ -113,6 +113,11 @@ def is_intermediate(path: str) -> bool:
     return path.endswith(".gguf")
 
 
+def last_reader(path: str) -> str:
+    """Tuned levels are stitched in; the rest stands in the report."""
+    return "stitch" if is_intermediate(path) else "validate"
+
+
 def load_budgets(directory: RunDir) -> list[Budget]:
     """The budgets of a run whose search stage is finished, smallest first."""
     table = read_json(directory.stage_dir(NAME) / "budgets.json")["budgets"]

@@ -14,15 +14,15 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import hub, integrity, opponents
+from quantkit import hub, integrity, llama_place, opponents
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.imatrix import read_imatrix
@@ -31,6 +31,7 @@ from quantkit.meter import EFFORTS, Meter
 from quantkit.opponents import Opponent, as_it_is
 from quantkit.provenance import code_version
 from quantkit.report import SCHEMA, write_report
+from quantkit.report.measures import Measures, reason_of
 from quantkit.report.schema import OURS, Check
 from quantkit.report.text import without_folders
 from quantkit.rundir import read_json, sha256_file
@@ -62,20 +63,21 @@ def extra_inputs(config: RunConfig) -> dict[str, Any]:
 
 
 def execute(run: Run) -> StageResult:
-    """Raises QuantkitError when the file is not what was stitched, does not load, or gives logits
-    that are not finite.
+    """Raises QuantkitError when the file is not what was stitched or does not load. A measure that
+    cannot be taken is left out, and the report says why.
     """
     from evaluators.errors import EvaluationError
 
     try:
         return _validate(run)
-    except EvaluationError as error:
-        raise QuantkitError(error.message, error.remedy) from error
+    except EvaluationError as error:  # its remedy may name an option of the evaluators' own
+        raise QuantkitError(error.message, "" if "--" in error.remedy else error.remedy) from error
 
 
 def _validate(run: Run) -> StageResult:
     from evaluators.base_logits import BaseLogits
 
+    measures = Measures(lambda said: run.events.emit(NAME, "note", said))
     base, stitched = convert.load_base(run.dir), run.dir.stage_dir("stitch")
     outputs = stitch.load_outputs(run.dir)
     texts, runtime = _texts(run), _runtime(run)
@@ -84,34 +86,38 @@ def _validate(run: Run) -> StageResult:
     ours = [
         Opponent(OURS, o.file, partial(as_it_is, stitched / o.file), is_rival=True) for o in outputs
     ]
-    others = _opponents(run, base, outputs)
-    items, reason = _items(run)
-    meter = Meter(run, base, runtime, items, 1 + 3 * (len(ours) + len(others)))
+    others = measures.take("files beside ours", lambda: _opponents(run, base, outputs)) or []
+    items, reason = measures.take("zero-shot items", lambda: _items(run)) or (None, "see below")
+    meter = Meter(run, base, runtime, items, measures, 1 + 3 * (len(ours) + len(others)))
     folder = run.dir.stage_dir(NAME)
     for left in folder.glob("weight-kl-*"):  # of a run that was killed
         shutil.rmtree(left)
     kept = folder / "base-logits"  # some GB; taken up again after a kill
-    with (
-        BaseLogits.compute(
-            base.path,
-            texts,
-            N_CTX,
-            run.profile.eval_windows,
-            kept,
-            runtime,
-            progress=meter.step("the base's predictions"),
-        ) as logits,
-        _long_contexts(run, base, texts, runtime) as (meter.long, too_long),
-    ):
-        measured = {file.name: meter.row(logits, file) for file in ours}
-        rows, not_measured = [], []
-        for other in others:
-            try:
-                rows.append(meter.row(logits, other))
-            except QuantkitError as error:
-                not_measured.append({"name": other.name, "reason": without_folders(str(error))})
-                run.events.emit(NAME, "note", f"{other.name} was not measured: {error}")
-    shutil.rmtree(kept)
+    with ExitStack() as stack:
+
+        def predictions(texts: Mapping[str, str], n_ctx: int, *more: Any) -> BaseLogits:
+            made = BaseLogits.compute(base.path, texts, n_ctx, *more)
+            return stack.enter_context(made)
+
+        progress = meter.step("the base's predictions")
+        windows = run.profile.eval_windows
+        logits = measures.take(
+            "KL and perplexity",
+            lambda: predictions(texts, N_CTX, windows, kept, runtime, progress),
+        )
+        joined = {"long": "\n\n".join(texts.values())}
+        for n_ctx in EFFORTS[run.config.profile].long:
+
+            def long(n_ctx: int = n_ctx) -> BaseLogits:
+                _check_trained(base, n_ctx)
+                return predictions(joined, n_ctx, 1, kept, runtime)
+
+            found = measures.take(f"KL in a context of {n_ctx:,} tokens", long)
+            if found is not None:
+                meter.long[n_ctx] = found
+        measured = {file.name: meter.ours(logits, file) for file in ours}
+        rows = [row for other in others if (row := meter.beside(logits, other))]
+    shutil.rmtree(kept, ignore_errors=True)
     values = _report(run, base, texts, meter)
     values["outputs"] = [
         {
@@ -124,41 +130,21 @@ def _validate(run: Run) -> StageResult:
         for output in outputs
     ]
     values["baselines"] = sorted(rows, key=lambda row: row["n_bytes"])
-    values["not_measured"] = not_measured + too_long
+    values["not_measured"] = measures.missing
     kept_facts = ("name", "n_bytes", "top1")
     files = [
-        {**{k: row[k] for k in kept_facts}, "kl": row["kl"]["mean"]} for row in measured.values()
+        {**{k: row[k] for k in kept_facts}, "kl": row["kl"] and row["kl"]["mean"]}
+        for row in measured.values()
     ]
-    return StageResult(write_report(folder, values), {"files": files})
+    return StageResult(write_report(folder, values, measures), {"files": files})
 
 
-@contextmanager
-def _long_contexts(
-    run: Run, base: GgufFile, texts: Mapping[str, str], runtime: Runtime
-) -> Iterator[tuple[dict[int, BaseLogits], list[dict[str, str]]]]:
-    """The base's predictions in windows of the profile's lengths, one each, over all texts joined;
-    and the lengths that cannot be measured, with the reason.
-    """
-    from evaluators.base_logits import BaseLogits
-    from evaluators.errors import EvaluationError
-
+def _check_trained(base: GgufFile, n_ctx: int) -> None:
+    """Raises QuantkitError for a context that is longer than the model was trained for."""
     about = base.metadata
     trained = int(about[f"{about['general.architecture']}.context_length"])
-    joined = {"long": "\n\n".join(texts.values())}
-    found: dict[int, BaseLogits] = {}
-    missing = []
-    kept = run.dir.stage_dir(NAME) / "base-logits"
-    with ExitStack() as stack:
-        for n_ctx in EFFORTS[run.config.profile].long:
-            try:
-                if n_ctx > trained:
-                    raise EvaluationError(f"The model was trained for {trained:,} tokens.", "")
-                computed = BaseLogits.compute(base.path, joined, n_ctx, 1, kept, runtime)
-                found[n_ctx] = stack.enter_context(computed)
-            except EvaluationError as error:
-                reason = without_folders(error.message)
-                missing.append({"name": f"KL in a context of {n_ctx:,} tokens", "reason": reason})
-        yield found, missing
+    if n_ctx > trained:
+        raise QuantkitError(f"The model was trained for {trained:,} tokens.", "")
 
 
 # ---- integrity
@@ -187,8 +173,13 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
             )
     found += convert.load_checks(run.dir)
     found += _logit_checks(run, file, text, runtime)
-    said = generation.answer(ours, _PROMPT, n_tokens=48, runtime=runtime)
-    found.append(integrity.chat_check(said))
+    said: dict[str, str] = {}
+
+    def chat() -> Check:
+        said.update(generation.answer(ours, _PROMPT, n_tokens=48, runtime=runtime))
+        return integrity.chat_check(said)
+
+    found.append(_judged("chat turn", chat))
     for check in found:
         if not check.passed:
             word = "not run" if check.passed is None else "FAILED"
@@ -205,18 +196,34 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
     names = ("logits at F16 against PyTorch's", "logits of the file against PyTorch's")
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
     folder = fetch.load(run.dir).folder
-    ids = agreement.tokens_of(file.path, text, N_CTX, runtime)
     try:
+        ids = agreement.tokens_of(file.path, text, N_CTX, runtime)
         logits = integrity.torch_logits(folder, maps, file, ids, run.config.device)
-    except QuantkitError as error:
-        return [Check(name, False, f"not compared: {error.message}") for name in names]
-    with expanded_to_f16(file.path, run.dir.stage_dir(NAME), runtime) as f16:
-        at_f16 = agreement.measure(f16, ids, logits, runtime)
-    as_it_is = agreement.measure(file.path, ids, logits, runtime)
-    return [
-        integrity.logits_check(names[0], file, at_f16, integrity.F16_LIMIT),
-        integrity.logits_check(names[1], file, as_it_is, integrity.FILE_LIMIT),
-    ]
+    except Exception as error:
+        return [_not_made(name, error) for name in names]
+
+    def at_f16() -> Check:
+        with expanded_to_f16(file.path, run.dir.stage_dir(NAME), runtime) as f16:
+            found = agreement.measure(f16, ids, logits, runtime)
+        return integrity.logits_check(names[0], file, found, integrity.F16_LIMIT)
+
+    def as_it_is() -> Check:
+        found = agreement.measure(file.path, ids, logits, runtime)
+        return integrity.logits_check(names[1], file, found, integrity.FILE_LIMIT)
+
+    return [_judged(names[0], at_f16), _judged(names[1], as_it_is)]
+
+
+def _judged(name: str, make: Callable[[], Check]) -> Check:
+    """A check. One that cannot be made has failed, and says why."""
+    try:
+        return make()
+    except Exception as error:
+        return _not_made(name, error)
+
+
+def _not_made(name: str, error: Exception) -> Check:
+    return Check(name, False, f"not compared: {without_folders(reason_of(error)).rstrip('.')}")
 
 
 def _opponents(run: Run, base: GgufFile, outputs: Sequence[stitch.Output]) -> list[Opponent]:
@@ -244,14 +251,12 @@ def _runtime(run: Run) -> Runtime:
     """The GPU when the run is on one and this llama.cpp can use it."""
     import llama_cpp.llama_cpp as lib
 
-    from evaluators.llama_runtime import Runtime
-
     if run.config.device != "cuda":
-        return Runtime()
+        return llama_place.runtime()
     if not lib.llama_supports_gpu_offload():
         run.events.emit(NAME, "note", "this llama-cpp-python has no GPU support: measured on CPU")
-        return Runtime()
-    return Runtime(n_gpu_layers=-1)
+        return llama_place.runtime()
+    return llama_place.runtime(n_gpu_layers=-1)
 
 
 def _texts(run: Run) -> dict[str, str]:
@@ -294,8 +299,9 @@ def _items(run: Run) -> tuple[TaskItems | None, str]:
 
 def _report(run: Run, base: GgufFile, texts: Mapping[str, str], meter: Meter) -> dict[str, Any]:
     """What the report says beside its rows."""
+    from evaluators.texts import text_sha256
+
     first = meter.first
-    assert first is not None
     info = fetch.load(run.dir).info
     return {
         "schema": SCHEMA,
@@ -307,14 +313,14 @@ def _report(run: Run, base: GgufFile, texts: Mapping[str, str], meter: Meter) ->
             "n_bytes": base.path.stat().st_size,
             "sha256": run.records["convert"].outputs[0].sha256,
             "n_parameters": base.n_elements,
-            "perplexity": asdict(first.combined.base_perplexity),
-            "speed": meter.speed(base.path),
+            "perplexity": first and asdict(first.combined.base_perplexity),
+            "speed": meter.measures.take("speed of the base", lambda: meter.speed(base.path)),
         },
         "protocol": f"llama.cpp's windows of {N_CTX} tokens, second half scored,"
         " KL(base || file) in nats",
-        "n_windows": first.combined.n_windows,
+        "n_windows": first and first.combined.n_windows,
         "weight_windows": meter.n_weight_windows,
-        "texts": {name: first.text_sha256[name] for name in texts},
+        "texts": {name: text_sha256(text) for name, text in texts.items()},
         "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
         "refused": read_json(run.dir.stage_dir("search") / "budgets.json")["refused"],
         "fallbacks": read_json(run.dir.stage_dir("quantize") / "errors.json")["fallbacks"],

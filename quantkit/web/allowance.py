@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from quantkit.errors import QuantkitError
 
@@ -24,14 +24,19 @@ _MOST_VISITORS = 20_000
 class Allowance:
     """Counts per visitor and action: a bucket that refills evenly. Safe in several threads."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        allowed: Mapping[str, tuple[int, float]] = ALLOWED,
+    ) -> None:
         self._clock = clock
+        self._allowed = allowed
         self._lock = threading.Lock()
         self._left: dict[tuple[str, str], tuple[float, float]] = {}  # tokens left, as of when
 
     def take(self, action: str, who: str) -> None:
         """Raises QuantkitError when `who` has done this too often lately."""
-        times, seconds = ALLOWED[action]
+        times, seconds = self._allowed[action]
         now = self._clock()
         with self._lock:
             left, then = self._left.get((action, who), (float(times), now))

@@ -15,7 +15,7 @@ from quantkit.web.api import add_endpoints
 from quantkit.web.desk import CHUNKS, SWITCHES, Desk
 from quantkit.web.form import QUIET, Form
 from quantkit.web.visitor import Visitors
-from quantkit.web.watch import Watch, updates
+from quantkit.web.watch import Watch, short_hash, updates
 
 _HEADER = """<header class="qk-header"><h1><a href="./">quantkit</a></h1>
 <p>Any Hugging Face language model as the best GGUF for its size, with measurements to show it.</p>
@@ -36,18 +36,17 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
         """Which areas are there: the form and the list, or one run."""
         return [gr.update(visible=v) for v in (not current, bool(current), not current)]
 
-    def refresh(current: str, owner: str | None, known: dict[str, int]) -> list[Any]:
+    def refresh(current: str, owner: str | None, known: Any) -> list[Any]:
         """Updates of everything that changed since `known`, and what is known now.
 
         Empty when nothing changed.
         """
         shown = desk.shown(current, owner) if current else {"runs": desk.job_list(owner)}
-        hashes = {name: hash(value) for name, value in shown.items()}
+        hashes = {name: short_hash(value) for name, value in shown.items()}
+        known = known if isinstance(known, dict) else {}
         return [] if hashes == known else [*updates(shown, known, _NAMES), hashes]
 
-    def poll(
-        current: str, known: dict[str, int], request: gr.Request, user: gr.OAuthProfile | None
-    ) -> Any:
+    def poll(current: str, known: Any, request: gr.Request, user: gr.OAuthProfile | None) -> Any:
         owner = desk.owner(request.cookies, user.username if user else None)
         return refresh(current, owner, known) or gr.skip()
 
@@ -64,9 +63,10 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
         gr.HTML(_HEADER)
         if sign_in:
             gr.LoginButton(elem_id="sign-in", size="sm")
-        # In the page and not in the server's session: a tab goes on after the server restarted.
+        # Both in the page and not in the server's session: a tab goes on after the server
+        # restarted, and a stranger's sessions take no memory and hold no connection open.
         job_id = gr.Textbox("", visible=False, max_length=100)
-        sent = gr.State({})  # what this tab shows, as hashes
+        sent = gr.JSON({}, visible=False)  # what this tab shows, as hashes
         # Nothing is visible before `load` says which page it is: no flash of the other one.
         with gr.Column(elem_id="new-run", visible=False) as new_run:
             form = Form(desk)

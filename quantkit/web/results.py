@@ -76,7 +76,7 @@ def _tiles(report: Report, row: Row) -> str:
         (text.percent(row.top1), "same most likely token"),
     ]
     best = text.best_of_at_most(report.about(row))
-    if best is not None and best.kl.value:
+    if best is not None and best.kl.value and row.kl.is_known:
         ratio = row.kl.value / best.kl.value
         tiles.insert(1, (f"{ratio:.2f}×", f"the KL of {best.label}"))
     items = "".join(f"<li><b>{escape(a)}</b><span>{escape(b)}</span></li>" for a, b in tiles)

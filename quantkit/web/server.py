@@ -1,4 +1,4 @@
-"""Serves the page: downloads straight from disk, the visitor's cookie, and Gradio's own routes."""
+"""Serves the page: Gradio behind the gate, and downloads straight from disk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 import gradio as gr
+from gradio import http_server
 from gradio.utils import get_space
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -19,9 +19,13 @@ from quantkit import secrets
 from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore, open_store
 from quantkit.launch.mirror import Mirror, state_folder
+from quantkit.web import listen
+from quantkit.web.bodies import Events
+from quantkit.web.gate import Gate
+from quantkit.web.origin import Places
 from quantkit.web.page import build_app
 from quantkit.web.theme import CSS_PATH, HEAD, make_theme
-from quantkit.web.visitor import VisitorCookie, Visitors
+from quantkit.web.visitor import Visitors
 
 
 def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
@@ -41,6 +45,16 @@ def launch(
     app: gr.Blocks, store: JobStore, visitors: Visitors, **options: Any
 ) -> tuple[Any, str, str]:
     """Start the scheduler and listen; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where."""
+    places = Places.of(os.environ, get_space() is not None)
+
+    def start_server(
+        app: Any, server_name: str | None = None, server_port: int | None = None, **_: Any
+    ) -> Any:
+        gate = Gate(app, visitors, places, Events.of(app.blocks))
+        return listen.serve(gate, places, server_name, server_port)
+
+    # Gradio looks it up there when it launches.
+    http_server.start_server = start_server  # type: ignore[assignment]
     store.start()
     return app.launch(
         theme=make_theme(),
@@ -52,12 +66,10 @@ def launch(
         footer_links=["api"],
         max_file_size="1mb",
         enable_monitoring=False,
+        state_session_capacity=100,  # the page keeps nothing in them, and strangers can make them
         mcp_server=importlib.util.find_spec("mcp") is not None,
         app_kwargs={
             "routes": [_download_route(store, visitors)],
-            "middleware": [
-                Middleware(VisitorCookie, visitors=visitors, framed=get_space() is not None)
-            ],
         },
         **options,
     )

@@ -312,11 +312,16 @@ def told(action: Callable[[], str]) -> tuple[str, bool]:
         return notice(error.message, error.remedy), False
 
 
-def updates(shown: dict[str, Any], known: dict[str, int], names: tuple[str, ...]) -> list[Any]:
+def short_hash(value: Any) -> str:
+    """Tells one content of a part from another; a text, because a script rounds long numbers."""
+    return f"{hash(value):x}"
+
+
+def updates(shown: dict[str, Any], known: dict[str, str], names: tuple[str, ...]) -> list[Any]:
     """An update for every name: skipped where nothing changed since `known`."""
     made: list[Any] = []
     for name in names:
-        if name not in shown or known.get(name) == hash(shown[name]):
+        if name not in shown or known.get(name) == short_hash(shown[name]):
             made.append(gr.skip())
         elif name in SWITCHES:
             made.append(gr.update(visible=shown[name]))

@@ -1,0 +1,37 @@
+"""The real converter with each strong layer left out: the same bytes, whatever a system gives.
+
+pytest tests/test_sandbox_layers.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_llama
+
+from quantkit.converter.convert import convert
+from quantkit.rundir import sha256_file
+from quantkit.sandbox import Child
+
+LAYERS = [(), ("mounts",), ("namespaces",), ("landlock",), ("namespaces", "landlock", "seccomp")]
+
+
+@pytest.mark.slow
+def test_the_same_file_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(tmp_path / "Tiny")
+    start = Child._start
+    found = []
+    for without in LAYERS:
+
+        def less(child: Child, without: tuple[str, ...] = without) -> None:
+            child.job = dataclasses.replace(child.job, without=without)
+            start(child)
+
+        monkeypatch.setattr(Child, "_start", less)
+        result = convert(model, tmp_path / "base.gguf")
+        found.append(sha256_file(result.path))
+        spoken = [text for text in result.warnings if not text.startswith("This system")]
+        assert not spoken, without
+    assert len(set(found)) == 1
