@@ -167,6 +167,9 @@ def test_a_card_of_aliases_takes_nothing(tmp_path: Path) -> None:
     assert any(text.startswith("README.md left out") for text in copy.removed)
 
 
+DEEP = b"---\na: " + b"[" * 100_000 + b"]" * 100_000 + b"\n---\n"
+
+
 def test_cards() -> None:
     assert read_card(CARD.encode()) == {
         "license": "apache-2.0",
@@ -180,7 +183,12 @@ def test_cards() -> None:
     }
     for nothing in (b"", b"# Hello", b"---\nlicense: mit\n", b"---\n- a\n---\n", b"---\n---\n"):
         assert read_card(nothing) == {}
-    for bad in (b"---\na: [\n---\n", b"---\n" + b"[" * 5000 + b"\n---\n", b"---\n\xff: 1\n---\n"):
+    for bad in (
+        b"---\na: [\n---\n",
+        b"---\n" + b"[" * 5000 + b"\n---\n",
+        b"---\n\xff: 1\n---\n",
+        DEEP,
+    ):
         with pytest.raises(QuantkitError, match="no plain YAML"):
             read_card(bad)
     with pytest.raises(QuantkitError, match="more than 2,000,000 bytes"):
