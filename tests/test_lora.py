@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import CHEAP, Run, quantkit
 from hub_server import HubServer, look, running_hub
-from hub_store import tiny_model
+from hub_store import safetensors, tiny_model
 from safetensors.torch import load_file, save_file
 from test_fetch import make_run
 from tiny_models import save_model, tiny_llama
@@ -308,10 +308,16 @@ def _json(info: hub.ModelInfo) -> Any:
     [
         ("/home/alice/llama", "Local folders cannot be used here"),
         ("alice/lora", "is an adapter itself"),
+        ("alice/four-bit", "The base of this adapter, alice/four-bit, is quantized"),
         ("nobody/nothing", "nobody/nothing"),
     ],
 )
 def test_bases_that_cannot_be_merged_onto(server: HubServer, base: str, sentence: str) -> None:
+    quantized = json.loads(tiny_model()["config.json"])
+    quantized["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    packed = safetensors({"model.embed_tokens.weight": ("U8", (16, 1), bytes(16))})
+    four_bit = tiny_model(config__json=quantized, model__safetensors=packed)
+    server.add_model("alice/four-bit", four_bit)
     server.add_model("alice/base", tiny_model())
 
     def adapter(of: str) -> dict[str, bytes]:
