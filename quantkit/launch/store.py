@@ -1,4 +1,4 @@
-"""The jobs under one root folder: who may do what, the queue, and the thread that starts the next.
+"""The jobs under one root folder: who may do what with them.
 
 Nothing here is remembered that is not on disk, but for the visitors' tokens: a server that comes
 back scans the folder and goes on, with the workers that ran meanwhile.
@@ -7,44 +7,22 @@ back scans the folder and goes on, with the workers that ran meanwhile.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import logging
-import os
-import shutil
 import signal
-import subprocess
-import threading
 import time
 from pathlib import Path
-from typing import IO
 
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import PublishedFile, jobs
 from quantkit.launch import process, view
-from quantkit.launch.adopt import forget
 from quantkit.launch.follow import Follower, tail
-from quantkit.launch.limits import (
-    CLEAN,
-    CLEANED_FILE,
-    DELETE,
-    Limits,
-    Order,
-    check_disk,
-    check_limits,
-    is_overdue,
-    positions,
-    wait_seconds,
-    what_is_due,
-)
+from quantkit.launch.limits import Order, check_disk, check_limits, positions, wait_seconds
 from quantkit.launch.record import (
     CANCELLED,
     JOB_LOG_FILE,
     LOG_FILE,
     QUEUED,
-    STARTED,
-    STOPPED,
     JobRecord,
     NoSuchJob,
     job_folder,
@@ -52,35 +30,13 @@ from quantkit.launch.record import (
     owner_hash,
     save_record,
 )
+from quantkit.launch.scheduler import Scheduler, guarded
 from quantkit.launch.view import JobSummary, JobView
 from quantkit.rundir import RunDir, write_json
 
-logger = logging.getLogger(__name__)
 
-_TRASH = ".deleted-"
-_SWEEP_SECONDS = 600.0
-_GRACE_SECONDS = 10.0  # between asking a worker to end and ending it
-_FORGOTTEN = (
-    "The server was restarted while this run was waiting, and it keeps sign-ins in memory only:"
-    " sign in (or give the token) again and resume it."
-)
-
-
-class JobStore:
+class JobStore(Scheduler):
     """All jobs of one root folder. Safe to use from several threads."""
-
-    def __init__(self, root: Path, limits: Limits | None = None, public: bool = False) -> None:
-        self.root = root
-        self.limits = limits or Limits()
-        self.public = public
-        self._lock = threading.RLock()
-        self._followers: dict[str, Follower] = {}
-        self._tokens: dict[str, str] = {}
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._scheduler_lock: IO[bytes] | None = None
-        self._next_sweep = 0.0
 
     # What a visitor sees.
 
@@ -93,7 +49,7 @@ class JobStore:
                 summary
                 for job_id, follower in followers.items()
                 if self._may_see(follower.record, owner)
-                and (summary := follower.summary(places.get(job_id))) is not None
+                and (summary := _summary(follower, places.get(job_id))) is not None
             ]
         return tuple(sorted(found, key=lambda job: -job.created))
 
@@ -105,7 +61,10 @@ class JobStore:
             waits = record is not None and record.phase == QUEUED
             followers = self._scan() if waits else {}
             places = positions(followers)
-            found = follower.view(places.get(follower.folder.name))
+            place = places.get(follower.folder.name)
+            found = guarded(follower, lambda: follower.view(place))
+            if found is None and follower.fault:
+                found = follower.view(place)  # that it is damaged can always be told
             if found is not None and waits:
                 seconds = wait_seconds(followers, follower, self.limits.workers)
                 found = dataclasses.replace(found, wait_seconds=seconds)
@@ -193,6 +152,7 @@ class JobStore:
                 raise UsageError(
                     "This run was started from the command line.", "Stop it there with Ctrl-C."
                 )
+            _check_whole(follower)
             state = follower.state()
             if state not in (view.QUEUED, view.RUNNING) and not is_lost:
                 raise UsageError("This run is not running.", "There is nothing to cancel.")
@@ -204,6 +164,7 @@ class JobStore:
         """Queue a job again that failed, was interrupted or cancelled; it goes on where it was."""
         with self._lock:
             follower = self._follower(job_id, owner)
+            _check_whole(follower)
             if follower.state() not in (view.FAILED, view.INTERRUPTED, view.CANCELLED):
                 raise UsageError("This run has not stopped.", "There is nothing to resume.")
             self._check_limits(follower.owner)
@@ -222,6 +183,7 @@ class JobStore:
         private, public = visibility == "private", visibility == "public"
         with self._lock:
             follower = self._follower(job_id, owner)
+            _check_whole(follower)
             if follower.state() in (view.QUEUED, view.RUNNING):
                 raise UsageError("This run is still at work.", "Publish it when it has finished.")
             config = follower.config
@@ -242,7 +204,8 @@ class JobStore:
         with self._lock:
             follower = self._follower(job_id, owner)
             record = follower.record
-            if record is None or record.owner is None:
+            of_nobody = record is None or record.owner is None
+            if record is None or (of_nobody and not follower.damage):
                 raise UsageError(
                     "This run was started from the command line.", "Remove its folder there."
                 )
@@ -250,151 +213,7 @@ class JobStore:
                 raise UsageError("This run may still be at work.", "Cancel it first.")
             self._remove(follower)
 
-    # The scheduler.
-
-    def start(self) -> None:
-        """Start the thread that starts queued jobs. Does nothing when it runs already."""
-        if self._thread is None:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for left in self.root.glob(f"{_TRASH}*"):
-                shutil.rmtree(left, ignore_errors=True)
-            self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        """End the thread. Workers go on."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join(5)
-            self._thread = None
-        if self._scheduler_lock is not None:
-            self._scheduler_lock.close()
-            self._scheduler_lock = None
-
-    def _loop(self) -> None:
-        while not self._closing.wait(0.5):
-            try:
-                self.tick()
-            except Exception:
-                logger.exception("the scheduler stumbled and goes on")
-
-    def tick(self) -> None:
-        """Start what may start, end what was cancelled. Only one server of a root does."""
-        with self._lock:
-            if not self._is_scheduler():
-                return
-            for job_id, child in list(self._children.items()):
-                if child.poll() is not None:  # takes the exit status, so that no zombie stays
-                    del self._children[job_id]
-            waiting, n_here, n_away = [], 0, 0
-            now = time.time()
-            for follower in self._scan().values():
-                record = follower.record
-                if record is None:
-                    continue
-                if record.phase == QUEUED:
-                    waiting.append(follower)
-                elif process.is_alive(record.pid, record.pid_started):
-                    assert record.pid is not None
-                    n_here += record.machine is None
-                    n_away += record.machine is not None
-                    ending = record.phase in (CANCELLED, STOPPED)
-                    if ending and now > record.since + _GRACE_SECONDS:
-                        process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-                    elif not ending and is_overdue(record, self.limits, now):
-                        self._stop_overdue(follower, record)
-            waiting.sort(key=lambda follower: _record(follower).since)
-            for follower in waiting:
-                if _record(follower).machine is not None:
-                    if n_away < self.limits.jobs:
-                        n_away += 1
-                        self._start_worker(follower)
-                elif n_here < self.limits.workers:
-                    n_here += 1
-                    self._start_worker(follower)
-            if now > self._next_sweep:
-                self._next_sweep = now + _SWEEP_SECONDS
-                self._sweep(now)
-
-    def _stop_overdue(self, follower: Follower, record: JobRecord) -> None:
-        assert record.pid is not None and self.limits.seconds is not None
-        hours = self.limits.seconds / 3600
-        reason = f"It took longer than the {hours:g} hours that a run may take on this machine."
-        self._set_phase(follower, record, STOPPED, reason=reason)
-        process.kill_group(record.pid, record.pid_started, signal.SIGTERM)
-
-    def _sweep(self, now: float) -> None:
-        """Drop what is old by rule: first what only the stages need, then the whole run."""
-        for follower in list(self._scan().values()):
-            if follower.is_running():
-                continue
-            due = what_is_due(follower, self.limits, now)
-            if due == DELETE:
-                logger.info("run %s is deleted: it ended long ago", follower.folder.name)
-                self._remove(follower)
-            elif due == CLEAN:
-                (follower.folder / CLEANED_FILE).touch()
-                child = process.start_cleaning(follower.folder)
-                self._children[f"clean {follower.folder.name}"] = child
-
-    def _remove(self, follower: Follower) -> None:
-        name = follower.folder.name
-        if follower.record is not None and follower.record.machine is not None:
-            forget(self.root, name)
-        trash = self.root / f"{_TRASH}{name}"
-        os.replace(follower.folder, trash)  # gone at once, however long removing takes
-        self._followers.pop(name, None)
-        self._tokens.pop(name, None)
-        threading.Thread(target=shutil.rmtree, args=(trash, True), daemon=True).start()
-
-    def _start_worker(self, follower: Follower) -> None:
-        record, job_id = _record(follower), follower.folder.name
-        token = self._tokens.pop(job_id, None)
-        if record.has_token and token is None:
-            self._set_phase(follower, record, STOPPED, reason=_FORGOTTEN)
-            return
-        remote = record.machine is not None
-        try:
-            child = process.start(follower.folder, token, self.public, remote)
-        except OSError as error:
-            reason = f"The worker could not be started: {error.strerror or error}."
-            self._set_phase(follower, record, STOPPED, reason=reason)
-            return
-        self._children[job_id] = child
-        started = process.started_at(child.pid)
-        self._set_phase(follower, record, STARTED, pid=child.pid, pid_started=started)
-
-    def _is_scheduler(self) -> bool:
-        """Whether this process is the one that starts jobs: the kernel hands the lock over."""
-        if self._scheduler_lock is not None:
-            return True
-        self.root.mkdir(parents=True, exist_ok=True)
-        file = (self.root / ".scheduler").open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            return False
-        self._scheduler_lock = file
-        return True
-
     # Common parts.
-
-    def _scan(self) -> dict[str, Follower]:
-        """Followers of all job folders by id, with their records as they are now."""
-        try:
-            with os.scandir(self.root) as entries:
-                names = {e.name for e in entries if e.is_dir(follow_symlinks=False)}
-        except FileNotFoundError:
-            names = set()
-        for gone in self._followers.keys() - names:
-            del self._followers[gone]
-        for name in sorted(names - self._followers.keys()):
-            if not name.startswith("."):
-                self._followers[name] = Follower(self.root / name)
-        for follower in self._followers.values():
-            follower.load()
-        return self._followers
 
     def _follower(self, job_id: object, owner: str | None) -> Follower:
         """The follower of a job that `owner` may see. Raises NoSuchJob."""
@@ -405,9 +224,10 @@ class JobStore:
         if follower is None:
             follower = self._followers[folder.name] = Follower(folder)
         follower.load()
-        if not self._may_see(follower.record, owner) or follower.config is None:
+        is_run = follower.record is not None or follower.config is not None or follower.damage
+        if not self._may_see(follower.record, owner) or not is_run:
             raise NoSuchJob
-        follower.refresh()
+        guarded(follower, follower.refresh)
         return follower
 
     def _may_see(self, record: JobRecord | None, owner: str | None) -> bool:
@@ -423,14 +243,6 @@ class JobStore:
         self._remember_token(follower.folder.name, token)
         self._set_phase(follower, record, QUEUED, since=now, has_token=bool(token), reason="")
 
-    def _set_phase(
-        self, follower: Follower, record: JobRecord, phase: str, **fields: object
-    ) -> None:
-        fields.setdefault("since", time.time())
-        changed = dataclasses.replace(record, phase=phase, **fields)  # type: ignore[arg-type]
-        save_record(follower.folder, changed)
-        follower.load()
-
     def _remember_token(self, job_id: str, token: str | None) -> None:
         self._tokens.pop(job_id, None)
         if token:
@@ -444,7 +256,14 @@ class JobStore:
         check_limits(self._scan().values(), owner, self.limits, self.public)
 
 
-def _record(follower: Follower) -> JobRecord:
-    record = follower.record
-    assert record is not None
-    return record
+def _summary(follower: Follower, place: int | None) -> JobSummary | None:
+    """One line of the list, also where a run is damaged in a way that nobody foresaw."""
+    found = guarded(follower, lambda: follower.summary(place))
+    if found is None and follower.fault:
+        found = follower.summary(place)
+    return found
+
+
+def _check_whole(follower: Follower) -> None:
+    if follower.damage:
+        raise UsageError(follower.damage, "Delete it, or put the file back from a copy.")
