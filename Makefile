@@ -5,6 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
+# GCC 12 stores 8 of the 64 bytes that AMX's tiles are set up from, and llama.cpp dies of SIGILL where
+# a processor has AMX: it is compiled without, by every compiler that knows the words.
+WITHOUT_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+ifeq ($(shell echo | $(CXX) -x c++ -E $(WITHOUT_AMX) - >/dev/null 2>&1 && echo yes),yes)
+export CMAKE_ARGS ?= -DCMAKE_C_FLAGS="$(WITHOUT_AMX)" -DCMAKE_CXX_FLAGS="$(WITHOUT_AMX)"
+endif
 
 .PHONY: install demo app test test-all lint types docs clean
 
