@@ -231,6 +231,10 @@ REFUSED = {
         ),
         "encoder-decoder",
     ),
+    "other weights": (
+        tiny_model(config__json=config(transformers_weights="x.safetensors")),
+        "has transformers_weights, by which transformers reads other files",
+    ),
     "unnamed": (tiny_model(config__json=config(architectures=None)), "names no architecture"),
     "remote code": (
         tiny_model(config__json=config(model_type="evil", auto_map={"AutoModel": "x.Y"})),

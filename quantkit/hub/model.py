@@ -195,6 +195,12 @@ def refuse_by_config(model: str, config: dict[str, Any]) -> None:
             f"The config.json of {model} names no architecture.",
             'Add "architectures": ["...ForCausalLM"] to config.json in a local copy.',
         )
+    if config.get("transformers_weights") is not None:
+        raise QuantkitError(
+            f"The config.json of {model} has transformers_weights, by which transformers reads"
+            f" other files than {SINGLE} or {INDEX}.",
+            "Remove it in a local copy, where the weights lie under their usual names.",
+        )
     kind = None
     if config.get("is_encoder_decoder") is True:
         kind = "an encoder-decoder"
