@@ -12,16 +12,11 @@ import yaml
 from quantkit.errors import QuantkitError
 
 _MAX_BYTES = 2_000_000  # cards with thousands of results of evaluations have 500 kB
+_DEEPEST = 50
 _REMEDY = "Write the top of the card as plain YAML, without & and *."
 
 
-class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads values only, and none of them twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of values only
 
 
 def front_matter(card: bytes) -> bytes:
@@ -37,12 +32,24 @@ def front_matter(card: bytes) -> bytes:
     return b"".join(lines[1:end])
 
 
+def _check_events(text: bytes) -> None:
+    """Raise YAMLError for an alias, and for values so deep in others that a stack might not do."""
+    depth = 0
+    for event in yaml.parse(text, _LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+            raise yaml.YAMLError
+
+
 def read_card(card: bytes) -> dict[str, Any]:
     """The settings at the top of a card, as JSON values. Raises QuantkitError for what is no plain
     YAML.
     """
     try:
-        value = yaml.load(front_matter(card), _PlainLoader)
+        text = front_matter(card)
+        _check_events(text)
+        value = yaml.load(text, _LOADER)
         # Dates and the like become texts: YAML has them, JSON has none.
         value = json.loads(json.dumps(value, default=str))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
