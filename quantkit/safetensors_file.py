@@ -2,7 +2,8 @@
 
 A file is 8 bytes (little endian: n), n bytes of JSON (tensor name -> dtype, shape, offsets), and
 the tensors' bytes without gaps. The checks are those of the safetensors library, made here on a
-header alone, so that a truncated file on the Hub is refused before it is downloaded.
+header alone, so that a truncated file on the Hub is refused before it is downloaded. A stranger
+wrote the header: what parsing it can cost is bounded first, by what models of today need.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,22 @@ from typing import Any
 import numpy as np
 
 from quantkit.errors import QuantkitError
+from quantkit.untrusted import Damaged, integer
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+# A model of a trillion parameters, its experts one by one and packed with three tensors each, has
+# 210,000 tensors in 60 files and 30 MB of headers; one of 30 billion in a single file has 19,000.
+MAX_HEADER_BYTES = 32_000_000
+MAX_TENSORS = 100_000
+MAX_TENSORS_IN_ALL, MAX_HEADERS_IN_ALL = 500_000, 200_000_000
+MAX_DIMENSIONS = 8
+MAX_NAME = 500  # characters
+_MAX_DTYPE = 16
+_COMMAS = 4 + MAX_DIMENSIONS  # of one tensor
+_LIBRARY_BYTES = 100_000_000  # the safetensors library's own limit of a header
 _CHUNK_BYTES = 1 << 20  # stays in the second-level cache between the passes
 
-_DTYPE_BYTES = {
+DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
@@ -50,7 +62,7 @@ _IGNORED = (
 _REMEDY = "Download the model again; if the file is like this on the Hub, tell its author."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor of a safetensors file; `start` and `stop` count from the end of the header."""
 
@@ -97,6 +109,12 @@ def header_length(start: bytes, name: str) -> int:
     if len(start) < LENGTH_BYTES:
         raise QuantkitError(f"{name} is truncated: it has only {len(start)} bytes.", _REMEDY)
     n_json = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if MAX_HEADER_BYTES < n_json <= _LIBRARY_BYTES:
+        raise QuantkitError(
+            f"{name} has a header of {n_json:,} bytes, more than any known model"
+            f" ({MAX_HEADER_BYTES:,}).",
+            "Save the model again in several files.",
+        )
     if not 2 <= n_json <= MAX_HEADER_BYTES:
         raise QuantkitError(f"{name} is broken: it does not start like safetensors.", _REMEDY)
     return LENGTH_BYTES + n_json
@@ -111,14 +129,15 @@ def parse_header(data: bytes, name: str, n_file_bytes: int) -> Header:
     if n_file_bytes < n_header or len(data) < n_header:
         raise QuantkitError(f"{name} is truncated: it ends inside its header.", _REMEDY)
     try:
-        entries = json.loads(data[LENGTH_BYTES:n_header])
+        entries = _entries(data[LENGTH_BYTES:n_header])
         tensors = [
             _stored_tensor(tensor, entry)
             for tensor, entry in entries.items()
             if tensor != "__metadata__"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise QuantkitError(f"{name} is broken: its header cannot be read.", _REMEDY) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f" ({error})" if isinstance(error, Damaged) else ""
+        raise QuantkitError(f"{name} is broken: its header cannot be read{why}.", _REMEDY) from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     end = 0
     for tensor in tensors:
@@ -144,19 +163,74 @@ def parse_header(data: bytes, name: str, n_file_bytes: int) -> Header:
     return header
 
 
+def _entries(text: bytes) -> dict[str, Any]:
+    """The JSON of a header. Raises Damaged before it is parsed when it has more lists, objects or
+    values than MAX_TENSORS tensors have, and ValueError for what is no JSON.
+    """
+    counts = (text.count(b"{"), text.count(b"[") // 2, text.count(b",") // _COMMAS)
+    if max(counts) > MAX_TENSORS + 2:  # the header itself and its metadata
+        raise Damaged(f"more than {MAX_TENSORS:,} tensors in one file, or long lists")
+    entries: dict[str, Any] = json.loads(
+        text.decode("utf-8"),
+        parse_int=integer,
+        parse_float=_no_float,
+        parse_constant=_no_float,
+        object_pairs_hook=_without_repeats,
+    )
+    return entries
+
+
+def _no_float(text: str) -> float:
+    raise Damaged("a number that is not whole")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The one reader takes the first of two tensors of a name, the next reader the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise Damaged("a name stands in it twice")
+    return found
+
+
 def _stored_tensor(name: str, entry: dict[str, Any]) -> StoredTensor:
     """Raises ValueError, KeyError or TypeError when `entry` is not one tensor's description."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not name.isprintable():  # it would be shown to the user
-        raise ValueError("not a name")
-    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError("not a dtype and a shape")
+    if len(name) > MAX_NAME or not name.isprintable():  # it would be shown to the user
+        raise Damaged("a name that is none")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise Damaged(f"a tensor of more than {MAX_DIMENSIONS} dimensions")
+    if not isinstance(dtype, str) or len(dtype) > _MAX_DTYPE or not dtype.isprintable():
+        raise ValueError("not a dtype")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError("not a shape")
     if not (type(start) is int and type(stop) is int and 0 <= start <= stop):
         raise ValueError("not offsets")
     tensor = StoredTensor(name, dtype, tuple(shape), start, stop)
-    if dtype in _DTYPE_BYTES and stop - start != tensor.n_elements * _DTYPE_BYTES[dtype]:
+    if dtype in DTYPE_BYTES and stop - start != tensor.n_elements * DTYPE_BYTES[dtype]:
         raise ValueError("offsets that do not fit the shape")
     return tensor
+
+
+class Count:
+    """What the headers of one model come to together. Safe in several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_tensors = self._n_bytes = 0
+
+    def add(self, header: Header) -> Header:
+        """The header. Raises QuantkitError when all of them are more than any known model has."""
+        with self._lock:
+            self._n_tensors += len(header.tensors)
+            self._n_bytes += header.n_bytes
+            many = self._n_tensors > MAX_TENSORS_IN_ALL or self._n_bytes > MAX_HEADERS_IN_ALL
+        if many:
+            raise QuantkitError(
+                f"The model has more than {MAX_TENSORS_IN_ALL:,} tensors, more than any known"
+                " model.",
+                "Check where it came from.",
+            )
+        return header
 
 
 def read_header(path: Path) -> Header:

@@ -13,12 +13,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
-}
+from quantkit.safetensors_file import DTYPE_BYTES
 
 
 def write_shell(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -27,7 +22,7 @@ def write_shell(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) 
     """
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        begin, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the library aligns the data to 8 bytes

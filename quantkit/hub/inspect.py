@@ -43,7 +43,7 @@ from quantkit.hub.quantized import (
 )
 from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.rundir import sha256_file
-from quantkit.safetensors_file import Header, header_length, parse_header, read_header
+from quantkit.safetensors_file import Count, Header, header_length, parse_header, read_header
 from quantkit.weight_files import INDEX, SINGLE, choose, main_dtype, shown, stored
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,11 @@ def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
         return read_start(name, sha, path, limit, token)
 
     def read_headers(weights: Sequence[RepoFile]) -> list[Header]:
+        count = Count()
+
         def one(file: RepoFile) -> Header:
             data = remote_header(name, sha, file, token)
-            return parse_header(data, f"{file.path} of {name}", file.n_bytes)
+            return count.add(parse_header(data, f"{file.path} of {name}", file.n_bytes))
 
         with ThreadPoolExecutor(N_WORKERS) as pool:
             return list(pool.map(one, weights))
@@ -166,6 +168,10 @@ def _inspect_folder(folder: Path, token: str | None) -> ModelInfo:
         with (folder / path).open("rb") as file:
             return file.read(limit)
 
+    def read_headers(weights: Sequence[RepoFile]) -> list[Header]:
+        count = Count()
+        return [count.add(read_header(folder / file.path)) for file in weights]
+
     return _describe(
         kind="local",
         name=_folder_name(folder),
@@ -173,7 +179,7 @@ def _inspect_folder(folder: Path, token: str | None) -> ModelInfo:
         files=files,
         card=_card(readme) if readme.is_file() else {},
         read_file=read_file,
-        read_headers=lambda weights: [read_header(folder / file.path) for file in weights],
+        read_headers=read_headers,
         content_sha=_content_sha,
         inspect_base=lambda adapter: _inspect_base(adapter, token, allow_local=True),
         local_path=str(folder),

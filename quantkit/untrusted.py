@@ -1,0 +1,177 @@
+"""Values that a stranger, another version or a failing disk may have written: JSON within bounds,
+and dataclasses made of it by their own annotations.
+
+One mechanism for every record that is read: what passes here is plain, finite, not deep and of the
+types that its class declares, so that nothing behind it has to look again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import stat
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MOST_DEPTH = 32
+MOST_ITEMS = 2_000_000  # of lists and objects together
+MOST_DIGITS = 19  # of an integer: 64 bits
+LATEST = 4_102_444_800.0  # the year 2100: no clock is right that is beyond it
+_SURROGATE = re.compile(r"\\u[dD][89abAB]")
+
+
+class Damaged(ValueError):
+    """What is wrong with a value, as a clause: "it is no object"."""
+
+
+def read_json(path: Path, most_bytes: int) -> Any:
+    """The JSON of a plain file. Raises Damaged, or OSError where it cannot be opened."""
+    return parse(read_bytes(path, most_bytes))
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """All of a plain file. Raises Damaged for anything else: a pipe would be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Damaged("it is no plain file")
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            data = file.read(most_bytes + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > most_bytes:
+        raise Damaged(f"it is larger than {most_bytes:,} bytes")
+    return data
+
+
+def parse(data: bytes, most_items: int = MOST_ITEMS) -> Any:
+    """JSON as everybody understands it: UTF-8, finite numbers of 64 bits, at most MOST_DEPTH deep.
+
+    Raises Damaged. Its cost is bounded before it is parsed: there are no more values than commas
+    and brackets.
+    """
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > most_items:
+        raise Damaged("it holds too much")
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(
+            text, parse_int=integer, parse_float=_finite, parse_constant=_no_constant
+        )
+        if _SURROGATE.search(text):  # half a character could not be sent to anybody
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except Damaged:
+        raise
+    except RecursionError:
+        raise Damaged("it is nested too deeply") from None
+    except ValueError as error:
+        raise Damaged(f"it is not JSON ({' '.join(str(error).split())[:100]})") from None
+    _check_depth(value, MOST_DEPTH)
+    return value
+
+
+def integer(text: str) -> int:
+    """For json.loads: Python's own takes quadratic time for as many digits as there are."""
+    if len(text) > MOST_DIGITS + text.startswith("-"):
+        raise Damaged(f"it has a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text) if len(text) <= 100 else math.inf
+    if not math.isfinite(number):
+        raise Damaged(f"it has a number that is none ({text[:20]})")
+    return number
+
+
+def _no_constant(text: str) -> float:
+    raise Damaged(f"it has a number that is none ({text})")
+
+
+def _check_depth(value: Any, left: int) -> None:
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list)):
+        return
+    if not left:
+        raise Damaged("it is nested too deeply")
+    for item in inner:
+        if isinstance(item, (dict, list)):
+            _check_depth(item, left - 1)
+
+
+def build(cls: type[T], value: Any) -> T:
+    """`cls`, a dataclass, from a JSON object. Names that it does not know are another version's and
+    are left out. Raises Damaged where a field is missing or of another type than is declared.
+    """
+    if not isinstance(value, dict):
+        raise Damaged("it is no object")
+    hints = _hints(cls)
+    fields = {
+        name: _typed(hints[name], item, name) for name, item in value.items() if name in hints
+    }
+    try:
+        return cls(**fields)
+    except TypeError:
+        missing = sorted(hints.keys() - fields.keys())
+        raise Damaged(f"it has no {' or '.join(missing)[:100]}") from None
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """`value` as a field of type `hint` has it: lists become tuples, objects dataclasses."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(arguments, value, name)
+    if origin is tuple and isinstance(value, list):
+        if arguments[-1] is Ellipsis:
+            return tuple(_typed(arguments[0], item, name) for item in value)
+        if len(arguments) == len(value):
+            return tuple(_typed(h, v, name) for h, v in zip(arguments, value, strict=True))
+    elif origin in (dict, Mapping) and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, name) for key, item in value.items()}
+    elif origin is list and isinstance(value, list):
+        return [_typed(arguments[0], item, name) for item in value]
+    elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return build(hint, value)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint in (int, str, bool, types.NoneType) and type(value) is hint:
+        return value
+    raise Damaged(f"its {name} is of a wrong type")
+
+
+def _one_of(hints: tuple[Any, ...], value: Any, name: str) -> Any:
+    """Of several types the first that fits."""
+    for hint in hints:
+        try:
+            return _typed(hint, value, name)
+        except Damaged:
+            continue
+    raise Damaged(f"its {name} is of a wrong type")
+
+
+def moment(value: float) -> float:
+    """A time in seconds since 1970. Raises Damaged for one that no clock shows."""
+    if not 0 <= value <= LATEST:
+        raise Damaged("it has a time that no clock shows")
+    return value
+
+
+def shortened(text: str, most: int) -> str:
+    """Text of at most `most` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
