@@ -9,10 +9,10 @@ and its outputs are whole. Inputs that differ fail closed: a run folder holds on
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from quantkit import untrusted
 from quantkit.errors import QuantkitError
 from quantkit.tensors import to_json
 
@@ -39,6 +40,11 @@ STAGES = (
 )
 
 PARTIAL = ".partial"
+KINDS = ("started", "progress", "note", "finished", "skipped", "failed")  # of events
+_MOST_LINE_BYTES = 2**20
+_MOST_MESSAGE = 4000  # characters
+_MOST_MANIFEST_BYTES = 64_000_000
+_CHUNK_BYTES = 2**22
 
 
 def sha256_file(path: Path) -> str:
@@ -160,32 +166,68 @@ def _ends_whole(file: IO[bytes]) -> bool:
     return file.read(1) == b"\n"
 
 
+@dataclass(frozen=True)
+class ReadEvents:
+    """What was found behind a place of an events file: `end` is the byte after the last line that
+    was looked at, `n_dropped` counts the lines that are no events.
+    """
+
+    events: list[Event]
+    end: int
+    n_dropped: int = 0
+
+
 def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
     """Events from byte `start` of an events file, and the byte after the last whole line.
 
     A line that was cut and ended later is no event: what it was to tell is lost.
     """
-    if not path.exists():
-        return [], start
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read()
+    events: list[Event] = []
+    while True:
+        found = read_some_events(path, start)
+        events += found.events
+        if found.end == start:
+            return events, start
+        start = found.end
+
+
+def read_some_events(path: Path, start: int = 0) -> ReadEvents:
+    """The events of the next few megabytes. What a Job or a damaged disk wrote there is checked
+    here: a line that is no event, or longer than any event, is dropped and counted.
+    """
+    try:
+        if not path.is_file():  # not there yet; a pipe or a folder never says anything
+            return ReadEvents([], start)
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(_CHUNK_BYTES)
+    except OSError:
+        return ReadEvents([], start)
     end = data.rfind(b"\n") + 1
-    events = [_event(line) for line in data[:end].split(b"\n")]
-    return [event for event in events if event is not None], start + end
+    if not end and len(data) == _CHUNK_BYTES:
+        return ReadEvents([], start + len(data), 1)
+    lines = [line for line in data[:end].split(b"\n") if line.strip()]
+    events = [event for event in map(_event, lines) if event is not None]
+    return ReadEvents(events, start + end, len(lines) - len(events))
 
 
 def _event(line: bytes) -> Event | None:
-    """The event of a line, None where the line is cut, empty or damaged."""
-    try:
-        event = Event(**json.loads(line))
-        whole = type(event.time) in (int, float) and math.isfinite(event.time)
-    except (ValueError, TypeError, OverflowError, RecursionError):
+    """The event of a line; None where the line is cut, or is no event."""
+    if len(line) > _MOST_LINE_BYTES:
         return None
-    whole = whole and isinstance(event.stage, str | None) and isinstance(event.data, dict)
-    return (
-        event if whole and isinstance(event.kind, str) and isinstance(event.message, str) else None
-    )
+    try:
+        return checked_event(untrusted.parse(line))
+    except untrusted.Damaged:
+        return None
+
+
+def checked_event(value: Any) -> Event:
+    """An event of its JSON. Raises untrusted.Damaged for what no run of any version says."""
+    event = untrusted.build(Event, value)
+    if event.kind not in KINDS or (event.stage is not None and event.stage not in STAGES):
+        raise untrusted.Damaged("it is an event of an unknown kind")
+    untrusted.moment(event.time)
+    return dataclasses.replace(event, message=untrusted.shortened(event.message, _MOST_MESSAGE))
 
 
 @dataclass(frozen=True)
@@ -212,6 +254,24 @@ class StageRecord:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.inputs)
+
+
+_SCHEMA = 1
+
+
+def _record(stage: str, value: dict[str, Any]) -> StageRecord:
+    """A record of the manifest. Raises what a value of another shape raises."""
+    record = untrusted.build(StageRecord, value)
+    if stage not in STAGES:
+        raise ValueError(f"{stage} is no stage")
+    for o in record.outputs:
+        if Path(o.path).is_absolute() or ".." in Path(o.path).parts:
+            raise ValueError(f"{stage} with {o.path}")
+    return record
+
+
+def fingerprint(self) -> str:
+    return fingerprint(self.inputs)
 
 
 _SCHEMA = 1
@@ -270,22 +330,25 @@ class RunDir:
         """Records of the finished stages, by name. Raises Damaged for a manifest that is not as it
         was written.
         """
-        if not self._manifest_path.exists():
+        path = self._manifest_path
+        if not os.path.lexists(path):
             return {}
-        value = read_json(self._manifest_path)
         try:
+            value = untrusted.read_json(path, _MOST_MANIFEST_BYTES)
             schema, stages = value["schema"], value["stages"]
             if isinstance(schema, int) and schema > _SCHEMA:
                 raise QuantkitError(
-                    f"{self._manifest_path} is of a newer quantkit (schema {schema}).",
+                    f"{path} is of a newer quantkit (schema {schema}).",
                     "Resume with that one, or choose another --out.",
                 )
             if value.get("sha256", fingerprint(stages)) != fingerprint(stages):
-                raise Damaged(self._manifest_path, "its sum is another")
+                raise Damaged(path, "its sum is another")
             return {stage: _record(stage, record) for stage, record in stages.items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except Damaged:
+            raise
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"it is no manifest ({type(error).__name__}: {error})"
-            raise Damaged(self._manifest_path, reason) from None
+            raise Damaged(path, reason) from None
 
     def save_record(self, record: StageRecord) -> None:
         self._save({**self.records(), record.stage: record})

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
 
@@ -39,18 +39,21 @@ def read_json(path: Path, most_bytes: int) -> Any:
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """All of a plain file. Raises Damaged for anything else: a pipe would be waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Damaged("it is no plain file")
-        with os.fdopen(os.dup(descriptor), "rb") as file:
-            data = file.read(most_bytes + 1)
-    finally:
-        os.close(descriptor)
+    """All of a plain file. Raises Damaged for anything else, and OSError."""
+    with open_plain(path) as file:
+        data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise Damaged(f"it is larger than {most_bytes:,} bytes")
     return data
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A plain file to read. Raises Damaged for anything else: a pipe would be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged("it is no plain file")
+    return os.fdopen(descriptor, "rb")
 
 
 def parse(data: bytes, most_items: int = MOST_ITEMS) -> Any:

@@ -305,6 +305,13 @@ def test_damaged_folders_do_not_take_the_list_down(store: JobStore) -> None:
     (no_config / "config.json").write_text('{"model": 3}')
     view = store.view("broken", ALICE)
     assert view.report is None and view.files == ()
+    states = {job.id: job.state for job in store.jobs(ALICE)}
+    assert states == {"broken": "interrupted", "none": "damaged"}
+    shown = store.view("none", ALICE)
+    assert "config.json" in shown.error and shown.can_delete and not shown.can_resume
+    with pytest.raises(UsageError, match="config.json"):
+        store.resume("none", ALICE)
+    store.delete("none", ALICE)
     assert [job.id for job in store.jobs(ALICE)] == ["broken"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -13,8 +12,10 @@ from quantkit.errors import QuantkitError
 from quantkit.hub.jobs import FoundRun
 from quantkit.launch.record import STOPPED, JobRecord, new_job_folder, owner_hash, save_record
 from quantkit.rundir import RunDir, write_json
+from quantkit.untrusted import build, parse
 
 DELETED_FILE = ".deleted"  # ids of runs that are not to come back, one a line
+_MOST_ITEMS = 10_000  # of a config
 _REASON = "It was found again by its Job. Resume it to see how it fares."
 
 
@@ -28,7 +29,8 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
         if run.run_id in deleted:
             continue
         try:
-            config = RunConfig.from_json(json.loads(run.config))
+            config = build(RunConfig, parse(run.config.encode("utf-8"), _MOST_ITEMS))
+            record = _record(run, owner)
             folder = new_job_folder(root, run.run_id)
             if os.path.lexists(folder):
                 continue
@@ -36,17 +38,20 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
         except (ValueError, TypeError, KeyError, OSError, QuantkitError):
             continue
         write_json(RunDir(folder).config_path, config)
-        record = JobRecord(
-            owner_hash(owner),
-            run.job.created,
-            STOPPED,
-            time.time(),
-            reason=_REASON,
-            machine=run.job.machine or "unknown",
-        )
         save_record(folder, record)
         taken.append(run.run_id)
     return tuple(taken)
+
+
+def _record(run: FoundRun, owner: str) -> JobRecord:
+    return JobRecord(
+        owner_hash(owner),
+        run.job.created,
+        STOPPED,
+        time.time(),
+        reason=_REASON,
+        machine=run.job.machine or "unknown",
+    )
 
 
 def forget(root: Path, run_id: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,20 @@ from quantkit.launch.record import (
     STOPPED,
     JobRecord,
     load_record,
+    salvaged_record,
 )
 from quantkit.launch.view import JobSummary, JobView, ResultFile
-from quantkit.rundir import RunDir, read_events, read_json
+from quantkit.rundir import STAGES, RunDir, read_some_events
+from quantkit.tensors import to_json
+from quantkit.untrusted import Damaged, build, open_plain, read_bytes, read_json, shortened
 
 _MAX_CARD_BYTES = 200_000
 _MAX_REPORT_BYTES = 20_000_000
+_MAX_CONFIG_BYTES = 1_000_000
+_MAX_NAME = 300  # characters of a model or target
+_MAX_FILES = 1000
+_CHUNKS = 4  # of an events file at once: the store waits meanwhile
+MOST_EVENT_BYTES = 64_000_000  # of a run: three days of what is told twice a second
 
 
 @dataclass
@@ -37,6 +45,27 @@ class _Cached:
 
     stamp: tuple[int, int, int] | None = None
     value: Any = None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A record, and what is wrong with the file it is of."""
+
+    record: JobRecord | None
+    damage: str = ""
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """`machine.json`: which Job, where, how busy it is and what it has cost."""
+
+    job: str
+    url: str
+    machine: str
+    stage: str
+    run_seconds: float
+    usd: float
+    metrics: dict[str, Any] | None = None
 
 
 class Follower:
@@ -48,36 +77,73 @@ class Follower:
         self.progress = Progress()
         self._offset = 0
         self._files: dict[str, _Cached] = {}
-        self.record: JobRecord | None = None  # as of the last `load`
+        self.is_behind = False  # whether more events wait than one look takes in
+        self.n_dropped = 0  # lines of the events file that are no events
+        self.fault = ""  # what nobody foresaw: told by whoever met it
+        self._loaded = _Loaded(None)
         self._settled: tuple[JobRecord, JobSummary] | None = None
+
+    @property
+    def record(self) -> JobRecord | None:
+        """The job's record as of the last `load`."""
+        return self._loaded.record
+
+    @property
+    def damage(self) -> str:
+        """A sentence where the run's own files cannot be read; empty for a whole run, and for a
+        folder that holds none.
+        """
+        if self.fault or self._loaded.damage:
+            return self.fault or self._loaded.damage
+        if self.config is not None:
+            return ""
+        path = self.dir.config_path
+        is_run = self.record is not None or os.path.lexists(path)
+        return "The config.json of this run cannot be read." if is_run else ""
 
     def load(self) -> None:
         """Take in the job's record, if it was written since the last call."""
-        self.record = self._read(JOB_FILE, lambda path: load_record(self.folder))
+        loaded = self._read(JOB_FILE, lambda path: self._load())
+        if loaded is None:
+            loaded = self._load() if os.path.lexists(self.folder / JOB_FILE) else _Loaded(None)
+        self._loaded = loaded
+
+    def _load(self) -> _Loaded:
+        try:
+            return _Loaded(load_record(self.folder))
+        except Damaged:
+            damage = "The job.json of this run cannot be read."
+            return _Loaded(salvaged_record(self.folder), damage)
 
     @property
     def config(self) -> RunConfig | None:
         """What was asked for; None for a folder whose config cannot be read."""
-        return self._read("config.json", lambda path: RunConfig.from_json(read_json(path)))
+        return self._read(
+            "config.json", lambda path: build(RunConfig, read_json(path, _MAX_CONFIG_BYTES))
+        )
 
     def refresh(self) -> None:
         """Take in the events written since the last call."""
         path = self.dir.events_path
         try:
             n_bytes = path.stat().st_size
-        except FileNotFoundError:
+        except OSError:
             return
         if n_bytes < self._offset:  # another file than the one followed so far
             self._offset, self.progress = 0, Progress()
-        if n_bytes == self._offset:
-            return
-        try:
-            events, self._offset = read_events(path, self._offset)
-        except (ValueError, TypeError):
-            self._offset = n_bytes  # not ours to repair: go on behind it
-            return
-        for event in events:
-            self.progress.feed(event)
+        for _ in range(_CHUNKS):
+            if n_bytes <= self._offset or self._offset >= MOST_EVENT_BYTES:
+                self.is_behind = False
+                return
+            found = read_some_events(path, self._offset)
+            for event in found.events:
+                self.progress.feed(event)
+            self.n_dropped += found.n_dropped
+            if found.end == self._offset:  # half a line
+                self.is_behind = False
+                return
+            self._offset = found.end
+        self.is_behind = n_bytes > self._offset
 
     def is_running(self) -> bool:
         """Whether a worker is at work in the folder."""
@@ -87,10 +153,10 @@ class Follower:
         # A run started by hand. Trying the lock takes it for a moment, which would turn away a
         # worker that starts just then; so it is only tried while its holder is alive.
         try:
-            holder = int((self.folder / "lock").read_text("utf-8").strip() or 0)
+            holder = int(read_bytes(self.folder / "lock", 20).strip() or 0)
+            return started_at(holder) is not None and self.dir.is_locked()
         except (OSError, ValueError):
             return False
-        return started_at(holder) is not None and self.dir.is_locked()
 
     def state(self) -> str:
         record = self.record
@@ -98,6 +164,8 @@ class Follower:
             return views.QUEUED
         if self.is_running():
             return views.RUNNING
+        if self.damage:
+            return views.DAMAGED
         if record is not None and record.phase == CANCELLED:
             return views.CANCELLED
         if record is not None and record.phase == STOPPED:
@@ -108,8 +176,11 @@ class Follower:
         """None for a folder that holds no run."""
         record = self.record
         # Nothing happens to a job that has ended before its record changes; most of a list has.
-        if self._settled is not None and self._settled[0] is record:
+        if self._settled is not None and self._settled[0] is record and not self.fault:
             return self._settled[1]
+        damage = self.damage
+        if damage:
+            return self._damaged_summary()
         self.refresh()
         config = self.config
         if config is None:
@@ -117,8 +188,8 @@ class Follower:
         current = self.progress.current
         summary = JobSummary(
             self.folder.name,
-            config.model,
-            config.sizes,
+            shortened(config.model, _MAX_NAME),
+            shortened(config.sizes, _MAX_NAME),
             config.profile,
             self.state(),
             self.created,
@@ -127,9 +198,17 @@ class Follower:
             stage=current.name if current else None,
             percent=current.percent if current else None,
         )
-        if record is not None and summary.state not in (views.QUEUED, views.RUNNING):
+        is_settled = summary.state not in (views.QUEUED, views.RUNNING) and not self.is_behind
+        if record is not None and is_settled:
             self._settled = (record, summary)
         return summary
+
+    def _damaged_summary(self) -> JobSummary:
+        """Of a run whose own files cannot be read: there, and to be deleted."""
+        state = views.RUNNING if self.is_running() else views.DAMAGED
+        return JobSummary(
+            self.folder.name, self.folder.name, "damaged", "", state, self.created, False
+        )
 
     @property
     def owner(self) -> str | None:
@@ -146,21 +225,28 @@ class Follower:
         record = self.record
         if record is not None:
             return record.created
-        return self.progress.log[0].time if self.progress.log else self.folder.stat().st_mtime
+        if self.progress.log:
+            return self.progress.log[0].time
+        try:
+            return max(0.0, self.folder.stat().st_mtime)
+        except OSError:  # deleted meanwhile
+            return 0.0
 
     def view(self, position: int | None) -> JobView | None:
         """Everything about the job; None for a folder that holds no run."""
         summary = self.summary(position)
         config, record, progress = self.config, self.record, self.progress
-        if summary is None or config is None:
+        if summary is None:
             return None
+        if self.damage or config is None:
+            return self._damaged_view(summary)
         running = summary.state == views.RUNNING
         files = self.files()
         current = progress.current
         error, remedy = self._error(summary.state)
         return JobView(
             id=summary.id,
-            model=config.model,
+            model=summary.model,
             revision=config.revision,
             target=summary.target,
             profile=config.profile,
@@ -176,7 +262,7 @@ class Follower:
             machine=record.machine if record else None,
             usd_per_hour=record.usd_per_hour if record else None,
             hours=record.hours if record else None,
-            job=self._read(MACHINE_FILE, _read_report),
+            job=self._read(MACHINE_FILE, _read_machine),
             stopping=running and record is not None and record.phase == CANCELLED,
             error=error,
             remedy=remedy,
@@ -190,6 +276,22 @@ class Follower:
             published_url=progress.published_url,
             can_try=not running and any(f.is_here and views.is_model(f.name) for f in files),
             has_base=self.base_path() is not None,
+            n_dropped=self.n_dropped,
+        )
+
+    def _damaged_view(self, summary: JobSummary) -> JobView:
+        return JobView(
+            id=summary.id,
+            model=summary.model,
+            revision=None,
+            target=summary.target,
+            profile=summary.profile,
+            seed=0,
+            state=summary.state,
+            created=summary.created,
+            stages=tuple(Progress().stages.values()),
+            error=self.damage or "The config.json of this run cannot be read.",
+            remedy="Delete it, or put the file back from a copy.",
         )
 
     def files(self) -> tuple[ResultFile, ...]:
@@ -242,8 +344,8 @@ class Follower:
                 ),
                 output.path,
             )
-            for output in outputs
-            if not (path := Path(output.path)).is_absolute() and ".." not in path.parts
+            for output in outputs[:_MAX_FILES]
+            if _is_result(path := Path(output.path))
         }
         return dict(sorted(files.items(), key=lambda item: _file_order(item[0])))
 
@@ -281,7 +383,7 @@ class Follower:
         if cached.stamp != stamp:
             try:
                 value = read(path)
-            except (OSError, ValueError, TypeError, KeyError, QuantkitError):
+            except (OSError, ValueError, TypeError, KeyError, QuantkitError, RecursionError):
                 value = None
             self._files[name] = cached = _Cached(stamp, value)
         return cached.value
@@ -290,12 +392,12 @@ class Follower:
 def tail(path: Path, n_bytes: int) -> str:
     """The end of a text file, from the first whole line on."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = file.seek(0, 2)
             start = max(0, size - n_bytes)
             file.seek(start)
             data = file.read(n_bytes)
-    except OSError:
+    except (OSError, Damaged):
         return ""
     if start:
         data = data.partition(b"\n")[2]
@@ -306,13 +408,22 @@ def _file_order(name: str) -> tuple[int, str]:
     return (0 if views.is_model(name) else 1 if name.endswith(".gguf") else 2, name)
 
 
+def _is_result(path: Path) -> bool:
+    """Whether a path of the manifest lies in the folder of a stage."""
+    folders = {f"{number}-{stage}" for number, stage in enumerate(STAGES, 1)}
+    return len(path.parts) > 1 and path.parts[0] in folders and ".." not in path.parts
+
+
 def _read_report(path: Path) -> dict[str, Any] | None:
-    if path.stat().st_size > _MAX_REPORT_BYTES:
-        return None
-    value = json.loads(path.read_text("utf-8"))
+    value = read_json(path, _MAX_REPORT_BYTES)
     return value if isinstance(value, dict) else None
 
 
+def _read_machine(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = to_json(build(_Machine, read_json(path, _MAX_CONFIG_BYTES)))
+    return found
+
+
 def _read_card(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return file.read(_MAX_CARD_BYTES).decode("utf-8", "replace")

@@ -49,20 +49,26 @@ class Order:
     estimate_seconds: float | None = None
 
 
-def what_is_due(follower: Follower, limits: Limits, now: float) -> str | None:
+def what_is_due(follower: Follower, limits: Limits, now: float, public: bool) -> str | None:
     """What the rules say of a run that is not at work: DELETE, CLEAN or nothing.
 
-    Runs of the command line are nobody's business.
+    Runs of the command line are nobody's business; a public page has none, so a damaged run of
+    nobody is a visitor's there.
     """
     record = follower.record
-    if record is None or record.owner is None or record.phase == QUEUED:
+    if record is None or record.phase == QUEUED:
+        return None
+    if record.owner is None and not (follower.damage and public):
         return None
     follower.refresh()
-    ended = max(record.since, follower.progress.last_time or 0.0)
+    if follower.is_behind:
+        return None
+    # A time that is still to come is of a clock that was wrong: the run ended just now.
+    ended = min(now, max(record.since, follower.progress.last_time or 0.0))
     if limits.keep_days and now > ended + 86400 * limits.keep_days:
         return DELETE
     is_finished = follower.progress.outcome == "finished"
-    if limits.clean_after_hours and is_finished and record.machine is None:
+    if limits.clean_after_hours and is_finished and record.machine is None and not follower.damage:
         is_late = now > ended + 3600 * limits.clean_after_hours
         if is_late and not (follower.folder / CLEANED_FILE).exists():
             return CLEAN
@@ -70,9 +76,14 @@ def what_is_due(follower: Follower, limits: Limits, now: float) -> str | None:
 
 
 def is_overdue(record: JobRecord, limits: Limits, now: float) -> bool:
-    """Whether a visitor's run is at work on this machine for longer than it may."""
+    """Whether a visitor's run is at work on this machine for longer than it may. Its process tells
+    for how long, where the system knows; else the clock does.
+    """
     started_by_us = record.owner is not None and record.machine is None
-    return limits.seconds is not None and started_by_us and now > record.since + limits.seconds
+    if limits.seconds is None or not started_by_us:
+        return False
+    age = process.age_seconds(record.pid, record.pid_started)
+    return (now - record.since if age is None else age) > limits.seconds
 
 
 def check_disk(root: Path, limits: Limits) -> None:

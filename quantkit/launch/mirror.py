@@ -13,18 +13,21 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
 
 from quantkit.launch.adopt import DELETED_FILE
+from quantkit.launch.clock import FILE as CLOCK_FILE
 from quantkit.launch.record import JOB_FILE, JOB_LOG_FILE, LOG_FILE, MACHINE_FILE, load_record
 from quantkit.launch.wire import FILES
 from quantkit.rundir import PARTIAL
+from quantkit.untrusted import Damaged
 
 logger = logging.getLogger(__name__)
 
 _KEPT = (JOB_FILE, "config.json", "events.jsonl", LOG_FILE, JOB_LOG_FILE, MACHINE_FILE, *FILES)
 _RESULTS = "9-publish/upload"
 _SECRET = ".secret"
-_ALWAYS = (_SECRET, DELETED_FILE)
+_ALWAYS = (_SECRET, DELETED_FILE, CLOCK_FILE)
 _SECONDS = 20.0
 _MAX_BYTES = 20_000_000_000  # of one result file
 
@@ -66,8 +69,12 @@ class Mirror:
                 continue
             arriving = self.root / f".arriving-{folder.name}"
             shutil.rmtree(arriving, ignore_errors=True)
-            shutil.copytree(folder, arriving)
-            os.replace(arriving, target)
+            try:
+                shutil.copytree(folder, arriving)
+                os.replace(arriving, target)
+            except (OSError, shutil.Error) as error:
+                logger.warning("run %s could not be brought back: %s", folder.name, error)
+                continue
             n += 1
         return n
 
@@ -81,22 +88,30 @@ class Mirror:
             if folder.name.startswith(".") or not (folder / JOB_FILE).is_file():
                 continue
             here.add(folder.name)
-            record = load_record(folder)
-            if record is None or record.owner is None:
-                continue
-            target = self.state / folder.name
-            results = sorted((folder / _RESULTS).glob("*"))
-            names = [*_KEPT[1:], *(str(path.relative_to(folder)) for path in results), JOB_FILE]
-            for name in names:  # the record last: without it the rest is not brought back
-                self._keep_file(folder / name, target / name)
+            try:
+                self._keep_run(folder)
+            except (OSError, Damaged) as error:  # the state keeps what it had of this one
+                logger.warning("run %s could not be kept: %s", folder.name, error)
         for folder in self.state.iterdir():
             if folder.name not in here and not folder.name.startswith("."):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep_run(self, folder: Path) -> None:
+        record = load_record(folder)
+        if record is None or record.owner is None:
+            return
+        target = self.state / folder.name
+        results = sorted((folder / _RESULTS).glob("*"))
+        names = [*_KEPT[1:], *(str(path.relative_to(folder)) for path in results), JOB_FILE]
+        for name in names:  # the record last: without it the rest is not brought back
+            self._keep_file(folder / name, target / name)
 
     def _keep_file(self, source: Path, target: Path) -> None:
         try:
             stat = source.stat()
         except OSError:
+            return
+        if not S_ISREG(stat.st_mode):
             return
         stamp = (stat.st_mtime_ns, stat.st_size)
         if self._stamps.get(source) == stamp or stat.st_size > _MAX_BYTES:

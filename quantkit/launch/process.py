@@ -89,6 +89,19 @@ def started_at(pid: int | None) -> str | None:
     return "?"
 
 
+def age_seconds(pid: int | None, pid_started: str | None) -> float | None:
+    """How long that very process has been running, by the kernel's steady clock; None where that
+    cannot be known.
+    """
+    if not is_alive(pid, pid_started) or not (pid_started or "").isdecimal():
+        return None
+    try:
+        up = float(Path("/proc/uptime").read_text("ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(0.0, up - int(pid_started or 0) / os.sysconf("SC_CLK_TCK"))
+
+
 def is_alive(pid: int | None, pid_started: str | None) -> bool:
     """Whether that very process still runs."""
     now = started_at(pid)

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.rundir import STAGES, Event
+from quantkit.untrusted import shortened
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 
 _LOG_LINES = 400
 _CURVE_POINTS = 4000
+_LARGEST = 1e18
+_MOST_NATS = 1e6  # of a KL divergence
+_LONGEST_SECONDS, _LONGEST_URL = 1e9, 2000
 # Too early an estimate is worse than none.
 _MIN_SHARE, _MIN_SECONDS = 0.04, 3.0
 
@@ -136,10 +140,12 @@ class Progress:
             self.stages[name] = StageView(name, RUNNING, started=event.time)
         elif event.kind in ("finished", "skipped"):
             self._eta = None
-            seconds = event.data.get("seconds", stage.seconds)
+            seconds = _number(event.data.get("seconds"))
+            if seconds is None or not 0 <= seconds <= _LONGEST_SECONDS:
+                seconds = stage.seconds
             self.stages[name] = StageView(name, DONE, 100, "", seconds, stage.started)
             url = event.data.get("url")
-            if name == "publish" and isinstance(url, str):
+            if name == "publish" and isinstance(url, str) and len(url) <= _LONGEST_URL:
                 self.published_url = url
         elif event.kind == "failed":
             self._end(event)
@@ -157,12 +163,13 @@ class Progress:
             stage.name, RUNNING, percent, event.message, stage.seconds, stage.started
         )
         kl = _number(event.data.get("kl"))
-        if stage.name == "search" and kl is not None and len(self.curve) < _CURVE_POINTS:
+        fits = kl is not None and 0 <= kl <= _MOST_NATS and len(self.curve) < _CURVE_POINTS
+        if stage.name == "search" and kl is not None and fits:
             generation = int(_number(event.data.get("generation")) or 0)
             # A search that begins anew replaces what it had; one that goes on adds to it.
             while self.curve and self.curve[-1].generation >= generation:
                 self.curve.pop()
-            stderr = _number(event.data.get("stderr")) or 0.0
+            stderr = min(kl, max(0.0, _number(event.data.get("stderr")) or 0.0))
             tokens = _number(event.data.get("n_tokens")) or done or 0
             expected = bool(event.data.get("expects_tuning"))
             self.curve.append(KlPoint(generation, int(tokens), kl, stderr, expected))
@@ -172,7 +179,9 @@ class Progress:
         self.outcome = event.kind
         if event.kind != "failed":
             return
-        self.error, self.remedy = event.message, str(event.data.get("remedy", ""))
+        remedy = event.data.get("remedy", "")
+        self.error = event.message
+        self.remedy = shortened(remedy, _LONGEST_URL) if isinstance(remedy, str) else ""
         if event.stage in self.stages:
             stage = self.stages[event.stage]
             self.stages[stage.name] = StageView(
@@ -181,4 +190,7 @@ class Progress:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and value == value else None
+    """A number that can be reckoned with; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) <= _LARGEST else None

@@ -9,16 +9,17 @@ line.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import os
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit.errors import UsageError
-from quantkit.rundir import read_json, write_json
+from quantkit.rundir import write_json
+from quantkit.untrusted import Damaged, build, moment, read_bytes, read_json
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"
@@ -27,6 +28,11 @@ MACHINE_FILE = "machine.json"  # which Job, where, how busy, what it has cost
 
 QUEUED, STARTED, CANCELLED, STOPPED = "queued", "started", "cancelled", "stopped"
 
+PHASES = (QUEUED, STARTED, CANCELLED, STOPPED)
+_MOST_BYTES = 100_000
+_LARGEST, _LONGEST_TEXT = 1e12, 2000
+_OWNER = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_OWNER_IN_RUINS = re.compile(rb'"owner"\s*:\s*"([0-9a-f]{64})"')
 _JOB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
@@ -57,10 +63,20 @@ class JobRecord:
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None  # how long it was expected to take
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> JobRecord:
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: item for name, item in value.items() if name in names})
+    def __post_init__(self) -> None:
+        """Raises Damaged for what no launcher writes."""
+        if self.owner is not None and not _OWNER.fullmatch(self.owner):
+            raise Damaged("its owner is none")
+        if self.phase not in PHASES:
+            raise Damaged("its phase is unknown")
+        moment(self.created)
+        moment(self.since)
+        numbers = (self.hours, self.usd_per_hour, self.estimate_seconds, self.pid)
+        if not all(number is None or 0 <= number <= _LARGEST for number in numbers):
+            raise Damaged("it has a number out of range")
+        texts = (self.reason, self.machine or "", self.pid_started or "")
+        if any(len(text) > _LONGEST_TEXT for text in texts):
+            raise Damaged("it has a text that is too long")
 
 
 def new_job_id() -> str:
@@ -93,12 +109,33 @@ def owner_hash(owner: str) -> str:
 
 
 def load_record(folder: Path) -> JobRecord | None:
-    """The job's record; None for a run that was started from the command line."""
+    """The job's record; None for a run that was started from the command line. Raises Damaged for
+    one that cannot be read.
+    """
     path = folder / JOB_FILE
     try:
-        return JobRecord.from_json(read_json(path))
+        return build(JobRecord, read_json(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise Damaged(error.strerror or "it cannot be opened") from None
+
+
+def salvaged_record(folder: Path) -> JobRecord:
+    """What can be told of a job whose record is damaged: it is stopped, and whose it is where the
+    owner's hash still stands in the file, which nobody but the launcher writes.
+    """
+    try:
+        found = _OWNER_IN_RUINS.findall(read_bytes(folder / JOB_FILE, _MOST_BYTES))
+    except (OSError, Damaged):
+        found = []
+    owner = found[0].decode() if len(set(found)) == 1 else None
+    try:
+        made = min(time.time(), max(0.0, folder.stat().st_mtime))
+    except OSError:
+        made = 0.0
+    machine = "unknown" if os.path.lexists(folder / MACHINE_FILE) else None
+    return JobRecord(owner, made, STOPPED, made, machine=machine)
 
 
 def save_record(folder: Path, record: JobRecord) -> None:

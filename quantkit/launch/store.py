@@ -15,8 +15,10 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from quantkit import hub
 from quantkit.config import RunConfig
@@ -24,6 +26,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import PublishedFile, jobs
 from quantkit.launch import process, view
 from quantkit.launch.adopt import forget
+from quantkit.launch.clock import Clock
 from quantkit.launch.follow import Follower, tail
 from quantkit.launch.limits import (
     CLEAN,
@@ -56,6 +59,7 @@ from quantkit.launch.view import JobSummary, JobView
 from quantkit.rundir import RunDir, write_json
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _TRASH = ".deleted-"
 _SWEEP_SECONDS = 600.0
@@ -69,8 +73,16 @@ _FORGOTTEN = (
 class JobStore:
     """All jobs of one root folder. Safe to use from several threads."""
 
-    def __init__(self, root: Path, limits: Limits | None = None, public: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        limits: Limits | None = None,
+        public: bool = False,
+        clock: Clock | None = None,
+    ) -> None:
         self.root = root
+        self._clock = clock or Clock(root)
+        self._ending: dict[str, float] = {}  # runs that were asked to end, and when
         self.limits = limits or Limits()
         self.public = public
         self._lock = threading.RLock()
@@ -93,7 +105,7 @@ class JobStore:
                 summary
                 for job_id, follower in followers.items()
                 if self._may_see(follower.record, owner)
-                and (summary := follower.summary(places.get(job_id))) is not None
+                and (summary := _summary(follower, places.get(job_id))) is not None
             ]
         return tuple(sorted(found, key=lambda job: -job.created))
 
@@ -105,7 +117,10 @@ class JobStore:
             waits = record is not None and record.phase == QUEUED
             followers = self._scan() if waits else {}
             places = positions(followers)
-            found = follower.view(places.get(follower.folder.name))
+            place = places.get(follower.folder.name)
+            found = guarded(follower, lambda: follower.view(place))
+            if found is None and follower.fault:
+                found = follower.view(place)  # that it is damaged can always be told
             if found is not None and waits:
                 seconds = wait_seconds(followers, follower, self.limits.workers)
                 found = dataclasses.replace(found, wait_seconds=seconds)
@@ -193,6 +208,7 @@ class JobStore:
                 raise UsageError(
                     "This run was started from the command line.", "Stop it there with Ctrl-C."
                 )
+            _check_whole(follower)
             state = follower.state()
             if state not in (view.QUEUED, view.RUNNING) and not is_lost:
                 raise UsageError("This run is not running.", "There is nothing to cancel.")
@@ -204,6 +220,7 @@ class JobStore:
         """Queue a job again that failed, was interrupted or cancelled; it goes on where it was."""
         with self._lock:
             follower = self._follower(job_id, owner)
+            _check_whole(follower)
             if follower.state() not in (view.FAILED, view.INTERRUPTED, view.CANCELLED):
                 raise UsageError("This run has not stopped.", "There is nothing to resume.")
             self._check_limits(follower.owner)
@@ -222,6 +239,7 @@ class JobStore:
         private, public = visibility == "private", visibility == "public"
         with self._lock:
             follower = self._follower(job_id, owner)
+            _check_whole(follower)
             if follower.state() in (view.QUEUED, view.RUNNING):
                 raise UsageError("This run is still at work.", "Publish it when it has finished.")
             config = follower.config
@@ -242,7 +260,8 @@ class JobStore:
         with self._lock:
             follower = self._follower(job_id, owner)
             record = follower.record
-            if record is None or record.owner is None:
+            of_nobody = record is None or record.owner is None
+            if record is None or (of_nobody and not follower.damage):
                 raise UsageError(
                     "This run was started from the command line.", "Remove its folder there."
                 )
@@ -287,34 +306,39 @@ class JobStore:
                 if child.poll() is not None:  # takes the exit status, so that no zombie stays
                     del self._children[job_id]
             waiting, n_here, n_away = [], 0, 0
-            now = time.time()
-            for follower in self._scan().values():
+            for follower in list(self._scan().values()):
                 record = follower.record
                 if record is None:
                     continue
                 if record.phase == QUEUED:
                     waiting.append(follower)
                 elif process.is_alive(record.pid, record.pid_started):
-                    assert record.pid is not None
                     n_here += record.machine is None
                     n_away += record.machine is not None
-                    ending = record.phase in (CANCELLED, STOPPED)
-                    if ending and now > record.since + _GRACE_SECONDS:
-                        process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-                    elif not ending and is_overdue(record, self.limits, now):
-                        self._stop_overdue(follower, record)
+                    guarded(follower, partial(self._watch, follower))
             waiting.sort(key=lambda follower: _record(follower).since)
             for follower in waiting:
                 if _record(follower).machine is not None:
                     if n_away < self.limits.jobs:
                         n_away += 1
-                        self._start_worker(follower)
+                        guarded(follower, partial(self._start_worker, follower))
                 elif n_here < self.limits.workers:
                     n_here += 1
-                    self._start_worker(follower)
-            if now > self._next_sweep:
-                self._next_sweep = now + _SWEEP_SECONDS
-                self._sweep(now)
+                    guarded(follower, partial(self._start_worker, follower))
+            if time.monotonic() > self._next_sweep:
+                self._next_sweep = time.monotonic() + _SWEEP_SECONDS
+                self._sweep()
+
+    def _watch(self, follower: Follower) -> None:
+        """End a worker that was asked to end and did not, or that takes too long."""
+        record, name = _record(follower), follower.folder.name
+        assert record.pid is not None
+        if record.phase not in (CANCELLED, STOPPED):
+            self._ending.pop(name, None)
+            if is_overdue(record, self.limits, self._clock.now()):
+                self._stop_overdue(follower, record)
+        elif time.monotonic() > self._ending.setdefault(name, time.monotonic()) + _GRACE_SECONDS:
+            process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
 
     def _stop_overdue(self, follower: Follower, record: JobRecord) -> None:
         assert record.pid is not None and self.limits.seconds is not None
@@ -323,19 +347,27 @@ class JobStore:
         self._set_phase(follower, record, STOPPED, reason=reason)
         process.kill_group(record.pid, record.pid_started, signal.SIGTERM)
 
-    def _sweep(self, now: float) -> None:
+    def _sweep(self) -> None:
         """Drop what is old by rule: first what only the stages need, then the whole run."""
+        now = self._clock.now()
         for follower in list(self._scan().values()):
-            if follower.is_running():
-                continue
-            due = what_is_due(follower, self.limits, now)
-            if due == DELETE:
-                logger.info("run %s is deleted: it ended long ago", follower.folder.name)
-                self._remove(follower)
-            elif due == CLEAN:
-                (follower.folder / CLEANED_FILE).touch()
-                child = process.start_cleaning(follower.folder)
-                self._children[f"clean {follower.folder.name}"] = child
+            guarded(follower, partial(self._sweep_one, follower, now))
+        try:
+            self._clock.keep()
+        except OSError as error:
+            logger.warning("the time could not be written down: %s", error)
+
+    def _sweep_one(self, follower: Follower, now: float) -> None:
+        if follower.is_running():
+            return
+        due = what_is_due(follower, self.limits, now, self.public)
+        if due == DELETE:
+            logger.info("run %s is deleted: it ended long ago", follower.folder.name)
+            self._remove(follower)
+        elif due == CLEAN:
+            (follower.folder / CLEANED_FILE).touch()
+            child = process.start_cleaning(follower.folder)
+            self._children[f"clean {follower.folder.name}"] = child
 
     def _remove(self, follower: Follower) -> None:
         name = follower.folder.name
@@ -362,7 +394,11 @@ class JobStore:
             return
         self._children[job_id] = child
         started = process.started_at(child.pid)
-        self._set_phase(follower, record, STARTED, pid=child.pid, pid_started=started)
+        try:
+            self._set_phase(follower, record, STARTED, pid=child.pid, pid_started=started)
+        except OSError:
+            child.kill()  # nobody would know it again, and the next look would start another
+            raise
 
     def _is_scheduler(self) -> bool:
         """Whether this process is the one that starts jobs: the kernel hands the lock over."""
@@ -393,7 +429,7 @@ class JobStore:
             if not name.startswith("."):
                 self._followers[name] = Follower(self.root / name)
         for follower in self._followers.values():
-            follower.load()
+            guarded(follower, follower.load)
         return self._followers
 
     def _follower(self, job_id: object, owner: str | None) -> Follower:
@@ -405,9 +441,10 @@ class JobStore:
         if follower is None:
             follower = self._followers[folder.name] = Follower(folder)
         follower.load()
-        if not self._may_see(follower.record, owner) or follower.config is None:
+        is_run = follower.record is not None or follower.config is not None or follower.damage
+        if not self._may_see(follower.record, owner) or not is_run:
             raise NoSuchJob
-        follower.refresh()
+        guarded(follower, follower.refresh)
         return follower
 
     def _may_see(self, record: JobRecord | None, owner: str | None) -> bool:
@@ -448,3 +485,29 @@ def _record(follower: Follower) -> JobRecord:
     record = follower.record
     assert record is not None
     return record
+
+
+def guarded(follower: Follower, action: Callable[[], T]) -> T | None:
+    """What `action` makes of one run; None where something went wrong that nobody foresaw. That run
+    is damaged then, and not in the way of the others.
+    """
+    try:
+        return action()
+    except Exception:
+        if not follower.fault:
+            logger.exception("run %s is damaged", follower.folder.name)
+        follower.fault = "The files of this run cannot be read."
+        return None
+
+
+def _summary(follower: Follower, place: int | None) -> JobSummary | None:
+    """One line of the list, also where a run is damaged in a way that nobody foresaw."""
+    found = guarded(follower, lambda: follower.summary(place))
+    if found is None and follower.fault:
+        found = follower.summary(place)
+    return found
+
+
+def _check_whole(follower: Follower) -> None:
+    if follower.damage:
+        raise UsageError(follower.damage, "Delete it, or put the file back from a copy.")

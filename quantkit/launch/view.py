@@ -10,6 +10,7 @@ from quantkit.launch.progress import KlPoint, LogLine, StageView
 
 QUEUED, RUNNING, FINISHED = "queued", "running", "finished"
 FAILED, INTERRUPTED, CANCELLED = "failed", "interrupted", "cancelled"
+DAMAGED = "damaged"  # its own files cannot be read: it can only be deleted
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class JobView:
     published_url: str | None = None
     can_try: bool = False  # the file lies here and can be talked to
     has_base: bool = False  # so does the original
+    n_dropped: int = 0  # lines of the events file that are no events
 
     @property
     def is_active(self) -> bool:
@@ -108,6 +110,8 @@ class JobView:
 
     @property
     def can_delete(self) -> bool:
+        if self.state == DAMAGED:
+            return True
         return not self.is_active and not self.is_local and not self.has_lost_job
 
     @property

@@ -28,6 +28,7 @@ STATE_TEXT = {
     "failed": "Failed",
     "interrupted": "Interrupted",
     "cancelled": "Cancelled",
+    "damaged": "Damaged",
 }
 _MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
 
@@ -157,7 +158,7 @@ def _state_note(job: JobView) -> str:
         return notice(
             text, "You can close this page: its address and your list find it again.", "info"
         )
-    if job.state in ("failed", "interrupted"):
+    if job.state in ("failed", "interrupted", "damaged"):
         return notice(job.error or "The run ended without saying why.", job.remedy)
     if job.state == "cancelled":
         return notice("Cancelled.", "Finished stages are kept: it can be resumed.", "info")
@@ -259,7 +260,10 @@ def log(job: JobView) -> str:
             f'<li class="{escape(line.kind)}"><time>{moment}</time>'
             f"<b>{escape(line.stage or 'run')}</b><span>{escape(text or line.kind)}</span></li>"
         )
-    return f'<ol class="qk-log">{"".join(lines)}</ol><p class="qk-help">Times are UTC.</p>'
+    left_out = f" {job.n_dropped:,} lines could not be read." if job.n_dropped else ""
+    return (
+        f'<ol class="qk-log">{"".join(lines)}</ol><p class="qk-help">Times are UTC.{left_out}</p>'
+    )
 
 
 def raw_log(text: str) -> str:
