@@ -116,7 +116,7 @@ def build(cls: type[T], value: Any) -> T:
     """
     if not isinstance(value, dict):
         raise Damaged("it is no object")
-    hints = _hints(cls)
+    hints: dict[str, Any] = _hints(typing.cast(Any, cls))
     fields = {
         name: _typed(hints[name], item, name) for name, item in value.items() if name in hints
     }
