@@ -94,9 +94,12 @@ def budgets_of(
 
 
 def make_plan(
-    config: RunConfig, progress: Callable[[int, int], None] | None = None
+    config: RunConfig,
+    progress: Callable[[int, int], None] | None = None,
+    looked: Callable[[hub.ModelInfo], None] | None = None,
 ) -> dict[str, Any]:
-    """The plan of a run as JSON values. Downloads a few MB at most.
+    """The plan of a run as JSON values. Downloads a few MB at most. `looked` is called with the
+    first facts, long before the rest is known.
 
     Raises QuantkitError for everything that can be refused now.
     """
@@ -111,6 +114,8 @@ def make_plan(
             demo.make_checkpoint(made)
             ref = hub.ModelRef("local", str(made))
         info = hub.inspect(ref, token)
+        if looked is not None:
+            looked(info)
         check_architecture(info.config)
         snapshot = hub.fetch_metadata(info, token, Path(folder) / "metadata")
         fit = check_fit(snapshot)

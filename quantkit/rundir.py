@@ -270,25 +270,6 @@ def _record(stage: str, value: dict[str, Any]) -> StageRecord:
     return record
 
 
-def fingerprint(self) -> str:
-    return fingerprint(self.inputs)
-
-
-_SCHEMA = 1
-
-
-def _record(stage: str, value: dict[str, Any]) -> StageRecord:
-    """A record of the manifest. Raises what a value of another shape raises."""
-    outputs = tuple(OutputFile(**output) for output in value["outputs"])
-    for o in outputs:
-        if Path(o.path).is_absolute() or ".." in Path(o.path).parts or stage not in STAGES:
-            raise ValueError(f"{stage} with {o.path}")
-    record = StageRecord(**{**value, "outputs": outputs})
-    if not (isinstance(record.inputs, dict) and isinstance(record.summary, dict)):
-        raise TypeError("inputs or a summary that are no tables")
-    return record
-
-
 def fingerprint(inputs: dict[str, Any]) -> str:
     """sha256 of the canonical JSON of a stage's inputs."""
     return hashlib.sha256(json.dumps(to_json(inputs), sort_keys=True).encode()).hexdigest()

@@ -77,7 +77,7 @@ def ask(config: RunConfig) -> dict[str, Any]:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     """A desk whose planner answers PLAN, and whose Hub offers the usual machines."""
     offered = tuple(jobs._machine(JobHardwareInfo(**item)) for item in hardware())
-    monkeypatch.setattr(desks, "estimate", lambda config, token, public: ask(config))
+    monkeypatch.setattr(desks, "estimate", lambda config, *_: ask(config))
     monkeypatch.setattr(desks, "known_plan", lambda config, token: ask(config))
     monkeypatch.setattr(jobs, "machines", lambda token: offered)
     monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/q.whl")
@@ -159,7 +159,7 @@ def test_a_first_estimate_comes_before_the_planner(
 ) -> None:
     """Near what the planner says later: SmolLM2-135M's Q4_K_M takes 14 minutes by its count."""
 
-    def late(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
+    def late(*_: Any) -> dict[str, Any]:
         raise QuantkitError("the planner was asked before the page was told anything")
 
     monkeypatch.setattr(desks, "known_plan", lambda config, token: None)

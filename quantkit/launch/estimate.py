@@ -1,54 +1,110 @@
-"""What a run would take, asked of `python -m quantkit plan` in a process of its own.
+"""What a run would take, asked of `quantkit.launch.plan_child` in a process of its own.
 
-The planner reads configs and tokenizers that strangers wrote and starts the converter: none of
-that happens in the server, and a visitor's token reaches it through a pipe only.
+The planner reads headers, configs and tokenizers that strangers wrote and starts the converter:
+none of that happens in the server. Its processes have little memory and time, a visitor's token
+reaches them through a pipe only, they end with the server, and visitors take turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from quantkit import secrets
-from quantkit.config import TARGET_OPTIONS, RunConfig
+from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.launch.process import worker_environment, worker_secrets
+from quantkit.launch.rough import FirstLook
 from quantkit.launch.sizes import with_sizes
+from quantkit.launch.turns import Turns
+from quantkit.rundir import write_json
+from quantkit.untrusted import Damaged, build, parse
 
-_SECONDS = 180
-_AT_ONCE = threading.BoundedSemaphore(2)
+Looked = Callable[[FirstLook], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What one preview may take. Of a page: several times what models of today need."""
+
+    seconds: float
+    memory_bytes: int
+
+
+_PUBLIC = Bounds(60, 1_500_000_000)
+_PRIVATE = Bounds(600, 16_000_000_000)
+_KEEPER = Path(__file__).with_name("keeper.py")
+_REMEDY = "Start the run without it, or try again."
+_MOST_TOLD_BYTES = 16_000_000
 _KEPT = 64
+_REFUSED_SECONDS = 600.0  # what was cut off is not tried again for so long
 _cache: dict[str, dict[str, Any]] = {}
+_refused: dict[str, tuple[float, QuantkitError]] = {}
 _locks: dict[str, threading.Lock] = {}
 _locks_lock = threading.Lock()
+_turns = Turns()
 
 
-def estimate(config: RunConfig, token: str | None = None, public: bool = False) -> dict[str, Any]:
+class CutOff(QuantkitError):
+    """A preview took more than it may have."""
+
+
+def estimate(
+    config: RunConfig,
+    token: str | None = None,
+    public: bool = False,
+    who: str = "",
+    looked: Looked | None = None,
+) -> dict[str, Any]:
     """The plan of a run as JSON values. Raises QuantkitError with the planner's own sentence.
 
-    The model is looked at once; another size of it is answered at once.
+    The model is looked at once; another size of it is answered at once. `who` is whose turn is
+    taken; `looked` is called with the first facts, when they are known before the rest.
     """
     key = _key(config, token)
+    plan = _cache.get(key)
+    if plan is None:
+        with _turns.turn(who):
+            plan = _known_or_asked(key, config, token, public, looked)
+    return with_sizes(plan, config)
+
+
+def _known_or_asked(
+    key: str, config: RunConfig, token: str | None, public: bool, looked: Looked | None
+) -> dict[str, Any]:
     with _locks_lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:  # whoever asks the same meanwhile waits for this answer
+        refused = _refused.get(key)
+        if refused is not None and time.monotonic() < refused[0] + _REFUSED_SECONDS:
+            raise refused[1]
         plan = _cache.get(key)
         if plan is None:
-            plan = _ask_in_turn(config, token, public)
-            while len(_cache) >= _KEPT:
-                oldest = next(iter(_cache))
-                _cache.pop(oldest, None)
-                _locks.pop(oldest, None)
+            try:
+                plan = _ask(config, token, public, looked)
+            except CutOff as error:
+                _make_room(_refused)
+                _refused[key] = time.monotonic(), error
+                raise
+            _make_room(_cache)
             _cache[key] = plan
-    return with_sizes(plan, config)
+    return plan
+
+
+def _make_room(kept: dict[str, Any]) -> None:
+    while len(kept) >= _KEPT:
+        oldest = next(iter(kept))
+        kept.pop(oldest, None)
+        _locks.pop(oldest, None)
 
 
 def known_plan(config: RunConfig, token: str | None = None) -> dict[str, Any] | None:
@@ -65,64 +121,57 @@ def _key(config: RunConfig, token: str | None) -> str:
     return hashlib.sha256(f"{asked!r} {token or ''}".encode()).hexdigest()
 
 
-def _ask_in_turn(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
-    if not _AT_ONCE.acquire(timeout=20):
-        raise QuantkitError("Too many previews are being made.", "Try again in a minute.")
-    try:
-        return _ask(config, token, public)
-    finally:
-        _AT_ONCE.release()
+def _ask(
+    config: RunConfig, token: str | None, public: bool, looked: Looked | None
+) -> dict[str, Any]:
+    bounds = _PUBLIC if public else _PRIVATE
+    with tempfile.TemporaryDirectory(
+        prefix="quantkit-preview-", ignore_cleanup_errors=True
+    ) as folder:
+        # Whatever it leaves in its folder for temporary files goes with this one.
+        asked = write_json(Path(folder) / "asked.json", config)
+        limits = [str(bounds.memory_bytes), str(bounds.seconds)]
+        command = [sys.executable, "-m", "quantkit.launch.plan_child", str(asked)]
+        with secrets.handed_on(worker_secrets(token, public)) as (more, descriptors):
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_KEEPER), *limits, *command],
+                stdin=subprocess.PIPE,  # closes with this process: then it ends
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**worker_environment(os.environ), **more, "TMPDIR": folder},
+                pass_fds=descriptors,
+                start_new_session=True,
+            )
+        with child:
+            try:
+                return _answer(child, looked)
+            finally:
+                assert child.stdin is not None
+                child.stdin.close()
 
 
-def _ask(config: RunConfig, token: str | None, public: bool) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="quantkit-preview-") as folder:
-        command = [sys.executable, "-m", "quantkit", "plan", *_arguments(config, Path(folder))]
+def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> dict[str, Any]:
+    """The plan that the child tells; what it says is checked like anything from outside."""
+    assert child.stdout is not None
+    plan: dict[str, Any] | None = None
+    left = _MOST_TOLD_BYTES
+    while line := child.stdout.readline(left + 1):
+        left -= len(line)
         try:
-            with secrets.handed_on(worker_secrets(token, public)) as (more, descriptors):
-                done = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=_SECONDS,
-                    env={**worker_environment(os.environ), **more},
-                    pass_fds=descriptors,
-                    start_new_session=True,
-                )
-        except subprocess.TimeoutExpired:
-            raise QuantkitError(
-                "The preview took too long.", "Start the run without it, or try again."
-            ) from None
-    if done.returncode == 0:
-        try:
-            plan = json.loads(done.stdout.decode("utf-8", "replace").strip().splitlines()[-1])
-        except (ValueError, IndexError):
-            plan = None
-        if isinstance(plan, dict):
-            return plan
-    raise QuantkitError(_sentence(done.stderr.decode("utf-8", "replace")))
-
-
-def _arguments(config: RunConfig, folder: Path) -> list[str]:
-    """The command line of `plan`; values are joined to their options, so none reads as one."""
-    arguments = ["--json", f"--profile={config.profile}", f"--device={config.device}"]
-    if config.targets:
-        option = TARGET_OPTIONS[config.targets[0].kind]
-        arguments.append(f"--{option}={','.join(t.value for t in config.targets)}")
-    if config.revision:
-        arguments.append(f"--revision={config.revision}")
-    if config.levels:
-        arguments.append(f"--levels={','.join(config.levels)}")
-    arguments.append(f"--methods={','.join(config.methods)}")
-    if config.types:
-        path = folder / "types.json"
-        path.write_text(json.dumps(dict(config.types)), "utf-8")
-        arguments.append(f"--types={path}")
-    return [*arguments, "--", config.model]
-
-
-def _sentence(stderr: str) -> str:
-    """The last sentence that the command line printed for people; never a traceback."""
-    for line in reversed(stderr.strip().splitlines()):
-        if line.startswith("quantkit: "):
-            return line.removeprefix("quantkit: ")
-    return "The preview could not be made. Start the run without it, or try again."
+            told = parse(line) if left >= 0 else None
+            if not isinstance(told, dict):
+                break
+            if "looked" in told and looked is not None:
+                looked(build(FirstLook, told["looked"]))
+            elif isinstance(told.get("plan"), dict):
+                plan = told["plan"]
+            elif "error" in told:
+                message, remedy = told["error"]
+                raise QuantkitError(str(message)[:2000], str(remedy)[:2000])
+            elif told.get("ended") in ("memory", "time"):
+                raise CutOff(f"The preview took too much {told['ended']}.", _REMEDY)
+        except (Damaged, ValueError, TypeError):
+            break
+    if plan is None:
+        raise QuantkitError("The preview could not be made.", _REMEDY)
+    return plan

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from quantkit.config import DEFAULT_TARGET, PROFILES, TUNING_BATCH, RunConfig, Target
 from quantkit.hub import ModelInfo
+from quantkit.untrusted import shortened
 
 # Bits per weight of llama.cpp's own files of a model of 8B parameters. Of the whole file, so small
 # models, with their large embeddings, take more.
@@ -33,9 +34,9 @@ class FirstLook:
     @classmethod
     def of(cls, info: ModelInfo) -> FirstLook:
         return cls(
-            info.architectures[0],
+            shortened(info.architectures[0], 100),
             info.n_parameters,
-            info.license,
+            info.license and shortened(info.license, 100),
             info.gated,
             info.n_download_bytes,
         )

@@ -77,8 +77,9 @@ def add_endpoints(desk: Desk) -> None:
 
         def make() -> dict[str, Any]:
             to_config(form, desk.store.public)  # what is wrong is said before it is counted
-            desk.allow("preview", asker_of("", request, user, token))
-            return desk.estimate(form, secret)
+            asker = asker_of("", request, user, token)
+            desk.allow("preview", asker)
+            return desk.estimate(form, secret, asker)
 
         return _told(make)
 
@@ -192,7 +193,7 @@ def add_endpoints(desk: Desk) -> None:
 
         return _told(cancel)
 
-    gr.api(estimate, api_name="estimate", concurrency_limit=2)
+    gr.api(estimate, api_name="estimate", concurrency_limit=16, concurrency_id="preview")
     gr.api(start_job, api_name="start_job", concurrency_limit=8)
     gr.api(job_status, api_name="job_status", concurrency_limit=8)
     gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)

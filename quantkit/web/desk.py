@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from quantkit.hub import jobs
 from quantkit.launch import JobForm, JobStore, JobView, Order, check_repo, estimate, to_config
 from quantkit.launch.adopt import adopt
 from quantkit.launch.dispatch import app_labels
-from quantkit.launch.estimate import known_plan
+from quantkit.launch.estimate import Looked, known_plan
 from quantkit.launch.machine import Choice, choices, choose, why_not_here
 from quantkit.launch.request import HERE, check_collection, check_machine, check_visibility
 from quantkit.launch.rough import DEMO, FirstLook, rough_bytes, rough_seconds
@@ -120,13 +121,13 @@ class Desk:
         owner, secret = known(asker.owner), checked_token(token)
         config = to_config(form, self.store.public)  # what is wrong is said at once
         self.allow("start", asker)
-        order = self._order(form, config, secret)
+        order = self._order(form, config, secret, asker)
         if order.machine is not None:
             device = order_device(order.machine, self.machines(secret))
             config = dataclasses.replace(config, device=device)
         return self.store.submit(config, owner, secret, order)
 
-    def _order(self, form: JobForm, config: RunConfig, token: str | None) -> Order:
+    def _order(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
         """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
         if check_machine(form.machine) != HERE:
             if not self.has_jobs:
@@ -136,14 +137,14 @@ class Desk:
             if config.model == DEMO_MODEL:
                 raise UsageError("The demo's model is on this machine.", "Run it here.")
             jobs.check_token(token)
-            plan = self._plan(config, token)
+            plan = self._plan(config, token, asker)
             choice = choose(plan, self.machines(token), form.machine)
             machine = choice.machine
             return Order(
                 machine.name, choice.hours_limit, machine.usd_per_hour, round(choice.seconds)
             )
         # On one's own machine nobody has to wait for a plan.
-        found = self._plan(config, token) if self.on_space else known_plan(config, token)
+        found = self._plan(config, token, asker) if self.on_space else known_plan(config, token)
         if found is None:
             return Order()
         why_not = self._why_not_here(found)
@@ -154,12 +155,14 @@ class Desk:
             )
         return Order(estimate_seconds=found["estimates"]["seconds"])
 
-    def estimate(self, form: JobForm, token: str | None) -> dict[str, Any]:
+    def estimate(self, form: JobForm, token: str | None, asker: Asker) -> dict[str, Any]:
         """The planner's answer. Raises QuantkitError."""
-        return self._plan(to_config(form, self.store.public), token)
+        return self._plan(to_config(form, self.store.public), token, asker)
 
-    def _plan(self, config: RunConfig, token: str | None) -> dict[str, Any]:
-        return estimate(config, token, self.store.public)
+    def _plan(
+        self, config: RunConfig, token: str | None, asker: Asker, looked: Looked | None = None
+    ) -> dict[str, Any]:
+        return estimate(config, token, self.store.public, asker.counted_as, looked)
 
     def _why_not_here(self, plan: dict[str, Any]) -> str:
         return why_not_here(plan, self.store.root, self.store.limits.seconds)
@@ -185,27 +188,38 @@ class Desk:
             config = to_config(form, self.store.public)
             if known_plan(config, secret) is None:
                 self.allow("preview", asker)
-                first = self._look(config, secret)
-                limits = rough_bytes(config, first.n_parameters)
-                seconds = rough_seconds(config, first.n_parameters)
-                yield previews.looked_at(first, limits, seconds)
-            yield self._preview(form, config, secret)
+                yield from self._first_facts(config, secret, asker)
+            yield self._preview(form, config, secret, asker)
         except QuantkitError as error:
             yield view.notice(error.message, error.remedy)
         except Exception:
             logger.exception("a preview failed")
             yield view.notice(_BUG, _BUG_REMEDY)
 
-    def _look(self, config: RunConfig, token: str | None) -> FirstLook:
-        """First facts of a model. Raises QuantkitError for what is refused."""
-        ref = hub.parse_reference(config.model, config.revision, allow_local=not self.store.public)
-        if ref.kind == "demo":
-            return DEMO
-        own = None if self.store.public else hub.resolve_token()
-        return FirstLook.of(hub.inspect(ref, token or own))
+    def _first_facts(self, config: RunConfig, token: str | None, asker: Asker) -> Iterator[str]:
+        """What is known while the planner is at work; ends when it has ended."""
+        told: queue.SimpleQueue[FirstLook | None] = queue.SimpleQueue()
+        if config.model == DEMO_MODEL:
+            told.put(DEMO)
+        failed: list[Exception] = []
 
-    def _preview(self, form: JobForm, config: RunConfig, token: str | None) -> str:
-        plan = self._plan(config, token)
+        def plan() -> None:
+            try:
+                self._plan(config, token, asker, told.put)
+            except Exception as error:  # told to whoever waits
+                failed.append(error)
+            finally:
+                told.put(None)
+
+        threading.Thread(target=plan, name="preview", daemon=True).start()
+        while (first := told.get()) is not None:
+            limits = rough_bytes(config, first.n_parameters)
+            yield previews.looked_at(first, limits, rough_seconds(config, first.n_parameters))
+        if failed:
+            raise failed[0]
+
+    def _preview(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> str:
+        plan = self._plan(config, token, asker)
         offered: tuple[Choice, ...] = ()
         chosen = None
         if self.has_jobs and config.model != DEMO_MODEL:

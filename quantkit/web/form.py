@@ -294,7 +294,8 @@ class Form:
             self.fields,
             self.plan,
             trigger_mode="always_last",
-            concurrency_limit=8,
+            concurrency_limit=16,  # more than may wait (launch/turns.py): the rest is told at once
+            concurrency_id="preview",
             show_progress="hidden",
             api_visibility="private",
         )

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from gradio import http_server
 from gradio.utils import get_space
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -21,6 +22,7 @@ from quantkit.launch import JobStore, open_store
 from quantkit.launch.mirror import Mirror, state_folder
 from quantkit.web import listen
 from quantkit.web.bodies import Events
+from quantkit.web.fairness import FairQueue
 from quantkit.web.gate import Gate
 from quantkit.web.origin import Places
 from quantkit.web.page import build_app
@@ -70,6 +72,7 @@ def launch(
         mcp_server=importlib.util.find_spec("mcp") is not None,
         app_kwargs={
             "routes": [_download_route(store, visitors)],
+            "middleware": [Middleware(FairQueue, blocks=app)],
         },
         **options,
     )
