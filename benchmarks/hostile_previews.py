@@ -137,6 +137,30 @@ def main(seconds: float) -> None:
             hub.kill()
 
 
+def polls(page: subprocess.Popen[bytes], fn_index: int, stop: float) -> tuple[list[float], int]:
+    """Seconds that each poll of a visitor took, sorted, and the most memory meanwhile."""
+    took: list[float] = []
+    most, next_look = 0, 0.0
+    while time.monotonic() < stop:
+        body = {"data": ["", None], "fn_index": fn_index, "session_hash": "honest"}
+        began = time.perf_counter()
+        status, _, _ = ask("127.0.0.1", "POST", "/gradio_api/run/predict", body)
+        took.append(time.perf_counter() - began)
+        assert status == 200, status
+        if time.monotonic() > next_look:
+            most, next_look = max(most, memory(page.pid)), time.monotonic() + 1
+        time.sleep(max(0.0, 0.25 - took[-1]))
+    return sorted(took), most
+
+
+def said(took: list[float]) -> str:
+    p95 = took[int(0.95 * len(took))]
+    return (
+        f"{len(took)} polls: median {1e3 * statistics.median(took):.0f} ms,"
+        f" p95 {1e3 * p95:.0f} ms, longest {1e3 * took[-1]:.0f} ms"
+    )
+
+
 def measure(page: subprocess.Popen[bytes], seconds: float) -> None:
     while True:
         try:
@@ -155,7 +179,7 @@ def measure(page: subprocess.Popen[bytes], seconds: float) -> None:
         if any(ids.get(at) == "model" and event == "change" for at, event in c["targets"])
     )
     tick = next(c for c in calls if c["targets"] and c["targets"][0][1] == "tick")
-    calm = memory(page.pid)
+    before, calm = polls(page, tick["id"], time.monotonic() + 15)
     names = ("dimensions", "tensors", "splits", "layers", "vocabulary", "index")
     stop = time.monotonic() + seconds
     statuses: list[int] = []
@@ -174,22 +198,11 @@ def measure(page: subprocess.Popen[bytes], seconds: float) -> None:
 
     for number in range(N_VISITORS):
         threading.Thread(target=attack, args=(number,), daemon=True).start()
-    took, most, most_polls = [], 0, 0
-    while time.monotonic() < stop:
-        body = {"data": ["", None], "fn_index": tick["id"], "session_hash": "honest"}
-        began = time.perf_counter()
-        status, _, _ = ask("127.0.0.1", "POST", "/gradio_api/run/predict", body)
-        took.append(time.perf_counter() - began)
-        assert status == 200, status
-        if time.monotonic() > most_polls:
-            most, most_polls = max(most, memory(page.pid)), time.monotonic() + 1
-        time.sleep(max(0.0, 0.25 - took[-1]))
-    took.sort()
+    took, most = polls(page, tick["id"], stop)
     counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     print(
-        f"{len(took)} polls: median {1e3 * statistics.median(took):.0f} ms,"
-        f" p95 {1e3 * took[int(0.95 * len(took))]:.0f} ms, longest {1e3 * took[-1]:.0f} ms;"
-        f" memory {calm / 2**20:.0f} MiB, {most / 2**20:.0f} MiB at most;"
+        f"calm: {said(before)}\nunder attack: {said(took)}\n"
+        f"memory {calm / 2**20:.0f} MiB, {most / 2**20:.0f} MiB at most;"
         f" {len(statuses)} hostile requests: {counts}"
     )
 

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import test_app_fixtures as fixtures
 
-from quantkit.launch import JobStore, Limits, NoSuchJob
+from quantkit.launch import JobStore, JobView, Limits, NoSuchJob
 from quantkit.launch.clock import Clock
 from quantkit.launch.limits import PUBLIC_LIMITS
 from quantkit.launch.record import load_record
 from quantkit.rundir import EventLog, read_events
 from quantkit.untrusted import Damaged
+from quantkit.web import results
 from quantkit.web.desk import Desk
 from quantkit.web.visitor import Visitors
 
@@ -341,3 +342,24 @@ def test_the_limit_of_time_goes_by_the_process(tmp_path: Path) -> None:
     record = load_record(folder)
     assert record is not None and record.phase == "started"
     store.close()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_reports_of_strangers_are_drawn_or_refused(seed: int) -> None:
+    """Numbers that no measurement gives, in any place of a report: no exception, and no waiting."""
+    rng = random.Random(seed)
+    report = fixtures.make_report()
+    for _ in range(rng.choice((1, 3, 10))):
+        place: Any = report
+        while True:
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], (dict, list)) or not place[key]:
+                extremes = (0, -1, 1e308, 5e-324, -1e308, 2**62, "x", None, [], {}, True)
+                place[key] = rng.choice(extremes)
+                break
+            place = place[key]
+    began = time.process_time()
+    job = JobView("a", "m", None, "t", "p", 0, "finished", 1.0, (), report=report)
+    html = results.results(job) + results.report(job)
+    html.encode()
+    assert time.process_time() - began < 20

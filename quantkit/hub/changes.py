@@ -17,6 +17,7 @@ NEW, CHANGED, SAME, KEPT = "new", "changed", "same", "kept"
 _CARD = "README.md"
 _MAX_CARD_BYTES = 200_000
 _MAX_KEPT = 200
+_MAX_LINES = 1000
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def compare(
     if _CARD in there and _CARD in paths:
         old = read_start(repo_id, sha, _CARD, _MAX_CARD_BYTES, token).decode("utf-8", "replace")
         new = paths[_CARD].read_text("utf-8").replace("<owner>/<repo>", repo_id)
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "now", "after", lineterm="")
+    # Comparing takes quadratic time, and somebody else may have written the card that is there.
+    sides = [text.splitlines()[:_MAX_LINES] for text in (old, new)]
+    lines = difflib.unified_diff(*sides, "now", "after", lineterm="")
     return RepoChanges(repo_id, True, bool(remote.private), tuple(changes), tuple(lines))
 
 

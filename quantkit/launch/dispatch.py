@@ -10,6 +10,7 @@ cancelled has its Job ended.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from quantkit import hub, secrets
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
+from quantkit.launch.follow import MOST_EVENT_BYTES
 from quantkit.launch.progress import Progress
 from quantkit.launch.record import (
     CANCELLED,
@@ -35,8 +37,17 @@ from quantkit.launch.record import (
 )
 from quantkit.launch.wheel import job_requirement
 from quantkit.launch.wire import FILES, Listener, SentEvent, SentFile
-from quantkit.rundir import EventLog, RunDir, read_events, read_json, replacing, write_json
+from quantkit.rundir import (
+    EventLog,
+    RunDir,
+    checked_event,
+    read_events,
+    read_json,
+    replacing,
+    write_json,
+)
 from quantkit.tensors import to_json
+from quantkit.untrusted import Damaged, shortened
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 BUCKET = "quantkit-jobs"
@@ -54,6 +65,7 @@ _METRICS_SECONDS = 15.0
 _POLL_SECONDS = 5.0
 _TRIES = 20
 _READS_AFTER_THE_END = 3
+_MOST_LOG, _LONGEST_LINE = 20_000_000, 10_000  # characters of what a Job prints
 
 
 class Cancelled(BaseException):
@@ -104,8 +116,8 @@ class Dispatch:
         for event in read_events(directory.events_path)[0]:
             self._progress.feed(event)
             at = event.data.get("at")
-            if isinstance(at, list) and len(at) == 2:
-                self._heard[str(at[0])] = int(at[1]) + 1
+            if isinstance(at, list) and len(at) == 2 and type(at[1]) is int:
+                self._heard[str(at[0])] = at[1] + 1
 
     def run(self) -> int:
         """Start or find the Job and listen until it ends."""
@@ -226,6 +238,7 @@ class Dispatch:
         listener = Listener()
         n_heard = self._heard.get(job.id, 0)
         # Output is replayed from its beginning: the log file is of one Job, and written anew.
+        n_left = _MOST_LOG
         with (self._dir.path / JOB_LOG_FILE).open("w", encoding="utf-8") as log:
             for line in jobs.lines(job, self._token):
                 said = listener.hear(line.rstrip("\n"))
@@ -235,17 +248,27 @@ class Dispatch:
                         n_heard = self._heard[job.id] = said.number + 1
                 elif isinstance(said, SentFile):
                     self._save(said)
-                elif said is not None:
-                    log.write(hub.scrub(said, self._token) + "\n")
+                elif said is not None and n_left > 0:
+                    text = shortened(hub.scrub(said, self._token), _LONGEST_LINE)
+                    n_left -= len(text) + 1
+                    log.write(f"{text}\n" if n_left > 0 else "[the rest is left out]\n")
                     log.flush()
 
     def _take(self, job: jobs.RemoteJob, said: SentEvent) -> None:
-        value: dict[str, Any] = {"message": "", "data": {}, **said.value}
-        data = value["data"] if isinstance(value["data"], dict) else {}
-        kept = {name: value.get(name) for name in ("time", "stage", "kind", "message")}
-        line = {**kept, "data": {**data, "at": [job.id, said.number]}}
+        """Write down what a Job says has happened. What is no event, and what comes after more than
+        any run says, is left out.
+        """
+        try:
+            event = checked_event(said.value)
+            line = to_json(
+                dataclasses.replace(event, data={**event.data, "at": [job.id, said.number]})
+            )
+            text = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        except (Damaged, ValueError, RecursionError):
+            return
         with self._dir.events_path.open("ab") as file:
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            if file.tell() + len(text) <= MOST_EVENT_BYTES:
+                file.write(text)
 
     def _save(self, said: SentFile) -> None:
         assert said.path in FILES

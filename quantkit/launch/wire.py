@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantkit.untrusted import integer, parse
+
 EVENT, FILE = "@quantkit event ", "@quantkit file "
 # What a page shows of a run. Nothing else is taken from a log.
 FILES = (
@@ -63,9 +65,9 @@ class Listener:
         try:
             if line.startswith(EVENT):
                 number, _, text = line.removeprefix(EVENT).partition(" ")
-                value = json.loads(text)
+                value = parse(text.encode("utf-8"))
                 if isinstance(value, dict) and isinstance(value.get("kind"), str):
-                    return SentEvent(int(number), value)
+                    return SentEvent(integer(number), value)
             elif line.startswith(FILE):
                 return self._part(line.removeprefix(FILE))
         except (ValueError, RecursionError, binascii.Error, zlib.error):
@@ -74,7 +76,7 @@ class Listener:
 
     def _part(self, text: str) -> SentFile | None:
         path, place, data = text.split(" ", 2)
-        number, total = (int(n) for n in place.split("/"))
+        number, total = (integer(n) for n in place.split("/"))
         if path not in FILES or not 1 <= number <= total <= _MOST_BYTES // _PART:
             raise ValueError("not a file that is sent")
         parts = self._parts.setdefault(path, [])

@@ -10,13 +10,13 @@ import json
 from collections import Counter
 from typing import Any
 
-WAITING_EACH = 8
+WAITING_EACH = 5
 _QUEUES = ("/gradio_api/queue/join", "/gradio_api/call/")
 _SAID = "You have several requests waiting already. Wait for one of them to be answered."
 
 
 class FairQueue:
-    """ASGI middleware: answers with a sentence at once instead of queueing one address's ninth
+    """ASGI middleware: answers with a sentence at once instead of queueing one address's sixth
     request. It stands behind whatever finds out the address: `scope["client"]` is believed.
     """
 

@@ -108,5 +108,5 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
         ).then(None, job_id, None, js=_SET_URL, api_visibility="private")
         watch.wire(job_id, parts, refresh, areas, opened)
         add_endpoints(desk)
-    app.queue(default_concurrency_limit=8, max_size=100)
+    app.queue(default_concurrency_limit=8, max_size=400)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -14,6 +15,8 @@ from quantkit.report.schema import Report, Row
 from quantkit.web.charts import tensor_map
 from quantkit.web.view import file_size
 
+logger = logging.getLogger(__name__)
+
 _UNREADABLE = (
     '<div class="qk-notice error" role="alert"><strong>The report of this run cannot be read.'
     "</strong> <span>Download report.json and look into it.</span></div>"
@@ -25,7 +28,11 @@ _made: dict[int, tuple[dict[str, Any], str]] = {}  # by identity: what was read,
 def results(job: JobView) -> str:
     """The figures that count, for every file; empty before the run is validated."""
     report = _read(job)
-    return "" if report is None else "".join(_tiles(report, row) for row in report.outputs)
+    try:
+        return "" if report is None else "".join(_tiles(report, row) for row in report.outputs)
+    except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
+        logger.warning("a report has no figures to show: %s", type(error).__name__)
+        return ""
 
 
 def report(job: JobView) -> str:
@@ -33,7 +40,14 @@ def report(job: JobView) -> str:
 
     def make() -> str:
         found = _read(job)
-        return f'<div class="qk-report">{reports.sections(found)}</div>' if found else _UNREADABLE
+        if found is None:
+            return _UNREADABLE
+        try:
+            return f'<div class="qk-report">{reports.sections(found)}</div>'
+        except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
+            # Numbers that no measurement gives: a report from elsewhere.
+            logger.warning("a report cannot be drawn: %s", type(error).__name__)
+            return _UNREADABLE
 
     return _once(job.report, make) if job.report else ""
 
