@@ -78,8 +78,8 @@ def compare(
         old = read_start(repo_id, sha, _CARD, _MAX_CARD_BYTES, token).decode("utf-8", "replace")
         new = paths[_CARD].read_text("utf-8").replace("<owner>/<repo>", repo_id)
     # Comparing takes quadratic time, and somebody else may have written the card that is there.
-    sides = [text.splitlines()[:_MAX_LINES] for text in (old, new)]
-    lines = difflib.unified_diff(*sides, "now", "after", lineterm="")
+    before, after = (text.splitlines()[:_MAX_LINES] for text in (old, new))
+    lines = difflib.unified_diff(before, after, "now", "after", lineterm="")
     return RepoChanges(repo_id, True, bool(remote.private), tuple(changes), tuple(lines))
 
 
