@@ -35,7 +35,7 @@ def runtime(n_threads: int = 0, n_gpu_layers: int = 0) -> Runtime:
 
 def sandboxed(
     descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None
-) -> _Sandboxed:
+) -> Sandboxed:
     """An `evaluators.session.Launch`."""
     n_bytes = sum(path.stat().st_size for path in readable)
     n_cores = os.cpu_count() or 1
@@ -54,11 +54,11 @@ def sandboxed(
         [] if writable is None else [writable.absolute()],
         inherited=tuple(descriptors.values()),
     )
-    return _Sandboxed(job)
+    return Sandboxed(job)
 
 
-class _Sandboxed:
-    """One such process: a thread listens to what it says besides its answers."""
+class Sandboxed:
+    """A sandboxed process that answers by a pipe; a thread listens to what else it says."""
 
     def __init__(self, job: sandbox.Job) -> None:
         self._child = sandbox.Child(job)

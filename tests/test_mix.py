@@ -20,6 +20,7 @@ from quantkit.calibration import knowledge, mix, sampling, sources
 from quantkit.calibration.documents import Domain
 from quantkit.calibration.languages import LANGUAGES, sentences
 from quantkit.calibration.mix import Reader
+from quantkit.chat import ChatTemplate
 from quantkit.errors import QuantkitError
 
 
@@ -74,9 +75,9 @@ def test_a_tokenizer_without_padding_or_with_one_beyond_the_table(reader: Reader
 def test_a_template_that_takes_no_plain_turns(reader: Reader, template: str) -> None:
     tokenizer = copy.deepcopy(reader.tokenizer)
     tokenizer.chat_template = template
-    assert not sampling.has_chat_template(tokenizer)
+    assert sampling.why_no_chat(ChatTemplate(tokenizer))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    assert sampling.has_chat_template(tokenizer)
+    assert not sampling.why_no_chat(ChatTemplate(tokenizer))
 
 
 def test_a_streamed_model_writes_no_text(reader: Reader) -> None:

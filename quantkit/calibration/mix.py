@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from quantkit.calibration.spec import (
     parts_of,
     shown,
 )
+from quantkit.chat import ChatTemplate
 from quantkit.errors import QuantkitError
 
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
@@ -55,11 +56,16 @@ class Reader:
     seed: int
     progress: Progress
     is_streamed: bool = False  # every token that the model writes would read all of its weights
+    not_rendered: list[str] = field(default_factory=list)  # why a conversation was left plain text
 
     @cached_property
-    def _talks(self) -> bool:
-        """Whether there is a chat template: tried once, not for every dialogue."""
-        return sampling.has_chat_template(self.tokenizer)
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    @cached_property
+    def _why_no_chat(self) -> str:
+        """Why conversations stay plain text: tried once, not for every dialogue."""
+        return sampling.why_no_chat(self._chat)
 
     def mix(self, spec: str, n_tokens: int, n_eval: int) -> Mix:
         """The texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each text
@@ -76,8 +82,8 @@ class Reader:
         seen: set[str] = set()
         remarks: list[str] = []
         for request in requests:
-            if request.name == "dialogue" and not self._talks:
-                note += "; no dialogue, because the tokenizer has no chat template"
+            if request.name == "dialogue" and self._why_no_chat:
+                note += f"; no dialogue, because {self._why_no_chat}"
                 continue
             share = request.weight / total
             beside = n_eval if request.language is None else min(n_eval, _LANGUAGE_TOKENS)
@@ -89,6 +95,9 @@ class Reader:
                 found = self.read(request.name, n_wanted)
             domains.append((without(found, seen), share))
             seen |= set(found.documents)
+        if self.not_rendered:
+            n, why = len(self.not_rendered), self.not_rendered[0].rstrip(".")
+            note += f"; {n:,} conversations are plain text ({why})"
         if not domains:
             raise QuantkitError("No calibration text is left.", "Give another --calibration.")
         if any(request.is_file for request in requests) and not self._is_enough(domains):
@@ -173,8 +182,11 @@ class Reader:
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         """Chat messages as the model reads them."""
-        if self._talks:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        if not self._why_no_chat:
+            try:
+                return self._chat.render(messages)
+            except QuantkitError as error:
+                self.not_rendered.append(error.message)
         return "\n\n".join(m["content"] for m in messages)
 
     def _written(self, name: str, n_texts: int) -> list[str]:
@@ -185,7 +197,9 @@ class Reader:
 
         model, tokenizer, seed = self.model, self.tokenizer, self.seed
         if name == "dialogue":
-            return sampling.dialogues(model, tokenizer, n_texts, _NEW_TOKENS, seed, progress)
+            return sampling.dialogues(
+                model, tokenizer, self._chat, n_texts, _NEW_TOKENS, seed, progress
+            )
         language = language_of(name)
         starts = sampling.openings() if language is None else sentences(language)
         return sampling.free_text(model, tokenizer, starts, n_texts, _NEW_TOKENS, seed, progress)

@@ -7,7 +7,6 @@ beginning of a user message).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-logger = logging.getLogger(__name__)
+from quantkit.chat import ChatTemplate
+from quantkit.errors import QuantkitError
 
 _BATCH = 128
 _CACHE_BYTES = 2**32  # of keys and values that a batch may take: a few sequences of any model fit
@@ -134,26 +134,34 @@ def free_text(
     return texts
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether there is one that takes a user's turn and an answer as plain text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return False
+def why_no_chat(chat: ChatTemplate) -> str:
+    """Why there is no chat template that takes a user's turn and an answer as plain text; nothing
+    where there is one.
+    """
+    if not chat.exists:
+        return "the tokenizer has no chat template"
     turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": "Yes."}]
     try:
-        made = [tokenizer.apply_chat_template(t, tokenize=False) for t in (turns[:1], turns)]
-    except Exception as error:  # templates raise whatever they like
-        logger.info("the chat template is not used: %s", error)
-        return False
-    return all(_MARK in text for text in made)
+        made = [chat.render(t) for t in (turns[:1], turns)]
+    except (QuantkitError, ValueError) as error:
+        return getattr(error, "message", str(error)).rstrip(".")
+    taken = all(_MARK in text for text in made)
+    return "" if taken else "the chat template leaves out what is said"
 
 
 def dialogues(
-    model: PreTrainedModel, tokenizer: Any, n_texts: int, n_new: int, seed: int, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: Any,
+    chat: ChatTemplate,
+    n_texts: int,
+    n_new: int,
+    seed: int,
+    progress: Progress,
 ) -> list[str]:
     """`n_texts` one-turn dialogues, rendered by the chat template; the model writes question and
     answer.
     """
-    marked = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    marked = chat.render([{"role": "user", "content": _MARK}])
     start = marked[: marked.index(_MARK)]
     texts: list[str] = []
     n_batch = _batch(model, 2 * n_new)
@@ -161,13 +169,10 @@ def dialogues(
         n = min(n_batch, n_texts - len(texts))
         questions = _continue(model, tokenizer, [start] * n, 64, seed + len(texts))
         turns = [[{"role": "user", "content": q.strip() or "Hello!"}] for q in questions]
-        prompts = [
-            tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)
-            for t in turns
-        ]
+        prompts = [chat.render(t, add_generation_prompt=True) for t in turns]
         answers = _continue(model, tokenizer, prompts, n_new, seed + len(texts) + 1)
         for turn, answer in zip(turns, answers, strict=True):
             whole = [*turn, {"role": "assistant", "content": answer.strip()}]
-            texts.append(tokenizer.apply_chat_template(whole, tokenize=False))
+            texts.append(chat.render(whole))
         progress(len(texts), n_texts)
     return texts
