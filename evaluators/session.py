@@ -7,6 +7,7 @@ cleaned. A process that dies, or does not answer in time, is an EvaluationError.
 
 from __future__ import annotations
 
+import importlib
 import json
 import mmap
 import os
@@ -109,8 +110,7 @@ class _Here:
     """A thread of this very process."""
 
     def __init__(self, requests: int, answers: int, memory: Memory) -> None:
-        from evaluators import serve
-
+        serve = importlib.import_module("evaluators.serve")  # which stands above this
         given = os.dup(requests), os.dup(answers), memory
         self._thread = threading.Thread(target=serve.answer_requests, args=given, daemon=True)
         self._thread.start()

@@ -50,14 +50,15 @@ class ChatTemplate:
             self._process = _Process(arguments)
         try:
             answer = self._process.ask([list(messages), add_generation_prompt])
-        except (OSError, ValueError):
-            self._process.close()
-            how, self._process = self._process.how, None
-            raise QuantkitError(f"The chat template cannot be rendered: it {how}.") from None
+        except (OSError, ValueError) as error:
+            why = f"its process {self._process.close()}"
+            self._process = None
+            if isinstance(error, TimeoutError):
+                why = "it takes too long"
+            raise QuantkitError(f"The chat template cannot be rendered: {why}.") from None
         if "text" not in answer:
-            raise QuantkitError(
-                f"The chat template cannot be rendered: {plain(answer.get('error'))}."
-            )
+            why = plain(answer.get("error"))
+            raise QuantkitError(f"The chat template cannot be rendered: {why}.")
         return str(answer["text"])
 
 
