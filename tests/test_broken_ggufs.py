@@ -97,7 +97,7 @@ def test_one_that_ends_llama_cpp_in_the_sandbox(broken: dict[str, bytes], tmp_pa
 
 
 TEMPLATES = {
-    "endless": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a large range": "{{ range(10**9)|list }}",
     "a large text": "{{ 'a' * 10**10 }}",
     "a large text, made later": "{% set x = messages[0].content %}{{ x * 10**10 }}",
