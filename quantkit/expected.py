@@ -91,7 +91,30 @@ def compare(folder: str) -> dict[str, Any]:
         "blocks": prefix,
         "n_blocks": len(blocks),
         "widths": _widths(blocks),
+        "activation": _activation(model),
     }
+
+
+# Names of one function, as transformers and others spell it; GELUs differ by less than rounding.
+_SAME_ACTIVATION = (
+    {"silu", "swish"},
+    {"gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_accurate", "gelu_pytorch_tanh"},
+)
+
+
+def _activation(model: PreTrainedModel) -> list[str] | None:
+    """The activation that the config asks for and the architecture's own, where they are not one
+    function: llama.cpp has one for every architecture, and its converter does not look.
+    """
+    config = model.config.get_text_config()
+    usual = type(config)()
+    for key in ("hidden_act", "hidden_activation", "activation_function"):
+        own, asked = getattr(usual, key, None), getattr(config, key, None)
+        if not isinstance(own, str) or asked == own:
+            continue
+        if not any({own, asked} <= same for same in _SAME_ACTIVATION):
+            return [key, str(asked), own]
+    return None
 
 
 def _targets(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:

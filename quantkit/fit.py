@@ -132,6 +132,13 @@ def _refusals(
         yield QuantkitError(
             f"The checkpoint lacks {few([*missing, *report['failed']])}.", _OTHER_REVISION
         )
+    if report["activation"]:
+        key, asked, own = report["activation"]
+        yield QuantkitError(
+            f"config.json says {key} {shown(asked)}, and llama.cpp computes {own} for every"
+            f" {report['model']}.",
+            "Its file would be another model: use the original, or a checkpoint that says so.",
+        )
     odd = [n for n in report["odd_types"] if tensors.get(n) is not None]
     if odd:
         yield QuantkitError(

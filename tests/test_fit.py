@@ -81,6 +81,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "rows": (dict, {"vocab_size": 500}, "embed_tokens has 512 rows, config.json says vocab_size"),
     "width": (dict, {"hidden_size": 32, "head_dim": 16}, "has 64 .*config.json says hidden_size"),
     "a shape": (reshaped(K_PROJ, 64, 32), {}, f"{K_PROJ} is stored as 64 x 32, .* 32 x 64"),
+    "another function": (dict, {"hidden_act": "relu"}, "hidden_act relu, and llama.cpp .* silu"),
     "empty": (reshaped(K_PROJ, 0, 64), {}, f"{K_PROJ} is stored as 0 x 64"),
     "a type": (
         lambda t: {**t, K_PROJ: t[K_PROJ].to(torch.int16)},
