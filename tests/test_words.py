@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tiny_models import tiny_llama
 
 from quantkit import hub
-from quantkit.cli import _Printer, main
+from quantkit.cli import main
 from quantkit.errors import QuantkitError, printable
 from quantkit.rundir import Event
+from quantkit.terminal import Printer
 from quantkit.words import markdown
 
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r\nfailed: all"
@@ -31,7 +32,7 @@ def test_nothing_steers_a_terminal(text: str) -> None:
 
 
 def test_events_and_plans(capsys: pytest.CaptureFixture[str]) -> None:
-    _Printer()(Event(0.0, "fetch", "note", f"licence {STEERING}", {}))
+    Printer()(Event(0.0, "fetch", "note", f"licence {STEERING}", {}))
     said = capsys.readouterr().err
     assert "\\u001b]0;owned\\u0007" in said and "\\u009b31m" in said and "\\u202egnp" in said
     assert len(said.splitlines()) == 1 and said.strip().isprintable()

@@ -24,7 +24,6 @@ import torch
 from trouble import EITHER, REFUSED, RIGHT, Trouble, make_trouble
 
 from evaluators import agreement
-from evaluators.llama_runtime import Model
 from evaluators.weights import expanded_to_f16
 from quantkit import config, pipeline
 from quantkit.errors import QuantkitError
@@ -221,9 +220,14 @@ def _vocabulary_fault(path: Path, base: Path) -> str:
 
 def _ends_fault(base: Path, ends: list[int]) -> str:
     """The first id that ends a text for transformers and not for llama.cpp."""
+    import ctypes
+
     import llama_cpp
 
-    with Model(base) as model:
-        vocab = llama_cpp.llama_model_get_vocab(model._model)
-        missed = [end for end in ends if not llama_cpp.llama_vocab_is_eog(vocab, end)]
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(str(base).encode(), parameters)
+    vocab = llama_cpp.llama_model_get_vocab(model)
+    missed = [end for end in ends if not llama_cpp.llama_vocab_is_eog(vocab, ctypes.c_int32(end))]
+    llama_cpp.llama_model_free(model)
     return f"{missed} do not end a text" if missed else ""
