@@ -20,7 +20,7 @@ from evaluators.agreement import compare_logits
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Runtime
 from evaluators.session import here
-from evaluators.weights import expand_to_f16
+from evaluators.weights import expand_file
 
 _INSIDE = Runtime(launch=here)  # the caller has made a process for all of this
 _OFFLOADED = " by disk offload"
@@ -96,7 +96,7 @@ def _measured(
     tokens = np.asarray(ids, np.int32)
     agreement, kl = compare_logits(file, tokens, logits, _INSIDE)
 
-    def facts(expanded: bool, not_expanded: str = "") -> dict[str, Any]:
+    def facts(expanded: str = "", not_expanded: str = "") -> dict[str, Any]:
         apart = np.flatnonzero(kl > 10 * closer_above)
         return {
             "agreement": asdict(agreement),
@@ -105,16 +105,20 @@ def _measured(
             "not_expanded": not_expanded,
         }
 
-    yield facts(False)
-    if agreement.mean_kl > closer_above:
+    yield facts()
+    reason = ""
+    for bits in (16, 32) if agreement.mean_kl > closer_above else ():
+        larger = scratch / f"f{bits}.gguf"  # the caller's to delete, as the whole folder
         try:
-            f16 = scratch / "f16.gguf"  # the caller's to delete, as the whole folder
-            expand_to_f16(file, f16, _INSIDE)
-            agreement, kl = compare_logits(f16, tokens, logits, _INSIDE)
-        except EvaluationError as error:  # no disk for it, or weights beyond F16
-            yield facts(False, error.message)
+            expand_file(file, larger, _INSIDE, bits)
+            agreement, kl = compare_logits(larger, tokens, logits, _INSIDE)
+        except EvaluationError as error:  # no disk for it, or a weight beyond F16
+            reason = error.message
         else:
-            yield facts(True)
+            yield facts(f"F{bits}")
+            return
+    if reason:
+        yield facts(not_expanded=reason)
 
 
 def _load(

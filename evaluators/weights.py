@@ -28,24 +28,26 @@ def expanded_to_f16(
     """
     with tempfile.TemporaryDirectory(prefix="weight-kl-", dir=folder) as name:
         target = Path(name) / f"{file.stem}.f16.gguf"
-        expand_to_f16(file, target, runtime)
+        expand_file(file, target, runtime)
         yield target
 
 
-def expand_to_f16(file: Path, target: Path, runtime: Runtime = CPU) -> None:
-    """Write the F16 copy of `file` to `target`. Raises EvaluationError as `expanded_to_f16`."""
+def expand_file(file: Path, target: Path, runtime: Runtime = CPU, bits: int = 16) -> None:
+    """Write the copy of `file` at F16, or at F32, to `target`. Raises EvaluationError as
+    `expanded_to_f16`; F32 takes twice the disk and holds every weight.
+    """
     with Model(file, runtime, writable=target.parent) as model:
         check_space(
             target.parent,
-            2 * model.n_params,
-            "The weights at F16",
+            bits // 8 * model.n_params,
+            f"The weights at F{bits}",
             "Use --cache on another disk, or less.",
         )
-        model.call(expand, target=str(target.absolute()), n_threads=runtime.threads)
+        model.call(expand, target=str(target.absolute()), n_threads=runtime.threads, bits=bits)
 
 
-def expand(file: str, target: str, n_threads: int) -> None:
-    """Write the F16 copy, in the process that may do so. Raises EvaluationError when llama.cpp
+def expand(file: str, target: str, n_threads: int, bits: int = 16) -> None:
+    """Write the copy, in the process that may do so. Raises EvaluationError when llama.cpp
     cannot.
     """
     import llama_cpp.llama_cpp as lib
@@ -54,11 +56,11 @@ def expand(file: str, target: str, n_threads: int) -> None:
 
     LOG.start()
     params = lib.llama_model_quantize_default_params()
-    params.ftype = lib.LLAMA_FTYPE_MOSTLY_F16
+    params.ftype = lib.LLAMA_FTYPE_MOSTLY_F16 if bits == 16 else lib.LLAMA_FTYPE_ALL_F32
     params.allow_requantize = True
     params.nthread = n_threads
     if lib.llama_model_quantize(os.fsencode(file), os.fsencode(target), params) != 0:
         raise EvaluationError(
-            f"llama.cpp cannot expand {file} to F16{because(LOG.reason())}.",
+            f"llama.cpp cannot expand {file} to F{bits}{because(LOG.reason())}.",
             "Leave --weight-kl out for this file.",
         )

@@ -114,7 +114,8 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
     agreement = SimpleNamespace(**found["agreement"])
     limit = _COARSE_LIMIT if found["not_expanded"] else LIMIT
     check = logits_check(NAME, base, agreement, limit)
-    said = f"{check.about}, by {by}{', expanded to F16' if found['expanded'] else ''}"
+    expanded = f", expanded to {found['expanded']}" if found["expanded"] else ""
+    said = f"{check.about}, by {by}{expanded}"
     if not check.passed:
         where = "" if found["first"] is None else f", first at token {found['first']}"
         raise QuantkitError(
@@ -138,6 +139,6 @@ def _limits(base: GgufFile, weight_bytes: int) -> sandbox.Limits:
         cpu_seconds=1800 + 600 * gigabytes,
         wall_seconds=1800 + 300 * gigabytes,
         memory_bytes=2 * weight_bytes + 2 * _LEFT,
-        file_bytes=6 * base.n_elements + 2**30,
+        file_bytes=10 * base.n_elements + 2**30,  # offloaded in 32 bits, and expanded
         n_processes=64 + 8 * (os.cpu_count() or 1),  # threads
     )

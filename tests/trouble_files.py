@@ -176,7 +176,8 @@ def add_tokens(draft: Draft, tokens: list[Any]) -> None:
         for file, data in draft.files.items():
             if file.startswith(("tokenizer", "special")):
                 (folder / file).write_bytes(data)
-        (folder / "config.json").write_text(json.dumps(draft.config))
+        plain = {k: v for k, v in draft.config.items() if k != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(plain))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.add_tokens(tokens)
         tokenizer.save_pretrained(folder / "new")

@@ -24,7 +24,8 @@ import torch
 from trouble import EITHER, REFUSED, RIGHT, Trouble, make_trouble
 
 from evaluators import agreement
-from evaluators.weights import expanded_to_f16
+from evaluators.errors import EvaluationError
+from evaluators.weights import expand_file
 from quantkit import config, pipeline
 from quantkit.errors import QuantkitError
 from quantkit.ggufio.read import GgufFile
@@ -141,12 +142,21 @@ def _compared(trouble: Trouble, base: Path, own: Path) -> tuple[str, str, float 
         logits, ends = _reference(trouble.path, ids)
     except _Refusal as refusal:
         return "wrong", f"a file was made, and transformers says: {refusal}", None
-    with expanded_to_f16(base, own) as f16:
-        found = agreement.measure(f16, ids, logits)
+    found = _agreement(base, own, ids, logits)
     if not found.mean_kl <= KL_LIMIT:
         return "wrong", "other logits", found.mean_kl
     fault = _vocabulary_fault(trouble.path, base) or _ends_fault(base, ends)
     return ("wrong", fault, found.mean_kl) if fault else ("right", "", found.mean_kl)
+
+
+def _agreement(base: Path, own: Path, ids: np.ndarray, logits: np.ndarray) -> Any:
+    """At F16; at F32 where a weight is beyond F16."""
+    try:
+        expand_file(base, own / "f16.gguf")
+    except EvaluationError:
+        expand_file(base, own / "f32.gguf", bits=32)
+        return agreement.measure(own / "f32.gguf", ids, logits)
+    return agreement.measure(own / "f16.gguf", ids, logits)
 
 
 class _Refusal(Exception):
@@ -163,8 +173,8 @@ def _reference(path: Path, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
         base = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        stale = _without_stale_quantization(base)
         try:
+            stale = _without_stale_quantization(base)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 base,
                 config=stale,
@@ -210,7 +220,8 @@ def _vocabulary_fault(path: Path, base: Path) -> str:
     where = path
     if settings.is_file() and not (path / "tokenizer_config.json").is_file():
         where = Path(json.loads(settings.read_text())["base_model_name_or_path"])
-    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    config = _without_stale_quantization(where)
+    tokenizer = AutoTokenizer.from_pretrained(where, config=config, trust_remote_code=False)
     stored = GgufFile(base).metadata["tokenizer.ggml.tokens"]
     for token, i in tokenizer.get_vocab().items():
         if i >= len(stored) or stored[i] != token:
