@@ -35,8 +35,9 @@ app: install
 test: install
 	$(BIN)/python -m pytest -m "not slow"
 
+# Two files of tests side by side; a file's tests share their fixtures.
 test-all: install lint types
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25
 
 lint: install
 	$(BIN)/ruff check .

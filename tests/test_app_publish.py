@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from test_app_browser import browser, open_page, shots  # noqa: F401
 
 from quantkit.errors import QuantkitError
 from quantkit.launch import JobStore
+from quantkit.rundir import RunDir
 from quantkit.web import publishing
 from quantkit.web.desk import Asker, Desk
 from quantkit.web.visitor import Visitors
@@ -60,10 +62,9 @@ def test_what_would_change_in_a_new_repository(desk: Desk, hub: HubServer) -> No
 
 def test_what_a_gated_model_becomes(desk: Desk, hub: HubServer) -> None:
     """Private, and why; public for those who ask for it; and never by chance in a public place."""
-    record = desk.store.root / "done" / "manifest.json"
-    told = json.loads(record.read_text())
-    told["stages"]["fetch"]["summary"]["closed"] = "gated"
-    record.write_text(json.dumps(told))
+    run = RunDir(desk.store.root / "done")
+    fetched = run.records()["fetch"]
+    run.save_record(replace(fetched, summary={**fetched.summary, "closed": "gated"}))
     html = desk.compare("done", REPO, "model", ME, ALICE)
     assert "will be made, private" in html and "Its model is gated" in html
     html = desk.compare("done", REPO, "public", ME, ALICE)

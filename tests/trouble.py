@@ -213,7 +213,10 @@ def make_trouble(seed: int, folder: Path) -> Trouble:
             break
         if found.field in fields:
             continue
-        said = found.change(rng, draft)
+        try:
+            said = found.change(rng, draft)
+        except _Unfit:
+            continue
         if said is not None:
             fields.add(found.field)
             done.append(f"{found.name} ({said})" if said else found.name)
@@ -237,8 +240,14 @@ def _shuffled(rng: random.Random) -> Iterator[Oddity]:
 # The weights.
 
 
+class _Unfit(Exception):
+    """What was done to the draft before leaves no room for an oddity."""
+
+
 def some_linear(rng: random.Random, draft: Draft) -> str:
     names = [n for n, t in draft.tensors.items() if t.dim() == 2 and ".layers." in n]
+    if not names:
+        raise _Unfit
     return rng.choice(sorted(names))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trouble import EITHER, REFUSED, RIGHT, Draft, Tensors, oddity
+from trouble import EITHER, REFUSED, RIGHT, Draft, Tensors, oddity, sound_draft
 
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -176,7 +176,7 @@ def add_tokens(draft: Draft, tokens: list[Any]) -> None:
         for file, data in draft.files.items():
             if file.startswith(("tokenizer", "special")):
                 (folder / file).write_bytes(data)
-        plain = {k: v for k, v in draft.config.items() if k != "quantization_config"}
+        plain = {"model_type": sound_draft(draft.kind).config["model_type"]}
         (folder / "config.json").write_text(json.dumps(plain))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.add_tokens(tokens)
