@@ -203,7 +203,7 @@ def test_one_file_takes_search_and_tuning(llama: Path) -> None:
     """A Job's limit is made from it."""
     asked = RunConfig(str(llama), targets=(Target("like", "Q4_K_M"),), profile="demo")
     one = make_plan(asked)["estimates"]
-    assert one["seconds"] > 60 + one["per_file"]["seconds"]
+    assert one["seconds"] >= 60 + one["per_file"]["seconds"]
     assert one["multiply_adds"] > one["per_file"]["multiply_adds"]
     more = for_files(one, 2)
     assert more["seconds"] == one["seconds"] + one["per_file"]["seconds"]
