@@ -18,3 +18,7 @@ class EvaluationError(Exception):
 def printable(text: str) -> str:
     """A stranger's words on one line: without control characters, at most 2,000 letters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())
+
+
+class NotFinite(EvaluationError):
+    """A file gives logits that are no numbers."""

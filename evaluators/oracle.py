@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.agreement import compare_logits
-from evaluators.errors import EvaluationError
+from evaluators.errors import EvaluationError, NotFinite
 from evaluators.llama_runtime import Runtime
 from evaluators.session import here
 from evaluators.weights import expand_file
@@ -80,6 +80,8 @@ def compare(
         try:
             for facts in _measured(Path(file), ids, logits, Path(scratch), closer_above):
                 yield {**found, **facts}
+        except NotFinite:
+            yield {**found, "not_finite": True}
         except EvaluationError as error:
             yield {**found, "error": error.message}
         return
@@ -112,6 +114,8 @@ def _measured(
         try:
             expand_file(file, larger, _INSIDE, bits)
             agreement, kl = compare_logits(larger, tokens, logits, _INSIDE)
+        except NotFinite:
+            raise
         except EvaluationError as error:  # no disk for it, or a weight beyond F16
             reason = error.message
         else:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from evaluators import command
 from evaluators.command import Progress
-from evaluators.errors import EvaluationError
+from evaluators.errors import NotFinite
 from evaluators.llama_runtime import CPU, Model, Runtime
 from evaluators.logprobs import RowWorkers
 from evaluators.stats import mean_stderr, windowed_interval
@@ -93,7 +93,7 @@ def perplexity_of(nll: MeanNats) -> Perplexity:
 def check_finite(values: F64, file: Path) -> None:
     """Raises EvaluationError when a model's log-probabilities are NaN or infinite."""
     if not np.isfinite(values).all():
-        raise EvaluationError(
+        raise NotFinite(
             f"{file} gives logits that are not finite numbers.",
             "Its weights hold NaN or infinity, or overflow: quantize it again.",
         )

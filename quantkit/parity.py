@@ -109,6 +109,12 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
             f" {', '.join(found['missing'][:3])}.",
             "Download the model again, or use another revision.",
         )
+    if found.get("not_finite"):
+        raise QuantkitError(
+            "base.gguf gives logits that are not finite numbers in llama.cpp, which keeps keys and"
+            " values in 16 bits.",
+            "A weight of the checkpoint is far beyond the others: use another revision.",
+        )
     if "agreement" not in found:
         return Check(NAME, False, f"not compared: {found['error'].rstrip('.')}")
     agreement = SimpleNamespace(**found["agreement"])

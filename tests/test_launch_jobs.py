@@ -340,7 +340,9 @@ def test_the_wheel_is_pinned_by_its_hash(tmp_path: Path) -> None:
 # What is told in a log.
 
 
-@given(st.dictionaries(st.text(), st.text() | st.integers(-(2**63), 2**63)), st.binary(max_size=40_000))
+@given(
+    st.dictionaries(st.text(), st.text() | st.integers(-(2**63), 2**63)), st.binary(max_size=40_000)
+)
 def test_what_is_told_arrives(value: dict[str, Any], data: bytes) -> None:
     listener, event = Listener(), {**value, "kind": "note"}
     assert listener.hear(event_line(7, event)) == SentEvent(7, event)

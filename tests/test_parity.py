@@ -135,6 +135,12 @@ def test_peft_judges_adapters(made: Made, tmp_path: Path, starts_at_zero: bool) 
             check_logits(made.base, made.ids, originals, tmp_path)
 
 
+def test_logits_that_are_no_numbers_stop_the_run(made: Made) -> None:
+    found = {"oracle": "transformers", "passed_over": [], "not_finite": True}
+    with pytest.raises(QuantkitError, match="not finite numbers"):
+        parity.judged(made.base, found)
+
+
 def test_a_prediction_head_is_missed_for_a_reason() -> None:
     about = {
         "general.architecture": "glm4moe",

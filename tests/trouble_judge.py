@@ -35,7 +35,7 @@ from quantkit.rundir import RunDir
 KL_LIMIT = 1e-3  # of the mean, at F16
 _N_TOKENS = 64
 # What only the weights' values show, which `plan` does not download.
-_LATE = ("not-finite", "cut-file")
+_LATE = ("not-finite", "cut-file", "outlier")
 
 
 @dataclass(frozen=True)
