@@ -228,7 +228,7 @@ def test_old_runs_go_by_rule(tmp_path: Path) -> None:
     limits, now, day = Limits(clean_after_hours=24, keep_days=14), time.time(), 86400
     due = {
         days: {
-            follower.folder.name: what_is_due(follower, limits, now + days * day)
+            follower.folder.name: what_is_due(follower, limits, now + days * day, False)
             for follower in store._scan().values()
         }
         for days in (0, 2, 15)
