@@ -37,9 +37,9 @@ def check_numbers(model: str, config: Mapping[str, Any], tensors: Iterable[Store
     tensors = list(tensors)
     longest = max((n for t in tensors for n in t.shape), default=0)
     numbers = {int(n) for t in tensors for n in re.findall(r"\.(\d{1,6})(?=\.)", t.name)}
-    most = {
-        _COUNT: max(_MOST_COUNTED, 2 * max(numbers, default=0), 2 * longest),
+    most = {  # a size for each layer is a size
         _SIZE: max(_LONGEST, 4 * longest),
+        _COUNT: max(_MOST_COUNTED, 2 * max(numbers, default=0), 2 * longest),
     }
     for where, key, value in _settings(config):
         name = shown(f"{where}{key}")
