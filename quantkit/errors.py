@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 
 class QuantkitError(Exception):
@@ -41,3 +42,13 @@ def check_writable_name(name: str) -> None:
             f"The name {printable(name, '')} has characters that cannot be shown.",
             "Give the file or the folder another name.",
         )
+
+
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from: libraries wrap the one that says what happened in others."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__

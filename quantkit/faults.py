@@ -10,13 +10,13 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit import room
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, chain_of
 
 _AGAIN = "give the same command again: what is done stays"
 _LITTLE_DISK = 16_000_000  # bytes: a disk with less is what was full
@@ -57,23 +57,13 @@ def explain(
     """
     if isinstance(error, QuantkitError):
         return _doubted(error, run, needs, stage)
-    for link in _chain(error):
+    for link in chain_of(error):
         told = _of_memory(link, needs, stage) or _of_system(link, run)
         if told is not None:
             return told
     if _may_be_memory(str(error), error) and _is_tight(needs):
         return QuantkitError(f"{_lacks(needs, stage)} It is likely what ended this.", _more())
     return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 # ---- disks, files and limits

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -34,7 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, UsageError, chain_of
 
 # Everything that huggingface_hub and what lies under it raise when the Hub, the network or the
 # disk fails. hf_xet reports its errors as RuntimeError.
@@ -89,7 +88,7 @@ def scrub(text: str, token: str | None = None) -> str:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a little later."""
-    for link in _chain(error):
+    for link in chain_of(error):
         if isinstance(link, OfflineModeIsEnabled):
             return False
         if isinstance(link, HfHubHTTPError):
@@ -103,7 +102,7 @@ def is_transient(error: BaseException) -> bool:
 
 def retry_after(error: BaseException) -> float:
     """Seconds that the Hub asks to wait; 0 when it does not say."""
-    for link in _chain(error):
+    for link in chain_of(error):
         if isinstance(link, HfHubHTTPError):
             return float(link.response.extensions.get(_ASKED, 0.0))
     return 0.0
@@ -142,7 +141,7 @@ def _seconds(value: str) -> float | None:
 
 def translate(error: BaseException, asked: Asked, token: str | None) -> QuantkitError:
     """The error as a sentence and a remedy. The caller raises it `from None`."""
-    for link in _chain(error):
+    for link in chain_of(error):
         if isinstance(link, HfHubHTTPError):
             return _from_answer(link, asked, token)
         known = _without_answer(link, asked)
@@ -153,16 +152,6 @@ def translate(error: BaseException, asked: Asked, token: str | None) -> Quantkit
         f"The Hub did something unexpected ({type(error).__name__}: {text}).",
         "Try again; if it stays, please report it with this sentence.",
     )
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from: huggingface_hub wraps an answer's status in other errors."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
