@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import llama_cpp
 
+from evaluators.closing import Closing
 from evaluators.command import Progress
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import CPU, Model, Runtime, check_gguf, model_sha256
@@ -35,7 +34,7 @@ from evaluators.texts import text_sha256
 from evaluators.windows import Windows, cut_windows, scored_logits, window_context
 
 
-class BaseLogits:
+class BaseLogits(Closing):
     """One base model on one or more texts (domains). Close it, or use it as a context manager: a
     temporary store is deleted then, one in `cache_dir` stays.
     """
@@ -124,17 +123,6 @@ class BaseLogits:
             store.close()
         if self._folder:
             self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _write_stores(

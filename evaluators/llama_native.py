@@ -18,13 +18,13 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.closing import Closing
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import CPU, MAX_STEP, Runtime
 
@@ -74,7 +74,7 @@ def because(reason: str) -> str:
     return f" ({reason})" if reason else ""
 
 
-class Model:
+class Model(Closing):
     """The weights and vocabulary of a GGUF, read for inference.
 
     Raises EvaluationError when the file is missing, not a GGUF, truncated, of an architecture this
@@ -198,19 +198,8 @@ class Model:
             lib.llama_model_free(self._model)
             self._model = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Context:
+class Context(Closing):
     """Memory to decode batches with one model: `n_ctx` cells of keys and values, `n_step` tokens
     and `n_outputs` rows of logits at a time.
 
@@ -316,17 +305,6 @@ class Context:
         if self._context:
             lib.llama_free(self._context)
             self._context = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _pointer(array: NDArray[Any], kind: Any) -> Any:

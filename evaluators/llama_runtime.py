@@ -15,12 +15,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.closing import Closing
 from evaluators.errors import EvaluationError
 from evaluators.session import Launch, Session, plainly
 
@@ -105,7 +105,7 @@ def model_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Opened:
+class Opened(Closing):
     """A process of llama.cpp's for one file, before anything is loaded there. `writable` is the one
     folder that it may write into.
 
@@ -136,17 +136,6 @@ class Opened:
     def close(self) -> None:
         """End the process. Harmless when done before."""
         self.session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Model(Opened):
@@ -224,7 +213,7 @@ class Model(Opened):
         check_context(self.path, n_ctx, self.n_ctx_train)
 
 
-class Context:
+class Context(Closing):
     """Memory to decode batches with one model: `n_ctx` cells of keys and values, `n_step` tokens
     and `n_outputs` rows of logits at a time.
 
@@ -297,14 +286,3 @@ class Context:
         if self._is_open and self.model.session.is_alive:
             self.model.session.ask("close_context", _SECONDS)
         self._is_open = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -23,11 +23,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evaluators.closing import Closing
 
 FLOOR_NATS = 32.0
 _MAX_CODE = 65535
@@ -54,7 +54,7 @@ class BaseRows:
     nll: F64
 
 
-class RowWorkers:
+class RowWorkers(Closing):
     """Threads with scratch arrays [n_rows, n_vocab], and the row arithmetic they do.
 
     `logits` are [n, n_vocab], `targets` the tokens that came next [n]. NaN in gives NaN out.
@@ -187,17 +187,6 @@ class RowWorkers:
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _picked(x: F32, targets: I32) -> F32:
