@@ -39,12 +39,12 @@ _RENDER_SECONDS = 60.0
 class Runtime:
     """Where to compute. `n_threads` 0 means every core this process may use; `n_gpu_layers` 0 is
     the CPU, -1 every layer. `launch` starts the process that opens a file; the caller may have a
-    place for it that is safer than a plain process.
+    place for it that is safer than a plain process, or be in one already (None).
     """
 
     n_threads: int = 0
     n_gpu_layers: int = 0
-    launch: Launch = plainly
+    launch: Launch | None = plainly
 
     @property
     def threads(self) -> int:

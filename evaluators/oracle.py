@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from evaluators.agreement import compare_logits
 from evaluators.errors import EvaluationError, NotFinite
 from evaluators.llama_runtime import Runtime
-from evaluators.session import here
 from evaluators.weights import expand_file
 
-_INSIDE = Runtime(launch=here)  # the caller has made a process for all of this
+_INSIDE = Runtime(launch=None)  # the caller has made a process for all of this
 _OFFLOADED = " by disk offload"
 
 

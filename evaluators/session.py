@@ -120,33 +120,30 @@ class _Here:
         return "ended"
 
 
-def here(descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None) -> Process:
-    """Launch no process at all: for callers that are in one that was made for it already, and may
-    neither start others nor have files in memory. A `Session` knows this one by its name.
-    """
-    raise NotImplementedError
-
-
 class Session:
-    """One process and its file. `close` it; it is closed, too, by every failure but a refusal."""
+    """One process and its file. `close` it; it is closed, too, by every failure but a refusal.
+
+    Without a `launch` it is a thread of this very process: for callers that are in one that was
+    made for it already, and may neither start others nor have files in memory.
+    """
 
     def __init__(
         self,
         path: Path,
         parts: Sequence[Path],
-        launch: Launch = plainly,
+        launch: Launch | None = plainly,
         writable: Path | None = None,
     ) -> None:
         self._path = path
         self._process: Process | None = None
         self._is_open = True
         self._own = np.empty(0, np.float32)  # what is shared with a thread
-        self._logits = None if launch is here else _shared_file()
+        self._logits = None if launch is None else _shared_file()
         theirs, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         os.set_blocking(self._requests, False)
         try:
-            if self._logits is None:
+            if launch is None or self._logits is None:
                 self._process = _Here(theirs, answers, self.share)
             else:
                 given = {"requests": theirs, "answers": answers, "logits": self._logits}

@@ -33,7 +33,6 @@ import evaluators
 from evaluators import llama_runtime, perplexity
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Context, Model, Runtime, shard_paths
-from evaluators.session import here
 from evaluators.windows import scored_logits, window_context
 
 measure = partial(perplexity.measure, runtime=ONE)
@@ -226,7 +225,7 @@ def test_without_a_process_of_its_own(tiny: TinyFiles) -> None:
     """In a process that was made for it the same can be done by a thread."""
     before = _held()
     there = measure(tiny.base, TEXT, n_ctx=64, max_windows=2)
-    inside = perplexity.measure(tiny.base, TEXT, 64, 2, runtime=replace(ONE, launch=here))
+    inside = perplexity.measure(tiny.base, TEXT, 64, 2, runtime=replace(ONE, launch=None))
     assert inside.perplexity == there.perplexity
     assert _held() == before
 
