@@ -8,19 +8,17 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import time
 import weakref
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 from quantkit import sandbox
 from quantkit.errors import QuantkitError
 from quantkit.llama_place import Sandboxed
 from quantkit.sandbox.outcome import plain
+from quantkit.templates import SECONDS, within
 
-_SECONDS = 20  # for one conversation; a real template takes milliseconds
 _DEADLINE = 90.0  # with the start of the process
 _MOST_BYTES = 8 * 2**20  # of one rendered conversation
 _LIMITS = sandbox.Limits(cpu_seconds=86_400, wall_seconds=7 * 86_400, memory_bytes=2 * 2**30)
@@ -119,28 +117,22 @@ def serve(requests: int, answers: int, template: str, special: dict[str, Any]) -
     """Render one conversation for each line of `requests`. Runs in the sandbox."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"it is not done after {_SECONDS} seconds")
-
-    signal.signal(signal.SIGALRM, stop)
     with open(requests, "rb") as asked, open(answers, "wb") as told:
         for line in asked:
             messages, add_generation_prompt = json.loads(line)
-            signal.alarm(_SECONDS)
             try:
-                made: Any = render_jinja_template(
-                    [messages],
-                    chat_template=template,
-                    add_generation_prompt=add_generation_prompt,
-                    **special,
-                )
+                with within(SECONDS):
+                    made: Any = render_jinja_template(
+                        [messages],
+                        chat_template=template,
+                        add_generation_prompt=add_generation_prompt,
+                        **special,
+                    )
                 text = made[0][0]
                 answer = {"text": text}
                 if len(text) > _MOST_BYTES // 8:
                     answer = {"error": "it makes too long a text"}
             except Exception as error:  # a template can raise anything
                 answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-            finally:
-                signal.alarm(0)
             told.write(json.dumps(answer).encode() + b"\n")
             told.flush()

@@ -8,13 +8,11 @@ sentence.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-from quantkit import sandbox
-from quantkit.errors import QuantkitError
 
 # A conversation that every template takes: turns in order, no system message, no tools.
 CONVERSATION: tuple[dict[str, str], ...] = (
@@ -29,30 +27,8 @@ CONVERSATION: tuple[dict[str, str], ...] = (
         "return density < 1.0  # g/cm³\n```\nUnd auf Deutsch? И по-русски? 用中文呢？",
     },
 )
-_SECONDS = 20  # a real one takes milliseconds
+SECONDS = 20  # for one conversation; a real template takes milliseconds
 _MAX_LETTERS = 1_000_000
-_LIMITS = sandbox.Limits(
-    cpu_seconds=120, wall_seconds=240, memory_bytes=4 * 2**30, file_bytes=2**20
-)
-
-
-def render(
-    folder: Path, messages: Sequence[dict[str, str]] = CONVERSATION, log: Path | None = None
-) -> dict[str, str]:
-    """The prompt for `messages` by the chat template of the tokenizer in `folder`, in a sandboxed
-    process: `text`, or `error`, a sentence. Neither where it has no template.
-    """
-    try:
-        found: dict[str, str] = sandbox.call(
-            "quantkit.templates:rendered_in",
-            {"folder": str(folder), "messages": list(messages)},
-            limits=_LIMITS,
-            readable=readable(folder),
-            log=log,
-        )
-    except QuantkitError as error:
-        return {"error": f"The chat template cannot be rendered: {error.message}"}
-    return found
 
 
 def readable(folder: Path) -> tuple[Path, ...]:
@@ -63,14 +39,20 @@ def readable(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted({folder.resolve(), folder.absolute(), *homes}))
 
 
-def rendered_in(folder: str, messages: list[dict[str, str]]) -> dict[str, str]:
-    """`render` in the process that does it."""
-    from transformers import AutoTokenizer
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError when what is inside takes longer. Only for a process's main thread."""
 
-    return rendered(
-        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
-        messages,
-    )
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"it is not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -80,21 +62,14 @@ def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, st
     if not tokenizer.chat_template:
         return {}
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"it is not done after {_SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(_SECONDS)
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
+        with within(SECONDS):
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
     except Exception as error:  # a template can raise anything
         about = (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
         return {"error": f"The chat template cannot be rendered: {about or type(error).__name__}."}
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
     if not isinstance(text, str) or len(text) > _MAX_LETTERS:
         return {"error": f"The chat template makes more than {_MAX_LETTERS:,} letters."}
     return {"text": text}

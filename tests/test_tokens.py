@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 from evaluators import vocabulary
 from quantkit import templates
+from quantkit.blockwise import load_tokenizer
+from quantkit.chat import ChatTemplate
 from quantkit.converter.convert import ConversionResult, convert
 from quantkit.converter.pretokenizer import PROBES
 from quantkit.errors import QuantkitError
@@ -194,7 +196,7 @@ class Stub:
 def test_a_template_that_cannot_be_used_is_a_sentence(
     template: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "_SECONDS", 1)
+    monkeypatch.setattr(templates, "SECONDS", 1)
     begun = time.monotonic()
     found = templates.rendered(Stub(template), templates.CONVERSATION)
     assert sentence in found["error"] and found["error"].endswith(".")
@@ -203,6 +205,6 @@ def test_a_template_that_cannot_be_used_is_a_sentence(
 
 def test_rendering_in_a_process_of_its_own(named: tuple[Path, ConversionResult]) -> None:
     folder, _ = named
-    found = templates.render(folder)
-    assert found["text"].startswith("<|im_start|>user\nName three things")
-    assert found["text"].endswith("<|im_start|>assistant\n")
+    text = ChatTemplate(load_tokenizer(folder)).render(templates.CONVERSATION, True)
+    assert text.startswith("<|im_start|>user\nName three things")
+    assert text.endswith("<|im_start|>assistant\n")
