@@ -194,8 +194,7 @@ class Meter:
         from evaluators import speed
 
         n_prompt, n_generate, n_repeats = self._effort.speed
-        about = self._base.metadata
-        n_ctx = min(2048, int(about[f"{about['general.architecture']}.context_length"]))
+        n_ctx = min(2048, self._base.context_length)
         n_prompt = min(n_prompt, n_ctx - n_generate)
         result = speed.measure(path, n_ctx, n_prompt, n_generate, n_repeats, self._runtime)
         return {**result.to_json(), "file": path.name}  # the report is published: no folders

@@ -81,7 +81,7 @@ def check_logits(
                     "file": str(base.path),
                     "ids": list(ids),
                     "sources": [original.to_json() for original in originals],
-                    "n_tokens": min(MOST_IDS if fits else _N_OFFLOADED, _context_length(base)),
+                    "n_tokens": min(MOST_IDS if fits else _N_OFFLOADED, base.context_length),
                     "scratch": scratch,
                     "offloaded": not fits,
                     "offload_bytes": kept,
@@ -130,10 +130,6 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
             " llama.cpp: please open an issue with the model's id.",
         )
     return Check(NAME, True, "; ".join([said, *found["passed_over"]]))
-
-
-def _context_length(base: GgufFile) -> int:
-    return int(base.metadata[f"{base.metadata['general.architecture']}.context_length"])
 
 
 def _limits(base: GgufFile, weight_bytes: int) -> sandbox.Limits:

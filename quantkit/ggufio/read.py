@@ -58,5 +58,10 @@ class GgufFile:
         return {name: field.value for name, field in self.fields.items()}
 
     @property
+    def context_length(self) -> int:
+        """Tokens that the model was trained for."""
+        return int(self.metadata[f"{self.metadata['general.architecture']}.context_length"])
+
+    @property
     def n_elements(self) -> int:
         return sum(math.prod(t.shape) for t in self.tensors.values())

@@ -141,10 +141,8 @@ def _validate(run: Run) -> StageResult:
 
 def _check_trained(base: GgufFile, n_ctx: int) -> None:
     """Raises QuantkitError for a context that is longer than the model was trained for."""
-    about = base.metadata
-    trained = int(about[f"{about['general.architecture']}.context_length"])
-    if n_ctx > trained:
-        raise QuantkitError(f"The model was trained for {trained:,} tokens.", "")
+    if n_ctx > base.context_length:
+        raise QuantkitError(f"The model was trained for {base.context_length:,} tokens.", "")
 
 
 # ---- integrity
