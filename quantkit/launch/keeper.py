@@ -1,4 +1,4 @@
-"""Keeps a planner in bounds: run by its path, by itself, beside nothing of quantkit.
+"""Keeps a planner in bounds: run by its path, with nothing of quantkit but the kernel's interfaces.
 
     python -I -S keeper.py MEMORY_BYTES WALL_SECONDS COMMAND...
 
@@ -9,35 +9,34 @@ is the last line on stdout.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
 import select
 import signal
 import subprocess
-import sys
 import time
 
+from quantkit.sandbox import kernel
+
 _TICK_SECONDS = 0.2
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _NICER = 10
 
 
 def main(argv: list[str]) -> None:
     """Start the command, watch it, and end what is left of it."""
     memory, seconds, command = int(argv[1]), float(argv[2]), argv[3:]
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None:
-        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # a token may be on its way through
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    kernel.set_not_dumpable()  # a token may be on its way through
+    kernel.adopt_orphans()
     parent = os.getpid()
 
     def prepare() -> None:
         os.nice(_NICER)  # the page answers first
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
+        if not kernel.die_with_parent(parent):
+            os._exit(1)
 
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False, preexec_fn=prepare)
     why, peak, deadline = "", 0, time.monotonic() + seconds

@@ -33,7 +33,7 @@ MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 
 _SIGCHLD, _SIGKILL = 17, 9
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP = 1, 4, 24
-_PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 38, 47
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
 
 
 def call_c(function: str, *arguments: object) -> int:
@@ -61,6 +61,12 @@ def set_not_dumpable() -> None:
     """Nobody but the machine's administrator may read this process through /proc or ptrace."""
     if LINUX:
         call_c("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what this process's descendants leave behind."""
+    if LINUX:
+        call_c("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def set_no_new_privileges() -> None:
