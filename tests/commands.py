@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from quantkit.config import RunConfig
 from quantkit.ggufio.read import GgufFile
@@ -62,6 +64,33 @@ def quantkit(*arguments: str | Path, env: Mapping[str, str]) -> Answer:
         timeout=900,
     )
     return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def quantkit_under(limit: str, *arguments: str | Path, env: Mapping[str, str]) -> Answer:
+    """The same in a shell with a `ulimit`, such as "-n 12"."""
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit {limit} && exec "$0" -m quantkit "$@"', sys.executable]
+        + list(map(str, arguments)),
+        cwd=ROOT,
+        env=dict(env),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def disk_of(folder: Path, options: str) -> Iterator[Path]:
+    """A disk in memory on a new folder, with mount's options. Skips the test where it may not."""
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)])
+    if made.returncode:
+        pytest.skip("only root can mount a small disk here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def start(*arguments: str | Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from commands import ROOT
+from commands import ROOT, disk_of
 
 from quantkit import cli, faults, pipeline, room, terminal
 from quantkit.config import RunConfig, Target
@@ -49,16 +49,8 @@ def explained(error: BaseException, folder: Path | None = None) -> str:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 256 kB with a few inodes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    options = "size=256k,nr_inodes=24"
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)])
-    if made.returncode:
-        pytest.skip("only root can mount a small disk here")
-    try:
+    with disk_of(tmp_path / "small", "size=256k,nr_inodes=24") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def append(folder: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Answer, Run, quantkit
+from commands import Answer, Run, disk_of, quantkit, quantkit_under
 
 from quantkit.rundir import STAGES
 
@@ -19,15 +17,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 16 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)])
-    if made.returncode:
-        pytest.skip("only root can mount a small disk here")
-    try:
+    with disk_of(tmp_path / "small", "size=16m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def sentence(err: str) -> str:
@@ -68,16 +59,8 @@ def test_a_ulimit_that_is_too_low(
 ) -> None:
     """Before a segmentation fault could be all that is said: what is there and what is needed."""
     run = whole_run[0].fork(tmp_path / "run", "calibrate")
-    command = f'ulimit -v 1000000 && exec "$0" -m quantkit resume {run.folder}'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable],
-        cwd=ROOT,
-        env=offline,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1 and "by `ulimit -v`" in sentence(done.stderr)
+    done = quantkit_under("-v 1000000", "resume", run.folder, env=offline)
+    assert done.code == 1 and "by `ulimit -v`" in sentence(done.err)
     notes = [e.message for e in run.events if e.kind == "note"]
     assert any("there is little memory: calibrate takes about" in note for note in notes)
     answer = quantkit("resume", run.folder, env=offline)
@@ -99,12 +82,5 @@ def test_too_few_files_may_be_open(
     whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
 ) -> None:
     run = whole_run[0].fork(tmp_path / "run", "quantize")
-    command = f'ulimit -n 12 && exec "$0" -m quantkit resume {run.folder}'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable],
-        cwd=ROOT,
-        env=offline,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and "ulimit -n" in sentence(done.stderr)
+    done = quantkit_under("-n 12", "resume", run.folder, env=offline)
+    assert done.code == 1 and "ulimit -n" in sentence(done.err)
