@@ -8,20 +8,20 @@ import sys
 # Before Gradio is imported: it reports to its makers by default, and takes `spaces/` for a package.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from quantkit import secrets
+from quantkit.sandbox import secrets
 
 if __name__ == "__main__":
     secrets.hide()  # may start this program anew
     secrets.put_back("OAUTH_CLIENT_SECRET")  # for Gradio's sign-in
 
 from quantkit.errors import QuantkitError
-from quantkit.web.guard import hide_spaces_folder
+from quantkit.server.web.guard import hide_spaces_folder
 
 hide_spaces_folder()
 
 
 def main() -> int:
-    from quantkit.web.server import launch, make_page
+    from quantkit.server.web.server import launch, make_page
 
     try:
         launch(*make_page())

@@ -37,9 +37,12 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from quantkit import config as settings  # noqa: E402
-from quantkit import meter  # noqa: E402
 from quantkit.config import RunConfig, Target  # noqa: E402
-from quantkit.rundir import STAGES, Event, read_json, write_json  # noqa: E402
+from quantkit.evidence import meter  # noqa: E402
+from quantkit.files import write_json  # noqa: E402
+from quantkit.run.events import Event  # noqa: E402
+from quantkit.run.folder import read_json  # noqa: E402
+from quantkit.run.names import STAGES  # noqa: E402
 
 WIDTH, INNER, HEADS, KV_HEADS = 4096, 14_336, 32, 8
 SPREAD = 3.0  # standard deviation of logits
@@ -144,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from quantkit import pipeline
-    from quantkit.config import parse_bytes
+    from quantkit.sizes import parse_bytes
 
     on_gpu = options.device == "cuda"
     if on_gpu and options.memory:
@@ -165,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
 
 def planned(options: argparse.Namespace) -> dict[str, int]:
     """The peak memory of every stage, as `quantkit plan` states it."""
-    from quantkit.plan import make_plan
+    from quantkit.planning.plan import make_plan
 
     if options.memory:
         os.environ["QUANTKIT_MEMORY"] = options.memory

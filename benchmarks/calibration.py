@@ -31,15 +31,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model, load_tokenizer
 from quantkit.calibration.documents import interleave, pack, split
 from quantkit.calibration.mix import Reader
 from quantkit.config import PROFILES
-from quantkit.gptq.compete import Inputs, solve_tensor
-from quantkit.gptq.hessian import HessianCollector, is_linear
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
+from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
-from quantkit.kquants import native
-from quantkit.qtypes import QuantType
+from quantkit.model.blockwise import BlockwiseModel, compute_dtype, load_model, load_tokenizer
+from quantkit.statistics.hessian import HessianCollector, is_linear
 
 N_CTX = 512
 DAMPING = 0.1  # of the median of diag H, as in the package

@@ -31,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from quantkit import pipeline
 from quantkit.config import PROFILES, RunConfig, Target
-from quantkit.ggufio.stitch import stitch as stitch_file
-from quantkit.output import lay_out_output
-from quantkit.rundir import EventLog, RunDir, read_json, sha256_file, write_json
+from quantkit.files import sha256_file, write_json
+from quantkit.gguf_file.stitch import stitch as stitch_file
+from quantkit.llamacpp.output import lay_out_output
+from quantkit.run.events import EventLog
+from quantkit.run.folder import RunDir, read_json
 from quantkit.search.allocation import pruned
 from quantkit.search.propose import damages, knapsack
 from quantkit.stages import convert, database, search, stitch

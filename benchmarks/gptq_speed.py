@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from quantkit.gptq import compete, descent, solver
-from quantkit.gptq.hessian import HessianCollector, add_outer, symmetrize
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.types import QuantType
+from quantkit.gptq import descent, select, solver
 from quantkit.gptq.products import product
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS
-from quantkit.qtypes import QuantType
+from quantkit.statistics.hessian import HessianCollector, add_outer, symmetrize
 
 DAMPING = 0.1
 K_LEVELS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -153,7 +153,7 @@ def check(bench: Bench) -> None:
 
 def grids(bench: Bench) -> None:
     """The GPU's search for scales against ggml's: rows that differ, the errors' ratio."""
-    from quantkit.kquants import grids_cuda
+    from quantkit.ggml import grids_cuda
 
     w, h = bench.weight(1024, 4096), bench.hessian(4096)
     w[::2] = w[::2].bfloat16().float()
@@ -218,7 +218,7 @@ def solve_shape(bench: Bench, shape: Shape, types: list[QuantType]) -> dict[str,
 
     spent["factorize"] = bench.seconds(lambda: solver.factorize(h, DAMPING))
     factor = solver.factorize(h, DAMPING)
-    inputs = compete.Inputs(h.diagonal().cpu().numpy().copy(), h, h, factor)
+    inputs = select.Inputs(h.diagonal().cpu().numpy().copy(), h, h, factor)
     rows = [solver.Rows(original, FORMATS[q].grid(packed[q])) for q in types]
     spent["gptq"] = bench.seconds(lambda: solver.gptq(rows, factor))
     bench.note("  gptq, level rows", n_rows * len(types) / spent["gptq"], "rows/s")
@@ -235,7 +235,7 @@ def solve_shape(bench: Bench, shape: Shape, types: list[QuantType]) -> dict[str,
     )
 
     if bench.device == "cuda":
-        from quantkit.kquants import grids_cuda
+        from quantkit.ggml import grids_cuda
 
         shares = h.diagonal().contiguous()
         own = [q for q in types if q in grids_cuda.TYPES]
@@ -243,7 +243,7 @@ def solve_shape(bench: Bench, shape: Shape, types: list[QuantType]) -> dict[str,
             lambda: [grids_cuda.quantize(original, q, shares) for q in own]
         )
     spent["solve_tensor, everything"] = bench.seconds(
-        lambda: compete.solve_tensor(w.numpy(), types, ("gptq", "imatrix"), inputs, None), 1
+        lambda: select.solve_tensor(w.numpy(), types, ("gptq", "imatrix"), inputs, None), 1
     )
     for part, taken in spent.items():
         bench.note(f"  {part}", taken, "s")

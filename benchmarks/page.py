@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import test_app_fixtures as fixtures  # noqa: E402
 
-from quantkit.rundir import EventLog  # noqa: E402
-from quantkit.web.visitor import Visitors  # noqa: E402
+from quantkit.run.events import EventLog  # noqa: E402
+from quantkit.server.web.visitor import Visitors  # noqa: E402
 
 N_JOBS, N_CLIENTS, SECONDS = 50, 20, 30
 EMPTY = (

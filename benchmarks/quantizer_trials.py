@@ -61,12 +61,18 @@ from torch.func import functional_call
 from trial_gradients import Curvature, curvatures, feedback, gain, stream_curvatures
 from trial_inputs import DAMPING, Moments, Reference, Replay, linears_of, moved
 
-from quantkit.blockwise import BlockCall, BlockwiseModel, compute_dtype, load_model, load_tokenizer
-from quantkit.gptq.compete import Inputs, solve_tensor
+from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.types import QuantType
+from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
-from quantkit.gptq.tunable import Tunable
-from quantkit.kquants.formats import FORMATS
-from quantkit.qtypes import QuantType
+from quantkit.model.blockwise import (
+    BlockCall,
+    BlockwiseModel,
+    compute_dtype,
+    load_model,
+    load_tokenizer,
+)
+from quantkit.tuning.tunable import Tunable
 
 N_CTX = 512
 ROW_DAMPINGS = (0.03, 0.1, 0.3, 1.0)  # of the mean of diag G

@@ -33,16 +33,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from safetensors.numpy import load_file
 
-from quantkit.blockwise import BlockwiseModel, compute_dtype, load_model
 from quantkit.config import RunConfig
-from quantkit.pipeline import Run
-from quantkit.report.axes import Axes, Log, frame
-from quantkit.report.picture import Picture, Stroke, Words
-from quantkit.report.svg import standalone
-from quantkit.rowmap import load_row_maps
-from quantkit.rundir import EventLog, RunDir, read_json
+from quantkit.evidence.report.axes import Axes, Log, frame
+from quantkit.evidence.report.picture import Picture, Stroke, Words
+from quantkit.evidence.report.svg import standalone
+from quantkit.model.blockwise import BlockwiseModel, compute_dtype, load_model
+from quantkit.model.row_maps import load_row_maps
+from quantkit.run.events import EventLog
+from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import Run
 from quantkit.search.allocation import Choices, SearchSpace, pruned
-from quantkit.search.evolve import Plan, SearchState, begin, evolve
+from quantkit.search.evopress import Plan, SearchState, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.propose import damages, knapsack, uniform
 from quantkit.stages import convert, fetch

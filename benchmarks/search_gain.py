@@ -24,7 +24,7 @@ from search_efficiency import Judge, judge_of
 
 from quantkit.config import PROFILES
 from quantkit.search.allocation import Choices, SearchSpace
-from quantkit.search.evolve import Plan, begin, evolve
+from quantkit.search.evopress import Plan, begin, evolve
 from quantkit.search.propose import Costs, damages, knapsack, uniform
 
 

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit.blockwise import BlockwiseModel
-from quantkit.kquants import native
-from quantkit.qtypes import QuantType
-from quantkit.rowmap import RowMap
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.model.row_maps import RowMap
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evolve import Plan, begin, evolve
+from quantkit.search.evopress import Plan, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.mutate import mutate
 from quantkit.search.propose import knapsack, nearby, uniform

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from quantkit.blockwise import load_model, load_tokenizer
-from quantkit.ggufio.read import GgufFile
-from quantkit.rowmap import load_row_maps
-from quantkit.rundir import RunDir
+from quantkit.gguf_file.read import GgufFile
+from quantkit.model.blockwise import load_model, load_tokenizer
+from quantkit.model.row_maps import load_row_maps
+from quantkit.run.folder import RunDir
 from quantkit.stages import fetch
 
 N_CTX, BATCH = 512, 4

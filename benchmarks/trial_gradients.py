@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.blockwise import BlockwiseModel
+from quantkit.model.blockwise import BlockwiseModel
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.blockwise import BlockCall, BlockwiseModel
-from quantkit.gptq.hessian import is_linear
 from quantkit.gptq.solver import factorize
+from quantkit.model.blockwise import BlockCall, BlockwiseModel
+from quantkit.statistics.hessian import is_linear
 
 DAMPING = 0.1  # of the median of diag H, as in the package
 RIDGES = (0.1, 1.0, 10.0)  # the same for the moves of weights, where they are fitted

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from quantkit.ggufio.stitch import stitch
-from quantkit.kquants.stock import StockRecipe, stock_types
-from quantkit.output import Provenance, lay_out_output
-from quantkit.rundir import RunDir
+from quantkit.gguf_file.stitch import stitch
+from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.llamacpp.stock import StockRecipe, stock_types
+from quantkit.model.streaming import open_model
+from quantkit.run.folder import RunDir
 from quantkit.stages import convert, database, fetch
-from quantkit.streaming import open_model
-from quantkit.tuned import load_stored, load_tuner, tune_file, tuned_name
-from quantkit.tuning import Tuner
+from quantkit.tuning.tuned import load_stored, load_tuner, tune_file, tuned_name
+from quantkit.tuning.tuner import Tuner
 
 
 def tuned(

@@ -24,9 +24,9 @@ from tuned_mix import tuned
 
 from quantkit import pipeline
 from quantkit.config import PROFILES, RunConfig, Target
-from quantkit.kquants.stock import StockRecipe
-from quantkit.qtypes import QuantType, file_label
-from quantkit.rundir import RunDir
+from quantkit.ggml.types import QuantType, file_label
+from quantkit.llamacpp.stock import StockRecipe
+from quantkit.run.folder import RunDir
 from quantkit.stages import convert
 
 

@@ -8,9 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-from quantkit.calibration.spec import HUB_TEXTS, MIXES
 from quantkit.config import PROFILES
-from quantkit.report import table
+from quantkit.config.calibration import HUB_TEXTS, MIXES
+from quantkit.markdown import table
 
 ROOT = Path(__file__).parent.parent
 

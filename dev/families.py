@@ -19,9 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from families import FAMILIES  # noqa: E402
 from family_run import Row, run_all  # noqa: E402
 
-from quantkit.converter.architectures import BEYOND_REACH  # noqa: E402
-from quantkit.integrity import F16_LIMIT, FILE_LIMIT  # noqa: E402
-from quantkit.report import table  # noqa: E402
+from quantkit.evidence.integrity import F16_LIMIT, FILE_LIMIT  # noqa: E402
+from quantkit.llamacpp.converter.architectures import BEYOND_REACH  # noqa: E402
+from quantkit.markdown import table  # noqa: E402
 
 _HEADERS = "family,models,llama.cpp,mapped,GPTQ,parity F16,parity file,swapped,notes".split(",")
 _TEXT = """# Architectures

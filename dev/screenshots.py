@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_app_fixtures as fixtures  # noqa: E402
 from test_app_browser import CHROMIUM, FLAGS  # noqa: E402
 
-from quantkit.web.visitor import COOKIE  # noqa: E402
+from quantkit.server.web.visitor import COOKIE  # noqa: E402
 
 SIZES = {"desktop": (900, 860), "phone": (390, 844)}
 

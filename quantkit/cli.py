@@ -18,12 +18,18 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quantkit import __version__, compare_options, faults, secrets, terminal
+from quantkit import __version__
 from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
-from quantkit.rundir import STAGES, RunDir, read_events
+from quantkit.machine import faults
+from quantkit.planning import compare_options
+from quantkit.run import terminal
+from quantkit.run.events import read_events
+from quantkit.run.folder import RunDir
+from quantkit.run.names import STAGES
+from quantkit.run.terminal import Printer
+from quantkit.sandbox import secrets
 from quantkit.tensors import METHODS, to_json
-from quantkit.terminal import Printer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,7 +238,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    from quantkit import compare, report
+    from quantkit.evidence import compare, report
 
     options = compare_options.chosen(arguments)
     made = compare.compare(arguments.base, arguments.files, options, arguments.out)
@@ -244,8 +250,8 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
     """The RunConfig of `run` and `plan`. Raises UsageError."""
-    from quantkit import given
-    from quantkit.calibration import spec
+    from quantkit.config import calibration
+    from quantkit.hub import given
 
     for name in (*arguments.compare, *arguments.levels_from):
         given.check_name(name)
@@ -268,7 +274,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         max_types=arguments.max_types,
         tuning=arguments.tuning,
         tensors=arguments.tensors,
-        calibration=spec.absolute(arguments.calibration),
+        calibration=calibration.absolute(arguments.calibration),
         eval_text=arguments.eval_text and _given_file("--eval-text", arguments.eval_text),
         tasks=arguments.tasks and _given_file("--tasks", arguments.tasks),
         compare=tuple(_given_file("--compare", name) for name in arguments.compare),
@@ -317,7 +323,7 @@ def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of a RunConfig that `resume` was asked to change. Raises UsageError."""
-    from quantkit import given
+    from quantkit.hub import given
 
     found: dict[str, Any] = {}
     for name in RunConfig.MEASURED_ON:
@@ -413,7 +419,7 @@ def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    from quantkit import plan
+    from quantkit.planning import plan
 
     made = plan.make_plan(_config(arguments))
     if not arguments.json:

@@ -14,49 +14,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quantkit import faults, hub, room
-from quantkit.config import PROFILES, Profile, RunConfig
+from quantkit import hub
+from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.rundir import (
-    PARTIAL,
-    STAGES,
-    Damaged,
-    Event,
-    EventLog,
-    OutputFile,
-    RunDir,
-    StageRecord,
-    fingerprint,
-    read_events,
-    read_json,
-    write_json,
-)
+from quantkit.files import PARTIAL, write_json
+from quantkit.machine import faults, room
+from quantkit.run.events import Event, EventLog, read_events
+from quantkit.run.folder import Damaged, OutputFile, RunDir, StageRecord, fingerprint, read_json
+from quantkit.run.names import STAGES
+from quantkit.run.stage import Run
 from quantkit.tensors import to_json
 
 Echo = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a stage is given: what was asked, where it is written, and who listens."""
-
-    config: RunConfig
-    dir: RunDir
-    events: EventLog
-
-    @property
-    def profile(self) -> Profile:
-        return PROFILES[self.config.profile]
-
-    @cached_property
-    def records(self) -> dict[str, StageRecord]:
-        """Records of the stages finished before this one."""
-        return self.dir.records()
 
 
 def stage_module(stage: str) -> ModuleType:
@@ -113,8 +86,8 @@ def _needs(stage: str, config: RunConfig, directory: RunDir) -> int:
     """About the bytes of memory that a long stage takes; 0 for the others."""
     if stage not in ("calibrate", "quantize", "search", "validate"):
         return 0
-    from quantkit.levels import plan_levels
-    from quantkit.plan import estimates
+    from quantkit.planning.levels import plan_levels
+    from quantkit.planning.plan import estimates
     from quantkit.stages import convert, fetch
 
     base, specs = convert.load_base(directory), convert.load_specs(directory)

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.stitch import stitch
-from quantkit.output import Provenance, lay_out_output
-from quantkit.qtypes import FILE_TYPES, QuantType
-from quantkit.rundir import EventLog, RunDir, read_json, sha256_file
-from quantkit.tuned import is_tuned
+from quantkit.files import sha256_file
+from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.stitch import stitch
+from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.run.events import EventLog
+from quantkit.run.folder import RunDir, read_json
+from quantkit.tuning.tuned import is_tuned
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.qtypes import QuantType
+from quantkit.ggml.types import QuantType
 
 METHODS = ("gptq", "imatrix", "rtn")  # best first: the order in which ties are settled
 # Kinds of tensors of a block that read one input, in every architecture of llama.cpp.

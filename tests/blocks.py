@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from quantkit.kquants.formats import FORMATS, Format
-from quantkit.qtypes import QUANTIZED, QuantType
+from quantkit.ggml.formats import FORMATS, Format
+from quantkit.ggml.types import QUANTIZED, QuantType
 
 N_COLUMNS = 512
 ALL_FORMATS = pytest.mark.parametrize("qtype", FORMATS, ids=str)

@@ -196,8 +196,8 @@ def _added(whole: Whole) -> dict[str, bytes]:
 def _read(path: Path) -> str:
     """What quantkit does with a stranger's file by itself."""
     from quantkit.errors import QuantkitError
-    from quantkit.ggufio.read import GgufFile
-    from quantkit.ggufio.sound import check_sound
+    from quantkit.gguf_file.read import GgufFile
+    from quantkit.gguf_file.sound import check_sound
 
     try:
         file = GgufFile(path)

@@ -23,8 +23,11 @@ import numpy as np
 import pytest
 
 from quantkit.config import RunConfig
-from quantkit.ggufio.read import GgufFile
-from quantkit.rundir import STAGES, Event, RunDir, read_events, read_json, sha256_file, write_json
+from quantkit.files import sha256_file, write_json
+from quantkit.gguf_file.read import GgufFile
+from quantkit.run.events import Event, read_events
+from quantkit.run.folder import RunDir, read_json
+from quantkit.run.names import STAGES
 from quantkit.tensors import to_json
 
 ROOT = Path(__file__).parent.parent

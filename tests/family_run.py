@@ -20,10 +20,12 @@ from families import FAMILIES, Family, write_checkpoint
 
 from evaluators import agreement
 from evaluators.weights import expanded_to_f16
-from quantkit import config, context, integrity, pipeline
-from quantkit.ggufio.read import GgufFile
-from quantkit.rowmap import RowMap, load_row_maps
-from quantkit.rundir import RunDir, read_json
+from quantkit import config, pipeline
+from quantkit.evidence import integrity
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp import contexts
+from quantkit.model.row_maps import RowMap, load_row_maps
+from quantkit.run.folder import RunDir, read_json
 
 # Four held-out sequences are what the search needs; nothing is judged on so few tokens.
 _PROFILE = config.Profile(
@@ -89,8 +91,8 @@ def _profile() -> Iterator[str]:
 
 def run_all(names: Sequence[str], folder: Path, n_workers: int = 2) -> Iterator[Row]:
     """The rows of families, in their order; what fails is a row that says why."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, context, torch.set_num_threads, (1,)) as pool:
+    contexts = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_workers, contexts, torch.set_num_threads, (1,)) as pool:
         yield from pool.map(partial(_row, folder), names)
 
 
@@ -156,10 +158,10 @@ def run_family(family: Family, folder: Path) -> Row:
 
 
 def _context_error(file: GgufFile) -> float:
-    (layout,) = context.ask(file.path, [5000])
+    (layout,) = contexts.ask(file.path, [5000])
     wanted = layout.buffers + sum(n_bytes for n_bytes, _ in layout.caches)
-    found = context.context_memory(file)
-    fixed = dataclasses.replace(found, fixed_bytes=found.fixed_bytes - context.RUNTIME_BYTES)
+    found = contexts.context_memory(file)
+    fixed = dataclasses.replace(found, fixed_bytes=found.fixed_bytes - contexts.RUNTIME_BYTES)
     return math.inf if found.note else abs(fixed.n_bytes(5000) / wanted - 1)
 
 

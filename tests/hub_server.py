@@ -35,7 +35,8 @@ from hub_routes import Answer, Routes, Stream
 from hub_store import Blob, Repo, is_large
 from huggingface_hub import constants
 
-from quantkit import hub
+from quantkit import hub, sources
+from quantkit.checkpoint.info import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,6 @@ def running_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[HubSe
         yield running
 
 
-def look(text: str, token: str | None = None, revision: str | None = None) -> hub.ModelInfo:
+def look(text: str, token: str | None = None, revision: str | None = None) -> ModelInfo:
     """Inspect what a user typed."""
-    return hub.inspect(hub.parse_reference(text, revision), token)
+    return sources.inspect(hub.parse_reference(text, revision), token)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from quantkit.qtypes import QUANTIZED
+from quantkit.ggml.types import QUANTIZED
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.propose import Costs
 from quantkit.tensors import Candidate, CandidateKey

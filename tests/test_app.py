@@ -23,12 +23,12 @@ import test_app_fixtures as fixtures
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from quantkit.launch import JobStore, JobSummary
-from quantkit.launch.progress import KlPoint, LogLine
-from quantkit.rundir import STAGES
-from quantkit.web import charts, results, view, visitor
-from quantkit.web.page import build_app
-from quantkit.web.visitor import COOKIE, Visitors
+from quantkit.run.names import STAGES
+from quantkit.server.runs import JobStore, JobSummary
+from quantkit.server.runs.progress import KlPoint, LogLine
+from quantkit.server.web import charts, results, view, visitor
+from quantkit.server.web.page import build_app
+from quantkit.server.web.visitor import COOKIE, Visitors
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
@@ -298,7 +298,7 @@ def test_a_curve_says_whether_its_kl_is_expected(expected: bool) -> None:
 
 
 def _view() -> Any:
-    from quantkit.launch import JobView, StageView
+    from quantkit.server.runs import JobView, StageView
 
     stages = tuple(StageView(name) for name in STAGES)
     return JobView("id", "a/b", None, "like Q4_K_M", "demo", 0, "queued", 1.0, stages)
@@ -311,7 +311,7 @@ def _replace(job: Any, **fields: Any) -> Any:
 
 
 def _file(name: str) -> Any:
-    from quantkit.launch import ResultFile
+    from quantkit.server.runs import ResultFile
 
     return ResultFile(name, 5, name)
 
@@ -322,7 +322,7 @@ def _file(name: str) -> Any:
 def test_the_front_end_is_light() -> None:
     """No torch and the like, however it is imported."""
     code = (
-        "import sys; sys.path.insert(0, '.'); import app; from quantkit.web import server\n"
+        "import sys; sys.path.insert(0, '.'); import app; from quantkit.server.web import server\n"
         "heavy = {'torch', 'transformers', 'llama_cpp', 'datasets', 'accelerate'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import test_app_fixtures as fixtures
 
-from quantkit.web.visitor import COOKIE
+from quantkit.server.web.visitor import COOKIE
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (

@@ -20,11 +20,11 @@ import pytest
 import test_app_fixtures as fixtures
 from test_app_fixtures import ask, event_number
 
-from quantkit.launch import JobStore
-from quantkit.web import bodies, gate, listen
-from quantkit.web.listen import Connections, raise_files
-from quantkit.web.origin import Places
-from quantkit.web.visitor import Visitors
+from quantkit.server.runs import JobStore
+from quantkit.server.web import bodies, gate, listen
+from quantkit.server.web.listen import Connections, raise_files
+from quantkit.server.web.origin import Places
+from quantkit.server.web.visitor import Visitors
 
 Site = tuple[str, JobStore, Visitors]
 HEAD = b"POST /gradio_api/call/v2/estimate HTTP/1.1\r\nContent-Type: application/json\r\n"
@@ -162,7 +162,7 @@ def test_a_full_table_is_refused_and_emptied() -> None:
 
 def test_as_many_files_as_may_be() -> None:
     code = (
-        "import resource; from quantkit.web.listen import raise_files\n"
+        "import resource; from quantkit.server.web.listen import raise_files\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 900)); assert raise_files() == 900\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (900, 900)"
     )

@@ -18,8 +18,8 @@ from gradio import oauth
 from test_app_fixtures import ask, event_number
 from test_space import session
 
-from quantkit.launch import JobStore
-from quantkit.web.visitor import COOKIE, TOKEN, Visitors, cookie_name
+from quantkit.server.runs import JobStore
+from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors, cookie_name
 
 Site = tuple[str, JobStore, Visitors]
 SPACE = "a-b.hf.space"

@@ -19,11 +19,11 @@ import test_app_fixtures as fixtures
 from gradio.state_holder import StateHolder
 from test_app_fixtures import ask, event_number
 
-from quantkit.launch import JobStore
-from quantkit.web import doors
-from quantkit.web.page import build_app
-from quantkit.web.server import launch
-from quantkit.web.visitor import COOKIE, Visitors
+from quantkit.server.runs import JobStore
+from quantkit.server.web import doors
+from quantkit.server.web.page import build_app
+from quantkit.server.web.server import launch
+from quantkit.server.web.visitor import COOKIE, Visitors
 
 # Every route of the installed Gradio that no part of the page and of docs/api.md needs. A route
 # that is neither here nor a door is new: decide about it.

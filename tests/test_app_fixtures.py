@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from quantkit import hub, secrets
+from quantkit import hub
 from quantkit.config import RunConfig, Target
 from quantkit.errors import QuantkitError
-from quantkit.launch import JobStore, process
-from quantkit.launch.record import JobRecord, load_record, owner_hash, save_record
-from quantkit.rundir import STAGES, EventLog, RunDir, StageRecord, read_json, write_json
-from quantkit.web.visitor import COOKIE, TOKEN, Visitors
+from quantkit.files import write_json
+from quantkit.run.events import EventLog
+from quantkit.run.folder import RunDir, StageRecord, read_json
+from quantkit.run.names import STAGES
+from quantkit.sandbox import secrets
+from quantkit.server.runs import JobStore, process
+from quantkit.server.runs.record import JobRecord, load_record, owner_hash, save_record
+from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(Target("like", "Q4_K_M"),))
 GGUF = "SmolLM2-135M-Instruct-EVO-Q4_K_M.gguf"
@@ -276,8 +280,8 @@ def serving(
     root: Path, *, public: bool = False, schedule: bool = True
 ) -> Iterator[tuple[str, JobStore, Visitors]]:
     """The page on a free port, its workers being `work`. Yields its address, store and visitors."""
-    from quantkit.web import server
-    from quantkit.web.page import build_app
+    from quantkit.server.web import server
+    from quantkit.server.web.page import build_app
 
     command, process.COMMAND = process.COMMAND, (sys.executable, __file__)
     path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)

@@ -24,9 +24,9 @@ from test_app import get
 from test_space import call
 
 from quantkit.errors import QuantkitError
-from quantkit.launch import JobStore
-from quantkit.web.allowance import ALLOWED, Allowance
-from quantkit.web.visitor import Visitors
+from quantkit.server.runs import JobStore
+from quantkit.server.web.allowance import ALLOWED, Allowance
+from quantkit.server.web.visitor import Visitors
 
 DEEP = "[" * 100_000 + "]" * 100_000
 BOMBS = [
@@ -147,7 +147,7 @@ def test_the_page_does_not_act_for_others(
 
 @pytest.mark.parametrize("pattern", BOMBS)
 def test_patterns_that_never_end(site: tuple[str, JobStore, Visitors, str], pattern: str) -> None:
-    from quantkit.launch import JobForm, to_config
+    from quantkit.server.runs import JobForm, to_config
 
     began = time.monotonic()
     with pytest.raises(QuantkitError):

@@ -21,16 +21,16 @@ from quantkit import sandbox
 from quantkit.config import RunConfig, Target
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.launch import JobForm, JobStore, machine, rough, talk
-from quantkit.launch.estimate import _cache, _key, estimate
-from quantkit.launch.record import load_record
-from quantkit.launch.request import to_config
-from quantkit.launch.sizes import context_bytes, with_sizes
 from quantkit.sandbox import api
-from quantkit.web import desk as desks
-from quantkit.web import previews
-from quantkit.web.desk import Asker, Desk
-from quantkit.web.visitor import Visitors
+from quantkit.server.runs import JobForm, JobStore, machine, rough, talk
+from quantkit.server.runs.estimate import _cache, _key, estimate
+from quantkit.server.runs.record import load_record
+from quantkit.server.runs.request import to_config
+from quantkit.server.runs.sizes import context_bytes, with_sizes
+from quantkit.server.web import desk as desks
+from quantkit.server.web import previews
+from quantkit.server.web.desk import Asker, Desk
+from quantkit.server.web.visitor import Visitors
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 ME = Asker("visitor:me", None, "1.2.3.4")
@@ -283,7 +283,7 @@ def test_a_file_that_does_not_answer(
 
 @pytest.mark.slow
 def test_a_real_file_answers() -> None:
-    from quantkit.demo import packaged_gguf
+    from quantkit.sources.demo import packaged_gguf
 
     question = [{"role": "user", "content": "Write one sentence about the sea."}]
     first, second = (list(talk.say(packaged_gguf(), question)) for _ in range(2))

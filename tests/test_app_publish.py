@@ -20,11 +20,11 @@ from hub_server import ALICE, BOB, READER, HubServer, running_hub
 from test_app_browser import browser, open_page, shots  # noqa: F401
 
 from quantkit.errors import QuantkitError
-from quantkit.launch import JobStore
-from quantkit.rundir import RunDir
-from quantkit.web import publishing
-from quantkit.web.desk import Asker, Desk
-from quantkit.web.visitor import Visitors
+from quantkit.run.folder import RunDir
+from quantkit.server.runs import JobStore
+from quantkit.server.web import publishing
+from quantkit.server.web.desk import Asker, Desk
+from quantkit.server.web.visitor import Visitors
 
 ME = Asker("visitor:alice", None, "1.2.3.4")
 REPO = "alice/SmolLM2-GGUF"

@@ -14,8 +14,8 @@ from test_app_cross_site import EVIL, RUN, Site, digest, tick, tool
 from test_app_fixtures import ask
 
 from quantkit.errors import UsageError
-from quantkit.web.origin import FROM, Places, counted
-from quantkit.web.visitor import COOKIE, TOKEN
+from quantkit.server.web.origin import FROM, Places, counted
+from quantkit.server.web.visitor import COOKIE, TOKEN
 
 
 @pytest.fixture(scope="module")

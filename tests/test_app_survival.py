@@ -17,9 +17,9 @@ from gradio_client import Client
 from test_app import ROOT, _app, get
 from tiny_models import tiny_llama
 
-from quantkit.launch import JobStore, process
-from quantkit.launch.record import load_record
-from quantkit.web.visitor import Visitors
+from quantkit.server.runs import JobStore, process
+from quantkit.server.runs.record import load_record
+from quantkit.server.web.visitor import Visitors
 
 OPTIONS = {"profile": "demo", "calibration": "builtin"}
 

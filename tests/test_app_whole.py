@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from test_app import ROOT, _app
 from test_app_browser import browser, open_advanced, open_page, pytestmark, shots  # noqa: F401
 
-from quantkit.ggufio.read import GgufFile
+from quantkit.gguf_file.read import GgufFile
 
 MODEL, REPO = "alice/Tiny-Llama-1M", "alice/Tiny-Llama-1M-GGUF"
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Tiny\n"

@@ -16,14 +16,14 @@ from hub_store import CARD, CONFIG, tiny_model, write
 from test_fit import fit_of
 from tiny_models import tiny_llama
 
-from quantkit.budgets import for_files
-from quantkit.card_data import read_card
+from quantkit.checkpoint.bounds import check_numbers
+from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.config import RunConfig, Target
-from quantkit.converter.snapshot import sanitize
 from quantkit.errors import QuantkitError
-from quantkit.hub.bounds import check_numbers
-from quantkit.plan import make_plan
-from quantkit.safetensors_file import StoredTensor
+from quantkit.hub.card_data import read_card
+from quantkit.llamacpp.converter.snapshot import sanitize
+from quantkit.planning.budgets import for_files
+from quantkit.planning.plan import make_plan
 
 TABLE = [StoredTensor("model.embed_tokens.weight", "BF16", (512, 64), 0, 65536)]
 

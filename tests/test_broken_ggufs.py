@@ -19,10 +19,10 @@ from tiny_gguf import Shape, write_llama
 from evaluators import generation
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Model, Runtime
-from quantkit import llama_place
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.sound import check_sound
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.sound import check_sound
+from quantkit.llamacpp import place
 
 # What ends llama.cpp's process, as far as it is known.
 DEADLY = (
@@ -92,7 +92,7 @@ def test_one_that_ends_llama_cpp_in_the_sandbox(broken: dict[str, bytes], tmp_pa
     path = tmp_path / "evil.gguf"
     path.write_bytes(broken["experts without tensors"])
     with pytest.raises(EvaluationError, match="SIGABRT") as caught:
-        Model(path, llama_place.runtime(1))
+        Model(path, place.runtime(1))
     assert "evil.gguf" in caught.value.message and caught.value.remedy
 
 

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.calibration import files, spec
+from quantkit.calibration import files
 from quantkit.calibration.documents import Domain, split
 from quantkit.cli import main
+from quantkit.config import calibration
 from quantkit.errors import QuantkitError, UsageError
 
 PARAGRAPHS = [f"{i} " + f"word{i} " * 60 for i in range(60)]
@@ -188,17 +189,21 @@ def test_names_with_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name in names:
         Path(name).write_text("x")
     for name in names:
-        (request,) = spec.parse_spec(spec.absolute(name))
+        (request,) = calibration.parse_spec(calibration.absolute(name))
         assert (request.name, request.weight) == (str(tmp_path / name), 1)
-    said = spec.absolute("docs:2," + ",".join(f"{name}:{i}" for i, name in enumerate(names, 1)))
-    requests = spec.parse_spec(said)
+    said = calibration.absolute(
+        "docs:2," + ",".join(f"{name}:{i}" for i, name in enumerate(names, 1))
+    )
+    requests = calibration.parse_spec(said)
     assert [r.name for r in requests] == ["docs", *(str(tmp_path / name) for name in names)]
     assert [r.weight for r in requests] == [2, 1, 2, 3, 4, 5]
-    assert spec.absolute(said) == said
-    assert str(tmp_path) not in spec.shown(said) and "notes\\, mine.txt:1" in spec.shown(said)
+    assert calibration.absolute(said) == said
+    assert str(tmp_path) not in calibration.shown(
+        said
+    ) and "notes\\, mine.txt:1" in calibration.shown(said)
     for wrong in ("notes, yours.txt", "none, at all.txt"):
         with pytest.raises(UsageError, match="no calibration text"):
-            spec.parse_spec(spec.absolute(wrong))
+            calibration.parse_spec(calibration.absolute(wrong))
 
 
 def test_texts_are_looked_at_before_the_model(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from search_spaces import make_space, spaces, total
 
-from quantkit.qtypes import QUANTIZED, QuantType
+from quantkit.ggml.types import QUANTIZED, QuantType
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.caps import cap_types
 from quantkit.search.propose import Costs, knapsack

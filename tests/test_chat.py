@@ -11,11 +11,11 @@ import pytest
 from test_broken_ggufs import TEMPLATES
 from tiny_models import tiny_llama
 
-from quantkit import chat
-from quantkit.blockwise import load_tokenizer
 from quantkit.calibration import sampling
-from quantkit.chat import ChatTemplate
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp import chat
+from quantkit.llamacpp.chat import ChatTemplate
+from quantkit.model.blockwise import load_tokenizer
 
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -14,10 +14,10 @@ import torch
 from commands import environment
 from tiny_models import tiny_llama, write_tokenizer
 
-from quantkit.blockwise import empty_model, load_model, load_tokenizer
-from quantkit.codeless import codeless
+from quantkit.checkpoint.codeless import codeless
 from quantkit.errors import QuantkitError
-from quantkit.streaming import StreamedWeights
+from quantkit.model.blockwise import empty_model, load_model, load_tokenizer
+from quantkit.model.streaming import StreamedWeights
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
 MAP = {
@@ -102,7 +102,7 @@ def test_nobody_is_asked(tmp_path: Path) -> None:
     os.write(ours, b"y\ny\ny\n")
     code = (
         "import sys; from pathlib import Path\n"
-        "from quantkit.blockwise import load_model, load_tokenizer\n"
+        "from quantkit.model.blockwise import load_model, load_tokenizer\n"
         "for folder in sys.argv[1:]:\n"
         "    for load in (load_tokenizer, load_model):\n"
         "        try: load(Path(folder))\n"

@@ -11,17 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from quantkit.config import (
-    PROFILES,
-    Profile,
-    RunConfig,
-    Target,
-    compile_pattern,
-    load_types_map,
-    parse_bytes,
-)
+from quantkit.config import PROFILES, Profile, RunConfig, Target, compile_pattern, load_types_map
 from quantkit.errors import UsageError
-from quantkit.qtypes import FILE_TYPES, QuantType
+from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.sizes import parse_bytes
 from quantkit.tensors import METHODS, to_json
 
 

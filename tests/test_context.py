@@ -9,9 +9,9 @@ import gguf
 import pytest
 from tiny_gguf import Shape, write_llama
 
-from quantkit.context import RUNTIME_BYTES, ContextMemory, ask, context_memory
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.contexts import RUNTIME_BYTES, ContextMemory, ask, context_memory
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import N_TOKENS, save_model, tiny_llama, write_tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from quantkit.converter import install, sandbox
-from quantkit.converter.architectures import (
+from quantkit.checkpoint.safetensors import read_header
+from quantkit.checkpoint.shell import write_shell
+from quantkit.errors import QuantkitError
+from quantkit.llamacpp.converter import install, sandbox
+from quantkit.llamacpp.converter.architectures import (
     architecture_of,
     check_architecture,
     supported_architectures,
 )
-from quantkit.converter.checkpoint import write_shell
-from quantkit.converter.convert import ConversionResult, convert
-from quantkit.errors import QuantkitError
-from quantkit.fit import check_fit, copies_in
-from quantkit.safetensors_file import read_header
+from quantkit.llamacpp.converter.convert import ConversionResult, convert
+from quantkit.sources.fit import check_fit, copies_in
 
 
 def edit_json(path: Path, **changes: object) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.converter.added import class_for, dense_llama4, unread, with_older_names
+from quantkit.llamacpp.converter.added import class_for, dense_llama4, unread, with_older_names
 
 
 def llama4(**changes: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from quantkit import sandbox
-from quantkit.converter import floor
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp.converter import floor
 from quantkit.sandbox import api, kernel
 
 PUBLIC = {"QUANTKIT_PUBLIC": "1"}
@@ -36,7 +36,7 @@ def test_a_private_page_is_not_asked() -> None:
 def test_a_public_page_that_has_it_all() -> None:
     """And whose processes cannot be read from then on."""
     code = (
-        "import ctypes\nfrom quantkit.converter.floor import check_floor\n"
+        "import ctypes\nfrom quantkit.llamacpp.converter.floor import check_floor\n"
         "check_floor({'SYSTEM': 'spaces'})\nprint(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.converter import install
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp.converter import install
 
 
 def tiny_sdist(folder: Path, extra: tarfile.TarInfo | None = None) -> Path:

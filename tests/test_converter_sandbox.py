@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from test_sandbox_ends import gone, session
 
-from quantkit.converter.checkpoint import write_shell
-from quantkit.converter.convert import ConversionResult, convert
-from quantkit.converter.sandbox import Limits
+from quantkit.checkpoint.shell import write_shell
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp.converter.convert import ConversionResult, convert
+from quantkit.llamacpp.converter.sandbox import Limits
 from quantkit.sandbox.process import environment as environment_of
 
 # Small enough to be hit at once, large enough for Python itself.
@@ -207,7 +207,7 @@ def test_the_child_dies_with_its_parent(run_code, tmp_path: Path):
     script = tmp_path / "checkout" / "convert_hf_to_gguf.py"
     script.write_text("import time; time.sleep(60)")
     code = (
-        "from pathlib import Path; from quantkit.converter.convert import convert; "
+        "from pathlib import Path; from quantkit.llamacpp.converter.convert import convert; "
         f"convert(Path({str(tmp_path / 'model')!r}), Path({str(tmp_path / 'base.gguf')!r}))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.converter.checkpoint import write_shell
-from quantkit.converter.snapshot import model_name_of, sanitize
+from quantkit.checkpoint.shell import write_shell
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp.converter.snapshot import model_name_of, sanitize
 
 
 @pytest.fixture

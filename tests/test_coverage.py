@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_llama
 
-from quantkit.converter.checkpoint import write_shell
-from quantkit.coverage import foretell
+from quantkit.checkpoint.shell import write_shell
 from quantkit.errors import QuantkitError
-from quantkit.expected import block_widths
-from quantkit.qtypes import BF16
+from quantkit.ggml.types import BF16
+from quantkit.planning.coverage import foretell
+from quantkit.sources.expected import block_widths
 from quantkit.tensors import TensorSpec
 
 

@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import test_app_fixtures as fixtures
 
-from quantkit.launch import JobStore, JobView, Limits, NoSuchJob
-from quantkit.launch.clock import Clock
-from quantkit.launch.limits import PUBLIC_LIMITS
-from quantkit.launch.record import load_record
-from quantkit.rundir import EventLog, read_events
-from quantkit.untrusted import Damaged
-from quantkit.web import results
-from quantkit.web.desk import Desk
-from quantkit.web.visitor import Visitors
+from quantkit.run.events import EventLog, read_events
+from quantkit.sandbox.untrusted import Damaged
+from quantkit.server.runs import JobStore, JobView, Limits, NoSuchJob
+from quantkit.server.runs.clock import Clock
+from quantkit.server.runs.limits import PUBLIC_LIMITS
+from quantkit.server.runs.record import load_record
+from quantkit.server.web import results
+from quantkit.server.web.desk import Desk
+from quantkit.server.web.visitor import Visitors
 
 ALICE, MALLORY = "hf:alice", "hf:mallory"
 DAY = 86400.0

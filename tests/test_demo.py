@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import demo
+from quantkit.sources import demo
 
 
 def test_it_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

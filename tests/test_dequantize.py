@@ -16,15 +16,15 @@ from test_fetch import make_run
 from tiny_models import save_model, tiny_llama
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from quantkit import hub
-from quantkit.blockwise import load_model
-from quantkit.converter.convert import convert
-from quantkit.dequantize import dequantize
+from quantkit import sources
+from quantkit.checkpoint.quantized import Source, source_of
+from quantkit.checkpoint.safetensors import read_header
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.hub.quantized import Source, source_of
-from quantkit.plan import specs_of
-from quantkit.safetensors_file import read_header
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.converter.convert import convert
+from quantkit.model.blockwise import load_model
+from quantkit.planning.plan import specs_of
+from quantkit.sources.dequantize import dequantize
 from quantkit.stages import fetch
 
 Tensors = dict[str, torch.Tensor]
@@ -188,7 +188,7 @@ def test_zeros_of_the_second_gptq_format() -> None:
 def test_a_shell_has_the_shapes_of_the_whole(tmp_path: Path, kind: str) -> None:
     folder, wanted = write(tmp_path / "m", kind)
     info = look(str(folder))
-    shell = hub.fetch_metadata(info, None, tmp_path / "shell")
+    shell = sources.fetch_metadata(info, None, tmp_path / "shell")
     tensors = read_header(shell / "model.safetensors").tensors
     assert {t.name: t.shape for t in tensors} == {n: tuple(t.shape) for n, t in wanted.items()}
     assert info.n_parameters == sum(t.numel() for t in wanted.values())

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.types import QuantType
 from quantkit.gptq import kernels_cpu
 from quantkit.gptq.descent import descend, put_together, row_errors, step_block, take_apart
 from quantkit.gptq.solver import Rows, factorize, gptq
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS
-from quantkit.qtypes import QuantType
 
 TYPES = tuple(FORMATS)
 EACH = pytest.mark.parametrize("qtype", TYPES, ids=str)

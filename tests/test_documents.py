@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from quantkit.calibration import sources
 from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split, without
-from quantkit.calibration.languages import LANGUAGES
-from quantkit.calibration.spec import (
+from quantkit.config.calibration import (
     BUILTIN_TEXTS,
     HUB_TEXTS,
     MIXES,
@@ -20,6 +19,7 @@ from quantkit.calibration.spec import (
     language_of,
     parse_spec,
 )
+from quantkit.config.languages import LANGUAGES
 from quantkit.errors import QuantkitError, UsageError
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=200)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from search_spaces import Toy, make_space, spaces
 
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evolve import Plan, SearchState, begin, evolve, is_over
+from quantkit.search.evopress import Plan, SearchState, begin, evolve, is_over
 from quantkit.search.propose import Costs, knapsack, uniform
 from quantkit.tensors import to_json
 

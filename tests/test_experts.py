@@ -25,13 +25,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from quantkit.blockwise import BlockwiseModel
-from quantkit.gptq.experts import ExpertCollector, ExpertProducts, eager_experts
-from quantkit.gptq.fisher import output_fisher
-from quantkit.gptq.hessian import HessianCollector, is_linear
-from quantkit.plan import _hessian_bytes
-from quantkit.statistics import block_file, load_expert_statistics, save_statistics
-from quantkit.streaming import open_model
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.model.streaming import open_model
+from quantkit.planning.plan import _hessian_bytes
+from quantkit.statistics.experts import ExpertCollector, ExpertProducts, eager_experts
+from quantkit.statistics.fisher import output_fisher
+from quantkit.statistics.hessian import HessianCollector, is_linear
+from quantkit.statistics.stored import block_file, load_expert_statistics, save_statistics
 
 N = 32  # columns of the experts' inputs
 SIZES = {

@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from quantkit.web.fairness import WAITING_EACH, FairQueue
+from quantkit.server.web.fairness import WAITING_EACH, FairQueue
 
 
 def blocks(*addresses: str) -> Any:

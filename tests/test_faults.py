@@ -20,19 +20,14 @@ import safetensors.torch
 import torch
 from commands import ROOT, disk_of
 
-from quantkit import cli, faults, pipeline, room, terminal
+from quantkit import cli, pipeline
 from quantkit.config import RunConfig, Target
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.rundir import (
-    Damaged,
-    Event,
-    EventLog,
-    RunDir,
-    StageRecord,
-    read_events,
-    read_json,
-    write_json,
-)
+from quantkit.files import write_json
+from quantkit.machine import faults, room
+from quantkit.run import terminal
+from quantkit.run.events import Event, EventLog, read_events
+from quantkit.run.folder import Damaged, RunDir, StageRecord, read_json
 
 
 def explained(error: BaseException, folder: Path | None = None) -> str:

@@ -14,11 +14,13 @@ import pytest
 from hub_server import ALICE, HubServer, look, running_hub
 from hub_store import bf16, safetensors, sharded_model, tiny_model, write
 
-from quantkit import hub, safetensors_file
+from quantkit.checkpoint import safetensors as stored_headers
+from quantkit.checkpoint.info import ModelInfo
+from quantkit.checkpoint.safetensors import parse_header, read_header, scan
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.rundir import EventLog, RunDir, read_events, read_json
-from quantkit.safetensors_file import parse_header, read_header, scan
+from quantkit.run.events import EventLog, read_events
+from quantkit.run.folder import RunDir, read_json
 from quantkit.stages import fetch
 
 
@@ -106,10 +108,10 @@ def test_fetch_a_local_folder(tmp_path: Path) -> None:
 
 
 def test_fetch_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo = ModuleType("quantkit.demo")
+    demo = ModuleType("quantkit.sources.demo")
     demo.make_checkpoint = lambda folder: write(folder, tiny_model())  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "quantkit.demo", demo)
-    monkeypatch.setattr("quantkit.demo", demo, raising=False)
+    monkeypatch.setitem(sys.modules, "quantkit.sources.demo", demo)
+    monkeypatch.setattr("quantkit.sources.demo", demo, raising=False)
     run = make_run(tmp_path / "run", DEMO_MODEL)
     result = fetch.execute(run)
     assert {path.name for path in result.outputs} >= {"snapshot.json", "model.safetensors"}
@@ -124,7 +126,7 @@ def test_snapshot_json(tmp_path: Path) -> None:
     value = read_json(run.dir.path / "1-fetch/snapshot.json")
     assert value["folder"] == str(folder)
     assert value["info"]["architectures"] == ["LlamaForCausalLM"]
-    assert hub.ModelInfo.from_json(value["info"]) == fetch.load(run.dir).info
+    assert ModelInfo.from_json(value["info"]) == fetch.load(run.dir).info
 
 
 # Weights
@@ -192,7 +194,7 @@ def test_scan_hashes_the_whole_file_in_any_chunks(
     data = safetensors({f"t{i}": ("BF16", (n + i,), bf16(n + i, i)) for i in range(4)})
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
-    monkeypatch.setattr(safetensors_file, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(stored_headers, "_CHUNK_BYTES", 4096)
     seen: list[int] = []
     found = scan(path, hashing=True, on_bytes=seen.append)
     assert found.sha256 == hashlib.sha256(data).hexdigest()

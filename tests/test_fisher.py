@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from quantkit.blockwise import BlockwiseModel
-from quantkit.gptq.fisher import Fisher, output_fisher
-from quantkit.gptq.hessian import HessianCollector, is_linear
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.statistics.fisher import Fisher, output_fisher
+from quantkit.statistics.hessian import HessianCollector, is_linear
 
 N_VOCAB = 256
 PARTS = ("train", "heldout")

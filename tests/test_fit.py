@@ -20,16 +20,16 @@ from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from quantkit import hub
-from quantkit.blockwise import load_model
-from quantkit.converter.convert import convert
+from quantkit.checkpoint.info import ModelInfo
+from quantkit.checkpoint.weight_files import in_folder, tensors_of
 from quantkit.errors import QuantkitError
-from quantkit.expected import compare
-from quantkit.fit import Fit, check_fit, copies, copies_in, judge
-from quantkit.ggufio.read import GgufFile
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.converter.convert import convert
+from quantkit.model.blockwise import load_model
+from quantkit.model.streaming import open_model
+from quantkit.sources.expected import compare
+from quantkit.sources.fit import Fit, check_fit, copies, copies_in, judge
 from quantkit.stages import fetch
-from quantkit.streaming import open_model
-from quantkit.weight_files import in_folder, tensors_of
 
 Tensors = dict[str, torch.Tensor]
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
@@ -280,7 +280,7 @@ def test_stale_quantization(method: str, llama: Path, tmp_path: Path) -> None:
     info = look(str(folder))
     assert info.quantization is None and "quantization_config" not in info.config
     assert f"are quantized ({method}), and none of them are" in info.notes[0]
-    assert hub.ModelInfo.from_json(json.loads(json.dumps(info, default=vars))).notes == info.notes
+    assert ModelInfo.from_json(json.loads(json.dumps(info, default=vars))).notes == info.notes
     assert fit_of(folder).notes == ()
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():

@@ -14,19 +14,20 @@ import torch
 from families import FAMILIES, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit.blockwise import BlockwiseModel, load_model
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS
-from quantkit.qtypes import QuantType
-from quantkit.rowmap import RowMap
-from quantkit.search import precision, weights
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.types import QuantType
+from quantkit.model import precision
+from quantkit.model.blockwise import BlockwiseModel, load_model
+from quantkit.model.row_maps import RowMap
+from quantkit.model.streaming import open_model
+from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evolve import Evaluator, Plan, SearchState, begin, evolve
+from quantkit.search.evopress import Evaluator, Plan, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
 from quantkit.search.propose import uniform
 from quantkit.search.targets import Targets
 from quantkit.search.workers import Workers
-from quantkit.streaming import open_model
 from quantkit.tensors import Candidate, CandidateKey, to_json
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q5_0", "Q8_0")))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from search_spaces import Toy, make_space, spaces, total
 
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evolve import Plan, begin, evolve
-from quantkit.search.foresee import LEFT, AfterTuning, costs_after
+from quantkit.search.evopress import Plan, begin, evolve
+from quantkit.search.expected import LEFT, AfterTuning, costs_after
 from quantkit.search.propose import Costs, knapsack, knapsacks
 
 

@@ -26,9 +26,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS
-from quantkit.qtypes import QuantType
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.types import QuantType
 
 
 @ALL_FORMATS

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.calibration import spec
 from quantkit.cli import main
-from quantkit.config import RunConfig
+from quantkit.config import RunConfig, calibration
 from quantkit.errors import UsageError
-from quantkit.given import short_names
-from quantkit.rundir import read_json
+from quantkit.hub.given import short_names
+from quantkit.run.folder import read_json
 
 
 @pytest.mark.parametrize(
@@ -34,10 +33,10 @@ def test_paths_in_a_calibration_spec(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "a:b.jsonl").write_text("x")
     monkeypatch.chdir(tmp_path)
     said = f"docs:2,{tmp_path}/own.txt:0.5,{tmp_path}/a:b.jsonl"
-    assert spec.absolute("docs:2, own.txt:0.5,a:b.jsonl") == said
-    assert [r.weight for r in spec.parse_spec(said)] == [2, 0.5, 1]
+    assert calibration.absolute("docs:2, own.txt:0.5,a:b.jsonl") == said
+    assert [r.weight for r in calibration.parse_spec(said)] == [2, 0.5, 1]
     with pytest.raises(UsageError, match="no calibration text none.txt"):
-        spec.absolute("none.txt:2")
+        calibration.absolute("none.txt:2")
 
 
 def test_what_is_missing_is_said_before_the_work(

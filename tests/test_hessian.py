@@ -11,10 +11,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.blockwise import BlockwiseModel
-from quantkit.gptq.fisher import Fisher
-from quantkit.gptq.hessian import HessianCollector, add_outer, is_linear, symmetrize
-from quantkit.statistics import (
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.statistics.fisher import Fisher
+from quantkit.statistics.hessian import HessianCollector, add_outer, is_linear, symmetrize
+from quantkit.statistics.stored import (
     block_file,
     load_fisher,
     load_statistics,

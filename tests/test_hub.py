@@ -15,8 +15,8 @@ from hub_server import HubServer, look, running_hub
 from hub_store import CONFIG, bf16, safetensors, sharded_model, tiny_model, write
 
 from quantkit import hub
+from quantkit.checkpoint.info import ModelInfo, known_model_types
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.hub.model import known_model_types
 from quantkit.tensors import to_json
 
 
@@ -131,7 +131,7 @@ def test_inspect_learns_everything_without_weights(server: HubServer) -> None:
     assert info.n_download_bytes == sum(len(tiny_model()[name]) for name in names)
     weights = next(file for file in info.files if file.path == "model.safetensors")
     assert weights.sha256 == hashlib.sha256(tiny_model()["model.safetensors"]).hexdigest()
-    assert hub.ModelInfo.from_json(json.loads(json.dumps(to_json(info)))) == info
+    assert ModelInfo.from_json(json.loads(json.dumps(to_json(info)))) == info
 
 
 def test_inspect_reads_long_headers_by_range(server: HubServer) -> None:

@@ -19,7 +19,7 @@ from hub_store import tiny_model
 from huggingface_hub import constants
 
 import quantkit.hub.client as hub_client
-from quantkit import hub
+from quantkit import hub, sources
 from quantkit.errors import QuantkitError
 from quantkit.hub.client import Asked, call, hf_api
 
@@ -204,7 +204,7 @@ def test_tokens_stay_with_the_hub(server: HubServer, tmp_path: Path) -> None:
     server.add_model("alice/x", tiny_model(), private=True)
     info = look("alice/x", ALICE)
     hub.download(info, ALICE)
-    hub.fetch_metadata(info, ALICE, tmp_path / "meta")
+    sources.fetch_metadata(info, ALICE, tmp_path / "meta")
     assert {r.user for r in server.requests if r.server == "hub"} == {"alice"}
     assert {r.user for r in server.requests if r.server == "cdn"} == {None}
 
@@ -227,7 +227,7 @@ def test_a_process_of_its_own(server: HubServer, tmp_path: Path) -> None:
     server.add_model("alice/x", tiny_model(), private=True)
     code = (
         "import sys; from quantkit import hub; "
-        "info = hub.inspect(hub.parse_reference('alice/x'), hub.resolve_token()); "
+        "info = sources.inspect(hub.parse_reference('alice/x'), hub.resolve_token()); "
         "print(info.n_parameters, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     env = {**os.environ, **server.env, "SYSTEM": "spaces", "QUANTKIT_HF_TOKEN": ALICE}

@@ -13,7 +13,7 @@ from hub_server import ALICE, BOB, READER, SECRETS, HubServer, look, running_hub
 from hub_store import CARD, CONFIG, bf16, safetensors, sharded_model, tiny_model, write
 from huggingface_hub import snapshot_download
 
-from quantkit import hub
+from quantkit import hub, sources
 from quantkit.errors import QuantkitError
 from quantkit.hub import upload as hub_upload
 
@@ -112,8 +112,8 @@ def test_metadata_without_weights(server: HubServer, tmp_path: Path, where: str)
     server.add_model("alice/x", files)
     info = look("alice/x" if where == "hub" else str(write(tmp_path / "x", files)))
     server.requests.clear()
-    folder = hub.fetch_metadata(info, None, tmp_path / "meta")
-    hub.fetch_metadata(info, None, folder)  # again over the first
+    folder = sources.fetch_metadata(info, None, tmp_path / "meta")
+    sources.fetch_metadata(info, None, folder)  # again over the first
     assert {path.name for path in folder.iterdir()} == {file.path for file in info.files}
     assert json.loads((folder / "config.json").read_text()) == CONFIG
     shell = folder / "model.safetensors"

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from quantkit.config import RunConfig
-from quantkit.gptq.fisher import Fisher
-from quantkit.gptq.hessian import HessianCollector
-from quantkit.inputs import KnownInputs, lender_of, modules_of
-from quantkit.rowmap import RowMap
-from quantkit.statistics import (
+from quantkit.gptq.inputs import KnownInputs, lender_of, modules_of
+from quantkit.model.row_maps import RowMap
+from quantkit.statistics.fisher import Fisher
+from quantkit.statistics.hessian import HessianCollector
+from quantkit.statistics.stored import (
     Gradients,
     block_file,
     embedding_file,

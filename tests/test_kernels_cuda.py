@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.gptq.compete import Inputs, solve_experts, solve_rows, solve_tensor
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.types import QuantType
 from quantkit.gptq.descent import (
     _sweep_cuda,
     descend,
@@ -24,8 +26,8 @@ from quantkit.gptq.descent import (
     step_block,
     take_apart,
 )
-from quantkit.gptq.hessian import add_outer, symmetrize
 from quantkit.gptq.products import add_product, product
+from quantkit.gptq.select import Inputs, solve_experts, solve_rows, solve_tensor
 from quantkit.gptq.solver import (
     Rows,
     _walk_columns_cuda,
@@ -34,9 +36,7 @@ from quantkit.gptq.solver import (
     output_error,
     walk_columns,
 )
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS
-from quantkit.qtypes import QuantType
+from quantkit.statistics.hessian import add_outer, symmetrize
 
 TYPES = tuple(FORMATS)
 EACH = pytest.mark.parametrize("qtype", TYPES, ids=str)
@@ -153,7 +153,7 @@ def hard_rows(n: int) -> torch.Tensor:
 
 def compare_grids(qtype: QuantType, device: str) -> None:
     """Rows of the GPU's search against ggml's: most are equal, the others as good."""
-    from quantkit.kquants import grids_cuda
+    from quantkit.ggml import grids_cuda
 
     n = 512
     w = hard_rows(n)[: 40 if device == "cuda" else 22]
@@ -179,7 +179,7 @@ def test_grids_are_ggmls(name: str) -> None:
 
 @ON_GPU
 def test_weights_that_are_not_finite() -> None:
-    from quantkit.kquants import grids_cuda
+    from quantkit.ggml import grids_cuda
 
     w = weight(3, 256).cuda()
     w[1, 7] = float("nan")

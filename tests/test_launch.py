@@ -22,7 +22,8 @@ import pytest
 import test_app_fixtures as fixtures
 
 from quantkit.errors import UsageError
-from quantkit.launch import (
+from quantkit.run.events import EventLog
+from quantkit.server.runs import (
     JobForm,
     JobStore,
     Limits,
@@ -32,8 +33,7 @@ from quantkit.launch import (
     process,
     to_config,
 )
-from quantkit.launch.record import job_folder, load_record, new_job_id
-from quantkit.rundir import EventLog
+from quantkit.server.runs.record import job_folder, load_record, new_job_id
 
 ALICE, MALLORY = "visitor:alice", "visitor:mallory"
 WORKER = (sys.executable, fixtures.__file__)
@@ -233,7 +233,7 @@ def test_runs_of_the_command_line_show_on_a_private_page_only(store: JobStore) -
 def test_a_run_of_the_command_line_is_seen_running(store: JobStore) -> None:
     folder = fixtures.write_run(store.root / "cli", until="search", share=0.5, outcome=None)
     assert store.view("cli", ALICE).state == "interrupted"
-    hold = "import sys,time;from pathlib import Path;from quantkit.rundir import RunDir\n"
+    hold = "import sys,time;from pathlib import Path;from quantkit.run.folder import RunDir\n"
     hold += "with RunDir(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", hold, folder], stdout=subprocess.PIPE)
     try:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.launch.progress import Progress
-from quantkit.rundir import Event
+from quantkit.run.events import Event
+from quantkit.server.runs.progress import Progress
 
 
 class TestProgress:

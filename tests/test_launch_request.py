@@ -9,12 +9,8 @@ import pytest
 
 from quantkit.config import RunConfig, Target
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.launch import (
-    JobForm,
-    check_repo,
-    to_config,
-)
-from quantkit.launch.request import check_pattern
+from quantkit.server.runs import JobForm, check_repo, to_config
+from quantkit.server.runs.request import check_pattern
 
 
 class TestForm:

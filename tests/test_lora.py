@@ -17,14 +17,15 @@ from test_fetch import make_run
 from tiny_models import save_model, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from quantkit import hub
-from quantkit.adapted import Base, changes
-from quantkit.card import card_data
+from quantkit import sources
+from quantkit.checkpoint.adapter import overlay, read_adapter
+from quantkit.checkpoint.info import ModelInfo
+from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.hub.adapter import overlay, read_adapter
-from quantkit.lora import merge
-from quantkit.safetensors_file import StoredTensor
+from quantkit.evidence.card import card_data
+from quantkit.gguf_file.read import GgufFile
+from quantkit.sources.adapted import Base, changes
+from quantkit.sources.lora import merge
 from quantkit.stages import fetch
 
 PREFIX = "base_model.model."
@@ -288,8 +289,8 @@ def test_a_plan_sees_the_base_with_the_adapters_tokenizer(
         info.base.n_parameters,
     )
     assert info.n_download_bytes > info.base.n_download_bytes > 0
-    assert hub.ModelInfo.from_json(json.loads(json.dumps(_json(info)))) == info
-    folder = hub.fetch_metadata(info, None, tmp_path / "metadata")
+    assert ModelInfo.from_json(json.loads(json.dumps(_json(info)))) == info
+    folder = sources.fetch_metadata(info, None, tmp_path / "metadata")
     assert (folder / "chat_template.jinja").read_text() == TEMPLATE
     assert (folder / "config.json").exists() and (folder / "model.safetensors").exists()
     assert not any("adapter" in path.name for path in folder.iterdir())
@@ -297,7 +298,7 @@ def test_a_plan_sees_the_base_with_the_adapters_tokenizer(
     assert not asked
 
 
-def _json(info: hub.ModelInfo) -> Any:
+def _json(info: ModelInfo) -> Any:
     from quantkit.tensors import to_json
 
     return to_json(info)

@@ -30,10 +30,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from quantkit.checkpoint.adapter import _UNDERSTOOD, _WITHOUT_EFFECT, read_adapter
+from quantkit.checkpoint.safetensors import header_bytes, read_header, write_shell
 from quantkit.errors import QuantkitError
-from quantkit.hub.adapter import _UNDERSTOOD, _WITHOUT_EFFECT, read_adapter
-from quantkit.lora import merge, merge_shell
-from quantkit.safetensors_file import header_bytes, read_header, write_shell
+from quantkit.sources.lora import merge, merge_shell
 
 IDS = torch.arange(3, 43)[None]
 _LLAMA = {

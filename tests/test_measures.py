@@ -18,11 +18,11 @@ from test_card import card, report_value
 from test_report import OURS, values
 
 from evaluators.errors import EvaluationError
-from quantkit import report
 from quantkit.errors import QuantkitError
-from quantkit.report import plots
-from quantkit.report.measures import Measures, reason_of
-from quantkit.report.write import write_report
+from quantkit.evidence import report
+from quantkit.evidence.report import plots
+from quantkit.evidence.report.measures import Measures, reason_of
+from quantkit.evidence.report.write import write_report
 
 
 @pytest.mark.parametrize(

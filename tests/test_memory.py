@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import memory, room
 from quantkit.errors import UsageError
-from quantkit.memory import Shelf, free_memory
+from quantkit.machine import memory, room
+from quantkit.machine.memory import Shelf, free_memory
 
 
 def test_what_is_said_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,13 @@ import torch
 from tiny_models import tiny_llama
 from transformers import GenerationConfig
 
-from quantkit.blockwise import load_model, load_tokenizer
 from quantkit.calibration import knowledge, mix, sampling, sources
 from quantkit.calibration.documents import Domain
-from quantkit.calibration.languages import LANGUAGES, sentences
 from quantkit.calibration.mix import Reader
-from quantkit.chat import ChatTemplate
+from quantkit.config.languages import LANGUAGES, sentences
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp.chat import ChatTemplate
+from quantkit.model.blockwise import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.errors import QuantkitError
-from quantkit.kquants import native
-from quantkit.qtypes import BF16, F16, F32, QUANTIZED, QuantType
+from quantkit.ggml import native
+from quantkit.ggml.types import BF16, F16, F32, QUANTIZED, QuantType
 
 
 @ALL_TYPES

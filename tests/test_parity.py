@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit import parity
-from quantkit.converter.convert import convert
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.parity import Original, check_logits
-from quantkit.unmapped import reason_of
+from quantkit.evidence import parity
+from quantkit.evidence.parity import Original, check_logits
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.converter.convert import convert
+from quantkit.model.unmapped import reason_of
 
 
 class Made:

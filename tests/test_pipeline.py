@@ -10,10 +10,11 @@ import llama_cpp
 import pytest
 from commands import Answer, Run, packed_tensors, quantkit
 
-from quantkit.ggufio.read import GgufFile
-from quantkit.kquants.stock import StockRecipe, stock_bytes, stock_types
-from quantkit.qtypes import FILE_TYPES, QuantType
-from quantkit.rundir import STAGES, sha256_file
+from quantkit.files import sha256_file
+from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.stock import StockRecipe, stock_bytes, stock_types
+from quantkit.run.names import STAGES
 
 pytestmark = pytest.mark.slow
 

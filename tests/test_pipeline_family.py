@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from commands import Answer, Run, kill, quantkit, start, wait_for
 
-from quantkit.ggufio.read import GgufFile
-from quantkit.qtypes import QuantType
-from quantkit.report import read
-from quantkit.rundir import read_json, sha256_file
+from quantkit.evidence.report import read
+from quantkit.files import sha256_file
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.run.folder import read_json
 
 pytestmark = pytest.mark.slow
 

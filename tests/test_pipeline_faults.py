@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import Answer, Run, disk_of, quantkit, quantkit_under
 
-from quantkit.rundir import STAGES
+from quantkit.run.names import STAGES
 
 pytestmark = pytest.mark.slow
 

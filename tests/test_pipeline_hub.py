@@ -16,7 +16,9 @@ from commands import Answer, Run, environment, kill, quantkit, start, wait_for
 from hub_server import ALICE, BOB, SECRETS, HubServer
 from huggingface_hub import ModelCard, snapshot_download
 
-from quantkit.rundir import STAGES, read_json, sha256_file
+from quantkit.files import sha256_file
+from quantkit.run.folder import read_json
+from quantkit.run.names import STAGES
 
 pytestmark = pytest.mark.slow
 

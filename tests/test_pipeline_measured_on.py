@@ -9,7 +9,7 @@ from pathlib import Path
 import broken_ggufs
 from commands import Answer, Run, quantkit
 
-from quantkit.rundir import sha256_file
+from quantkit.files import sha256_file
 
 
 def broken(run: Run, path: Path, name: str) -> Path:

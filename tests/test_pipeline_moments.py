@@ -12,7 +12,9 @@ from commands import Answer, Run
 from quantkit import pipeline
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.rundir import EventLog, RunDir, StageRecord, read_json, write_json
+from quantkit.files import write_json
+from quantkit.run.events import EventLog
+from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.stages import calibrate, fetch, quantize, search, stitch
 
 pytestmark = pytest.mark.slow

@@ -20,17 +20,17 @@ from tiny_gguf import Shape, write_llama
 from quantkit import pipeline
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.imatrix import read_imatrix
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.stitch import stitch
-from quantkit.ggufio.write import lay_out
-from quantkit.kquants import native
-from quantkit.kquants.stock import StockRecipe, make_override, make_stock
-from quantkit.meter import EFFORTS
-from quantkit.qtypes import QuantType
-from quantkit.rowmap import RowMap, RowMatcher
-from quantkit.rundir import read_json
-from quantkit.statistics import head_file, load_statistics
+from quantkit.evidence.meter import EFFORTS
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.imatrix import read_imatrix
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.stitch import stitch
+from quantkit.gguf_file.write import lay_out
+from quantkit.llamacpp.stock import StockRecipe, make_override, make_stock
+from quantkit.model.row_maps import RowMap, RowMatcher
+from quantkit.run.folder import read_json
+from quantkit.statistics.stored import head_file, load_statistics
 from quantkit.tensors import TensorSpec
 
 pytestmark = pytest.mark.slow

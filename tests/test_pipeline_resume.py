@@ -12,7 +12,10 @@ from commands import CHEAP, Answer, Run, kill, quantkit, start, wait_for
 
 from quantkit import pipeline
 from quantkit.errors import QuantkitError
-from quantkit.rundir import STAGES, EventLog, RunDir, sha256_file
+from quantkit.files import sha256_file
+from quantkit.run.events import EventLog
+from quantkit.run.folder import RunDir
+from quantkit.run.names import STAGES
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from tiny_models import N_TOKENS, save_model, write_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantkit.config import PROFILES
-from quantkit.qtypes import QuantType
-from quantkit.rundir import read_json
+from quantkit.ggml.types import QuantType
+from quantkit.run.folder import read_json
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,15 @@ import pytest
 from commands import Answer, Run, kill, packed_tensors, quantkit, start
 
 from quantkit import pipeline
-from quantkit.blockwise import BlockwiseModel
 from quantkit.config import RunConfig
-from quantkit.ggufio.read import GgufFile
+from quantkit.files import sha256_file, write_json
+from quantkit.gguf_file.read import GgufFile
+from quantkit.model.blockwise import BlockwiseModel
 from quantkit.rebuild import rebuild
-from quantkit.rundir import read_events, read_json, sha256_file, write_json
+from quantkit.run.events import read_events
+from quantkit.run.folder import read_json
 from quantkit.stages import search
-from quantkit.tuning import Tuner
+from quantkit.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.slow
 

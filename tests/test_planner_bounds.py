@@ -23,10 +23,12 @@ import pytest
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.launch import keeper
-from quantkit.launch.turns import Share, Turns
+from quantkit.server.runs import keeper
+from quantkit.server.runs.turns import Share, Turns
 
-estimates = importlib.import_module("quantkit.launch.estimate")  # its name is also a function's
+estimates = importlib.import_module(
+    "quantkit.server.runs.estimate"
+)  # its name is also a function's
 
 EATER = "import time\nkept = bytearray(400_000_000)\ntime.sleep(60)"
 # Leaves the session of its parent, and its parent.
@@ -117,7 +119,7 @@ def silent_hub() -> Iterator[tuple[str, list[socket.socket]]]:
 def test_a_preview_dies_with_its_server(tmp_path: Path, number: signal.Signals) -> None:
     code = (
         "from quantkit.config import RunConfig\n"
-        "from quantkit.launch.estimate import estimate\n"
+        "from quantkit.server.runs.estimate import estimate\n"
         "estimate(RunConfig('a/b'), None, True, 'me')"
     )
     with silent_hub() as (url, asked):

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from quantkit import __version__
-from quantkit.provenance import COMMIT_FILE, code_version
+from quantkit.run.provenance import COMMIT_FILE, code_version
 
 
 def git(folder: Path, *arguments: str) -> str:

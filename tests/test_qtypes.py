@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from tiny_gguf import Shape, write_llama
 
 from quantkit.errors import UsageError
-from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
-from quantkit.qtypes import BF16, F16, F32, FILE_TYPES, QUANTIZED, QuantType, fallback, file_label
+from quantkit.ggml.types import (
+    BF16,
+    F16,
+    F32,
+    FILE_TYPES,
+    QUANTIZED,
+    QuantType,
+    fallback,
+    file_label,
+)
+from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
 
 LABELS = (*STOCK_MIXES, "TQ1_0", "TQ2_0", "MXFP4_MOE")
 MATRIX = "blk.0.ffn_up.weight"

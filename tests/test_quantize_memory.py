@@ -9,14 +9,14 @@ import torch
 from tiny_gguf import write_llama
 
 from quantkit.config import RunConfig
-from quantkit.footprint import stage_memory
-from quantkit.ggufio.read import GgufFile
-from quantkit.gptq.compete import Inputs, solve_tensor
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
-from quantkit.levels import plan_levels
-from quantkit.plan import specs_of
-from quantkit.qtypes import QuantType
-from quantkit.rundir import STAGES
+from quantkit.planning.cost import stage_memory
+from quantkit.planning.levels import plan_levels
+from quantkit.planning.plan import specs_of
+from quantkit.run.names import STAGES
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q4_K", "Q5_K", "Q6_K")))
 

@@ -15,12 +15,12 @@ from tiny_gguf import Shape, write_llama
 from quantkit import pipeline, rebuild
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import SlotFile, lay_out
-from quantkit.kquants import native
-from quantkit.output import Provenance, lay_out_output
-from quantkit.qtypes import QuantType
-from quantkit.rundir import sha256_file
+from quantkit.files import sha256_file
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import SlotFile, lay_out
+from quantkit.llamacpp.output import Provenance, lay_out_output
 from quantkit.tensors import to_json
 
 Q40, Q80 = QuantType("Q4_0"), QuantType("Q8_0")

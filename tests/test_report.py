@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from quantkit import report
 from quantkit.errors import QuantkitError
-from quantkit.report import plots, svg, tables, text
-from quantkit.report.schema import Mean
+from quantkit.evidence import report
+from quantkit.evidence.report import plots, svg, tables, text
+from quantkit.evidence.report.schema import Mean
+from quantkit.sizes import size
 
 KL = {"mean": 0.0123, "stderr": 0.0004, "ci95": [0.0115, 0.0131]}
 
@@ -278,9 +279,9 @@ def test_an_error_has_the_digits_of_its_value() -> None:
 
 
 def test_sizes_for_people() -> None:
-    assert report.size(105_454_144) == "105.5 MB"
-    assert report.size(999_000_000) == "999.0 MB"
-    assert report.size(5_500_000_000) == "5.50 GB"
+    assert size(105_454_144) == "105.5 MB"
+    assert size(999_000_000) == "999.0 MB"
+    assert size(5_500_000_000) == "5.50 GB"
 
 
 def test_languages_one_row_each() -> None:

@@ -9,10 +9,11 @@ import pytest
 from eval_fixtures import TEXT, TinyFiles, tiny
 from hub_server import running_hub
 
-from quantkit import given, report
 from quantkit.cli import main
-from quantkit.compare import to_report
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.evidence import report
+from quantkit.evidence.compare import to_report
+from quantkit.hub import given
 
 __all__ = ["tiny"]  # a fixture: used by name
 

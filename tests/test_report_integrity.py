@@ -10,16 +10,21 @@ import pytest
 from tiny_gguf import Shape, write_llama
 
 from evaluators.agreement import Agreement
-from quantkit import integrity
 from quantkit.config import PROFILES
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
-from quantkit.kquants import native
-from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
-from quantkit.meter import EFFORTS
-from quantkit.opponents import given_opponents, stock_around, stock_opponents, uniform_opponents
-from quantkit.qtypes import QuantType
+from quantkit.evidence import integrity
+from quantkit.evidence.baselines import (
+    given_opponents,
+    stock_around,
+    stock_opponents,
+    uniform_opponents,
+)
+from quantkit.evidence.meter import EFFORTS
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
+from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
 
 
 @pytest.fixture(scope="module")

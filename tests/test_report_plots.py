@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from test_report import values
 
-from quantkit import report
-from quantkit.report import plots, svg
-from quantkit.report.axes import Log, Place, place
-from quantkit.report.picture import Area, Box, Disc, Picture, Stroke, Words, text_width
-from quantkit.report.png import png
-from quantkit.report.schema import TracePoint
+from quantkit.evidence import report
+from quantkit.evidence.report import plots, svg
+from quantkit.evidence.report.axes import Log, Place, place
+from quantkit.evidence.report.picture import Area, Box, Disc, Picture, Stroke, Words, text_width
+from quantkit.evidence.report.png import png
+from quantkit.evidence.report.schema import TracePoint
 
 
 def pictures() -> dict[str, Picture]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from quantkit.qtypes import BF16, F16, F32, QuantType
-from quantkit.rowmap import RowMap, RowMatcher, load_row_maps, save_row_maps
+from quantkit.ggml.types import BF16, F16, F32, QuantType
+from quantkit.model.row_maps import RowMap, RowMatcher, load_row_maps, save_row_maps
 from quantkit.tensors import TensorSpec
 
 _CAST = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32}

@@ -20,19 +20,10 @@ from hypothesis import strategies as st
 from quantkit import pipeline
 from quantkit.config import RunConfig, Target
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.rundir import (
-    STAGES,
-    EventLog,
-    OutputFile,
-    RunDir,
-    StageRecord,
-    fingerprint,
-    read_events,
-    read_json,
-    replacing,
-    sha256_file,
-    write_json,
-)
+from quantkit.files import replacing, sha256_file, write_json
+from quantkit.run.events import EventLog, read_events
+from quantkit.run.folder import OutputFile, RunDir, StageRecord, fingerprint, read_json
+from quantkit.run.names import STAGES
 
 
 def test_nine_stages_in_order(tmp_path: Path) -> None:

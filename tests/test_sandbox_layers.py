@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_llama
 
-from quantkit.converter.convert import convert
-from quantkit.rundir import sha256_file
+from quantkit.files import sha256_file
+from quantkit.llamacpp.converter.convert import convert
 from quantkit.sandbox import Child
 
 LAYERS = [(), ("mounts",), ("namespaces",), ("landlock",), ("namespaces", "landlock", "seccomp")]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import secrets
 from quantkit.errors import QuantkitError
-from quantkit.launch import dispatch, process
+from quantkit.sandbox import secrets
+from quantkit.server.runs import dispatch, process
 
 TOKEN = "hf_abcdefghijklmnop"
 
@@ -130,7 +130,7 @@ cli.main()
 
 
 @pytest.mark.parametrize(
-    "path", ["app.py", "quantkit/launch/in_job.py", "quantkit/launch/dispatch.py"]
+    "path", ["app.py", "quantkit/server/runs/in_job.py", "quantkit/server/runs/dispatch.py"]
 )
 def test_every_program_hides_it_first(path: str) -> None:
     """Nothing is done before, when the file is run by itself."""

@@ -1,7 +1,7 @@
 """GPTQ onto fixed grids: against rounding, against a plain reading of the paper in float64, and the
 compiled column walk against the torch one.
 
-Also `quantkit.gptq.compete`, which lets the methods compete: what it returns is never worse than
+Also `quantkit.gptq.select`, which lets the methods compete: what it returns is never worse than
 what it was asked to beat.
 """
 
@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.gptq import compete
-from quantkit.gptq.compete import Inputs, Sensitivity, solve_tensor
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS, Grid
+from quantkit.ggml.types import F16, QuantType
+from quantkit.gptq import select
+from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import Rows, factorize, gptq, output_error, walk_columns
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS, Grid
-from quantkit.qtypes import F16, QuantType
+from quantkit.statistics.sensitivity import Sensitivity
 
 TYPES = tuple(FORMATS)
 DAMPING = 0.1
@@ -310,7 +311,7 @@ def test_no_row_is_worse_than_ggmls(qtype: QuantType, n_tokens: int) -> None:
     h, w = hessian(256, n_tokens=n_tokens), weight(30, 256)
     ggml = rounded(w, h, qtype).numpy()
     known = {(qtype, "imatrix"): torch.from_numpy(ggml)}
-    (packed,) = compete._gptq([w], [qtype], [known], [inputs_of(h)], n_sweeps=4)
+    (packed,) = select._gptq([w], [qtype], [known], [inputs_of(h)], n_sweeps=4)
     before = errors_of(w, ggml, qtype, h)
     after = errors_of(w, packed[qtype, "gptq"].numpy(), qtype, h)
     assert (after <= before * (1 + 1e-5)).all()
@@ -372,7 +373,7 @@ def test_large_tensors_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {method: inputs_of(h) for method in ALL_METHODS}
     known |= {method: without(known["gptq"]) for method in ("imatrix", "rtn")}
     whole = {m: solve_tensor(w.numpy(), TYPES, (m,), known[m], None) for m in ALL_METHODS}
-    monkeypatch.setattr(compete, "_STACKED_WEIGHTS", 256 * len(TYPES) * 7)
+    monkeypatch.setattr(select, "_STACKED_WEIGHTS", 256 * len(TYPES) * 7)
     for method, solved in whole.items():
         cut = solve_tensor(w.numpy(), TYPES, (method,), known[method], None)
         for qtype in TYPES:
@@ -432,9 +433,9 @@ def test_experts_together_are_as_one_by_one(names: tuple[str, ...]) -> None:
     types = [QuantType(name) for name in names]
     weights, inputs = experts(256)
     methods, none = ("gptq", "imatrix", "rtn"), [None] * 3
-    together = compete.solve_experts(weights, types, methods, inputs, none, 2)
+    together = select.solve_experts(weights, types, methods, inputs, none, 2)
     for part, w, own in zip(together, weights, inputs, strict=True):
-        alone = compete.solve_rows(w, types, methods, own, None, 2)
+        alone = select.solve_rows(w, types, methods, own, None, 2)
         assert part.errors == alone.errors and part.power == alone.power
         assert all(torch.equal(part.packed[key], rows) for key, rows in alone.packed.items())
 
@@ -443,14 +444,14 @@ def test_experts_share_a_type_and_not_a_method() -> None:
     """Each gets the method that is best for it, and the tensor's error is that of the mix."""
     q = QuantType("Q8_0")
 
-    def part(gptq: float, rtn: float, mark: int) -> compete.Part:
-        errors = {(q, "gptq"): compete.Error(gptq, None), (q, "rtn"): compete.Error(rtn, None)}
+    def part(gptq: float, rtn: float, mark: int) -> select.Part:
+        errors = {(q, "gptq"): select.Error(gptq, None), (q, "rtn"): select.Error(rtn, None)}
         packed = {
             key: torch.full((1, 34), mark + i, dtype=torch.uint8) for i, key in enumerate(errors)
         }
-        return compete.Part(2.0, errors, packed)
+        return select.Part(2.0, errors, packed)
 
-    solved = compete.decide_experts(q, [part(1, 3, 10), part(5, 4, 20), part(1, 2, 30)])
+    solved = select.decide_experts(q, [part(1, 3, 10), part(5, 4, 20), part(1, 2, 30)])
     assert solved.method == "gptq" and solved.n_experts == {"gptq": 2, "rtn": 1}
     assert solved.packed[:, 0].tolist() == [10, 21, 30]
     assert solved.errors["gptq"].relative == (1 + 4 + 1) / 6
@@ -460,6 +461,6 @@ def test_experts_share_a_type_and_not_a_method() -> None:
 def test_an_expert_that_no_gradient_reached_is_judged_by_its_output() -> None:
     """All its methods cost nothing, as far as is known."""
     q = QuantType("Q8_0")
-    errors = {(q, "rtn"): compete.Error(3.0, 0.0), (q, "gptq"): compete.Error(1.0, 0.0)}
+    errors = {(q, "rtn"): select.Error(3.0, 0.0), (q, "gptq"): select.Error(1.0, 0.0)}
     packed = {key: torch.zeros((1, 34), dtype=torch.uint8) for key in errors}
-    assert compete.decide_experts(q, [compete.Part(1.0, errors, packed)]).method == "gptq"
+    assert select.decide_experts(q, [select.Part(1.0, errors, packed)]).method == "gptq"

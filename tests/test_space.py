@@ -29,12 +29,12 @@ from itsdangerous import TimestampSigner
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
-from quantkit.launch import JobStore, Limits, Order, process
-from quantkit.launch.adopt import adopt
-from quantkit.launch.dispatch import app_labels
-from quantkit.launch.limits import CLEAN, DELETE, what_is_due
-from quantkit.launch.mirror import Mirror, state_folder
-from quantkit.launch.record import load_record
+from quantkit.server.runs import JobStore, Limits, Order, process
+from quantkit.server.runs.adopt import adopt
+from quantkit.server.runs.dispatch import app_labels
+from quantkit.server.runs.limits import CLEAN, DELETE, what_is_due
+from quantkit.server.runs.mirror import Mirror, state_folder
+from quantkit.server.runs.record import load_record
 from quantkit.tensors import to_json
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def test_the_dry_run_shows_exactly_what_is_pushed(
     lines = re.findall(r"^([0-9a-f]{12}) +[\d,]+  (\S+)$", done.stdout, re.MULTILINE)
     shown = {path: sha256 for sha256, path in lines}
     assert {"app.py", "README.md", "requirements.txt", "LICENSE"} <= shown.keys()
-    assert "quantkit/web/style.css" in shown and "quantkit-0.1.0-py3-none-any.whl" in shown
+    assert "quantkit/server/web/style.css" in shown and "quantkit-0.1.0-py3-none-any.whl" in shown
     assert not [path for path in shown if path.startswith(("spaces/", "tests/", "dev/", "."))]
     assert not hub.repos
 
@@ -108,7 +108,7 @@ def test_the_wheel_holds_what_a_job_runs(tmp_path: Path) -> None:
         names = set(archive.namelist())
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
         needs = archive.read(metadata).decode()
-    wanted = {"quantkit/launch/in_job.py", "quantkit/web/style.css", "evaluators/kl.py"}
+    wanted = {"quantkit/server/runs/in_job.py", "quantkit/server/web/style.css", "evaluators/kl.py"}
     assert wanted | {"quantkit/data/commit.txt"} <= names
     sources = {path for path in deploy.tracked(("quantkit",)) if path.endswith(".py")}
     assert sources <= names, f"pyproject.toml leaves out {sorted(sources - names)}"

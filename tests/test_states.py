@@ -10,9 +10,9 @@ import pytest
 import torch
 from families import FAMILIES, write_checkpoint
 
-from quantkit.blockwise import BlockwiseModel, load_model
 from quantkit.errors import QuantkitError
-from quantkit.states import States
+from quantkit.model.blockwise import BlockwiseModel, load_model
+from quantkit.model.offload import States
 
 
 @pytest.mark.parametrize("room", [0, 1 << 20])

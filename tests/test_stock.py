@@ -16,10 +16,12 @@ import torch
 from tiny_gguf import Shape, write_llama
 
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
-from quantkit.gptq.compete import Inputs, solve_tensor
-from quantkit.kquants.stock import (
+from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
+from quantkit.gptq.select import Inputs, solve_tensor
+from quantkit.llamacpp.output import nearest_label
+from quantkit.llamacpp.stock import (
     STOCK_MIXES,
     StockRecipe,
     make_override,
@@ -28,8 +30,6 @@ from quantkit.kquants.stock import (
     stock_bytes,
     stock_types,
 )
-from quantkit.output import nearest_label
-from quantkit.qtypes import FILE_TYPES, QuantType
 
 SOME = ("Q2_K", "Q4_0", "Q4_K_M", "Q8_0")
 SLOW = (

@@ -11,11 +11,11 @@ from families import FAMILIES, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit.blockwise import BlockwiseModel
 from quantkit.errors import QuantkitError
-from quantkit.gptq.fisher import output_fisher
-from quantkit.gptq.hessian import HessianCollector
-from quantkit.streaming import open_model
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.model.streaming import open_model
+from quantkit.statistics.fisher import output_fisher
+from quantkit.statistics.hessian import HessianCollector
 
 QUICK = ("Llama 3", "GPT-2", "Qwen3-MoE", "Mistral 3", "LFM2")  # tied, transposed, stacked, sees
 

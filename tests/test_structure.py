@@ -20,7 +20,7 @@ import datasets
 import pytest
 
 from quantkit.config import PROFILES
-from quantkit.rundir import STAGES
+from quantkit.run.names import STAGES
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("quantkit", "evaluators")
@@ -79,62 +79,73 @@ def imports(path: Path) -> set[str]:
     return imported(walk(tree(path)))
 
 
-# From the bottom up. A module may import from lower layers, and from its own where it is said to.
-LAYERS = {
-    "quantkit": 0,
-    "quantkit.errors": 1,
-    "quantkit.sandbox": 2,
-    "quantkit.secrets": 3,
-    "quantkit.qtypes": 2,
-    "quantkit.tensors": 3,
-    "quantkit.untrusted": 2,
-    "quantkit.calibration.languages": 2,
-    "quantkit.calibration.spec": 3,
-    "quantkit.config": 4,
-    "quantkit.rundir": 4,
-    "quantkit.safetensors_file": 4,
-    "tools": 5,  # everything not named here; among themselves as long as it is no circle
-    "quantkit.stages": 6,
-    "quantkit.launch": 6,
-    "quantkit.pipeline": 7,
-    "quantkit.web": 7,
-    "quantkit.rebuild": 8,
-    "quantkit.cli": 9,
-    "quantkit.__main__": 10,
-}
-_AMONG_THEMSELVES = (
-    "tools",
-    "quantkit.sandbox",
-    "quantkit.stages",
-    "quantkit.launch",
-    "quantkit.web",
+# The floor plan, from the bottom up: packages and the loose modules of `quantkit`. A module imports
+# from its own package and from what stands above it in this list, types included.
+FLOOR_PLAN = (
+    "errors",
+    "sandbox",
+    "sizes",
+    "markdown",
+    "ggml",
+    "tensors",
+    "files",
+    "machine",
+    "config",
+    "run",
+    "checkpoint",
+    "gguf_file",
+    "model",
+    "hub",
+    "sources",
+    "llamacpp",
+    "statistics",
+    "gptq",
+    "calibration",
+    "search",
+    "tuning",
+    "planning",
+    "evidence",
+    "stages",
+    "pipeline",
+    "rebuild",
+    "server.runs",
+    "server.web",
+    "cli",
+    "__main__",
 )
+MOST_LOOSE = 8  # modules of `quantkit` itself, beside __init__ and __main__
 
 
-def layer(module: str) -> str:
-    if module == "quantkit":
-        return module
-    return next(
-        (x for x in LAYERS if x != "quantkit" and f"{module}.".startswith(f"{x}.")), "tools"
-    )
+def place(module: str) -> int:
+    """The place of a module of quantkit in the floor plan; the package itself is below all."""
+    parts = module.split(".")[1:]
+    if not parts or parts == ["server"]:
+        return -1
+    own = ".".join(parts[:2]) if parts[0] == "server" else parts[0]
+    return FLOOR_PLAN.index(own)
 
 
 def test_imports_only_go_down() -> None:
+    """Types alone count, too: what a type needs is known to the reader of the module."""
     wrong = []
     for path in OURS:
         own = module_of(path)
-        if not own.startswith("quantkit"):
-            continue
-        for name in sorted(imports(path) & MODULES):
-            if not name.startswith("quantkit"):
-                continue
-            mine, theirs = layer(own), layer(name)
-            among = mine == theirs and mine in _AMONG_THEMSELVES
-            below = LAYERS[theirs] < LAYERS[mine]
-            reads_stages = mine == "quantkit.web" and theirs == "quantkit.stages"
-            if not (among or below) or reads_stages:
-                wrong.append(f"{own} ({mine}) imports {name} ({theirs})")
+        if own.startswith("quantkit"):
+            for name in sorted(imported(ast.walk(tree(path))) & MODULES):
+                if name.startswith("quantkit") and place(name) > place(own):
+                    wrong.append(f"{own} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_floor_plan_is_whole() -> None:
+    """Every package is in the list and says what it holds; few modules stand loose."""
+    folder = ROOT / "quantkit"
+    loose = {p.stem for p in folder.glob("*.py")} - {"__init__"}
+    packages = {p.parent.name for p in folder.glob("*/__init__.py")}
+    assert loose | packages == {name.split(".")[0] for name in FLOOR_PLAN}
+    assert len(loose - {"__main__"}) <= MOST_LOOSE
+    for path in folder.glob("*/__init__.py"):
+        assert ast.get_docstring(tree(path)), short(path)
 
 
 def test_no_circles() -> None:
@@ -148,15 +159,16 @@ def test_no_circles() -> None:
 
 
 def test_only_checks_look_at_the_evaluators() -> None:
-    """The search never grades itself. (quantkit.parity has `evaluators.oracle` run by its name.)"""
+    """The search never grades itself. (evidence.parity has `evaluators.oracle` run by its name.)"""
     found = {
         module_of(path)
         for path in OURS
         if path.is_relative_to(ROOT / "quantkit")
         and any(f"{name}.".startswith("evaluators.") for name in imports(path))
     }
-    judges = {"quantkit.stages.validate", "quantkit.meter", "quantkit.tokens", "quantkit.compare"}
-    assert found == judges | {"quantkit.llama_place"}
+    judges = {"stages.validate", "evidence.meter", "evidence.compare", "llamacpp.tokens"}
+    looks = {"llamacpp.place", "planning.texts"}  # starts them; opens the texts that they will read
+    assert found == {f"quantkit.{name}" for name in judges | looks}
 
 
 def test_evaluators_know_nothing_of_quantkit() -> None:
@@ -167,7 +179,13 @@ def test_evaluators_know_nothing_of_quantkit() -> None:
 
 
 HEAVY = ("torch", "transformers", "llama_cpp", "numba", "datasets", "gradio", "safetensors")
-LIGHT = ("quantkit", "quantkit.cli", "quantkit.config", "quantkit.rundir", "quantkit.launch")
+LIGHT = (
+    "quantkit",
+    "quantkit.cli",
+    "quantkit.config",
+    "quantkit.run.folder",
+    "quantkit.server.runs",
+)
 
 
 @pytest.mark.parametrize("module", [*LIGHT, "quantkit.pipeline"])
@@ -182,8 +200,8 @@ def test_starting_is_quick(module: str) -> None:
 def may_print(path: Path) -> bool:
     """The command line, the evaluators' commands, and files that are run by themselves."""
     name = short(path)
-    command = ("quantkit/cli.py", "quantkit/terminal.py")
-    entries = ("quantkit/converter/entry.py", "quantkit/converter/install.py")
+    command = ("quantkit/cli.py", "quantkit/run/terminal.py")
+    entries = ("quantkit/llamacpp/converter/entry.py", "quantkit/llamacpp/converter/install.py")
     return name.startswith(("evaluators/", "app.py")) or name in (*command, *entries)
 
 

@@ -16,13 +16,13 @@ from tiny_models import tiny_llama
 from transformers import AutoTokenizer
 
 from evaluators import vocabulary
-from quantkit import templates
-from quantkit.blockwise import load_tokenizer
-from quantkit.chat import ChatTemplate
-from quantkit.converter.convert import ConversionResult, convert
-from quantkit.converter.pretokenizer import PROBES
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp import templates
+from quantkit.llamacpp.chat import ChatTemplate
+from quantkit.llamacpp.converter.convert import ConversionResult, convert
+from quantkit.llamacpp.converter.pretokenizer import PROBES
+from quantkit.model.blockwise import load_tokenizer
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.gptq.tunable import Tunable
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS
-from quantkit.qtypes import QuantType
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.types import QuantType
+from quantkit.tuning.tunable import Tunable
 
 EACH = pytest.mark.parametrize("qtype", tuple(FORMATS), ids=str)
 

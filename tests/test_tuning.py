@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit.blockwise import BlockwiseModel
-from quantkit.kquants import native
-from quantkit.qtypes import QuantType
-from quantkit.rowmap import RowMap
-from quantkit.streaming import open_model
-from quantkit.tuning import Effort, Stored, TunedBlock, Tuner
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.model.row_maps import RowMap
+from quantkit.model.streaming import open_model
+from quantkit.tuning.tuner import Effort, Stored, TunedBlock, Tuner
 
 N_VOCAB, N_CTX, N_BLOCKS = 96, 24, 3
 EFFORT = Effort(n_steps=40, n_batch=4, rate_codes=2e-2)

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from quantkit import safetensors_file, untrusted
+from quantkit.checkpoint import safetensors
+from quantkit.checkpoint.safetensors import Count, Header, StoredTensor, parse_header
 from quantkit.errors import QuantkitError
-from quantkit.safetensors_file import Count, Header, StoredTensor, parse_header
-from quantkit.untrusted import Damaged, build, parse, read_bytes
+from quantkit.sandbox import untrusted
+from quantkit.sandbox.untrusted import Damaged, build, parse, read_bytes
 
 
 def header_file(text: str | bytes, n_data: int = 0) -> bytes:
@@ -77,24 +78,24 @@ def test_a_header_costs_little(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     with pytest.raises(QuantkitError):
-        safetensors_file.read_header(path)
+        safetensors.read_header(path)
 
 
 def test_the_largest_headers_that_are_read_are_cheap() -> None:
-    data = header_file(empty_tensors(safetensors_file.MAX_TENSORS))
+    data = header_file(empty_tensors(safetensors.MAX_TENSORS))
     began = time.process_time()
-    assert len(parse_header(data, "x", len(data)).tensors) == safetensors_file.MAX_TENSORS
+    assert len(parse_header(data, "x", len(data)).tensors) == safetensors.MAX_TENSORS
     assert time.process_time() - began < 20
 
 
 def test_a_header_above_the_limit_is_named_as_such() -> None:
-    start = (safetensors_file.MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}"
+    start = (safetensors.MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}"
     with pytest.raises(QuantkitError, match="more than any known model"):
         parse_header(start, "x", 10)
 
 
 def test_all_files_of_a_model_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_file, "MAX_TENSORS_IN_ALL", 5)
+    monkeypatch.setattr(safetensors, "MAX_TENSORS_IN_ALL", 5)
     two = Header(10, tuple(StoredTensor(f"t{i}", "F32", (0,), 0, 0) for i in range(2)))
     count = Count()
     count.add(two)

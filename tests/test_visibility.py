@@ -15,8 +15,8 @@ from test_lora import Q, files_of, pair, write_adapter
 from tiny_models import tiny_llama
 
 from quantkit.errors import QuantkitError
+from quantkit.hub.visibility import closed, why_private
 from quantkit.stages import fetch, publish
-from quantkit.visibility import closed, why_private
 
 TARGET = "alice/Out-GGUF"
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
 
-from quantkit import hub
+from quantkit import hub, sources
 from quantkit.cli import main
 from quantkit.errors import QuantkitError, printable
-from quantkit.rundir import Event
-from quantkit.terminal import Printer
-from quantkit.words import markdown
+from quantkit.evidence.escaping import markdown
+from quantkit.run.events import Event
+from quantkit.run.terminal import Printer
 
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r\nfailed: all"
 
@@ -70,7 +70,7 @@ def test_names_that_are_no_text(
         assert "Traceback" not in said
         said.encode()
     (tmp_path / "tiny" / bad).write_text("a licence, perhaps")
-    assert bad not in {file.path for file in hub.inspect(hub.parse_reference(model)).files}
+    assert bad not in {file.path for file in sources.inspect(hub.parse_reference(model)).files}
 
 
 def test_a_link_to_such_a_name(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from evaluators.errors import EvaluationError
 from evaluators.weights import expand_file
 from quantkit import config, pipeline
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.plan import make_plan
-from quantkit.rundir import RunDir
+from quantkit.gguf_file.read import GgufFile
+from quantkit.planning.plan import make_plan
+from quantkit.run.folder import RunDir
 
 KL_LIMIT = 1e-3  # of the mean, at F16
 _N_TOKENS = 64

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import sandbox
-from quantkit.calibration.spec import parse_spec
+from quantkit.config.calibration import parse_spec
 from quantkit.errors import QuantkitError
 
 PIECE = 2000  # characters of a document that is cut out of a longer text

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from quantkit.calibration.languages import LANGUAGES, sentences
+from quantkit.config.languages import LANGUAGES, sentences
 
 # With more the model does not know the language. SmolLM2, which needs 527 in English, gains from
 # calibrating on Spanish (933) and French (952) and not on German (1085): dev/LOG.md.

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from quantkit.calibration import files, knowledge, sampling, sources
 from quantkit.calibration.documents import EVAL_TOKENS, N_CTX, PARTS, Domain, pack, split, without
-from quantkit.calibration.languages import LANGUAGES, sentences
-from quantkit.calibration.spec import (
+from quantkit.config.calibration import (
     AUTO,
     HUB_TEXTS,
     WRITTEN,
@@ -23,8 +22,9 @@ from quantkit.calibration.spec import (
     parts_of,
     shown,
 )
-from quantkit.chat import ChatTemplate
+from quantkit.config.languages import LANGUAGES, sentences
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp.chat import ChatTemplate
 
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 _NEW_TOKENS = 192  # that the model writes after an opening

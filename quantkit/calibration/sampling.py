@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from quantkit.chat import ChatTemplate
 from quantkit.errors import QuantkitError
+from quantkit.llamacpp.chat import ChatTemplate
 
 _BATCH = 128
 _CACHE_BYTES = 2**32  # of keys and values that a batch may take: a few sequences of any model fit

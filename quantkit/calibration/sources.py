@@ -1,4 +1,4 @@
-"""Where calibration text comes from: the names of a spec (`quantkit.calibration.spec`) to
+"""Where calibration text comes from: the names of a spec (`quantkit.config.calibration`) to
 documents, from CPython itself and datasets on the Hub. `quantkit.calibration.files` reads files.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.calibration.documents import Domain
-from quantkit.calibration.spec import HUB_TEXTS
+from quantkit.config.calibration import HUB_TEXTS
 from quantkit.errors import QuantkitError
 
 

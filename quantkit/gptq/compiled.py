@@ -7,7 +7,7 @@ from typing import Any
 
 import numba
 
-from quantkit.converter.install import home
+from quantkit.machine.home import home
 
 __all__ = ["numba"]
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from quantkit.ggml.formats import Format, levels_of
 from quantkit.gptq import kernels_cpu
 from quantkit.gptq.products import add_product, product
 from quantkit.gptq.solver import output_error
-from quantkit.kquants.formats import Format, levels_of
 
 N_SWEEPS = 4  # dev/LOG.md: what each sweep is worth
 _WINDOW = 128  # columns whose changes reach all others in one product, on a CPU

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.ggml.formats import Grid
 from quantkit.gptq import kernels_cpu
 from quantkit.gptq.products import add_product, product
-from quantkit.kquants.formats import Grid
 
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn when the factorization fails
 _LEAF = 128  # columns walked one by one before their errors are applied by a matrix product

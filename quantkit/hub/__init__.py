@@ -1,4 +1,5 @@
-"""The Hugging Face Hub: look at a model, download it, search, publish. Nothing else talks to it.
+"""The Hugging Face Hub: download, search, publish, Jobs. Only `quantkit.sources` talks
+to it besides, through `client`.
 
 `token=None` means anonymous everywhere; `resolve_token()` says whose token a process may use. No
 function stores, logs or returns a token. All errors are QuantkitError: one sentence and a remedy.
@@ -21,25 +22,18 @@ from quantkit.hub.download import (
     download,
 )
 from quantkit.hub.errors import ModelNotFound, scrub
-from quantkit.hub.inspect import inspect
-from quantkit.hub.metadata import fetch_adapter, fetch_metadata, stored_values
-from quantkit.hub.model import ModelInfo, RepoFile
-from quantkit.hub.quantized import Source, source_of
 from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, is_open, publish
 
 __all__ = [
     "Change",
     "ModelHit",
-    "ModelInfo",
     "ModelNotFound",
     "ModelRef",
     "Progress",
     "PublishedFile",
     "PublishedRepo",
     "RepoChanges",
-    "RepoFile",
-    "Source",
     "add_to_collection",
     "cache_dir",
     "cached_folder",
@@ -49,17 +43,12 @@ __all__ = [
     "damaged_files",
     "download",
     "endpoint",
-    "fetch_adapter",
-    "fetch_metadata",
-    "inspect",
     "is_open",
     "parse_reference",
     "publish",
     "resolve_token",
     "scrub",
     "search_models",
-    "source_of",
-    "stored_values",
     "why_offline",
 ]
 

@@ -16,9 +16,18 @@ import httpx2
 from huggingface_hub import HfApi, get_session, get_token, hf_hub_url, set_client_factory
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from quantkit import __version__, secrets
+from quantkit import __version__
 from quantkit.errors import QuantkitError
-from quantkit.hub.errors import CAUGHT, Asked, endpoint, is_transient, retry_after, tame, translate
+from quantkit.hub.errors import (
+    CAUGHT,
+    Asked,
+    endpoint,
+    is_transient,
+    retry_after,
+    tame,
+    translate,
+)
+from quantkit.sandbox import secrets
 
 __all__ = ["PATIENT", "QUICK", "Asked", "call", "hf_api", "endpoint", "read_start", "resolve_token"]
 

@@ -15,9 +15,9 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 from tqdm.auto import tqdm
 
+from quantkit.checkpoint.info import ModelInfo, RepoFile
 from quantkit.errors import QuantkitError
 from quantkit.hub.client import PATIENT, Asked, call, endpoint
-from quantkit.hub.model import ModelInfo, RepoFile
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 

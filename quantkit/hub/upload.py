@@ -25,10 +25,10 @@ from huggingface_hub.hf_api import RepoFile as RemoteFile
 from huggingface_hub.utils import disable_progress_bars
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.files import PARTIAL, sha256_file
 from quantkit.hub.client import PATIENT, Asked, call, hf_api
 from quantkit.hub.errors import ModelNotFound
 from quantkit.hub.reference import parse_reference
-from quantkit.rundir import PARTIAL, sha256_file
 
 logger = logging.getLogger(__name__)
 

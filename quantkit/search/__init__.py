@@ -1,0 +1,1 @@
+"""EvoPress: which type every tensor gets, by the KL divergence of the whole model."""

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.qtypes import QuantType
+from quantkit.ggml.types import QuantType
 from quantkit.tensors import Candidate, CandidateKey
 
 Choices = npt.NDArray[np.int64]

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantkit.rundir import replacing
+from quantkit.files import replacing
 from quantkit.search.allocation import Choices, SearchSpace
-from quantkit.search.evolve import SearchState
+from quantkit.search.evopress import SearchState
 from quantkit.tensors import to_json
 
 

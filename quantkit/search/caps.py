@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from quantkit.qtypes import QuantType
+from quantkit.ggml.types import QuantType
 from quantkit.search.allocation import SearchSpace, pruned
 from quantkit.search.propose import Costs, knapsack
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantkit.blockwise import BlockCall, BlockwiseModel
-from quantkit.memory import Shelf, free_memory
-from quantkit.rowmap import RowMap
-from quantkit.search import precision
+from quantkit.machine.memory import Shelf, free_memory
+from quantkit.model import precision
+from quantkit.model.blockwise import BlockCall, BlockwiseModel
+from quantkit.model.row_maps import RowMap
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.targets import Targets
 from quantkit.search.weights import Weights

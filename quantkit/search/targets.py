@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantkit.memory import free_memory
+from quantkit.machine.memory import free_memory
 
 _SCALE = 4096.0  # float16 holds 6e-8 .. 65504: probabilities from 1.5e-11 up survive
 _DEVICE_SHARE = 0.3  # of a GPU's free memory that targets may take

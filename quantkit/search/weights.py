@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantkit.blockwise import BlockwiseModel
-from quantkit.kquants import native
-from quantkit.kquants.formats import FORMATS, Format
-from quantkit.memory import free_memory
-from quantkit.rowmap import RowMap
-from quantkit.search import precision
+from quantkit.ggml import native
+from quantkit.ggml.formats import FORMATS, Format
+from quantkit.machine.memory import free_memory
+from quantkit.model import precision
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.model.row_maps import RowMap
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.tensors import Candidate
 

@@ -6,23 +6,14 @@ RunConfig that the result depends on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.blockwise import BlockwiseModel
-    from quantkit.pipeline import Run
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage made: finished files in its folder, and a few facts for status and report."""
-
-    outputs: list[Path]
-    summary: dict[str, Any] = field(default_factory=dict)
+    from quantkit.model.blockwise import BlockwiseModel
+    from quantkit.run.stage import Run
 
 
 def open_model(
@@ -34,7 +25,7 @@ def open_model(
     n_beside: int = 0,
 ) -> BlockwiseModel:
     """`streaming.open_model`; where it does not take the model whole, the run's events say so."""
-    from quantkit.streaming import open_model
+    from quantkit.model.streaming import open_model
 
     model = open_model(folder, dtype, device, n_beside)
     if model.is_streamed:

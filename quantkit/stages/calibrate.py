@@ -23,22 +23,24 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from quantkit import hub
-from quantkit.blockwise import BlockwiseModel, compute_dtype, load_tokenizer
 from quantkit.calibration import sources
 from quantkit.calibration.documents import EVAL_TOKENS, N_CTX, Domain, interleave, pack, split
 from quantkit.calibration.mix import Mix, Reader
-from quantkit.calibration.spec import shown
+from quantkit.config.calibration import shown
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.imatrix import write_imatrix
-from quantkit.gptq.experts import ExpertCollector
-from quantkit.gptq.fisher import output_fisher
-from quantkit.gptq.hessian import HessianCollector, is_linear
-from quantkit.memory import free_memory
-from quantkit.rowmap import load_row_maps
-from quantkit.rundir import PARTIAL, read_json, replacing, write_json
-from quantkit.stages import StageResult, fetch, open_model
-from quantkit.states import States
-from quantkit.statistics import (
+from quantkit.files import PARTIAL, replacing, write_json
+from quantkit.gguf_file.imatrix import write_imatrix
+from quantkit.machine.memory import free_memory
+from quantkit.model.blockwise import BlockwiseModel, compute_dtype, load_tokenizer
+from quantkit.model.offload import States
+from quantkit.model.row_maps import load_row_maps
+from quantkit.run.folder import read_json
+from quantkit.run.stage import StageResult
+from quantkit.stages import fetch, open_model
+from quantkit.statistics.experts import ExpertCollector
+from quantkit.statistics.fisher import output_fisher
+from quantkit.statistics.hessian import HessianCollector, is_linear
+from quantkit.statistics.stored import (
     block_file,
     embedding_file,
     fisher_file,
@@ -48,7 +50,7 @@ from quantkit.statistics import (
 )
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 NAME = "calibrate"
 VERSION = 4

@@ -1,15 +1,15 @@
 """convert: the snapshot becomes `base.gguf` in its own 16-bit type, and every GGUF row is found in
 the model.
 
-llama.cpp's own converter does the work, sandboxed (`quantkit.converter`). Beside the file:
+llama.cpp's own converter does the work, sandboxed (`quantkit.llamacpp.converter`). Beside the file:
 `tensors.json` (shapes, types, which tensors llama.cpp lets one quantize) and `rowmaps.safetensors`
 (which row of which Hugging Face weight is which row here). Of a model that sees or hears also
 `mmproj.gguf`, the encoder in 16 bits, which llama.cpp loads beside the language model.
 
 `base.gguf` is held against its original before anything long is done with it: every id and the
-tokens of texts against the tokenizer (`quantkit.tokens`), logits against the model as transformers
-loads it from the user's own files (`quantkit.parity`), and every linear layer must be found in that
-model, or be missing for a reason that is known by name (`quantkit.unmapped`). What was found is
+tokens of texts against the tokenizer (`llamacpp.tokens`), logits against the model as transformers
+loads it from the user's own files (`evidence.parity`), and every linear layer must be found in that
+model, or be missing for a reason that is known by name (`model.unmapped`). What was found is
 `checks.json`, for the report.
 """
 
@@ -22,23 +22,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit import hub
-from quantkit.converter.architectures import tables
-from quantkit.converter.convert import convert
+from quantkit.checkpoint.info import ModelInfo
+from quantkit.checkpoint.quantized import source_of
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.levels import plan_levels
-from quantkit.plan import check_sizes, specs_of
-from quantkit.qtypes import QuantType
-from quantkit.report.schema import Check
-from quantkit.rundir import RunDir, read_json, write_json
-from quantkit.stages import StageResult, fetch, open_model
+from quantkit.files import write_json
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.converter.architectures import tables
+from quantkit.llamacpp.converter.convert import convert
+from quantkit.model.unmapped import reason_of
+from quantkit.planning.levels import plan_levels
+from quantkit.planning.plan import check_sizes, specs_of
+from quantkit.run.check import Check
+from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import StageResult
+from quantkit.stages import fetch, open_model
 from quantkit.tensors import TensorSpec
-from quantkit.unmapped import reason_of
 
 if TYPE_CHECKING:
-    from quantkit.parity import Original
-    from quantkit.pipeline import Run
-    from quantkit.tokens import Tokens
+    from quantkit.evidence.parity import Original
+    from quantkit.llamacpp.tokens import Tokens
+    from quantkit.run.stage import Run
 
 NAME = "convert"
 VERSION = 4
@@ -49,7 +53,7 @@ def execute(run: Run) -> StageResult:
     """Raises QuantkitError when the converter does not know the model, or nothing of it is found
     again.
     """
-    from quantkit.rowmap import RowMatcher, save_row_maps
+    from quantkit.model.row_maps import RowMatcher, save_row_maps
 
     folder = run.dir.stage_dir(NAME)
     snapshot = fetch.load(run.dir)
@@ -109,7 +113,7 @@ def _check(run: Run, snapshot: fetch.Snapshot, base: GgufFile, tokens: Tokens) -
     """Hold `base.gguf` against its original, and keep what was found. Raises QuantkitError where it
     is something else.
     """
-    from quantkit.parity import check_logits
+    from quantkit.evidence.parity import check_logits
 
     folder = run.dir.stage_dir(NAME)
     run.events.emit(NAME, "note", "comparing base.gguf with the model that transformers loads")
@@ -133,7 +137,7 @@ def _originals(snapshot: fetch.Snapshot) -> list[Original]:
     """Where the model lies as its author made it, not as fetch wrote it again. PEFT is the judge of
     adapters where it is installed.
     """
-    from quantkit.parity import COPY, MERGED, Original
+    from quantkit.evidence.parity import COPY, MERGED, Original
 
     info = snapshot.info
     if info.base is not None:
@@ -141,13 +145,13 @@ def _originals(snapshot: fetch.Snapshot) -> list[Original]:
         if importlib.util.find_spec("peft") is None:
             return [Original(f"{merged.name} (PEFT is not installed)", snapshot.folder)]
         return [Original("PEFT on transformers", _own(info.base), _own(info)), merged]
-    source = hub.source_of(info.id, info.config, info.base_model)
+    source = source_of(info.id, info.config, info.base_model)
     if source is not None and source.is_expanded:
         return [Original("transformers", _own(info)), Original(COPY, snapshot.folder)]
     return [Original("transformers", snapshot.folder)]
 
 
-def _own(info: hub.ModelInfo) -> Path:
+def _own(info: ModelInfo) -> Path:
     """The folder with the files as they were fetched; what the cache has lost comes again."""
     folder = hub.cached_folder(info)
     if hub.damaged_files(info, folder):

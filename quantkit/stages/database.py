@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantkit.ggufio.read import GgufFile
-from quantkit.qtypes import QuantType
-from quantkit.rundir import RunDir, read_json, write_json
-from quantkit.stages import StageResult
+from quantkit.files import write_json
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import StageResult
 from quantkit.tensors import Candidate, CandidateKey, to_json
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 NAME = "database"
 VERSION = 1

@@ -1,6 +1,6 @@
 """fetch: a Hub id, a folder or the demo becomes a pinned snapshot whose every weight was looked at.
 
-Writes `snapshot.json`: everything known about the model (`hub.ModelInfo`) and where its files are.
+Writes `snapshot.json`: everything known about the model (`ModelInfo`) and where its files are.
 Files from the Hub stay in huggingface_hub's cache and are not copied; their sha256 is compared with
 the Hub's. NaN and infinite weights are refused here, before hours of work on them. A LoRA adapter
 is merged onto its base, and a quantized checkpoint expanded to 16 bits, in this stage's folder.
@@ -16,20 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit import hub, texts
+from quantkit import hub, sources
+from quantkit.checkpoint.info import ModelInfo, RepoFile
+from quantkit.checkpoint.quantized import source_of
+from quantkit.checkpoint.safetensors import scan
 from quantkit.config import RunConfig
-from quantkit.converter.architectures import check_architecture
 from quantkit.errors import QuantkitError
-from quantkit.fit import Fit, check_fit, copies_in, kept_notes
-from quantkit.output import safe_name
-from quantkit.qtypes import BF16, QuantType
-from quantkit.rundir import RunDir, read_json, write_json
-from quantkit.safetensors_file import scan
-from quantkit.stages import StageResult
-from quantkit.visibility import closed, why_private
+from quantkit.files import write_json
+from quantkit.ggml.types import BF16, QuantType
+from quantkit.hub.visibility import closed, why_private
+from quantkit.llamacpp.converter.architectures import check_architecture
+from quantkit.llamacpp.output import safe_name
+from quantkit.planning import texts
+from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import StageResult
+from quantkit.sources.fit import Fit, check_fit, copies_in, kept_notes
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 NAME = "fetch"
 VERSION = 2
@@ -43,7 +47,7 @@ _DEMO_FOLDER = "SmolLM2-135M-Instruct"
 class Snapshot:
     """A fetched model: what it is, and the folder with its files."""
 
-    info: hub.ModelInfo
+    info: ModelInfo
     folder: Path
     left_out: tuple[str, ...] = ()  # stored tensors that are no part of the model
 
@@ -56,14 +60,14 @@ def execute(run: Run) -> StageResult:
     made: list[Path] = []
     ref = hub.parse_reference(run.config.model, run.config.revision)
     if ref.kind == "demo":
-        from quantkit import demo  # needs torch
+        from quantkit.sources import demo  # needs torch
 
         folder = run.dir.stage_dir(NAME) / _DEMO_FOLDER
         run.events.emit(NAME, "note", "making the demo's full-precision checkpoint")
         demo.make_checkpoint(folder)
         made = sorted(path for path in folder.iterdir() if path.is_file())
         ref = hub.ModelRef("local", str(folder))
-    info = hub.inspect(ref, token)
+    info = sources.inspect(ref, token)
     check_architecture(info.config)  # before anything large is downloaded
     run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
     if run.config.publish:  # what is not possible after all the work is said before it
@@ -71,18 +75,18 @@ def execute(run: Run) -> StageResult:
     hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
     fit = _look_at_headers(run, info, token)
-    source = hub.source_of(info.id, info.config, info.base_model)
+    source = source_of(info.id, info.config, info.base_model)
     if source is not None:
         run.events.emit(NAME, "note", source.sentence(info.base_model))
     folder = run.dir.stage_dir(NAME) / safe_name(info.id)
     if source is not None and source.is_expanded:
-        from quantkit.dequantize import dequantize  # needs torch
+        from quantkit.sources.dequantize import dequantize  # needs torch
 
         made = dequantize(_bring(run, info, token), [f.path for f in info.files], source, folder)
     elif info.base is None:
         folder = _bring(run, info, token)
     else:
-        from quantkit.lora import merge
+        from quantkit.sources.lora import merge
 
         base, adapter = _bring(run, info.base, token), _bring(run, info, token)
         run.events.emit(NAME, "note", f"merging {info.id} onto {info.base.id}")
@@ -116,15 +120,15 @@ def execute(run: Run) -> StageResult:
     return StageResult([path, *made], summary)
 
 
-def _look_at_headers(run: Run, info: hub.ModelInfo, token: str | None) -> Fit:
+def _look_at_headers(run: Run, info: ModelInfo, token: str | None) -> Fit:
     """Whether transformers would load the model whole, before its weights are downloaded."""
     headers = run.dir.stage_dir(NAME) / "headers"
     try:
-        fit = check_fit(hub.fetch_metadata(info, token, headers))
+        fit = check_fit(sources.fetch_metadata(info, token, headers))
         if info.base is not None:
-            from quantkit.lora import merge_shell  # needs torch
+            from quantkit.sources.lora import merge_shell  # needs torch
 
-            merge_shell(headers, hub.fetch_adapter(info, token, headers / "adapter"))
+            merge_shell(headers, sources.fetch_adapter(info, token, headers / "adapter"))
     finally:
         shutil.rmtree(headers, ignore_errors=True)
     for note in (*info.notes, *fit.notes):
@@ -137,7 +141,7 @@ def last_reader(path: str) -> str:
     return "publish" if path.endswith("snapshot.json") else "validate"
 
 
-def _bring(run: Run, info: hub.ModelInfo, token: str | None) -> Path:
+def _bring(run: Run, info: ModelInfo, token: str | None) -> Path:
     """Download a model and look at its weights: one progress bar over both halves."""
     n_to_come = 0 if info.local_path else sum(file.n_bytes for file in info.files)
     n_weights = sum(file.n_bytes for file in info.files if file.path in info.weights)
@@ -161,7 +165,7 @@ def load(run_dir: RunDir) -> Snapshot:
     at the same commit. Raises QuantkitError when a local folder has changed.
     """
     value = read_json(_path(run_dir))
-    info, folder = hub.ModelInfo.from_json(value["info"]), run_dir.path / value["folder"]
+    info, folder = ModelInfo.from_json(value["info"]), run_dir.path / value["folder"]
     is_made = not Path(value["folder"]).is_absolute()  # and looked after by the manifest
     if not is_made and hub.damaged_files(info, folder):
         folder = hub.download(info, hub.resolve_token())
@@ -172,7 +176,7 @@ def _path(run_dir: RunDir) -> Path:
     return run_dir.stage_dir(NAME) / "snapshot.json"
 
 
-def run_bytes(config: RunConfig, info: hub.ModelInfo) -> int:
+def run_bytes(config: RunConfig, info: ModelInfo) -> int:
     """About the bytes that a run writes: base.gguf, every level, the output and, one at a time,
     the files it is compared with. `quantkit plan` knows more exactly.
     """
@@ -181,7 +185,7 @@ def run_bytes(config: RunConfig, info: hub.ModelInfo) -> int:
     return sum(info.n_parameters * q.block_bytes // q.block_size for q in types)
 
 
-def _describe(info: hub.ModelInfo) -> str:
+def _describe(info: ModelInfo) -> str:
     onto = f", an adapter of {info.base.id} at {info.base.sha[:12]}" if info.base else ""
     return (
         f"{info.id} at {info.sha[:12]}{onto}: {info.architectures[0]}, "
@@ -191,7 +195,7 @@ def _describe(info: hub.ModelInfo) -> str:
 
 
 def check_weights(
-    info: hub.ModelInfo, folder: Path, progress: Callable[[int], None] | None = None
+    info: ModelInfo, folder: Path, progress: Callable[[int], None] | None = None
 ) -> None:
     """Read every weight once. Raises QuantkitError naming the first tensor with NaN or infinite
     values, and for a file whose bytes are not those of the Hub.
@@ -209,7 +213,7 @@ def check_weights(
             if progress is not None:
                 progress(n_done)
 
-    def check(file: hub.RepoFile) -> None:
+    def check(file: RepoFile) -> None:
         # A local file's hash was taken from these very bytes a moment ago: nothing to compare.
         hashing = info.local_path is None and file.sha256 is not None
         found = scan(folder / file.path, hashing=hashing, on_bytes=on_bytes)

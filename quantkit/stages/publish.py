@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import hub
-from quantkit.calibration.spec import shown
-from quantkit.card import model_card
 from quantkit.config import RunConfig
+from quantkit.config.calibration import shown
 from quantkit.errors import QuantkitError
-from quantkit.output import safe_name
-from quantkit.report.text import without_folders
-from quantkit.rundir import StageRecord, read_json, write_json, write_text
-from quantkit.stages import StageResult, convert, fetch, stitch
-from quantkit.visibility import why_private
+from quantkit.evidence.card import model_card
+from quantkit.evidence.report.text import without_folders
+from quantkit.files import write_json, write_text
+from quantkit.hub.visibility import why_private
+from quantkit.llamacpp.output import safe_name
+from quantkit.run.folder import StageRecord, read_json
+from quantkit.run.stage import StageResult
+from quantkit.stages import convert, fetch, stitch
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 NAME = "publish"
 VERSION = 2

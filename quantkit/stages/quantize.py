@@ -17,26 +17,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.config import RunConfig
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import KeyValue, SlotFile, lay_out
-from quantkit.gptq.compete import (
+from quantkit.files import PARTIAL, sha256_file, write_json
+from quantkit.ggml import native
+from quantkit.ggml.types import FILE_TYPES, QuantType, file_label
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
+from quantkit.gptq.donors import PREFIX, Outsider, open_outsiders, rows_of
+from quantkit.gptq.inputs import KnownInputs, lender_of, make_inputs, modules_of
+from quantkit.gptq.select import (
     Part,
-    Sensitivity,
     Solved,
     decide_experts,
     experts_at_once,
     solve_experts,
     solve_tensor,
 )
-from quantkit.inputs import KnownInputs, lender_of, make_inputs, modules_of
-from quantkit.kquants import native
-from quantkit.levels import LevelPlan, plan_levels
-from quantkit.outside import PREFIX, Outsider, open_outsiders, rows_of
-from quantkit.qtypes import FILE_TYPES, QuantType, file_label
-from quantkit.rowmap import RowMap, load_row_maps
-from quantkit.rundir import PARTIAL, read_json, sha256_file, write_json
-from quantkit.stages import StageResult, convert
-from quantkit.statistics import (
+from quantkit.model.row_maps import RowMap, load_row_maps
+from quantkit.planning.levels import LevelPlan, plan_levels
+from quantkit.run.folder import read_json
+from quantkit.run.stage import StageResult
+from quantkit.stages import convert
+from quantkit.statistics.sensitivity import Sensitivity
+from quantkit.statistics.stored import (
     ExpertStatistics,
     Gradients,
     load_expert_statistics,
@@ -47,7 +49,7 @@ from quantkit.statistics import (
 from quantkit.tensors import Fallback, to_json
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 NAME = "quantize"
 VERSION = 4

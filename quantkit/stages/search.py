@@ -21,27 +21,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantkit.budgets import Budget
 from quantkit.errors import QuantkitError
-from quantkit.footprint import tuning_bytes, tuning_bytes_beside_model
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.write import Layout, slot_bytes
-from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, stock_types
-from quantkit.levels import plan_levels
-from quantkit.output import Provenance, lay_out_output
-from quantkit.plan import budgets_of
-from quantkit.qtypes import QuantType
-from quantkit.rundir import RunDir, read_json, write_json
+from quantkit.files import write_json
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import Layout, slot_bytes
+from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
+from quantkit.planning.budgets import Budget
+from quantkit.planning.cost import tuning_bytes, tuning_bytes_beside_model
+from quantkit.planning.levels import plan_levels
+from quantkit.planning.plan import budgets_of
+from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import StageResult
 from quantkit.search import answers
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, in_order, pruned
 from quantkit.search.caps import cap_types
-from quantkit.search.evolve import MOST_SEQUENCES, Evaluator, Plan, SearchState, begin, evolve
-from quantkit.search.foresee import AfterTuning, costs_after
+from quantkit.search.evopress import MOST_SEQUENCES, Evaluator, Plan, SearchState, begin, evolve
+from quantkit.search.expected import AfterTuning, costs_after
 from quantkit.search.propose import Costs, damages, knapsack, knapsacks, spend, uniform
 from quantkit.search.workers import Workers
-from quantkit.stages import StageResult, convert, database, fetch, open_model
+from quantkit.stages import convert, database, fetch, open_model
 from quantkit.tensors import Candidate, CandidateKey
-from quantkit.tuned import (
+from quantkit.tuning.tuned import (
     Outcome,
     Progress,
     lack_of_memory,
@@ -52,9 +54,9 @@ from quantkit.tuned import (
 )
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
     from quantkit.search.fitness import Fitness
-    from quantkit.tuning import Stored, Tuner
+    from quantkit.tuning.tuner import Stored, Tuner
 
 NAME = "search"
 VERSION = 7
@@ -348,8 +350,8 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     import torch
     from safetensors.numpy import load_file
 
-    from quantkit.blockwise import compute_dtype
-    from quantkit.rowmap import load_row_maps
+    from quantkit.model.blockwise import compute_dtype
+    from quantkit.model.row_maps import load_row_maps
     from quantkit.search.fitness import Fitness
 
     snapshot = fetch.load(run.dir)
@@ -380,7 +382,7 @@ def reason_not_to_tune(run: Run, base: GgufFile) -> str:
     """Why files are not tuned although that was asked for; empty where nothing is in the way."""
     if not run.config.tuning_steps:
         return ""
-    from quantkit.memory import free_memory
+    from quantkit.machine.memory import free_memory
 
     free = free_memory(run.config.device)
     reason = lack_of_memory(tuning_bytes(run.config, base, free), free)
@@ -413,7 +415,7 @@ def tune(
     run: Run, base: GgufFile, chosen: Mapping[str, Candidate], path: Path, progress: Progress
 ) -> tuple[Outcome, list[Path]]:
     """Tune the file of an allocation, of a run whose database stage is finished, into the level
-    file `path`. Returns what `quantkit.tuned.tune_file` returns.
+    file `path`. Returns what `quantkit.tuning.tuned.tune_file` returns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = load_stored(chosen, run.dir.stage_dir("quantize"))
@@ -429,7 +431,7 @@ def tune(
 def _tuner(run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout) -> Tuner:
     import torch
 
-    from quantkit.memory import free_memory
+    from quantkit.machine.memory import free_memory
 
     gc.collect()  # the model before this one refers to itself, and would stay on the GPU
     exact = 8 * layout.n_bytes / base.n_elements > _FLOAT32_ABOVE_BPW

@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import __version__, exports
-from quantkit.budgets import Budget
+from quantkit import __version__
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.ggufio.stitch import stitch
-from quantkit.ggufio.write import Layout
-from quantkit.output import Provenance, file_name, lay_out_output, nearest_label
-from quantkit.qtypes import QuantType
-from quantkit.rundir import RunDir, read_json, sha256_file, write_json, write_text
-from quantkit.stages import StageResult, convert, database, fetch, search
+from quantkit.files import sha256_file, write_json, write_text
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.stitch import stitch
+from quantkit.gguf_file.write import Layout
+from quantkit.llamacpp import exports
+from quantkit.llamacpp.output import Provenance, file_name, lay_out_output, nearest_label
+from quantkit.planning.budgets import Budget
+from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import StageResult
+from quantkit.stages import convert, database, fetch, search
 from quantkit.tensors import Candidate, CandidateKey, to_json
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 NAME = "stitch"
 VERSION = 4

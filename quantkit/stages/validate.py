@@ -4,7 +4,7 @@ KL divergence of the files and of their weights alone, perplexity, top-1 agreeme
 answers, speed and memory, on text that no earlier stage has seen. Beside the output stand stock
 files made here with the same imatrix, the uniform files of our own levels, and whatever the user
 names; each is tested against the output, window by window. Before that the file must be what it
-should be (`quantkit.integrity`). Writes `report.json`, `report.md`, `report.html` and `plots/`.
+should be (`evidence.integrity`). Writes `report.json`, `report.md`, `report.html` and `plots/`.
 Only this stage, with `meter`, imports `evaluators`; the search never grades itself.
 """
 
@@ -22,27 +22,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import hub, integrity, llama_place, opponents
+from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.imatrix import read_imatrix
-from quantkit.ggufio.read import GgufFile
-from quantkit.meter import EFFORTS, Meter
-from quantkit.opponents import Opponent, as_it_is
-from quantkit.provenance import code_version
-from quantkit.report import SCHEMA, write_report
-from quantkit.report.measures import Measures, reason_of
-from quantkit.report.schema import OURS, Check
-from quantkit.report.text import without_folders
-from quantkit.rundir import read_json, sha256_file
-from quantkit.stages import StageResult, convert, fetch, search, stitch
+from quantkit.evidence import baselines, integrity
+from quantkit.evidence.baselines import Opponent, as_it_is
+from quantkit.evidence.meter import EFFORTS, Meter
+from quantkit.evidence.report import SCHEMA, write_report
+from quantkit.evidence.report.measures import Measures, reason_of
+from quantkit.evidence.report.schema import OURS
+from quantkit.evidence.report.text import without_folders
+from quantkit.files import sha256_file
+from quantkit.gguf_file.imatrix import read_imatrix
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp import place
+from quantkit.run.check import Check
+from quantkit.run.folder import read_json
+from quantkit.run.provenance import code_version
+from quantkit.run.stage import StageResult
+from quantkit.stages import convert, fetch, search, stitch
 from quantkit.tensors import to_json
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
     from evaluators.llama_runtime import Runtime
     from evaluators.tasks.items import TaskItems
-    from quantkit.pipeline import Run
+    from quantkit.run.stage import Run
 
 NAME = "validate"
 VERSION = 3
@@ -189,7 +194,7 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
     """PyTorch with the file's weights against llama.cpp, at F16 and on the file itself."""
     from evaluators import agreement
     from evaluators.weights import expanded_to_f16
-    from quantkit.rowmap import load_row_maps
+    from quantkit.model.row_maps import load_row_maps
 
     names = ("logits at F16 against PyTorch's", "logits of the file against PyTorch's")
     maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
@@ -230,15 +235,15 @@ def _opponents(run: Run, base: GgufFile, outputs: Sequence[stitch.Output]) -> li
     effort = EFFORTS[run.config.profile]
     like = {str(t): t.value for t in run.config.targets if t.kind == "like"}
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
-    uniform = opponents.uniform_opponents(
+    uniform = baselines.uniform_opponents(
         run.dir.stage_dir("quantize"), list(sizes), effort.n_uniform
     )
     if effort.n_uniform and not uniform:
         run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
     return [
-        *opponents.stock_opponents(base, sizes, effort.n_below, imatrix, run.dir.stage_dir(NAME)),
+        *baselines.stock_opponents(base, sizes, effort.n_below, imatrix, run.dir.stage_dir(NAME)),
         *uniform,
-        *opponents.given_opponents(run.config.compare),
+        *baselines.given_opponents(run.config.compare),
     ]
 
 
@@ -250,11 +255,11 @@ def _runtime(run: Run) -> Runtime:
     import llama_cpp.llama_cpp as lib
 
     if run.config.device != "cuda":
-        return llama_place.runtime()
+        return place.runtime()
     if not lib.llama_supports_gpu_offload():
         run.events.emit(NAME, "note", "this llama-cpp-python has no GPU support: measured on CPU")
-        return llama_place.runtime()
-    return llama_place.runtime(n_gpu_layers=-1)
+        return place.runtime()
+    return place.runtime(n_gpu_layers=-1)
 
 
 def _texts(run: Run) -> dict[str, str]:

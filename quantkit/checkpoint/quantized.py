@@ -1,0 +1,252 @@
+"""Sources that are quantized already: which can be expanded to 16 bits, and which are refused.
+
+Known before a weight is downloaded, from `quantization_config` and the headers. Expanding is done
+by `quantkit.sources.dequantize`; MXFP4 stays as it is, because GGUF stores its blocks bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.checkpoint.safetensors import StoredTensor
+from quantkit.checkpoint.weight_files import shown
+from quantkit.errors import QuantkitError
+
+FP8, GPTQ, AWQ, MXFP4 = "FP8", "GPTQ", "AWQ", "MXFP4"
+_SCALES = ("weight_scale_inv", "weight_scale")
+_BESIDE = (*_SCALES, "input_scale", "activation_scale", "input_scale_inv")
+_PACKED = ("qweight", "qzeros", "scales", "g_idx")
+
+# Methods whose settings only say how weights are stored: with nothing stored so, they say nothing.
+# (BitNet's, for one, also change what the model computes.)
+_STORAGE = frozenset(
+    "bitsandbytes gptq awq fp8 fbgemm_fp8 compressed-tensors mxfp4 modelopt auto-round quanto hqq"
+    " eetq torchao aqlm vptq spqr higgs".split()
+)
+_PACKED_TYPES = ("U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6", "F8")
+PACKED_PARTS = frozenset(
+    (*_BESIDE, *_PACKED, "weight_packed", "weight_shape", "weight_zero_point", "absmax", "SCB")
+)
+_CONSTANT = (".bias", ".masked_bias", "position_ids", "inv_freq")  # masks are bytes, too
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a checkpoint is quantized. `block` is (rows, columns) of one FP8 scale where they are
+    blocks; `bits`, `group` and `zero_offset` are those of packed integers.
+    """
+
+    scheme: str
+    block: tuple[int, int] | None = None
+    bits: int = 0
+    group: int = 0
+    zero_offset: int = 0
+
+    @property
+    def is_expanded(self) -> bool:
+        return self.scheme != MXFP4
+
+    def sentence(self, bases: Sequence[str]) -> str:
+        """What plan, log and card say."""
+        if not self.is_expanded:
+            return (
+                f"The source is stored in {self.scheme}: those tensors keep their type, the others"
+                " are quantized."
+            )
+        better = f" {bases[0]} may have the full weights." if bases else ""
+        return (
+            f"The source is quantized itself ({self.scheme}): it was expanded to 16 bits, and what"
+            f" it had lost stays lost.{better}"
+        )
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A tensor of the 16-bit checkpoint, and the stored ones that it is made of."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]  # the first holds the weights
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config of a model or of its text model. Raises QuantkitError for one that is
+    no object.
+    """
+    for part in (config, config.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if settings is None:
+            continue
+        if not isinstance(settings, dict):
+            raise QuantkitError(
+                "quantization_config in config.json is no object of settings.",
+                "If the weights are not quantized, remove it in a local copy.",
+            )
+        return dict(settings)
+    return None
+
+
+def is_packed(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether any weight is stored as a quantized model's are."""
+    return any(
+        name.rpartition(".")[2] in PACKED_PARTS
+        or (tensor.dtype.startswith(_PACKED_TYPES) and not name.endswith(_CONSTANT))
+        for name, tensor in tensors.items()
+    )
+
+
+def is_stale(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether config.json speaks of quantized weights, and none are: a fine-tune was saved with the
+    settings that its base was loaded with.
+    """
+    settings = quantization_of(config)
+    if settings is None or is_packed(tensors):
+        return False
+    return str(settings.get("quant_method") or "").lower() in _STORAGE
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what says that the weights are quantized."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = without_quantization(kept["text_config"])
+    return kept
+
+
+STALE = (
+    "config.json says that the weights are quantized ({method}), and none of them are: the setting"
+    " is left out."
+)
+
+
+class CannotExpand(QuantkitError):
+    """A model is quantized in a way that is not undone here."""
+
+
+def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> Source | None:
+    """How the model is quantized, None if it is not. Raises QuantkitError, with the alternative,
+    for what cannot be expanded exactly as its own runtime would.
+    """
+    settings = quantization_of(config)
+    if settings is None:
+        return None
+    method = shown(str(settings.get("quant_method") or "unknown").lower())
+    if method == "mxfp4":
+        return Source(MXFP4)
+    is_fp8 = (
+        method in ("fp8", "fbgemm_fp8")
+        or (method == "compressed-tensors" and settings.get("format") == "float-quantized")
+        or (method == "modelopt" and settings.get("quant_algo") == "FP8")
+    )
+    if is_fp8:
+        return Source(FP8, _block(model, settings.get("weight_block_size")))
+    bits: Any = settings.get("bits")
+    group: Any = settings.get("group_size")
+    if type(group) is not int or type(bits) is not int or not (group == -1 or 0 < group < 2**20):
+        bits = shown(str(bits))
+    if method == "gptq" and bits in (2, 4, 8):
+        offset = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
+        return Source(GPTQ, bits=bits, group=group, zero_offset=offset)
+    version = str(settings.get("version") or "gemm").lower()
+    if method == "awq" and bits == 4 and version == "gemm":
+        return Source(AWQ, bits=4, group=group)
+    name = {"bitsandbytes": "bitsandbytes", "gptq": f"GPTQ at {bits} bits"}.get(method, method)
+    raise CannotExpand(
+        f"{model} is quantized already ({name}), in a way that is not undone here.",
+        f"Give the original instead: {bases[0] if bases else 'the model it was made from'}.",
+    )
+
+
+def _block(model: str, block: Any) -> tuple[int, int] | None:
+    if block is None:
+        return None
+    if isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) > 0:
+        return block[0], block[1]
+    raise CannotExpand(
+        f"weight_block_size in the quantization_config of {model} is no pair of sizes.",
+        "Use another revision, or give the model it was made from.",
+    )
+
+
+def unpacked_shapes(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Types and shapes as transformers has them: MXFP4's blocks (experts, out, in / 32, 16) and
+    their scales are one tensor (experts, in, out).
+    """
+    if str((quantization_of(config) or {}).get("quant_method")).lower() != "mxfp4":
+        return dict(shapes)
+    made = {}
+    for name, (dtype, shape) in shapes.items():
+        stem = name.removesuffix("_blocks").removesuffix("_scales")
+        if stem == name or f"{stem}_blocks" not in shapes or f"{stem}_scales" not in shapes:
+            made[name] = (dtype, shape)
+        elif name.endswith("_blocks") and len(shape) == 4:
+            made[stem] = ("BF16", (shape[0], shape[2] * 2 * shape[3], shape[1]))
+    return made
+
+
+def expanded(source: Source, tensors: Mapping[str, StoredTensor]) -> dict[str, Expanded]:
+    """The tensors of the 16-bit checkpoint. Raises QuantkitError where parts are missing."""
+    made: dict[str, Expanded] = {}
+    for name, tensor in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if source.scheme == FP8:
+            of = tensors.get(name.removesuffix("_inv").removesuffix("_scale"))
+            if last in _BESIDE or (of is not None and of != tensor and of.dtype.startswith("F8")):
+                continue
+            if tensor.dtype.startswith("F8"):
+                scales = [n for n in (f"{name}_scale_inv", f"{name}_scale") if n in tensors]
+                _check_scales(source, tensor, [tensors[n] for n in scales[:1]])
+                made[name] = Expanded("BF16", tensor.shape, (name, *scales[:1]))
+                continue
+        elif last in _PACKED and f"{stem}.qweight" in tensors:
+            if last == "qweight":
+                made[f"{stem}.weight"] = _packed(source, stem, tensors)
+            continue
+        made[name] = Expanded(tensor.dtype, tensor.shape, (name,))
+    return made
+
+
+def _check_scales(source: Source, weight: StoredTensor, scales: Sequence[StoredTensor]) -> None:
+    """Raise QuantkitError for FP8 scales that are not one, one a row, or one a block."""
+    for scale in scales:
+        shape = list(weight.shape)
+        fitting = [[], [1], [1] * len(shape), shape[:1], [*shape[:-1], 1]]
+        if source.block is not None and len(shape) >= 2:
+            blocks = [-(-n // size) for n, size in zip(shape[-2:], source.block, strict=True)]
+            fitting.append([*shape[:-2], *blocks])
+        if list(scale.shape) not in fitting or scale.dtype not in ("F32", "BF16", "F16"):
+            raise QuantkitError(
+                f"The scales of {shown(weight.name)} do not fit its shape.",
+                "The checkpoint is broken or of a kind that is not known: give the original model.",
+            )
+
+
+def _packed(source: Source, stem: str, tensors: Mapping[str, StoredTensor]) -> Expanded:
+    parts = [f"{stem}.{part}" for part in ("qweight", "qzeros", "scales")]
+    missing = [name for name in parts if name not in tensors]
+    if missing:
+        raise QuantkitError(
+            f"The checkpoint has {parts[0]} and no {missing[0]}.", "Use another revision."
+        )
+    words, zeros, scales = (tensors[name] for name in parts)
+    per_word = 32 // source.bits
+    if f"{stem}.g_idx" in tensors:
+        parts.append(f"{stem}.g_idx")
+    if len(words.shape) == 2 and words.dtype == "I32" and scales.dtype in ("F16", "BF16", "F32"):
+        rows, columns = words.shape
+        is_gptq = source.scheme == GPTQ
+        n_in, n_out = (rows * per_word, columns) if is_gptq else (rows, columns * per_word)
+        n_groups = -(-n_in // source.group) if source.group > 0 else 1
+        wanted = [(n_groups, n_out // per_word), (n_groups, n_out), (n_in,)]
+        if [zeros.shape, scales.shape] == wanted[:2] and zeros.dtype == "I32":
+            if len(parts) == 3 or tensors[parts[3]].shape == wanted[2]:
+                return Expanded(scales.dtype, (n_out, n_in), tuple(parts))
+    raise QuantkitError(
+        f"{shown(stem)} is stored as {source.scheme} with shapes that do not fit the settings in"
+        " config.json.",
+        "Use another revision, or give the model it was made from.",
+    )

@@ -1,0 +1,331 @@
+"""What a user asks for: `RunConfig`, sizes, and the table of profiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from quantkit.config.calibration import parse_spec
+from quantkit.errors import UsageError
+from quantkit.ggml.types import FILE_TYPES, QuantType, askable
+from quantkit.sizes import parse_bytes
+from quantkit.tensors import METHODS
+
+AT_LEAST = ">="  # before a type of `--types`
+DEMO_MODEL = "demo:smollm2-135m"
+MOST_CONTEXT = 4_000_000  # tokens
+MOST_STEPS = 10_000  # of tuning a block
+
+
+TUNING_BATCH = 2  # sequences of 512 tokens that a step of tuning sees
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much work a run does. One table, shown in the README."""
+
+    calibration_tokens: int
+    heldout_tokens: int  # judge the quantizers (held-out Hessian) and nothing else
+    search_tokens: int  # evaluated by the search, all candidates together
+    eval_windows: int  # of 512 tokens, per domain, in validation
+    n_sweeps: int  # of descent over codes and scales after GPTQ
+    tuning_steps: int  # by gradient, of every block of a found allocation
+    levels: tuple[str, ...]
+    about: str
+
+
+_LEVELS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0")
+
+PROFILES = {
+    "demo": Profile(
+        calibration_tokens=20_480,
+        heldout_tokens=4_096,
+        search_tokens=24_576,
+        eval_windows=2,
+        n_sweeps=2,
+        tuning_steps=0,
+        levels=("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
+        about="minutes on 2 cores, 135M parameters",
+    ),
+    "fast": Profile(
+        calibration_tokens=65_536,
+        heldout_tokens=16_384,
+        search_tokens=65_536,
+        eval_windows=20,
+        n_sweeps=4,
+        tuning_steps=0,
+        levels=_LEVELS,
+        about="tens of minutes on 2 cores; a first look",
+    ),
+    "standard": Profile(
+        calibration_tokens=131_072,
+        heldout_tokens=32_768,
+        search_tokens=524_288,
+        eval_windows=40,
+        n_sweeps=4,
+        tuning_steps=200,
+        levels=_LEVELS,
+        about="an hour on 2 cores at 135M; minutes on a GPU",
+    ),
+    "thorough": Profile(
+        calibration_tokens=262_144,
+        heldout_tokens=65_536,
+        search_tokens=2_097_152,
+        eval_windows=80,
+        n_sweeps=4,
+        tuning_steps=400,
+        levels=_LEVELS,
+        about="overnight on a CPU; when the file will have many users",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """How large a file may be: `kind` is bpw, size, like or fits; `value` is what the user wrote.
+
+    `fits` is a memory and a context, `8GB@8192`: what llama.cpp takes for so many tokens of context
+    is not left to the file.
+    """
+
+    kind: str
+    value: str
+
+    def __post_init__(self) -> None:
+        if self.kind == "bpw":
+            try:
+                bpw = float(self.value)
+            except ValueError:
+                bpw = 0.0
+            if not 0.5 <= bpw <= 32:
+                raise UsageError(
+                    f"--target-bpw {self.value} is not a number of bits per weight.",
+                    "Use something like 4.5.",
+                )
+        elif self.kind == "size":
+            parse_bytes(self.value)
+        elif self.kind == "like":
+            if self.value not in FILE_TYPES:
+                raise UsageError(
+                    f"There is no stock mix {self.value!r}.",
+                    "Use one of " + ", ".join(FILE_TYPES) + ".",
+                )
+        elif self.kind == "fits":
+            self.memory_and_context()
+        else:
+            raise UsageError(
+                f"Unknown kind of target {self.kind!r}.", "Use bpw, size, like or fits."
+            )
+
+    def memory_and_context(self) -> tuple[int, int]:
+        """Bytes of memory and tokens of context of a `fits` target. Raises UsageError."""
+        memory, _, context = self.value.partition("@")
+        if not re.fullmatch(r"\d{1,7}", context) or not 1 <= int(context) <= MOST_CONTEXT:
+            raise UsageError(
+                f"{self.value!r} does not name a memory and a context.",
+                "Write 8GB@8192: bytes of memory and tokens of context.",
+            )
+        return parse_bytes(memory), int(context)
+
+    def limit_bytes(
+        self,
+        n_parameters: int,
+        stock_bytes: Callable[[str], int],
+        context_bytes: Callable[[int], int],
+    ) -> int:
+        """The budget in bytes of the whole file; what `fits` leaves for it may be none at all.
+
+        `stock_bytes(label)` gives the size of a stock mix of this model, `context_bytes(n)` what n
+        tokens of context take beside the file.
+        """
+        if self.kind == "bpw":
+            return int(Fraction(self.value) * n_parameters / 8)
+        if self.kind == "size":
+            return parse_bytes(self.value)
+        if self.kind == "fits":
+            memory, n_tokens = self.memory_and_context()
+            return memory - context_bytes(n_tokens)
+        return stock_bytes(self.value)
+
+    def __str__(self) -> str:
+        if self.kind == "fits":
+            memory, context = self.value.split("@")
+            return f"fits {memory} with a context of {int(context):,}"
+        return {
+            "bpw": f"{self.value} bits per weight",
+            "size": self.value,
+            "like": f"like {self.value}",
+        }[self.kind]
+
+
+# Kinds of targets as options of the command line.
+TARGET_OPTIONS = {"bpw": "target-bpw", "size": "target-size", "like": "like", "fits": "fits"}
+DEFAULT_TARGET = Target("like", "Q4_K_M")
+FAMILY = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")  # the sizes of --family
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result. Saved as `config.json`; never holds a token."""
+
+    model: str
+    revision: str | None = None
+    targets: tuple[Target, ...] = ()  # none: like Q4_K_M, or what the given types come to
+    profile: str = "standard"
+    levels: tuple[str, ...] | None = None  # tensor types to choose from; None: the profile's
+    levels_from: tuple[str, ...] = ()  # GGUFs of others whose tensors compete: paths or hf://...
+    methods: tuple[str, ...] = METHODS
+    types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched;
+    # with `>=` before the type what is named has at least that
+    max_types: int | None = None  # distinct types among the searched tensors
+    tuning: int | None = None  # steps by gradient of every block; None: the profile's
+    tensors: str | None = None  # regex: only these are quantized
+    calibration: str = "auto"
+    eval_text: str | None = None
+    tasks: str | None = None
+    compare: tuple[str, ...] = ()  # GGUFs to measure beside ours: paths or hf://owner/name/file
+    seed: int = 0
+    device: str = "cpu"
+    publish: str | None = None
+    private: bool = False
+    public: bool = False  # a private or gated model's file is published privately without this
+    collection: str | None = None  # of the Hub, that the published repository is put into
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise UsageError(
+                f"There is no profile {self.profile!r}.", "Use one of " + ", ".join(PROFILES) + "."
+            )
+        for name in self.level_names:
+            if not askable(name).is_quantized:
+                raise UsageError(
+                    f"{name} is not a quantized type.",
+                    "Pin single tensors to it with --types instead.",
+                )
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods:
+            raise UsageError(
+                f"Unknown method {', '.join(unknown) or '(none)'}.",
+                "Use some of " + ", ".join(METHODS) + ".",
+            )
+        for pattern, qtype in self.types:
+            askable(qtype.removeprefix(AT_LEAST))
+            compile_pattern(pattern)
+            if pattern == "default" and qtype.startswith(AT_LEAST):
+                raise UsageError(
+                    f"The default type cannot be {qtype}.", "Leave smaller types out of --levels."
+                )
+        if self.max_types is not None and self.max_types < 1:
+            raise UsageError("There must be at least one type.", "Use --max-types 1 or more.")
+        if self.tuning is not None and not 0 <= self.tuning <= MOST_STEPS:
+            raise UsageError(
+                f"{self.tuning} is not a number of steps.",
+                f"Use 0 to {MOST_STEPS:,}; 0 tunes nothing.",
+            )
+        if self.tensors is not None:
+            compile_pattern(self.tensors)
+        parse_spec(self.calibration)
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(
+                f"{self.seed} is not a seed.", "Use a number from 0 to 9223372036854775807."
+            )
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"There is no device {self.device!r}.", "Use cpu or cuda.")
+
+    @property
+    def sizes(self) -> str:
+        """What was asked for, for people."""
+        return ", ".join(map(str, self.targets)) or str(DEFAULT_TARGET)
+
+    @property
+    def tuning_steps(self) -> int:
+        """Steps by which every block of the found allocation is tuned."""
+        return PROFILES[self.profile].tuning_steps if self.tuning is None else self.tuning
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        return self.levels or PROFILES[self.profile].levels
+
+    def pinned_type(self, tensor: str) -> QuantType | None:
+        """The type that `types` gives to `tensor`: the first pattern found in its name, else the
+        default, else None.
+        """
+        given = [row for row in self.types if not row[1].startswith(AT_LEAST)]
+        for pattern, qtype in given:
+            if pattern != "default" and compile_pattern(pattern).search(tensor):
+                return QuantType(qtype)
+        return next((QuantType(qtype) for pattern, qtype in given if pattern == "default"), None)
+
+    def least_type(self, tensor: str) -> QuantType | None:
+        """The type that `types` wants `tensor` to have at least: of the first `>=` pattern found in
+        its name.
+        """
+        for pattern, qtype in self.types:
+            if qtype.startswith(AT_LEAST) and compile_pattern(pattern).search(tensor):
+                return QuantType(qtype.removeprefix(AT_LEAST))
+        return None
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RunConfig:
+        value = dict(value)
+        value["targets"] = tuple(Target(**target) for target in value["targets"])
+        value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
+        value["methods"] = tuple(value["methods"])
+        value["levels_from"] = tuple(value.get("levels_from", ()))
+        value["compare"] = tuple(value.get("compare", ()))
+        value["levels"] = None if value["levels"] is None else tuple(value["levels"])
+        return cls(**value)
+
+    # What may differ when a run is started again in the same folder: where it is published, and
+    # what it is only measured on and beside (the measuring is done again then).
+    MEASURED_ON = ("eval_text", "tasks", "compare")
+    FREE_ON_RESUME = ("publish", "private", "public", "collection", *MEASURED_ON)
+
+    def changed_fields(self, other: RunConfig) -> list[str]:
+        """Names of the fields that differ and decide the result."""
+        names = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in self.FREE_ON_RESUME
+        ]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A user's tensor-name regex. Raises UsageError when it is not one."""
+    if len(pattern) > 200:
+        raise UsageError(
+            "A tensor pattern is longer than 200 characters.", "Write shorter patterns."
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"{pattern!r} is not a regular expression: {error}.",
+            "Write one like 'ffn_down' or 'blk\\.0\\.'.",
+        ) from None
+
+
+def load_types_map(path: Path) -> tuple[tuple[str, str], ...]:
+    """`--types MAP.json`: an object of tensor-name regexes (and `default`) to types, in the order
+    written.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"The type map {path} cannot be read: {error}.",
+            'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
+        ) from None
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise UsageError(
+            f"The type map {path} is not an object of strings.",
+            'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
+        )
+    return tuple(value.items())

@@ -1,0 +1,1 @@
+"""The proof: baselines, measurements, checks, the report and the model card."""

@@ -1,0 +1,126 @@
+"""What a result is measured beside: llama.cpp's own files around its size, our uniform files, and
+whatever the user names. Nothing is made or downloaded before it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from quantkit.evidence.report.schema import GIVEN, STOCK, UNIFORM
+from quantkit.ggml.native import Floats
+from quantkit.ggml.types import FILE_TYPES, QUANTIZED
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.sound import check_sound
+from quantkit.hub import given
+from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A file to measure. `open()` gives its path for as long as it is needed; `is_rival` marks the
+    largest stock file of at most our size, which is looked at most closely.
+    """
+
+    kind: str
+    name: str
+    open: Callable[[], AbstractContextManager[Path]]
+    is_rival: bool = False
+
+
+def stock_opponents(
+    base: GgufFile,
+    sizes: Mapping[int, str | None],
+    n_below: int,
+    imatrix: Mapping[str, Floats],
+    folder: Path,
+) -> list[Opponent]:
+    """For every one of our files, by bytes with the label it was asked to be like: the `n_below`
+    largest stock files of at most its size, the next larger one, and the one it is like. Each is
+    made by llama.cpp in `folder` when it is opened, with the same imatrix, and deleted afterwards.
+    """
+    weights = {recipe: stock_bytes(base, recipe) for recipe in _recipes()}
+    chosen: dict[StockRecipe, bool] = {}
+    for n_bytes, liked in sizes.items():
+        around = stock_around(weights, n_bytes, n_below, liked)
+        rival = max(
+            (r for r in around if weights[r] <= n_bytes), key=lambda r: weights[r], default=None
+        )
+        for recipe in around:
+            chosen[recipe] = chosen.get(recipe, False) or recipe == rival
+    return [
+        Opponent(STOCK, str(r), partial(_made, base.path, r, imatrix, folder), is_rival)
+        for r, is_rival in chosen.items()
+    ]
+
+
+def _recipes() -> list[StockRecipe]:
+    """Mixes and pure files alike."""
+    pure = [q.name for q in QUANTIZED if q.name in FILE_TYPES and q.name in STOCK_MIXES]
+    return [StockRecipe(m) for m in STOCK_MIXES] + [StockRecipe(name, pure=True) for name in pure]
+
+
+def stock_around(
+    weights: Mapping[StockRecipe, int], n_bytes: int, n_below: int, liked: str | None
+) -> list[StockRecipe]:
+    """The recipes of `stock_opponents` for one file, by size; the one that it is like last.
+    `weights` are the bytes of every recipe's file.
+    """
+    # Of two files of one size the mix is the better known name.
+    by_size = {
+        size: recipe for recipe, size in sorted(weights.items(), key=lambda item: not item[0].pure)
+    }
+    below = sorted((size for size in by_size if size <= n_bytes), reverse=True)[:n_below]
+    above = sorted(size for size in by_size if size > n_bytes)[:1]
+    chosen = [by_size[size] for size in [*sorted(below), *above]]
+    asked = [recipe for recipe in weights if recipe.label == liked and not recipe.pure]
+    return chosen + [recipe for recipe in asked if recipe not in chosen]
+
+
+def uniform_opponents(levels: Path, sizes: Sequence[int], n_around: int) -> list[Opponent]:
+    """Files of one level in the folder `levels`, quantized like the result but not searched: for
+    every size the largest of at most that, then the next larger one, `n_around` in all.
+    """
+    paths = sorted(levels.glob("*.gguf"), key=lambda path: path.stat().st_size)
+    chosen: dict[Path, None] = {}
+    for n_bytes in sizes:
+        below = [path for path in paths if path.stat().st_size <= n_bytes][-1:]
+        above = [path for path in paths if path.stat().st_size > n_bytes][:1]
+        chosen |= dict.fromkeys([*below, *above][:n_around])
+    return [Opponent(UNIFORM, p.stem, partial(as_it_is, p)) for p in chosen]
+
+
+def given_opponents(names: Sequence[str]) -> list[Opponent]:
+    """What the user named; one on the Hub is downloaded when it is opened. Opening a broken one
+    raises QuantkitError.
+    """
+    shown = zip(given.short_names(names), names, strict=True)
+    return [Opponent(GIVEN, short, partial(_located, name)) for short, name in shown]
+
+
+@contextmanager
+def as_it_is(path: Path) -> Iterator[Path]:
+    """A file that is there already, and stays."""
+    yield path
+
+
+@contextmanager
+def _located(name: str) -> Iterator[Path]:
+    path = given.locate(name)
+    check_sound(GgufFile(path))
+    yield path
+
+
+@contextmanager
+def _made(
+    base: Path, recipe: StockRecipe, imatrix: Mapping[str, Floats], folder: Path
+) -> Iterator[Path]:
+    path = folder / f"stock-{recipe.label}{'-pure' if recipe.pure else ''}.gguf"
+    try:
+        make_stock(base, path, recipe, imatrix)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

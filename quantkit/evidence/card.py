@@ -1,0 +1,352 @@
+"""The model card: which file to choose, the evidence, how to run it, and how to make it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from quantkit.checkpoint.info import ModelInfo
+from quantkit.checkpoint.quantized import source_of
+from quantkit.config import PROFILES
+from quantkit.evidence import report as reports
+from quantkit.evidence.escaping import all_markdown, markdown, metadata, repo_ids, web_link
+from quantkit.evidence.escaping import tags as tags_of
+from quantkit.evidence.report import plots, tables, text
+from quantkit.evidence.report.schema import OURS, Report, Row
+from quantkit.llamacpp.output import safe_name
+from quantkit.markdown import table
+from quantkit.sizes import size
+
+_TAGS = ("gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq")
+_NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")  # of the base
+
+
+def card_data(info: ModelInfo, report: Report) -> ModelCardData:
+    """The card's YAML: the base card's licence, languages and tags, where the model comes from,
+    measured results.
+    """
+    kept = metadata(info.card, _repo(info))
+    results = []
+    for output in report.outputs:
+        text_name = "held-out text" + _of_one(report, output)
+        results += [
+            _result(text_name, "perplexity", "Perplexity", output.perplexity.value),
+            _result(text_name, "kl_divergence", "Mean KL divergence, nats", output.kl.value),
+            _result(text_name, "top1_agreement", "Same most likely token", output.top1),
+        ]
+        results += [
+            _result(t.name + _of_one(report, output), "accuracy", "Accuracy", t.value)
+            for t in output.tasks
+        ]
+    tags = dict.fromkeys([*_TAGS, *tags_of(info.card.get("tags"))])
+    return ModelCardData(
+        model_name=_title(info, report),
+        base_model=_base_model(info),
+        base_model_relation="quantized",
+        quantized_by="quantkit",
+        tags=[tag for tag in tags if tag not in _NOT_OURS],
+        eval_results=[r for r in results if not math.isnan(r.metric_value)],
+        **{"pipeline_tag": "text-generation", **kept},
+    )
+
+
+def _title(info: ModelInfo, report: Report) -> str:
+    """The file's name, or of several the model's."""
+    if len(report.outputs) == 1:
+        return report.first.name.removesuffix(".gguf")
+    return f"{safe_name(info.id)}-EVO-GGUF"
+
+
+def _of_one(report: Report, output: Row) -> str:
+    return f" ({output.name})" if len(report.outputs) > 1 else ""
+
+
+def _base_model(info: ModelInfo) -> str | list[str] | None:
+    """The Hub id that this is quantized from; for a local folder what its card names, if
+    anything.
+    """
+    if info.base is not None:  # the fine-tune, and what it was merged onto
+        found = [i.id for i in (info, info.base) if not i.local_path]
+        return found or None
+    if not info.local_path:
+        return info.id
+    named = repo_ids(info.card.get("base_model"))
+    return named if len(named) > 1 else next(iter(named), None)
+
+
+def _repo(info: ModelInfo) -> str | None:
+    return None if info.local_path else info.id
+
+
+def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset.replace(" ", "-"),
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=round(value, 5),
+    )
+
+
+def model_card(
+    info: ModelInfo, value: dict[str, Any], recipes: Sequence[dict[str, Any]], repo: str | None
+) -> str:
+    """The whole card as Markdown with YAML in front.
+
+    Args:
+        value: the JSON of report.json.
+        recipes: the JSON of every output's recipe, in the report's order.
+        repo: where it will be published; None leaves a place to fill in.
+
+    Raises:
+        QuantkitError: the report is of another version.
+    """
+    raw, value = value, all_markdown(value)
+    report = reports.read(value)
+    outputs, names = report.outputs, plots.names_by_output(report)
+    middle = len(outputs) // 2  # of several sizes the commands name the one in the middle
+    verdicts = text.verdicts(report)
+    parts = [
+        f"# {_title(info, report)}",
+        f"{_origin(info)} as {_size(report)}. The type of every tensor was searched by measuring"
+        " the KL divergence to the full-precision model; the weights were quantized with GPTQ onto"
+        " llama.cpp's own grids. It runs in every llama.cpp build.",
+        verdicts[0] if len(verdicts) == 1 else reports.bullets(verdicts),
+        "## Which file should I choose?",
+        _choice(report, repo),
+        "## Measured",
+        _measured(report, repo),
+        _plot("frontier", "KL divergence over file size, ours and llama.cpp's"),
+        text.protocol_line(report)
+        + " The llama.cpp rows were made in the same run from the same base with the same"
+        " importance matrix. Weight KL is that of the file expanded to F16: llama.cpp also rounds"
+        " the activations of quantized files, which costs each the same few thousandths.",
+        *_losses(report),
+        *_missing(report),
+        reports.set_table(tables.domains(report)),
+        *([reports.set_table(spoken)] if (spoken := tables.languages(report)) else []),
+        *([reports.set_table(long)] if (long := tables.long_contexts(report)) else []),
+        *([reports.bullets(lines)] if (lines := text.task_lines(report)) else []),
+        "## Run it",
+        _commands(
+            outputs[middle].name, recipes[middle]["output"]["label"], repo or "<owner>/<repo>"
+        ),
+        "## What is inside",
+        *(
+            part
+            for output, kinds in names
+            for part in (
+                _plot(kinds["tensor-map"], f"The type of every tensor{_of_one(report, output)}"),
+                _inside(output),
+            )
+        ),
+        "## How it was made",
+        _made(info, report, value, recipes),
+        "## Checked before upload",
+        reports.bullets(f"{name}: {state}. {about}." for name, state, about in _checks(report)),
+        "## Limits and licence",
+        _limits(info),
+    ]
+    groups = tables.fallbacks(report)
+    if groups is not None:
+        parts += ["## Fallbacks", reports.set_table(groups)]
+    body = "\n\n".join(parts) + "\n"
+    return str(ModelCard(f"---\n{card_data(info, reports.read(raw)).to_yaml()}\n---\n\n{body}"))
+
+
+def _size(report: Report) -> str:
+    said = [f"{size(o.n_bytes)} ({o.bpw:.2f} bits per weight)" for o in report.outputs]
+    return f"one GGUF of {said[0]}" if len(said) == 1 else f"{len(said)} GGUFs: {', '.join(said)}"
+
+
+def _origin(info: ModelInfo) -> str:
+    """The model's name, with a link where its place on the Hub is known."""
+    if info.base is not None:
+        return f"{_named(info)}, a LoRA merged onto {_named(info.base)},"
+    return _named(info)
+
+
+def _named(info: ModelInfo) -> str:
+    if not info.local_path:
+        return f"[{info.id}](https://huggingface.co/{info.id})"
+    name = markdown(info.id.rsplit("/", 1)[-1])
+    base = next(iter(repo_ids(info.card.get("base_model"))), None)
+    return f"{name} ([{base}](https://huggingface.co/{base}))" if base else name
+
+
+def _link(name: str, repo: str | None) -> str:
+    if repo is None:
+        return f"`{name}`"
+    return f"[{name}](https://huggingface.co/{repo}/resolve/main/{name}?download=true)"
+
+
+def _choice(report: Report, repo: str | None) -> str:
+    """The files by the memory that they need."""
+    made = tables.choice(report, lambda row: _link(row.name, repo))
+    base = report.base.speed
+    about = (
+        f"Memory is that of a process with a context of {base.n_ctx:,} tokens, measured. Longer"
+        " contexts take more."
+        if base
+        else "Memory was not measured; a file takes about its size, and its context beside it."
+    )
+    return f"{reports.plain_table(made)}\n\n{about}"
+
+
+def _measured(report: Report, repo: str | None) -> str:
+    """Every file with all of its figures; ours are links."""
+
+    def name(row: Row) -> str:
+        return _link(row.name, repo) if row.kind == OURS else row.label
+
+    return reports.set_table(tables.comparison(report, name, wide=True))
+
+
+def _plot(name: str, about: str) -> str:
+    return f"![{about}](plots/{name}.png)"
+
+
+def _losses(report: Report) -> list[str]:
+    lost = text.losses(report)
+    return [f"{text.losing(report)}:", reports.bullets(lost)] if lost else []
+
+
+def _missing(report: Report) -> list[str]:
+    """What could not be measured, and why."""
+    lines = [f"{name}: {reason}" for name, reason in report.not_measured]
+    return ["Not measured:", reports.bullets(lines)] if lines else []
+
+
+def _commands(name: str, label: str, repo: str) -> str:
+    return f"""llama.cpp:
+
+```
+llama-server -hf {repo}:{label}
+```
+
+Ollama:
+
+```
+ollama run hf.co/{repo}:{label}
+```
+
+LM Studio: search for `{repo}`, or
+
+```
+lms get https://huggingface.co/{repo}
+```
+
+llama-cpp-python:
+
+```python
+from llama_cpp import Llama
+
+llm = Llama.from_pretrained(repo_id="{repo}", filename="{name}", n_ctx=4096)
+messages = [{{"role": "user", "content": "Name three things that float on water."}}]
+print(llm.create_chat_completion(messages)["choices"][0]["message"]["content"])
+```"""
+
+
+def _inside(output: Row) -> str:
+    """How many tensors have each type, and by which method."""
+    counts: dict[tuple[str, str], int] = {}
+    for tensor in output.tensors:
+        key = (tensor.qtype, tensor.method)
+        counts[key] = counts.get(key, 0) + 1
+    said = [
+        f"{n} {qtype}{f' by {method}' if method else ''}"
+        for (qtype, method), n in sorted(counts.items())
+    ]
+    return f"Quantized tensors: {', '.join(said)}. Every one is named in `{_recipe_of(output)}`."
+
+
+def _recipe_of(output: Row) -> str:
+    return f"recipes/{output.name.removesuffix('.gguf')}.json"
+
+
+def _made(
+    info: ModelInfo, report: Report, value: dict[str, Any], recipes: Sequence[dict[str, Any]]
+) -> str:
+    recipe = recipes[0]
+    config = recipe["config"]
+    levels = config["levels"] or PROFILES[config["profile"]].levels
+    calibration = value["calibration"]
+    mix = [
+        [d["name"], d["source"], f"{100 * d['weight']:.0f} %", f"`{d['sha256'][:16]}…`"]
+        for d in calibration["domains"]
+    ]
+    note = calibration["note"]
+    rebuild = "\n".join(
+        f"quantkit rebuild {_recipe_of(o)} --base base.gguf --out {o.name}" for o in report.outputs
+    )
+    searches = [_search(row["search"]) for row in value["outputs"]]
+    lines = [
+        f"Model revision `{recipe['revision']}`, profile {config['profile']}, seed"
+        f" {config['seed']}. {note[0].upper() + note[1:]}.",
+        f"Levels to choose from: {', '.join(levels)}; methods: {', '.join(config['methods'])}.",
+        searches[0] if len(searches) == 1 else reports.bullets(searches),
+        table(["calibration", "source", "share", "sha256"], mix),
+        f"The same again, from the full-precision GGUF (sha256 `{recipe['base']['sha256']}`):",
+        f"```\n{rebuild}\n```",
+        "The types alone, for `llama-quantize --tensor-type-file`, lie beside the recipes.",
+        "\n".join(f"sha256 of `{o.name}`:\n`{o.sha256}`\n" for o in report.outputs).rstrip(),
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".",
+    ]
+    return "\n\n".join(lines)
+
+
+def _search(search: dict[str, Any]) -> str:
+    budget = f"Budget: {search['limit_bytes']:,} bytes" if search.get("limit_bytes") else "Budget"
+    if not search.get("searched"):
+        return f"{budget}; every type was given, nothing was searched."
+    return (
+        f"{budget} ({search['target']}), used: {search['n_bytes']:,}. Search:"
+        f" {search['generations']} generations over {search['tokens']:,} evaluated tokens, from KL"
+        f" {text.number(search['proposal_kl'])} to {text.number(search['kl'])} on its own text"
+        f"{', as tuning is expected to leave it' if search.get('expects_tuning') else ''}."
+        + _tuning(search.get("tuning"))
+    )
+
+
+def _tuning(tuning: dict[str, Any] | None) -> str:
+    """What tuning came to, as a sentence that follows another."""
+    if tuning is None:
+        return ""
+    if "reason" in tuning:
+        return f" Not tuned: {tuning['reason']}."
+    before, after = (text.number(tuning[name]) for name in ("kl_before", "kl_after"))
+    said = f" Tuned by {tuning['steps']} gradient steps a block: KL {before} to {after}"
+    return f"{said} on held-out text." if tuning["n_tensors"] else f"{said}, so it was not taken."
+
+
+def _checks(report: Report) -> list[tuple[str, str, str]]:
+    return text.check_lines(report)
+
+
+def _limits(info: ModelInfo) -> str:
+    lines = [
+        "The figures above are for the texts named there; on other text they differ. Speed is that"
+        " of the machine that made the file and is good for comparing rows only.",
+        f"The licence is that of the base model{_licence(info)}.",
+    ]
+    source = source_of(info.id, info.config, info.base_model)
+    if source is not None:
+        lines.append(source.sentence(tuple(map(markdown, info.base_model))))
+    if info.gated:
+        lines.append(
+            f"Access to {markdown(info.id)} is gated: its owner's terms apply to this file, too."
+            " Such files are published privately unless their maker decides otherwise."
+        )
+    return "\n\n".join(lines)
+
+
+def _licence(info: ModelInfo) -> str:
+    if not info.license:
+        return ", which does not state one"
+    name = markdown(info.license_name or info.license)
+    link = web_link(info.license_link, _repo(info))
+    return f" ([{name}]({link}))" if link else f" ({name})"

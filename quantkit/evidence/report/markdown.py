@@ -1,0 +1,86 @@
+"""A report as Markdown: the tables and sentences that the card and the terminal show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from quantkit.evidence.report import tables, text
+from quantkit.evidence.report.schema import OURS, Report
+from quantkit.evidence.report.tables import Table
+from quantkit.markdown import table
+
+
+def set_table(made: Table) -> str:
+    """One of the report's tables, our own rows in bold."""
+    rows = [
+        [f"**{line.cells[0]}**", *line.cells[1:]] if line.kind == OURS else line.cells
+        for line in made.lines
+    ]
+    return table(made.headers, rows)
+
+
+def plain_table(made: Table) -> str:
+    """One of the report's tables without emphasis."""
+    return table(made.headers, (line.cells for line in made.lines))
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def markdown(report: Report) -> str:
+    """The whole report."""
+    parts = [
+        f"# {report.model}",
+        *(text.verdicts(report) if len(report.outputs) == 1 else [bullets(text.verdicts(report))]),
+        set_table(tables.comparison(report)),
+        text.protocol_line(report),
+    ]
+    lost = text.losses(report)
+    if lost:
+        parts += [f"## {text.losing(report)}", bullets(lost)]
+    if report.refused:
+        parts += ["## Sizes that cannot be made", bullets(report.refused)]
+    if report.not_measured:
+        parts += [
+            "## Not measured",
+            bullets(f"{name}: {reason}" for name, reason in report.not_measured),
+        ]
+    parts += ["## By domain", set_table(tables.domains(report))]
+    languages = tables.languages(report)
+    if languages is not None:
+        parts += ["## In other languages", set_table(languages)]
+    tails = tables.tails(report)
+    if tails is not None:
+        parts += ["## By token", set_table(tails)]
+    long = tables.long_contexts(report)
+    if long is not None:
+        parts += ["## In long contexts", set_table(long)]
+    tasks = text.task_lines(report)
+    if tasks:
+        parts += ["## Tasks", bullets(tasks)]
+    for title, made in (
+        ("Speed and memory", tables.speeds(report)),
+        ("Integrity", tables.checks(report)),
+        ("Fallbacks", tables.fallbacks(report)),
+    ):
+        if made is not None:
+            parts += [f"## {title}", set_table(made)]
+    turn = report.first.generation
+    if turn.get("text"):
+        said = " ".join(turn["text"].split())
+        parts += [
+            "## A chat turn",
+            f"Asked through the {turn.get('asked', 'model')}: *{turn.get('prompt', '')}*",
+            f"> {said}",
+        ]
+    if report.calibration_note:
+        parts += ["## How it was made", f"Calibration: {report.calibration_note}."]
+    if report.unmapped:
+        parts.append(
+            "Quantized without GPTQ, not found in the model: " + ", ".join(report.unmapped) + "."
+        )
+    if report.versions:
+        versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+        parts.append(f"Versions: {versions}.")
+    return "\n\n".join(parts) + "\n"

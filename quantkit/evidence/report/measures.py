@@ -1,0 +1,45 @@
+"""Measures of a finished file: one that cannot be taken is left out, with its reason, and ends
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from quantkit.errors import QuantkitError
+from quantkit.evidence.report.text import without_folders
+from quantkit.machine import faults
+
+T = TypeVar("T")
+
+
+class Measures:
+    """Takes measures one by one; `missing` are those that could not be taken: name and reason."""
+
+    def __init__(self, note: Callable[[str], None] = lambda _: None) -> None:
+        """`note` is told of every measure that could not be taken."""
+        self._note = note
+        self.missing: list[dict[str, str]] = []
+
+    def take(self, name: str, measure: Callable[[], T]) -> T | None:
+        """What `measure` returns; None where it fails, of whatever kind the failure is."""
+        try:
+            return measure()
+        except Exception as error:
+            reason = without_folders(reason_of(error))
+            self.missing.append({"name": name, "reason": reason})
+            self._note(f"{name}: not measured: {reason}")
+            return None
+
+
+def reason_of(error: Exception) -> str:
+    """Why a measure could not be taken, as a sentence. What is to be done about it would be told
+    of another command's options.
+    """
+    told = error if isinstance(error, QuantkitError) else faults.explain(error)
+    if told is not None:
+        return told.message
+    said = getattr(error, "message", "") or str(error)  # the evaluators have errors of their own
+    named = type(error).__name__ if not hasattr(error, "message") else ""
+    return ": ".join(part for part in (named, said.strip()) if part)

@@ -1,0 +1,251 @@
+"""The report's tables as headers and cells, to be set in Markdown or HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quantkit.config.calibration import language_of
+from quantkit.config.languages import LANGUAGES
+from quantkit.evidence.report import text
+from quantkit.evidence.report.schema import OURS, Mean, Report, Row, Speed
+from quantkit.sizes import size
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table. `kind` is the row's, or base."""
+
+    kind: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and lines; the first column is a name, the others are figures."""
+
+    headers: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+
+def comparison(
+    report: Report, name: Callable[[Row], str] = lambda row: row.label, wide: bool = False
+) -> Table:
+    """Every measured file and the base, by size. Columns that no file has are left out.
+
+    `name` gives a file's first cell; `wide` adds accuracy of tasks and tokens per second.
+    """
+    base = report.base
+    columns = [
+        _Column("size", lambda row: size(row.n_bytes), size(base.n_bytes)),
+        _Column(
+            "bits per weight",
+            lambda row: f"{row.bpw:.2f}",
+            f"{8 * base.n_bytes / base.n_parameters:.2f}",
+        ),
+        _Column("mean KL", lambda row: text.with_error(row.kl), "0"),
+    ]
+    if any(row.weight_kl for row in report.rows):
+        columns.append(_Column("weight KL", _weight_kl, "0"))
+    columns.append(_Column("same top-1", lambda row: text.percent(row.top1), "100 %"))
+    columns.append(
+        _Column("perplexity", lambda row: _perplexity(row.perplexity), _perplexity(base.perplexity))
+    )
+    if wide and any(row.tasks for row in report.rows):
+        columns.append(_Column("tasks", _tasks, _base_tasks(report)))
+    if wide and any(row.speed for row in report.rows):
+        columns.append(_Column("tokens/s", lambda row: _rate(row.speed), _rate(base.speed)))
+    if any(report.tests(row).kl for row in report.rows):
+        columns.append(
+            _Column(_against(report), lambda row: text.tested(report.tests(row).kl), "-")
+        )
+    lines = [
+        (row.n_bytes, Line(row.kind, (name(row), *(column.cell(row) for column in columns))))
+        for row in report.rows
+    ]
+    whole = Line("base", ("full precision", *(column.base for column in columns)))
+    lines.append((base.n_bytes, whole))
+    ordered = sorted(lines, key=lambda item: item[0])
+    headers = ("file", *(column.header for column in columns))
+    return Table(headers, tuple(line for _, line in ordered))
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A header, what a file's cell says, and what the base's does."""
+
+    header: str
+    cell: Callable[[Row], str]
+    base: str
+
+
+def _perplexity(mean: Mean) -> str:
+    return f"{mean.value:.3f}" if mean.is_known else text.number(mean.value)
+
+
+def _weight_kl(row: Row) -> str:
+    return text.with_error(row.weight_kl) if row.weight_kl else "-"
+
+
+def _tasks(row: Row) -> str:
+    return ", ".join(f"{task.name} {text.percent(task.value)}" for task in row.tasks) or "-"
+
+
+def _base_tasks(report: Report) -> str:
+    """The base's accuracy, which stands beside that of every file."""
+    tasks = next((row.tasks for row in report.rows if row.tasks), ())
+    said = [f"{t.name} {text.percent(t.base)}" for t in tasks if t.base is not None]
+    return ", ".join(said) or "-"
+
+
+def _rate(speed: Speed | None) -> str:
+    return f"{speed.generation:,.0f}" if speed else "-"
+
+
+def choice(report: Report, name: Callable[[Row], str] = lambda row: row.label) -> Table:
+    """Our files by the memory that they need, and the base."""
+    rows = [row for row in report.by_size if row.kind == OURS]
+    lines = [
+        Line(
+            row.kind,
+            (_memory(row.speed), name(row), size(row.n_bytes), text.with_error(row.kl)),
+        )
+        for row in rows
+    ]
+    base = report.base
+    cells = (_memory(base.speed), "full precision (not here)", size(base.n_bytes), "0")
+    return Table(("free memory", "file", "size", "mean KL"), (*lines, Line("base", cells)))
+
+
+def _memory(speed: Speed | None) -> str:
+    return size(speed.peak_bytes) if speed else "not measured"
+
+
+def _against(report: Report) -> str:
+    """What the tests are against, as a header."""
+    if report.kind == "compare":
+        return "against the first"
+    return "against ours" + " of nearest size" * (len(report.outputs) > 1)
+
+
+def domains(report: Report) -> Table:
+    """Mean KL of every file by domain of text; languages have a table of their own."""
+    of_all = list(report.first.domains)
+    names = [name for name in of_all if language_of(name) is None] or of_all
+    lines = [
+        Line(
+            row.kind,
+            (
+                row.label,
+                *(text.number(row.domains[n].value) if n in row.domains else "-" for n in names),
+            ),
+        )
+        for row in report.by_size
+    ]
+    return Table(("mean KL on", *names), tuple(lines))
+
+
+def languages(report: Report) -> Table | None:
+    """Mean KL by language: of the outputs and of the llama.cpp file that the first is held against.
+
+    Before it stands how well the base knows the language: its bits for sentences that take one bit
+    in English.
+    """
+    found = {name: code for name in report.first.domains if (code := language_of(name))}
+    if not found:
+        return None
+    best = text.best_of_at_most(report)
+    rows = [*report.outputs, *([best] if best else [])]
+    lines = tuple(
+        Line(
+            "",
+            (
+                LANGUAGES[code].name,
+                f"{report.languages[code]:.2f}" if code in report.languages else "-",
+                *(_kl_of(row.domains.get(name)) for row in rows),
+            ),
+        )
+        for name, code in found.items()
+    )
+    headers = ("mean KL in", "base's bits, English 1", *(row.label for row in rows))
+    return Table(headers, lines)
+
+
+def tails(report: Report) -> Table | None:
+    """How the KL is spread over tokens, and the ratio of perplexities."""
+    lines = tuple(
+        Line(
+            row.kind,
+            (
+                row.label,
+                text.number(row.tail.median),
+                text.number(row.tail.p99),
+                text.number(row.tail.p999),
+                text.number(row.tail.largest),
+                f"{row.tail.ln_ppl_ratio.value:+.4f} ± {row.tail.ln_ppl_ratio.stderr:.4f}",
+            ),
+        )
+        for row in report.by_size
+        if row.tail
+    )
+    headers = ("KL of tokens", "median", "99 %", "99.9 %", "largest", "ln perplexity ratio")
+    return Table(headers, lines) if lines else None
+
+
+def long_contexts(report: Report) -> Table | None:
+    """Mean KL in long contexts of the files that have it."""
+    lengths = sorted({n for row in report.rows for n in row.long})
+    lines = tuple(
+        Line(row.kind, (row.label, *(_kl_of(row.long.get(n)) for n in lengths)))
+        for row in report.by_size
+        if row.long
+    )
+    headers = ("mean KL in a context of", *(f"{n:,} tokens" for n in lengths))
+    return Table(headers, lines) if lines else None
+
+
+def _kl_of(mean: Mean | None) -> str:
+    return text.with_error(mean) if mean else "-"
+
+
+def speeds(report: Report) -> Table | None:
+    """Tokens per second, load time and memory of the files that have them."""
+    found: list[tuple[str, str, Speed]] = [
+        (row.kind, row.label, row.speed) for row in report.by_size if row.speed
+    ]
+    if report.base.speed:
+        found.append(("base", "full precision", report.base.speed))
+    if not found:
+        return None
+    lines = [
+        Line(
+            kind,
+            (
+                name,
+                f"{speed.prompt:,.0f}",
+                f"{speed.generation:,.1f}",
+                f"{speed.load_seconds:.2f} s",
+                size(speed.peak_bytes),
+            ),
+        )
+        for kind, name, speed in found
+    ]
+    headers = ("file", "prompt tokens/s", "generated tokens/s", "load")
+    return Table((*headers, f"memory at {found[0][2].n_ctx:,} tokens"), tuple(lines))
+
+
+def checks(report: Report) -> Table | None:
+    """The integrity checks."""
+    found = text.check_lines(report)
+    if not found:
+        return None
+    return Table(("check", "result", ""), tuple(Line("", line) for line in found))
+
+
+def fallbacks(report: Report) -> Table | None:
+    """What was asked, what was used, why, and for how many tensors."""
+    groups = text.fallback_groups(report)
+    if not groups:
+        return None
+    lines = tuple(Line("", (asked, used, str(n), why)) for asked, used, n, why in groups)
+    return Table(("asked", "used", "tensors", "reason"), lines)

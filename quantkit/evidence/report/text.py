@@ -1,0 +1,205 @@
+"""Numbers and sentences of a report: what is said the same way in Markdown, HTML, card and app."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from quantkit.evidence.report.schema import OURS, STOCK, Mean, Report, Row, Versus
+from quantkit.sizes import size
+
+_UNKNOWN = "not measured"
+
+
+def number(value: float) -> str:
+    """A KL divergence with three digits that count."""
+    if math.isnan(value):
+        return _UNKNOWN
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(0, min(7, decimals))}f}"
+
+
+def with_error(mean: Mean) -> str:
+    """`0.0123 ± 0.0004`: both with the digits that count of the value."""
+    text = number(mean.value)
+    if not mean.is_known:
+        return text
+    return f"{text} ± {mean.stderr:.{len(text.partition('.')[2])}f}"
+
+
+def without_folders(said: str) -> str:
+    """A sentence with names of files only: a report is published, folders are not."""
+    return re.sub(r"(?<![\w:/.])~?(?:/[^/\s]+)+/(?=[^/\s])", "", said)
+
+
+def percent(share: float) -> str:
+    return _UNKNOWN if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def chance(p_value: float) -> str:
+    """`p = 0.03`, `p < 0.001`."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+def tested(versus: Versus | None) -> str:
+    """A paired test against an output as a cell: which is closer to the base, how surely."""
+    if versus is None:
+        return "-"
+    if not versus.significant:
+        return f"no difference ({chance(versus.p_value)})"
+    word = "worse" if versus.difference > 0 else "BETTER"
+    return f"{word} ({chance(versus.p_value)})"
+
+
+def best_of_at_most(report: Report) -> Row | None:
+    """The llama.cpp file of at most the first output's size that is closest to the base."""
+    size = report.first.n_bytes
+    rows = [r for r in report.others if r.kind == STOCK and r.n_bytes <= size and r.kl.is_known]
+    return min(rows, key=lambda row: row.kl.value, default=None)
+
+
+def verdicts(report: Report) -> list[str]:
+    """The verdict on every output; of several each begins with the file's name."""
+    if len(report.outputs) == 1:
+        return [verdict(report)]
+    return [f"{o.name} ({size(o.n_bytes)}): {verdict(report.about(o))}" for o in report.outputs]
+
+
+def verdict(report: Report) -> str:
+    """One or two sentences: the first file against the best stock file of at most its size, or
+    among the compared files. Losses are said as plainly as wins.
+    """
+    if report.kind == "compare":
+        return _compare_verdict(report)
+    ours, best = report.first, best_of_at_most(report)
+    if not ours.kl.is_known:
+        return "The KL divergence of this file could not be measured."
+    if best is None:
+        return "No llama.cpp file that was measured is as small as this one."
+    ratio = ours.kl.value / best.kl.value if best.kl.value else math.inf
+    word = "less" if ratio < 1 else "MORE"
+    text = (
+        f"The best llama.cpp file of at most this size, {best.short}, has a mean KL divergence of"
+        f" {number(best.kl.value)}: this file's is {ratio:.2f} times that ({word}"
+        f"{_surely(report.tests(best).kl)})."
+    )
+    if ours.weight_kl and best.weight_kl and best.weight_kl.value:
+        ratio = ours.weight_kl.value / best.weight_kl.value
+        word = "less" if ratio < 1 else "MORE"
+        text += f" By the weights alone it is {ratio:.2f} times ({word})."
+    return text
+
+
+def _surely(versus: Versus | None) -> str:
+    if versus is None:
+        return ""
+    shown = "significant" if versus.significant else "NOT significant"
+    return f"; {shown}, {chance(versus.p_value)} over {versus.n_windows} windows"
+
+
+def _compare_verdict(report: Report) -> str:
+    best = min(report.rows, key=lambda row: row.kl.value)
+    text = f"{best.label} is closest to the base: mean KL divergence {number(best.kl.value)}."
+    first = report.first
+    unclear = [
+        row.label
+        for row in report.others
+        if (test := report.tests(row).kl) is not None and not test.significant
+    ]
+    if unclear:
+        text += f" No difference from {first.label} is shown for {', '.join(unclear)}."
+    return text
+
+
+def losses(report: Report) -> list[str]:
+    """Where an output loses: files of at most its size that are closer to the base, and domains in
+    which one is. Empty when there is nothing.
+    """
+    if len(report.outputs) > 1:
+        found = [(o, losses(report.about(o))) for o in report.outputs]
+        return [f"{output.name}: {line}" for output, lines in found for line in lines]
+    ours = report.first
+    if ours.kind != OURS:
+        return []
+    lines = []
+    for row in report.others:
+        if row.n_bytes > ours.n_bytes or not ours.kl.is_known:
+            continue
+        if row.kl.value < ours.kl.value:
+            lines.append(
+                f"{row.label} ({size(row.n_bytes)}) is not larger and closer to the base:"
+                f" {number(row.kl.value)} against {number(ours.kl.value)}"
+                f"{_surely(report.tests(row).kl).replace(';', ',', 1)}."
+            )
+            continue
+        worse = [
+            f"{name} ({number(row.domains[name].value)} against {number(kl.value)})"
+            for name, kl in ours.domains.items()
+            if name in row.domains and row.domains[name].value < kl.value
+        ]
+        if worse:
+            lines.append(f"{row.label} is closer to the base on {', '.join(worse)}.")
+    failed = [check for check in ours.checks if check.passed is False]
+    lines += [f"FAILED: {check.name}: {check.about}." for check in failed]
+    return lines
+
+
+def losing(report: Report) -> str:
+    """The heading over `losses`."""
+    return "Where these files lose" if len(report.outputs) > 1 else "Where this file loses"
+
+
+def task_lines(report: Report) -> list[str]:
+    """The zero-shot results of every file that has some, a sentence each; or why there are none."""
+    lines = []
+    for row in report.rows:
+        for task in row.tasks:
+            text = (
+                f"{row.label}, {task.name} ({task.n} items):"
+                f" {100 * task.value:.1f} ± {100 * task.stderr:.1f} %"
+            )
+            if task.base is not None:
+                text += f", full precision {100 * task.base:.1f} %"
+            if task.n_flips is not None:
+                text += f"; {task.n_flips} answers differ from full precision's"
+            lines.append(f"{text}.")
+    if not lines and report.first.tasks_not_run:
+        lines.append(f"Zero-shot: not run ({report.first.tasks_not_run}).")
+    return lines
+
+
+def check_lines(report: Report) -> list[tuple[str, str, str]]:
+    """The integrity checks: name, `passed` / `FAILED` / `not run`, what was found."""
+    words = {True: "passed", False: "FAILED", None: "not run"}
+    return [
+        (
+            check.name if len(report.outputs) == 1 else f"{output.name}: {check.name}",
+            words[check.passed],
+            check.about,
+        )
+        for output in report.outputs
+        for check in output.checks
+    ]
+
+
+def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
+    """Fallbacks grouped: what was asked, what was used, for how many tensors, and why."""
+    groups: dict[tuple[str, str, str], int] = {}
+    for f in report.fallbacks:
+        key = (f.asked, f.used, f.reason)
+        groups[key] = groups.get(key, 0) + 1
+    return [(asked, used, n, reason) for (asked, used, reason), n in groups.items()]
+
+
+def protocol_line(report: Report) -> str:
+    """How it was measured, and on what."""
+    text = f"Protocol: {report.protocol}. Text: {', '.join(report.texts)}"
+    if report.kind == "run":
+        text += ", not seen by any earlier stage"
+    if report.n_windows:
+        text += f"; {report.n_windows} windows"
+    if report.weight_windows and report.weight_windows != report.n_windows:
+        text += f", {report.weight_windows} of them for the weight KL"
+    return f"{text}."

@@ -1,0 +1,56 @@
+"""A report into a folder: report.json, report.md, report.html, and plots/ as SVG and PNG."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantkit.evidence.report import plots, svg
+from quantkit.evidence.report.html import html
+from quantkit.evidence.report.markdown import markdown
+from quantkit.evidence.report.measures import Measures
+from quantkit.evidence.report.schema import read
+from quantkit.files import replacing, write_json
+
+
+def write_report(
+    folder: Path, value: dict[str, Any], measures: Measures | None = None
+) -> list[Path]:
+    """Write the JSON of a report and all that is made of it. Returns the files, report.json first.
+    `measures` is told of a plot that cannot be drawn, which is left out.
+
+    Raises QuantkitError when `value` is not a report.
+    """
+    from quantkit.evidence.report.png import png
+
+    taken = measures or Measures()
+    before = len(taken.missing)
+    drawn = {}
+    for name, picture in plots.draw_all(read(value), taken).items():
+        image = taken.take(f"the plot {name} as PNG", partial(png, picture))
+        if image is not None:
+            drawn[name] = svg.standalone(picture).encode(), image
+    if taken.missing[before:]:
+        known = value.get("not_measured", [])
+        value = {**value, "not_measured": [*known, *taken.missing[before:]]}
+    report = read(value)
+    written = [
+        write_json(folder / "report.json", value),
+        _write(folder / "report.md", markdown(report).encode()),
+        _write(folder / "report.html", html(report).encode()),
+    ]
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, (vector, image) in drawn.items():
+        path = folder / "plots" / name
+        written += [
+            _write(path.with_suffix(".svg"), vector),
+            _write(path.with_suffix(".png"), image),
+        ]
+    return written
+
+
+def _write(path: Path, data: bytes) -> Path:
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+    return path

@@ -1,0 +1,56 @@
+"""Write files whole or not at all, and hash them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantkit.tensors import to_json
+
+PARTIAL = ".partial"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a `.partial` name to write to; on a clean exit its bytes are flushed and it takes
+    `path`'s place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    yield partial
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write `value` as indented JSON, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_bytes(json_line(value, indent=1))
+    return path
+
+
+def json_line(value: Any, indent: int | None = None) -> bytes:
+    """A line of JSON. A name that is no UTF-8 on the disk is escaped, and read back as it was."""
+    try:
+        return f"{json.dumps(to_json(value), indent=indent, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(to_json(value), indent=indent)}\n".encode()
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a UTF-8 text, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,6 @@
+"""GGUF files: read them, write them slot by slot, check strangers', stitch.
+
+header    parse within bounds          sound     may llama.cpp open it
+read      tensors mapped from the file  write     lay out, fill in any order, resume
+stitch    parts of several into one    imatrix   the importance matrix as a file
+"""

@@ -1,0 +1,67 @@
+"""Reading GGUF files: tensor table, raw rows (memory-mapped), metadata."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.errors import QuantkitError
+from quantkit.ggml import native
+from quantkit.gguf_file.header import Broken, StoredTensor, read_header, shown
+
+__all__ = ["GgufFile", "StoredTensor"]
+
+
+class GgufFile:
+    """A GGUF file opened for reading. Tensor bytes are memory-mapped, never copied unless asked."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises QuantkitError when the file is missing or is not a whole GGUF, whoever made it."""
+        self.path = path
+        try:
+            header = read_header(path)
+        except FileNotFoundError:
+            raise QuantkitError(f"There is no file {path}.", "Check the path.") from None
+        except OSError as error:
+            raise QuantkitError(
+                f"{path} cannot be read: {error.strerror}.", "Check the path."
+            ) from error
+        except Broken as error:
+            raise QuantkitError(
+                f"{shown(path.name)} is not a whole GGUF file ({error}).",
+                "Download or make it again.",
+            ) from error
+        self.tensors = dict(header.tensors)
+        self.fields = header.fields
+        self.alignment = header.alignment  # tensors begin at multiples of this many bytes
+
+    def packed(self, name: str) -> native.Bytes:
+        """Rows of a tensor as stored: uint8 (n_rows, row_bytes), mapped from the file for as long
+        as somebody has them.
+        """
+        tensor = self.tensors[name]
+        shape = (-1, tensor.qtype.row_bytes(tensor.shape[-1]))
+        mapped = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+        return mapped.reshape(shape)
+
+    def values(self, name: str) -> native.Floats:
+        """A tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""
+        return native.dequantize(self.packed(name), self.tensors[name].qtype)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """All key-value pairs, decoded."""
+        return {name: field.value for name, field in self.fields.items()}
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model was trained for."""
+        return int(self.metadata[f"{self.metadata['general.architecture']}.context_length"])
+
+    @property
+    def n_elements(self) -> int:
+        return sum(math.prod(t.shape) for t in self.tensors.values())

@@ -1,0 +1,138 @@
+"""A tokenizer's chat template for many conversations: one sandboxed process renders them all.
+
+A template is a program that a stranger wrote: it may loop for ever, or make a text of gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
+from quantkit.llamacpp.place import Sandboxed
+from quantkit.llamacpp.templates import SECONDS, within
+from quantkit.sandbox.outcome import plain
+
+_DEADLINE = 90.0  # with the start of the process
+_MOST_BYTES = 8 * 2**20  # of one rendered conversation
+_LIMITS = sandbox.Limits(cpu_seconds=86_400, wall_seconds=7 * 86_400, memory_bytes=2 * 2**30)
+
+
+class ChatTemplate:
+    """Renders conversations as `tokenizer.apply_chat_template(..., tokenize=False)` does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._process: _Process | None = None
+
+    @property
+    def exists(self) -> bool:
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
+        """Raises QuantkitError for a template that cannot be used on these messages."""
+        if self._process is None:
+            special = self._tokenizer.special_tokens_map
+            arguments = {
+                "template": self._tokenizer.get_chat_template(),
+                "special": json.loads(json.dumps(special, default=str)),
+            }
+            self._process = _Process(arguments)
+        try:
+            answer = self._process.ask([list(messages), add_generation_prompt])
+        except (OSError, ValueError) as error:
+            why = f"its process {self._process.close()}"
+            self._process = None
+            if isinstance(error, TimeoutError):
+                why = "it takes too long"
+            raise QuantkitError(f"The chat template cannot be rendered: {why}.") from None
+        if "text" not in answer:
+            why = plain(answer.get("error"))
+            raise QuantkitError(f"The chat template cannot be rendered: {why}.")
+        return str(answer["text"])
+
+
+class _Process:
+    """The process and the two pipes to it. It ends with this object."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        theirs, self._requests = os.pipe()
+        self._answers, answers = os.pipe()
+        os.set_blocking(self._requests, False)
+        given = {"requests": theirs, "answers": answers, **arguments}
+        try:
+            job = sandbox.Job(f"{__name__}:serve", given, _LIMITS, inherited=(theirs, answers))
+            process = Sandboxed(job)
+        finally:
+            os.close(theirs)
+            os.close(answers)
+        self._end = process.end
+        self._close = weakref.finalize(self, _close, self._requests, self._answers)
+
+    def ask(self, question: list[Any]) -> dict[str, Any]:
+        """Raises OSError or ValueError when there is no answer."""
+        deadline = time.monotonic() + _DEADLINE
+        left = memoryview(json.dumps(question).encode() + b"\n")
+        while left:
+            _wait([], [self._requests], deadline)
+            left = left[os.write(self._requests, left) :]
+        said = b""
+        while not said.endswith(b"\n"):
+            _wait([self._answers], [], deadline)
+            data = os.read(self._answers, 2**20)
+            said += data
+            if not data or len(said) > 2 * _MOST_BYTES:
+                raise ValueError("no answer")
+        answer = json.loads(said)
+        if not isinstance(answer, dict):
+            raise ValueError("no answer")
+        return answer
+
+    def close(self) -> str:
+        """Says how it ended, as a clause."""
+        self._close()
+        return self._end()
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)  # which ends the process
+
+
+def _wait(reading: list[int], writing: list[int], deadline: float) -> None:
+    left = deadline - time.monotonic()
+    if left <= 0 or not any(select.select(reading, writing, [], left)):
+        raise TimeoutError("no answer in time")
+
+
+def serve(requests: int, answers: int, template: str, special: dict[str, Any]) -> None:
+    """Render one conversation for each line of `requests`. Runs in the sandbox."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with open(requests, "rb") as asked, open(answers, "wb") as told:
+        for line in asked:
+            messages, add_generation_prompt = json.loads(line)
+            try:
+                with within(SECONDS):
+                    made: Any = render_jinja_template(
+                        [messages],
+                        chat_template=template,
+                        add_generation_prompt=add_generation_prompt,
+                        **special,
+                    )
+                text = made[0][0]
+                answer = {"text": text}
+                if len(text) > _MOST_BYTES // 8:
+                    answer = {"error": "it makes too long a text"}
+            except Exception as error:  # a template can raise anything
+                answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+            told.write(json.dumps(answer).encode() + b"\n")
+            told.flush()

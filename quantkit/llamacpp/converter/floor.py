@@ -1,0 +1,77 @@
+"""The least that a page for strangers needs before it converts what they name.
+
+No token stands in an environment; the processes that hold one cannot be read; the kernel filters
+the system calls of the converter; and a stranger's bytes reach no code that runs outside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
+from quantkit.sandbox import kernel, secrets
+from quantkit.sandbox.places import ROOT, import_path
+
+_PROBE = f"{__name__}:writable_folders"
+
+
+def check_floor(environment: Mapping[str, str] | None = None) -> None:
+    """Raises QuantkitError on a page for strangers that lacks any of it. Elsewhere, what is missing
+    is said (quantkit.sandbox.Protection), because only the user's own models are at stake.
+    """
+    environment = os.environ if environment is None else environment
+    if environment.get("SYSTEM") != "spaces" and environment.get("QUANTKIT_PUBLIC") != "1":
+        return
+    open_ones = sorted(n for n in secrets.HUB if environment.get(n))
+    if open_ones:
+        raise _refusal(
+            f"{open_ones[0]} is in the environment of the process that converts models",
+            "Start the page with `python app.py`, which takes it out.",
+        )
+    kernel.set_not_dumpable()
+    lacking = _lacking()
+    if lacking is not None:
+        raise _refusal(*lacking)
+
+
+def _refusal(what: str, remedy: str) -> QuantkitError:
+    return QuantkitError(f"This page is for strangers and cannot convert models: {what}.", remedy)
+
+
+@cache
+def _lacking() -> tuple[str, str] | None:
+    """What this machine lacks and what to do; None when it has all."""
+    if not sandbox.protection().seccomp:
+        return (
+            "the system does not filter system calls (seccomp)",
+            "Use Linux on x86-64 or arm64, in a container that allows seccomp.",
+        )
+    # Whether the code is writable is judged from inside the sandbox, where a stranger's bytes are
+    # read, by trying: on a Space without Docker the packages belong to the user that runs the app,
+    # and the kernel (Landlock, mounts) is what keeps the sandbox from them. Where it has neither,
+    # the rights of the files have to do it, as in the Docker Space.
+    folders = sandbox.call(_PROBE, {"folders": [*import_path(), f"{ROOT}/quantkit"]})
+    if folders:
+        return (
+            f"a model's reader could change the code of the page ({folders[0]})",
+            "Install code and packages as root and run the page as another user"
+            " (spaces/Dockerfile), or use a kernel with Landlock.",
+        )
+    return None
+
+
+def writable_folders(folders: list[str]) -> list[str]:
+    """Those in which a file can be made. Runs in the sandbox."""
+    found = []
+    for folder in folders:
+        path = os.path.join(folder, f"quantkit-probe-{os.getpid()}.tmp")
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except OSError:
+            continue
+        os.unlink(path)
+        found.append(folder)
+    return found

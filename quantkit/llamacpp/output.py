@@ -1,0 +1,84 @@
+"""The output file before its weights: its metadata, its name and its exact size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from quantkit import __version__
+from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import KeyValue, Layout, lay_out
+from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_bytes
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the output's metadata says of how it was made. Known before the search, so that sizes
+    are exact.
+    """
+
+    revision: str  # of the model, a commit or a hash of the folder
+    datasets: tuple[str, ...]
+    n_imatrix_entries: int
+    n_imatrix_chunks: int
+
+
+def lay_out_output(
+    base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance, label: str
+) -> Layout:
+    """The layout of the output: base.gguf's metadata whole, a new file type, and the provenance."""
+    key_values = [
+        KeyValue.uint32("general.file_type", FILE_TYPES[label]),
+        KeyValue.uint32("general.quantization_version", 2),
+        KeyValue.string("quantize.imatrix.file", "imatrix.gguf"),
+        KeyValue.string("quantize.imatrix.dataset", ", ".join(provenance.datasets)),
+        KeyValue.uint32("quantize.imatrix.entries_count", provenance.n_imatrix_entries),
+        KeyValue.uint32("quantize.imatrix.chunks_count", provenance.n_imatrix_chunks),
+        KeyValue.string("quantkit.version", __version__),
+        KeyValue.string("quantkit.base.revision", provenance.revision),
+    ]
+    return lay_out(base, types, key_values)
+
+
+def nearest_label(base: GgufFile, n_bytes: int, types: Iterable[QuantType] = ()) -> str:
+    """The stock mix whose file is nearest in size to `n_bytes`, among those that a file with these
+    `types` may be called after.
+    """
+    sizes = {label: stock_bytes(base, StockRecipe(label)) for label in _labels(set(types))}
+    return min(sizes, key=lambda label: (abs(sizes[label] - n_bytes), -STOCK_MIXES.index(label)))
+
+
+def _labels(types: set[QuantType]) -> list[str]:
+    """A file of one type is called after that type. No file is called after codebooks that it does
+    not use: where rows are narrow, stock mixes of many names have nearly the same size.
+    """
+    names = {str(qtype) for qtype in types}
+    if len(names) == 1:
+        (name,) = names
+        of_type = [label for label in STOCK_MIXES if f"{label}_".startswith(f"{name}_")]
+        if of_type:
+            return of_type
+    families = {name[:3] for name in names}  # IQ2, IQ3, ...
+    return [
+        label
+        for label in STOCK_MIXES
+        if not names or not label.startswith("IQ") or label[:3] in families
+    ]
+
+
+def file_name(model: str, label: str, bpw: float | None = None, decimals: int = 2) -> str:
+    """`<Model>-EVO-<label>.gguf`; with `bpw`, of a second file of one label,
+    `<Model>-EVO-4.62bpw-<label>.gguf`.
+
+    The label comes last: the Hub, llama.cpp and Ollama read it there.
+    """
+    middle = "" if bpw is None else f"{bpw:.{decimals}f}bpw-"
+    return f"{safe_name(model)}-EVO-{middle}{label}.gguf"
+
+
+def safe_name(model: str) -> str:
+    """A model's name as a file name: the part after the owner, no path characters."""
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -1,0 +1,87 @@
+"""Are the tokens of a GGUF those of the original tokenizer?
+
+Asked of llama.cpp and transformers in the converter's own sandbox, as soon as there is a GGUF: at
+`plan` of the skeleton, in a run of `base.gguf`. A difference that is a fault ends either before the
+long work. What llama.cpp does differently by design is kept, to be said wherever the result is
+spoken of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.errors import QuantkitError
+from quantkit.llamacpp import templates
+from quantkit.llamacpp.converter.pretokenizer import PROBES
+from quantkit.run.check import Check
+
+NAME = "tokens against the tokenizer's"
+MOST_IDS = 128
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was found."""
+
+    check: Check
+    apart: tuple[str, ...] = ()  # what llama.cpp does differently by design; sentences
+    ids: tuple[int, ...] = ()  # of a text, by the original tokenizer: to compute logits with
+    text: str = ""  # what it is: the rendered chat template, or plain text
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What belongs into the log."""
+        if self.check.passed:
+            return tuple(f"{sentence}." for sentence in self.apart)
+        return (f"{self.check.name}: {self.check.about}.",)
+
+
+def judged(found: dict[str, Any]) -> Tokens:
+    """What an answer of `compare_in` means. That nothing could be compared is a check that failed.
+
+    Raises QuantkitError for tokens that are wrong.
+    """
+    if "error" in found:
+        return Tokens(Check(NAME, False, f"not compared: {found['error'].rstrip('.')}"))
+    if found["wrong"]:
+        raise QuantkitError(
+            f"The tokens of the GGUF are not the tokenizer's: {'; '.join(found['wrong'])}.",
+            "llama.cpp would read the model's texts as others. Its tokenizer's files may not belong"
+            " together: compare them with those of its base model.",
+        )
+    about = f"{found['n_vocab']:,} ids and the tokens of {found['n_texts']} texts are the same"
+    apart = tuple(found["apart"])
+    return Tokens(
+        Check(NAME, True, "; ".join([about, *apart])), apart, tuple(found["ids"]), found["text"]
+    )
+
+
+def compare_in(folder: str, gguf: str) -> dict[str, Any]:
+    """What a GGUF's tokens and the tokenizer in `folder` differ in, as JSON values; for a sandboxed
+    process.
+    """
+    from transformers import AutoTokenizer
+
+    from evaluators import vocabulary
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        chat = templates.rendered(tokenizer, templates.CONVERSATION)
+        texts = {f"text {i + 1}": text for i, text in enumerate(PROBES)}
+        texts |= {"rendered chat": chat["text"]} if "text" in chat else {}
+        found = vocabulary.compare(gguf, tokenizer, texts)
+        text = chat.get("text") or "\n".join(PROBES)
+        ids = vocabulary.token_ids(tokenizer, text, is_chat="text" in chat)
+    except Exception as error:  # whatever a strange tokenizer raises is a failed check
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+    return {
+        "wrong": found.wrong,
+        "apart": [*found.apart, *([chat["error"].rstrip(".")] if "error" in chat else [])],
+        "n_vocab": found.n_vocab,
+        "n_texts": len(texts),
+        "ids": ids[:MOST_IDS],
+        "text": "the rendered chat template" if "text" in chat else "plain text",
+    }

@@ -1,0 +1,1 @@
+"""What this machine has: memory, disk, a folder of its own; and what its faults mean in words."""

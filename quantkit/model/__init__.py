@@ -1,0 +1,6 @@
+"""The model in PyTorch, block by block, and how the GGUF's rows are made of its weights.
+
+blockwise    one block at a time            streaming    blocks read as they are needed
+row_maps     found bit for bit              unmapped     tensors without one, by name
+offload      hidden states on disk          precision    what a forward pass computes in
+"""

@@ -1,0 +1,89 @@
+"""Which types each tensor may have, and where a tensor cannot have what was asked.
+
+A *level* is a type that was asked for, such as Q4_K. What a tensor gets for it depends on its
+width: rows that do not divide into 256-blocks fall back to a type of 32-blocks, exactly as in
+llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quantkit.config import RunConfig, compile_pattern
+from quantkit.errors import UsageError
+from quantkit.ggml.types import QuantType, fallback
+from quantkit.tensors import Fallback, TensorSpec
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """The asked levels, and for every tensor that is quantized the type it gets at each of them."""
+
+    levels: tuple[QuantType, ...]
+    types: dict[str, dict[QuantType, QuantType]]  # tensor -> asked level -> type
+    fallbacks: tuple[Fallback, ...]
+
+    def choices(self, tensor: str) -> tuple[QuantType, ...]:
+        """The distinct types of a tensor, smallest first."""
+        return tuple(sorted(set(self.types[tensor].values())))
+
+    def uniform(self, level: QuantType) -> dict[str, QuantType]:
+        """The types of the uniform file of one level, for the tensors that are quantized."""
+        return {tensor: types[level] for tensor, types in self.types.items()}
+
+
+def plan_levels(specs: Mapping[str, TensorSpec], config: RunConfig) -> LevelPlan:
+    """Decide the types of every quantizable tensor from the config's levels, pins and tensor
+    pattern.
+
+    Raises UsageError when a pattern of `types` or `tensors` names no tensor, or when there is none
+    to quantize.
+    """
+    default = dict(config.types).get("default")
+    levels = tuple(QuantType(name) for name in ((default,) if default else config.level_names))
+    chosen = [spec for spec in specs.values() if spec.quantizable and _is_chosen(spec.name, config)]
+    _check_patterns(
+        config, [spec.name for spec in specs.values() if spec.quantizable], bool(chosen)
+    )
+    types: dict[str, dict[QuantType, QuantType]] = {}
+    fallbacks: dict[tuple[str, str], Fallback] = {}
+    for spec in chosen:
+        pinned, least = config.pinned_type(spec.name), config.least_type(spec.name)
+        types[spec.name] = {}
+        for level in levels:
+            asked = pinned or max(level, least or level)
+            used = types[spec.name][level] = fallback(asked, spec.n_columns)
+            if used != asked:
+                fallbacks[spec.name, asked.name] = Fallback(
+                    spec.name,
+                    asked.name,
+                    used.name,
+                    f"rows of {spec.n_columns} do not divide into blocks of {asked.block_size}",
+                )
+    return LevelPlan(levels, types, tuple(fallbacks.values()))
+
+
+def _is_chosen(tensor: str, config: RunConfig) -> bool:
+    return config.tensors is None or compile_pattern(config.tensors).search(tensor) is not None
+
+
+def _check_patterns(config: RunConfig, tensors: Sequence[str], any_chosen: bool) -> None:
+    if not tensors:
+        raise UsageError(
+            "The model has no tensor that llama.cpp would quantize.",
+            "Its rows do not divide into blocks of 32: use its full-precision GGUF as it is.",
+        )
+    if not any_chosen:
+        raise UsageError(
+            f"No quantizable tensor matches {config.tensors!r}.",
+            "See `quantkit plan` for the names.",
+        )
+    for pattern, _ in config.types:
+        if pattern != "default" and not any(
+            compile_pattern(pattern).search(name) for name in tensors
+        ):
+            raise UsageError(
+                f"No quantizable tensor matches {pattern!r} of --types.",
+                "See `quantkit plan` for the names.",
+            )

@@ -1,0 +1,328 @@
+"""What a run would do, before it does it: sizes, levels, fallbacks, memory, disk and time.
+
+Nothing is guessed that can be asked. The real converter makes the skeleton of `base.gguf` from
+config, tokenizer and the headers of the weights; llama.cpp's own dry run tells from it what every
+stock mix and level would weigh. So an architecture or tokenizer that is not supported, a pattern
+that names nothing and a budget that cannot be met are refused before any weight is downloaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantkit import hub, sources
+from quantkit.checkpoint.info import ModelInfo
+from quantkit.checkpoint.quantized import source_of
+from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
+from quantkit.errors import printable
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import data_bytes
+from quantkit.llamacpp.contexts import ContextMemory, context_memory
+from quantkit.llamacpp.converter.architectures import check_architecture
+from quantkit.llamacpp.converter.convert import convert
+from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
+from quantkit.markdown import table
+from quantkit.planning import texts
+from quantkit.planning.budgets import Budget, for_files, settle_budgets
+from quantkit.planning.cost import search_target_bytes, stage_memory
+from quantkit.planning.coverage import foretell, in_words
+from quantkit.planning.levels import LevelPlan, plan_levels
+from quantkit.sizes import size
+from quantkit.sources.fit import check_fit, copies, kept_notes
+from quantkit.tensors import ONE_INPUT, TensorSpec, is_in_block, to_json
+
+_HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to the base's header
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of whole files: the budgets that are met, those that cannot be, and what the levels can
+    make. Without budgets every type is given.
+    """
+
+    budgets: tuple[Budget, ...]
+    refused: tuple[Budget, ...]
+    smallest_bytes: int
+    largest_bytes: int
+    levels: dict[str, int]  # uniform file of each asked level
+
+
+def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
+    """The tensors of a GGUF (its header is enough) by name, in file order. What the source has
+    quantized already, as MXFP4, stays as it is.
+    """
+    quantizable = {
+        name for name in quantizable_tensors(base.path) if not base.tensors[name].qtype.is_quantized
+    }
+    return {
+        t.name: TensorSpec(t.name, t.shape, t.qtype, t.name in quantizable)
+        for t in base.tensors.values()
+    }
+
+
+def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
+    """Sizes of what can be made. Raises QuantkitError when the budget lies outside."""
+    least_header = min(t.offset for t in base.tensors.values())
+    header = least_header + _HEADER_MARGIN
+    uniform = {
+        str(level): header + data_bytes(base, levels.uniform(level)) for level in levels.levels
+    }
+    smallest = header + data_bytes(base, {t: levels.choices(t)[0] for t in levels.types})
+    # The margin may stay unused: a budget that is named as possible must be so without it.
+    largest = least_header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})
+    budgets, refused = budgets_of(config, base, smallest, largest)
+    return Sizes(budgets, refused, smallest, largest, uniform)
+
+
+def budgets_of(
+    config: RunConfig, base: GgufFile, smallest: int, largest: int
+) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
+    """`settle_budgets` for the model of a GGUF, whose header is enough."""
+
+    def mix_bytes(label: str) -> int:
+        return stock_bytes(base, StockRecipe(label))
+
+    @cache  # llama.cpp is only asked where a size depends on it, and once for all of them
+    def memory() -> ContextMemory:
+        return context_memory(base)
+
+    def context_bytes(n_tokens: int) -> int:
+        return memory().n_bytes(n_tokens)
+
+    return settle_budgets(config, base.n_elements, mix_bytes, context_bytes, smallest, largest)
+
+
+def make_plan(
+    config: RunConfig,
+    progress: Callable[[int, int], None] | None = None,
+    looked: Callable[[ModelInfo], None] | None = None,
+) -> dict[str, Any]:
+    """The plan of a run as JSON values. Downloads a few MB at most. `looked` is called with the
+    first facts, long before the rest is known.
+
+    Raises QuantkitError for everything that can be refused now.
+    """
+    said = texts.look(config)
+    token = hub.resolve_token()
+    ref = hub.parse_reference(config.model, config.revision)
+    with tempfile.TemporaryDirectory(prefix="quantkit-plan-") as folder:
+        if ref.kind == "demo":
+            from quantkit.sources import demo
+
+            made = Path(folder) / "SmolLM2-135M-Instruct"
+            demo.make_checkpoint(made)
+            ref = hub.ModelRef("local", str(made))
+        info = sources.inspect(ref, token)
+        if looked is not None:
+            looked(info)
+        check_architecture(info.config)
+        snapshot = sources.fetch_metadata(info, token, Path(folder) / "metadata")
+        fit = check_fit(snapshot)
+        copied = copies(fit.tied, info.base or info, token)
+        source = source_of(info.id, info.config, info.base_model)
+        fit = check_fit(snapshot)
+        if info.base is not None:
+            from quantkit.sources.lora import merge_shell  # needs torch
+
+            if merge_shell(snapshot, sources.fetch_adapter(info, token, Path(folder) / "adapter")):
+                fit = check_fit(snapshot)
+        copied = copies(fit.tied, info.base or info, token)
+        source = source_of(info.id, info.config, info.base_model)
+        warnings = [*said, *info.notes, *fit.notes, *kept_notes(fit.tied, copied)]
+        warnings += [] if source is None else [source.sentence(info.base_model)]
+        skeleton = Path(folder) / "base.gguf"
+        conversion = convert(
+            snapshot,
+            skeleton,
+            skeleton=True,
+            model_name=info.id,
+            left_out=[*fit.unread, *copied],
+            progress=progress,
+        )
+        base = GgufFile(skeleton)
+        specs = specs_of(base)
+        levels = plan_levels(specs, config)
+        sizes = check_sizes(config, base, levels)
+        coverage = foretell(fit.widths, specs)
+        stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
+        context = context_memory(base)
+        warnings += [context.note] if context.note else []
+        return {
+            "schema": 1,
+            "model": {
+                "id": info.id,
+                "sha": info.sha,
+                "architecture": info.architectures[0],
+                "n_parameters": base.n_elements,
+                "license": info.license,
+                "gated": info.gated,
+                "download_bytes": info.n_download_bytes,
+            },
+            "sizes": to_json(sizes),
+            "stock": stock,
+            "context": to_json(context),
+            "levels": [str(level) for level in levels.levels],
+            "coverage": to_json(coverage),
+            "fallbacks": to_json(levels.fallbacks),
+            "sandbox": conversion.sandbox,
+            "warnings": [*warnings, *conversion.warnings, *conversion.tokens.notes],
+            "estimates": for_files(
+                estimates(config, info, base, levels), max(1, len(sizes.budgets))
+            ),
+        }
+
+
+def estimates(
+    config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelPlan
+) -> dict[str, Any]:
+    """Disk, memory and time that the run is expected to take for one file, from the model's
+    shapes, and what each further size adds. `memory` is the peak of every stage here, where the
+    model is taken whole if it fits; `memory_bytes` is what the run needs anywhere.
+
+    Time is counted in multiply-adds over what the device does in a second, measured on two cores of
+    a server CPU (bf16) and one H200; it is within a factor of two or so.
+    """
+    profile = PROFILES[config.profile]
+    chosen = _experts_used(base)
+    n_linear = sum(
+        t.shape[-1] * (t.n_bytes // t.qtype.row_bytes(t.shape[-1])) * _share(t, chosen)
+        for t in _blocks(base)
+    )
+    inputs = _inputs(base)
+    hessians = sum(_hessian_bytes(t) for t in inputs)
+    uniform = sum(data_bytes(base, levels.uniform(level)) for level in levels.levels)
+    base_bytes = base.path.stat().st_size
+    disk = (
+        (0 if info.local_path else info.n_download_bytes)
+        + base_bytes
+        + hessians
+        + uniform
+        + 3 * base_bytes // 2
+        + search_target_bytes(config, base)
+    )
+    if info.base is not None or info.quantization is not None:  # written out in 16 bits once more
+        disk += base_bytes
+    by_block: dict[str, int] = {}  # Hessians of one block are in memory together
+    for tensor in inputs:
+        block = tensor.name.split(".")[1]
+        by_block[block] = by_block.get(block, 0) + _hessian_bytes(tensor)
+    most = max(by_block.values(), default=0)
+    memory = stage_memory(config, base, levels, most, _free(config.device))
+    speed = 1.2e11 if config.device == "cpu" else 2e14  # multiply-adds a second
+    n_calibrated = profile.calibration_tokens + profile.heldout_tokens
+    forward = round(n_linear) * n_calibrated
+    gather = n_calibrated * sum(
+        t.shape[-1] ** 2 * (chosen if len(t.shape) == 3 else 1) for t in inputs
+    )
+    solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
+    # A step's backward pass takes two forward ones; streams of hidden states pass four times.
+    tuned = 3 * config.tuning_steps * TUNING_BATCH * 512
+    tuned += 4 * n_calibrated if config.tuning_steps else 0
+    search = round(n_linear) * (profile.search_tokens + tuned)
+    return {
+        "disk_bytes": disk,
+        "memory_bytes": max(stage_memory(config, base, levels, most, 0).values()),
+        "memory": memory,
+        "multiply_adds": forward + gather + solve + search,
+        "seconds": round(60 + 30 + (forward + gather + solve + search) / speed),
+        "n_files": 1,
+        "per_file": {
+            "disk_bytes": base_bytes // 3 * (2 if config.tuning_steps else 1),
+            "multiply_adds": search,
+            "seconds": round(30 + search / speed),
+        },
+    }
+
+
+def _free(device: str) -> int:
+    from quantkit.machine.memory import free_memory  # needs torch
+
+    try:
+        return free_memory(device)
+    except (AssertionError, RuntimeError):  # planned for a machine with a GPU, on one without
+        return free_memory()
+
+
+def _blocks(base: GgufFile) -> list[Any]:
+    return [t for t in base.tensors.values() if len(t.shape) > 1 and is_in_block(t.name)]
+
+
+def _inputs(base: GgufFile) -> list[Any]:
+    """A tensor of every distinct input of a block: q, k and v share one, gate and up another."""
+    shared = {kind for kinds in ONE_INPUT for kind in kinds[1:]} | {"ffn_up_exps"}
+    return [t for t in _blocks(base) if t.name.split(".")[2] not in shared]
+
+
+def _hessian_bytes(tensor: Any) -> int:
+    """Train and held-out, of every expert."""
+    n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    return int(2 * 4 * n_experts * tensor.shape[-1] ** 2)
+
+
+def _experts_used(base: GgufFile) -> int:
+    """How many experts a token is sent to; 0 without experts."""
+    name = base.metadata["general.architecture"]
+    return int(base.metadata.get(f"{name}.expert_used_count", 0))
+
+
+def _share(tensor: Any, chosen: int) -> float:
+    """The part of a tensor that a token is multiplied with."""
+    return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
+
+
+def _context(context: dict[str, Any]) -> str:
+    memory = ContextMemory(**context)
+    n_tokens = memory.usual_tokens
+    return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} beside the file"
+
+
+def _by_stage(estimate: dict[str, Any]) -> str:
+    """The largest peak first."""
+    peaks = sorted(estimate["memory"].items(), key=lambda item: -item[1])
+    return "about " + ", ".join(f"{size(n)} in {stage}" for stage, n in peaks[:5])
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
+    licence, n_parameters = model["license"] or "not stated", model["n_parameters"]
+    lines = [
+        f"{printable(model['id'], '')} at {model['sha'][:12]}",
+        f"  {model['architecture']}, {n_parameters / 1e6:,.0f}M parameters,"
+        f" licence {printable(licence, '')}, {size(model['download_bytes'])} to read",
+        "",
+    ]
+    for budget in sizes["budgets"] or ({"target": "every type is given", "limit_bytes": None},):
+        limit = budget["limit_bytes"]
+        bpw = "" if limit is None else f": {limit:,} bytes ({8 * limit / n_parameters:.2f} bpw)"
+        lines.append(f"budget    {budget['target']}{bpw}")
+    lines += [f"refused   {budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
+    lines += [
+        f"possible  {sizes['smallest_bytes']:,} to {sizes['largest_bytes']:,} bytes",
+        f"GPTQ      {in_words(plan['coverage'])}",
+        f"time      about {max(1, estimate['seconds'] // 60)} minutes",
+        f"disk      about {size(estimate['disk_bytes'])}",
+        f"memory    {_by_stage(estimate)}",
+        f"context   {_context(plan['context'])}",
+        "",
+        table(
+            ["level, uniform", "bytes"], [[name, f"{n:,}"] for name, n in sizes["levels"].items()]
+        ),
+        "",
+        table(["llama.cpp mix", "bytes"], [[name, f"{n:,}"] for name, n in plan["stock"].items()]),
+    ]
+    groups: dict[tuple[str, str, str], int] = {}
+    for f in plan["fallbacks"]:
+        key = (f["asked"], f["used"], f["reason"])
+        groups[key] = groups.get(key, 0) + 1
+    if groups:
+        rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
+        lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
+    lines += ["", *(f"note: {printable(warning, '')}" for warning in plan["warnings"])]
+    lines += [f"sandbox of what reads the model: {plan['sandbox']}"]
+    return "\n".join(lines).rstrip()

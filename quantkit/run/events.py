@@ -1,0 +1,148 @@
+"""The events of a run, a line of JSON each in `events.jsonl`: one appender, one reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from quantkit.files import json_line
+from quantkit.run.names import STAGES
+from quantkit.sandbox import untrusted
+
+KINDS = ("started", "progress", "note", "finished", "skipped", "failed")  # of events
+
+
+_MOST_LINE_BYTES = 2**20
+
+
+_MOST_MESSAGE = 4000  # characters
+
+
+_CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of `events.jsonl`. Events of the whole run have no stage.
+
+    `kind` is started, progress, note, finished, skipped or failed.
+    """
+
+    time: float
+    stage: str | None
+    kind: str
+    message: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class EventLog:
+    """Appends events to a file, one JSON object a line. Progress is throttled to two lines a
+    second.
+    """
+
+    def __init__(self, path: Path, echo: Any = None) -> None:
+        self._path = path
+        self._echo = echo  # called with each Event that is written: the command line prints it
+        self._last_progress = 0.0
+
+    def emit(self, stage: str | None, kind: str, message: str = "", **data: Any) -> None:
+        event = Event(round(time.time(), 3), stage, kind, message, data)
+        line = json_line(event)
+        with self._path.open("a+b") as file:
+            # One write: a reader never sees half an event but at the very end. Half a line that a
+            # full disk or a lost machine left there is ended first.
+            file.write(line if _ends_whole(file) else b"\n" + line)
+        if self._echo is not None:
+            self._echo(event)
+
+    def progress(self, stage: str, done: int, total: int, message: str = "", **data: Any) -> None:
+        """`done` of `total` units of this stage; dropped when the last one is fresh, never when it
+        completes the stage.
+        """
+        now = time.monotonic()
+        if done < total and now - self._last_progress < 0.5:
+            return
+        self._last_progress = now
+        self.emit(stage, "progress", message, done=done, total=total, **data)
+
+
+def _ends_whole(file: IO[bytes]) -> bool:
+    """Whether the last line of a file has its end."""
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+@dataclass(frozen=True)
+class ReadEvents:
+    """What was found behind a place of an events file: `end` is the byte after the last line that
+    was looked at, `n_dropped` counts the lines that are no events.
+    """
+
+    events: list[Event]
+    end: int
+    n_dropped: int = 0
+
+
+def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
+    """Events from byte `start` of an events file, and the byte after the last whole line.
+
+    A line that was cut and ended later is no event: what it was to tell is lost.
+    """
+    events: list[Event] = []
+    while True:
+        found = read_some_events(path, start)
+        events += found.events
+        if found.end == start:
+            return events, start
+        start = found.end
+
+
+def read_some_events(path: Path, start: int = 0) -> ReadEvents:
+    """The events of the next few megabytes. What a Job or a damaged disk wrote there is checked
+    here: a line that is no event, or longer than any event, is dropped and counted.
+    """
+    try:
+        if not path.is_file():  # not there yet; a pipe or a folder never says anything
+            return ReadEvents([], start)
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(_CHUNK_BYTES)
+    except OSError:
+        return ReadEvents([], start)
+    end = data.rfind(b"\n") + 1
+    if not end and len(data) == _CHUNK_BYTES:
+        return ReadEvents([], start + len(data), 1)
+    lines = [line for line in data[:end].split(b"\n") if line.strip()]
+    events = [event for event in map(_event, lines) if event is not None]
+    return ReadEvents(events, start + end, len(lines) - len(events))
+
+
+_EVENT_NAMES = {field.name for field in dataclasses.fields(Event)}
+
+
+def _event(line: bytes) -> Event | None:
+    """The event of a line; None where the line is cut, or is no event."""
+    if len(line) > _MOST_LINE_BYTES:
+        return None
+    try:
+        value = untrusted.parse(line)
+        # Whoever writes here leaves out what no event has: such a line is something else.
+        is_one = isinstance(value, dict) and value.keys() <= _EVENT_NAMES
+        return checked_event(value) if is_one else None
+    except untrusted.Damaged:
+        return None
+
+
+def checked_event(value: Any) -> Event:
+    """An event of its JSON. Raises untrusted.Damaged for what no run of any version says."""
+    event = untrusted.build(Event, value)
+    if event.kind not in KINDS or (event.stage is not None and event.stage not in STAGES):
+        raise untrusted.Damaged("it is an event of an unknown kind")
+    untrusted.moment(event.time)
+    return dataclasses.replace(event, message=untrusted.shortened(event.message, _MOST_MESSAGE))

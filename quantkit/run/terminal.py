@@ -1,0 +1,117 @@
+"""What the command line says while it works and when it ends, whatever becomes of its streams."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from quantkit.errors import QuantkitError, UsageError, printable
+from quantkit.machine import faults
+from quantkit.run.events import Event
+
+
+def failed(error: QuantkitError) -> int:
+    """Say why a command ends. Returns its exit status."""
+    with suppress(OSError):  # nobody listens: the exit status says it
+        print(f"quantkit: {printable(str(error), '')}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def bug(error: Exception, folder: Path | None) -> QuantkitError:
+    """What to say of an error that nobody foresaw. Its traceback goes into a file."""
+    told = f"{type(error).__name__}: {error}".strip().rstrip(".")
+    text = "".join(traceback.format_exception(error))
+    with suppress(OSError):
+        if folder is not None and folder.is_dir():
+            path = folder / "traceback.txt"
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+        else:
+            descriptor, name = tempfile.mkstemp(".txt", "quantkit-traceback-")
+            path = Path(name)
+        with open(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        return QuantkitError(told, f"This is a bug: please report it with {path}.")
+    print(text, file=sys.stderr)
+    return QuantkitError(told, "This is a bug: please report it with what stands above.")
+
+
+@contextmanager
+def ending_with_threads(folder: Path | None) -> Iterator[None]:
+    """End the process when a thread dies for want of memory: whoever waits for its work would wait
+    for good.
+    """
+    before = threading.excepthook
+
+    def died(about: threading.ExceptHookArgs) -> None:
+        if not isinstance(about.exc_value, MemoryError):
+            before(about)
+            return
+        try:
+            failed(faults.explain(about.exc_value, folder) or QuantkitError("Too little memory."))
+        finally:
+            os._exit(1)  # what is done is on the disk, as after a kill
+
+    threading.excepthook = died
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def settle_streams() -> None:
+    """Whoever started us may have closed standard streams, whose numbers the next opened file
+    would get, and with them whatever a library prints. A terminal may lack characters.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It gets the lowest number that is free; children have it, too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class Printer:
+    """Prints events to stderr as they come: a line per stage, progress in place on a terminal."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._on_terminal = sys.stderr.isatty()
+        self._open_line = False
+        self._is_heard = True
+        self._last_percent = -100
+
+    def __call__(self, event: Event) -> None:
+        seconds = int(time.monotonic() - self._started)
+        head = f"{seconds // 60:3d}:{seconds % 60:02d}  {event.stage or '':<10}"
+        if event.kind == "progress":
+            percent = 100 * event.data["done"] // max(event.data["total"], 1)
+            if not self._on_terminal and percent < self._last_percent + 25 and percent < 100:
+                return
+            self._last_percent = percent
+            self._write(f"{head} {percent:3d} %  {event.message}", keep_open=self._on_terminal)
+        elif event.kind in ("started", "finished", "skipped", "note", "failed"):
+            self._last_percent = -100
+            self._write(f"{head} {event.kind}  {event.message}".rstrip(), keep_open=False)
+
+    def _write(self, text: str, keep_open: bool) -> None:
+        start = "\r\033[K" if self._open_line else ""
+        if self._is_heard:
+            try:
+                end = "" if keep_open else "\n"
+                print(start + printable(text, ""), end=end, file=sys.stderr, flush=True)
+            except OSError:  # whoever read this has gone, or its disk is full: the work goes on
+                self._is_heard = False
+        self._open_line = keep_open

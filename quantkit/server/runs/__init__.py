@@ -1,0 +1,62 @@
+"""Starts runs and tells how they fare: what the web app, a Space and the API are built on.
+
+Every run is `python -m quantkit resume FOLDER` in a process of its own, with its config written
+before; everything known about it is read back from its folder. Nothing here imports torch,
+transformers or llama_cpp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantkit.errors import UsageError
+from quantkit.server.runs.estimate import estimate
+from quantkit.server.runs.limits import PUBLIC_LIMITS, Limits, Order
+from quantkit.server.runs.progress import KlPoint, LogLine, StageView
+from quantkit.server.runs.record import NoSuchJob
+from quantkit.server.runs.request import JobForm, check_repo, to_config
+from quantkit.server.runs.store import JobStore
+from quantkit.server.runs.view import JobSummary, JobView, ResultFile
+
+__all__ = [
+    "JobForm",
+    "JobStore",
+    "JobSummary",
+    "JobView",
+    "KlPoint",
+    "Limits",
+    "LogLine",
+    "NoSuchJob",
+    "Order",
+    "ResultFile",
+    "StageView",
+    "check_repo",
+    "estimate",
+    "is_public",
+    "open_store",
+    "to_config",
+]
+
+
+def is_public(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether strangers use this page: on a Space, or when QUANTKIT_PUBLIC=1 says so."""
+    environment = os.environ if environment is None else environment
+    return environment.get("SYSTEM") == "spaces" or environment.get("QUANTKIT_PUBLIC", "") == "1"
+
+
+def open_store(environment: Mapping[str, str] | None = None) -> JobStore:
+    """The store that the environment describes: QUANTKIT_RUNS, QUANTKIT_WORKERS.
+
+    Raises UsageError for a number that is none.
+    """
+    environment = os.environ if environment is None else environment
+    text = environment.get("QUANTKIT_WORKERS", "1")
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise UsageError(f"QUANTKIT_WORKERS={text} is not a number of runs.", "Use 1 to 64.")
+    root = Path(environment.get("QUANTKIT_RUNS") or "runs").absolute()
+    public = is_public(environment)
+    limits = PUBLIC_LIMITS if public else Limits()
+    return JobStore(root, dataclasses.replace(limits, workers=int(text)), public)

@@ -1,0 +1,74 @@
+"""Runs that only the Hub still knows: their Jobs outlived this server's memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
+from quantkit.files import write_json
+from quantkit.hub.jobs import FoundRun
+from quantkit.run.folder import RunDir
+from quantkit.sandbox.untrusted import build, parse
+from quantkit.server.runs.record import (
+    STOPPED,
+    JobRecord,
+    new_job_folder,
+    owner_hash,
+    save_record,
+)
+
+DELETED_FILE = ".deleted"  # ids of runs that are not to come back, one a line
+_MOST_ITEMS = 10_000  # of a config
+_REASON = "It was found again by its Job. Resume it to see how it fares."
+
+
+def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
+    """Make a folder for every run that is not here. Returns the ids of those.
+
+    What a Job says of itself is what its owner made it say: a run that is here is never touched.
+    """
+    taken, deleted = [], _deleted(root)
+    for run in found:
+        if run.run_id in deleted:
+            continue
+        try:
+            config = build(RunConfig, parse(run.config.encode("utf-8"), _MOST_ITEMS))
+            record = _record(run, owner)
+            folder = new_job_folder(root, run.run_id)
+            if os.path.lexists(folder):
+                continue
+            folder.mkdir(parents=True)
+        except (ValueError, TypeError, KeyError, OSError, QuantkitError):
+            continue
+        write_json(RunDir(folder).config_path, config)
+        save_record(folder, record)
+        taken.append(run.run_id)
+    return tuple(taken)
+
+
+def _record(run: FoundRun, owner: str) -> JobRecord:
+    return JobRecord(
+        owner_hash(owner),
+        run.job.created,
+        STOPPED,
+        time.time(),
+        reason=_REASON,
+        machine=run.job.machine or "unknown",
+    )
+
+
+def forget(root: Path, run_id: str) -> None:
+    """Never adopt a run again: it was deleted, and the Hub goes on listing its Job."""
+    with (root / DELETED_FILE).open("a", encoding="utf-8") as file:
+        file.write(f"{run_id}\n")
+
+
+def _deleted(root: Path) -> frozenset[str]:
+    try:
+        return frozenset((root / DELETED_FILE).read_text("utf-8").split())
+    except FileNotFoundError:
+        return frozenset()

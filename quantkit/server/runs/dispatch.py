@@ -1,0 +1,333 @@
+"""A run in a Job of Hugging Face, seen from here: starts it or finds it again, and listens to it.
+
+    python -m quantkit.server.runs.dispatch FOLDER
+
+To everything else in this package it looks like a worker: it holds the run's lock, writes the run's
+events, log and results into its folder, and ends when the run has ended. When it is killed, the Job
+goes on; started again, it finds the Job by its label and takes up where it was. Only a run that was
+cancelled has its Job ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from quantkit import hub
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
+from quantkit.files import replacing, write_json
+from quantkit.hub import jobs
+from quantkit.run.events import EventLog, checked_event, read_events
+from quantkit.run.folder import RunDir, read_json
+from quantkit.sandbox import secrets
+from quantkit.sandbox.untrusted import Damaged, shortened
+from quantkit.server.runs.follow import MOST_EVENT_BYTES
+from quantkit.server.runs.progress import Progress
+from quantkit.server.runs.record import (
+    CANCELLED,
+    JOB_LOG_FILE,
+    MACHINE_FILE,
+    JobRecord,
+    load_record,
+)
+from quantkit.server.runs.wheel import job_requirement
+from quantkit.server.runs.wire import FILES, Listener, SentEvent, SentFile
+from quantkit.tensors import to_json
+
+IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+BUCKET = "quantkit-jobs"
+# A Job gets its secret in the environment, where it would stay readable as long as `uv` lives: it
+# goes into a pipe instead (quantkit.sandbox.secrets).
+_IN_JOB = f"""exec 9<<EOF
+HF_TOKEN=$HF_TOKEN
+EOF
+unset HF_TOKEN
+{secrets.DESCRIPTOR}=9 exec "$@"
+"""
+MOUNT = "/state"
+APP_LABEL = {"app": "quantkit"}
+_METRICS_SECONDS = 15.0
+_POLL_SECONDS = 5.0
+_TRIES = 20
+_READS_AFTER_THE_END = 3
+_MOST_LOG, _LONGEST_LINE = 20_000_000, 10_000  # characters of what a Job prints
+
+
+class Cancelled(BaseException):
+    """The signal that ends a worker came."""
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 when the run has finished, 1 when it failed, 130 when this process was ended."""
+    directory = RunDir(Path(argv[1]))
+    record = load_record(directory.path)
+    assert record is not None and record.machine is not None
+    signal.signal(signal.SIGTERM, _raise_cancelled)
+    with directory.lock():
+        events = EventLog(directory.events_path)
+        dispatch = None
+        try:
+            token = jobs.check_token(hub.resolve_token())
+            dispatch = Dispatch(directory, record, token, events)
+            return dispatch.run()
+        except QuantkitError as error:
+            events.emit(None, "failed", error.message, remedy=error.remedy)
+            return 1
+        except Cancelled:
+            now = load_record(directory.path)
+            if dispatch is not None and now is not None and now.phase == CANCELLED:
+                dispatch.cancel()
+            return 130
+
+
+def _raise_cancelled(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: ending the Job takes a moment
+    raise Cancelled
+
+
+class Dispatch:
+    """One run and its Job."""
+
+    def __init__(self, directory: RunDir, record: JobRecord, token: str, events: EventLog) -> None:
+        self._dir = directory
+        self._record = record
+        self._token = token
+        self._events = events
+        self._run_id = directory.path.name
+        self._job: jobs.RemoteJob | None = None
+        self._ended = threading.Event()
+        self._progress = Progress()
+        self._heard: dict[str, int] = {}  # Job -> events of it that are in the file
+        for event in read_events(directory.events_path)[0]:
+            self._progress.feed(event)
+            at = event.data.get("at")
+            if isinstance(at, list) and len(at) == 2 and type(at[1]) is int:
+                self._heard[str(at[0])] = at[1] + 1
+
+    def run(self) -> int:
+        """Start or find the Job and listen until it ends."""
+        job = self._job = self._find() or self._start()
+        self._tell_machine(job)
+        self._wait_for_machine()
+        watcher = threading.Thread(target=self._watch_machine, daemon=True)
+        watcher.start()
+        try:
+            job = self._job = self._listen_to_the_end()
+        finally:
+            self._ended.set()
+        self._tell_machine(job)
+        return self._end(job)
+
+    def cancel(self) -> None:
+        """End every Job of the run that is still at work."""
+        try:
+            jobs.cancel_all(self._run_id, self._token)
+        except QuantkitError as error:
+            self._events.emit(None, "note", f"the Job could not be ended: {error}")
+
+    def _find(self) -> jobs.RemoteJob | None:
+        """The Job to listen to: one at work, or one that finished while nobody listened."""
+        found = jobs.find(self._run_id, self._token)
+        active = next((job for job in found if not job.has_ended), None)
+        if active is not None:
+            self._events.emit(None, "note", f"listening to the Job {active.id} again")
+            return active
+        if found and found[0].stage == jobs.COMPLETED and self._progress.outcome != "finished":
+            return found[0]
+        return None
+
+    def _start(self) -> jobs.RemoteJob:
+        config = RunConfig.from_json(read_json(self._dir.config_path))
+        bucket = jobs.make_bucket(BUCKET, self._token)
+        if bucket is None:
+            if config.publish is None:
+                raise QuantkitError(
+                    "The result would have no place to stay: your sign-in may not make a bucket,"
+                    " and no repository was named.",
+                    "Name a repository to publish to.",
+                )
+            message = "no bucket may be made: a Job that is cut off starts from the beginning"
+            self._events.emit(None, "note", message)
+        record = self._record
+        assert record.machine is not None
+        order = jobs.JobOrder(
+            image=IMAGE,
+            command=("sh", "-c", _IN_JOB, "sh", *_uv(job_requirement())),
+            machine=record.machine,
+            timeout_seconds=3600 * (record.hours or 6),
+            labels=app_labels(os.environ),
+            environment={
+                "QUANTKIT_CONFIG": json.dumps(to_json(config)),
+                **({"QUANTKIT_STATE": f"{MOUNT}/{self._run_id}"} if bucket else {}),
+                "UV_EXTRA_INDEX_URL": "https://abetlen.github.io/llama-cpp-python/whl/cpu",
+                "UV_INDEX_STRATEGY": "unsafe-best-match",
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONUNBUFFERED": "1",
+            },
+            bucket=bucket,
+            mount_path=MOUNT,
+        )
+        job = jobs.start(order, self._run_id, self._token)
+        price = f" at ${record.usd_per_hour:.2f} an hour" if record.usd_per_hour else ""
+        self._events.emit(
+            None,
+            "note",
+            f"Job {job.id} on {record.machine}{price}, ended after {record.hours} h at the latest",
+        )
+        return job
+
+    def _wait_for_machine(self) -> None:
+        assert self._job is not None
+        told = False
+        while self._job.stage == jobs.WAITING:
+            if not told:
+                self._events.emit(None, "note", f"waiting for a {self._job.machine} machine")
+                told = True
+            time.sleep(_POLL_SECONDS)
+            self._job = jobs.look(self._job, self._token)
+
+    def _listen_to_the_end(self) -> jobs.RemoteJob:
+        """Listen until the Job has ended and everything it said was heard.
+
+        A connection that is cut just before the end looks like the end: the log of a Job that has
+        ended is read again until it says how the run ended, or has been read a few times.
+        """
+        assert self._job is not None
+        job, n_tries, n_reads = self._job, 0, 0
+        while True:
+            was_over = job.has_ended
+            try:
+                self._listen(job)
+            except QuantkitError as error:
+                n_tries += 1
+                if n_tries > _TRIES:
+                    raise
+                self._events.emit(None, "note", f"listening again: {error.message}")
+                time.sleep(_POLL_SECONDS * n_tries)
+            n_reads += was_over
+            job = jobs.look(job, self._token)
+            if job.has_ended and (self._outcome() is not None or n_reads == _READS_AFTER_THE_END):
+                return job
+            time.sleep(_POLL_SECONDS)
+
+    def _outcome(self) -> str | None:
+        """How the run ended, by what was heard: finished, failed, or None."""
+        progress = Progress()
+        for event in read_events(self._dir.events_path)[0]:
+            progress.feed(event)
+        return progress.outcome
+
+    def _listen(self, job: jobs.RemoteJob) -> None:
+        """Take in everything that the Job prints. What was heard before is skipped."""
+        listener = Listener()
+        n_heard = self._heard.get(job.id, 0)
+        # Output is replayed from its beginning: the log file is of one Job, and written anew.
+        n_left = _MOST_LOG
+        with (self._dir.path / JOB_LOG_FILE).open("w", encoding="utf-8") as log:
+            for line in jobs.lines(job, self._token):
+                said = listener.hear(line.rstrip("\n"))
+                if isinstance(said, SentEvent):
+                    if said.number >= n_heard:
+                        self._take(job, said)
+                        n_heard = self._heard[job.id] = said.number + 1
+                elif isinstance(said, SentFile):
+                    self._save(said)
+                elif said is not None and n_left > 0:
+                    text = shortened(hub.scrub(said, self._token), _LONGEST_LINE)
+                    n_left -= len(text) + 1
+                    log.write(f"{text}\n" if n_left > 0 else "[the rest is left out]\n")
+                    log.flush()
+
+    def _take(self, job: jobs.RemoteJob, said: SentEvent) -> None:
+        """Write down what a Job says has happened. What is no event, and what comes after more than
+        any run says, is left out.
+        """
+        try:
+            event = checked_event(said.value)
+            line = to_json(
+                dataclasses.replace(event, data={**event.data, "at": [job.id, said.number]})
+            )
+            text = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        except (Damaged, ValueError, RecursionError):
+            return
+        with self._dir.events_path.open("ab") as file:
+            if file.tell() + len(text) <= MOST_EVENT_BYTES:
+                file.write(text)
+
+    def _save(self, said: SentFile) -> None:
+        assert said.path in FILES
+        with replacing(self._dir.path / said.path) as partial:
+            partial.write_bytes(said.data)
+
+    def _watch_machine(self) -> None:
+        """Note how busy the machine is and what it has cost, until the Job has ended."""
+        assert self._job is not None
+        while not self._ended.wait(_METRICS_SECONDS):
+            try:
+                job = jobs.look(self._job, self._token)
+            except QuantkitError:
+                continue
+            self._tell_machine(job, jobs.metrics(job, self._token))
+
+    def _tell_machine(self, job: jobs.RemoteJob, busy: dict[str, Any] | None = None) -> None:
+        price = self._record.usd_per_hour or 0.0
+        value = {
+            "job": job.id,
+            "url": job.url,
+            "machine": job.machine,
+            "stage": job.stage,
+            "run_seconds": job.run_seconds,
+            "usd": round(price * job.run_seconds / 3600, 4),
+            "metrics": busy,
+        }
+        write_json(self._dir.path / MACHINE_FILE, value)
+
+    def _end(self, job: jobs.RemoteJob) -> int:
+        """Say how the Job ended when the run itself did not."""
+        outcome = self._outcome()
+        if outcome == "finished" and job.stage == jobs.COMPLETED:
+            return 0
+        if outcome != "failed":
+            said = f" The Hub says: {hub.scrub(job.message, self._token)}" if job.message else ""
+            how = {"CANCELED": "was cancelled", "DELETED": "was deleted"}.get(job.stage, "ended")
+            self._events.emit(
+                None,
+                "failed",
+                f"The Job {how} before the run was finished.{said}",
+                remedy="Resume it: finished stages are kept if there was a bucket.",
+            )
+        return 1
+
+
+def _uv(requirement: str) -> tuple[str, ...]:
+    """What a Job runs."""
+    return (
+        *("uv", "run", "--no-project", "--python", "3.12", "--with", requirement),
+        *("python", "-m", "quantkit.server.runs.in_job"),
+    )
+
+
+def app_labels(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the Jobs of this very server have in common."""
+    return {**APP_LABEL, "space": _label(environment.get("SPACE_ID", "none"))}
+
+
+def _label(text: str) -> str:
+    """Text fit for a label: letters, digits, dashes and underscores, at most 100."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in text)[:100]
+
+
+if __name__ == "__main__":
+    secrets.hide()
+    sys.exit(main(sys.argv))

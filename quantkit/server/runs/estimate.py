@@ -1,0 +1,177 @@
+"""What a run would take, asked of `quantkit.server.runs.plan_child` in a process of its own.
+
+The planner reads headers, configs and tokenizers that strangers wrote and starts the converter:
+none of that happens in the server. Its processes have little memory and time, a visitor's token
+reaches them through a pipe only, they end with the server, and visitors take turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quantkit.config import RunConfig
+from quantkit.errors import QuantkitError
+from quantkit.files import write_json
+from quantkit.sandbox import secrets
+from quantkit.sandbox.untrusted import Damaged, build, parse
+from quantkit.server.runs.process import worker_environment, worker_secrets
+from quantkit.server.runs.rough import FirstLook
+from quantkit.server.runs.sizes import with_sizes
+from quantkit.server.runs.turns import Turns
+
+Looked = Callable[[FirstLook], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What one preview may take. Of a page: several times what models of today need."""
+
+    seconds: float
+    memory_bytes: int
+
+
+_PUBLIC = Bounds(60, 1_500_000_000)
+_PRIVATE = Bounds(600, 16_000_000_000)
+_KEEPER = Path(__file__).with_name("keeper.py")
+_REMEDY = "Start the run without it, or try again."
+_MOST_TOLD_BYTES = 16_000_000
+_KEPT = 64
+_REFUSED_SECONDS = 600.0  # what was cut off is not tried again for so long
+_cache: dict[str, dict[str, Any]] = {}
+_refused: dict[str, tuple[float, QuantkitError]] = {}
+_locks: dict[str, threading.Lock] = {}
+_locks_lock = threading.Lock()
+_turns = Turns()
+
+
+class CutOff(QuantkitError):
+    """A preview took more than it may have."""
+
+
+def estimate(
+    config: RunConfig,
+    token: str | None = None,
+    public: bool = False,
+    who: str = "",
+    looked: Looked | None = None,
+) -> dict[str, Any]:
+    """The plan of a run as JSON values. Raises QuantkitError with the planner's own sentence.
+
+    The model is looked at once; another size of it is answered at once. `who` is whose turn is
+    taken; `looked` is called with the first facts, when they are known before the rest.
+    """
+    key = _key(config, token)
+    plan = _cache.get(key)
+    if plan is None:
+        with _turns.turn(who):
+            plan = _known_or_asked(key, config, token, public, looked)
+    return with_sizes(plan, config)
+
+
+def _known_or_asked(
+    key: str, config: RunConfig, token: str | None, public: bool, looked: Looked | None
+) -> dict[str, Any]:
+    with _locks_lock:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:  # whoever asks the same meanwhile waits for this answer
+        refused = _refused.get(key)
+        if refused is not None and time.monotonic() < refused[0] + _REFUSED_SECONDS:
+            raise refused[1]
+        plan = _cache.get(key)
+        if plan is None:
+            try:
+                plan = _ask(config, token, public, looked)
+            except CutOff as error:
+                _make_room(_refused)
+                _refused[key] = time.monotonic(), error
+                raise
+            _make_room(_cache)
+            _cache[key] = plan
+    return plan
+
+
+def _make_room(kept: dict[str, Any]) -> None:
+    while len(kept) >= _KEPT:
+        oldest = next(iter(kept))
+        kept.pop(oldest, None)
+        _locks.pop(oldest, None)
+
+
+def known_plan(config: RunConfig, token: str | None = None) -> dict[str, Any] | None:
+    """The plan when the model was looked at before; None when it would have to be."""
+    plan = _cache.get(_key(config, token))
+    return None if plan is None else with_sizes(plan, config)
+
+
+def _key(config: RunConfig, token: str | None) -> str:
+    """What the planner's answer depends on; answers for a token are for that token alone."""
+    asked = dataclasses.replace(
+        config, targets=(), seed=0, publish=None, private=False, public=False
+    )
+    return hashlib.sha256(f"{asked!r} {token or ''}".encode()).hexdigest()
+
+
+def _ask(
+    config: RunConfig, token: str | None, public: bool, looked: Looked | None
+) -> dict[str, Any]:
+    bounds = _PUBLIC if public else _PRIVATE
+    with tempfile.TemporaryDirectory(
+        prefix="quantkit-preview-", ignore_cleanup_errors=True
+    ) as folder:
+        # Whatever it leaves in its folder for temporary files goes with this one.
+        asked = write_json(Path(folder) / "asked.json", config)
+        limits = [str(bounds.memory_bytes), str(bounds.seconds)]
+        command = [sys.executable, "-m", "quantkit.server.runs.plan_child", str(asked)]
+        with secrets.handed_on(worker_secrets(token, public)) as (more, descriptors):
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_KEEPER), *limits, *command],
+                stdin=subprocess.PIPE,  # closes with this process: then it ends
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**worker_environment(os.environ), **more, "TMPDIR": folder},
+                pass_fds=descriptors,
+                start_new_session=True,
+            )
+        with child:
+            try:
+                return _answer(child, looked)
+            finally:
+                assert child.stdin is not None
+                child.stdin.close()
+
+
+def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> dict[str, Any]:
+    """The plan that the child tells; what it says is checked like anything from outside."""
+    assert child.stdout is not None
+    plan: dict[str, Any] | None = None
+    left = _MOST_TOLD_BYTES
+    while line := child.stdout.readline(left + 1):
+        left -= len(line)
+        try:
+            told = parse(line) if left >= 0 else None
+            if not isinstance(told, dict):
+                break
+            if "looked" in told and looked is not None:
+                looked(build(FirstLook, told["looked"]))
+            elif isinstance(told.get("plan"), dict):
+                plan = told["plan"]
+            elif "error" in told:
+                message, remedy = told["error"]
+                raise QuantkitError(str(message)[:2000], str(remedy)[:2000])
+            elif told.get("ended") in ("memory", "time"):
+                raise CutOff(f"The preview took too much {told['ended']}.", _REMEDY)
+        except (Damaged, ValueError, TypeError):
+            break
+    if plan is None:
+        raise QuantkitError("The preview could not be made.", _REMEDY)
+    return plan

@@ -1,0 +1,203 @@
+"""What runs inside a Job: the same `quantkit resume` as anywhere, told line by line.
+
+    python -m quantkit.server.runs.in_job
+
+What is to be done comes from the environment: QUANTKIT_CONFIG (a RunConfig as JSON) and
+QUANTKIT_STATE, a folder that outlives the machine when a bucket is mounted. The work is done on the
+machine's own disk: a mounted bucket need not know locks, links or writing in the middle. Finished
+stages are copied to the state whole, and from it when the run is started again elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from quantkit.config import RunConfig
+from quantkit.files import write_json
+from quantkit.run.folder import OutputFile, RunDir, StageRecord
+from quantkit.sandbox import secrets
+from quantkit.server.runs import process
+from quantkit.server.runs.wire import FILES, event_line, file_lines
+
+logger = logging.getLogger(__name__)
+
+SET_UP: tuple[str, ...] = (sys.executable, "-m", "quantkit.llamacpp.converter.install")
+_POLL_SECONDS = 1.0
+# Written by stages that can go on in the middle.
+_HALVES = "6-search/*/state.json"
+
+
+def main(environment: Mapping[str, str] | None = None) -> int:
+    """Run to the end. Returns the worker's exit status."""
+    environment = os.environ if environment is None else environment
+    folder = Path(environment.get("QUANTKIT_RUN_FOLDER") or "run").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    state = Path(environment["QUANTKIT_STATE"]) if environment.get("QUANTKIT_STATE") else None
+    if state is not None:
+        restore(state, folder)
+    config = RunConfig.from_json(json.loads(environment["QUANTKIT_CONFIG"]))
+    write_json(RunDir(folder).config_path, config)
+    if SET_UP:
+        subprocess.run(SET_UP, check=False)  # what fails here is said by the convert stage
+    teller = _Teller(folder)
+    with secrets.handed_on(process.worker_secrets(None, False)) as (more, descriptors):
+        child = subprocess.Popen(
+            [*process.COMMAND, str(folder)],
+            stdin=subprocess.DEVNULL,
+            env={**secrets.without(os.environ), **more},
+            pass_fds=descriptors,
+        )
+
+    def end(number: int, frame: FrameType | None) -> None:
+        child.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    keeper = threading.Thread(target=_keep_until, args=(state, folder, child), daemon=True)
+    if state is not None:
+        keeper.start()
+    while child.poll() is None:
+        teller.tell()
+        try:
+            child.wait(_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+    if state is not None:
+        keeper.join()
+    teller.tell()
+    return child.returncode
+
+
+class _Teller:
+    """Prints what is new in a run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._events = folder / "events.jsonl"
+        self._offset = self._events.stat().st_size if self._events.exists() else 0
+        self._n_told = 0
+        self._stamps: dict[str, tuple[int, int]] = {}
+
+    def tell(self) -> None:
+        lines = [line for path in FILES for line in self._file(path)]
+        # Files first: when the end is told, everything that it speaks of has arrived.
+        for value in self._new_events():
+            lines.append(event_line(self._n_told, value))
+            self._n_told += 1
+        if lines:
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            sys.stdout.flush()
+
+    def _file(self, path: str) -> list[str]:
+        try:
+            stat = (self._folder / path).stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if self._stamps.get(path) == stamp:
+                return []
+            data = (self._folder / path).read_bytes()
+        except OSError:
+            return []
+        self._stamps[path] = stamp
+        return list(file_lines(path, data))
+
+    def _new_events(self) -> list[dict[str, Any]]:
+        if not self._events.exists():
+            return []
+        with self._events.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+def restore(state: Path, folder: Path) -> None:
+    """Bring back what `keep` has put away: finished stages whose files are all there."""
+    kept = RunDir(state)
+    try:
+        records = kept.records()
+    except (OSError, ValueError, KeyError, TypeError):
+        logger.warning("the state in %s cannot be read: starting from the beginning", state)
+        return
+    if not records:
+        return
+    target = RunDir(folder)
+    for record in records.values():
+        if not all(_copy_output(state, folder, output) for output in record.outputs):
+            if not record.cleaned:
+                break
+        target.save_record(record)
+    for half in state.glob(_HALVES):
+        _copy(half, folder / half.relative_to(state))
+
+
+def _copy_output(source: Path, target: Path, output: OutputFile) -> bool:
+    """Copy one file with the time that its record has. False when it is not there whole."""
+    path = source / output.path
+    if not path.is_file() or path.stat().st_size != output.n_bytes:
+        return False
+    _copy(path, target / output.path)
+    os.utime(target / output.path, ns=(output.mtime_ns, output.mtime_ns))
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy bytes; the target has its name only when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+def keep(folder: Path, state: Path) -> None:
+    """Copy what is finished and not there yet; the manifest last, naming only what is there."""
+    done: dict[str, StageRecord] = RunDir(folder).records()
+    there = RunDir(state).records()
+    for stage, record in done.items():
+        if stage in there and there[stage] == record:
+            continue
+        for output in record.outputs:
+            if (folder / output.path).is_file():
+                _copy(folder / output.path, state / output.path)
+        RunDir(state).save_record(record)
+    for source in folder.glob(_HALVES):
+        half = state / source.relative_to(folder)
+        if _is_newer(source, half):
+            _copy(source, half)
+
+
+def _is_newer(source: Path, target: Path) -> bool:
+    return not target.exists() or source.stat().st_mtime > target.stat().st_mtime
+
+
+def _keep_until(state: Path, folder: Path, child: subprocess.Popen[bytes]) -> None:
+    """Keep what is finished, again and again until the worker has ended."""
+    state.mkdir(parents=True, exist_ok=True)
+    while True:
+        is_last = child.poll() is not None
+        try:
+            keep(folder, state)
+        except OSError as error:
+            logger.warning("the state could not be kept: %s", error)
+        if is_last:
+            return
+        try:
+            child.wait(10 * _POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+if __name__ == "__main__":
+    secrets.hide()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Keeps a planner in bounds: run by its path, with nothing of quantkit but the kernel's interfaces.
+
+    python -I -S keeper.py MEMORY_BYTES WALL_SECONDS COMMAND...
+
+The command and everything that it starts take at most that memory and time together, and end when
+this process ends or its stdin closes: whoever started it is gone then, killed or not. How it ended
+is the last line on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.abspath(__file__).removesuffix("/quantkit/server/runs/keeper.py"))
+
+import select
+import signal
+import subprocess
+import time
+
+from quantkit.sandbox import kernel
+
+_TICK_SECONDS = 0.2
+_NICER = 10
+
+
+def main(argv: list[str]) -> None:
+    """Start the command, watch it, and end what is left of it."""
+    memory, seconds, command = int(argv[1]), float(argv[2]), argv[3:]
+    kernel.set_not_dumpable()  # a token may be on its way through
+    kernel.adopt_orphans()
+    parent = os.getpid()
+
+    def prepare() -> None:
+        os.nice(_NICER)  # the page answers first
+        if not kernel.die_with_parent(parent):
+            os._exit(1)
+
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False, preexec_fn=prepare)
+    why, peak, deadline = "", 0, time.monotonic() + seconds
+    while child.poll() is None and not why:
+        closed, _, _ = select.select([0], [], [], _TICK_SECONDS)
+        if closed and not os.read(0, 1):
+            why = "gone"
+        tree = descendants(parent)
+        used = sum(map(memory_bytes, tree))
+        peak = max(peak, used)
+        if used > memory:
+            why = "memory"
+        elif time.monotonic() > deadline:
+            why = "time"
+    told = {"ended": why or child.poll(), "peak_bytes": peak}
+    try:
+        os.write(1, (json.dumps(told) + "\n").encode())
+    except OSError:  # nobody listens
+        why = why or "gone"
+    for _ in range(100):  # what is started meanwhile is found by the next look
+        left = descendants(parent)
+        if not left:
+            return
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+        _reap()
+
+
+def _reap() -> None:
+    deadline = time.monotonic() + 0.1
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+        except OSError:
+            return
+
+
+def descendants(root: int) -> list[int]:
+    """Processes that `root` has started, and those that they have."""
+    children: dict[int, list[int]] = {}
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return []
+    for name in names:
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if fields and fields[0] not in (b"Z", b"X"):
+                children.setdefault(int(fields[1]), []).append(int(name))
+    found, todo = [], [root]
+    while todo:
+        mine = children.get(todo.pop(), [])
+        found += mine
+        todo += mine
+    return found
+
+
+def memory_bytes(pid: int) -> int:
+    """Memory of a process that is its own: files that are only mapped do not count."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            lines = [line.split() for line in file if line.startswith((b"RssAnon:", b"RssShmem:"))]
+    except OSError:
+        return 0
+    return 1024 * sum(int(line[1]) for line in lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

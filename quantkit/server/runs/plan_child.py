@@ -1,0 +1,60 @@
+"""The planner as a process of its own: everything that a stranger wrote about a model is read here.
+
+    python -m quantkit.server.runs.plan_child CONFIG.json
+
+Tells one JSON object a line: `looked`, the first facts, as soon as they are known; then `plan`, or
+`error` with a sentence and a remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from quantkit.sandbox import secrets
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 when a plan was told, 1 when an error was."""
+    secrets.hide()
+    from quantkit.checkpoint.info import ModelInfo
+    from quantkit.config import RunConfig
+    from quantkit.errors import QuantkitError
+    from quantkit.planning.plan import make_plan
+    from quantkit.run.folder import read_json
+    from quantkit.sandbox.untrusted import build
+    from quantkit.server.runs.rough import FirstLook
+
+    def looked(info: ModelInfo) -> None:
+        _tell("looked", FirstLook.of(info))
+
+    try:
+        _tell("plan", make_plan(build(RunConfig, read_json(Path(argv[1]))), looked=looked))
+    except QuantkitError as error:
+        _tell("error", [error.message, error.remedy])
+        return 1
+    except MemoryError:
+        _tell("error", ["The preview needs more memory than it may have.", _REMEDY])
+        return 1
+    except Exception:
+        logging.exception("a preview failed")
+        _tell("error", ["The preview could not be made.", _REMEDY])
+        return 1
+    return 0
+
+
+_REMEDY = "Start the run without it, or try again."
+
+
+def _tell(kind: str, value: Any) -> None:
+    from quantkit.tensors import to_json
+
+    sys.stdout.write(json.dumps({kind: to_json(value)}) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,127 @@
+"""A run as a process of its own: it outlives the page and the server that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantkit.sandbox import secrets
+from quantkit.server.runs.record import LOG_FILE
+
+# What only the server needs to know.
+_SERVER_VARIABLES = ("OAUTH_CLIENT_ID",)
+
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
+REMOTE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit.server.runs.dispatch")
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a worker: no secret is in it, neither the server's nor a visitor's."""
+    clean = secrets.without(environment)
+    child = {name: v for name, v in clean.items() if name not in _SERVER_VARIABLES}
+    child.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    child["PYTHONUNBUFFERED"] = "1"
+    return child
+
+
+def worker_secrets(token: str | None, public: bool) -> dict[str, str]:
+    """What a worker is told through a pipe. Whose token it uses is decided here.
+
+    A visitor's token travels here and nowhere else. Without one, a worker of a public page is
+    anonymous; one of a private page uses what this machine is logged in with.
+    """
+    if token or public:
+        return {"QUANTKIT_HF_TOKEN": token or ""}
+    return {name: value for name in secrets.HUB if (value := secrets.get(name)) is not None}
+
+
+def start(
+    folder: Path, token: str | None, public: bool, remote: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start, or go on with, the run whose config lies in `folder`: here, or in a Job."""
+    command = REMOTE_COMMAND if remote else COMMAND
+    told = worker_secrets(token, public)
+    with (folder / LOG_FILE).open("ab") as log, secrets.handed_on(told) as (more, descriptors):
+        return subprocess.Popen(
+            [*command, str(folder.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**worker_environment(os.environ), **more},
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+
+
+def start_cleaning(folder: Path) -> subprocess.Popen[bytes]:
+    """Drop what only the stages of a finished run needed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "quantkit", "clean", str(folder.resolve())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=worker_environment(os.environ),
+        start_new_session=True,
+    )
+
+
+def started_at(pid: int | None) -> str | None:
+    """A mark of when the process began; None when it is gone or only its exit status is left."""
+    if pid is None or pid <= 0:
+        return None
+    try:
+        # The name in parentheses may hold anything, so fields are counted from behind it.
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:  # no /proc: whether it is there is all that can be known
+        os.kill(pid, 0)
+    except OSError:
+        return None
+    return "?"
+
+
+def age_seconds(pid: int | None, pid_started: str | None) -> float | None:
+    """How long that very process has been running, by the kernel's steady clock; None where that
+    cannot be known.
+    """
+    if not is_alive(pid, pid_started) or not (pid_started or "").isdecimal():
+        return None
+    try:
+        up = float(Path("/proc/uptime").read_text("ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(0.0, up - int(pid_started or 0) / os.sysconf("SC_CLK_TCK"))
+
+
+def is_alive(pid: int | None, pid_started: str | None) -> bool:
+    """Whether that very process still runs."""
+    now = started_at(pid)
+    return now is not None and now == pid_started
+
+
+def kill_group(pid: int, pid_started: str | None, number: signal.Signals) -> None:
+    """Send a signal to a worker and everything it started, if it is still that worker."""
+    if is_alive(pid, pid_started):
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def wait_until_gone(pid: int, pid_started: str | None, seconds: float) -> bool:
+    """Whether the process ended within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while is_alive(pid, pid_started):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

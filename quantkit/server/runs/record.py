@@ -1,0 +1,142 @@
+"""Jobs as they lie on disk: ids, owners and `job.json` beside a run's other files.
+
+    <root>/<job id>/{job.json, log.txt, config.json, events.jsonl, ...}
+
+What was asked for is in `config.json`, what happened in `events.jsonl`; `job.json` knows only whose
+job it is and what the launcher did with it. A folder without one is a run started from the command
+line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.errors import UsageError
+from quantkit.files import write_json
+from quantkit.sandbox.untrusted import Damaged, build, moment, read_bytes, read_json
+
+JOB_FILE = "job.json"
+LOG_FILE = "log.txt"
+JOB_LOG_FILE = "job.txt"  # what a Job printed
+MACHINE_FILE = "machine.json"  # which Job, where, how busy, what it has cost
+
+QUEUED, STARTED, CANCELLED, STOPPED = "queued", "started", "cancelled", "stopped"
+
+PHASES = (QUEUED, STARTED, CANCELLED, STOPPED)
+_MOST_BYTES = 100_000
+_LARGEST, _LONGEST_TEXT = 1e12, 2000
+_OWNER = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_OWNER_IN_RUINS = re.compile(rb'"owner"\s*:\s*"([0-9a-f]{64})"')
+_JOB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", re.ASCII)
+
+
+class NoSuchJob(UsageError):
+    """There is no such job, or it belongs to somebody else: the two cannot be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "There is no such run, or it belongs to somebody else.",
+            "Open it in the browser that started it, or choose one from your list.",
+        )
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What the launcher did with a job, and for whom. Never holds a token."""
+
+    owner: str | None  # hash of the visitor's id; None: a run of this machine, started by hand
+    created: float
+    phase: str = QUEUED
+    since: float = 0.0  # when the phase began
+    pid: int | None = None
+    pid_started: str | None = None  # tells the process from a later one of the same number
+    has_token: bool = False  # a token was given; it is kept in memory only
+    reason: str = ""  # why a job was stopped by the launcher
+    machine: str | None = None  # of a Job of Hugging Face; None: this machine
+    hours: int | None = None  # after which that Job is ended
+    usd_per_hour: float | None = None
+    estimate_seconds: float | None = None  # how long it was expected to take
+
+    def __post_init__(self) -> None:
+        """Raises Damaged for what no launcher writes."""
+        if self.owner is not None and not _OWNER.fullmatch(self.owner):
+            raise Damaged("its owner is none")
+        if self.phase not in PHASES:
+            raise Damaged("its phase is unknown")
+        moment(self.created)
+        moment(self.since)
+        numbers = (self.hours, self.usd_per_hour, self.estimate_seconds, self.pid)
+        if not all(number is None or 0 <= number <= _LARGEST for number in numbers):
+            raise Damaged("it has a number out of range")
+        texts = (self.reason, self.machine or "", self.pid_started or "")
+        if any(len(text) > _LONGEST_TEXT for text in texts):
+            raise Damaged("it has a text that is too long")
+
+
+def new_job_id() -> str:
+    """An id that nobody guesses. It is also the folder's name, so it does not begin with a dash."""
+    while (job_id := secrets.token_urlsafe(16)).startswith(("-", "_")):
+        pass
+    return job_id
+
+
+def job_folder(root: Path, job_id: object) -> Path:
+    """The folder of a job directly under `root`. Raises NoSuchJob for anything else."""
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
+        raise NoSuchJob
+    folder = root / job_id
+    if folder.is_symlink() or not folder.is_dir():
+        raise NoSuchJob
+    return folder
+
+
+def new_job_folder(root: Path, job_id: object) -> Path:
+    """Where a job of that id would lie. Raises NoSuchJob when it is not an id."""
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id) or job_id.startswith("."):
+        raise NoSuchJob
+    return root / job_id
+
+
+def owner_hash(owner: str) -> str:
+    """What is stored of a visitor's id: enough to know it again, not enough to use it."""
+    return hashlib.sha256(f"quantkit owner {owner}".encode()).hexdigest()
+
+
+def load_record(folder: Path) -> JobRecord | None:
+    """The job's record; None for a run that was started from the command line. Raises Damaged for
+    one that cannot be read.
+    """
+    path = folder / JOB_FILE
+    try:
+        return build(JobRecord, read_json(path, _MOST_BYTES))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Damaged(error.strerror or "it cannot be opened") from None
+
+
+def salvaged_record(folder: Path) -> JobRecord:
+    """What can be told of a job whose record is damaged: it is stopped, and whose it is where the
+    owner's hash still stands in the file, which nobody but the launcher writes.
+    """
+    try:
+        found = _OWNER_IN_RUINS.findall(read_bytes(folder / JOB_FILE, _MOST_BYTES))
+    except (OSError, Damaged):
+        found = []
+    owner = found[0].decode() if len(set(found)) == 1 else None
+    try:
+        made = min(time.time(), max(0.0, folder.stat().st_mtime))
+    except OSError:
+        made = 0.0
+    machine = "unknown" if os.path.lexists(folder / MACHINE_FILE) else None
+    return JobRecord(owner, made, STOPPED, made, machine=machine)
+
+
+def save_record(folder: Path, record: JobRecord) -> None:
+    write_json(folder / JOB_FILE, record)

@@ -1,0 +1,244 @@
+"""A filled-in form to a `RunConfig`. Everything a stranger types is checked here, before a file or
+a process is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit import hub
+from quantkit.config import FAMILY, MOST_CONTEXT, PROFILES, RunConfig, Target, compile_pattern
+from quantkit.config.calibration import AUTO, BUILTIN_TEXTS, HUB_TEXTS, MIXES
+from quantkit.errors import UsageError
+from quantkit.tensors import METHODS
+
+SIZE_KINDS = ("like", "fits", "size", "bpw", "family")
+FAMILIES = {
+    "everyday": ("Q3_K_M", "Q4_K_M", "Q5_K_M"),
+    "whole": FAMILY,
+}
+HERE = "here"
+# Who may see a published repository: those who see the model, only its owner, everyone.
+VISIBILITIES = ("model", "private", "public")
+CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
+
+_MAX_TYPES_TEXT = 10_000
+_MAX_TYPES = 100
+_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}", re.ASCII)
+_MACHINE = re.compile(r"[a-z0-9][a-z0-9-]{0,39}", re.ASCII)
+# A repeated group, a row of optional characters or of groups with alternatives can take exponential
+# time on the right name. A few repeats of single characters, or a few groups, cannot.
+_REPEATED_GROUP = re.compile(r"\)[*+{?]")
+_REPEATS = re.compile(r"(?<![\\(])[*+{?]")
+_MAX_REPEATS, _MAX_GROUPS, _MAX_ALTERNATIVES = 3, 3, 12
+
+
+@dataclass(frozen=True)
+class JobForm:
+    """The fields of the form, as text where they are text. Also the arguments of the API."""
+
+    model: str = ""
+    size_kind: str = "like"
+    like: str = "Q4_K_M"
+    size: str = ""
+    bpw: float | str | None = None
+    memory: str = ""  # with `context`: what the file has to fit in
+    context: int | float = 8192  # tokens
+    family: tuple[str, ...] = ()  # stock mixes whose sizes are all made
+    profile: str = "standard"
+    revision: str = ""
+    levels: tuple[str, ...] = ()
+    methods: tuple[str, ...] = METHODS
+    calibration: str = "auto"
+    types: str = ""
+    seed: int | float | None = 0
+    device: str = "cpu"
+    publish: str = ""
+    visibility: str = "model"  # one of VISIBILITIES
+    machine: str = HERE  # or auto, or the name of a Job's machine
+
+
+def to_config(form: JobForm, public: bool) -> RunConfig:
+    """The run that the form asks for.
+
+    Raises UsageError with what to write instead.
+    """
+    visibility = check_visibility(form.visibility)
+    revision = _text(form.revision, "revision", 200) or None
+    model = hub.parse_reference(_text(form.model, "model", 500), revision, allow_local=not public)
+    return RunConfig(
+        model=model.id,
+        revision=model.revision,
+        targets=_targets(form),
+        profile=_one_of(form.profile, "profile", tuple(PROFILES)),
+        levels=_names(form.levels, "level") or None,
+        methods=_methods(form.methods),
+        types=_types(_text(form.types, "type map", _MAX_TYPES_TEXT)),
+        calibration=_calibration(_text(form.calibration, "calibration", 300)),
+        seed=_seed(form.seed),
+        device=_one_of(form.device, "device", ("cpu", "cuda")),
+        publish=check_repo(form.publish) if form.publish else None,
+        private=visibility == "private",
+        public=visibility == "public",
+    )
+
+
+def check_visibility(word: Any) -> str:
+    """One of VISIBILITIES. Raises UsageError."""
+    return _one_of(word, "visibility", VISIBILITIES)
+
+
+def check_machine(name: Any) -> str:
+    """The name of a machine. Raises UsageError when it cannot be one."""
+    if not isinstance(name, str) or not _MACHINE.fullmatch(name):
+        raise UsageError("That is not the name of a machine.", "Use here or auto.")
+    return name
+
+
+def check_collection(slug: Any) -> str | None:
+    """A collection as its address names it; None for none. Raises UsageError."""
+    text = _text(slug, "collection", 300).removeprefix("https://huggingface.co/collections/")
+    if not text:
+        return None
+    if not _REPO.fullmatch(text) or ".." in text:
+        raise UsageError(
+            f"{text[:80]!r} is not a collection.",
+            "Write the end of its address, such as you/my-models-65f1c3.",
+        )
+    return text
+
+
+def check_repo(repo: str) -> str:
+    """A repository to publish to. Raises UsageError when it is not owner/name."""
+    repo = _text(repo, "repository", 200)
+    if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or repo.endswith((".git", ".")):
+        raise UsageError(
+            f"{repo!r} is not a repository to publish to.",
+            "Write owner/name, such as you/my-model.",
+        )
+    return repo
+
+
+def _text(value: Any, what: str, n_max: int) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UsageError(f"The {what} is not text.", "Write it as text.")
+    if len(value) > n_max:
+        raise UsageError(f"The {what} is longer than {n_max} characters.", "Write a shorter one.")
+    return value.strip()
+
+
+def _one_of(value: Any, what: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        shown = str(value)[:60]
+        raise UsageError(f"There is no {what} {shown!r}.", "Use one of " + ", ".join(known) + ".")
+    return str(value)
+
+
+def _names(values: Any, what: str) -> tuple[str, ...]:
+    if not values:
+        return ()
+    if not isinstance(values, (list, tuple)) or len(values) > 40:
+        raise UsageError(f"That is not a list of {what}s.", "Choose some from the list.")
+    return tuple(_text(value, what, 20) for value in values)
+
+
+def _methods(values: Any) -> tuple[str, ...]:
+    chosen = _names(values, "method")
+    for method in chosen:
+        _one_of(method, "method", METHODS)
+    return tuple(method for method in METHODS if method in chosen) or METHODS
+
+
+def _targets(form: JobForm) -> tuple[Target, ...]:
+    kind = _one_of(form.size_kind, "kind of size", SIZE_KINDS)
+    if kind == "family":
+        mixes = _names(form.family, "stock mix") or FAMILIES["everyday"]
+        return tuple(Target("like", mix) for mix in mixes)
+    if kind == "fits":
+        return (Target("fits", _fits(form)),)
+    if kind == "like":
+        return (Target("like", _text(form.like, "stock mix", 20)),)
+    if kind == "size":
+        size = _text(form.size, "file size", 30)
+        if not size:
+            raise UsageError("No file size was given.", "Write one such as 90MB or 5.5GB.")
+        return (Target("size", size),)
+    if form.bpw in (None, ""):
+        raise UsageError("No bits per weight were given.", "Write a number such as 4.5.")
+    return (Target("bpw", str(form.bpw)[:20]),)
+
+
+def _fits(form: JobForm) -> str:
+    """Memory and context as a target has them. Raises UsageError."""
+    memory, tokens = _text(form.memory, "memory", 30), form.context
+    if not memory:
+        raise UsageError("No memory was given.", "Write how much there is, such as 8GB.")
+    if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or tokens != int(tokens):
+        raise UsageError("The context is not a number of tokens.", "Write one such as 8192.")
+    if not 1 <= tokens <= MOST_CONTEXT:
+        raise UsageError(f"There is no context of {tokens:,} tokens.", "Write 8192 or so.")
+    return f"{memory}@{int(tokens)}"
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+        raise UsageError("The seed is not a number.", "Write a whole number such as 0.")
+    number = 0.0 if value is None else float(value)
+    if not math.isfinite(number) or number != int(number) or not 0 <= number < 2**31:
+        raise UsageError("That is not a seed.", "Write a whole number from 0 to 2147483647.")
+    return int(number)
+
+
+def _calibration(spec: str) -> str:
+    """Names and weights only: paths of files are for the command line."""
+    for entry in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, weight = entry.partition(":")
+        _one_of(name, "calibration text", CALIBRATION_TEXTS)
+        if weight and not re.fullmatch(r"\d{1,4}(\.\d{1,4})?", weight, re.ASCII):
+            raise UsageError(
+                f"The weight in {entry[:60]!r} is not a number.", "Write name:weight, as docs:2."
+            )
+    return spec or "auto"
+
+
+def _types(text: str) -> tuple[tuple[str, str], ...]:
+    if not text:
+        return ()
+    remedy = 'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.'
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError("The type map is not JSON.", remedy) from None
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise UsageError("The type map is not an object of strings.", remedy)
+    if len(value) > _MAX_TYPES:
+        raise UsageError(f"The type map has more than {_MAX_TYPES} entries.", "Write fewer.")
+    for pattern in value:
+        check_pattern(pattern)
+    return tuple(value.items())
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises UsageError for a regex that is wrong or may take for ever."""
+    compile_pattern(pattern)
+    looks_around = re.search(r"\\[1-9]|\(\?(?!:)", pattern)
+    n_groups = pattern.count("(")
+    n_repeats = len(_REPEATS.findall(pattern)) + (n_groups > 0)
+    if (
+        _REPEATED_GROUP.search(pattern)
+        or looks_around
+        or n_repeats > _MAX_REPEATS
+        or n_groups > _MAX_GROUPS
+        or pattern.count("|") > _MAX_ALTERNATIVES
+    ):
+        raise UsageError(
+            f"The pattern {pattern[:60]!r} may take too long to match.",
+            "Use at most three * or + and three groups, none of them repeated, no look-around and"
+            " no back-reference.",
+        )

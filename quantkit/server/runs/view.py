@@ -1,0 +1,119 @@
+"""What a page or an API caller is told about a job: frozen, without paths of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.hub.jobs import ENDED
+from quantkit.server.runs.progress import KlPoint, LogLine, StageView
+
+QUEUED, RUNNING, FINISHED = "queued", "running", "finished"
+FAILED, INTERRUPTED, CANCELLED = "failed", "interrupted", "cancelled"
+DAMAGED = "damaged"  # its own files cannot be read: it can only be deleted
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """One line of the job list."""
+
+    id: str
+    model: str
+    target: str
+    profile: str
+    state: str
+    created: float
+    is_local: bool  # started from this machine's command line
+    position: int | None = None  # in the queue, 1 is next
+    stage: str | None = None  # the one at work
+    percent: int | None = None
+
+
+def is_model(name: str) -> bool:
+    """Whether a result file is a finished model: no imatrix, no projector of images."""
+    is_part = name.endswith("imatrix.gguf") or name.startswith("mmproj-")
+    return name.endswith(".gguf") and not is_part
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A file that a visitor may download."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+    is_here: bool = True  # on this machine's disk
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a finished model, not what it was made with."""
+        return is_model(self.name)
+
+
+@dataclass(frozen=True)
+class JobView:
+    """Everything about one job."""
+
+    id: str
+    model: str
+    revision: str | None
+    target: str
+    profile: str
+    seed: int
+    state: str
+    created: float
+    stages: tuple[StageView, ...]
+    is_local: bool = False
+    position: int | None = None
+    current: str | None = None  # the stage at work, or the one that failed
+    message: str = ""
+    eta_seconds: float | None = None  # of the current stage
+    wait_seconds: float | None = None  # until a queued job starts
+    machine: str | None = None  # of a Job; None: this machine
+    usd_per_hour: float | None = None
+    hours: int | None = None
+    job: dict[str, Any] | None = None  # machine.json: the Job's address, stage, load and cost
+    stopping: bool = False  # a cancelled job whose process has not ended yet
+    error: str = ""
+    remedy: str = ""
+    curve: tuple[KlPoint, ...] = ()
+    log: tuple[LogLine, ...] = ()
+    report: dict[str, Any] | None = None  # 8-validate/report.json
+    allocation: dict[str, Any] | None = None  # tensor -> {qtype, method}
+    files: tuple[ResultFile, ...] = ()
+    card: str = ""  # the model card, Markdown
+    publish_to: str | None = None
+    published_url: str | None = None
+    can_try: bool = False  # the file lies here and can be talked to
+    has_base: bool = False  # so does the original
+    n_dropped: int = 0  # lines of the events file that are no events
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in (QUEUED, RUNNING)
+
+    @property
+    def can_resume(self) -> bool:
+        return self.state in (FAILED, INTERRUPTED, CANCELLED)
+
+    @property
+    def has_lost_job(self) -> bool:
+        """Whether its Job may still be at work, and paid for, with nobody here that listens."""
+        ended = self.job is not None and self.job.get("stage") in ENDED
+        return self.machine is not None and self.state in (FAILED, INTERRUPTED) and not ended
+
+    @property
+    def can_cancel(self) -> bool:
+        if self.is_local or self.stopping:
+            return False
+        return self.is_active or self.has_lost_job
+
+    @property
+    def can_delete(self) -> bool:
+        if self.state == DAMAGED:
+            return True
+        return not self.is_active and not self.is_local and not self.has_lost_job
+
+    @property
+    def can_publish(self) -> bool:
+        return bool(self.report) and not self.is_active

@@ -1,0 +1,226 @@
+"""The documented endpoints: `estimate`, `start_job`, `job_status`, `cancel_job`.
+
+For gradio_client, plain HTTP and agents. A caller is known by its `key`: `start_job` returns one,
+and it is given to the other calls. On a Space a caller signs in with its Hub token instead
+(`Client(..., oauth_token=...)`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from quantkit.errors import QuantkitError
+from quantkit.hub import jobs
+from quantkit.server.runs import JobForm, to_config
+from quantkit.server.web.desk import Asker, Desk, known
+from quantkit.tensors import to_json
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def add_endpoints(desk: Desk) -> None:
+    """Register the endpoints with the Blocks under construction."""
+
+    def asker_of(
+        key: str, request: gr.Request, profile: gr.OAuthProfile | None, token: gr.OAuthToken | None
+    ) -> Asker:
+        """The caller: a signed-in user, whoever a Hub token belongs to, or the holder of a key."""
+        asker = desk.asker(request, profile)
+        if asker.username is None and desk.on_space and token is not None:
+            name = jobs.account(token.token)
+            return Asker(f"hf:{name}", name, asker.address)
+        if asker.username is None and (visitor := desk.visitors.check(key)) is not None:
+            return Asker(f"visitor:{visitor}", None, asker.address)
+        return asker
+
+    def estimate(
+        request: gr.Request,
+        model: str,
+        size: str = "",
+        like: str = "Q4_K_M",
+        bpw: float = 0.0,
+        profile: str = "standard",
+        revision: str = "",
+        memory: str = "",
+        context: int = 8192,
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """What a run would take, before anything runs: architecture, licence, sizes, time, disk.
+
+        Args:
+            model: owner/name on the Hugging Face Hub, its address, or demo:smollm2-135m.
+            size: bytes of the whole file, such as 5.5GB; empty to use bpw or like.
+            like: the stock mix whose size is the limit, such as Q4_K_M.
+            bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
+            profile: how much work to spend: demo, fast, standard or thorough.
+            revision: branch, tag or commit of the model; empty for its main branch.
+            memory: what the file has to fit in with its context, such as 8GB; empty for no limit.
+            context: tokens of context that have to fit beside it.
+        """
+        form = _form(
+            model,
+            size,
+            like,
+            bpw,
+            profile=profile,
+            revision=revision,
+            memory=memory,
+            context=context,
+        )
+        secret = token.token if token is not None else None
+
+        def make() -> dict[str, Any]:
+            to_config(form, desk.store.public)  # what is wrong is said before it is counted
+            asker = asker_of("", request, user, token)
+            desk.allow("preview", asker)
+            return desk.estimate(form, secret, asker)
+
+        return _told(make)
+
+    def start_job(
+        request: gr.Request,
+        model: str,
+        size: str = "",
+        like: str = "Q4_K_M",
+        bpw: float = 0.0,
+        profile: str = "standard",
+        revision: str = "",
+        calibration: str = "auto",
+        seed: int = 0,
+        memory: str = "",
+        context: int = 8192,
+        machine: str = "here",
+        publish: str = "",
+        visibility: str = "model",
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """Start turning a model into a GGUF. Returns the job's id and the key to ask for it with.
+
+        Args:
+            model: owner/name on the Hugging Face Hub, its address, or demo:smollm2-135m.
+            size: bytes of the whole file, such as 5.5GB; empty to use bpw or like.
+            like: the stock mix whose size is the limit, such as Q4_K_M.
+            bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
+            profile: how much work to spend: demo, fast, standard or thorough.
+            revision: branch, tag or commit of the model; empty for its main branch.
+            calibration: calibration texts, name[:weight],...; auto chooses.
+            seed: seed of the search.
+            memory: what the file has to fit in with its context, such as 8GB; empty for no limit.
+            context: tokens of context that have to fit beside it.
+            machine: here, or auto or a name for a Job of Hugging Face, paid by the caller.
+            publish: owner/name on the Hub to upload the result to; empty for none.
+            visibility: of that repository: model (private where that is private or gated), private
+                or public.
+            key: the key of an earlier answer, to keep jobs together; empty for a new one.
+        """
+        form = _form(
+            model,
+            size,
+            like,
+            bpw,
+            profile=profile,
+            revision=revision,
+            calibration=calibration,
+            seed=seed,
+            memory=memory,
+            context=context,
+            machine=machine,
+            publish=publish,
+            visibility=visibility,
+        )
+
+        def start() -> dict[str, Any]:
+            asker, own_key = asker_of(key, request, user, token), key
+            if asker.username is None and (not key or asker.owner is None):
+                own_key = desk.visitors.new_key()
+                owner = f"visitor:{desk.visitors.check(own_key)}"
+                asker = Asker(owner, None, asker.address)
+            secret = token.token if token is not None else ""
+            return {"job_id": desk.start(form, secret, asker), "key": own_key}
+
+        return _told(start)
+
+    def job_status(
+        request: gr.Request,
+        job_id: str,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """How a job fares: its state, its nine stages, and the report when there is one.
+
+        Args:
+            job_id: as `start_job` returned it.
+            key: as `start_job` returned it.
+        """
+
+        def status() -> dict[str, Any]:
+            owner = asker_of(key, request, user, token).owner
+            job = to_json(desk.store.view(job_id, owner))
+            for long in ("log", "allocation", "card", "curve"):
+                job.pop(long)
+            return _without_paths(job)
+
+        return _told(status)
+
+    def cancel_job(
+        request: gr.Request,
+        job_id: str,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """Stop a job that waits or runs. Finished stages are kept.
+
+        Args:
+            job_id: as `start_job` returned it.
+            key: as `start_job` returned it.
+        """
+
+        def cancel() -> dict[str, Any]:
+            owner = asker_of(key, request, user, token).owner
+            secret = token.token if token is not None else None
+            desk.store.cancel(job_id, known(owner), secret)
+            return {"job_id": job_id, "state": desk.store.view(job_id, owner).state}
+
+        return _told(cancel)
+
+    gr.api(estimate, api_name="estimate", concurrency_limit=16, concurrency_id="preview")
+    gr.api(start_job, api_name="start_job", concurrency_limit=8)
+    gr.api(job_status, api_name="job_status", concurrency_limit=8)
+    gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)
+
+
+def _form(model: str, size: str, like: str, bpw: float, **rest: Any) -> JobForm:
+    """The first that is given of memory, size and bits per weight is the size asked for."""
+    given = {"fits": rest.get("memory"), "size": size, "bpw": bpw}
+    kind = next((name for name, value in given.items() if value), "like")
+    return JobForm(model, kind, like, size, bpw, **rest)
+
+
+def _without_paths(value: Any) -> Any:
+    """The same with `path` called `file`: what has a `path`, Gradio takes for a file to send."""
+    if isinstance(value, dict):
+        return {"file" if k == "path" else k: _without_paths(item) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return value
+
+
+def _told(action: Callable[[], T]) -> T:
+    """The action's value; what went wrong becomes one sentence for the caller."""
+    try:
+        return action()
+    except QuantkitError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+    except Exception:
+        logger.exception("an API call failed")
+        raise gr.Error("Something went wrong here. Try again.", print_exception=False) from None

@@ -1,0 +1,410 @@
+"""What the page's events do: plain methods of `Desk`, between Gradio's values and the job store."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit import hub
+from quantkit.config import DEMO_MODEL, RunConfig
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.hub import jobs
+from quantkit.server.runs import (
+    JobForm,
+    JobStore,
+    JobView,
+    Order,
+    check_repo,
+    estimate,
+    to_config,
+)
+from quantkit.server.runs.adopt import adopt
+from quantkit.server.runs.dispatch import app_labels
+from quantkit.server.runs.estimate import Looked, known_plan
+from quantkit.server.runs.machine import Choice, choices, choose, why_not_here
+from quantkit.server.runs.request import HERE, check_collection, check_machine, check_visibility
+from quantkit.server.runs.rough import DEMO, FirstLook, rough_bytes, rough_seconds
+from quantkit.server.runs.talk import check_prompt, say
+from quantkit.server.runs.wheel import can_start_jobs
+from quantkit.server.web import previews, publishing, results, view
+from quantkit.server.web.allowance import Allowance
+from quantkit.server.web.visitor import Visitors
+
+logger = logging.getLogger(__name__)
+
+# The parts of a job's page that are sent only when they changed, in the order of the outputs.
+CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw")
+SWITCHES = (
+    *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
+    *("has_card", "is_there", "may_give_token"),
+)
+_MAX_TOKEN = 500
+_SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
+_PRICES_SECONDS = 600.0
+_WELCOME_SECONDS = 3600.0
+_BUG = "Something went wrong here."
+_BUG_REMEDY = "Try again; if it stays, report it with the server's log."
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who is asking, as the server made sure of it; never what a page claims."""
+
+    owner: str | None = None  # a signed-in Hub user or the holder of a cookie; None: neither
+    username: str | None = None
+    address: str = ""  # of the network, to count by: cookies can be thrown away
+
+    @property
+    def counted_as(self) -> str:
+        return f"hf:{self.username}" if self.username else self.address or str(self.owner)
+
+
+class Desk:
+    """Handlers of the page and of the API."""
+
+    def __init__(self, store: JobStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
+        self.store = store
+        self.visitors = visitors
+        self.on_space = on_space
+        self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
+        self.has_jobs = can_start_jobs()
+        self.allowance = Allowance()
+        self._welcomed: dict[str, float] = {}
+        self._no_search_until = 0.0
+        self._machines: tuple[float, tuple[jobs.Machine, ...]] = (-1e9, ())
+
+    def owner(self, cookies: Mapping[str, Any], username: str | None) -> str | None:
+        """The visitor's id; None for a visitor without a cookie."""
+        if username is not None:
+            return f"hf:{username}"
+        visitor = self.visitors.of_cookies(cookies)
+        return None if visitor is None else f"visitor:{visitor}"
+
+    def asker(self, request: Any, user: Any) -> Asker:
+        """Who sent a request of the page: the signed-in user, else the holder of its cookie.
+
+        On a Space requests come through the Hub's proxy, which appends the address that it saw.
+        """
+        username = user.username if user else None
+        address = request.client.host if request.client else ""
+        if self.on_space:
+            seen = request.headers.get("x-forwarded-for", "").split(",")[-1].strip()
+            address = seen or address
+        return Asker(self.owner(request.cookies, username), username, address)
+
+    def allow(self, action: str, asker: Asker) -> None:
+        """Raises QuantkitError when a stranger does this too often."""
+        if self.store.public:
+            self.allowance.take(action, asker.counted_as)
+
+    def welcome(self, asker: Asker, token: str | None) -> None:
+        """Look, aside and once an hour, for runs of a signed-in user that only their Jobs know."""
+        user = asker.username
+        if user is None or not token or not self.has_jobs or asker.owner is None:
+            return
+        if time.monotonic() < self._welcomed.get(user, -1e9) + _WELCOME_SECONDS:
+            return
+        self._welcomed[user] = time.monotonic()
+        threading.Thread(target=self._adopt, args=(asker.owner, token), daemon=True).start()
+
+    def _adopt(self, owner: str, token: str) -> None:
+        try:
+            adopt(self.store.root, owner, jobs.runs(app_labels(os.environ), token))
+        except QuantkitError as error:
+            logger.info("no Jobs were looked for: %s", error.message)
+
+    # Forms.
+
+    def start(self, form: JobForm, token: str, asker: Asker) -> str:
+        """Queue what the form asks for. Returns the job's id. Raises QuantkitError."""
+        if self.sign_in and asker.username is None:
+            raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
+        owner, secret = known(asker.owner), checked_token(token)
+        config = to_config(form, self.store.public)  # what is wrong is said at once
+        self.allow("start", asker)
+        order = self._order(form, config, secret, asker)
+        if order.machine is not None:
+            device = order_device(order.machine, self.machines(secret))
+            config = dataclasses.replace(config, device=device)
+        return self.store.submit(config, owner, secret, order)
+
+    def _order(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
+        """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
+        if check_machine(form.machine) != HERE:
+            if not self.has_jobs:
+                raise UsageError(
+                    "This server cannot start Jobs.", "Run it here, or on a deployed Space."
+                )
+            if config.model == DEMO_MODEL:
+                raise UsageError("The demo's model is on this machine.", "Run it here.")
+            jobs.check_token(token)
+            plan = self._plan(config, token, asker)
+            choice = choose(plan, self.machines(token), form.machine)
+            machine = choice.machine
+            return Order(
+                machine.name, choice.hours_limit, machine.usd_per_hour, round(choice.seconds)
+            )
+        # On one's own machine nobody has to wait for a plan.
+        found = self._plan(config, token, asker) if self.on_space else known_plan(config, token)
+        if found is None:
+            return Order()
+        why_not = self._why_not_here(found)
+        if why_not and self.store.public:
+            raise QuantkitError(
+                f"The run is too large for this page. {why_not}",
+                "Choose a Job, or a smaller model." if self.has_jobs else "Choose a smaller model.",
+            )
+        return Order(estimate_seconds=found["estimates"]["seconds"])
+
+    def estimate(self, form: JobForm, token: str | None, asker: Asker) -> dict[str, Any]:
+        """The planner's answer. Raises QuantkitError."""
+        return self._plan(to_config(form, self.store.public), token, asker)
+
+    def _plan(
+        self, config: RunConfig, token: str | None, asker: Asker, looked: Looked | None = None
+    ) -> dict[str, Any]:
+        return estimate(config, token, self.store.public, asker.counted_as, looked)
+
+    def _why_not_here(self, plan: dict[str, Any]) -> str:
+        return why_not_here(plan, self.store.root, self.store.limits.seconds)
+
+    def machines(self, token: str | None) -> tuple[jobs.Machine, ...]:
+        """What Jobs may run on, and its price; asked of the Hub every ten minutes."""
+        asked, found = self._machines
+        if time.monotonic() > asked + _PRICES_SECONDS:
+            found = jobs.machines(token)
+            self._machines = (time.monotonic(), found)
+        return found
+
+    def preview(self, form: JobForm, token: str, asker: Asker) -> Iterator[str]:
+        """What the run would take, as HTML: first facts at once, all of it when it is known.
+
+        Empty when no model was named yet.
+        """
+        if not str(form.model or "").strip():
+            yield ""
+            return
+        try:
+            secret = checked_token(token)
+            config = to_config(form, self.store.public)
+            if known_plan(config, secret) is None:
+                self.allow("preview", asker)
+                yield from self._first_facts(config, secret, asker)
+            yield self._preview(form, config, secret, asker)
+        except QuantkitError as error:
+            yield view.notice(error.message, error.remedy)
+        except Exception:
+            logger.exception("a preview failed")
+            yield view.notice(_BUG, _BUG_REMEDY)
+
+    def _first_facts(self, config: RunConfig, token: str | None, asker: Asker) -> Iterator[str]:
+        """What is known while the planner is at work; ends when it has ended."""
+        told: queue.SimpleQueue[FirstLook | None] = queue.SimpleQueue()
+        if config.model == DEMO_MODEL:
+            told.put(DEMO)
+        failed: list[Exception] = []
+
+        def plan() -> None:
+            try:
+                self._plan(config, token, asker, told.put)
+            except Exception as error:  # told to whoever waits
+                failed.append(error)
+            finally:
+                told.put(None)
+
+        threading.Thread(target=plan, name="preview", daemon=True).start()
+        while (first := told.get()) is not None:
+            limits = rough_bytes(config, first.n_parameters)
+            yield previews.looked_at(first, limits, rough_seconds(config, first.n_parameters))
+        if failed:
+            raise failed[0]
+
+    def _preview(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> str:
+        plan = self._plan(config, token, asker)
+        offered: tuple[Choice, ...] = ()
+        chosen = None
+        if self.has_jobs and config.model != DEMO_MODEL:
+            try:
+                machines = self.machines(token)
+                offered = choices(plan, machines)
+                if check_machine(form.machine) != HERE:
+                    chosen = choose(plan, machines, form.machine)
+            except QuantkitError as error:
+                if form.machine != HERE:
+                    return view.notice(error.message, error.remedy)
+        contexts = (t.memory_and_context()[1] for t in config.targets if t.kind == "fits")
+        return previews.preview(
+            plan,
+            context=next(contexts, None),
+            here="This Space" if self.on_space else "This machine",
+            why_not=self._why_not_here(plan),
+            machines=offered,
+            chosen=chosen,
+        )
+
+    def search(self, text: str, asker: Asker) -> list[str]:
+        """Names of models for what was typed so far; empty when the Hub does not answer."""
+        text = text.strip()
+        if len(text) < 2 or "://" in text or time.monotonic() < self._no_search_until:
+            return []
+        if text[0] in "/.~" or text.lower().startswith("demo:"):
+            return []
+        try:
+            self.allow("search", asker)
+        except QuantkitError:
+            return []
+        try:
+            return [hit.id for hit in hub.search_models(text, limit=10)]
+        except QuantkitError:
+            self._no_search_until = time.monotonic() + _SEARCH_PAUSE
+            return []
+
+    # A job.
+
+    def act(self, action: str, job_id: Any, asker: Asker, token: str = "") -> str:
+        """Cancel, resume or delete. Returns a notice as HTML, empty when it worked."""
+
+        def do() -> str:
+            self.allow("act", asker)
+            if action == "cancel":
+                self.store.cancel(job_id, asker.owner, checked_token(token))
+            elif action == "resume":
+                self.store.resume(job_id, asker.owner, checked_token(token))
+            elif action == "delete":
+                self.store.delete(job_id, asker.owner)
+            return ""
+
+        return answered(do)
+
+    def compare(self, job_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
+        """What publishing would change, as HTML. Raises QuantkitError."""
+        visibility = check_visibility(visibility)
+        files, places = self.store.staged(job_id, asker.owner)
+        self.allow("compare", asker)
+        secret = self._token_to_publish(token)
+        closed = self.store.closed(job_id, asker.owner) if visibility == "model" else ""
+        private = bool(closed) or visibility == "private"
+        changes = hub.compare(files, places, check_repo(repo), secret, private)
+        return publishing.changes(changes, closed)
+
+    def publish(
+        self, job_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str
+    ) -> None:
+        """Queue the upload of a validated run. Raises QuantkitError."""
+        checked = checked_token(token)  # none on one's own machine: what it is logged in with
+        self.allow("publish", asker)
+        slug = check_collection(collection)
+        self.store.publish(
+            job_id,
+            asker.owner,
+            check_repo(repo),
+            check_visibility(visibility),
+            checked,
+            slug,
+        )
+
+    def _token_to_publish(self, token: str) -> str | None:
+        """The visitor's token; on one's own machine the one it is logged in with will do."""
+        checked = checked_token(token)
+        return checked if checked or self.store.public else hub.resolve_token()
+
+    def talk(self, job_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
+        """What the finished file, or the original, answers; it grows. Raises QuantkitError."""
+        text = check_prompt(prompt)
+        ours, base = self.store.models(job_id, asker.owner)
+        path = base if original else ours
+        if path is None:
+            raise QuantkitError(
+                "The original is no longer on this machine."
+                if original
+                else "The file is not on this machine.",
+                "Download the file to try it.",
+            )
+        self.allow("talk", asker)
+        yield from say(path, [{"role": "user", "content": text}])
+
+    # What is shown.
+
+    def shown(self, job_id: Any, owner: str | None) -> dict[str, Any]:
+        """Every part of a job's page by name: HTML, Markdown or whether a control is there."""
+        try:
+            job = self.store.view(job_id, owner)
+            raw = self.store.log_tail(job_id, owner)
+        except QuantkitError as error:
+            nothing: dict[str, Any] = dict.fromkeys((*CHUNKS, *SWITCHES), "")
+            lost = view.notice(error.message, error.remedy)
+            return {**nothing, **dict.fromkeys(SWITCHES, False), "head": lost}
+        return {
+            **_rendered(job),
+            "raw": view.raw_log(raw),
+            "can_cancel": job.can_cancel,
+            "can_resume": job.can_resume,
+            "can_delete": job.can_delete,
+            "can_publish": job.can_publish,
+            "can_try": job.can_try,
+            "has_card": bool(job.card),
+            "is_there": True,
+            "may_give_token": job.can_resume and not self.sign_in,
+        }
+
+    def job_list(self, owner: str | None) -> str:
+        return answered(lambda: view.job_list(self.store.jobs(owner)))
+
+
+def order_device(name: str, machines: tuple[jobs.Machine, ...]) -> str:
+    """What a run computes on there: cuda where the machine has a GPU."""
+    machine = next((machine for machine in machines if machine.name == name), None)
+    return "cuda" if machine is not None and machine.gpu else "cpu"
+
+
+def _rendered(job: JobView) -> dict[str, Any]:
+    return {
+        "head": view.head(job),
+        "stages": view.stages(job),
+        "curve": view.curve(job) + results.live_map(job) + view.strip(job),
+        "files": view.files(job),
+        "results": results.results(job),
+        "report": results.report(job),
+        "card": view.card(job),
+        "log": view.log(job),
+    }
+
+
+def known(owner: str | None) -> str:
+    """The visitor. Raises QuantkitError for a browser that sends no cookie."""
+    if owner is None:
+        raise QuantkitError(
+            "This browser keeps no cookies, so its runs could not be found again.",
+            "Allow cookies for this page and reload it.",
+        )
+    return owner
+
+
+def checked_token(token: Any) -> str | None:
+    """A token as typed; None for none. Raises QuantkitError without repeating it."""
+    if not token:
+        return None
+    text = token.strip() if isinstance(token, str) else ""
+    if not text or len(text) > _MAX_TOKEN or not text.isascii() or not text.isprintable():
+        raise QuantkitError(
+            "That is not a token.", "Copy it again from your Hugging Face settings."
+        )
+    return text
+
+
+def answered(action: Callable[[], str]) -> str:
+    """The action's HTML, or what went wrong as a notice: a page never shows a traceback."""
+    try:
+        return action()
+    except QuantkitError as error:
+        return view.notice(error.message, error.remedy)
+    except Exception:
+        logger.exception("a page event failed")
+        return view.notice(_BUG, _BUG_REMEDY)

@@ -1,0 +1,324 @@
+"""The form: what to make, how large, with how much work, and where. One id and one click are
+enough.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from quantkit.config import DEMO_MODEL, PROFILES
+from quantkit.ggml.types import FILE_TYPES, QUANTIZED
+from quantkit.server.runs import JobForm
+from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, HERE
+from quantkit.server.web.desk import Desk
+from quantkit.tensors import METHODS
+
+QUIET: dict[str, Any] = {
+    "queue": False,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
+_SUGGESTIONS: list[Any] = [
+    ("demo:smollm2-135m (small, needs no network)", DEMO_MODEL),
+    "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "Qwen/Qwen3-0.6B",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "meta-llama/Llama-3.2-1B-Instruct",
+]
+_MIXES = [label for label in FILE_TYPES if label.startswith(("Q", "IQ"))]
+_KINDS = [
+    ("Like a known type", "like"),
+    ("Fits my memory", "fits"),
+    ("File size", "size"),
+    ("Bits per weight", "bpw"),
+    ("Several sizes", "family"),
+]
+# What stands in the field once the fingers rest (the event's own text can be an earlier one), and
+# nothing for the keys before the last.
+_TYPED = (
+    "async () => { const key = window.qkKey = (window.qkKey || 0) + 1;"
+    " await new Promise((done) => setTimeout(done, 250));"
+    " return key === window.qkKey ? document.querySelector('#model input').value : '' }"
+)
+_CONTEXTS = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
+
+
+class Form:
+    """The form's components, made where the page is being laid out."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        places = "." if desk.store.public else ", or the path of a folder."
+        self.model = gr.Dropdown(
+            _SUGGESTIONS,
+            value=None,
+            label="Model",
+            info=f"Type to search the Hugging Face Hub, or paste an id or address{places}",
+            allow_custom_value=True,
+            elem_id="model",
+        )
+        self.typed = gr.Textbox(visible=False, max_length=200)
+        self._size()
+        self.profile = gr.Radio(
+            [(f"{name}: {profile.about}", name) for name, profile in PROFILES.items()],
+            value="standard",
+            label="How much work?",
+            elem_id="profile",
+            elem_classes="qk-stack",
+        )
+        self._where()
+        self._advanced()
+        self._publish()
+        self.plan = gr.HTML(visible=False, elem_id="plan")
+        self.error = gr.HTML(visible=False, elem_id="form-error")
+        with gr.Row(elem_classes="qk-buttons"):
+            self.start_button = gr.Button("Start", variant="primary", elem_id="start")
+        self._wire()
+
+    def _size(self) -> None:
+        self.kind = gr.Radio(
+            _KINDS, value="like", label="How large may it be?", elem_id="size-kind"
+        )
+        self.like = gr.Dropdown(
+            _MIXES,
+            value="Q4_K_M",
+            label="Type",
+            info="At most what llama.cpp's own file of this type weighs.",
+            elem_id="like",
+        )
+        with gr.Row(visible=False, elem_id="fits") as self.fits:
+            self.memory = gr.Textbox(
+                "8GB",
+                label="Memory",
+                info="For the file and its context, such as 8GB or 24GiB.",
+                max_length=30,
+                elem_id="memory",
+            )
+            self.context = gr.Dropdown(
+                [(f"{n:,} tokens", n) for n in _CONTEXTS],
+                value=8192,
+                label="Context",
+                info="How much text it reads at once.",
+                elem_id="context",
+            )
+        self.size = gr.Textbox(
+            label="File size",
+            placeholder="5.5GB",
+            info="Of the whole file, such as 90MB, 5.5GB or 5GiB.",
+            visible=False,
+            max_length=30,
+            elem_id="size",
+        )
+        self.bpw = gr.Number(
+            4.5,
+            label="Bits per weight",
+            info="Of the whole file, over all parameters.",
+            step=0.1,
+            visible=False,
+            elem_id="bpw",
+        )
+        self.family = gr.CheckboxGroup(
+            list(FAMILIES["whole"]),
+            value=list(FAMILIES["everyday"]),
+            label="Sizes",
+            info="One run makes a file for each, at most as large as llama.cpp's own of that type.",
+            visible=False,
+            elem_id="family",
+        )
+
+    def _where(self) -> None:
+        here = "On this Space, free" if self._desk.on_space else "On this machine"
+        away = "In a Job of Hugging Face, paid from your account"
+        self.where = gr.Radio(
+            [(here, HERE), (away, "auto")],
+            value=HERE,
+            label="Where?",
+            visible=self._desk.has_jobs,
+            elem_id="where",
+            elem_classes="qk-stack",
+        )
+        self.machine = gr.Dropdown(
+            [("the cheapest that takes less than a working day", "auto")],
+            value="auto",
+            label="Machine",
+            info="Time and price of each are in the preview below.",
+            visible=False,
+            allow_custom_value=True,
+            elem_id="machine",
+        )
+
+    def _advanced(self) -> None:
+        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            self.revision = gr.Textbox(
+                label="Revision", info="Branch, tag or commit. Empty: main.", max_length=200
+            )
+            self.levels = gr.Dropdown(
+                [qtype.name for qtype in sorted(QUANTIZED)],
+                value=[],
+                multiselect=True,
+                label="Levels",
+                info="Tensor types to choose from. Empty: those of the profile.",
+            )
+            self.methods = gr.CheckboxGroup(
+                list(METHODS),
+                value=list(METHODS),
+                label="Methods",
+                info="Ways of rounding that compete for every tensor.",
+            )
+            self.calibration = gr.Textbox(
+                "auto",
+                label="Calibration text",
+                info=f"name[:weight], … of {', '.join(CALIBRATION_TEXTS)}.",
+                max_length=300,
+            )
+            self.types = gr.Textbox(
+                label="Pinned types",
+                info="JSON of tensor patterns to types. What it names is not searched.",
+                placeholder='{"token_embd": "Q8_0", "ffn_down": "Q6_K"}',
+                lines=2,
+                max_length=10_000,
+            )
+            self.seed = gr.Number(0, label="Seed", info="Same seed, same file.", precision=0)
+            has_gpu = shutil.which("nvidia-smi") is not None
+            self.device = gr.Radio(
+                ["cpu", "cuda"],
+                value="cuda" if has_gpu else "cpu",
+                label="Device",
+                info="What the model runs on.",
+                visible=has_gpu,
+            )
+
+    def _publish(self) -> None:
+        with gr.Accordion("Publish to the Hub", open=False, elem_id="publish-form"):
+            self.repo = gr.Textbox(
+                label="Repository",
+                placeholder="you/my-model-GGUF",
+                info="Empty: nothing is uploaded. You can also publish once you see the result.",
+                max_length=200,
+            )
+            self.visibility = visibility("visible-to")
+            self.token = gr.Textbox(
+                label="Hugging Face token",
+                info="To publish, and for private or gated models. It is never written down.",
+                type="password",
+                visible=not self._desk.sign_in,
+                elem_id="token",
+            )
+
+    @property
+    def fields(self) -> list[Any]:
+        """The inputs, in the order of `read`. The token comes last."""
+        return [
+            *(self.model, self.kind, self.like, self.size, self.bpw, self.memory, self.context),
+            *(self.family, self.profile, self.where, self.machine),
+            *(self.revision, self.levels, self.methods, self.calibration, self.types),
+            *(self.seed, self.device, self.repo, self.visibility, self.token),
+        ]
+
+    @staticmethod
+    def read(values: tuple[Any, ...]) -> JobForm:
+        """The form's values without the token, as `launch` takes them."""
+        model, kind, like, size, bpw, memory, context, family, profile, *rest = values
+        where, machine, revision, levels, methods, calibration, types, *rest = rest
+        seed, device, repo, seen_by = rest
+        return JobForm(
+            model=model or "",
+            size_kind=kind,
+            like=like or "",
+            size=size or "",
+            bpw=bpw,
+            memory=memory or "",
+            context=_number(context),
+            family=tuple(family or ()),
+            profile=profile,
+            revision=revision or "",
+            levels=tuple(levels or ()),
+            methods=tuple(methods or ()),
+            calibration=calibration or "",
+            types=types or "",
+            seed=seed,
+            device=device,
+            publish=repo or "",
+            visibility=seen_by or "model",
+            machine=HERE if where == HERE else machine or "auto",
+        )
+
+    def _wire(self) -> None:
+        desk = self._desk
+
+        def sizes(kind: str) -> list[Any]:
+            return [gr.update(visible=kind == n) for n in ("like", "fits", "size", "bpw", "family")]
+
+        def search(typed: str, request: gr.Request) -> Any:
+            found = desk.search(str(typed)[:100], desk.asker(request, None))
+            return gr.update(choices=found) if found else gr.skip()
+
+        def preview(
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+            *values: Any,
+        ) -> Iterator[Any]:
+            *fields, typed = values
+            token = oauth.token if oauth else typed
+            asker = desk.asker(request, user)
+            for made in desk.preview(self.read(tuple(fields)), token, asker):
+                yield gr.update(value=made, visible=bool(made))
+
+        self.kind.change(
+            sizes, self.kind, [self.like, self.fits, self.size, self.bpw, self.family], **QUIET
+        )
+        self.where.change(
+            lambda where: gr.update(visible=where != HERE), self.where, self.machine, **QUIET
+        )
+        self.model.key_up(
+            search,
+            self.typed,
+            self.model,
+            js=_TYPED,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            concurrency_limit=4,
+            api_visibility="private",
+        )
+        shown: list[Any] = [self.model, self.kind, self.like, self.size, self.bpw, self.memory]
+        shown += [self.context, self.family, self.profile, self.where, self.machine]
+        shown += [self.levels, self.types]
+        gr.on(
+            [component.change for component in shown],
+            preview,
+            self.fields,
+            self.plan,
+            trigger_mode="always_last",
+            concurrency_limit=16,  # more than may wait (launch/turns.py): the rest is told at once
+            concurrency_id="preview",
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+
+def visibility(elem_id: str) -> gr.Radio:
+    """Who may see the repository that is published to."""
+    return gr.Radio(
+        [
+            ("Everyone, unless the model is private or gated", "model"),
+            ("Only me", "private"),
+            ("Everyone", "public"),
+        ],
+        value="model",
+        label="Who may see it?",
+        info="The terms of a gated model apply to files made of it: check that they allow this.",
+        elem_id=elem_id,
+    )
+
+
+def _number(value: Any) -> int | float:
+    """A context as chosen or typed; what is none is refused further on."""
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value or "").replace(",", "").removesuffix("tokens").strip()
+    return int(text) if text.isdecimal() and len(text) < 10 else -1

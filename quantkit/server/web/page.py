@@ -1,0 +1,112 @@
+"""The page: one form, one run to watch, one list. `desk` does the work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_space
+
+from quantkit.errors import QuantkitError
+from quantkit.server.runs import JobStore
+from quantkit.server.web import view
+from quantkit.server.web.api import add_endpoints
+from quantkit.server.web.desk import CHUNKS, SWITCHES, Desk
+from quantkit.server.web.form import QUIET, Form
+from quantkit.server.web.visitor import Visitors
+from quantkit.server.web.watch import Watch, short_hash, updates
+
+_HEADER = """<header class="qk-header"><h1><a href="./">quantkit</a></h1>
+<p>Any Hugging Face language model as the best GGUF for its size, with measurements to show it.</p>
+</header>"""
+_NAMES = (*CHUNKS, *SWITCHES, "runs")
+_POLL_SECONDS = 2
+# After Start the address names the run, so that a reload finds it again.
+_SET_URL = "(id) => { if (id) { history.pushState(null, '', '?job=' + id); scrollTo(0, 0) } }"
+
+
+def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
+    """The whole page. Does not start the scheduler and does not listen."""
+    on_space = get_space() is not None
+    sign_in = on_space and bool(os.environ.get("OAUTH_CLIENT_ID"))
+    desk = Desk(store, visitors, on_space, sign_in)
+
+    def opened(current: str) -> list[Any]:
+        """Which areas are there: the form and the list, or one run."""
+        return [gr.update(visible=v) for v in (not current, bool(current), not current)]
+
+    def refresh(current: str, owner: str | None, known: Any) -> list[Any]:
+        """Updates of everything that changed since `known`, and what is known now.
+
+        Empty when nothing changed.
+        """
+        shown = desk.shown(current, owner) if current else {"runs": desk.job_list(owner)}
+        hashes = {name: short_hash(value) for name, value in shown.items()}
+        known = known if isinstance(known, dict) else {}
+        return [] if hashes == known else [*updates(shown, known, _NAMES), hashes]
+
+    def poll(current: str, known: Any, request: gr.Request, user: gr.OAuthProfile | None) -> Any:
+        owner = desk.owner(request.cookies, user.username if user else None)
+        return refresh(current, owner, known) or gr.skip()
+
+    def load(
+        request: gr.Request, user: gr.OAuthProfile | None, oauth: gr.OAuthToken | None
+    ) -> list[Any]:
+        current = str(request.query_params.get("job", ""))[:100]
+        asker = desk.asker(request, user)
+        owner = asker.owner
+        desk.welcome(asker, oauth.token if oauth else None)
+        return [current, *opened(current), *refresh(current, owner, {})]
+
+    with gr.Blocks(title="quantkit", analytics_enabled=False) as app:
+        gr.HTML(_HEADER)
+        if sign_in:
+            gr.LoginButton(elem_id="sign-in", size="sm")
+        # Both in the page and not in the server's session: a tab goes on after the server
+        # restarted, and a stranger's sessions take no memory and hold no connection open.
+        job_id = gr.Textbox("", visible=False, max_length=100)
+        sent = gr.JSON({}, visible=False)  # what this tab shows, as hashes
+        # Nothing is visible before `load` says which page it is: no flash of the other one.
+        with gr.Column(elem_id="new-run", visible=False) as new_run:
+            form = Form(desk)
+        with gr.Column(elem_id="job", visible=False) as job:
+            watch = Watch(desk)
+        with gr.Column(elem_id="run-list", visible=False) as run_list:
+            runs = gr.HTML(elem_id="runs")
+        areas = [new_run, job, run_list]
+        parts = [*watch.outputs, runs, sent]
+
+        def start(
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+            *values: Any,
+        ) -> list[Any]:
+            *fields, typed = values
+            asker = desk.asker(request, user)
+            owner, token = asker.owner, oauth.token if oauth else typed
+            try:
+                new = desk.start(form.read(tuple(fields)), token, asker)
+            except QuantkitError as error:
+                notice = view.notice(error.message, error.remedy)
+                kept = [gr.skip()] * (len(areas) + len(parts))
+                return ["", gr.update(value=notice, visible=True), gr.skip(), *kept]
+            shown = [*opened(new), *refresh(new, owner, {})]
+            return [new, gr.update(value="", visible=False), "", *shown]
+
+        app.load(load, None, [job_id, *areas, *parts], **QUIET)
+        gr.Timer(_POLL_SECONDS).tick(poll, [job_id, sent], parts, **QUIET)
+        form.start_button.click(
+            start,
+            form.fields,
+            [job_id, form.error, form.token, *areas, *parts],
+            show_progress="full",
+            show_progress_on=form.start_button,
+            concurrency_limit=8,
+            api_visibility="private",
+        ).then(None, job_id, None, js=_SET_URL, api_visibility="private")
+        watch.wire(job_id, parts, refresh, areas, opened)
+        add_endpoints(desk)
+    app.queue(default_concurrency_limit=8, max_size=400)
+    return app

@@ -1,0 +1,190 @@
+"""What a run would take, as HTML: what the model is, its sizes, where it can run, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from quantkit.llamacpp.contexts import ContextMemory
+from quantkit.planning.coverage import in_words
+from quantkit.server.runs.machine import Choice
+from quantkit.server.runs.rough import FirstLook
+from quantkit.server.runs.sizes import context_bytes
+from quantkit.server.web.view import duration, file_size, notice
+
+_SHOWN_MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+_SHOWN_CHOICES = 4
+
+
+def looked_at(first: FirstLook, limits: Sequence[int], seconds: float) -> str:
+    """The first facts and about what it takes, while the planner still works out the rest."""
+    facts = [
+        ("Model", f"{first.architecture}, {parameters(first.n_parameters)} parameters"),
+        ("Licence", _licence(first.licence, first.gated)),
+    ]
+    if limits:
+        facts.append(("File", "about " + ", ".join(file_size(n) for n in limits)))
+    if first.n_download_bytes:
+        facts.append(("To read", file_size(first.n_download_bytes)))
+    facts.append(("Time here", f"about {_about(seconds)}"))
+    return _card(facts, '<p class="qk-help qk-busy">Working out exact sizes and cost …</p>')
+
+
+def parameters(n: int) -> str:
+    """A number of parameters as people say it: 135M, 1.54B."""
+    if n < 1e6:
+        return f"{n:,}"
+    return f"{n / 1e6:,.0f}M" if n < 1e9 else f"{n / 1e9:,.3g}B"
+
+
+def preview(
+    plan: dict[str, Any],
+    *,
+    context: int | None = None,
+    here: str = "",
+    why_not: str = "",
+    machines: Sequence[Choice] = (),
+    chosen: Choice | None = None,
+) -> str:
+    """The planner's answer.
+
+    `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
+    the run cannot be done on it; `machines`: of Jobs.
+    """
+    try:
+        return _preview(plan, context, here, why_not, machines, chosen)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError):
+        return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
+
+
+def _preview(
+    plan: dict[str, Any],
+    context: int | None,
+    here: str,
+    why_not: str,
+    machines: Sequence[Choice],
+    chosen: Choice | None,
+) -> str:
+    model, sizes, needs = plan["model"], plan["sizes"], plan["estimates"]
+    n_parameters = model["n_parameters"]
+    facts = [
+        ("Model", f"{model['architecture']}, {parameters(n_parameters)} parameters"),
+        ("Licence", _licence(model["license"], model["gated"])),
+        ("File", _budget(sizes["budgets"], n_parameters)),
+    ]
+    if context is not None:
+        facts.append(
+            (
+                "Context",
+                f"{context:,} tokens take {file_size(context_bytes(plan, context))} beside it",
+            )
+        )
+    facts.append(
+        ("Possible", f"{file_size(sizes['smallest_bytes'])} to {file_size(sizes['largest_bytes'])}")
+    )
+    if "coverage" in plan:
+        facts.append(("Under GPTQ", in_words(plan["coverage"])))
+    facts.append(("Disk, memory", _both(needs)))
+    n_fallbacks = len({f["tensor"] for f in plan.get("fallbacks", [])})
+    if n_fallbacks:
+        facts.append(
+            ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
+        )
+    warnings = [f"{budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
+    warnings += [str(text) for text in plan.get("warnings", [])][:10]
+    notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
+    where = _where(needs, here, why_not, machines, chosen)
+    return _card(facts, f"{where}{_stock(plan, context)}{notes}")
+
+
+def _card(facts: Sequence[tuple[str, str]], rest: str) -> str:
+    items = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in facts)
+    return f'<div class="qk-preview" role="status"><dl>{items}</dl>{rest}</div>'
+
+
+def _licence(name: Any, gated: bool) -> str:
+    return str(name or "not stated") + (", gated: needs a sign-in that may read it" * gated)
+
+
+def _budget(budgets: Sequence[dict[str, Any]], n_parameters: int) -> str:
+    limits = [budget["limit_bytes"] for budget in budgets]
+    if not limits:
+        return "given by the types"
+    if len(limits) > 1:
+        return f"{len(limits)} files: " + ", ".join(file_size(n) for n in limits)
+    (limit,) = limits
+    return f"at most {file_size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
+
+
+def _both(needs: dict[str, Any]) -> str:
+    return f"about {file_size(needs['disk_bytes'])}, {file_size(needs['memory_bytes'])}"
+
+
+def _where(
+    needs: dict[str, Any],
+    here: str,
+    why_not: str,
+    machines: Sequence[Choice],
+    chosen: Choice | None,
+) -> str:
+    """A row for this machine and for every Job's machine worth a look, with time and cost."""
+    rows = []
+    if here:
+        time, cost = ("—", "too large") if why_not else (_about(needs["seconds"]), "free")
+        rows.append(_place(here, "", time, cost, chosen is None))
+    shown = list(machines[:_SHOWN_CHOICES])
+    if chosen is not None and chosen not in shown:
+        shown.append(chosen)
+    for choice in shown:
+        machine = choice.machine
+        name = f"Job: {machine.name}" + (f" ({machine.gpu})" if machine.gpu else "")
+        limit = f"${choice.most_usd:.2f} at most: ended after {choice.hours_limit} h"
+        cost = "under $0.01" if choice.usd < 0.01 else f"${choice.usd:.2f}"
+        rows.append(_place(name, limit, _about(choice.seconds), cost, choice == chosen))
+    if not rows:
+        return ""
+    head = "<tr><th>where</th><th>time, about</th><th>cost, about</th></tr>"
+    said = f'<p class="qk-help">{escape(why_not)}</p>' if why_not else ""
+    return _table(head, "".join(rows)) + said
+
+
+def _place(name: str, limit: str, time: str, cost: str, is_chosen: bool) -> str:
+    small = f"<small>{escape(limit)}</small>" if limit else ""
+    return (
+        f'<tr class="{"ours" if is_chosen else ""}"><th scope="row">{escape(name)}{small}</th>'
+        f"<td>{escape(time)}</td><td>{escape(cost)}</td></tr>"
+    )
+
+
+def _about(seconds: float) -> str:
+    return duration(max(60.0, seconds))
+
+
+def _stock(plan: dict[str, Any], context: int | None) -> str:
+    """How large llama.cpp's own mixes of this model are, and what each takes in memory."""
+    tokens = context or ContextMemory(**plan["context"]).usual_tokens
+    beside = context_bytes(plan, tokens)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{file_size(n)}</td>'
+        f"<td>{8 * n / plan['model']['n_parameters']:.2f}</td><td>{file_size(n + beside)}</td></tr>"
+        for name in _SHOWN_MIXES
+        if (n := plan["stock"].get(name)) is not None
+    )
+    if not rows:
+        return ""
+    head = (
+        "<tr><th>as large as</th><th>file</th><th>bits / weight</th>"
+        f"<th>in memory with {tokens:,} tokens</th></tr>"
+    )
+    return (
+        f'<details class="qk-sizes"><summary>Sizes of this model</summary>{_table(head, rows)}'
+        "</details>"
+    )
+
+
+def _table(head: str, rows: str) -> str:
+    return (
+        f'<div class="qk-scroll" tabindex="0"><table class="qk-table"><thead>{head}</thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )

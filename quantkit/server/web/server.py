@@ -1,0 +1,114 @@
+"""Serves the page: Gradio behind the gate, and downloads straight from disk."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import time
+from typing import Any
+
+import gradio as gr
+from gradio import http_server
+from gradio.utils import get_space
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from quantkit.errors import QuantkitError
+from quantkit.sandbox import secrets
+from quantkit.server.runs import JobStore, open_store
+from quantkit.server.runs.mirror import Mirror, state_folder
+from quantkit.server.web import listen
+from quantkit.server.web.bodies import Events
+from quantkit.server.web.fairness import FairQueue
+from quantkit.server.web.gate import Gate
+from quantkit.server.web.origin import Places
+from quantkit.server.web.page import build_app
+from quantkit.server.web.theme import CSS_PATH, HEAD, make_theme
+from quantkit.server.web.visitor import Visitors
+
+
+def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
+    """The page of the store that the environment describes."""
+    store = open_store()
+    kept_in = state_folder(os.environ)
+    if kept_in is not None:
+        mirror = Mirror(store.root, kept_in)
+        mirror.restore()
+        mirror.start()
+        atexit.register(mirror.close)
+    visitors = Visitors.of_root(store.root, secrets.everything())
+    return build_app(store, visitors), store, visitors
+
+
+def launch(
+    app: gr.Blocks, store: JobStore, visitors: Visitors, **options: Any
+) -> tuple[Any, str, str]:
+    """Start the scheduler and listen; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where."""
+    places = Places.of(os.environ, get_space() is not None)
+
+    def start_server(
+        app: Any, server_name: str | None = None, server_port: int | None = None, **_: Any
+    ) -> Any:
+        gate = Gate(app, visitors, places, Events.of(app.blocks))
+        return listen.serve(gate, places, server_name, server_port)
+
+    # Gradio looks it up there when it launches.
+    http_server.start_server = start_server  # type: ignore[assignment]
+    store.start()
+    return app.launch(
+        theme=make_theme(),
+        css_paths=CSS_PATH,
+        head=HEAD,
+        ssr_mode=False,
+        run_history=False,  # the form holds a token
+        show_error=False,
+        footer_links=["api"],
+        max_file_size="1mb",
+        enable_monitoring=False,
+        state_session_capacity=100,  # the page keeps nothing in them, and strangers can make them
+        mcp_server=importlib.util.find_spec("mcp") is not None,
+        app_kwargs={
+            "routes": [_download_route(store, visitors)],
+            "middleware": [Middleware(FairQueue, blocks=app)],
+        },
+        **options,
+    )
+
+
+def _download_route(store: JobStore, visitors: Visitors) -> Route:
+    """`files/<job>/<name>`: result files of one's own jobs, from disk, in ranges.
+
+    Gradio's file components would copy a GGUF into its cache, and its static paths are public.
+    """
+
+    def download(request: Request) -> Response:
+        owner = _owner(request, visitors)
+        name = request.path_params["name"]
+        try:
+            path = store.result_path(request.path_params["job"], name, owner)
+        except QuantkitError as error:
+            return PlainTextResponse(str(error), 404)
+        return FileResponse(
+            path,
+            filename=name,
+            media_type="application/octet-stream",
+            headers={"cache-control": "private, no-cache"},
+        )
+
+    return Route("/files/{job}/{name}", download, methods=["GET", "HEAD"])
+
+
+def _owner(request: Request, visitors: Visitors) -> str | None:
+    """Who asks for a file: the signed-in Hub user, the cookie, or an API caller's key."""
+    if get_space() is not None:
+        signed_in = request.scope.get("session", {}).get("oauth_info") or {}
+        user = (signed_in.get("userinfo") or {}).get("preferred_username")
+        if user and signed_in.get("expires_at", 0) > time.time():
+            return f"hf:{user}"
+    visitor = visitors.of_cookies(request.cookies) or visitors.check(
+        request.headers.get("x-quantkit-key")
+    )
+    return None if visitor is None else f"visitor:{visitor}"

@@ -1,0 +1,362 @@
+"""A run as HTML: pure functions of what is known of it. Everything is escaped here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from html import escape
+from urllib.parse import quote
+
+from quantkit.server.runs import JobSummary, JobView, StageView
+from quantkit.server.web.charts import kl_curve, kl_with_error
+
+STAGE_ABOUT = {
+    "fetch": "Download the model and pin its exact version",
+    "convert": "Write the weights as one full-precision GGUF, with llama.cpp's own converter",
+    "calibrate": "Run text through the model to learn which inputs matter",
+    "quantize": "Make every tensor in every type, in several ways",
+    "database": "Index everything that was made",
+    "search": "Find the mix of types that changes the model least at this size",
+    "stitch": "Put the final file together",
+    "validate": "Measure it beside the original and llama.cpp's own files",
+    "publish": "Gather the files, and upload them if you asked for that",
+}
+STATE_TEXT = {
+    "queued": "Waiting",
+    "running": "Running",
+    "finished": "Finished",
+    "failed": "Failed",
+    "interrupted": "Interrupted",
+    "cancelled": "Cancelled",
+    "damaged": "Damaged",
+}
+_MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
+
+
+def file_size(n_bytes: float) -> str:
+    """Bytes for people, decimal, from kB to GB."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:,.2f} GB"
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{max(1, round(n_bytes / 1e3))} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours < 10 else f"{hours} h"
+
+
+def time_left(seconds: float | None) -> str:
+    """A remaining time in steps coarse enough not to flicker."""
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return "a few seconds left"
+    if seconds < 60:
+        return f"about {10 * round(seconds / 10)} s left"
+    return f"about {duration(60 * round(seconds / 60))} left"
+
+
+def ago(moment: float, now: float | None = None) -> str:
+    seconds = (time.time() if now is None else now) - moment
+    if seconds < 60:
+        return "just now"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min ago"
+    if seconds < 36 * 3600:
+        return f"{seconds / 3600:.0f} h ago"
+    return f"{seconds / 86400:.0f} days ago"
+
+
+def notice(message: str, remedy: str = "", kind: str = "error") -> str:
+    """A sentence and what to do about it. Empty for no message."""
+    if not message:
+        return ""
+    role = "alert" if kind == "error" else "status"
+    advice = f" <span>{escape(remedy)}</span>" if remedy else ""
+    text = f"<strong>{escape(message)}</strong>{advice}"
+    return f'<div class="qk-notice {kind}" role="{role}">{text}</div>'
+
+
+def badge(state: str) -> str:
+    return f'<span class="qk-badge {escape(state)}">{STATE_TEXT.get(state, escape(state))}</span>'
+
+
+def model_name(model: str) -> str:
+    """The model's name without its owner or folder."""
+    return model.rstrip("/").rsplit("/", 1)[-1] or model
+
+
+def head(job: JobView) -> str:
+    """Title, state, and what the state means for the visitor."""
+    facts = [job.target, f"profile {job.profile}", f"started {ago(job.created)}"]
+    if job.revision:
+        facts.insert(0, f"revision {job.revision[:16]}")
+    if job.is_local:
+        facts.append("from the command line")
+    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
+    owner = escape(job.model[: -len(model_name(job.model))])
+    title = f"<h2><span>{owner}</span>{escape(model_name(job.model))}</h2>"
+    state = badge("stopping") if job.stopping else badge(job.state)
+    return (
+        f'<div class="qk-head"><div class="qk-title">{title}{state}</div>'
+        f'<ul class="qk-facts">{items}</ul>{_state_note(job)}{_machine(job)}{_downloads(job)}</div>'
+    )
+
+
+def _machine(job: JobView) -> str:
+    """Where a Job runs, how busy it is and what it has cost; empty for runs of this machine."""
+    if job.machine is None:
+        return ""
+    facts = [f"Job on {job.machine}"]
+    if job.usd_per_hour:
+        facts.append(f"${job.usd_per_hour:.2f} an hour")
+    if job.hours:
+        facts.append(f"ended after {job.hours} h at the latest")
+    link, load = "", ""
+    if job.job:
+        facts.append(f"${float(job.job.get('usd') or 0):.2f} so far")
+        load = _load(job.job.get("metrics")) if job.state == "running" else ""
+        url = str(job.job.get("url", ""))
+        if url.startswith(("https://", "http://")):
+            link = f' <a href="{escape(url)}" rel="noopener" target="_blank">its page</a>'
+    return f'<p class="qk-machine">{escape(" · ".join(facts))}{escape(load)}{link}</p>'
+
+
+def _load(metrics: object) -> str:
+    if not isinstance(metrics, dict):
+        return ""
+    said = []
+    if isinstance(metrics.get("cpu_usage_pct"), (int, float)):
+        said.append(f"processor {metrics['cpu_usage_pct']:.0f} %")
+    used, total = metrics.get("memory_used_bytes"), metrics.get("memory_total_bytes")
+    if isinstance(used, (int, float)) and isinstance(total, (int, float)) and total > 0:
+        said.append(f"memory {used / 1e9:.1f} of {total / 1e9:.0f} GB")
+    gpus = metrics.get("gpus")
+    for gpu in gpus.values() if isinstance(gpus, dict) else ():
+        if isinstance(gpu, dict) and isinstance(gpu.get("utilization"), (int, float)):
+            said.append(f"GPU {gpu['utilization']:.0f} %")
+    return " · " + ", ".join(said) if said else ""
+
+
+def _state_note(job: JobView) -> str:
+    if job.stopping:
+        return notice("Stopping the worker.", "What is finished is kept.", "info")
+    if job.state == "queued":
+        place = job.position or 1
+        text = "It is next in line." if place == 1 else f"It is number {place} in line."
+        if job.machine is not None:
+            text = "Its Job is about to be started."
+        elif job.wait_seconds:
+            text += f" It starts in about {duration(60 * max(1, round(job.wait_seconds / 60)))}."
+        return notice(
+            text, "You can close this page: its address and your list find it again.", "info"
+        )
+    if job.state in ("failed", "interrupted", "damaged"):
+        return notice(job.error or "The run ended without saying why.", job.remedy)
+    if job.state == "cancelled":
+        return notice("Cancelled.", "Finished stages are kept: it can be resumed.", "info")
+    if job.published_url and job.state == "finished":
+        url = job.published_url
+        if url.startswith(("https://", "http://")):
+            link = f'<a href="{escape(url)}" rel="noopener" target="_blank">{escape(url)}</a>'
+            return (
+                f'<div class="qk-notice ok" role="status"><strong>Published:</strong> {link}</div>'
+            )
+    return ""
+
+
+def stages(job: JobView) -> str:
+    """The nine stages, while there is something to watch."""
+    if job.state == "finished":
+        return ""
+    items = "".join(_stage(n, stage, job) for n, stage in enumerate(job.stages, 1))
+    return f'<section aria-label="Stages"><ol class="qk-stages">{items}</ol></section>'
+
+
+def strip(job: JobView) -> str:
+    """The nine stages of a finished run, with what each took."""
+    if job.state != "finished":
+        return ""
+    total = sum(stage.seconds or 0 for stage in job.stages)
+    items = "".join(
+        f'<li class="done"><b>✓</b>{stage.name}<small>{_seconds(stage)}</small></li>'
+        for stage in job.stages
+    )
+    return (
+        f'<section class="qk-section" aria-label="Stages"><h3>Nine stages in {duration(total)}</h3>'
+        f'<ol class="qk-strip">{items}</ol></section>'
+    )
+
+
+def _seconds(stage: StageView) -> str:
+    return "" if stage.seconds is None else duration(stage.seconds)
+
+
+def _stage(number: int, stage: StageView, job: JobView) -> str:
+    state = stage.state
+    if state == "running" and job.state != "running":
+        state = "stopped"  # the process that was at it is gone
+    mark = _MARKS.get(state) or str(number)
+    text = stage.message if state in ("running", "failed", "stopped") else ""
+    about = escape(text or STAGE_ABOUT[stage.name])
+    side, bar = "", ""
+    if state == "running":
+        left = time_left(job.eta_seconds)
+        percent = stage.percent
+        side = "" if percent is None else f"{percent} %"
+        side += f"<small>{left}</small>" if left else ""
+        value = "" if percent is None else f' aria-valuenow="{percent}" style="--p:{percent}%"'
+        kind = "qk-bar" if percent is not None else "qk-bar unknown"
+        bar = (
+            f'<div class="{kind}" role="progressbar" aria-label="{stage.name}" aria-valuemin="0"'
+            f' aria-valuemax="100"{value}></div>'
+        )
+    elif state == "done":
+        side = _seconds(stage)
+    current = ' aria-current="step"' if state == "running" else ""
+    return (
+        f'<li class="{state}"{current}><b class="mark">{mark}</b><div class="body">'
+        f'<div class="line"><span class="name">{stage.name}</span>'
+        f'<span class="side">{side}</span></div>'
+        f'<div class="about">{about}</div>{bar}</div></li>'
+    )
+
+
+def curve(job: JobView) -> str:
+    """The search's KL curve; empty while there is none to draw, and when the report shows it."""
+    picture = "" if job.report else kl_curve(job.curve)
+    if not picture:
+        return ""
+    last = job.curve[-1]
+    title = "How the search is doing" if job.is_active else "How the search went"
+    tuned = ", as tuning is expected to leave it" if last.is_expected else ""
+    return (
+        f'<section class="qk-section"><h3>{title}</h3><p class="qk-help">KL divergence to the'
+        f" original, lower is better: {kl_with_error(last.kl, last.stderr)} after generation"
+        f" {last.generation}{tuned}.</p>{picture}</section>"
+    )
+
+
+def log(job: JobView) -> str:
+    """The run in plain words, newest last."""
+    if not job.log:
+        return '<p class="qk-help">Nothing has happened yet.</p>'
+    lines = []
+    for line in job.log[-200:]:
+        text = line.text
+        if line.kind == "started" and line.stage:
+            text = STAGE_ABOUT.get(line.stage, "")
+        elif line.kind == "finished" and line.stage:
+            text = f"done in {text}"
+        moment = time.strftime("%H:%M:%S", time.gmtime(line.time))
+        lines.append(
+            f'<li class="{escape(line.kind)}"><time>{moment}</time>'
+            f"<b>{escape(line.stage or 'run')}</b><span>{escape(text or line.kind)}</span></li>"
+        )
+    left_out = f" {job.n_dropped:,} lines could not be read." if job.n_dropped else ""
+    return (
+        f'<ol class="qk-log">{"".join(lines)}</ol><p class="qk-help">Times are UTC.{left_out}</p>'
+    )
+
+
+def raw_log(text: str) -> str:
+    if not text:
+        return '<p class="qk-help">The worker has not printed anything.</p>'
+    # A progress line that rewrote itself: only what it ended as.
+    lines = [line.rsplit("\r", 1)[-1].replace("\x1b[K", "") for line in text.splitlines()]
+    return f'<pre class="qk-raw" tabindex="0">{escape(chr(10).join(lines[-150:]))}</pre>'
+
+
+def files(job: JobView) -> str:
+    """What can be downloaded, with what it weighs and the hash to check it by."""
+    if not job.files:
+        return ""
+    rows = []
+    for file in job.files:
+        url = f"files/{quote(job.id)}/{quote(file.name)}"
+        link = (
+            f'<a href="{escape(url)}" download="{escape(file.name)}">{escape(file.name)}</a>'
+            if file.is_here
+            else f"<b>{escape(file.name)}</b>"
+        )
+        rows.append(
+            f"<li>{link}"
+            f"<span>{file_size(file.n_bytes)}</span>"
+            f'<code title="sha256">{escape(file.sha256)}</code></li>'
+        )
+    where = "" if any(file.is_here for file in job.files) else _elsewhere(job)
+    return (
+        f'<section class="qk-section"><h3>Files</h3>{where}'
+        f'<ul class="qk-files">{"".join(rows)}</ul></section>'
+    )
+
+
+def _downloads(job: JobView) -> str:
+    """A button for every finished GGUF that lies here: what most people came for."""
+    links = "".join(
+        f'<a class="qk-download" href="{escape(f"files/{quote(job.id)}/{quote(file.name)}")}"'
+        f' download="{escape(file.name)}">Download {escape(file.name)}<small>'
+        f"{file_size(file.n_bytes)}</small></a>"
+        for file in job.files
+        if file.is_model and file.is_here and job.state == "finished"
+    )
+    return f'<p class="qk-downloads">{links}</p>' if links else ""
+
+
+def _elsewhere(job: JobView) -> str:
+    """Where the files of a Job are."""
+    if job.machine is None:
+        return ""
+    text = (
+        "They are in the repository that it was published to."
+        if job.published_url
+        else "They are in your bucket quantkit-jobs on the Hub. Publish them to download them from"
+        " a repository."
+    )
+    return f'<p class="qk-help">{text}</p>'
+
+
+def job_list(jobs: Sequence[JobSummary]) -> str:
+    """The visitor's runs as links; a friendly word where there are none."""
+    if not jobs:
+        return (
+            '<section class="qk-section"><h2>Your runs</h2><div class="qk-empty">'
+            "<p>No runs yet.</p><p>Choose a model above and press Start. Not sure? The demo model"
+            " needs no network and takes a few minutes.</p></div></section>"
+        )
+    items = "".join(_job_line(job) for job in jobs[:200])
+    return (
+        f'<section class="qk-section"><h2>Your runs</h2><ul class="qk-jobs">{items}</ul></section>'
+    )
+
+
+def _job_line(job: JobSummary) -> str:
+    detail = f"{job.target} · {job.profile} · {ago(job.created)}"
+    if job.is_local:
+        detail += " · command line"
+    now = ""
+    if job.state == "running" and job.stage:
+        now = job.stage + ("" if job.percent is None else f" {job.percent} %")
+    elif job.state == "queued" and job.position:
+        now = f"number {job.position} in line"
+    name = escape(model_name(job.model))
+    return (
+        f'<li><a href="?job={quote(job.id)}"><span class="name">{name}</span>'
+        f'<span class="detail">{escape(detail)}</span><span class="now">{escape(now)}</span>'
+        f"{badge(job.state)}</a></li>"
+    )
+
+
+def card(job: JobView) -> str:
+    """The model card without its YAML header, as Markdown."""
+    text = job.card
+    if text.startswith("---\n"):
+        text = text[4:].partition("\n---\n")[2]
+    return text.strip()

@@ -1,0 +1,330 @@
+"""One run: its head and controls, stages, pictures, files, results, publishing and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from quantkit.errors import QuantkitError
+from quantkit.server.web.desk import CHUNKS, SWITCHES, Asker, Desk
+from quantkit.server.web.form import QUIET, visibility
+from quantkit.server.web.view import notice
+
+
+class Watch:
+    """The components of a run's page, made where the page is being laid out."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        gr.HTML('<nav class="qk-back"><a href="./">← All runs and a new one</a></nav>')
+        self.chunks: dict[str, Any] = {"head": gr.HTML(elem_id="job-head")}
+        with gr.Row(elem_classes="qk-buttons"):
+            self.cancel = gr.Button("Cancel", elem_id="cancel", visible=False, size="sm")
+            self.resume = gr.Button(
+                "Resume", variant="primary", elem_id="resume", visible=False, size="sm"
+            )
+            self.delete = gr.Button("Delete", elem_id="delete", visible=False, size="sm")
+        # What was given before is gone: tokens are kept in the worker's environment only.
+        self.again = gr.Textbox(
+            label="Hugging Face token",
+            info="To resume a run that needs one: for a gated or private model, or to publish.",
+            type="password",
+            visible=False,
+            elem_id="resume-token",
+        )
+        with gr.Row(visible=False, elem_classes="qk-confirm", elem_id="confirm") as self.confirm:
+            gr.HTML("<p>Delete this run and all its files for good?</p>")
+            self.delete_now = gr.Button(
+                "Delete it", variant="stop", elem_id="delete-now", size="sm"
+            )
+            self.keep = gr.Button("Keep it", elem_id="keep", size="sm")
+        self.notice = gr.HTML(visible=False, elem_id="job-notice")
+        self._show("stages", "results")
+        with gr.Column(visible=False, elem_id="talk-area") as self.talk_area:
+            with gr.Accordion("Try it", open=False, elem_id="talk"):
+                self._talk()
+        with gr.Column(visible=False, elem_id="publish-area") as self.publish_area:
+            with gr.Accordion("Publish to the Hugging Face Hub", open=False, elem_id="publish-now"):
+                self._publish()
+        self._show("report", "files", "curve")
+        with gr.Accordion("Model card", open=False, elem_id="card", visible=False) as self.card:
+            self.chunks["card"] = gr.Markdown(elem_id="job-card", visible=False)
+        with gr.Column(visible=False) as self.logs:
+            with gr.Accordion("What happened", open=False, elem_id="log"):
+                self.chunks["log"] = gr.HTML(elem_id="job-log")
+                with gr.Accordion("Raw output of the worker", open=False, elem_id="raw"):
+                    self.chunks["raw"] = gr.HTML(elem_id="job-raw")
+
+    def _show(self, *names: str) -> None:
+        for name in names:
+            self.chunks[name] = gr.HTML(elem_id=f"job-{name}", visible=False)
+
+    def _talk(self) -> None:
+        gr.HTML(
+            '<p class="qk-help">Answers of up to 200 tokens, without chance: the same prompt gives'
+            " the same answer. On a small machine it takes a moment.</p>"
+        )
+        self.prompt = gr.Textbox(
+            label="Prompt",
+            placeholder="What is the capital of France?",
+            lines=2,
+            max_length=4000,
+            elem_id="prompt",
+        )
+        with gr.Row(elem_classes="qk-buttons"):
+            self.ask = gr.Button("Ask this file", variant="primary", elem_id="ask", size="sm")
+            self.ask_both = gr.Button("Ask the original too", elem_id="ask-both", size="sm")
+        with gr.Row(elem_classes="qk-answers"):
+            self.answer = gr.Textbox(
+                label="This file", lines=4, interactive=False, elem_id="answer", buttons=["copy"]
+            )
+            self.base_answer = gr.Textbox(
+                label="The original",
+                lines=4,
+                interactive=False,
+                visible=False,
+                elem_id="base-answer",
+                buttons=["copy"],
+            )
+        self.talk_notice = gr.HTML(visible=False, elem_id="talk-notice")
+
+    def _publish(self) -> None:
+        gr.HTML(
+            '<p class="qk-help">Uploads the files above: the GGUF, its importance matrix,'
+            " recipe, report and model card. Other files in the repository stay.</p>"
+        )
+        self.repo = gr.Textbox(
+            label="Repository", placeholder="you/my-model-GGUF", max_length=200, elem_id="repo"
+        )
+        self.visibility = visibility("visibility")
+        self.token = gr.Textbox(
+            label="Hugging Face token",
+            info="With write access. It is never written down.",
+            type="password",
+            visible=not self._desk.sign_in,
+            elem_id="publish-token",
+        )
+        self.collection = gr.Textbox(
+            label="Collection",
+            info="The end of its address. Empty: none.",
+            placeholder="you/my-models-65f1c3",
+            max_length=300,
+            elem_id="collection",
+        )
+        self.changes = gr.HTML(visible=False, elem_id="changes")
+        with gr.Row(elem_classes="qk-buttons"):
+            self.compare = gr.Button("Show what would change", elem_id="compare", size="sm")
+            self.publish = gr.Button(
+                "Publish", variant="primary", visible=False, elem_id="publish", size="sm"
+            )
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Components of CHUNKS and SWITCHES, in that order."""
+        switches = {
+            "can_cancel": self.cancel,
+            "can_resume": self.resume,
+            "can_delete": self.delete,
+            "can_publish": self.publish_area,
+            "can_try": self.talk_area,
+            "has_card": self.card,
+            "is_there": self.logs,
+            "may_give_token": self.again,
+        }
+        return [*(self.chunks[name] for name in CHUNKS), *(switches[name] for name in SWITCHES)]
+
+    def wire(
+        self,
+        job_id: gr.Textbox,
+        parts: list[Any],
+        refresh: Callable[..., list[Any]],
+        areas: list[Any],
+        opened: Callable[[str], list[Any]],
+    ) -> None:
+        """Connect the buttons. `refresh(job, owner, known)` gives the updates of `parts`."""
+        desk = self._desk
+
+        def act(action: str, current: str, asker: Asker, token: str = "") -> list[Any]:
+            notice = desk.act(action, current, asker, token)
+            return [
+                gr.update(value=notice, visible=bool(notice)),
+                *refresh(current, asker.owner, {}),
+            ]
+
+        def cancel(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
+            return act("cancel", current, desk.asker(request, user))
+
+        def resume(
+            current: str,
+            typed: str,
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+        ) -> list[Any]:
+            token = oauth.token if oauth else typed
+            return act("resume", current, desk.asker(request, user), token)
+
+        def delete(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
+            asker = desk.asker(request, user)
+            notice = desk.act("delete", current, asker)
+            left = current if notice else ""
+            return [
+                left,
+                gr.update(visible=False),
+                gr.update(value=notice, visible=bool(notice)),
+                *opened(left),
+                *refresh(left, asker.owner, {}),
+            ]
+
+        shown = [self.notice, *parts]
+        self.cancel.click(cancel, job_id, shown, **QUIET)
+        self.resume.click(resume, [job_id, self.again], shown, **QUIET).then(
+            lambda: "", None, self.again, **QUIET
+        )
+        self.delete.click(lambda: gr.update(visible=True), None, self.confirm, **QUIET)
+        self.keep.click(lambda: gr.update(visible=False), None, self.confirm, **QUIET)
+        self.delete_now.click(
+            delete, job_id, [job_id, self.confirm, self.notice, *areas, *parts], **QUIET
+        ).then(
+            None,
+            job_id,
+            None,
+            js="(id) => { if (!id) history.pushState(null, '', location.pathname) }",
+            api_visibility="private",
+        )
+        self._wire_publish(job_id, parts, refresh)
+        self._wire_talk(job_id)
+
+    def _wire_publish(
+        self, job_id: gr.Textbox, parts: list[Any], refresh: Callable[..., list[Any]]
+    ) -> None:
+        desk = self._desk
+
+        def compare(
+            current: str,
+            repo: str,
+            seen_by: str,
+            typed: str,
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+        ) -> list[Any]:
+            token, asker = oauth.token if oauth else typed, desk.asker(request, user)
+            found, ok = told(lambda: desk.compare(current, repo, seen_by, asker, token))
+            return [gr.update(value=found, visible=True), gr.update(visible=ok)]
+
+        def publish(
+            current: str,
+            repo: str,
+            seen_by: str,
+            collection: str,
+            typed: str,
+            request: gr.Request,
+            user: gr.OAuthProfile | None,
+            oauth: gr.OAuthToken | None,
+        ) -> list[Any]:
+            token, asker = oauth.token if oauth else typed, desk.asker(request, user)
+
+            def do() -> str:
+                desk.publish(current, repo, seen_by, collection, asker, token)
+                return notice("The upload is on its way.", "Its progress is above.", "info")
+
+            said, ok = told(do)
+            return [
+                gr.update(value=said, visible=True),
+                gr.update(visible=not ok),
+                "" if ok else gr.skip(),
+                *refresh(current, asker.owner, {}),
+            ]
+
+        inputs = [job_id, self.repo, self.visibility]
+        self.compare.click(
+            compare,
+            [*inputs, self.token],
+            [self.changes, self.publish],
+            show_progress="full",
+            show_progress_on=self.changes,
+            concurrency_limit=4,
+            api_visibility="private",
+        )
+        self.publish.click(
+            publish,
+            [*inputs, self.collection, self.token],
+            [self.changes, self.publish, self.token, *parts],
+            **QUIET,
+        )
+        # What was shown is for what was asked: another name has to be looked at again.
+        gr.on(
+            [self.repo.input, self.visibility.input],
+            lambda: [gr.update(visible=False), gr.update(visible=False)],
+            None,
+            [self.changes, self.publish],
+            **QUIET,
+        )
+
+    def _wire_talk(self, job_id: gr.Textbox) -> None:
+        desk = self._desk
+
+        def talk(
+            current: str, prompt: str, original: bool, asker: Asker
+        ) -> Iterator[tuple[Any, Any]]:
+            """The growing answer and a notice."""
+            try:
+                yield "", gr.update(visible=False)
+                for text in desk.talk(current, prompt, original, asker):
+                    yield text, gr.skip()
+            except QuantkitError as error:
+                yield gr.skip(), gr.update(value=notice(error.message, error.remedy), visible=True)
+
+        def ask(
+            current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
+        ) -> Iterator[Any]:
+            yield from talk(current, prompt, False, desk.asker(request, user))
+
+        def ask_base(
+            current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
+        ) -> Iterator[Any]:
+            for text, said in talk(current, prompt, True, desk.asker(request, user)):
+                if isinstance(text, str):
+                    text = gr.update(value=text, visible=True)
+                yield text, said
+
+        limits: dict[str, Any] = {
+            "concurrency_limit": 2,
+            "concurrency_id": "talk",
+            "show_progress": "minimal",
+            "api_visibility": "private",
+        }
+        inputs = [job_id, self.prompt]
+        for button in (self.ask, self.ask_both):
+            event = button.click(ask, inputs, [self.answer, self.talk_notice], **limits)
+            if button is self.ask_both:
+                event.then(ask_base, inputs, [self.base_answer, self.talk_notice], **limits)
+
+
+def told(action: Callable[[], str]) -> tuple[str, bool]:
+    """The action's HTML, or what went wrong as a notice; and whether it went well."""
+    try:
+        return action(), True
+    except QuantkitError as error:
+        return notice(error.message, error.remedy), False
+
+
+def short_hash(value: Any) -> str:
+    """Tells one content of a part from another; a text, because a script rounds long numbers."""
+    return f"{hash(value):x}"
+
+
+def updates(shown: dict[str, Any], known: dict[str, str], names: tuple[str, ...]) -> list[Any]:
+    """An update for every name: skipped where nothing changed since `known`."""
+    made: list[Any] = []
+    for name in names:
+        if name not in shown or known.get(name) == short_hash(shown[name]):
+            made.append(gr.skip())
+        elif name in SWITCHES:
+            made.append(gr.update(visible=shown[name]))
+        else:
+            made.append(gr.update(value=shown[name], visible=bool(shown[name])))
+    return made

@@ -1,0 +1,127 @@
+"""A quantized checkpoint expanded to 16 bits, so that the converter and transformers read the very
+same weights and no runtime of the source's format is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from quantkit.checkpoint.quantized import AWQ, FP8, GPTQ, Expanded, Source, expanded
+from quantkit.checkpoint.safetensors import StoredTensor, read_header
+from quantkit.checkpoint.weight_files import INDEX, stored
+from quantkit.errors import QuantkitError
+from quantkit.sources.metadata import strip_config
+
+_SHARD_BYTES = 2_000_000_000  # of one file, and of what is in memory
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the i-th output of a word lies in it
+
+
+def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) -> list[Path]:
+    """Write the model of `files` in `folder` to `out` in 16 bits. Returns the files."""
+    files = list(files)
+    weights = [file for file in files if file.endswith(".safetensors")]
+    tensors, homes = _headers(folder, weights)
+    _copy_rest(folder, [file for file in files if file not in weights], out)
+    opened = {file: safe_open(folder / file, "pt") for file in weights}
+
+    def read(name: str) -> torch.Tensor:
+        return opened[homes[name]].get_tensor(name)
+
+    shards: dict[str, str] = {}
+    waiting: dict[str, torch.Tensor] = {}
+    paths: list[Path] = []
+
+    def flush() -> None:
+        paths.append(out / f"model-{len(paths) + 1:05}.safetensors")
+        save_file(waiting, paths[-1], metadata={"format": "pt"})
+        shards.update(dict.fromkeys(waiting, paths[-1].name))
+        waiting.clear()
+
+    for name, made in expanded(source, tensors).items():
+        waiting[name] = _expand([read(part) for part in made.sources], made, source).contiguous()
+        if sum(t.nbytes for t in waiting.values()) > _SHARD_BYTES:
+            flush()
+    if waiting:
+        flush()
+    (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _headers(
+    folder: Path, weights: Iterable[str]
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """All stored tensors, and the file of each."""
+    headers = ((file, read_header(folder / file).tensors) for file in weights)
+    found = stored(folder.name, headers)
+    return {n: t for n, (_, t) in found.items()}, {n: file for n, (file, _) in found.items()}
+
+
+def _copy_rest(folder: Path, files: Iterable[str], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if file == INDEX:
+            continue
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        if file == "config.json":
+            strip_config(folder / file, out / file)
+        else:
+            shutil.copyfile(folder / file, out / file)
+
+
+def _expand(parts: list[torch.Tensor], made: Expanded, source: Source) -> torch.Tensor:
+    if len(made.sources) == 1 and parts[0].dtype.itemsize > 1:
+        return parts[0]
+    if source.scheme == FP8:
+        values = _fp8(parts[0], parts[1] if len(parts) > 1 else None, source)
+        return values.to(torch.bfloat16)
+    names = [name.rpartition(".")[2] for name in made.sources]
+    return _integers(dict(zip(names, parts, strict=True)), source)
+
+
+def _fp8(weight: torch.Tensor, scale: torch.Tensor | None, source: Source) -> torch.Tensor:
+    """Values of FP8 weights (..., n_rows, n_columns) under one scale, one a row, or one a block."""
+    values = weight.float()
+    if scale is None:
+        return values
+    scale = scale.float()
+    if scale.dim() == 1 and scale.numel() == values.shape[0]:
+        scale = scale[:, None]
+    if source.block is not None and scale.dim() >= 2:
+        rows, columns = source.block
+        scale = scale.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+        scale = scale[..., : values.shape[-2], : values.shape[-1]]
+    try:
+        return values * scale
+    except RuntimeError:
+        raise QuantkitError(
+            f"FP8 scales {tuple(scale.shape)} do not fit weights {tuple(weight.shape)}.",
+            "The checkpoint is broken or of a kind that is not known: give the original model.",
+        ) from None
+
+
+def _integers(parts: Mapping[str, torch.Tensor], source: Source) -> torch.Tensor:
+    """Values (n_out, n_in) of GPTQ's or AWQ's packed integers, in the type of their scales."""
+    scales = parts["scales"]
+    zeros = _unpack(parts["qzeros"], source, 1) + source.zero_offset
+    weights = _unpack(parts["qweight"], source, 0 if source.scheme == GPTQ else 1)
+    group = source.group if source.group > 0 else len(weights)
+    groups = parts.get("g_idx", torch.arange(len(weights)) // group).long()
+    values = (weights - zeros[groups]).float() * scales.float()[groups]
+    return values.T.to(scales.dtype)
+
+
+def _unpack(words: torch.Tensor, source: Source, axis: int) -> torch.Tensor:
+    """Integers packed in 32-bit words along an axis, as int32."""
+    order = _AWQ_ORDER if source.scheme == AWQ else range(32 // source.bits)
+    shifts = torch.tensor([i * source.bits for i in order], dtype=torch.int32)
+    mask = 2**source.bits - 1
+    if axis == 0:
+        return ((words[:, None] >> shifts[:, None]) & mask).flatten(0, 1)
+    return ((words[..., None] >> shifts) & mask).flatten(-2)

@@ -1,0 +1,109 @@
+"""Which modules an adapter's settings name, and how strongly each is changed, as PEFT finds out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:  # what follows is done in a process that starts for it: few imports
+    from quantkit.checkpoint.adapter import Adapter
+
+ALL_LINEAR = "all-linear"  # every linear layer but the head
+
+# Patterns of strangers that are more than a name may take exponential time: not in this process.
+_NAME = re.compile(r"\^?[\w.\\-]+\$?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """Whether a module is changed at all, and the alpha and the rank of its change."""
+
+    is_target: bool
+    alpha: float
+    rank: int | None  # None: the settings do not say
+
+
+def strengths(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Strength]:
+    """By module. Raises QuantkitError when the adapter's patterns take too long."""
+    arguments: dict[str, Any] = {
+        "settings": dataclasses.asdict(adapter),
+        "modules": list(modules),
+        "head": head,
+    }
+    patterns = [*adapter.alphas, *adapter.ranks, *adapter.whole, *adapter.layer_names]
+    for names in (adapter.targets, adapter.excluded):
+        patterns += [names] if isinstance(names, str) else []
+    if all(_NAME.fullmatch(pattern) for pattern in patterns):
+        found = match(**arguments)
+    else:
+        found = _apart(arguments)
+    return {name: Strength(*found[name]) for name in modules}
+
+
+def match(settings: Mapping[str, Any], modules: Sequence[str], head: str) -> dict[str, list[Any]]:
+    """The fields of `Strength` by module; plain values in, plain values out."""
+    alphas, ranks = (_by_pattern(settings[name]) for name in ("alphas", "ranks"))
+    return {
+        name: [
+            _is_target(settings, name, head),
+            _first(alphas, name, settings["alpha"]),
+            _first(ranks, name, settings["rank"]),
+        ]
+        for name in modules
+    }
+
+
+def _by_pattern(values: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in values.items()]
+
+
+def _first(values: Sequence[tuple[re.Pattern[str], Any]], name: str, otherwise: Any) -> Any:
+    return next((value for pattern, value in values if pattern.match(name)), otherwise)
+
+
+def _is_target(settings: Mapping[str, Any], name: str, head: str) -> bool:
+    if _is_named(settings["excluded"], name):
+        return False
+    if any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in settings["whole"]):
+        return False
+    targets = settings["targets"]
+    if targets is None:  # PEFT's own list of the architecture
+        return True
+    if targets == ALL_LINEAR:
+        return name != head
+    if not _is_named(targets, name):
+        return False
+    if isinstance(targets, str) or settings["layers"] is None:
+        return True
+    index = _layer(name, settings["layer_names"])
+    return index is not None and index in settings["layers"]
+
+
+def _is_named(names: str | Sequence[str], name: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in names)
+
+
+def _layer(name: str, layer_names: Sequence[str]) -> int | None:
+    """The number of the layer that a module is in."""
+    patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in layer_names] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((m for p in patterns if (m := re.match(p, name))), None)
+    return None if found is None else int(found[1])
+
+
+def _apart(arguments: dict[str, Any]) -> dict[str, list[Any]]:
+    limits = sandbox.Limits(cpu_seconds=3, wall_seconds=60, memory_bytes=2**30)
+    try:
+        found: dict[str, list[Any]] = sandbox.call(f"{__name__}:match", arguments, limits=limits)
+    except sandbox.Crashed as error:
+        raise QuantkitError(
+            f"The adapter's patterns of module names cannot be used: the process {error.reason}.",
+            "Write simpler ones in adapter_config.json of a local copy, or merge it yourself.",
+        ) from None
+    return found

@@ -1,0 +1,1 @@
+"""What calibration says of inputs and outputs: Hessians, expert counts, Fisher information."""

@@ -1,0 +1,175 @@
+"""The level file of a tuned allocation: a whole GGUF whose tensors are those of an allocation,
+tuned where that brought the file nearer to the original.
+
+The unit of work is a block: the file is laid out at once and filled block by block; what is done is
+noted in `tuning.partial.json`. `tuning.json` says what came of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.config import TUNING_BATCH
+from quantkit.files import PARTIAL, write_json
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import Layout, SlotFile
+from quantkit.run.folder import read_json
+from quantkit.sizes import size
+from quantkit.tensors import Candidate
+
+if TYPE_CHECKING:
+    from quantkit.model.blockwise import BlockwiseModel
+    from quantkit.tuning.tuner import Stored, TunedBlock, Tuner
+
+_PREFIX = "tuned-"
+_DONE, _OUTCOME = "tuning.partial.json", "tuning.json"
+
+_HELDOUT = 32  # sequences that say whether tuning helped
+
+Progress = Callable[[int, int, str], None]
+
+
+def tuned_name(limit_bytes: int) -> str:
+    """The name of the level file for a budget."""
+    return f"{_PREFIX}{limit_bytes}.gguf"
+
+
+def is_tuned(file: str) -> bool:
+    """Whether a level file of this name was tuned after the search."""
+    return file.startswith(_PREFIX)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning came to. KL(original || file) in nats per token on held-out sequences, of the
+    allocation and of the tuned file; `tensors` are those that changed, none where that did not
+    help; errors of blocks are squared, over the power of the original's output.
+    """
+
+    n_steps: int
+    kl_before: float
+    kl_after: float
+    errors: tuple[tuple[float, float], ...]
+    tensors: tuple[str, ...]
+
+    @property
+    def in_short(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {
+            "steps": self.n_steps,
+            "kl_before": self.kl_before,
+            "kl_after": self.kl_after,
+            "n_tensors": len(self.tensors),
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> Outcome | None:
+        """What `tune_file` wrote into the folder of its file, None where nothing was tuned."""
+        if not (folder / _OUTCOME).exists():
+            return None
+        value = read_json(folder / _OUTCOME)
+        value["errors"] = tuple(tuple(pair) for pair in value["errors"])
+        value["tensors"] = tuple(value["tensors"])
+        return cls(**value)
+
+
+def lack_of_memory(needed: int, free: int) -> str:
+    """Why files are not tuned where memory is missing; empty where there is enough."""
+    if needed <= free:
+        return ""
+    return f"tuning takes {size(needed)} and {size(free)} are free"
+
+
+def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stored]:
+    """Tensors as the level files in a folder hold them; what each is to be, by its name."""
+    from quantkit.tuning.tuner import Stored
+
+    files = {file: GgufFile(levels / file) for file in sorted({c.file for c in chosen.values()})}
+    return {n: Stored(c.key.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
+
+
+def load_tuner(
+    model: BlockwiseModel,
+    row_maps: Path,
+    tokens: Path,
+    stored: Mapping[str, Stored],
+    n_steps: int,
+    scratch: Path,
+    exact: bool,
+) -> Tuner:
+    """What tunes the tensors of `stored`, with the row maps and the tokens of these files; for the
+    others see `Tuner`.
+    """
+    from safetensors.torch import load_file
+
+    from quantkit.model.row_maps import load_row_maps
+    from quantkit.tuning.tuner import Effort, Tuner
+
+    ids, effort = load_file(tokens), Effort(n_steps, TUNING_BATCH)
+    train, heldout = ids["train"], ids["heldout"][:_HELDOUT]
+    return Tuner(model, load_row_maps(row_maps), stored, train, heldout, effort, scratch, exact)
+
+
+def tune_file(
+    path: Path,
+    layout: Layout,
+    base: GgufFile,
+    stored: Mapping[str, Stored],
+    make_tuner: Callable[[], Tuner],
+    n_steps: int,
+    progress: Progress,
+) -> tuple[Outcome, list[Path]]:
+    """Tune the tensors of `stored`; the others of the laid-out file are the base's. Goes on where
+    it was. Returns the outcome and the files written: no GGUF where the KL did not fall.
+    """
+    known = Outcome.load(path.parent)
+    if known is not None and path.exists() == bool(known.tensors):
+        return known, _files(path, known)
+    file, done_path = SlotFile(path, layout), path.with_name(_DONE)
+    done: list[dict[str, Any]] = []
+    if file.resumed and done_path.exists():
+        done = read_json(done_path)
+    else:
+        for name in base.tensors:
+            file.write(name, stored[name].packed if name in stored else base.packed(name))
+    tuner = make_tuner()
+    for index in range(tuner.n_blocks):
+        known_block = _read(done[index], file, stored) if index < len(done) else None
+        block = tuner.block(index, known_block)
+        if known_block is None:
+            for name, rows in block.rows.items():
+                file.write(name, rows)
+            file.flush()
+            done.append({"errors": [block.before, block.after], "tensors": list(block.rows)})
+            write_json(done_path, done)
+        said = f"block {index + 1} of {tuner.n_blocks}: error {block.before:.2e}"
+        said += f" -> {block.after:.2e}" if block.rows else ", kept as it was"
+        progress(index + 1, tuner.n_blocks, said)
+    before, after = tuner.kl()
+    tensors = tuple(name for row in done for name in row["tensors"]) if after < before else ()
+    errors = tuple((row["errors"][0], row["errors"][1]) for row in done)
+    outcome = Outcome(n_steps, before, after, errors, tensors)
+    if tensors:
+        file.finish()
+    else:
+        file.close()
+        path.with_name(path.name + PARTIAL).unlink()
+    write_json(path.with_name(_OUTCOME), outcome)
+    done_path.unlink(missing_ok=True)
+    return outcome, _files(path, outcome)
+
+
+def _files(path: Path, outcome: Outcome) -> list[Path]:
+    return [path.with_name(_OUTCOME), *([path] if outcome.tensors else [])]
+
+
+def _read(row: dict[str, Any], file: SlotFile, stored: Mapping[str, Stored]) -> TunedBlock:
+    """What an earlier run made of a block."""
+    from quantkit.tuning.tuner import TunedBlock
+
+    before, after = row["errors"]
+    rows = {n: file.read(n).reshape(stored[n].packed.shape) for n in row["tensors"]}
+    return TunedBlock(before, after, rows)
