@@ -287,7 +287,7 @@ def test_an_error_that_nobody_foresaw(
 def test_closed_streams(tmp_path: Path, closed: str) -> None:
     """No file that is opened later gets their numbers, and with them what a library prints."""
     code = (
-        "from quantkit import terminal; terminal.settle_streams(); import os, sys;"
+        "from quantkit.run import terminal; terminal.settle_streams(); import os, sys;"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print('lost', file=sys.stderr);"
         "os.write(2, b'lost'); os.write(1, b'lost'); file.write(str(file.fileno() > 2))"
     )

@@ -226,7 +226,7 @@ def test_a_process_of_its_own(server: HubServer, tmp_path: Path) -> None:
     """As a worker is started: everything by environment; and a preview imports no torch."""
     server.add_model("alice/x", tiny_model(), private=True)
     code = (
-        "import sys; from quantkit import hub; "
+        "import sys; from quantkit import hub, sources; "
         "info = sources.inspect(hub.parse_reference('alice/x'), hub.resolve_token()); "
         "print(info.n_parameters, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )

@@ -70,7 +70,7 @@ def test_a_group_of_the_first_version(tmp_path: Path, monkeypatch: pytest.Monkey
     assert room.kills() == {"group": 3}
 
 
-_ASK = "from quantkit import room; f = room.free(); print(f.n_bytes, f.own, f.bound)"
+_ASK = "from quantkit.machine import room; f = room.free(); print(f.n_bytes, f.own, f.bound)"
 
 
 @pytest.mark.parametrize("option", ["-v", "-d"])

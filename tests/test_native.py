@@ -102,8 +102,8 @@ import hashlib, os
 n = int(os.environ["N_CORES"])
 os.cpu_count = lambda: n
 import numpy as np
-from quantkit.kquants import native
-from quantkit.qtypes import QuantType
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
 rng = np.random.default_rng(0)
 values = rng.standard_normal((150, 256), np.float32)
 importance = rng.random(256, np.float32)

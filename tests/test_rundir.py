@@ -142,7 +142,7 @@ def test_contents_are_trusted_when_size_and_time_are_the_same(tmp_path: Path) ->
 _HOLD = """
 import sys, time
 from pathlib import Path
-from quantkit.rundir import RunDir
+from quantkit.run.folder import RunDir
 with RunDir(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)

@@ -199,8 +199,8 @@ from pathlib import Path
 from test_stock import imatrix
 from tiny_gguf import write_llama
 from quantkit.errors import QuantkitError
-from quantkit.ggufio.read import GgufFile
-from quantkit.kquants.stock import StockRecipe, make_stock
+from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.stock import StockRecipe, make_stock
 folder = Path(sys.argv[1])
 base = GgufFile(write_llama(folder / "base.gguf"))
 try:
