@@ -42,7 +42,7 @@ from quantkit.evidence import meter  # noqa: E402
 from quantkit.files import write_json  # noqa: E402
 from quantkit.run.events import Event  # noqa: E402
 from quantkit.run.folder import read_json  # noqa: E402
-from quantkit.run.names import STAGES  # noqa: E402
+from quantkit.run.names import NAMES  # noqa: E402
 
 WIDTH, INNER, HEADS, KV_HEADS = 4096, 14_336, 32, 8
 SPREAD = 3.0  # standard deviation of logits
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--levels", default="Q3_K,Q4_K")
     parser.add_argument("--bpw", default="4.7")
-    parser.add_argument("--until", default=STAGES[-1], choices=STAGES)
+    parser.add_argument("--until", default=NAMES[-1], choices=NAMES)
     parser.add_argument("--memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tuning", type=int, default=0)
@@ -327,7 +327,7 @@ def show(table: dict[str, dict[str, float]], plan: dict[str, int]) -> None:
         + " GPU memory |" * gpu
     )
     print("|---|---:|---:|---:|---:|---:|" + "---:|" * gpu)
-    for stage in STAGES:
+    for stage in NAMES:
         if stage in table:
             row = table[stage]
             sizes = (row["rss"], plan[stage], row["anonymous"])

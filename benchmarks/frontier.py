@@ -26,6 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from quantkit.gguf_file.base import load_base
+from quantkit.llamacpp.output import load_provenance
+from quantkit.run.outputs import load_outputs
+from quantkit.search.database import load_database
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -38,7 +43,7 @@ from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, read_json
 from quantkit.search.allocation import pruned
 from quantkit.search.propose import damages, knapsack
-from quantkit.stages import convert, database, search, stitch
+from quantkit.stages import search
 
 MIXES = ("Q2_K", "IQ3_M", "IQ4_XS", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 PURE = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -151,16 +156,16 @@ def our_files(arguments: argparse.Namespace, run: Path, sizes: list[int]) -> lis
         print(f"{name:10} {record.seconds:6.0f} s", flush=True)
     print(f"quantkit   {time.monotonic() - started:6.0f} s", flush=True)
     directory = RunDir(run)
-    return [directory.stage_dir("stitch") / made.file for made in stitch.load_outputs(directory)]
+    return [directory.artifacts.stitched / made.file for made in load_outputs(directory)]
 
 
 def proposed_files(config: RunConfig, run: Path, sizes: list[int]) -> list[Path]:
     """The knapsack's answer within each of these bytes, stitched from the levels of a run."""
-    pipeline.run(config, run, until="database")
+    pipeline.run(config, run, until="quantize")
     directory = RunDir(run)
     work = pipeline.Run(config, directory, EventLog(directory.events_path))
-    base, made = convert.load_base(directory), search.provenance(work)
-    whole, index = pruned(search.make_space(work, base)), database.load(directory)
+    base, made = load_base(directory), load_provenance(work.dir)
+    whole, index = pruned(search.make_space(work, base)), load_database(directory.artifacts)
     folder = run.with_name("proposals")
     folder.mkdir(exist_ok=True)
     found = []
@@ -172,7 +177,7 @@ def proposed_files(config: RunConfig, run: Path, sizes: list[int]) -> list[Path]
         keys = space.keys(chosen)
         types = {name: key.qtype for name, key in keys.items()}
         path = folder / f"{n_bytes}.gguf"
-        levels = directory.stage_dir("quantize")
+        levels = directory.artifacts.levels
         sources = {name: levels / index.find(key).file for name, key in keys.items()}
         stitch_file(path, lay_out_output(base, types, made, "Q4_K_M"), base, sources)
         found.append(path)
@@ -205,7 +210,7 @@ def main() -> None:
     shared |= {"device": arguments.device, "seed": arguments.seed}
     first = RunConfig(model=arguments.model, targets=(Target("like", "Q4_K_M"),), **shared)
     pipeline.run(first, arguments.out / "base", until="convert")
-    base = convert.load_base(RunDir(arguments.out / "base")).path
+    base = load_base(RunDir(arguments.out / "base")).path
     peer = Peer(arguments.peer, base, scratch, arguments.chunks, arguments.jobs)
     imatrix = arguments.imatrix or peer.imatrix(arguments.imatrix_text)
     wanted = [(label, False) for label in filter(None, arguments.mixes.split(","))]

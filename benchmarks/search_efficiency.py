@@ -27,6 +27,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantkit.gguf_file.base import load_base
+from quantkit.sources.snapshot import load_snapshot
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -46,7 +49,6 @@ from quantkit.search.allocation import Choices, SearchSpace, pruned
 from quantkit.search.evopress import Plan, SearchState, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.propose import damages, knapsack, uniform
-from quantkit.stages import convert, fetch
 from quantkit.stages.search import make_space
 
 N_OFFSPRING, SURVIVORS, TOKENS, N_FIRST = 128, (16, 4, 1), (2048, 16_384, 131_072), 10
@@ -214,19 +216,19 @@ def judge_of(folder: Path, device: str) -> tuple[Judge, SearchSpace]:
     directory = RunDir(folder.absolute())
     config = replace(RunConfig.from_json(read_json(directory.config_path)), device=device)
     run = Run(config, directory, EventLog(Path(os.devnull)))
-    space = pruned(make_space(run, convert.load_base(directory)))
-    model = load_model(fetch.load(directory).folder, compute_dtype(device), device)
-    maps = load_row_maps(directory.stage_dir("convert") / "rowmaps.safetensors")
-    ids = load_file(directory.stage_dir("calibrate") / "tokens.safetensors")["heldout"]
+    space = pruned(make_space(run, load_base(directory)))
+    model = load_model(load_snapshot(directory).folder, compute_dtype(device), device)
+    maps = load_row_maps(directory.artifacts.row_maps)
+    ids = load_file(directory.artifacts.tokens)["heldout"]
     scratch = Path(tempfile.mkdtemp(prefix="targets-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    levels = directory.stage_dir("quantize")
+    levels = directory.artifacts.levels
     fitness = Fitness(BlockwiseModel(model), space, maps, levels, ids, scratch / "targets")
     return Judge(fitness), space
 
 
 def n_weights(folder: Path) -> int:
-    return convert.load_base(RunDir(folder.absolute())).n_elements
+    return load_base(RunDir(folder.absolute())).n_elements
 
 
 def main() -> None:

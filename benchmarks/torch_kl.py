@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from quantkit.sources.snapshot import load_snapshot
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -25,7 +27,6 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.model.blockwise import load_model, load_tokenizer
 from quantkit.model.row_maps import load_row_maps
 from quantkit.run.folder import RunDir
-from quantkit.stages import fetch
 
 N_CTX, BATCH = 512, 4
 
@@ -35,8 +36,8 @@ class Meter:
 
     def __init__(self, run: Path, texts: list[Path], n_windows: int, device: str) -> None:
         directory = RunDir(run)
-        folder = fetch.load(directory).folder
-        self._maps = load_row_maps(directory.stage_dir("convert") / "rowmaps.safetensors")
+        folder = load_snapshot(directory).folder
+        self._maps = load_row_maps(directory.artifacts.row_maps)
         self._base = load_model(folder, torch.float32, device)
         self._model = load_model(folder, torch.float32, device)
         tokenizer = load_tokenizer(folder)

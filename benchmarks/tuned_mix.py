@@ -16,6 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+from quantkit.gguf_file.base import load_base
+from quantkit.search.database import load_database
+from quantkit.sources.snapshot import load_snapshot
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -26,7 +30,6 @@ from quantkit.llamacpp.output import Provenance, lay_out_output
 from quantkit.llamacpp.stock import StockRecipe, stock_types
 from quantkit.model.streaming import open_model
 from quantkit.run.folder import RunDir
-from quantkit.stages import convert, database, fetch
 from quantkit.tuning.tuned import load_stored, load_tuner, tune_file, tuned_name
 from quantkit.tuning.tuner import Tuner
 
@@ -37,15 +40,15 @@ def tuned(
     """The file of a run's levels at a recipe's types, and the tuned one, written into `out`: the
     same where tuning did not help.
     """
-    base, index = convert.load_base(run), database.load(run)
+    base, index = load_base(run), load_database(run.artifacts)
     types = stock_types(base.path, recipe)
     chosen = {
         name: next(c for c in candidates if c.key.qtype == types[name])
         for name, candidates in index.candidates.items()
     }
-    levels = run.stage_dir("quantize")
+    levels = run.artifacts.levels
     stored = load_stored(chosen, levels)
-    made = Provenance(fetch.load(run).info.sha, (), 0, 0)
+    made = Provenance(load_snapshot(run).info.sha, (), 0, 0)
     layout = lay_out_output(base, {n: s.qtype for n, s in stored.items()}, made, recipe.label)
     out.mkdir(parents=True, exist_ok=True)
     sources = {n: levels / c.file for n, c in chosen.items()}
@@ -53,9 +56,9 @@ def tuned(
 
     def tuner() -> Tuner:
         return load_tuner(
-            open_model(fetch.load(run).folder, torch.float32, device),
-            run.stage_dir("convert") / "rowmaps.safetensors",
-            run.stage_dir("calibrate") / "tokens.safetensors",
+            open_model(load_snapshot(run).folder, torch.float32, device),
+            run.artifacts.row_maps,
+            run.artifacts.tokens,
             stored,
             steps,
             out,

@@ -25,9 +25,9 @@ from tuned_mix import tuned
 from quantkit import pipeline
 from quantkit.config import PROFILES, RunConfig, Target
 from quantkit.ggml.types import QuantType, file_label
+from quantkit.gguf_file.base import load_base
 from quantkit.llamacpp.stock import StockRecipe
 from quantkit.run.folder import RunDir
-from quantkit.stages import convert
 
 
 def main() -> None:
@@ -56,14 +56,14 @@ def main() -> None:
     run, scratch = RunDir(arguments.out / "run"), arguments.out / "llama.cpp"
     scratch.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    pipeline.run(config, run.path, until="database")
+    pipeline.run(config, run.path, until="quantize")
     print(f"quantkit {time.monotonic() - started:.0f} s", file=sys.stderr)
-    base = convert.load_base(run).path
+    base = load_base(run).path
     peer = Peer(arguments.peer, base, scratch, arguments.chunks, arguments.jobs)
-    imatrix = run.stage_dir("calibrate") / "imatrix.gguf"
+    imatrix = run.artifacts.imatrix
     found = {
         "theirs": [peer.quantize(qtype, True, imatrix) for qtype in types],
-        "level": [run.stage_dir("quantize") / f"{qtype}.gguf" for qtype in types],
+        "level": [run.artifacts.levels / f"{qtype}.gguf" for qtype in types],
     }
     if arguments.tuning:
         recipes = {q: StockRecipe(file_label(QuantType(q)), True) for q in types}

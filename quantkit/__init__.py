@@ -1,6 +1,6 @@
 """quantkit: any Hugging Face language model into the best GGUF its size budget allows, with proof.
 
-Nine stages, one spelling everywhere: fetch, convert, calibrate, quantize, database, search, stitch,
+Nine stages, one spelling everywhere: fetch, convert, calibrate, quantize, search, tune, stitch,
 validate, publish.
 """
 

@@ -26,7 +26,7 @@ from quantkit.planning import compare_options
 from quantkit.run import terminal
 from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 from quantkit.run.terminal import Printer
 from quantkit.sandbox import secrets
 from quantkit.tensors import METHODS, to_json
@@ -347,10 +347,10 @@ def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
 
     shown = Printer()
     records = pipeline.run(config, folder, shown)
-    report_path = RunDir(folder).stage_dir("validate") / "report.md"
+    report_path = RunDir(folder).artifacts.report.with_suffix(".md")
     with suppress(OSError):
         print(printable(report_path.read_text("utf-8")), file=sys.stderr)
-        files = printable(str(RunDir(folder).stage_dir("publish")))
+        files = printable(str(RunDir(folder).artifacts.upload.parent))
         print(f"\nfiles: {files}\nweb page: make app", file=sys.stderr)
     return {
         "folder": str(folder),
@@ -375,7 +375,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
         "running"
         if running
         else "done"
-        if len(records) == len(STAGES)
+        if len(records) == len(NAMES)
         else "failed"
         if failed
         else "interrupted"
@@ -384,7 +384,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.json:
         folder = printable(str(arguments.folder))
         print(f"{folder}: {state}")
-        for stage in STAGES:
+        for stage in NAMES:
             record = records.get(stage)
             print(f"  {stage:<10} " + (f"done in {record.seconds:.0f} s" if record else "-"))
         if last is not None and state != "done":

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from quantkit import hub
@@ -25,26 +23,15 @@ from quantkit.files import PARTIAL, write_json
 from quantkit.machine import faults, room
 from quantkit.run.events import Event, EventLog, read_events
 from quantkit.run.folder import Damaged, OutputFile, RunDir, StageRecord, fingerprint, read_json
-from quantkit.run.names import STAGES
-from quantkit.run.stage import Run
+from quantkit.run.stage import Run, Stage
+from quantkit.stages import STAGES
 from quantkit.tensors import to_json
 
 Echo = Callable[[Event], None]
 
 
-def stage_module(stage: str) -> ModuleType:
-    """The module of a stage: NAME, VERSION, FIELDS, execute(run), and what else it defines of
-
-    extra_inputs(config)       more that its result depends on, such as a file's hash
-    is_intermediate(path)      whether `clean` may drop an output
-    last_reader(path)          the last stage that reads an output, by default the last of all
-    is_current(config, record) False when the record, though its inputs are the same, is not enough
-    """
-    return importlib.import_module(f"quantkit.stages.{stage}")
-
-
 def run(
-    config: RunConfig, folder: Path, echo: Echo | None = None, until: str = STAGES[-1]
+    config: RunConfig, folder: Path, echo: Echo | None = None, until: str = STAGES[-1].name
 ) -> dict[str, StageRecord]:
     """Run the stages of `config` in `folder` up to `until`, or what is left of them.
 
@@ -63,7 +50,7 @@ def run(
             if config.publish:
                 hub.check_write(config.publish, hub.resolve_token(), config.private)
             for stage in _to_do(directory, config, events, until):
-                at.stage, at.needs = stage, _needs(stage, config, directory)
+                at.stage, at.needs = stage.name, _needs(stage, config, directory)
                 _execute(stage, config, directory, events, at.needs)
             at.stage, at.needs = None, 0
             events.emit(None, "finished", "all stages are done")
@@ -82,18 +69,19 @@ def last_end(directory: RunDir) -> str:
     return faults.ended_for_memory(kills) if isinstance(kills, dict) else ""
 
 
-def _needs(stage: str, config: RunConfig, directory: RunDir) -> int:
+def _needs(stage: Stage, config: RunConfig, directory: RunDir) -> int:
     """About the bytes of memory that a long stage takes; 0 for the others."""
-    if stage not in ("calibrate", "quantize", "search", "validate"):
+    if not stage.takes_long:
         return 0
-    from quantkit.planning.levels import plan_levels
+    from quantkit.config.levels import plan_levels
+    from quantkit.gguf_file.base import load_base, load_specs
     from quantkit.planning.plan import estimates
-    from quantkit.stages import convert, fetch
+    from quantkit.sources.snapshot import load_snapshot
 
-    base, specs = convert.load_base(directory), convert.load_specs(directory)
-    info = fetch.load(directory).info
+    base, specs = load_base(directory), load_specs(directory)
+    info = load_snapshot(directory).info
     memory = estimates(config, info, base, plan_levels(specs, config))["memory"]
-    return int(memory.get(stage, 0))
+    return int(memory.get(stage.name, 0))
 
 
 @contextmanager
@@ -201,23 +189,21 @@ def _shown(config: RunConfig, name: str) -> str:
     return str(value) if value is not None else "(not given)"
 
 
-def stage_inputs(stage: str, config: RunConfig, directory: RunDir) -> dict[str, Any]:
-    """All that a stage's result depends on: its version, its config fields, files named there, and
-    the stage before.
+def stage_inputs(stage: Stage, config: RunConfig, directory: RunDir) -> dict[str, Any]:
+    """Return all that a stage's result depends on: its version, its config fields, files named
+    there, and the stage before.
     """
-    module = stage_module(stage)
-    inputs: dict[str, Any] = {"version": module.VERSION}
-    inputs |= {name: to_json(getattr(config, name)) for name in module.FIELDS}
-    if hasattr(module, "extra_inputs"):
-        inputs |= module.extra_inputs(config)
+    inputs: dict[str, Any] = {"version": stage.version}
+    inputs |= {name: to_json(getattr(config, name)) for name in stage.fields}
+    inputs |= stage.extra_inputs(config)
     position = STAGES.index(stage)
     if position:
-        record = directory.records().get(STAGES[position - 1])
+        record = directory.records().get(STAGES[position - 1].name)
         inputs["previous"] = record.fingerprint if record else None
     return inputs
 
 
-def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -> list[str]:
+def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -> list[Stage]:
     """The stages to run, up to `until`: from the first whose record or files are missing.
 
     A stage whose files were dropped on purpose counts as done as long as nothing after it has to
@@ -225,10 +211,10 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
     on or beside may differ, and is measured again.
     """
     records = directory.records()
-    stages = STAGES[: STAGES.index(until) + 1]
+    stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
     done = 0
     for stage in stages:
-        record = records.get(stage)
+        record = records.get(stage.name)
         if record is None:
             break
         inputs = stage_inputs(stage, config, directory)
@@ -236,30 +222,30 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
             names = sorted({*inputs, *record.inputs})
             changed = [k for k in names if inputs.get(k) != record.inputs.get(k)]
             if all(k.removesuffix("_sha256").split()[0] in config.MEASURED_ON for k in changed):
-                events.emit(stage, "note", f"{changed[0]} was changed: this stage runs again")
+                events.emit(stage.name, "note", f"{changed[0]} was changed: this stage runs again")
                 break
             name = changed[0]
             raise QuantkitError(
-                f"The {stage} stage in {directory.path} was made with"
+                f"The {stage.name} stage in {directory.path} was made with"
                 f" {name} = {record.inputs.get(name)}, which is now {inputs.get(name)}.",
                 "Start again with another --out.",
             )
-        if not getattr(stage_module(stage), "is_current", lambda *_: True)(config, record):
+        if not stage.is_current(config, record):
             break
         done += 1
-    done = _n_whole([records[stage] for stage in stages[:done]], stages, directory, events)
+    done = _n_whole([records[s.name] for s in stages[:done]], stages, directory, events)
     records = directory.records()
     # Neither publishing nor measuring needs a dropped file.
-    if stages[done:] not in ((), ("publish",), ("validate",), ("validate", "publish")):
-        cleaned = (i for i, stage in enumerate(stages[:done]) if records[stage].cleaned)
+    if {stage.name for stage in stages[done:]} - {"validate", "publish"}:
+        cleaned = (i for i, stage in enumerate(stages[:done]) if records[stage.name].cleaned)
         done = min(done, next(cleaned, done))
     for stage in stages[:done]:
-        events.emit(stage, "skipped", "done before")
+        events.emit(stage.name, "skipped", "done before")
     return list(stages[done:])
 
 
 def _n_whole(
-    done: Sequence[StageRecord], stages: Sequence[str], directory: RunDir, events: EventLog
+    done: Sequence[StageRecord], stages: Sequence[Stage], directory: RunDir, events: EventLog
 ) -> int:
     """How many of the finished stages have all their files. What a stage that is left reads is
     hashed: this process has not seen it being written. Where bytes have changed, nothing that came
@@ -300,14 +286,19 @@ def _n_whole(
 
 def _kept(record: StageRecord) -> list[OutputFile]:
     """The files of a stage that should be there: `clean` drops some."""
-    is_intermediate = getattr(stage_module(record.stage), "is_intermediate", lambda _: False)
-    return [o for o in record.outputs if not (record.cleaned and is_intermediate(o.path))]
+    stage = _stage_of(record)
+    return [o for o in record.outputs if not (record.cleaned and stage.is_intermediate(o.path))]
 
 
-def _is_read(record: StageRecord, output: OutputFile, left: Sequence[str]) -> bool:
-    """Whether a stage that is left to do reads a finished file."""
-    last = getattr(stage_module(record.stage), "last_reader", lambda _: STAGES[-1])(output.path)
-    return any(STAGES.index(stage) <= STAGES.index(last) for stage in left)
+def _stage_of(record: StageRecord) -> Stage:
+    return next(stage for stage in STAGES if stage.name == record.stage)
+
+
+def _is_read(record: StageRecord, output: OutputFile, left: Sequence[Stage]) -> bool:
+    """Return whether a stage that is left to do reads a finished file."""
+    names = [stage.name for stage in STAGES]
+    last = names.index(_stage_of(record).last_reader(output.path))
+    return any(STAGES.index(stage) <= last for stage in left)
 
 
 _HASHED_BEFORE = ("validate", "publish")
@@ -326,21 +317,22 @@ def _check_outputs(directory: RunDir) -> None:
 
 
 def _execute(
-    stage: str, config: RunConfig, directory: RunDir, events: EventLog, needs: int
+    stage: Stage, config: RunConfig, directory: RunDir, events: EventLog, needs: int
 ) -> None:
-    events.emit(stage, "started")
+    name = stage.name
+    events.emit(name, "started")
     begun = time.monotonic()
-    little = faults.little_memory(needs, stage)
+    little = faults.little_memory(needs, name)
     if little:
-        events.emit(stage, "note", little)
-    if stage in _HASHED_BEFORE:
+        events.emit(name, "note", little)
+    if name in _HASHED_BEFORE:
         _check_outputs(directory)
-    folder = directory.stage_dir(stage)
+    folder = directory.stage_dir(name)
     folder.mkdir(parents=True, exist_ok=True)
     inputs = stage_inputs(stage, config, directory)
-    result = stage_module(stage).execute(Run(config, directory, events))
+    result = stage.execute(Run(config, directory, events))
     record = StageRecord(
-        stage,
+        name,
         inputs,
         tuple(directory.describe(path) for path in result.outputs),
         round(time.monotonic() - begun, 1),
@@ -351,7 +343,7 @@ def _execute(
         left.unlink()
     gc.collect()  # a model refers to itself in many places, and may be gigabytes
     events.emit(
-        stage, "finished", f"{record.seconds:.0f} s", seconds=record.seconds, **record.summary
+        name, "finished", f"{record.seconds:.0f} s", seconds=record.seconds, **record.summary
     )
 
 
@@ -365,9 +357,9 @@ def clean(folder: Path) -> int:
         raise UsageError(f"{folder} holds no run.", "Give the folder that was --out of a run.")
     with directory.lock():
         freed = 0
-        for stage, record in directory.records().items():
-            is_intermediate = getattr(stage_module(stage), "is_intermediate", lambda _: False)
-            dropped = [output for output in record.outputs if is_intermediate(output.path)]
+        for record in directory.records().values():
+            stage = _stage_of(record)
+            dropped = [output for output in record.outputs if stage.is_intermediate(output.path)]
             for output in dropped:
                 freed += _unlink(folder / output.path)
             if dropped:

@@ -20,11 +20,13 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file
 from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.llamacpp.output import Provenance, lay_out_output
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, read_json
+from quantkit.search.database import load_database
 from quantkit.tuning.tuned import is_tuned
 
 if TYPE_CHECKING:
@@ -161,8 +163,8 @@ def _make_levels(recipe: Recipe, folder: Path) -> dict[str, Path]:
     from quantkit import pipeline
 
     config, tuned = recipe.pinned_config, [name for name in recipe.levels if is_tuned(name)]
-    pipeline.run(config, folder, until="database" if tuned else "quantize")
-    run = pipeline.Run(config, RunDir(folder), EventLog(RunDir(folder).events_path))
+    pipeline.run(config, folder, until="quantize")
+    run = Run(config, RunDir(folder), EventLog(RunDir(folder).events_path))
     for name in tuned:
         _tune(recipe, run, folder / name)
     return _kept(recipe, folder)
@@ -170,10 +172,10 @@ def _make_levels(recipe: Recipe, folder: Path) -> dict[str, Path]:
 
 def _tune(recipe: Recipe, run: Run, path: Path) -> None:
     """Make the tuned level file: every tensor of the type that the recipe says."""
-    from quantkit.stages import convert, database, search
+    from quantkit.stages import tune
 
-    base, index = convert.load_base(run.dir), database.load(run.dir)
-    reason = search.reason_not_to_tune(run, base)
+    base, index = load_base(run.dir), load_database(run.artifacts)
+    reason = tune.reason_not_to_tune(run, base)
     if reason:
         raise QuantkitError(
             f"The file is tuned, and {reason}.", "Use a machine with more memory, or --levels."
@@ -188,9 +190,9 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
     }
 
     def progress(done: int, total: int, message: str) -> None:
-        run.events.progress(search.NAME, done, total, f"tuning {message}")
+        run.events.progress(tune.NAME, done, total, message)
 
-    outcome, _ = search.tune(run, base, chosen, path, progress)
+    outcome, _ = tune.tune(run, base, chosen, path, progress)
     if not outcome.tensors:
         raise QuantkitError(
             "Tuning the file again did not bring it nearer to the original on this machine.",

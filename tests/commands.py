@@ -27,7 +27,7 @@ from quantkit.files import sha256_file, write_json
 from quantkit.gguf_file.read import GgufFile
 from quantkit.run.events import Event, read_events
 from quantkit.run.folder import RunDir, read_json
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 from quantkit.tensors import to_json
 
 ROOT = Path(__file__).parent.parent
@@ -167,11 +167,11 @@ class Run:
 
     @property
     def levels(self) -> Path:
-        return self.dir.stage_dir("quantize")
+        return self.dir.artifacts.levels
 
     @property
     def imatrix(self) -> Path:
-        return self.dir.stage_dir("calibrate") / "imatrix.gguf"
+        return self.dir.artifacts.imatrix
 
     @property
     def output(self) -> Path:
@@ -192,7 +192,7 @@ class Run:
         """A folder with this run's stages before `stage`, and its config changed: as if a run with
         that config had come so far. Fields of earlier stages must stay as they are.
         """
-        done = STAGES[: STAGES.index(stage)]
+        done = NAMES[: NAMES.index(stage)]
         folder.mkdir()
         records = {name: record for name, record in self.dir.records().items() if name in done}
         for name in done:
@@ -200,7 +200,7 @@ class Run:
             shutil.copytree(source, folder / source.name)  # keeps modification times
         config = {**read_json(self.dir.config_path), **to_json(changes)}
         write_json(folder / "config.json", RunConfig.from_json(config))
-        write_json(folder / "manifest.json", {"schema": 1, "stages": records})
+        write_json(folder / "manifest.json", {"schema": 2, "stages": records})
         return Run(folder)
 
 

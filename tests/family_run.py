@@ -121,7 +121,7 @@ def run_family(family: Family, folder: Path) -> Row:
     directory = RunDir(folder / "run")
     (stitched,) = directory.stage_dir("stitch").glob("*.gguf")
     file = GgufFile(stitched)
-    maps = load_row_maps(directory.stage_dir("convert") / "rowmaps.safetensors")
+    maps = load_row_maps(directory.artifacts.row_maps)
     ids = agreement.tokens_of(stitched, _TEXT * 4, _N_TOKENS)
     logits = integrity.torch_logits(checkpoint, maps, file, ids, "cpu")
     wrong = integrity.torch_logits(checkpoint, swapped(maps, file), file, ids, "cpu")
@@ -129,7 +129,7 @@ def run_family(family: Family, folder: Path) -> Row:
         at_f16 = agreement.measure(f16, ids, logits)
         swap = agreement.measure(f16, ids, wrong)
     as_it_is = agreement.measure(stitched, ids, logits)
-    errors = read_json(directory.stage_dir("quantize") / "errors.json")["errors"]
+    errors = read_json(directory.artifacts.levels / "errors.json")["errors"]
     tuning = directory.records()["search"].summary["budgets"][0]["tuning"]
     apart = {name: why for name in errors if (why := _apart(maps.get(name)))}
     sizes = {n: math.prod(file.tensors[n].shape) for n in errors if n not in apart}

@@ -13,13 +13,13 @@ from search_spaces import everything, make_space, spaces
 from tiny_gguf import Shape, write_llama
 
 from quantkit.config import RunConfig, Target
+from quantkit.config.levels import plan_levels
 from quantkit.errors import QuantkitError
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.contexts import context_memory
 from quantkit.llamacpp.output import Provenance, lay_out_output
-from quantkit.planning.levels import plan_levels
 from quantkit.planning.plan import budgets_of, check_sizes, specs_of
 from quantkit.search.allocation import SearchSpace, choices_of, prune, pruned
 from quantkit.tensors import Candidate, CandidateKey

@@ -23,7 +23,7 @@ import test_app_fixtures as fixtures
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 from quantkit.server.runs import JobStore, JobSummary
 from quantkit.server.runs.progress import KlPoint, LogLine
 from quantkit.server.web import charts, results, view, visitor
@@ -66,7 +66,7 @@ def test_only_the_documented_endpoints_are_public(tmp_path: Path) -> None:
 
 
 def test_stages_have_one_spelling() -> None:
-    assert tuple(view.STAGE_ABOUT) == STAGES
+    assert tuple(view.STAGE_ABOUT) == NAMES
 
 
 def test_cookie_and_headers(page: tuple[str, JobStore, Visitors]) -> None:
@@ -148,7 +148,7 @@ def test_api_runs_a_job(page: tuple[str, JobStore, Visitors]) -> None:
             break
         assert time.monotonic() < deadline and status["state"] in ("queued", "running")
         time.sleep(0.3)
-    assert [stage["name"] for stage in status["stages"]] == list(STAGES)
+    assert [stage["name"] for stage in status["stages"]] == list(NAMES)
     assert status["report"]["outputs"][0]["n_bytes"] > 0
     assert status["files"][0]["name"] == fixtures.GGUF
     second = client.predict("demo:smollm2-135m", key=job["key"], api_name="/start_job")
@@ -300,7 +300,7 @@ def test_a_curve_says_whether_its_kl_is_expected(expected: bool) -> None:
 def _view() -> Any:
     from quantkit.server.runs import JobView, StageView
 
-    stages = tuple(StageView(name) for name in STAGES)
+    stages = tuple(StageView(name) for name in NAMES)
     return JobView("id", "a/b", None, "like Q4_K_M", "demo", 0, "queued", 1.0, stages)
 
 

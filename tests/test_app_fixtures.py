@@ -27,7 +27,7 @@ from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 from quantkit.sandbox import secrets
 from quantkit.server.runs import JobStore, process
 from quantkit.server.runs.record import JobRecord, load_record, owner_hash, save_record
@@ -146,7 +146,7 @@ def write_run(
     write_json(directory.config_path, config)
     events = EventLog(directory.events_path)
     events.emit(None, "started", f"{config.model}, {config.sizes}")
-    for stage in STAGES[: STAGES.index(until) + 1]:
+    for stage in NAMES[: NAMES.index(until) + 1]:
         events.emit(stage, "started")
         if stage == "fetch":
             events.emit(stage, "note", "SmolLM2 at 12fd25f77366: LlamaForCausalLM, 135M parameters")
@@ -179,7 +179,7 @@ def work(folder: Path, seconds: float) -> None:
         if config.publish:
             hub.check_write(config.publish, hub.resolve_token(), config.private)
         done = directory.records()
-        for stage in STAGES:
+        for stage in NAMES:
             if stage in done and not (stage == "publish" and config.publish):
                 events.emit(stage, "skipped", "done before")
                 continue

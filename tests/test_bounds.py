@@ -19,10 +19,10 @@ from tiny_models import tiny_llama
 from quantkit.checkpoint.bounds import check_numbers
 from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.config import RunConfig, Target
+from quantkit.config.budgets import for_files
 from quantkit.errors import QuantkitError
 from quantkit.hub.card_data import read_card
 from quantkit.llamacpp.converter.snapshot import sanitize
-from quantkit.planning.budgets import for_files
 from quantkit.planning.plan import make_plan
 
 TABLE = [StoredTensor("model.embed_tokens.weight", "BF16", (512, 64), 0, 65536)]

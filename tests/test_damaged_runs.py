@@ -31,7 +31,7 @@ from quantkit.server.web.visitor import Visitors
 ALICE, MALLORY = "hf:alice", "hf:mallory"
 DAY = 86400.0
 RECORDS = ("job.json", "config.json", "manifest.json", "events.jsonl", "machine.json", "log.txt")
-RESULTS = ("8-validate/report.json", "6-search/best.json", "9-publish/upload/README.md", "lock")
+RESULTS = ("8-validate/report.json", "5-search/best.json", "9-publish/upload/README.md", "lock")
 VALUES: tuple[Any, ...] = (
     *([], {}, "", "x" * 100_000, 0, -1, 1e308, 2**63, True, None, [[]], {"a": {}}),
     *("javascript:alert(1)", "<script>alert(1)</script>", "\u202e\x1b[2J", "../../../etc/passwd"),

@@ -25,6 +25,7 @@ from quantkit.llamacpp.converter.convert import convert
 from quantkit.model.blockwise import load_model
 from quantkit.planning.plan import specs_of
 from quantkit.sources.dequantize import dequantize
+from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch
 
 Tensors = dict[str, torch.Tensor]
@@ -200,8 +201,8 @@ def test_fetch_says_so(server: HubServer, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     server.add_model("deep/model-FP8", files, cardData={"base_model": "deep/model"})
     run = make_run(tmp_path / "run", "deep/model-FP8")
-    result = fetch.execute(run)
-    snapshot = fetch.load(run.dir)
+    result = fetch.Fetch().execute(run)
+    snapshot = load_snapshot(run.dir)
     assert snapshot.folder.is_relative_to(run.dir.path)
     assert result.summary["source"] == "FP8"
     assert all(path in result.outputs for path in snapshot.folder.iterdir())

@@ -371,7 +371,7 @@ def test_one_changed_byte_of_the_manifest(tmp_path: Path) -> None:
 
 def test_a_manifest_of_a_newer_quantkit(tmp_path: Path) -> None:
     directory = a_run(tmp_path)
-    write_json(tmp_path / "manifest.json", {"schema": 2, "stages": {"later": 3}})
+    write_json(tmp_path / "manifest.json", {"schema": 3, "stages": {"later": 3}})
     with pytest.raises(QuantkitError, match="newer quantkit"):
         directory.records()
 

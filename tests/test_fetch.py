@@ -6,8 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import Run
+from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch
 
 
@@ -30,12 +31,12 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         yield hub_server
 
 
-def make_run(folder: Path, model: str, revision: str | None = None) -> Any:
+def make_run(folder: Path, model: str, revision: str | None = None) -> Run:
     """What the pipeline hands to a stage."""
     run_dir = RunDir(folder)
     run_dir.stage_dir("fetch").mkdir(parents=True)
     config = RunConfig(model, revision)
-    return SimpleNamespace(config=config, dir=run_dir, events=EventLog(run_dir.events_path))
+    return Run(config, run_dir, EventLog(run_dir.events_path))
 
 
 def test_fetch_from_the_hub(
@@ -44,11 +45,11 @@ def test_fetch_from_the_hub(
     monkeypatch.setenv("QUANTKIT_HF_TOKEN", ALICE)
     repo = server.add_model("alice/x", sharded_model(), private=True)
     run = make_run(tmp_path / "run", "https://huggingface.co/alice/x/tree/main")
-    result = fetch.execute(run)
+    result = fetch.Fetch().execute(run)
     assert [path.name for path in result.outputs] == ["snapshot.json"]
     assert result.summary["sha"] == repo.head.sha
     assert (result.summary["n_parameters"], result.summary["license"]) == (156, None)
-    snapshot = fetch.load(run.dir)
+    snapshot = load_snapshot(run.dir)
     assert snapshot.info.weights[0] == "model-00001-of-00003.safetensors"
     assert {path.suffix for path in snapshot.folder.iterdir()} == {".json", ".md", ".safetensors"}
     events, _ = read_events(run.dir.events_path)
@@ -61,10 +62,10 @@ def test_fetch_from_the_hub(
 def test_fetch_again_finds_everything(server: HubServer, tmp_path: Path) -> None:
     server.add_model("alice/x", tiny_model())
     first = make_run(tmp_path / "1", "alice/x")
-    fetch.execute(first)
+    fetch.Fetch().execute(first)
     server.requests.clear()
     second = make_run(tmp_path / "2", "alice/x")
-    fetch.execute(second)
+    fetch.Fetch().execute(second)
     assert not server.asked("/lfs/", "GET")[2:]  # the header only, looked at and compared
     paths = [run.dir.path / "1-fetch/snapshot.json" for run in (first, second)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -73,38 +74,38 @@ def test_fetch_again_finds_everything(server: HubServer, tmp_path: Path) -> None
 def test_load_downloads_again_what_the_cache_lost(server: HubServer, tmp_path: Path) -> None:
     server.add_model("alice/x", tiny_model())
     run = make_run(tmp_path / "run", "alice/x")
-    fetch.execute(run)
+    fetch.Fetch().execute(run)
     n_requests = len(server.requests)
-    fetch.load(run.dir)
+    load_snapshot(run.dir)
     assert len(server.requests) == n_requests
-    weights = fetch.load(run.dir).folder / "model.safetensors"
+    weights = load_snapshot(run.dir).folder / "model.safetensors"
     weights.resolve().unlink()
     server.add_model("alice/x", {"config.json": "{}"})
-    assert (fetch.load(run.dir).folder / "model.safetensors").is_file()
-    assert fetch.load(run.dir).info.sha == weights.parent.name
+    assert (load_snapshot(run.dir).folder / "model.safetensors").is_file()
+    assert load_snapshot(run.dir).info.sha == weights.parent.name
 
 
 def test_damaged_download_is_refused(server: HubServer, tmp_path: Path) -> None:
     server.add_model("alice/x", tiny_model())
     run = make_run(tmp_path / "run", "alice/x")
-    fetch.execute(run)
-    blob = (fetch.load(run.dir).folder / "model.safetensors").resolve()
+    fetch.Fetch().execute(run)
+    blob = (load_snapshot(run.dir).folder / "model.safetensors").resolve()
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
     with pytest.raises(QuantkitError, match="is damaged: its bytes are not those of the Hub"):
-        fetch.execute(make_run(tmp_path / "again", "alice/x"))
+        fetch.Fetch().execute(make_run(tmp_path / "again", "alice/x"))
 
 
 def test_fetch_a_local_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "My-Model", tiny_model())
     run = make_run(tmp_path / "run", str(folder))
-    result = fetch.execute(run)
+    result = fetch.Fetch().execute(run)
     assert (result.summary["model"], result.summary["license"]) == ("My-Model", "apache-2.0")
-    assert fetch.load(run.dir).folder == folder
+    assert load_snapshot(run.dir).folder == folder
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(QuantkitError, match="model.safetensors of My-Model is not the file"):
-        fetch.load(run.dir)
+        load_snapshot(run.dir)
 
 
 def test_fetch_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,20 +114,20 @@ def test_fetch_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "quantkit.sources.demo", demo)
     monkeypatch.setattr("quantkit.sources.demo", demo, raising=False)
     run = make_run(tmp_path / "run", DEMO_MODEL)
-    result = fetch.execute(run)
+    result = fetch.Fetch().execute(run)
     assert {path.name for path in result.outputs} >= {"snapshot.json", "model.safetensors"}
     assert all(path.is_relative_to(run.dir.path) for path in result.outputs)
-    assert fetch.load(run.dir).info.id == "SmolLM2-135M-Instruct"
+    assert load_snapshot(run.dir).info.id == "SmolLM2-135M-Instruct"
 
 
 def test_snapshot_json(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", tiny_model())
     run = make_run(tmp_path / "run", str(folder))
-    fetch.execute(run)
+    fetch.Fetch().execute(run)
     value = read_json(run.dir.path / "1-fetch/snapshot.json")
     assert value["folder"] == str(folder)
     assert value["info"]["architectures"] == ["LlamaForCausalLM"]
-    assert ModelInfo.from_json(value["info"]) == fetch.load(run.dir).info
+    assert ModelInfo.from_json(value["info"]) == load_snapshot(run.dir).info
 
 
 # Weights

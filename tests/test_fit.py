@@ -131,7 +131,7 @@ def test_fetch_refuses_before_the_download(
     with running_hub(monkeypatch, tmp_path) as server:
         server.add_model("a/b", {path.name: path.read_bytes() for path in folder.iterdir()})
         with pytest.raises(QuantkitError, match=sentence):
-            fetch.execute(make_run(tmp_path / "run", "a/b"))
+            fetch.Fetch().execute(make_run(tmp_path / "run", "a/b"))
         size = (folder / "model.safetensors").stat().st_size
         assert sum(n_read(r.range, size) for r in server.asked("/lfs/", "GET")) < size
     assert not (tmp_path / "run" / "1-fetch" / "headers").exists()

@@ -299,7 +299,7 @@ def test_limits(tmp_path: Path) -> None:
 def test_damaged_folders_do_not_take_the_list_down(store: JobStore) -> None:
     broken = fixtures.own(fixtures.write_run(store.root / "broken"), ALICE)
     (broken / "events.jsonl").write_bytes(b'{"time": 1}\n\xff\n')
-    for name in ("manifest.json", "8-validate/report.json", "6-search/best.json"):
+    for name in ("manifest.json", "8-validate/report.json", "5-search/best.json"):
         (broken / name).write_text("{")
     no_config = fixtures.own(fixtures.write_run(store.root / "none"), ALICE)
     (no_config / "config.json").write_text('{"model": 3}')

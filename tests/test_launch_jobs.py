@@ -384,10 +384,10 @@ def test_keep_and_restore(tmp_path: Path) -> None:
         for output in record.outputs:
             assert (tmp_path / "b" / output.path).stat().st_mtime_ns == output.mtime_ns
     # A stage whose file did not make it is done again, and all after it.
-    (tmp_path / "state/6-search/best.json").unlink()
+    (tmp_path / "state/5-search/best.json").unlink()
     (tmp_path / "c").mkdir()
     restore(tmp_path / "state", tmp_path / "c")
-    assert list(RunDir(tmp_path / "c").records())[-1] == "database"
+    assert list(RunDir(tmp_path / "c").records())[-1] == "quantize"
 
 
 def test_prices_are_the_servers(hub: HubServer) -> None:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.config import RunConfig
+from quantkit.config.levels import LevelPlan, plan_levels
 from quantkit.errors import UsageError
 from quantkit.ggml.types import BF16, F16, F32, QUANTIZED, QuantType, fallback
-from quantkit.planning.levels import LevelPlan, plan_levels
 from quantkit.tensors import TensorSpec
 
 Q2, Q4, Q6, Q40 = (QuantType(name) for name in ("Q2_K", "Q4_K", "Q6_K", "Q4_0"))

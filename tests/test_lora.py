@@ -26,6 +26,7 @@ from quantkit.evidence.card import card_data
 from quantkit.gguf_file.read import GgufFile
 from quantkit.sources.adapted import Base, changes
 from quantkit.sources.lora import merge
+from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch
 
 PREFIX = "base_model.model."
@@ -260,12 +261,12 @@ def publish_both(server: HubServer, tmp_path: Path, **config: Any) -> tuple[Any,
 def test_an_adapter_of_the_hub_is_merged_onto_its_base(server: HubServer, tmp_path: Path) -> None:
     base, repo = publish_both(server, tmp_path)
     run = make_run(tmp_path / "run", "alice/Tiny-LoRA")
-    result = fetch.execute(run)
+    result = fetch.Fetch().execute(run)
     first = base.commits[0].sha
     assert result.summary["sha"] == repo.head.sha
     assert (result.summary["base"], result.summary["base_sha"]) == ("meta/base", first)
     assert result.summary["license"] == "mit"  # the base's, where the adapter names none
-    snapshot = fetch.load(run.dir)
+    snapshot = load_snapshot(run.dir)
     assert snapshot.info.base is not None and snapshot.info.base.sha == first
     assert snapshot.folder == run.dir.stage_dir("fetch") / "Tiny-LoRA"
     assert (snapshot.folder / "chat_template.jinja").read_text() == TEMPLATE

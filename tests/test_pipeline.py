@@ -14,7 +14,7 @@ from quantkit.files import sha256_file
 from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp.stock import StockRecipe, stock_bytes, stock_types
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def test_answers_with_one_object(whole_run: tuple[Run, Answer]) -> None:
     run, answer = whole_run
     assert len(answer.out.splitlines()) == 1
     assert answer.json["folder"] == str(run.folder)
-    assert tuple(answer.json["stages"]) == STAGES
+    assert tuple(answer.json["stages"]) == NAMES
     assert answer.json["stages"]["stitch"]["outputs"][0]["file"] == run.output.name
     assert "**Tiny-Llama-EVO-Q4_K_M.gguf**" in answer.err  # the table, for people
     assert "Traceback" not in answer.err
@@ -141,7 +141,7 @@ def test_levels_are_whole_files(run: Run) -> None:
 
 def test_events_tell_the_story(run: Run) -> None:
     events = run.events
-    for stage in STAGES:
+    for stage in NAMES:
         kinds = [e.kind for e in events if e.stage == stage]
         assert kinds[0] == "started" and kinds[-1] == "finished"
     for event in events:
@@ -155,9 +155,9 @@ def test_events_tell_the_story(run: Run) -> None:
 def test_status(run: Run, offline: dict[str, str]) -> None:
     answer = quantkit("status", run.folder, "--json", env=offline)
     assert answer.code == 0
-    assert answer.json["state"] == "done" and tuple(answer.json["done"]) == STAGES
+    assert answer.json["state"] == "done" and tuple(answer.json["done"]) == NAMES
     shown = quantkit("status", run.folder, env=offline).out
-    assert all(f"  {stage:<10} done in" in shown for stage in STAGES)
+    assert all(f"  {stage:<10} done in" in shown for stage in NAMES)
 
 
 def test_a_second_run_does_nothing(
@@ -170,7 +170,7 @@ def test_a_second_run_does_nothing(
     again = quantkit("resume", copy.folder, "--json", env=offline)
     assert again.code == 0 and again.json["stages"] == first.json["stages"]
     kinds = [e.kind for e in copy.events[n:]]
-    assert kinds == ["started", *["skipped"] * len(STAGES), "finished"]
+    assert kinds == ["started", *["skipped"] * len(NAMES), "finished"]
 
 
 def test_rebuild_from_kept_levels(run: Run, tmp_path: Path, offline: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import Answer, Run, disk_of, quantkit, quantkit_under
 
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_a_disk_that_fills(
     failed = quantkit("resume", run.folder, env=offline)
     assert failed.code == 1
     assert f"The disk of {run.folder} is full. Free some" in sentence(failed.err)
-    assert tuple(run.dir.records()) == STAGES[: STAGES.index(stage)]
+    assert tuple(run.dir.records()) == NAMES[: NAMES.index(stage)]
     (small_disk / "others").unlink()
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 0, answer.err

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from quantkit.files import sha256_file
 from quantkit.run.folder import read_json
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +107,7 @@ def test_from_the_hub_to_the_hub(
     while not server.asked("/commit/", "POST"):
         assert process.poll() is None
     kill(process)
-    assert tuple(run.dir.records()) == STAGES[:-1]
+    assert tuple(run.dir.records()) == NAMES[:-1]
     n_uploads = len(server.asked("/lfs-(upload|part|complete)", "PUT"))
     assert n_uploads
 
@@ -204,4 +204,4 @@ def test_what_is_not_published(
     assert empty.code in (1, 2) and "Traceback" not in empty.err
     assert not (tmp_path / "nothing").exists()
     assert not server.repos
-    assert tuple(run.dir.records()) == STAGES[:-1]
+    assert tuple(run.dir.records()) == NAMES[:-1]

@@ -15,7 +15,10 @@ from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
-from quantkit.stages import calibrate, fetch, quantize, search, stitch
+from quantkit.run.outputs import load_budgets, load_outputs
+from quantkit.search.answers import load_allocation
+from quantkit.sources.snapshot import load_snapshot
+from quantkit.stages import calibrate, quantize
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +74,7 @@ def test_text_that_changed_while_calibrate_was_at_work(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(calibrate, "output_fisher", killed)
         go_on(run, "calibrate")
-    tokens = run.dir.stage_dir("calibrate") / "tokens.safetensors"
+    tokens = run.dir.artifacts.tokens
     before = tokens.read_bytes()
     text.unlink()
     go_on(run, "calibrate")
@@ -87,9 +90,9 @@ def test_answers_to_other_choices_are_forgotten(
     """A search's numbers stand for levels: when those were made anew, old ones mean nothing."""
     run = whole_run[0].fork(tmp_path / "run", "search")
     go_on(run, "search")
-    (budget,) = search.load_budgets(run.dir)
-    wanted = search.load_allocation(run.dir, budget)
-    folder = search.budget_dir(run.dir, budget)
+    (budget,) = load_budgets(run.dir)
+    wanted = load_allocation(run.artifacts, budget.limit_bytes)
+    folder = run.artifacts.answer(budget.limit_bytes)
     state = read_json(folder / "state.json")
     state["best"]["choices"] = [0 for _ in state["best"]["choices"]]
     write_json(folder / "state.json", state)
@@ -100,18 +103,18 @@ def test_answers_to_other_choices_are_forgotten(
     del manifest["sha256"]  # of what it held
     write_json(run.folder / "manifest.json", manifest)
     go_on(run, "search")
-    assert search.load_allocation(run.dir, budget) == wanted
+    assert load_allocation(run.artifacts, budget.limit_bytes) == wanted
     assert read_json(folder / "state.json")["best"]["choices"] != state["best"]["choices"]
 
 
 def test_files_of_nearly_one_size(whole_run: tuple[Run, Answer], tmp_path: Path) -> None:
     """Two names, however many decimals that takes."""
-    (budget,) = search.load_budgets(whole_run[0].dir)
+    (budget,) = load_budgets(whole_run[0].dir)
     run = whole_run[0].fork(
         tmp_path / "run", "search", targets=sizes(*(budget.limit_bytes - 300 * i for i in range(6)))
     )
     go_on(run, "stitch")
-    outputs = stitch.load_outputs(run.dir)
+    outputs = load_outputs(run.dir)
     names = [output.file for output in outputs]
     assert len(outputs) > 1 and len(set(names)) == len(names)
     for output in outputs:
@@ -128,10 +131,10 @@ def test_a_folder_that_was_moved(
     made = run.dir.stage_dir("fetch") / "model"
     made.mkdir()
     write_json(path, {**read_json(path), "folder": "1-fetch/model"})
-    assert fetch.load(run.dir).folder == made
+    assert load_snapshot(run.dir).folder == made
     (tmp_path / "run").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    assert fetch.load(RunDir(Path("moved"))).folder == Path("moved/1-fetch/model")
+    assert load_snapshot(RunDir(Path("moved"))).folder == Path("moved/1-fetch/model")
 
 
 @pytest.mark.parametrize(
@@ -149,14 +152,14 @@ def test_want_of_room_is_no_bug(
     error: Exception,
     sentence: str,
 ) -> None:
-    run = whole_run[0].fork(tmp_path / "run", "database")
+    run = whole_run[0].fork(tmp_path / "run", "stitch")
 
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("quantkit.stages.database.execute", fail)
+    monkeypatch.setattr("quantkit.stages.stitch.Stitch.execute", fail)
     with pytest.raises(QuantkitError, match=sentence):
-        go_on(run, "database")
+        go_on(run, "stitch")
     last = run.events[-1]
     assert last.kind == "failed" and "bug" not in last.data["remedy"]
     assert EventLog(run.dir.events_path)  # the run can be taken up

@@ -295,7 +295,7 @@ def test_a_tensor_that_is_not_found_in_the_model(
     monkeypatch.setattr("quantkit.stages.convert.reason_of", lambda _, tensor: reason.get(tensor))
     pipeline.run(config, run.folder, until="stitch")
     assert run.dir.records()["convert"].summary["unmapped"] == [name]
-    table = read_json(run.dir.stage_dir("quantize") / "errors.json")
+    table = read_json(run.dir.artifacts.levels / "errors.json")
     said = [f for f in table["fallbacks"] if f["tensor"] == name and lender in f["used"]]
     assert [f["reason"] for f in said] == ["it is not found in the model"]
     weight = GgufFile(run.base).values(name)

@@ -15,7 +15,8 @@ from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
+from quantkit.stages import STAGES
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +27,8 @@ MOMENTS = {
     "convert": "started progress",
     "calibrate": "started progress",
     "quantize": "started progress",
-    "database": "started",
     "search": "started progress progress",
+    "tune": "started",
     "stitch": "started",
     "validate": "started progress",
     "publish": "started",
@@ -59,23 +60,23 @@ def test_kill_in_every_stage(
     """
     run = Run(tmp_path / "killed")
     command = ("run", tiny_checkpoint, "--out", run.folder, *CHEAP)
-    for i, stage in enumerate(STAGES):
+    for i, stage in enumerate(NAMES):
         little = {"QUANTKIT_MEMORY": "100kB"} if i % 2 else {}
         process = start(*command, env={**offline, **little})
         assert wait_for(process, run.folder, stage, MOMENTS[stage]), f"{stage} never began"
         kill(process)
         assert process.returncode == -signal.SIGKILL
         done = run.dir.records()
-        assert tuple(done) == STAGES[: len(done)]
+        assert tuple(done) == NAMES[: len(done)]
         if stage in LONG:
-            assert tuple(done) == STAGES[: STAGES.index(stage)]
+            assert tuple(done) == NAMES[: NAMES.index(stage)]
         for _ in range(100):  # the converter's process is told of its parent's death
             if not processes_in(run.folder):
                 break
             time.sleep(0.05)
         assert not processes_in(run.folder)
     status = quantkit("status", run.folder, env=offline)
-    if tuple(run.dir.records()) != STAGES:
+    if tuple(run.dir.records()) != NAMES:
         assert f"{run.folder}: interrupted" in status.out
         assert f"quantkit resume {run.folder}" in status.out
     answer = quantkit(*command, "--json", env=offline)
@@ -168,12 +169,12 @@ def test_clean(whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str,
     assert not list(run.levels.glob("*.gguf")) and not list(run.folder.rglob("block-*"))
     assert all(path.exists() for path in kept.values()) and run.report
     status = quantkit("status", run.folder, "--json", env=offline)
-    assert status.json["state"] == "done" and tuple(status.json["done"]) == STAGES
+    assert status.json["state"] == "done" and tuple(status.json["done"]) == NAMES
     n = len(run.events)
     again = quantkit("resume", run.folder, "--json", env=offline)
     assert again.code == 0, again.err
     kinds = [e.kind for e in run.events[n:]]
-    assert kinds == ["started", *["skipped"] * len(STAGES), "finished"]
+    assert kinds == ["started", *["skipped"] * len(NAMES), "finished"]
     assert not list(run.levels.glob("*.gguf"))
     assert quantkit("clean", run.folder, "--json", env=offline).json["freed_bytes"] == 0
 
@@ -209,7 +210,7 @@ def flip(path: Path) -> None:
     ("stage", "pattern", "again"),
     [
         ("stitch", "4-quantize/Q4_*.gguf", "quantize"),
-        ("stitch", "6-search/*/state.json", "search"),
+        ("stitch", "5-search/*/state.json", "search"),
         ("publish", "7-stitch/*.gguf", "stitch"),
     ],
 )
@@ -241,17 +242,17 @@ class Watched(RunDir):
         self.forgotten = stage
 
 
-@pytest.mark.parametrize("n_done", range(1, len(STAGES)))
+@pytest.mark.parametrize("n_done", range(1, len(NAMES)))
 def test_every_byte_that_is_read_again_is_looked_at(
     whole_run: tuple[Run, Answer], tmp_path: Path, n_done: int
 ) -> None:
     """After an interruption, before each of the stages: what is not noticed no stage reads."""
-    run = whole_run[0].fork(tmp_path / "run", STAGES[n_done])
+    run = whole_run[0].fork(tmp_path / "run", NAMES[n_done])
     directory, log = Watched(run.folder), EventLog(tmp_path / "events.jsonl")
     done = list(directory.records().values())
     assert pipeline._n_whole(done, STAGES, directory, log) == n_done
     for record in done:
-        reader = getattr(pipeline.stage_module(record.stage), "last_reader", lambda _: "publish")
+        reader = next(s for s in STAGES if s.name == record.stage).last_reader
         for output in record.outputs:
             directory.forgotten = ""
             path = run.folder / output.path
@@ -259,9 +260,9 @@ def test_every_byte_that_is_read_again_is_looked_at(
             n = pipeline._n_whole(done, STAGES, directory, log)
             flip(path)
             if n == n_done:
-                assert STAGES.index(reader(output.path)) < n_done, output.path
+                assert NAMES.index(reader(output.path)) < n_done, output.path
             else:
-                assert (STAGES[n], directory.forgotten) == (record.stage, record.stage)
+                assert (NAMES[n], directory.forgotten) == (record.stage, record.stage)
 
 
 def test_a_file_that_changes_while_it_is_validated(
@@ -279,10 +280,10 @@ def test_what_is_missing_is_made_again_and_results_stay(
     """Somebody made room by hand: nothing that is whole is thrown away for it."""
     expected = whole_run[0]
     run = expected.fork(tmp_path / "run", "publish")
-    (run.dir.stage_dir("calibrate") / "tokens.safetensors").unlink()
+    (run.dir.artifacts.tokens).unlink()
     log = EventLog(run.dir.events_path)
     done = list(run.dir.records().values())
-    assert STAGES[pipeline._n_whole(done, STAGES, run.dir, log)] == "calibrate"
+    assert NAMES[pipeline._n_whole(done, NAMES, run.dir, log)] == "calibrate"
     assert run.output.exists() and run.report and list(run.levels.glob("*.gguf"))
     assert quantkit("resume", run.folder, env=offline).code == 0
     assert run.hashes == expected.hashes

@@ -18,7 +18,8 @@ from quantkit.model.blockwise import BlockwiseModel
 from quantkit.rebuild import rebuild
 from quantkit.run.events import read_events
 from quantkit.run.folder import read_json
-from quantkit.stages import search
+from quantkit.stages import tune
+from quantkit.stages.search import Search
 from quantkit.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.slow
@@ -48,8 +49,7 @@ def searched(run: Run) -> list[Path]:
 
 def files(run: Run) -> dict[str, str]:
     """sha256 of the finished files and the tuned level files."""
-    found = [*run.dir.stage_dir("stitch").glob("*.gguf")]
-    found += [path for folder in searched(run) for path in folder.glob("*.gguf")]
+    found = [path for s in ("stitch", "tune") for path in run.dir.stage_dir(s).rglob("*.gguf")]
     return {path.name: sha256_file(path) for path in found}
 
 
@@ -59,17 +59,17 @@ def test_one_model_at_a_time(
     """Each is gigabytes on a GPU, and the search's refers to itself."""
     run = whole_run[0].fork(tmp_path / "run", "search", targets=TARGETS, tuning=1)
     config = RunConfig.from_json(read_json(run.dir.config_path))
-    load, alive = search.load_tuner, []
+    load, alive = tune.load_tuner, []
 
     def counted(model: BlockwiseModel, *others: Any, **named: Any) -> Tuner:
         alive.append(sum(type(found) is BlockwiseModel for found in gc.get_objects()))
         return load(model, *others, **named)
 
-    monkeypatch.setattr(search, "load_tuner", counted)
+    monkeypatch.setattr(tune, "load_tuner", counted)
     gc.collect()
     gc.disable()
     try:
-        pipeline.run(config, run.folder, until="search")
+        pipeline.run(config, run.folder, until="tune")
     finally:
         gc.enable()
     assert alive == [1, 1]
@@ -78,12 +78,12 @@ def test_one_model_at_a_time(
 def test_files_are_nearer_to_the_model(tuned: Run) -> None:
     """Of the same size and types; what changed is named in budget, recipe and report."""
     for folder, row in zip(searched(tuned), tuned.report["outputs"], strict=True):
-        said = read_json(folder / "budget.json")["tuning"]
+        said = read_json(tuned.dir.artifacts.tuning)["budgets"][folder.name]
         assert said == row["search"]["tuning"]
         assert said["steps"] == STEPS
         # Six steps on random weights: a thousandth either way is the rounding of the machine.
         assert 0 < said["kl_after"] < 1.01 * said["kl_before"]
-        outcome = read_json(folder / "tuning.json")
+        outcome = read_json(tuned.dir.artifacts.tuned(int(folder.name)).with_name("outcome.json"))
         assert len(outcome["errors"]) == 2  # blocks
         chosen = read_json(folder / "allocation.json")
         stored = packed_tensors(next(tuned.dir.stage_dir("stitch").glob(Path(row["name"]).name)))
@@ -110,12 +110,12 @@ def test_killed_while_it_tunes(
     process = start("resume", run.folder, env=offline)
     while process.poll() is None:
         events = read_events(run.dir.events_path)[0] if run.dir.events_path.exists() else []
-        if any("tuning block 1" in event.message for event in events):
+        if any(event.stage == "tune" and "block 1" in event.message for event in events):
             break
         time.sleep(0.001)
     assert process.poll() is None, "it ended before it could be killed"
     kill(process)
-    assert "search" not in run.dir.records()
+    assert "tune" not in run.dir.records()
     n_events = len(read_events(run.dir.events_path)[0])
     answer = quantkit("resume", run.folder, env=offline)
     assert answer.code == 0, answer.err
@@ -149,7 +149,7 @@ def test_from_the_base_alone_nothing_is_searched(
     def searched_again(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(search, "execute", searched_again)
+    monkeypatch.setattr(Search, "execute", searched_again)
     for path in sorted((tuned.dir.stage_dir("stitch") / "recipes").glob("*.json")):
         assert rebuild(path, tuned.base, None, tmp_path / f"{path.stem}.gguf")["equal"]
 
@@ -161,7 +161,7 @@ def test_clean_drops_tuned_levels(
     assert quantkit("resume", run.folder, env=offline).code == 0
     output = sha256_file(run.output)
     assert quantkit("clean", run.folder, env=offline).code == 0
-    assert not any(folder.glob("*.gguf") for folder in searched(run) if list(folder.glob("*.gguf")))
+    assert not list(run.dir.stage_dir("tune").rglob("*.gguf"))
     assert sha256_file(run.output) == output
     assert GgufFile(run.output).tensors
     answer = quantkit("resume", run.folder, env=offline)
@@ -175,13 +175,13 @@ def test_too_little_memory_to_tune(
     """The run goes on, and run, report and card say why nothing was tuned."""
     run = whole_run[0].fork(tmp_path / "little", "search", tuning=STEPS)
     # What an attempt with more memory left behind when it was killed.
-    left = run.dir.stage_dir("search") / str(whole_run[0].budgets[0]["limit_bytes"])
+    left = run.dir.artifacts.tuned(whole_run[0].budgets[0]["limit_bytes"]).parent
     outcome = {"n_steps": STEPS, "kl_before": 1.0, "kl_after": 0.5, "errors": []}
     left.mkdir(parents=True)
-    write_json(left / "tuning.json", {**outcome, "tensors": ["token_embd.weight"]})
+    write_json(left / "outcome.json", {**outcome, "tensors": ["token_embd.weight"]})
     answer = quantkit("resume", run.folder, env={**offline, "QUANTKIT_MEMORY": "1MB"})
     assert answer.code == 0, answer.err
-    assert "not tuned: tuning takes" in answer.err
+    assert "the files will not be tuned: tuning takes" in answer.err
     assert "are free" in run.report["outputs"][0]["search"]["tuning"]["reason"]
     assert any("Not tuned: tuning takes" in line for line in _card(run))
     assert run.hashes == whole_run[0].hashes

@@ -9,14 +9,14 @@ import torch
 from tiny_gguf import write_llama
 
 from quantkit.config import RunConfig
+from quantkit.config.levels import plan_levels
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
 from quantkit.planning.cost import stage_memory
-from quantkit.planning.levels import plan_levels
 from quantkit.planning.plan import specs_of
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q4_K", "Q5_K", "Q6_K")))
 
@@ -42,8 +42,8 @@ def test_peaks_by_stage(tmp_path: Path) -> None:
     config = RunConfig("m")
     levels = plan_levels(specs_of(base), config)
     whole, streamed = (stage_memory(config, base, levels, 1 << 20, free) for free in (1 << 40, 0))
-    assert tuple(whole) == STAGES
-    for stage in STAGES:
+    assert tuple(whole) == NAMES
+    for stage in NAMES:
         assert whole[stage] >= streamed[stage] > 100_000_000
         assert (whole[stage] > streamed[stage]) == (stage in ("calibrate", "search", "validate")), (
             stage

@@ -23,13 +23,13 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import replacing, sha256_file, write_json
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import OutputFile, RunDir, StageRecord, fingerprint, read_json
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 
 
 def test_nine_stages_in_order(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert [run.stage_dir(s).name for s in STAGES] == [f"{i}-{s}" for i, s in enumerate(STAGES, 1)]
-    assert len(STAGES) == 9
+    assert [run.stage_dir(s).name for s in NAMES] == [f"{i}-{s}" for i, s in enumerate(NAMES, 1)]
+    assert len(NAMES) == 9
 
 
 def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:

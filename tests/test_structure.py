@@ -5,6 +5,7 @@ one spelling of the nine stages everywhere.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import io
 import json
@@ -19,8 +20,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from quantkit.config import PROFILES
-from quantkit.run.names import STAGES
+from quantkit.config import PROFILES, RunConfig
+from quantkit.run.names import NAMES
+from quantkit.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("quantkit", "evaluators")
@@ -296,25 +298,26 @@ def test_no_paths_of_one_machine() -> None:
         assert found <= {"/home/user", "/home/me", "/home/alice"}, (short(path), found)
 
 
-NINE = ["fetch", "convert", "calibrate", "quantize", "database", "search", "stitch", "validate"]
+NINE = ["fetch", "convert", "calibrate", "quantize", "search", "tune", "stitch", "validate"]
 NINE += ["publish"]
 
 
 def test_one_spelling_of_the_nine_stages() -> None:
-    """In the run folder, in the modules, and in their own NAME; each has what a stage has."""
-    assert list(STAGES) == NINE
+    """In the run folder, in the modules, and in their own names; each says what it does."""
+    assert list(NAMES) == NINE == [stage.name for stage in STAGES]
     folder = ROOT / "quantkit" / "stages"
     assert {p.stem for p in folder.glob("*.py")} - {"__init__"} == set(NINE)
-    for stage in NINE:
-        defined = {}
-        for node in tree(folder / f"{stage}.py").body:
-            if isinstance(node, (ast.Assign, ast.AnnAssign)):
-                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                defined[ast.unparse(target)] = node.value
-            elif isinstance(node, ast.FunctionDef):
-                defined[node.name] = node
-        assert {"NAME", "VERSION", "FIELDS", "execute"} <= set(defined), stage
-        assert ast.literal_eval(defined["NAME"]) == stage  # type: ignore[arg-type]
+    for stage in STAGES:
+        assert type(stage).__module__ == f"quantkit.stages.{stage.name}"
+        assert stage.about and set(stage.fields) <= {f.name for f in dataclasses.fields(RunConfig)}
+
+
+def test_artifacts_have_names() -> None:
+    """No module but one types the folder of a stage, or its number."""
+    pattern = re.compile(r"\b[1-9]-(" + "|".join(NINE) + r")\b|stage_dir\([\"\']")
+    for path in OURS:
+        if path.name not in ("artifacts.py", "names.py", "folder.py"):
+            assert not pattern.search(path.read_text("utf-8")), short(path)
 
 
 def readme() -> str:

@@ -16,6 +16,8 @@ from tiny_models import tiny_llama
 
 from quantkit.errors import QuantkitError
 from quantkit.hub.visibility import closed, why_private
+from quantkit.run.folder import StageRecord
+from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch, publish
 
 TARGET = "alice/Out-GGUF"
@@ -30,8 +32,10 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 def fetched(tmp_path: Path, model: str, **asked: Any) -> Any:
     run = make_run(tmp_path / "run", model)
-    run.config = dataclasses.replace(run.config, publish=TARGET, **asked)
-    fetch.execute(run)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, publish=TARGET, **asked))
+    fetch.Fetch().execute(run)
+    for stage in ("stitch", "validate"):  # whose files are held against their hashes
+        run.dir.save_record(StageRecord(stage, {}, (), 0.0, {}))
     return run
 
 
@@ -72,15 +76,15 @@ def test_a_lora_and_its_base(server: HubServer, tmp_path: Path, which: str) -> N
     adapter = write_adapter(tmp_path / "a", pair(Q, 64, 64), "alice/base")
     server.add_model("alice/lora", files_of(adapter), private=which == "lora")
     run = fetched(tmp_path, "alice/lora")
-    assert fetch.load(run.dir).info.base is not None
-    assert closed(fetch.load(run.dir).info) == "private"
+    assert load_snapshot(run.dir).info.base is not None
+    assert closed(load_snapshot(run.dir).info) == "private"
     assert is_published_privately(server, run, tmp_path)
 
 
 def test_a_model_that_was_closed_since(server: HubServer, tmp_path: Path) -> None:
     repo = server.add_model("alice/tiny", tiny_model())
     run = fetched(tmp_path, "alice/tiny")
-    assert why_private(run.config, fetch.load(run.dir).info) is None
+    assert why_private(run.config, load_snapshot(run.dir).info) is None
     repo.private = True
     assert is_published_privately(server, run, tmp_path)
 
@@ -88,10 +92,10 @@ def test_a_model_that_was_closed_since(server: HubServer, tmp_path: Path) -> Non
 def test_a_snapshot_of_the_hubs_cache(server: HubServer, tmp_path: Path) -> None:
     """A private model that is given by its place in the cache."""
     server.add_model("alice/tiny", tiny_model(), private=True)
-    folder = fetch.load(fetched(tmp_path, "alice/tiny").dir).folder
+    folder = load_snapshot(fetched(tmp_path, "alice/tiny").dir).folder
     (tmp_path / "again").mkdir()
     run = fetched(tmp_path / "again", str(folder))
-    assert fetch.load(run.dir).info.local_path is not None
+    assert load_snapshot(run.dir).info.local_path is not None
     assert is_published_privately(server, run, tmp_path)
 
 

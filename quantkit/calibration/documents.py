@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.config import N_CTX
 from quantkit.errors import QuantkitError
 
-N_CTX = 512  # tokens per sequence
 EVAL_TOKENS = N_CTX + N_CTX // 8  # one window, though llama.cpp should count a few tokens less
 PARTS = {"train": 0.65, "heldout": 0.25, "eval": 0.10}
 # A short text gives more to evaluation, which needs whole windows: so many characters, but not more

@@ -23,7 +23,8 @@ MOST_CONTEXT = 4_000_000  # tokens
 MOST_STEPS = 10_000  # of tuning a block
 
 
-TUNING_BATCH = 2  # sequences of 512 tokens that a step of tuning sees
+N_CTX = 512  # tokens of a sequence of calibration, search and tuning
+TUNING_BATCH = 2  # sequences that a step of tuning sees
 
 
 @dataclass(frozen=True)

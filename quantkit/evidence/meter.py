@@ -116,7 +116,7 @@ class Meter:
         weights = None
         progress = self.step(f"weight KL of {name}")
         if logits is not None:
-            folder, n_windows = self._run.dir.stage_dir(_STAGE), self._effort.weight_windows
+            folder, n_windows = self._run.artifacts.folder(_STAGE), self._effort.weight_windows
             measure = partial(
                 kl.measure_weights, logits, path, folder, self._runtime, progress, n_windows
             )

@@ -11,6 +11,8 @@ from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import KeyValue, Layout, lay_out
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_bytes
+from quantkit.run.folder import RunDir, read_json
+from quantkit.sources.snapshot import load_snapshot
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,17 @@ class Provenance:
     datasets: tuple[str, ...]
     n_imatrix_entries: int
     n_imatrix_chunks: int
+
+
+def load_provenance(directory: RunDir) -> Provenance:
+    """Return what the first three stages put into the metadata of a run's outputs."""
+    record = read_json(directory.artifacts.calibration)
+    return Provenance(
+        load_snapshot(directory).info.sha,
+        tuple(d["name"] for d in record["domains"]),
+        record["n_imatrix_entries"],
+        record["n_tokens"]["train"] // record["n_ctx"],
+    )
 
 
 def lay_out_output(

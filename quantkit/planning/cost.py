@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import prod
 
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
+from quantkit.config.levels import LevelPlan
 from quantkit.gguf_file.read import GgufFile, StoredTensor
-from quantkit.planning.levels import LevelPlan
 from quantkit.tensors import is_in_block
 
 _PROGRAM = 300_000_000  # Python with numpy and gguf
@@ -132,15 +132,12 @@ def stage_memory(
             model(2, 1) + 6 * logits,  # gradients
         ),
         "quantize": _TORCH + max(_solving(shapes, levels), _vocabulary(shapes, levels)),
-        "database": _PROGRAM,
         "search": _TORCH
-        + max(
-            model(2, 4)
-            + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
-            + 4 * logits
-            + min(states, int(_STATES_SHARE * free)),
-            _tuning(config, shapes, free),
-        ),
+        + model(2, 4)
+        + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
+        + 4 * logits
+        + min(states, int(_STATES_SHARE * free)),
+        "tune": _TORCH + _tuning(config, shapes, free) if config.tuning_steps else _PROGRAM,
         "stitch": _PROGRAM + 2 * shapes.largest,
         "validate": _TORCH + model(4, 4) + 2 * logits + min(2 * shapes.n_all, free),  # base.gguf
         "publish": _PROGRAM,

@@ -19,6 +19,8 @@ from quantkit import hub, sources
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
+from quantkit.config.budgets import Budget, for_files, settle_budgets
+from quantkit.config.levels import LevelPlan, plan_levels
 from quantkit.errors import printable
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import data_bytes
@@ -28,10 +30,8 @@ from quantkit.llamacpp.converter.convert import convert
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.markdown import table
 from quantkit.planning import texts
-from quantkit.planning.budgets import Budget, for_files, settle_budgets
 from quantkit.planning.cost import search_target_bytes, stage_memory
 from quantkit.planning.coverage import foretell, in_words
-from quantkit.planning.levels import LevelPlan, plan_levels
 from quantkit.sizes import size
 from quantkit.sources.fit import check_fit, copies, kept_notes
 from quantkit.tensors import ONE_INPUT, TensorSpec, is_in_block, to_json

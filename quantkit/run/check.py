@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quantkit.run.folder import RunDir, read_json
+
 
 @dataclass(frozen=True)
 class Check:
@@ -12,3 +14,8 @@ class Check:
     name: str
     passed: bool | None
     about: str
+
+
+def load_checks(directory: RunDir) -> list[Check]:
+    """Return what a finished convert stage found of `base.gguf`."""
+    return [Check(**c) for c in read_json(directory.artifacts.checks)["checks"]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantkit.files import json_line
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 from quantkit.sandbox import untrusted
 
 KINDS = ("started", "progress", "note", "finished", "skipped", "failed")  # of events
@@ -142,7 +142,7 @@ def _event(line: bytes) -> Event | None:
 def checked_event(value: Any) -> Event:
     """An event of its JSON. Raises untrusted.Damaged for what no run of any version says."""
     event = untrusted.build(Event, value)
-    if event.kind not in KINDS or (event.stage is not None and event.stage not in STAGES):
+    if event.kind not in KINDS or (event.stage is not None and event.stage not in NAMES):
         raise untrusted.Damaged("it is an event of an unknown kind")
     untrusted.moment(event.time)
     return dataclasses.replace(event, message=untrusted.shortened(event.message, _MOST_MESSAGE))

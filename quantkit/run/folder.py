@@ -24,7 +24,8 @@ from typing import IO, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file, write_json
-from quantkit.run.names import STAGES
+from quantkit.run.artifacts import Artifacts
+from quantkit.run.names import NAMES, stage_folder
 from quantkit.sandbox import untrusted
 from quantkit.tensors import to_json
 
@@ -82,13 +83,13 @@ class StageRecord:
         return fingerprint(self.inputs)
 
 
-_SCHEMA = 1
+_SCHEMA = 2  # 1 had a stage `database`, and tuned within the search
 
 
 def _record(stage: str, value: dict[str, Any]) -> StageRecord:
     """A record of the manifest. Raises what a value of another shape raises."""
     record = untrusted.build(StageRecord, value)
-    if stage not in STAGES:
+    if stage not in NAMES:
         raise ValueError(f"{stage} is no stage")
     for o in record.outputs:
         if Path(o.path).is_absolute() or ".." in Path(o.path).parts:
@@ -119,7 +120,11 @@ class RunDir:
         self.path = path
 
     def stage_dir(self, stage: str) -> Path:
-        return self.path / f"{STAGES.index(stage) + 1}-{stage}"
+        return self.path / stage_folder(stage)
+
+    @property
+    def artifacts(self) -> Artifacts:
+        return Artifacts(self.path)
 
     @property
     def config_path(self) -> Path:
@@ -148,6 +153,11 @@ class RunDir:
                     f"{path} is of a newer quantkit (schema {schema}).",
                     "Resume with that one, or choose another --out.",
                 )
+            if schema != _SCHEMA:
+                raise QuantkitError(
+                    f"{path} is of an older quantkit, whose stages were others (schema {schema}).",
+                    "Choose another --out: the files that it published stay good.",
+                )
             if value.get("sha256", fingerprint(stages)) != fingerprint(stages):
                 raise Damaged(path, "its sum is another")
             return {stage: _record(stage, record) for stage, record in stages.items()}
@@ -164,14 +174,14 @@ class RunDir:
         """Drop the records of a stage and of all after it, and what they would take up again.
         Finished results stay until better ones take their place.
         """
-        begins = STAGES.index(stage)
-        self._save({name: r for name, r in self.records().items() if STAGES.index(name) < begins})
-        for name in STAGES[begins : STAGES.index("stitch")]:
+        begins = NAMES.index(stage)
+        self._save({name: r for name, r in self.records().items() if NAMES.index(name) < begins})
+        for name in NAMES[begins : NAMES.index("stitch")]:
             if self.stage_dir(name).exists():
                 shutil.rmtree(self.stage_dir(name))
 
     def _save(self, records: dict[str, StageRecord]) -> None:
-        ordered = to_json({stage: records[stage] for stage in STAGES if stage in records})
+        ordered = to_json({stage: records[stage] for stage in NAMES if stage in records})
         value = {"schema": _SCHEMA, "sha256": fingerprint(ordered), "stages": ordered}
         write_json(self._manifest_path, value)
 

@@ -1,15 +1,20 @@
-"""The names of the stages, in their order."""
+"""The names of the nine stages, in their order, and of their folders."""
 
 from __future__ import annotations
 
-STAGES = (
+NAMES = (
     "fetch",
     "convert",
     "calibrate",
     "quantize",
-    "database",
     "search",
+    "tune",
     "stitch",
     "validate",
     "publish",
 )
+
+
+def stage_folder(stage: str) -> str:
+    """The name of a stage's folder, `4-quantize`."""
+    return f"{NAMES.index(stage) + 1}-{stage}"

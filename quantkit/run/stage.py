@@ -1,15 +1,19 @@
-"""What a stage is given and what it returns."""
+"""What a stage is, what it is given, and what it returns."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from quantkit.config import PROFILES, Profile, RunConfig
+from quantkit.run.artifacts import Artifacts
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord
+from quantkit.run.names import NAMES
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Run:
     def profile(self) -> Profile:
         return PROFILES[self.config.profile]
 
+    @property
+    def artifacts(self) -> Artifacts:
+        return self.dir.artifacts
+
     @cached_property
     def records(self) -> dict[str, StageRecord]:
         """Records of the stages finished before this one."""
@@ -34,5 +42,42 @@ class Run:
 class StageResult:
     """What a stage made: finished files in its folder, and a few facts for status and report."""
 
-    outputs: list[Path]
+    outputs: Sequence[Path]
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage(ABC):
+    """One of the nine. The first line of its docstring says on the page what it does. Stages are
+    imported to look at them: heavy imports belong into `execute`.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]  # goes up when the same inputs would give other outputs
+    fields: ClassVar[tuple[str, ...]] = ()  # of RunConfig, that the result depends on
+    takes_long: ClassVar[bool] = False  # so that a lack of memory is said before it begins
+
+    @property
+    def about(self) -> str:
+        return (type(self).__doc__ or "").partition("\n")[0].rstrip(".")
+
+    @abstractmethod
+    def execute(self, run: Run) -> StageResult:
+        """Do the work and return the finished files. Raise QuantkitError for what is refused; what
+        was finished by then is taken up by the next attempt.
+        """
+
+    def extra_inputs(self, config: RunConfig) -> dict[str, Any]:
+        """Return what else the result depends on, such as a file's hash."""
+        return {}
+
+    def is_intermediate(self, path: str) -> bool:
+        """Return whether `clean` may drop an output."""
+        return False
+
+    def last_reader(self, path: str) -> str:
+        """Return the name of the last stage that reads an output."""
+        return NAMES[-1]
+
+    def is_current(self, config: RunConfig, record: StageRecord) -> bool:
+        """Return False where a record of the same inputs is not enough."""
+        return True

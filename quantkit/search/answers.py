@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.files import replacing
+from quantkit.ggml.types import QuantType
+from quantkit.run.artifacts import Artifacts
+from quantkit.run.folder import read_json
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.evopress import SearchState
-from quantkit.tensors import to_json
+from quantkit.tensors import CandidateKey, to_json
 
 
 def summary(state: SearchState) -> dict[str, Any]:
@@ -44,3 +47,12 @@ def write_trace(path: Path, state: SearchState) -> Path:
         lines = [json.dumps(dict(zip(names, row, strict=True))) for row in to_json(state.history)]
         partial.write_text("\n".join(lines) + "\n", "utf-8")
     return path
+
+
+def load_allocation(artifacts: Artifacts, limit_bytes: int) -> dict[str, CandidateKey]:
+    """Return the allocation for one budget, of a run whose search stage is finished."""
+    table = read_json(artifacts.answer(limit_bytes) / "allocation.json")
+    return {
+        name: CandidateKey(name, QuantType(row["qtype"]), row["method"])
+        for name, row in table.items()
+    }

@@ -1,34 +1,30 @@
-"""The nine stages, one module each: NAME, VERSION, FIELDS and `execute(run) -> StageResult`.
+"""The nine stages, a file each, in the order in which they run.
 
-`VERSION` goes up when the same inputs would give other outputs; `FIELDS` are the fields of
-RunConfig that the result depends on.
+A stage is made from those before it alone. They may be imported at any time: what is heavy waits
+until a stage is executed.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from quantkit.run.stage import Stage
+from quantkit.stages.calibrate import Calibrate
+from quantkit.stages.convert import Convert
+from quantkit.stages.fetch import Fetch
+from quantkit.stages.publish import Publish
+from quantkit.stages.quantize import Quantize
+from quantkit.stages.search import Search
+from quantkit.stages.stitch import Stitch
+from quantkit.stages.tune import Tune
+from quantkit.stages.validate import Validate
 
-if TYPE_CHECKING:
-    import torch
-
-    from quantkit.model.blockwise import BlockwiseModel
-    from quantkit.run.stage import Run
-
-
-def open_model(
-    run: Run,
-    stage: str,
-    folder: Path,
-    dtype: torch.dtype | str = "auto",
-    device: str = "cpu",
-    n_beside: int = 0,
-) -> BlockwiseModel:
-    """`streaming.open_model`; where it does not take the model whole, the run's events say so."""
-    from quantkit.model.streaming import open_model
-
-    model = open_model(folder, dtype, device, n_beside)
-    if model.is_streamed:
-        text = "there is too little free memory for the whole model: its blocks are read one by one"
-        run.events.emit(stage, "note", text)
-    return model
+STAGES: tuple[Stage, ...] = (
+    Fetch(),
+    Convert(),
+    Calibrate(),
+    Quantize(),
+    Search(),
+    Tune(),
+    Stitch(),
+    Validate(),
+    Publish(),
+)

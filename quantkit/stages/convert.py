@@ -17,107 +17,119 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
+from quantkit.config.levels import plan_levels
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
-from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp.converter.architectures import tables
 from quantkit.llamacpp.converter.convert import convert
 from quantkit.model.unmapped import reason_of
-from quantkit.planning.levels import plan_levels
 from quantkit.planning.plan import check_sizes, specs_of
-from quantkit.run.check import Check
-from quantkit.run.folder import RunDir, read_json
-from quantkit.run.stage import StageResult
-from quantkit.stages import fetch, open_model
-from quantkit.tensors import TensorSpec
+from quantkit.run.stage import Run, Stage, StageResult
+from quantkit.sources.snapshot import Snapshot, load_snapshot, model_name
 
 if TYPE_CHECKING:
     from quantkit.evidence.parity import Original
     from quantkit.llamacpp.tokens import Tokens
-    from quantkit.run.stage import Run
 
 NAME = "convert"
-VERSION = 4
-FIELDS: tuple[str, ...] = ()
 
 
-def execute(run: Run) -> StageResult:
-    """Raises QuantkitError when the converter does not know the model, or nothing of it is found
-    again.
-    """
-    from quantkit.model.row_maps import RowMatcher, save_row_maps
+class Convert(Stage):
+    """Write the weights as one full-precision GGUF, with llama.cpp's own converter."""
 
-    folder = run.dir.stage_dir(NAME)
-    snapshot = fetch.load(run.dir)
-    base_path = folder / "base.gguf"
+    name = NAME
+    version = 4
 
-    def progress(done: int, total: int) -> None:
-        run.events.progress(NAME, done, max(done, total), "llama.cpp's converter writes base.gguf")
+    def execute(self, run: Run) -> StageResult:
+        """Raise QuantkitError when the converter does not know the model, or nothing of it is
+        found again.
+        """
+        from quantkit.model.opening import open_model
+        from quantkit.model.row_maps import RowMatcher, save_row_maps
 
-    result = convert(
-        snapshot.folder,
-        base_path,
-        model_name=model_name(snapshot),
-        left_out=snapshot.left_out,
-        progress=progress,
-    )
-    run.events.emit(NAME, "note", f"sandbox: {result.sandbox}")
-    for note in (*(f"converter: {warning}" for warning in result.warnings), *result.tokens.notes):
-        run.events.emit(NAME, "note", note)
-    base = GgufFile(base_path)
-    specs = specs_of(base)
-    check_sizes(run.config, base, plan_levels(specs, run.config))  # before the long work
-    quantizable = {spec.name for spec in specs.values() if spec.quantizable}
-    checks = _check(run, snapshot, base, result.tokens)
+        snapshot = load_snapshot(run.dir)
+        base_path = run.artifacts.base
 
-    model = open_model(run, NAME, snapshot.folder)
-    matcher = RowMatcher(model.model, model.weight)
-    maps = {}
-    for spec in specs.values():
-        found = matcher.match(spec, base.packed(spec.name)) if spec.quantizable else None
-        if found is not None:
-            maps[spec.name] = found
-    unmapped = sorted(quantizable - maps.keys())
-    if not maps:
-        raise QuantkitError(
-            "No tensor of base.gguf was found in the model that transformers loads.",
-            "This architecture is not supported yet: please open an issue with the model's id.",
+        def progress(done: int, total: int) -> None:
+            run.events.progress(
+                NAME, done, max(done, total), "llama.cpp's converter writes base.gguf"
+            )
+
+        result = convert(
+            snapshot.folder,
+            base_path,
+            model_name=model_name(snapshot),
+            left_out=snapshot.left_out,
+            progress=progress,
         )
-    _check_unmapped(run, base, unmapped)
-    rowmaps_path = folder / "rowmaps.safetensors"
-    save_row_maps(maps, rowmaps_path)
-    n_mapped = sum(specs[name].n_elements for name in maps)
-    n_all = sum(specs[name].n_elements for name in quantizable)
-    tensors = {"specs": list(specs.values()), "unmapped": unmapped, "conversion": result.to_json()}
-    outputs = [base_path, write_json(folder / "tensors.json", tensors), rowmaps_path, checks]
-    projector = projector_path(run.dir)
-    if _make_projector(run, snapshot, projector):
-        outputs.append(projector)
-    summary = {
-        "n_bytes": result.n_bytes,
-        "mapped_share": round(n_mapped / n_all, 4),
-        "unmapped": unmapped,
-    }
-    return StageResult(outputs, summary)
+        run.events.emit(NAME, "note", f"sandbox: {result.sandbox}")
+        for note in (
+            *(f"converter: {warning}" for warning in result.warnings),
+            *result.tokens.notes,
+        ):
+            run.events.emit(NAME, "note", note)
+        base = GgufFile(base_path)
+        specs = specs_of(base)
+        check_sizes(run.config, base, plan_levels(specs, run.config))  # before the long work
+        quantizable = {spec.name for spec in specs.values() if spec.quantizable}
+        checks = _check(run, snapshot, base, result.tokens)
+
+        model = open_model(run, NAME, snapshot.folder)
+        matcher = RowMatcher(model.model, model.weight)
+        maps = {}
+        for spec in specs.values():
+            found = matcher.match(spec, base.packed(spec.name)) if spec.quantizable else None
+            if found is not None:
+                maps[spec.name] = found
+        unmapped = sorted(quantizable - maps.keys())
+        if not maps:
+            raise QuantkitError(
+                "No tensor of base.gguf was found in the model that transformers loads.",
+                "This architecture is not supported yet: please open an issue with the model's id.",
+            )
+        _check_unmapped(run, base, unmapped)
+        rowmaps_path = run.artifacts.row_maps
+        save_row_maps(maps, rowmaps_path)
+        n_mapped = sum(specs[name].n_elements for name in maps)
+        n_all = sum(specs[name].n_elements for name in quantizable)
+        tensors = {
+            "specs": list(specs.values()),
+            "unmapped": unmapped,
+            "conversion": result.to_json(),
+        }
+        outputs = [base_path, write_json(run.artifacts.specs, tensors), rowmaps_path, checks]
+        projector = run.artifacts.projector
+        if _make_projector(run, snapshot, projector):
+            outputs.append(projector)
+        summary = {
+            "n_bytes": result.n_bytes,
+            "mapped_share": round(n_mapped / n_all, 4),
+            "unmapped": unmapped,
+        }
+        return StageResult(outputs, summary)
+
+    def last_reader(self, path: str) -> str:
+        """Only the encoder is published."""
+        return "publish" if path.endswith("mmproj.gguf") else "validate"
 
 
-def _check(run: Run, snapshot: fetch.Snapshot, base: GgufFile, tokens: Tokens) -> Path:
+def _check(run: Run, snapshot: Snapshot, base: GgufFile, tokens: Tokens) -> Path:
     """Hold `base.gguf` against its original, and keep what was found. Raises QuantkitError where it
     is something else.
     """
     from quantkit.evidence.parity import check_logits
 
-    folder = run.dir.stage_dir(NAME)
     run.events.emit(NAME, "note", "comparing base.gguf with the model that transformers loads")
-    logits, measured = check_logits(base, tokens.ids, _originals(snapshot), folder)
+    logits, measured = check_logits(
+        base, tokens.ids, _originals(snapshot), run.artifacts.folder(NAME)
+    )
     run.events.emit(NAME, "note", f"{logits.name}: {logits.about}")
     found = {
         "checks": [asdict(tokens.check), asdict(logits)],
@@ -125,15 +137,10 @@ def _check(run: Run, snapshot: fetch.Snapshot, base: GgufFile, tokens: Tokens) -
         "text": tokens.text,
         "logits": measured,
     }
-    return write_json(folder / "checks.json", found)
+    return write_json(run.artifacts.checks, found)
 
 
-def load_checks(directory: RunDir) -> list[Check]:
-    """What a finished convert stage found of `base.gguf`."""
-    return [Check(**c) for c in read_json(directory.stage_dir(NAME) / "checks.json")["checks"]]
-
-
-def _originals(snapshot: fetch.Snapshot) -> list[Original]:
+def _originals(snapshot: Snapshot) -> list[Original]:
     """Where the model lies as its author made it, not as fetch wrote it again. PEFT is the judge of
     adapters where it is installed.
     """
@@ -176,17 +183,7 @@ def _check_unmapped(run: Run, base: GgufFile, unmapped: list[str]) -> None:
         run.events.emit(NAME, "note", f"{n} tensors are not calibrated: they belong to {reason}")
 
 
-def last_reader(path: str) -> str:
-    """Only the encoder is published."""
-    return "publish" if path.endswith("mmproj.gguf") else "validate"
-
-
-def projector_path(directory: RunDir) -> Path:
-    """Where the encoder's GGUF lies, if the model has one that could be converted."""
-    return directory.stage_dir(NAME) / "mmproj.gguf"
-
-
-def _make_projector(run: Run, snapshot: fetch.Snapshot, path: Path) -> bool:
+def _make_projector(run: Run, snapshot: Snapshot, path: Path) -> bool:
     """Convert the model's encoder. What cannot be converted is said: the language model is whole
     without it.
     """
@@ -201,33 +198,3 @@ def _make_projector(run: Run, snapshot: fetch.Snapshot, path: Path) -> bool:
         run.events.emit(NAME, "note", f"no mmproj, the result reads text only: {error.message}")
         return False
     return True
-
-
-def model_name(snapshot: fetch.Snapshot) -> str:
-    """What the GGUF calls the model: the Hub id, or the folder's name."""
-    return snapshot.folder.name if snapshot.info.local_path else snapshot.info.id
-
-
-def load_base(directory: RunDir) -> GgufFile:
-    """`base.gguf` of a run whose convert stage is finished. Every stage asks for it; a header with
-    100,000s of tokens is read once.
-    """
-    path = directory.stage_dir(NAME) / "base.gguf"
-    found = path.stat() if path.exists() else None
-    return _opened(path, (found.st_ino, found.st_size, found.st_mtime_ns) if found else None)
-
-
-@lru_cache(maxsize=1)
-def _opened(path: Path, _version: object) -> GgufFile:
-    return GgufFile(path)
-
-
-def load_specs(directory: RunDir) -> dict[str, TensorSpec]:
-    """The tensors of `base.gguf` by name, in file order."""
-    table = read_json(directory.stage_dir(NAME) / "tensors.json")["specs"]
-    return {
-        row["name"]: TensorSpec(
-            row["name"], tuple(row["shape"]), QuantType(row["qtype"]), row["quantizable"]
-        )
-        for row in table
-    }

@@ -12,9 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quantkit import hub, sources
 from quantkit.checkpoint.info import ModelInfo, RepoFile
@@ -28,101 +26,99 @@ from quantkit.hub.visibility import closed, why_private
 from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.output import safe_name
 from quantkit.planning import texts
-from quantkit.run.folder import RunDir, read_json
-from quantkit.run.stage import StageResult
+from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sources.fit import Fit, check_fit, copies_in, kept_notes
 
-if TYPE_CHECKING:
-    from quantkit.run.stage import Run
-
 NAME = "fetch"
-VERSION = 2
-FIELDS = ("model", "revision")
 
 # The converter writes the folder's name into the GGUF as the model's name.
 _DEMO_FOLDER = "SmolLM2-135M-Instruct"
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A fetched model: what it is, and the folder with its files."""
+class Fetch(Stage):
+    """Download the model and pin its exact version."""
 
-    info: ModelInfo
-    folder: Path
-    left_out: tuple[str, ...] = ()  # stored tensors that are no part of the model
+    name = NAME
+    version = 2
+    fields = ("model", "revision")
 
+    def execute(self, run: Run) -> StageResult:
+        """Fetch the model of `run.config`. Raise QuantkitError for everything that is refused."""
+        for remark in texts.look(run.config):  # before the download
+            run.events.emit(NAME, "note", remark)
+        token = hub.resolve_token()
+        made: list[Path] = []
+        ref = hub.parse_reference(run.config.model, run.config.revision)
+        if ref.kind == "demo":
+            from quantkit.sources import demo  # needs torch
 
-def execute(run: Run) -> StageResult:
-    """Fetch the model of `run.config`. Raises QuantkitError for everything that is refused."""
-    for remark in texts.look(run.config):  # before the download
-        run.events.emit(NAME, "note", remark)
-    token = hub.resolve_token()
-    made: list[Path] = []
-    ref = hub.parse_reference(run.config.model, run.config.revision)
-    if ref.kind == "demo":
-        from quantkit.sources import demo  # needs torch
+            folder = run.artifacts.folder(NAME) / _DEMO_FOLDER
+            run.events.emit(NAME, "note", "making the demo's full-precision checkpoint")
+            demo.make_checkpoint(folder)
+            made = sorted(path for path in folder.iterdir() if path.is_file())
+            ref = hub.ModelRef("local", str(folder))
+        info = sources.inspect(ref, token)
+        check_architecture(info.config)  # before anything large is downloaded
+        run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
+        if run.config.publish:  # what is not possible after all the work is said before it
+            hub.check_write(run.config.publish, token, why_private(run.config, info) is not None)
+        hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
 
-        folder = run.dir.stage_dir(NAME) / _DEMO_FOLDER
-        run.events.emit(NAME, "note", "making the demo's full-precision checkpoint")
-        demo.make_checkpoint(folder)
-        made = sorted(path for path in folder.iterdir() if path.is_file())
-        ref = hub.ModelRef("local", str(folder))
-    info = sources.inspect(ref, token)
-    check_architecture(info.config)  # before anything large is downloaded
-    run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
-    if run.config.publish:  # what is not possible after all the work is said before it
-        hub.check_write(run.config.publish, token, why_private(run.config, info) is not None)
-    hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
+        fit = _look_at_headers(run, info, token)
+        source = source_of(info.id, info.config, info.base_model)
+        if source is not None:
+            run.events.emit(NAME, "note", source.sentence(info.base_model))
+        folder = run.artifacts.folder(NAME) / safe_name(info.id)
+        if source is not None and source.is_expanded:
+            from quantkit.sources.dequantize import dequantize  # needs torch
 
-    fit = _look_at_headers(run, info, token)
-    source = source_of(info.id, info.config, info.base_model)
-    if source is not None:
-        run.events.emit(NAME, "note", source.sentence(info.base_model))
-    folder = run.dir.stage_dir(NAME) / safe_name(info.id)
-    if source is not None and source.is_expanded:
-        from quantkit.sources.dequantize import dequantize  # needs torch
+            made = dequantize(
+                _bring(run, info, token), [f.path for f in info.files], source, folder
+            )
+        elif info.base is None:
+            folder = _bring(run, info, token)
+        else:
+            from quantkit.sources.lora import merge
 
-        made = dequantize(_bring(run, info, token), [f.path for f in info.files], source, folder)
-    elif info.base is None:
-        folder = _bring(run, info, token)
-    else:
-        from quantkit.sources.lora import merge
+            base, adapter = _bring(run, info.base, token), _bring(run, info, token)
+            run.events.emit(NAME, "note", f"merging {info.id} onto {info.base.id}")
+            base_files, own_files = ([f.path for f in i.files] for i in (info.base, info))
+            made = merge(base, base_files, adapter, own_files, folder)
+            fit = check_fit(folder)
+        copied = copies_in(folder, fit.tied)
+        for note in kept_notes(fit.tied, copied):
+            run.events.emit(NAME, "note", note)
+        if folder.is_relative_to(run.dir.path):  # that folder may be moved, or named otherwise
+            folder = folder.relative_to(run.dir.path)
+        else:
+            folder = folder.absolute()
+        path = write_json(
+            run.artifacts.snapshot,
+            {"info": info, "folder": str(folder), "left_out": [*fit.unread, *copied]},
+        )
+        summary = {
+            "model": info.id,
+            "sha": info.sha,
+            "architecture": info.architectures[0],
+            "n_parameters": info.n_parameters,
+            "n_bytes": info.n_download_bytes,
+            "license": info.license,
+            "closed": closed(info),
+        }
+        if source is not None:
+            summary["source"] = source.scheme
+        if info.base is not None:
+            summary |= {"base": info.base.id, "base_sha": info.base.sha}
+        return StageResult([path, *made], summary)
 
-        base, adapter = _bring(run, info.base, token), _bring(run, info, token)
-        run.events.emit(NAME, "note", f"merging {info.id} onto {info.base.id}")
-        base_files, own_files = ([f.path for f in i.files] for i in (info.base, info))
-        made = merge(base, base_files, adapter, own_files, folder)
-        fit = check_fit(folder)
-    copied = copies_in(folder, fit.tied)
-    for note in kept_notes(fit.tied, copied):
-        run.events.emit(NAME, "note", note)
-    if folder.is_relative_to(run.dir.path):  # that folder may be moved, or named otherwise
-        folder = folder.relative_to(run.dir.path)
-    else:
-        folder = folder.absolute()
-    path = write_json(
-        _path(run.dir),
-        {"info": info, "folder": str(folder), "left_out": [*fit.unread, *copied]},
-    )
-    summary = {
-        "model": info.id,
-        "sha": info.sha,
-        "architecture": info.architectures[0],
-        "n_parameters": info.n_parameters,
-        "n_bytes": info.n_download_bytes,
-        "license": info.license,
-        "closed": closed(info),
-    }
-    if source is not None:
-        summary["source"] = source.scheme
-    if info.base is not None:
-        summary |= {"base": info.base.id, "base_sha": info.base.sha}
-    return StageResult([path, *made], summary)
+    def last_reader(self, path: str) -> str:
+        """Weights made here are not published; what is known of the model goes onto the card."""
+        return "publish" if path.endswith("snapshot.json") else "validate"
 
 
 def _look_at_headers(run: Run, info: ModelInfo, token: str | None) -> Fit:
     """Whether transformers would load the model whole, before its weights are downloaded."""
-    headers = run.dir.stage_dir(NAME) / "headers"
+    headers = run.artifacts.folder(NAME) / "headers"
     try:
         fit = check_fit(sources.fetch_metadata(info, token, headers))
         if info.base is not None:
@@ -134,11 +130,6 @@ def _look_at_headers(run: Run, info: ModelInfo, token: str | None) -> Fit:
     for note in (*info.notes, *fit.notes):
         run.events.emit(NAME, "note", note)
     return fit
-
-
-def last_reader(path: str) -> str:
-    """Weights made here are not published; what is known of the model goes onto the card."""
-    return "publish" if path.endswith("snapshot.json") else "validate"
 
 
 def _bring(run: Run, info: ModelInfo, token: str | None) -> Path:
@@ -156,24 +147,6 @@ def _bring(run: Run, info: ModelInfo, token: str | None) -> Path:
     folder = hub.download(info, token, downloading)
     check_weights(info, folder, checking)
     return folder
-
-
-def load(run_dir: RunDir) -> Snapshot:
-    """The snapshot of a run whose fetch stage is finished, for later stages.
-
-    What the cache has lost since (it is the user's, and may have been emptied) is downloaded again
-    at the same commit. Raises QuantkitError when a local folder has changed.
-    """
-    value = read_json(_path(run_dir))
-    info, folder = ModelInfo.from_json(value["info"]), run_dir.path / value["folder"]
-    is_made = not Path(value["folder"]).is_absolute()  # and looked after by the manifest
-    if not is_made and hub.damaged_files(info, folder):
-        folder = hub.download(info, hub.resolve_token())
-    return Snapshot(info, folder, tuple(value.get("left_out", ())))
-
-
-def _path(run_dir: RunDir) -> Path:
-    return run_dir.stage_dir(NAME) / "snapshot.json"
 
 
 def run_bytes(config: RunConfig, info: ModelInfo) -> int:

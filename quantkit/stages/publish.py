@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
@@ -22,58 +22,62 @@ from quantkit.evidence.report.text import without_folders
 from quantkit.files import write_json, write_text
 from quantkit.hub.visibility import why_private
 from quantkit.llamacpp.output import safe_name
+from quantkit.run.artifacts import RELATIVE
 from quantkit.run.folder import StageRecord, read_json
-from quantkit.run.stage import StageResult
-from quantkit.stages import convert, fetch, stitch
-
-if TYPE_CHECKING:
-    from quantkit.run.stage import Run
+from quantkit.run.outputs import load_outputs
+from quantkit.run.stage import Run, Stage, StageResult
+from quantkit.sources.snapshot import load_snapshot, model_name
 
 NAME = "publish"
-VERSION = 2
-FIELDS: tuple[str, ...] = ()
 
 
-def is_current(config: RunConfig, record: StageRecord) -> bool:
-    """Whoever asks for a repository is answered by the Hub: it may be gone, or changed."""
-    return config.publish is None
+class Publish(Stage):
+    """Gather the files, and upload them if you asked for that."""
 
+    name = NAME
+    version = 2
 
-def execute(run: Run) -> StageResult:
-    """Raises QuantkitError for whatever the Hub refuses."""
-    folder = run.dir.stage_dir(NAME) / "upload"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    snapshot = fetch.load(run.dir)
-    validate = run.dir.stage_dir("validate")
-    outputs = stitch.load_outputs(run.dir)
-    stitched = run.dir.stage_dir("stitch")
-    _link(run.dir.stage_dir("calibrate") / "imatrix.gguf", folder / f"{_name(run)}-imatrix.gguf")
-    _link(validate / "report.json", folder / "report.json")
-    projector = convert.projector_path(run.dir)
-    if projector.exists():  # by this name llama.cpp finds it in the repository
-        _link(projector, folder / f"mmproj-{_name(run)}-F16.gguf")
-    (folder / "recipes").mkdir()
-    recipes = []
-    for output in outputs:
-        _link(stitched / output.file, folder / output.file)
-        recipes.append(_without_folders(read_json(stitched / output.recipe)))
-        write_json(folder / output.recipe, recipes[-1])
-    for path in sorted((stitched / "recipes").glob("*.txt")):
-        _link(path, folder / "recipes" / path.name)
-    (folder / "plots").mkdir()
-    for path in sorted((validate / "plots").iterdir()):
-        _link(path, folder / "plots" / path.name)
-    report = read_json(validate / "report.json")
-    write_text(folder / "README.md", model_card(snapshot.info, report, recipes, run.config.publish))
-    staged = sorted(path for path in folder.rglob("*") if path.is_file())
-    if run.config.publish is None:
-        run.events.emit(
-            NAME, "note", f"not uploaded: quantkit publish {run.dir.path} <owner>/<repo>"
+    def execute(self, run: Run) -> StageResult:
+        """Raise QuantkitError for whatever the Hub refuses."""
+        folder = run.artifacts.upload
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        snapshot = load_snapshot(run.dir)
+        validate = run.artifacts.report.parent
+        outputs = load_outputs(run.dir)
+        stitched = run.artifacts.stitched
+        _link(run.artifacts.imatrix, folder / f"{_name(run)}-imatrix.gguf")
+        _link(run.artifacts.report, folder / "report.json")
+        projector = run.artifacts.projector
+        if projector.exists():  # by this name llama.cpp finds it in the repository
+            _link(projector, folder / f"mmproj-{_name(run)}-F16.gguf")
+        (folder / "recipes").mkdir()
+        recipes = []
+        for output in outputs:
+            _link(stitched / output.file, folder / output.file)
+            recipes.append(_without_folders(read_json(stitched / output.recipe)))
+            write_json(folder / output.recipe, recipes[-1])
+        for path in sorted((stitched / "recipes").glob("*.txt")):
+            _link(path, folder / "recipes" / path.name)
+        (folder / "plots").mkdir()
+        for path in sorted((validate / "plots").iterdir()):
+            _link(path, folder / "plots" / path.name)
+        report = read_json(run.artifacts.report)
+        write_text(
+            folder / "README.md", model_card(snapshot.info, report, recipes, run.config.publish)
         )
-        names = [path.relative_to(folder).as_posix() for path in staged]
-        return StageResult(staged, {"published": False, "files": names})
-    return StageResult(staged, _upload(run, folder))
+        staged = sorted(path for path in folder.rglob("*") if path.is_file())
+        if run.config.publish is None:
+            run.events.emit(
+                NAME, "note", f"not uploaded: quantkit publish {run.dir.path} <owner>/<repo>"
+            )
+            names = [path.relative_to(folder).as_posix() for path in staged]
+            return StageResult(staged, {"published": False, "files": names})
+        return StageResult(staged, _upload(run, folder))
+
+    def is_current(self, config: RunConfig, record: StageRecord) -> bool:
+        """Whoever asks for a repository is answered by the Hub: it may be gone, or changed."""
+        return config.publish is None
 
 
 def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
 
     files = sorted(path.name for path in folder.glob("*-EVO-*.gguf"))
     message = f"{_name(run)}: {', '.join(files)}"
-    why = why_private(run.config, fetch.load(run.dir).info)
+    why = why_private(run.config, load_snapshot(run.dir).info)
     if why and not run.config.private:
         run.events.emit(NAME, "note", f"{why}: published privately (else: --public)")
     private, token = why is not None, hub.resolve_token()
@@ -126,22 +130,21 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
 
 def _known(run: Run, folder: Path) -> dict[str, str]:
     """The sha256 of what earlier stages made of what is uploaded, by its name there."""
-    found = {
-        f"{_name(run)}-imatrix.gguf": ("calibrate", "imatrix.gguf"),
-        f"mmproj-{_name(run)}-F16.gguf": ("convert", "mmproj.gguf"),
+    paths = {
+        f"{_name(run)}-imatrix.gguf": str(RELATIVE.imatrix),
+        f"mmproj-{_name(run)}-F16.gguf": str(RELATIVE.projector),
     }
     for stage in ("stitch", "validate"):
         for output in run.records[stage].outputs:
             name = output.path.partition("/")[2]
             if not (name.startswith("recipes/") and name.endswith(".json")):  # written anew here
-                found[name] = stage, name
+                paths[name] = output.path
     sums = {o.path: o.sha256 for record in run.records.values() for o in record.outputs}
-    paths = {name: f"{run.dir.stage_dir(stage).name}/{own}" for name, (stage, own) in found.items()}
     return {n: sums[path] for n, path in paths.items() if path in sums and (folder / n).exists()}
 
 
 def _name(run: Run) -> str:
-    return safe_name(convert.model_name(fetch.load(run.dir)))
+    return safe_name(model_name(load_snapshot(run.dir)))
 
 
 def _link(source: Path, target: Path) -> None:

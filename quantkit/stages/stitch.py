@@ -11,29 +11,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit import __version__
+from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file, write_json, write_text
 from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import Layout
 from quantkit.llamacpp import exports
-from quantkit.llamacpp.output import Provenance, file_name, lay_out_output, nearest_label
-from quantkit.planning.budgets import Budget
-from quantkit.run.folder import RunDir, read_json
-from quantkit.run.stage import StageResult
-from quantkit.stages import convert, database, fetch, search
+from quantkit.llamacpp.output import (
+    Provenance,
+    file_name,
+    lay_out_output,
+    load_provenance,
+    nearest_label,
+)
+from quantkit.run.folder import read_json
+from quantkit.run.outputs import Output, load_budgets
+from quantkit.run.stage import Run, Stage, StageResult
+from quantkit.search.answers import load_allocation
+from quantkit.search.database import load_database
+from quantkit.sources.snapshot import load_snapshot, model_name
+from quantkit.stages.tune import load_tuned
 from quantkit.tensors import Candidate, CandidateKey, to_json
 
-if TYPE_CHECKING:
-    from quantkit.run.stage import Run
-
 NAME = "stitch"
-VERSION = 4
-FIELDS: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,51 +51,37 @@ class Source:
     path: Path
 
 
-@dataclass(frozen=True)
-class Output:
-    """One finished file: its name in the stage's folder, its label and its budget."""
+class Stitch(Stage):
+    """Put the final file together."""
 
-    file: str
-    n_bytes: int
-    label: str
-    budget: Budget
+    name = NAME
+    version = 4
 
-    @property
-    def recipe(self) -> str:
-        return f"recipes/{self.file.removesuffix('.gguf')}.json"
-
-
-def execute(run: Run) -> StageResult:
-    """Raises QuantkitError when a tensor's bytes do not have the size that its type and shape ask
-    for.
-    """
-    folder = run.dir.stage_dir(NAME)
-    (folder / "recipes").mkdir(parents=True, exist_ok=True)
-    base, made = convert.load_base(run.dir), search.provenance(run)
-    index = database.load(run.dir)
-    written, outputs = [], []
-    for budget, layout, label, name in _named(run, base, made):
-        allocation = search.load_allocation(run.dir, budget)
-        used = _sources(run, budget, {t: index.find(key) for t, key in allocation.items()})
-        output = Output(name, layout.n_bytes, label, budget)
-        _stitch(run, folder / name, layout, base, used)
-        recipe = _recipe(run, folder / name, used, label, made)
-        stem = (folder / output.recipe).with_suffix("")
-        written += [
-            folder / name,
-            write_json(folder / output.recipe, recipe),
-            write_text(stem.with_suffix(".tensor-types.txt"), exports.tensor_types(recipe)),
-            write_text(stem.with_suffix(".toolkit.txt"), exports.toolkit(recipe)),
-        ]
-        outputs.append(output)
-    written.append(write_json(folder / "outputs.json", {"outputs": outputs}))
-    return StageResult(written, {"outputs": outputs})
-
-
-def load_outputs(directory: RunDir) -> list[Output]:
-    """The files of a run whose stitch stage is finished, by rising budget."""
-    table = read_json(directory.stage_dir(NAME) / "outputs.json")["outputs"]
-    return [Output(**{**row, "budget": Budget(**row["budget"])}) for row in table]
+    def execute(self, run: Run) -> StageResult:
+        """Raise QuantkitError when a tensor's bytes do not have the size that its type and shape
+        ask for.
+        """
+        folder = run.artifacts.stitched
+        (folder / "recipes").mkdir(parents=True, exist_ok=True)
+        base, made = load_base(run.dir), load_provenance(run.dir)
+        index = load_database(run.artifacts)
+        written, outputs = [], []
+        for budget, layout, label, name in _named(run, base, made):
+            allocation = load_allocation(run.artifacts, budget.limit_bytes)
+            used = _sources(run, budget, {t: index.find(key) for t, key in allocation.items()})
+            output = Output(name, layout.n_bytes, label, budget)
+            _stitch(run, folder / name, layout, base, used)
+            recipe = _recipe(run, folder / name, used, label, made)
+            stem = (folder / output.recipe).with_suffix("")
+            written += [
+                folder / name,
+                write_json(folder / output.recipe, recipe),
+                write_text(stem.with_suffix(".tensor-types.txt"), exports.tensor_types(recipe)),
+                write_text(stem.with_suffix(".toolkit.txt"), exports.toolkit(recipe)),
+            ]
+            outputs.append(output)
+        written.append(write_json(run.artifacts.outputs, {"outputs": outputs}))
+        return StageResult(written, {"outputs": outputs})
 
 
 def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget, Layout, str, str]]:
@@ -97,11 +89,11 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
     label, their bits per weight are put in; an allocation that was found for a smaller budget,
     too, is left out.
     """
-    model = convert.model_name(fetch.load(run.dir))
+    model = model_name(load_snapshot(run.dir))
     found: list[tuple[Budget, Layout, str]] = []
     known: list[dict[str, CandidateKey]] = []
-    for budget in search.load_budgets(run.dir):
-        allocation = search.load_allocation(run.dir, budget)
+    for budget in load_budgets(run.dir):
+        allocation = load_allocation(run.artifacts, budget.limit_bytes)
         if allocation in known:
             text = f"{budget.target}: the same file as for a smaller size"
             run.events.emit(NAME, "note", text)
@@ -127,8 +119,8 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
 
 def _sources(run: Run, budget: Budget, chosen: Mapping[str, Candidate]) -> dict[str, Source]:
     """The source of every tensor of an allocation."""
-    levels = run.dir.stage_dir("quantize")
-    tuned = search.load_tuned(run.dir, budget)
+    levels = run.artifacts.levels
+    tuned = load_tuned(run, budget.limit_bytes)
     found = {}
     for name, candidate in chosen.items():
         key = candidate.key
@@ -155,11 +147,10 @@ def _recipe(
     run: Run, path: Path, used: Mapping[str, Source], label: str, made: Provenance
 ) -> dict[str, Any]:
     """Everything that makes this file again: base, calibration, levels, every tensor's choice."""
-    info = fetch.load(run.dir).info
-    levels = run.dir.stage_dir("quantize")
+    info = load_snapshot(run.dir).info
     base = run.records["convert"].outputs[0]
     onto = info.base and {"model": info.base.id, "revision": info.base.sha}
-    outputs = [*run.records["quantize"].outputs, *run.records["search"].outputs]
+    outputs = [*run.records["quantize"].outputs, *run.records["tune"].outputs]
     known = {run.dir.path / o.path: o.sha256 for o in outputs}
     return {
         "schema": 1,
@@ -176,11 +167,11 @@ def _recipe(
             "label": label,
         },
         "provenance": made,
-        "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
+        "calibration": read_json(run.artifacts.calibration),
         "levels": {path.name: known[path] for path in sorted({s.path for s in used.values()})},
         "tensors": {
             name: {"qtype": str(s.qtype), "method": s.method, "file": s.path.name}
             for name, s in used.items()
         },
-        "fallbacks": to_json(read_json(levels / "errors.json")["fallbacks"]),
+        "fallbacks": to_json(read_json(run.artifacts.errors)["fallbacks"]),
     }

@@ -33,58 +33,66 @@ from quantkit.evidence.report.measures import Measures, reason_of
 from quantkit.evidence.report.schema import OURS
 from quantkit.evidence.report.text import without_folders
 from quantkit.files import sha256_file
+from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp import place
-from quantkit.run.check import Check
+from quantkit.run.check import Check, load_checks
 from quantkit.run.folder import read_json
+from quantkit.run.outputs import Output, load_outputs
 from quantkit.run.provenance import code_version
-from quantkit.run.stage import StageResult
-from quantkit.stages import convert, fetch, search, stitch
+from quantkit.run.stage import Run, Stage, StageResult
+from quantkit.sources.snapshot import load_snapshot
 from quantkit.tensors import to_json
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
     from evaluators.llama_runtime import Runtime
     from evaluators.tasks.items import TaskItems
-    from quantkit.run.stage import Run
 
 NAME = "validate"
-VERSION = 3
-FIELDS = ("eval_text", "tasks", "compare")
 
 N_CTX = 512
 _PROMPT = "Name three things that float on water."
 _PACKAGES = "llama-cpp-python torch transformers gguf huggingface_hub datasets numpy".split()
 
 
-def extra_inputs(config: RunConfig) -> dict[str, Any]:
-    """The contents of the files that the config names."""
-    named = {"eval_text": config.eval_text, "tasks": config.tasks}
-    named |= {f"compare {name}": name for name in config.compare}
-    return {
-        f"{k}_sha256": sha256_file(Path(v)) for k, v in named.items() if v and Path(v).is_file()
-    }
+class Validate(Stage):
+    """Measure it beside the original and llama.cpp's own files."""
 
+    name = NAME
+    version = 3
+    fields = ("eval_text", "tasks", "compare")
+    takes_long = True
 
-def execute(run: Run) -> StageResult:
-    """Raises QuantkitError when the file is not what was stitched or does not load. A measure that
-    cannot be taken is left out, and the report says why.
-    """
-    from evaluators.errors import EvaluationError
+    def execute(self, run: Run) -> StageResult:
+        """Raise QuantkitError when the file is not what was stitched or does not load. A measure
+        that cannot be taken is left out, and the report says why.
+        """
+        from evaluators.errors import EvaluationError
 
-    try:
-        return _validate(run)
-    except EvaluationError as error:  # its remedy may name an option of the evaluators' own
-        raise QuantkitError(error.message, "" if "--" in error.remedy else error.remedy) from error
+        try:
+            return _validate(run)
+        except EvaluationError as error:  # its remedy may name an option of the evaluators' own
+            raise QuantkitError(
+                error.message, "" if "--" in error.remedy else error.remedy
+            ) from error
+
+    def extra_inputs(self, config: RunConfig) -> dict[str, Any]:
+        """The contents of the files that the config names."""
+        named = {"eval_text": config.eval_text, "tasks": config.tasks}
+        named |= {f"compare {name}": name for name in config.compare}
+        return {
+            f"{k}_sha256": sha256_file(Path(v)) for k, v in named.items() if v and Path(v).is_file()
+        }
 
 
 def _validate(run: Run) -> StageResult:
     from evaluators.base_logits import BaseLogits
 
     measures = Measures(lambda said: run.events.emit(NAME, "note", said))
-    base, stitched = convert.load_base(run.dir), run.dir.stage_dir("stitch")
-    outputs = stitch.load_outputs(run.dir)
+    base, stitched = load_base(run.dir), run.artifacts.stitched
+    outputs = load_outputs(run.dir)
     texts, runtime = _texts(run), _runtime(run)
     text = next(iter(texts.values()))
     checks = {o.file: _checks(run, base, stitched / o.file, text, runtime) for o in outputs}
@@ -94,7 +102,7 @@ def _validate(run: Run) -> StageResult:
     others = measures.take("files beside ours", lambda: _opponents(run, base, outputs)) or []
     items, reason = measures.take("zero-shot items", lambda: _items(run)) or (None, "see below")
     meter = Meter(run, base, runtime, items, measures, 1 + 3 * (len(ours) + len(others)))
-    folder = run.dir.stage_dir(NAME)
+    folder = run.artifacts.folder(NAME)
     for left in folder.glob("weight-kl-*"):  # of a run that was killed
         shutil.rmtree(left)
     kept = folder / "base-logits"  # some GB; taken up again after a kill
@@ -174,7 +182,7 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
                 f"{ours.name} is not what was stitched: {check.about}.",
                 "This is a bug: please report it.",
             )
-    found += convert.load_checks(run.dir)
+    found += load_checks(run.dir)
     found += _logit_checks(run, file, text, runtime)
     said: dict[str, str] = {}
 
@@ -197,8 +205,8 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
     from quantkit.model.row_maps import load_row_maps
 
     names = ("logits at F16 against PyTorch's", "logits of the file against PyTorch's")
-    maps = load_row_maps(run.dir.stage_dir("convert") / "rowmaps.safetensors")
-    folder = fetch.load(run.dir).folder
+    maps = load_row_maps(run.artifacts.row_maps)
+    folder = load_snapshot(run.dir).folder
     try:
         ids = agreement.tokens_of(file.path, text, N_CTX, runtime)
         logits = integrity.torch_logits(folder, maps, file, ids, run.config.device)
@@ -206,7 +214,7 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
         return [_not_made(name, error) for name in names]
 
     def at_f16() -> Check:
-        with expanded_to_f16(file.path, run.dir.stage_dir(NAME), runtime) as f16:
+        with expanded_to_f16(file.path, run.artifacts.folder(NAME), runtime) as f16:
             found = agreement.measure(f16, ids, logits, runtime)
         return integrity.logits_check(names[0], file, found, integrity.F16_LIMIT)
 
@@ -229,19 +237,19 @@ def _not_made(name: str, error: Exception) -> Check:
     return Check(name, False, f"not compared: {without_folders(reason_of(error)).rstrip('.')}")
 
 
-def _opponents(run: Run, base: GgufFile, outputs: Sequence[stitch.Output]) -> list[Opponent]:
+def _opponents(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Opponent]:
     """Stock files around our sizes, our own uniform files around them, and what the user named."""
-    imatrix = read_imatrix(run.dir.stage_dir("calibrate") / "imatrix.gguf")
+    imatrix = read_imatrix(run.artifacts.imatrix)
     effort = EFFORTS[run.config.profile]
     like = {str(t): t.value for t in run.config.targets if t.kind == "like"}
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
-    uniform = baselines.uniform_opponents(
-        run.dir.stage_dir("quantize"), list(sizes), effort.n_uniform
-    )
+    uniform = baselines.uniform_opponents(run.artifacts.levels, list(sizes), effort.n_uniform)
     if effort.n_uniform and not uniform:
         run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
     return [
-        *baselines.stock_opponents(base, sizes, effort.n_below, imatrix, run.dir.stage_dir(NAME)),
+        *baselines.stock_opponents(
+            base, sizes, effort.n_below, imatrix, run.artifacts.folder(NAME)
+        ),
         *uniform,
         *baselines.given_opponents(run.config.compare),
     ]
@@ -274,7 +282,7 @@ def _texts(run: Run) -> dict[str, str]:
             raise QuantkitError(
                 f"The evaluation text {path} cannot be read ({error}).", "Give a UTF-8 text file."
             ) from None
-    folder = run.dir.stage_dir("calibrate") / "eval"
+    folder = run.artifacts.eval_texts
     return {path.stem: path.read_bytes().decode("utf-8") for path in sorted(folder.glob("*.txt"))}
 
 
@@ -305,7 +313,7 @@ def _report(run: Run, base: GgufFile, texts: Mapping[str, str], meter: Meter) ->
     from evaluators.texts import text_sha256
 
     first = meter.first
-    info = fetch.load(run.dir).info
+    info = load_snapshot(run.dir).info
     return {
         "schema": SCHEMA,
         "kind": "run",
@@ -324,12 +332,18 @@ def _report(run: Run, base: GgufFile, texts: Mapping[str, str], meter: Meter) ->
         "n_windows": first and first.combined.n_windows,
         "weight_windows": meter.n_weight_windows,
         "texts": {name: text_sha256(text) for name, text in texts.items()},
-        "calibration": read_json(run.dir.stage_dir("calibrate") / "calibration.json"),
-        "refused": read_json(run.dir.stage_dir("search") / "budgets.json")["refused"],
-        "fallbacks": read_json(run.dir.stage_dir("quantize") / "errors.json")["fallbacks"],
+        "calibration": read_json(run.artifacts.calibration),
+        "refused": read_json(run.artifacts.budgets)["refused"],
+        "fallbacks": read_json(run.artifacts.errors)["fallbacks"],
         "unmapped": run.records["convert"].summary["unmapped"],
         "versions": _versions(),
     }
+
+
+def _search(run: Run, path: Path, limit_bytes: int) -> dict[str, Any]:
+    """What was found within a budget, and what tuning made of it."""
+    tuned = read_json(run.artifacts.tuning)["budgets"].get(str(limit_bytes))
+    return read_json(path) | ({} if tuned is None else {"tuning": tuned})
 
 
 def _trace(path: Path) -> list[dict[str, Any]]:
@@ -338,18 +352,18 @@ def _trace(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
 
 
-def _made(run: Run, output: stitch.Output) -> dict[str, Any]:
+def _made(run: Run, output: Output) -> dict[str, Any]:
     """How an output came to be, and how every quantizable tensor of it is stored."""
-    path = run.dir.stage_dir("stitch") / output.file
+    path = run.artifacts.stitched / output.file
     name = str(path.relative_to(run.dir.path))
-    found = search.budget_dir(run.dir, output.budget)
-    recipe = read_json(run.dir.stage_dir("stitch") / output.recipe)
+    found = run.artifacts.answer(output.budget.limit_bytes)
+    recipe = read_json(run.artifacts.stitched / output.recipe)
     tensors = GgufFile(path).tensors
     return {
         "path": name,
         "sha256": next(o.sha256 for o in run.records["stitch"].outputs if o.path == name),
         "label": output.label,
-        "search": read_json(found / "budget.json"),
+        "search": _search(run, found / "budget.json", output.budget.limit_bytes),
         "trace": _trace(found / "trace.jsonl"),
         "tensors": {
             name: {

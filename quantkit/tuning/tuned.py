@@ -2,7 +2,7 @@
 tuned where that brought the file nearer to the original.
 
 The unit of work is a block: the file is laid out at once and filled block by block; what is done is
-noted in `tuning.partial.json`. `tuning.json` says what came of it.
+noted in `tuning.partial.json`. `outcome.json` says what came of it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,12 @@ if TYPE_CHECKING:
     from quantkit.tuning.tuner import Stored, TunedBlock, Tuner
 
 _PREFIX = "tuned-"
-_DONE, _OUTCOME = "tuning.partial.json", "tuning.json"
+_DONE, _OUTCOME = "tuning.partial.json", "outcome.json"
+FLOAT32_ABOVE_BPW = 6.5  # near 8 bits 16-bit products are noisier than the files are
 
 _HELDOUT = 32  # sequences that say whether tuning helped
 
 Progress = Callable[[int, int, str], None]
-
-
-def tuned_name(limit_bytes: int) -> str:
-    """The name of the level file for a budget."""
-    return f"{_PREFIX}{limit_bytes}.gguf"
 
 
 def is_tuned(file: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from quantkit.run.artifacts import RELATIVE, Artifacts
+
 import os
 import time
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.hub import PublishedFile
 from quantkit.run.events import read_some_events
 from quantkit.run.folder import RunDir
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES, stage_folder
 from quantkit.sandbox.untrusted import (
     Damaged,
     build,
@@ -277,10 +279,10 @@ class Follower:
             remedy=remedy,
             curve=tuple(progress.curve),
             log=tuple(progress.log),
-            report=self._read("8-validate/report.json", _read_report),
-            allocation=self._read("6-search/best.json", _read_report),
+            report=self._read(str(RELATIVE.report), _read_report),
+            allocation=self._read(str(RELATIVE.best), _read_report),
             files=files,
-            card=self._read("9-publish/upload/README.md", _read_card) or "",
+            card=self._read(str(RELATIVE.upload / "README.md"), _read_card) or "",
             publish_to=config.publish,
             published_url=progress.published_url,
             can_try=not running and any(f.is_here and views.is_model(f.name) for f in files),
@@ -316,10 +318,10 @@ class Follower:
         return self.folder / found[name][1] if name in found else None
 
     def staged(self) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
-        """The files under `9-publish/upload`, and where those lie that are here."""
+        """The files under the upload, and where those lie that are here."""
         record = self.dir.records().get("publish")
         outputs = record.outputs if record is not None else ()
-        folder = "9-publish/upload/"
+        folder = f"{RELATIVE.upload}/"
         files = [
             PublishedFile(output.path.removeprefix(folder), output.n_bytes, output.sha256)
             for output in outputs
@@ -336,7 +338,7 @@ class Follower:
 
     def base_path(self) -> Path | None:
         """The original at full precision, until it is cleaned away."""
-        path = self.folder / "2-convert" / "base.gguf"
+        path = Artifacts(self.folder).base
         return path if path.is_file() else None
 
     def _result_paths(self) -> dict[str, tuple[ResultFile, str]]:
@@ -419,7 +421,7 @@ def _file_order(name: str) -> tuple[int, str]:
 
 def _is_result(path: Path) -> bool:
     """Whether a path of the manifest lies in the folder of a stage."""
-    folders = {f"{number}-{stage}" for number, stage in enumerate(STAGES, 1)}
+    folders = set(map(stage_folder, NAMES))
     return len(path.parts) > 1 and path.parts[0] in folders and ".." not in path.parts
 
 

@@ -10,6 +10,8 @@ stages are copied to the state whole, and from it when the run is started again 
 
 from __future__ import annotations
 
+from quantkit.run.artifacts import RELATIVE
+
 import json
 import logging
 import os
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 SET_UP: tuple[str, ...] = (sys.executable, "-m", "quantkit.llamacpp.converter.install")
 _POLL_SECONDS = 1.0
 # Written by stages that can go on in the middle.
-_HALVES = "6-search/*/state.json"
+_HALVES = RELATIVE.search_states
 
 
 def main(environment: Mapping[str, str] | None = None) -> int:

@@ -7,6 +7,8 @@ change, and brought back when a new machine starts.
 
 from __future__ import annotations
 
+from quantkit.run.artifacts import RELATIVE
+
 import logging
 import os
 import shutil
@@ -31,7 +33,7 @@ from quantkit.server.runs.wire import FILES
 logger = logging.getLogger(__name__)
 
 _KEPT = (JOB_FILE, "config.json", "events.jsonl", LOG_FILE, JOB_LOG_FILE, MACHINE_FILE, *FILES)
-_RESULTS = "9-publish/upload"
+_RESULTS = str(RELATIVE.upload)
 _SECRET = ".secret"
 _ALWAYS = (_SECRET, DELETED_FILE, CLOCK_FILE)
 _SECONDS = 20.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.run.events import Event
-from quantkit.run.names import STAGES
+from quantkit.run.names import NAMES
 from quantkit.sandbox.untrusted import shortened
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -92,7 +92,7 @@ class Progress:
     """Folds events into what is shown. Not thread-safe: its owner holds a lock."""
 
     def __init__(self) -> None:
-        self.stages = {name: StageView(name) for name in STAGES}
+        self.stages = {name: StageView(name) for name in NAMES}
         self.log: deque[LogLine] = deque(maxlen=_LOG_LINES)
         self.curve: list[KlPoint] = []
         self.outcome: str | None = None  # finished, failed; None: under way or cut off

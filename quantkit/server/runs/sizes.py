@@ -7,7 +7,7 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import UsageError
 from quantkit.llamacpp.contexts import ContextMemory
-from quantkit.planning.budgets import for_files, settle_budgets
+from quantkit.config.budgets import for_files, settle_budgets
 from quantkit.tensors import to_json
 
 

@@ -78,7 +78,7 @@ class JobView:
     remedy: str = ""
     curve: tuple[KlPoint, ...] = ()
     log: tuple[LogLine, ...] = ()
-    report: dict[str, Any] | None = None  # 8-validate/report.json
+    report: dict[str, Any] | None = None
     allocation: dict[str, Any] | None = None  # tensor -> {qtype, method}
     files: tuple[ResultFile, ...] = ()
     card: str = ""  # the model card, Markdown

@@ -6,6 +6,8 @@ such a line is the worker's own output.
 
 from __future__ import annotations
 
+from quantkit.run.artifacts import RELATIVE
+
 import base64
 import binascii
 import json
@@ -20,9 +22,9 @@ EVENT, FILE = "@quantkit event ", "@quantkit file "
 # What a page shows of a run. Nothing else is taken from a log.
 FILES = (
     "manifest.json",
-    "6-search/best.json",
-    "8-validate/report.json",
-    "9-publish/upload/README.md",
+    str(RELATIVE.best),
+    str(RELATIVE.report),
+    str(RELATIVE.upload / "README.md"),
 )
 _PART = 6000  # characters of a line: logs cut longer ones
 _MOST_BYTES = 20_000_000

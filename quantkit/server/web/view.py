@@ -9,18 +9,9 @@ from urllib.parse import quote
 
 from quantkit.server.runs import JobSummary, JobView, StageView
 from quantkit.server.web.charts import kl_curve, kl_with_error
+from quantkit.stages import STAGES
 
-STAGE_ABOUT = {
-    "fetch": "Download the model and pin its exact version",
-    "convert": "Write the weights as one full-precision GGUF, with llama.cpp's own converter",
-    "calibrate": "Run text through the model to learn which inputs matter",
-    "quantize": "Make every tensor in every type, in several ways",
-    "database": "Index everything that was made",
-    "search": "Find the mix of types that changes the model least at this size",
-    "stitch": "Put the final file together",
-    "validate": "Measure it beside the original and llama.cpp's own files",
-    "publish": "Gather the files, and upload them if you asked for that",
-}
+STAGE_ABOUT = {stage.name: stage.about for stage in STAGES}
 STATE_TEXT = {
     "queued": "Waiting",
     "running": "Running",

@@ -1,0 +1,120 @@
+"""Text becomes tokens: what calibrate writes before it runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from quantkit import hub
+from quantkit.calibration import sources
+from quantkit.calibration.documents import EVAL_TOKENS, Domain, interleave, pack, split
+from quantkit.calibration.mix import Mix, Reader
+from quantkit.config import N_CTX
+from quantkit.errors import QuantkitError
+from quantkit.files import replacing, write_json
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.run.folder import read_json
+from quantkit.run.stage import Run
+
+STAGE = "calibrate"
+_MIX = "mix.json"
+
+
+def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> dict[str, Any]:
+    """Write the tokens and the texts to validate on; return what the report says of them. Once: a
+    killed stage goes on with the text that it began with, for neither the Hub nor a model gives the
+    same text again everywhere.
+    """
+    path = run.artifacts.calibration.with_name(_MIX)
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
+    texts_there = all((run.artifacts.eval_texts / name).exists() for name in known.get("eval", ()))
+    if known and texts_there and (run.artifacts.tokens).exists():
+        run.events.emit(STAGE, "note", f"going on with the text that was read: {known['note']}")
+        return known
+    mix = _read_mix(run, model, tokenizer)
+    tokens = _tokens(run, mix.domains, tokenizer)
+    with replacing(run.artifacts.tokens) as partial:
+        save_file(tokens, partial)
+    texts = _eval_texts(run, mix.domains, tokenizer)
+    for name, text in texts.items():
+        with replacing(run.artifacts.eval_texts / f"{name}.txt") as partial:
+            partial.write_text(text, "utf-8", newline="")
+    about = {
+        "note": mix.note,
+        "domains": sources.describe(mix.domains),
+        "languages": {code: round(bits, 3) for code, bits in mix.languages.items()},
+        "eval": [f"{name}.txt" for name in texts],
+    }
+    write_json(path, about)
+    return about
+
+
+def _read_mix(run: Run, model: BlockwiseModel, tokenizer: Any) -> Mix:
+    """The calibration mix as documents."""
+
+    def progress(done: int, total: int, message: str) -> None:
+        run.events.progress(STAGE, done, total, message)
+
+    profile = run.profile
+    token, seed = hub.resolve_token(), run.config.seed
+    reader = Reader(model.model, tokenizer, token, seed, progress, model.is_streamed)
+    n_tokens = profile.calibration_tokens + profile.heldout_tokens
+    mix = reader.mix(run.config.calibration, n_tokens, profile.eval_windows * N_CTX)
+    run.events.emit(STAGE, "note", mix.note)
+    return mix
+
+
+def _tokens(
+    run: Run, domains: Sequence[tuple[Domain, float]], tokenizer: Any
+) -> dict[str, np.ndarray]:
+    """Sequences of the train and heldout parts, domains interleaved by weight: int64 (n, N_CTX)
+    each.
+    """
+    wanted = {"train": run.profile.calibration_tokens, "heldout": run.profile.heldout_tokens}
+    parts = [split(domain, run.config.seed) for domain, _ in domains]
+    weights = [weight for _, weight in domains]
+    tokens = {}
+    for part, n_tokens in wanted.items():
+        n = n_tokens // N_CTX
+        packed = [pack(p[part], tokenizer, n, N_CTX) for p in parts]
+        tokens[part] = interleave(packed, weights, n)
+        if len(tokens[part]) < n:
+            run.events.emit(
+                STAGE,
+                "note",
+                f"only {tokens[part].size} of {n_tokens} {part} tokens: the text is short",
+            )
+        if not len(tokens[part]):
+            raise QuantkitError(
+                f"The calibration text has fewer than {N_CTX} tokens to {part}.", "Give more text."
+            )
+    return tokens
+
+
+def _eval_texts(
+    run: Run, domains: Sequence[tuple[Domain, float]], tokenizer: Any
+) -> dict[str, str]:
+    """What is held out of each domain for validation, by a name for its file. Domains with less
+    than a window of it are left out: better now than after the long work.
+    """
+    found: dict[str, str] = {}
+    for domain, _ in domains:
+        text = "\n\n".join(split(domain, run.config.seed)["eval"])
+        if len(tokenizer(text, verbose=False).input_ids) < EVAL_TOKENS:
+            run.events.emit(STAGE, "note", f"{domain.name} has too little text to validate on")
+            continue
+        name = Path(domain.name).stem
+        while name in found:  # notes.txt and notes.jsonl
+            name += "-"
+        found[name] = text
+    if not found and run.config.eval_text is None:
+        raise QuantkitError(
+            f"No calibration text is long enough to hold {EVAL_TOKENS} tokens of it out for"
+            " validation.",
+            "Give more text, or a text to validate on with --eval-text.",
+        )
+    return found

@@ -1,0 +1,27 @@
+"""The model of a run, opened for a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quantkit.model import streaming
+from quantkit.model.blockwise import BlockwiseModel
+from quantkit.run.stage import Run
+
+
+def open_model(
+    run: Run,
+    stage: str,
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    n_beside: int = 0,
+) -> BlockwiseModel:
+    """`streaming.open_model`; where it does not take the model whole, the run's events say so."""
+    model = streaming.open_model(folder, dtype, device, n_beside)
+    if model.is_streamed:
+        text = "there is too little free memory for the whole model: its blocks are read one by one"
+        run.events.emit(stage, "note", text)
+    return model

@@ -1,0 +1,176 @@
+"""tune: the files of the found allocations, brought nearer to the original block after block.
+
+Codes, scales and whatever else a stock file leaves free move by gradient. Writes, in a folder per
+budget, `tuned-<bytes>.gguf` (a level file of one allocation, where tuning helped) and
+`outcome.json`; `tuning.json` sums up. The unit of work is a block.
+
+The search has assumed that its files are tuned, or that they are not: this stage does as it
+assumed, or stops.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import QuantkitError
+from quantkit.files import write_json
+from quantkit.gguf_file.base import load_base
+from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.write import Layout
+from quantkit.llamacpp.output import lay_out_output, load_provenance
+from quantkit.planning.cost import tuning_bytes, tuning_bytes_beside_model
+from quantkit.run.folder import read_json
+from quantkit.run.outputs import load_budgets
+from quantkit.run.stage import Run, Stage, StageResult
+from quantkit.search.answers import load_allocation
+from quantkit.search.database import load_database
+from quantkit.sources.snapshot import load_snapshot
+from quantkit.tensors import Candidate, CandidateKey
+from quantkit.tuning.tuned import (
+    FLOAT32_ABOVE_BPW,
+    Outcome,
+    Progress,
+    lack_of_memory,
+    load_stored,
+    load_tuner,
+    tune_file,
+)
+
+if TYPE_CHECKING:
+    from quantkit.tuning.tuner import Stored, Tuner
+
+NAME = "tune"
+
+
+class Tune(Stage):
+    """Bring the files nearer to the original, block after block."""
+
+    name = NAME
+    version = 1
+    fields = ("tuning", "profile", "device")
+    takes_long = True
+
+    def execute(self, run: Run) -> StageResult:
+        """Raise QuantkitError where the search counted on tuning that is not possible now."""
+        searched = read_json(run.artifacts.budgets)
+        outcomes: dict[int, dict[str, Any]] = {}
+        outputs: list[Path] = []
+        if searched["expects_tuning"]:
+            outputs = _tune_all(run, outcomes)
+        elif searched["not_tuned"]:
+            row = {"steps": 0, "reason": searched["not_tuned"]}
+            outcomes = {budget.limit_bytes: row for budget in load_budgets(run.dir)}
+        outputs.append(write_json(run.artifacts.tuning, {"schema": 1, "budgets": outcomes}))
+        return StageResult(outputs, {"budgets": outcomes})
+
+    def is_intermediate(self, path: str) -> bool:
+        """Tuned level files are dropped by `clean`."""
+        return path.endswith(".gguf")
+
+    def last_reader(self, path: str) -> str:
+        """Tuned levels are stitched in; the rest stands in the report."""
+        return "stitch" if self.is_intermediate(path) else "validate"
+
+
+def _tune_all(run: Run, outcomes: dict[int, dict[str, Any]]) -> list[Path]:
+    """Tune the file of every allocation once. Fill `outcomes` by budget; return the files."""
+    base, index = load_base(run.dir), load_database(run.artifacts)
+    reason = reason_not_to_tune(run, base)
+    if reason:
+        raise QuantkitError(
+            f"The search counted on tuning, and {reason}.",
+            "Free that memory and resume, or start again with --tuning 0 and another --out.",
+        )
+    budgets = load_budgets(run.dir)
+    seen: list[dict[str, CandidateKey]] = []
+    outputs: list[Path] = []
+    for position, budget in enumerate(budgets):
+        allocation = load_allocation(run.artifacts, budget.limit_bytes)
+        if allocation in seen:  # the same file as for a smaller budget
+            continue
+        seen.append(allocation)
+        what = f"{budget.target}: " if len(budgets) > 1 else ""
+        chosen = {name: index.find(key) for name, key in allocation.items()}
+        path = run.artifacts.tuned(budget.limit_bytes)
+        progress = partial(_progress, run, position, len(budgets), what)
+        outcome, files = tune(run, base, chosen, path, progress)
+        said = f"{what}KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
+        run.events.emit(NAME, "note", said if outcome.tensors else f"{said}: not taken")
+        outputs += files
+        outcomes[budget.limit_bytes] = outcome.in_short
+    return outputs
+
+
+def _progress(
+    run: Run, position: int, n_budgets: int, what: str, done: int, total: int, message: str
+) -> None:
+    run.events.progress(NAME, position * total + done, n_budgets * total, what + message)
+
+
+def reason_not_to_tune(run: Run, base: GgufFile) -> str:
+    """Return why files cannot be tuned although that was asked for; empty where nothing is in the
+    way.
+    """
+    if not run.config.tuning_steps:
+        return ""
+    from quantkit.machine.memory import free_memory
+
+    free = free_memory(run.config.device)
+    return lack_of_memory(tuning_bytes(run.config, base, free), free)
+
+
+def tune(
+    run: Run, base: GgufFile, chosen: Mapping[str, Candidate], path: Path, progress: Progress
+) -> tuple[Outcome, list[Path]]:
+    """Tune the file of an allocation, of a run whose quantize stage is finished, into the level
+    file `path`. Return what `tuning.tuned.tune_file` returns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = load_stored(chosen, run.artifacts.levels)
+    types = {name: candidate.key.qtype for name, candidate in chosen.items()}
+    layout = lay_out_output(base, types, load_provenance(run.dir), "Q8_0")
+
+    def make() -> Tuner:
+        return _tuner(run, base, stored, layout, path.parent)
+
+    return tune_file(path, layout, base, stored, make, run.config.tuning_steps, progress)
+
+
+def _tuner(
+    run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout, scratch: Path
+) -> Tuner:
+    import torch
+
+    from quantkit.machine.memory import free_memory
+    from quantkit.model.opening import open_model
+
+    gc.collect()  # the model before this one refers to itself, and would stay on the GPU
+    exact = 8 * layout.n_bytes / base.n_elements > FLOAT32_ABOVE_BPW
+    folder, device = load_snapshot(run.dir).folder, run.config.device
+    beside = tuning_bytes_beside_model(run.config, base, free_memory(device))
+    return load_tuner(
+        open_model(run, NAME, folder, torch.float32, device, beside),
+        run.artifacts.row_maps,
+        run.artifacts.tokens,
+        stored,
+        run.config.tuning_steps,
+        scratch,
+        exact,
+    )
+
+
+def load_tuned(run: Run, limit_bytes: int) -> tuple[Path, tuple[str, ...]] | None:
+    """Return the tuned level file of one budget and the tensors that it changed, where tuning
+    helped.
+    """
+    said = read_json(run.artifacts.tuning)["budgets"].get(str(limit_bytes), {})
+    path = run.artifacts.tuned(limit_bytes)
+    outcome = Outcome.load(path.parent)
+    # An interrupted attempt may have left one behind: the stage's own word counts.
+    if outcome is None or not said.get("n_tensors"):
+        return None
+    return path, outcome.tensors
