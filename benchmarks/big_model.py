@@ -33,11 +33,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quantkit.config.targets import BitsPerWeight
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from quantkit import config as settings  # noqa: E402
-from quantkit.config import RunConfig, Target  # noqa: E402
+from quantkit.config import RunConfig  # noqa: E402
 from quantkit.evidence import meter  # noqa: E402
 from quantkit.files import write_json  # noqa: E402
 from quantkit.run.events import Event  # noqa: E402
@@ -192,7 +194,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     )
     return RunConfig(
         model=str(options.folder / "Big-Llama"),
-        targets=(Target("bpw", options.bpw),),
+        targets=(BitsPerWeight(options.bpw),),
         profile="demo",
         levels=tuple(options.levels.split(",")),
         device=options.device,

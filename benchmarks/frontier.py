@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from quantkit.config.targets import FileSize, LikeMix
 from quantkit.gguf_file.base import load_base
 from quantkit.llamacpp.output import load_provenance
 from quantkit.run.outputs import load_outputs
@@ -35,7 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from quantkit import pipeline
-from quantkit.config import PROFILES, RunConfig, Target
+from quantkit.config import PROFILES, RunConfig
 from quantkit.files import sha256_file, write_json
 from quantkit.gguf_file.stitch import stitch as stitch_file
 from quantkit.llamacpp.output import lay_out_output
@@ -144,7 +145,7 @@ def our_files(arguments: argparse.Namespace, run: Path, sizes: list[int]) -> lis
     """What one run of quantkit makes within these bytes."""
     config = RunConfig(
         model=arguments.model,
-        targets=tuple(Target("size", str(n)) for n in sizes),
+        targets=tuple(FileSize(str(n)) for n in sizes),
         profile=arguments.profile,
         calibration=arguments.calibration,
         device=arguments.device,
@@ -208,7 +209,7 @@ def main() -> None:
     # The base first: llama.cpp's files are made of the same GGUF as ours.
     shared = {"profile": arguments.profile, "calibration": arguments.calibration}
     shared |= {"device": arguments.device, "seed": arguments.seed}
-    first = RunConfig(model=arguments.model, targets=(Target("like", "Q4_K_M"),), **shared)
+    first = RunConfig(model=arguments.model, targets=(LikeMix("Q4_K_M"),), **shared)
     pipeline.run(first, arguments.out / "base", until="convert")
     base = load_base(RunDir(arguments.out / "base")).path
     peer = Peer(arguments.peer, base, scratch, arguments.chunks, arguments.jobs)

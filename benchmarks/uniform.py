@@ -23,7 +23,8 @@ from frontier import Peer
 from tuned_mix import tuned
 
 from quantkit import pipeline
-from quantkit.config import PROFILES, RunConfig, Target
+from quantkit.config import PROFILES, RunConfig
+from quantkit.config.targets import BitsPerWeight
 from quantkit.ggml.types import QuantType, file_label
 from quantkit.gguf_file.base import load_base
 from quantkit.llamacpp.stock import StockRecipe
@@ -47,7 +48,7 @@ def main() -> None:
     types, device = tuple(arguments.types.split(",")), arguments.device
     config = RunConfig(
         model=arguments.model,
-        targets=(Target("bpw", str(max(QuantType(t).bpw for t in types))),),
+        targets=(BitsPerWeight(str(max(QuantType(t).bpw for t in types))),),
         levels=types,
         profile=arguments.profile,
         calibration=arguments.calibration,

@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__
-from quantkit.config import DEMO_MODEL, FAMILY, PROFILES, RunConfig, Target, load_types_map
+from quantkit.config import DEMO_MODEL, PROFILES, RunConfig, load_types_map
+from quantkit.config.targets import FAMILY, BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.machine import faults
 from quantkit.planning import compare_options
@@ -255,13 +256,13 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
     for name in (*arguments.compare, *arguments.levels_from):
         given.check_name(name)
-    asked = (
-        ("bpw", arguments.target_bpw),
-        ("size", arguments.target_size),
-        ("like", arguments.like or arguments.family),
-        ("fits", arguments.fits),
+    asked: tuple[tuple[type[Target], str | None], ...] = (
+        (BitsPerWeight, arguments.target_bpw),
+        (FileSize, arguments.target_size),
+        (LikeMix, arguments.like or arguments.family),
+        (FitsMemory, arguments.fits),
     )
-    targets = [Target(kind, value) for kind, given in asked for value in _listed(given)]
+    targets = [kind(value) for kind, given in asked for value in _listed(given)]
     return RunConfig(
         model=arguments.model,
         revision=arguments.revision,

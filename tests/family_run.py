@@ -21,6 +21,7 @@ from families import FAMILIES, Family, write_checkpoint
 from evaluators import agreement
 from evaluators.weights import expanded_to_f16
 from quantkit import config, pipeline
+from quantkit.config.targets import LikeMix
 from quantkit.evidence import integrity
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp import contexts
@@ -113,7 +114,7 @@ def run_family(family: Family, folder: Path) -> Row:
     with _profile() as profile:
         asked = config.RunConfig(
             str(checkpoint),
-            targets=(config.Target("like", "Q5_K_M"),),
+            targets=(LikeMix("Q5_K_M"),),
             profile=profile,
             calibration="docs,code",
         )

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from search_spaces import everything, make_space, spaces
 from tiny_gguf import Shape, write_llama
 
-from quantkit.config import RunConfig, Target
+from quantkit.config import RunConfig
 from quantkit.config.levels import plan_levels
+from quantkit.config.targets import BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
 from quantkit.errors import QuantkitError
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
@@ -162,7 +163,7 @@ def exact(base: GgufFile, config: RunConfig, at: int) -> int:
 
 
 def config_of(base: GgufFile, n_bytes: int | None = None) -> RunConfig:
-    targets = () if n_bytes is None else (Target("size", str(n_bytes)),)
+    targets = () if n_bytes is None else (FileSize(str(n_bytes)),)
     return RunConfig("m", targets=targets, levels=LEVELS)
 
 
@@ -198,11 +199,11 @@ def test_every_kind_of_budget(base: GgufFile) -> None:
         budgets, _ = budgets_of(RunConfig("m", targets=targets, types=types), base, 0, 10**12)
         return [budget.limit_bytes for budget in budgets]
 
-    assert limit(Target("bpw", "4.5")) == [int(4.5 * n / 8)]
-    assert limit(Target("size", "1.5MB")) == [1_500_000]
+    assert limit(BitsPerWeight("4.5")) == [int(4.5 * n / 8)]
+    assert limit(FileSize("1.5MB")) == [1_500_000]
     beside = context_memory(base).n_bytes(64)
-    assert limit(Target("fits", "1GB@64")) == [1_000_000_000 - beside]
-    (like,) = limit(Target("like", "Q4_K_M"))
+    assert limit(FitsMemory("1GB@64")) == [1_000_000_000 - beside]
+    (like,) = limit(LikeMix("Q4_K_M"))
     assert [like] == limit(), "the default"
     assert limit(types=(("default", "Q4_0"),)) == []
     q4 = QuantType("Q4_K")
@@ -215,7 +216,7 @@ def test_every_kind_of_budget(base: GgufFile) -> None:
 
 def test_several_budgets_are_sorted_and_refused_one_by_one(base: GgufFile) -> None:
     values = ("900kB", "1B", "500kB", "900kB", "90GB")
-    config = RunConfig("m", targets=tuple(Target("size", v) for v in values))
+    config = RunConfig("m", targets=tuple(FileSize(v) for v in values))
     budgets, refused = budgets_of(config, base, 100_000, 10**6)
     assert [b.limit_bytes for b in budgets] == [500_000, 900_000], "each once, smallest first"
     assert [b.target for b in refused] == ["1B", "90GB"]
@@ -223,10 +224,10 @@ def test_several_budgets_are_sorted_and_refused_one_by_one(base: GgufFile) -> No
 
 
 def test_more_memory_than_the_model_can_use_is_no_mistake(base: GgufFile) -> None:
-    config = RunConfig("m", targets=(Target("fits", "80GB@64"),))
+    config = RunConfig("m", targets=(FitsMemory("80GB@64"),))
     (budget,), refused = budgets_of(config, base, 100_000, 10**6)
     assert budget.limit_bytes == 10**6 and not refused
-    config = RunConfig("m", targets=(Target("fits", "100MB@64"),))
+    config = RunConfig("m", targets=(FitsMemory("100MB@64"),))
     with pytest.raises(QuantkitError, match=r"does not fit in 0\.1 GB with a context of 64"):
         budgets_of(config, base, 100_000, 10**6)
 

@@ -22,7 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from quantkit import hub
-from quantkit.config import RunConfig, Target
+from quantkit.config import RunConfig
+from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.run.events import EventLog
@@ -33,7 +34,7 @@ from quantkit.server.runs import JobStore, process
 from quantkit.server.runs.record import JobRecord, load_record, owner_hash, save_record
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
 
-CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(Target("like", "Q4_K_M"),))
+CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(LikeMix("Q4_K_M"),))
 GGUF = "SmolLM2-135M-Instruct-EVO-Q4_K_M.gguf"
 MESSAGES = {
     "fetch": "downloading model.safetensors",

@@ -18,7 +18,8 @@ from hub_jobs import hardware
 from huggingface_hub import JobHardwareInfo
 
 from quantkit import sandbox
-from quantkit.config import RunConfig, Target
+from quantkit.config import RunConfig
+from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
 from quantkit.sandbox import api
@@ -97,7 +98,7 @@ def limits(form: JobForm) -> list[int]:
 
 def test_what_fits_a_memory() -> None:
     form = JobForm("a/b", "fits", memory="1.4GB", context=4096)
-    assert to_config(form, True).targets == (Target("fits", "1.4GB@4096"),)
+    assert to_config(form, True).targets == (FitsMemory("1.4GB@4096"),)
     assert limits(form) == [1_400_000_000 - context_bytes(PLAN, 4096)]
     assert limits(dataclasses.replace(form, memory="80GB")) == [1_100_000_000]
     with pytest.raises(QuantkitError, match="does not fit in 1 GB with a context of 8,192"):
@@ -114,7 +115,7 @@ def test_what_is_no_memory(fields: dict[str, Any]) -> None:
 def test_a_family_is_one_run_of_several_sizes(desk: Desk) -> None:
     mixes = ("Q3_K_M", "Q4_K_M", "Q5_K_M")
     form = JobForm("a/b", "family", family=mixes)
-    assert to_config(form, True).targets == tuple(Target("like", mix) for mix in mixes)
+    assert to_config(form, True).targets == tuple(LikeMix(mix) for mix in mixes)
     job = desk.start(form, "", ME)
     assert desk.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
     shown_all = shown(desk, size_kind="family", family=mixes)
@@ -127,13 +128,13 @@ def test_a_family_is_one_run_of_several_sizes(desk: Desk) -> None:
 
 
 def test_another_size_is_not_planned_again() -> None:
-    config = RunConfig("a/b", targets=(Target("like", "Q4_K_M"),))
+    config = RunConfig("a/b", targets=(LikeMix("Q4_K_M"),))
     _cache[_key(config, None)] = PLAN
     try:
-        other = dataclasses.replace(config, targets=(Target("bpw", "4.0"),), seed=5)
+        other = dataclasses.replace(config, targets=(BitsPerWeight("4.0"),), seed=5)
         assert estimate(other)["sizes"]["budgets"][0]["limit_bytes"] == 500_000_000
         with pytest.raises(QuantkitError, match="below the smallest possible file"):
-            estimate(dataclasses.replace(config, targets=(Target("bpw", "1.0"),)))
+            estimate(dataclasses.replace(config, targets=(BitsPerWeight("1.0"),)))
         assert _key(config, None) != _key(config, "hf_token"), "what a token sees is its own"
     finally:
         _cache.clear()

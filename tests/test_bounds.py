@@ -18,8 +18,9 @@ from tiny_models import tiny_llama
 
 from quantkit.checkpoint.bounds import check_numbers
 from quantkit.checkpoint.safetensors import StoredTensor
-from quantkit.config import RunConfig, Target
+from quantkit.config import RunConfig
 from quantkit.config.budgets import for_files
+from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.hub.card_data import read_card
 from quantkit.llamacpp.converter.snapshot import sanitize
@@ -201,7 +202,7 @@ def test_cards() -> None:
 
 def test_one_file_takes_search_and_tuning(llama: Path) -> None:
     """A Job's limit is made from it."""
-    asked = RunConfig(str(llama), targets=(Target("like", "Q4_K_M"),), profile="demo")
+    asked = RunConfig(str(llama), targets=(LikeMix("Q4_K_M"),), profile="demo")
     one = make_plan(asked)["estimates"]
     assert one["seconds"] >= 60 + one["per_file"]["seconds"]
     assert one["multiply_adds"] > one["per_file"]["multiply_adds"]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from quantkit.config import PROFILES, Profile, RunConfig, Target, compile_pattern, load_types_map
+from quantkit.config import PROFILES, Profile, RunConfig, compile_pattern, load_types_map
+from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix, target_of
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.sizes import parse_bytes
@@ -63,7 +64,7 @@ def test_decimal_sizes_are_exact() -> None:
 
 @pytest.mark.parametrize("value", ["4.5", "0.5", "32", "3", "4.62"])
 def test_bits_per_weight(value: str) -> None:
-    target = Target("bpw", value)
+    target = BitsPerWeight(value)
     limit = target.limit_bytes(1_000_003, lambda label: 1 // 0, lambda n: 1 // 0)
     assert limit == int(Decimal(value) * 1_000_003 / 8)
     assert value in str(target)
@@ -81,23 +82,23 @@ def test_bits_per_weight(value: str) -> None:
 )
 def test_what_is_no_target(kind: str, value: str) -> None:
     with pytest.raises(UsageError) as error:
-        Target(kind, value)
+        target_of({"kind": kind, "value": value})
     assert error.value.message and error.value.remedy
 
 
 def test_what_fits_a_memory_with_a_context() -> None:
-    target = Target("fits", "8GB@8192")
+    target = FitsMemory("8GB@8192")
     assert target.limit_bytes(1, lambda label: 1 // 0, lambda n: 1000 * n) == 8e9 - 8_192_000
     assert str(target) == "fits 8GB with a context of 8,192"
 
 
 def test_a_stock_mix_as_target() -> None:
     asked = []
-    target = Target("like", "Q4_K_M")
+    target = LikeMix("Q4_K_M")
     assert target.limit_bytes(1, lambda label: asked.append(label) or 777, lambda n: 1 // 0) == 777
     assert asked == ["Q4_K_M"] and str(target) == "like Q4_K_M"
     for label in FILE_TYPES:
-        Target("like", label)
+        LikeMix(label)
 
 
 def test_profiles_are_steps_of_the_same_work() -> None:
@@ -120,9 +121,9 @@ CONFIGS = st.builds(
     model=st.text(min_size=1),
     revision=st.none() | st.text(),
     targets=st.lists(
-        st.builds(Target, st.just("bpw"), st.sampled_from(["4.5", "3"]))
-        | st.builds(Target, st.just("fits"), st.sampled_from(["8GB@8192", "1.5GiB@1"]))
-        | st.builds(Target, st.just("like"), st.sampled_from(sorted(FILE_TYPES))),
+        st.builds(BitsPerWeight, st.sampled_from(["4.5", "3"]))
+        | st.builds(FitsMemory, st.sampled_from(["8GB@8192", "1.5GiB@1"]))
+        | st.builds(LikeMix, st.sampled_from(sorted(FILE_TYPES))),
         max_size=3,
     ).map(tuple),
     profile=st.sampled_from(sorted(PROFILES)),
@@ -155,7 +156,7 @@ def test_every_field_is_compared_but_where_it_is_published_and_what_it_is_measur
     other = RunConfig(
         "n",
         "r",
-        (Target("bpw", "4"),),
+        (BitsPerWeight("4"),),
         "fast",
         ("Q4_K",),
         ("their.gguf",),

@@ -21,7 +21,8 @@ import torch
 from commands import ROOT, disk_of
 
 from quantkit import cli, pipeline
-from quantkit.config import RunConfig, Target
+from quantkit.config import RunConfig
+from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import write_json
 from quantkit.machine import faults, room
@@ -331,7 +332,7 @@ def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def a_run(folder: Path) -> RunDir:
     directory = RunDir(folder)
-    write_json(directory.config_path, RunConfig("m", targets=(Target("like", "Q4_K_M"),)))
+    write_json(directory.config_path, RunConfig("m", targets=(LikeMix("Q4_K_M"),)))
     directory.save_record(StageRecord("fetch", {"a": 1}, (), 1.0, {}))
     return directory
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.config import RunConfig, Target
+from quantkit.config import RunConfig
+from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.server.runs import JobForm, check_repo, to_config
 from quantkit.server.runs.request import check_pattern
@@ -18,9 +19,7 @@ class TestForm:
 
     def test_one_id_is_enough(self) -> None:
         config = to_config(JobForm("HuggingFaceTB/SmolLM2-135M"), public=True)
-        assert config == RunConfig(
-            "HuggingFaceTB/SmolLM2-135M", targets=(Target("like", "Q4_K_M"),)
-        )
+        assert config == RunConfig("HuggingFaceTB/SmolLM2-135M", targets=(LikeMix("Q4_K_M"),))
 
     def test_all_fields(self) -> None:
         form = JobForm(

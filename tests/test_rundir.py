@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit import pipeline
-from quantkit.config import RunConfig, Target
+from quantkit.config import RunConfig
+from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import replacing, sha256_file, write_json
 from quantkit.run.events import EventLog, read_events
@@ -304,7 +305,7 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         settle(tmp_path, seed=3)
     assert "--out" in error.value.remedy
     with pytest.raises(UsageError, match="like Q6_K"):
-        settle(tmp_path, targets=(Target("like", "Q6_K"),))
+        settle(tmp_path, targets=(LikeMix("Q6_K"),))
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from evaluators import agreement
 from evaluators.errors import EvaluationError
 from evaluators.weights import expand_file
 from quantkit import config, pipeline
+from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.gguf_file.read import GgufFile
 from quantkit.planning.plan import make_plan
@@ -106,7 +107,7 @@ def judge(folder: Path, seed: int) -> Verdict:
 def _what_comes(trouble: Trouble, own: Path) -> tuple[str, str, float | None]:
     asked = config.RunConfig(
         str(trouble.path),
-        targets=(config.Target("like", "Q5_K_M"),),
+        targets=(LikeMix("Q5_K_M"),),
         profile="demo",
         calibration="docs,code",
     )

@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from quantkit.config.calibration import parse_spec
+from quantkit.config.targets import DEFAULT_TARGET, Target, target_of
 from quantkit.errors import UsageError
-from quantkit.ggml.types import FILE_TYPES, QuantType, askable
-from quantkit.sizes import parse_bytes
+from quantkit.ggml.types import QuantType, askable
 from quantkit.tensors import METHODS
 
 AT_LEAST = ">="  # before a type of `--types`
 DEMO_MODEL = "demo:smollm2-135m"
-MOST_CONTEXT = 4_000_000  # tokens
 MOST_STEPS = 10_000  # of tuning a block
 
 
@@ -85,90 +82,6 @@ PROFILES = {
         about="overnight on a CPU; when the file will have many users",
     ),
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """How large a file may be: `kind` is bpw, size, like or fits; `value` is what the user wrote.
-
-    `fits` is a memory and a context, `8GB@8192`: what llama.cpp takes for so many tokens of context
-    is not left to the file.
-    """
-
-    kind: str
-    value: str
-
-    def __post_init__(self) -> None:
-        if self.kind == "bpw":
-            try:
-                bpw = float(self.value)
-            except ValueError:
-                bpw = 0.0
-            if not 0.5 <= bpw <= 32:
-                raise UsageError(
-                    f"--target-bpw {self.value} is not a number of bits per weight.",
-                    "Use something like 4.5.",
-                )
-        elif self.kind == "size":
-            parse_bytes(self.value)
-        elif self.kind == "like":
-            if self.value not in FILE_TYPES:
-                raise UsageError(
-                    f"There is no stock mix {self.value!r}.",
-                    "Use one of " + ", ".join(FILE_TYPES) + ".",
-                )
-        elif self.kind == "fits":
-            self.memory_and_context()
-        else:
-            raise UsageError(
-                f"Unknown kind of target {self.kind!r}.", "Use bpw, size, like or fits."
-            )
-
-    def memory_and_context(self) -> tuple[int, int]:
-        """Bytes of memory and tokens of context of a `fits` target. Raises UsageError."""
-        memory, _, context = self.value.partition("@")
-        if not re.fullmatch(r"\d{1,7}", context) or not 1 <= int(context) <= MOST_CONTEXT:
-            raise UsageError(
-                f"{self.value!r} does not name a memory and a context.",
-                "Write 8GB@8192: bytes of memory and tokens of context.",
-            )
-        return parse_bytes(memory), int(context)
-
-    def limit_bytes(
-        self,
-        n_parameters: int,
-        stock_bytes: Callable[[str], int],
-        context_bytes: Callable[[int], int],
-    ) -> int:
-        """The budget in bytes of the whole file; what `fits` leaves for it may be none at all.
-
-        `stock_bytes(label)` gives the size of a stock mix of this model, `context_bytes(n)` what n
-        tokens of context take beside the file.
-        """
-        if self.kind == "bpw":
-            return int(Fraction(self.value) * n_parameters / 8)
-        if self.kind == "size":
-            return parse_bytes(self.value)
-        if self.kind == "fits":
-            memory, n_tokens = self.memory_and_context()
-            return memory - context_bytes(n_tokens)
-        return stock_bytes(self.value)
-
-    def __str__(self) -> str:
-        if self.kind == "fits":
-            memory, context = self.value.split("@")
-            return f"fits {memory} with a context of {int(context):,}"
-        return {
-            "bpw": f"{self.value} bits per weight",
-            "size": self.value,
-            "like": f"like {self.value}",
-        }[self.kind]
-
-
-# Kinds of targets as options of the command line.
-TARGET_OPTIONS = {"bpw": "target-bpw", "size": "target-size", "like": "like", "fits": "fits"}
-DEFAULT_TARGET = Target("like", "Q4_K_M")
-FAMILY = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")  # the sizes of --family
 
 
 @dataclass(frozen=True)
@@ -275,7 +188,7 @@ class RunConfig:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RunConfig:
         value = dict(value)
-        value["targets"] = tuple(Target(**target) for target in value["targets"])
+        value["targets"] = tuple(map(target_of, value["targets"]))
         value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
         value["methods"] = tuple(value["methods"])
         value["levels_from"] = tuple(value.get("levels_from", ()))

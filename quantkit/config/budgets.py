@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.config import DEFAULT_TARGET, RunConfig, Target
+from quantkit.config import RunConfig
+from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.errors import QuantkitError
 
 
@@ -37,8 +38,7 @@ def settle_budgets(
     refused = []
     for target in config.targets or _default_targets(config):
         limit = target.limit_bytes(n_parameters, mix_bytes, context_bytes)
-        if target.kind == "fits":
-            limit = min(limit, largest)  # more memory than the model can use is no mistake
+        limit = target.within(limit, largest)
         budget = Budget(str(target), limit, _refusal(target, limit, smallest, largest))
         if budget.refusal:
             refused.append(budget)
@@ -74,11 +74,4 @@ def _refusal(target: Target, limit: int, smallest: int, largest: int) -> str:
         )
     if limit >= smallest:
         return ""
-    if target.kind == "fits":
-        memory, context = target.memory_and_context()
-        return (
-            f"The model does not fit in {memory / 1e9:g} GB with a context of {context:,} tokens:"
-            f" its smallest file has {smallest / 1e9:.2f} GB and the context takes"
-            f" {(memory - limit) / 1e9:.2f} GB."
-        )
-    return f"The budget of {limit:,} bytes is below the smallest possible file, {smallest:,} bytes."
+    return target.below(limit, smallest)

@@ -241,7 +241,7 @@ def _opponents(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Oppo
     """Stock files around our sizes, our own uniform files around them, and what the user named."""
     imatrix = read_imatrix(run.artifacts.imatrix)
     effort = EFFORTS[run.config.profile]
-    like = {str(t): t.value for t in run.config.targets if t.kind == "like"}
+    like = {str(t): t.mix for t in run.config.targets if t.mix}
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
     uniform = baselines.uniform_opponents(run.artifacts.levels, list(sizes), effort.n_uniform)
     if effort.n_uniform and not uniform:

@@ -4,6 +4,8 @@ a process is made of it.
 
 from __future__ import annotations
 
+from quantkit.config.targets import BitsPerWeight, FileSize, FitsMemory, LikeMix
+
 import json
 import math
 import re
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit import hub
-from quantkit.config import FAMILY, MOST_CONTEXT, PROFILES, RunConfig, Target, compile_pattern
+from quantkit.config import PROFILES, RunConfig, compile_pattern
+from quantkit.config.targets import FAMILY, MOST_CONTEXT, Target
 from quantkit.config.calibration import AUTO, BUILTIN_TEXTS, HUB_TEXTS, MIXES
 from quantkit.errors import UsageError
 from quantkit.tensors import METHODS
@@ -159,19 +162,19 @@ def _targets(form: JobForm) -> tuple[Target, ...]:
     kind = _one_of(form.size_kind, "kind of size", SIZE_KINDS)
     if kind == "family":
         mixes = _names(form.family, "stock mix") or FAMILIES["everyday"]
-        return tuple(Target("like", mix) for mix in mixes)
+        return tuple(LikeMix(mix) for mix in mixes)
     if kind == "fits":
-        return (Target("fits", _fits(form)),)
+        return (FitsMemory(_fits(form)),)
     if kind == "like":
-        return (Target("like", _text(form.like, "stock mix", 20)),)
+        return (LikeMix(_text(form.like, "stock mix", 20)),)
     if kind == "size":
         size = _text(form.size, "file size", 30)
         if not size:
             raise UsageError("No file size was given.", "Write one such as 90MB or 5.5GB.")
-        return (Target("size", size),)
+        return (FileSize(size),)
     if form.bpw in (None, ""):
         raise UsageError("No bits per weight were given.", "Write a number such as 4.5.")
-    return (Target("bpw", str(form.bpw)[:20]),)
+    return (BitsPerWeight(str(form.bpw)[:20]),)
 
 
 def _fits(form: JobForm) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantkit.checkpoint.info import ModelInfo
-from quantkit.config import DEFAULT_TARGET, PROFILES, TUNING_BATCH, RunConfig, Target
+from quantkit.config import PROFILES, RunConfig, TUNING_BATCH
+from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.sandbox.untrusted import shortened
 
 # Bits per weight of llama.cpp's own files of a model of 8B parameters. Of the whole file, so small
@@ -54,10 +55,10 @@ def rough_bytes(config: RunConfig, n_parameters: int) -> tuple[int, ...]:
 
 
 def _bytes(target: Target, n_parameters: int) -> int | None:
-    if target.kind == "fits":
+    if target.n_context is not None:
         return None  # hangs on what a context takes
-    if target.kind == "like":
-        bits = _BITS.get(target.value)
+    if target.mix is not None:
+        bits = _BITS.get(target.mix)
         return None if bits is None else round(bits * n_parameters / 8)
     return target.limit_bytes(n_parameters, lambda label: 0, lambda n_tokens: 0)
 

@@ -239,7 +239,7 @@ class Desk:
             except QuantkitError as error:
                 if form.machine != HERE:
                     return view.notice(error.message, error.remedy)
-        contexts = (t.memory_and_context()[1] for t in config.targets if t.kind == "fits")
+        contexts = (t.n_context for t in config.targets if t.n_context)
         return previews.preview(
             plan,
             context=next(contexts, None),

@@ -1,0 +1,204 @@
+"""How large a file may be: four kinds of target, each with what the user wrote."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from quantkit.errors import UsageError
+from quantkit.ggml.types import FILE_TYPES
+from quantkit.sizes import parse_bytes
+
+MOST_CONTEXT = 4_000_000  # tokens
+
+BytesOf = Callable[[str], int]
+ContextBytes = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """One size that was asked for. `kind` is its name in `config.json` and on the API."""
+
+    kind: str = field(init=False)
+    value: str
+
+    option: ClassVar[str]  # of the command line
+
+    @abstractmethod
+    def limit_bytes(
+        self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
+    ) -> int:
+        """Return the budget in bytes of the whole file.
+
+        `stock_bytes(label)` gives the size of a stock mix of this model, `context_bytes(n)` what n
+        tokens of context take beside the file.
+        """
+
+    def within(self, limit: int, largest: int) -> int:
+        """Return the budget where the largest possible file has `largest` bytes."""
+        return limit
+
+    def below(self, limit: int, smallest: int) -> str:
+        """Say why a budget below the smallest possible file cannot be met."""
+        return (
+            f"The budget of {limit:,} bytes is below the smallest possible file,"
+            f" {smallest:,} bytes."
+        )
+
+    @property
+    def n_context(self) -> int | None:
+        """Tokens of context that the target counts; None where it counts none."""
+        return None
+
+    @property
+    def mix(self) -> str | None:
+        """The stock mix that the target names, if any."""
+        return None
+
+
+@dataclass(frozen=True)
+class BitsPerWeight(Target):
+    """So many bits for each weight of the model."""
+
+    kind: str = field(default="bpw", init=False)
+    option = "target-bpw"
+
+    def __post_init__(self) -> None:
+        try:
+            bpw = float(self.value)
+        except ValueError:
+            bpw = 0.0
+        if not 0.5 <= bpw <= 32:
+            raise UsageError(
+                f"--target-bpw {self.value} is not a number of bits per weight.",
+                "Use something like 4.5.",
+            )
+
+    def limit_bytes(
+        self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
+    ) -> int:
+        return int(Fraction(self.value) * n_parameters / 8)
+
+    def __str__(self) -> str:
+        return f"{self.value} bits per weight"
+
+
+@dataclass(frozen=True)
+class FileSize(Target):
+    """So many bytes, as in 5.5GB."""
+
+    kind: str = field(default="size", init=False)
+    option = "target-size"
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.value)
+
+    def limit_bytes(
+        self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
+    ) -> int:
+        return parse_bytes(self.value)
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class LikeMix(Target):
+    """The size of llama.cpp's own file of a mix of types, as in Q4_K_M."""
+
+    kind: str = field(default="like", init=False)
+    option = "like"
+
+    def __post_init__(self) -> None:
+        if self.value not in FILE_TYPES:
+            raise UsageError(
+                f"There is no stock mix {self.value!r}.",
+                "Use one of " + ", ".join(FILE_TYPES) + ".",
+            )
+
+    def limit_bytes(
+        self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
+    ) -> int:
+        return stock_bytes(self.value)
+
+    @property
+    def mix(self) -> str:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"like {self.value}"
+
+
+@dataclass(frozen=True)
+class FitsMemory(Target):
+    """What a memory leaves beside a context, as in 8GB@8192: what llama.cpp takes for the context
+    is not left to the file.
+    """
+
+    kind: str = field(default="fits", init=False)
+    option = "fits"
+
+    def __post_init__(self) -> None:
+        self.memory_and_context()
+
+    def memory_and_context(self) -> tuple[int, int]:
+        """Return bytes of memory and tokens of context. Raise UsageError."""
+        memory, _, context = self.value.partition("@")
+        if not re.fullmatch(r"\d{1,7}", context) or not 1 <= int(context) <= MOST_CONTEXT:
+            raise UsageError(
+                f"{self.value!r} does not name a memory and a context.",
+                "Write 8GB@8192: bytes of memory and tokens of context.",
+            )
+        return parse_bytes(memory), int(context)
+
+    def limit_bytes(
+        self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
+    ) -> int:
+        """What is left may be nothing at all."""
+        memory, n_tokens = self.memory_and_context()
+        return memory - context_bytes(n_tokens)
+
+    def within(self, limit: int, largest: int) -> int:
+        """More memory than the model can use is no mistake."""
+        return min(limit, largest)
+
+    def below(self, limit: int, smallest: int) -> str:
+        memory, context = self.memory_and_context()
+        return (
+            f"The model does not fit in {memory / 1e9:g} GB with a context of {context:,} tokens:"
+            f" its smallest file has {smallest / 1e9:.2f} GB and the context takes"
+            f" {(memory - limit) / 1e9:.2f} GB."
+        )
+
+    @property
+    def n_context(self) -> int:
+        return self.memory_and_context()[1]
+
+    def __str__(self) -> str:
+        memory, context = self.value.split("@")
+        return f"fits {memory} with a context of {int(context):,}"
+
+
+TARGETS: dict[str, type[Target]] = {
+    "bpw": BitsPerWeight,
+    "size": FileSize,
+    "like": LikeMix,
+    "fits": FitsMemory,
+}
+
+
+def target_of(value: Mapping[str, Any]) -> Target:
+    """Return a target of its JSON. Raise UsageError for a kind that there is not."""
+    if value["kind"] not in TARGETS:
+        raise UsageError(
+            f"Unknown kind of target {value['kind']!r}.", "Use bpw, size, like or fits."
+        )
+    return TARGETS[value["kind"]](value["value"])
+
+
+DEFAULT_TARGET = LikeMix("Q4_K_M")
+FAMILY = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")  # the sizes of --family
