@@ -95,7 +95,7 @@ class Recipe:
         """
         config = dataclasses.replace(self.config, publish=None, private=False)
         reference = hub.parse_reference(config.model, config.revision)
-        if reference.kind != "hub":
+        if not reference.is_on_hub:
             return config
         return dataclasses.replace(config, model=reference.id, revision=self.revision)
 

@@ -20,7 +20,7 @@ ContextBytes = Callable[[int], int]
 
 
 @dataclass(frozen=True)
-class Target(ABC):
+class _Asked(ABC):
     """One size that was asked for. `kind` is its name in `config.json` and on the API."""
 
     kind: str = field(init=False)
@@ -61,7 +61,7 @@ class Target(ABC):
 
 
 @dataclass(frozen=True)
-class BitsPerWeight(Target):
+class BitsPerWeight(_Asked):
     """So many bits for each weight of the model."""
 
     kind: str = field(default="bpw", init=False)
@@ -88,7 +88,7 @@ class BitsPerWeight(Target):
 
 
 @dataclass(frozen=True)
-class FileSize(Target):
+class FileSize(_Asked):
     """So many bytes, as in 5.5GB."""
 
     kind: str = field(default="size", init=False)
@@ -107,7 +107,7 @@ class FileSize(Target):
 
 
 @dataclass(frozen=True)
-class LikeMix(Target):
+class LikeMix(_Asked):
     """The size of llama.cpp's own file of a mix of types, as in Q4_K_M."""
 
     kind: str = field(default="like", init=False)
@@ -134,7 +134,7 @@ class LikeMix(Target):
 
 
 @dataclass(frozen=True)
-class FitsMemory(Target):
+class FitsMemory(_Asked):
     """What a memory leaves beside a context, as in 8GB@8192: what llama.cpp takes for the context
     is not left to the file.
     """
@@ -182,6 +182,8 @@ class FitsMemory(Target):
         memory, context = self.value.split("@")
         return f"fits {memory} with a context of {int(context):,}"
 
+
+Target = BitsPerWeight | FileSize | LikeMix | FitsMemory
 
 TARGETS: dict[str, type[Target]] = {
     "bpw": BitsPerWeight,

@@ -31,6 +31,18 @@ class ModelRef:
     id: str
     revision: str | None = None
 
+    @property
+    def is_local(self) -> bool:
+        return self.kind == "local"
+
+    @property
+    def is_on_hub(self) -> bool:
+        return self.kind == "hub"
+
+    @property
+    def is_demo(self) -> bool:
+        return self.kind == "demo"
+
     def __str__(self) -> str:
         return self.id if self.revision is None else f"{self.id}@{self.revision}"
 

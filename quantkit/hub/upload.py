@@ -106,7 +106,7 @@ def is_open(repo_id: str) -> bool:
 def _full_id(repo_id: str, account: str) -> str:
     """Raises UsageError when this is not a repository's id."""
     ref = parse_reference(repo_id, allow_local=False)
-    if ref.kind != "hub" or ref.revision is not None:
+    if not ref.is_on_hub or ref.revision is not None:
         raise UsageError(f"{repo_id} is not a repository to publish to.", "Write owner/name.")
     return ref.id if "/" in ref.id else f"{account}/{ref.id}"
 

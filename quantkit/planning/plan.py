@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantkit import hub, sources
+from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
@@ -33,7 +33,8 @@ from quantkit.planning import texts
 from quantkit.planning.cost import search_target_bytes, stage_memory
 from quantkit.planning.coverage import foretell, in_words
 from quantkit.sizes import size
-from quantkit.sources.fit import check_fit, copies, kept_notes
+from quantkit.sources.fit import copies, kept_notes
+from quantkit.sources.resolve import read_headers, resolve
 from quantkit.tensors import ONE_INPUT, TensorSpec, is_in_block, to_json
 
 _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to the base's header
@@ -109,28 +110,12 @@ def make_plan(
     """
     said = texts.look(config)
     token = hub.resolve_token()
-    ref = hub.parse_reference(config.model, config.revision)
     with tempfile.TemporaryDirectory(prefix="quantkit-plan-") as folder:
-        if ref.kind == "demo":
-            from quantkit.sources import demo
-
-            made = Path(folder) / "SmolLM2-135M-Instruct"
-            demo.make_checkpoint(made)
-            ref = hub.ModelRef("local", str(made))
-        info = sources.inspect(ref, token)
+        info = resolve(config.model, config.revision, token, Path(folder))
         if looked is not None:
             looked(info)
         check_architecture(info.config)
-        snapshot = sources.fetch_metadata(info, token, Path(folder) / "metadata")
-        fit = check_fit(snapshot)
-        copied = copies(fit.tied, info.base or info, token)
-        source = source_of(info.id, info.config, info.base_model)
-        fit = check_fit(snapshot)
-        if info.base is not None:
-            from quantkit.sources.lora import merge_shell  # needs torch
-
-            if merge_shell(snapshot, sources.fetch_adapter(info, token, Path(folder) / "adapter")):
-                fit = check_fit(snapshot)
+        snapshot, fit = read_headers(info, token, Path(folder))
         copied = copies(fit.tied, info.base or info, token)
         source = source_of(info.id, info.config, info.base_model)
         warnings = [*said, *info.notes, *fit.notes, *kept_notes(fit.tied, copied)]

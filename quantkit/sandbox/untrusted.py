@@ -117,6 +117,9 @@ def build(cls: type[T], value: Any) -> T:
     if not isinstance(value, dict):
         raise Damaged("it is no object")
     hints: dict[str, Any] = _hints(typing.cast(Any, cls))
+    for name, tag in _tags(typing.cast(Any, cls)).items():
+        if value.get(name) != tag:
+            raise Damaged(f"its {name} is another")
     fields = {
         name: _typed(hints[name], item, name) for name, item in value.items() if name in hints
     }
@@ -130,7 +133,13 @@ def build(cls: type[T], value: Any) -> T:
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+@cache
+def _tags(cls: Any) -> dict[str, Any]:
+    """Fields that say which class of several this is: what all of its objects have."""
+    return {field.name: field.default for field in dataclasses.fields(cls) if not field.init}
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:

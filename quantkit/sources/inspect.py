@@ -67,9 +67,9 @@ def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
     Raises QuantkitError for everything that is refused; ValueError for the demo, which has no
     files until `quantkit.sources.demo` has made them (inspect that folder instead).
     """
-    if ref.kind == "local":
+    if ref.is_local:
         return _inspect_folder(Path(ref.id), token)
-    if ref.kind != "hub":
+    if not ref.is_on_hub:
         raise ValueError(f"{ref} has to be made first")
     api = hf_api(token)
 

@@ -12,9 +12,10 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from quantkit import hub, sources
+from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo, RepoFile
 from quantkit.checkpoint.quantized import source_of
 from quantkit.checkpoint.safetensors import scan
@@ -28,11 +29,9 @@ from quantkit.llamacpp.output import safe_name
 from quantkit.planning import texts
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sources.fit import Fit, check_fit, copies_in, kept_notes
+from quantkit.sources.resolve import DEMO_FOLDER, read_headers, resolve
 
 NAME = "fetch"
-
-# The converter writes the folder's name into the GGUF as the model's name.
-_DEMO_FOLDER = "SmolLM2-135M-Instruct"
 
 
 class Fetch(Stage):
@@ -47,17 +46,11 @@ class Fetch(Stage):
         for remark in texts.look(run.config):  # before the download
             run.events.emit(NAME, "note", remark)
         token = hub.resolve_token()
-        made: list[Path] = []
-        ref = hub.parse_reference(run.config.model, run.config.revision)
-        if ref.kind == "demo":
-            from quantkit.sources import demo  # needs torch
-
-            folder = run.artifacts.folder(NAME) / _DEMO_FOLDER
-            run.events.emit(NAME, "note", "making the demo's full-precision checkpoint")
-            demo.make_checkpoint(folder)
-            made = sorted(path for path in folder.iterdir() if path.is_file())
-            ref = hub.ModelRef("local", str(folder))
-        info = sources.inspect(ref, token)
+        own = run.artifacts.folder(NAME)
+        said = "making the demo's full-precision checkpoint"
+        making = partial(run.events.emit, NAME, "note", said)
+        info = resolve(run.config.model, run.config.revision, token, own, making)
+        made = sorted(path for path in (own / DEMO_FOLDER).glob("*") if path.is_file())
         check_architecture(info.config)  # before anything large is downloaded
         run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
         if run.config.publish:  # what is not possible after all the work is said before it
@@ -68,7 +61,7 @@ class Fetch(Stage):
         source = source_of(info.id, info.config, info.base_model)
         if source is not None:
             run.events.emit(NAME, "note", source.sentence(info.base_model))
-        folder = run.artifacts.folder(NAME) / safe_name(info.id)
+        folder = own / safe_name(info.id)
         if source is not None and source.is_expanded:
             from quantkit.sources.dequantize import dequantize  # needs torch
 
@@ -118,15 +111,11 @@ class Fetch(Stage):
 
 def _look_at_headers(run: Run, info: ModelInfo, token: str | None) -> Fit:
     """Whether transformers would load the model whole, before its weights are downloaded."""
-    headers = run.artifacts.folder(NAME) / "headers"
+    folder = run.artifacts.folder(NAME) / "headers"
     try:
-        fit = check_fit(sources.fetch_metadata(info, token, headers))
-        if info.base is not None:
-            from quantkit.sources.lora import merge_shell  # needs torch
-
-            merge_shell(headers, sources.fetch_adapter(info, token, headers / "adapter"))
+        _, fit = read_headers(info, token, folder)
     finally:
-        shutil.rmtree(headers, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     for note in (*info.notes, *fit.notes):
         run.events.emit(NAME, "note", note)
     return fit

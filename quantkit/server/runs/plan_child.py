@@ -25,14 +25,13 @@ def main(argv: list[str]) -> int:
     from quantkit.errors import QuantkitError
     from quantkit.planning.plan import make_plan
     from quantkit.run.folder import read_json
-    from quantkit.sandbox.untrusted import build
     from quantkit.server.runs.rough import FirstLook
 
     def looked(info: ModelInfo) -> None:
         _tell("looked", FirstLook.of(info))
 
     try:
-        _tell("plan", make_plan(build(RunConfig, read_json(Path(argv[1]))), looked=looked))
+        _tell("plan", make_plan(RunConfig.from_json(read_json(Path(argv[1]))), looked=looked))
     except QuantkitError as error:
         _tell("error", [error.message, error.remedy])
         return 1
