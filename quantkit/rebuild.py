@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
@@ -26,11 +26,9 @@ from quantkit.gguf_file.stitch import stitch
 from quantkit.llamacpp.output import Provenance, lay_out_output
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, read_json
+from quantkit.run.stage import Run
 from quantkit.search.database import load_database
 from quantkit.tuning.tuned import is_tuned
-
-if TYPE_CHECKING:
-    from quantkit.run.stage import Run
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from quantkit.model.row_maps import RowMap
 from quantkit.model.streaming import open_model
 from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evopress import Evaluator, Plan, SearchState, begin, evolve
+from quantkit.search.evopress import Plan, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
+from quantkit.search.optimizer import Evaluator
 from quantkit.search.propose import uniform
 from quantkit.search.targets import Targets
 from quantkit.search.workers import Workers

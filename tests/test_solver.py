@@ -373,7 +373,7 @@ def test_large_tensors_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {method: inputs_of(h) for method in ALL_METHODS}
     known |= {method: without(known["gptq"]) for method in ("imatrix", "rtn")}
     whole = {m: solve_tensor(w.numpy(), TYPES, (m,), known[m], None) for m in ALL_METHODS}
-    monkeypatch.setattr(select, "_STACKED_WEIGHTS", 256 * len(TYPES) * 7)
+    monkeypatch.setattr(select, "STACKED_WEIGHTS", 256 * len(TYPES) * 7)
     for method, solved in whole.items():
         cut = solve_tensor(w.numpy(), TYPES, (method,), known[method], None)
         for qtype in TYPES:

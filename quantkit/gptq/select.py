@@ -21,7 +21,7 @@ from quantkit.gptq.solver import Factor, Rows, gptq_experts, output_error
 from quantkit.machine.memory import free_memory
 from quantkit.statistics.sensitivity import Sensitivity
 
-_STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at work
+STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at work
 _STACKED_WEIGHTS_CUDA = 1 << 29  # a GPU needs many rows to be busy
 _STACKED_BYTES = 40  # that a GPU holds for each of them at most
 
@@ -94,7 +94,7 @@ def solve_tensor(
     """
     n_rows, n_columns = weight.shape
     device = inputs.heldout.device if inputs else torch.device("cpu")
-    limit = _STACKED_WEIGHTS if device.type == "cpu" else _stacked_on_gpu()
+    limit = STACKED_WEIGHTS if device.type == "cpu" else _stacked_on_gpu()
     step = max(1, limit // (n_columns * len(types)))
     parts = []
     for first in range(0, n_rows, step):

@@ -224,3 +224,12 @@ def make_override(
             )
     with replacing(out) as partial:
         _run(base, partial, params)
+
+
+def tensor_types(recipe: dict[str, Any]) -> str:
+    """Return the types of a recipe's tensors as llama-quantize reads them. It quantizes by
+    rounding: the types are the same, the weights are not.
+    """
+    return "".join(
+        f"^{re.escape(name)}$={row['qtype'].lower()}\n" for name, row in recipe["tensors"].items()
+    )

@@ -40,7 +40,7 @@ from quantkit.model.blockwise import (
     refusals_told,
 )
 
-_SHARE = 0.5  # of the free memory that a model may take as a whole; activations need theirs
+WHOLE_SHARE = 0.5  # of the free memory that a model may take as a whole; activations need theirs
 
 
 def open_model(
@@ -53,7 +53,7 @@ def open_model(
     Raises QuantkitError when transformers cannot load it.
     """
     whole, free = _whole_bytes(folder, dtype), free_memory(device)
-    if whole <= _SHARE * free and whole + n_beside <= free:
+    if whole <= WHOLE_SHARE * free and whole + n_beside <= free:
         return BlockwiseModel(load_model(folder, dtype, device))
     weights = StreamedWeights(folder, dtype, device)
     return BlockwiseModel(weights.model, weights)

@@ -11,26 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
+from quantkit.config import N_CTX, PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.levels import LevelPlan
 from quantkit.gguf_file.read import GgufFile, StoredTensor
+from quantkit.search.optimizer import MOST_SEQUENCES
 from quantkit.tensors import is_in_block
+from quantkit.tuning.tuned import HELDOUT
 
 _PROGRAM = 300_000_000  # Python with numpy and gguf
 _TORCH = 550_000_000  # and with torch and transformers
-_WHOLE_SHARE = 0.5  # of the free memory that a model may take: quantkit.model.streaming
-_SEARCH_SEQUENCES = 32  # quantkit.search.evopress
-_STATES_SHARE = 0.5  # of the free memory: quantkit.search.fitness
-_ACTIVATIONS_SHARE = 0.25  # of the free memory: quantkit.stages.calibrate
-_N_CTX, _BATCH_TOKENS = 512, 4096  # quantkit.stages.calibrate
-_SWEEP = 600_000_000  # rows of all types in one sweep: quantkit.gptq.select
-_SWEEP_WEIGHTS = 1 << 26
+_SWEEP = 600_000_000  # bytes at work in one sweep over rows of all types
 _AT_ONCE = 2  # tensors that are solved at a time
-_ALL_TYPES_AT_ONCE = 1 << 27  # weights: quantkit.stages.quantize
 _TARGETS_ROWS = 512  # positions whose logits are there at once
 _TUNED_WEIGHT = 40  # bytes for each weight of a block that is tuned
-_TUNING_ROUNDS, _TUNING_SHARE = 3, 0.1  # quantkit.tuning.tuner
-_TUNING_HELDOUT = 16_384  # tokens: quantkit.stages.search
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,11 @@ def stage_memory(
     """Bytes by stage on a machine with `free` bytes of memory; `hessian_bytes` are those of the
     block that has most.
     """
+    # Here and below, what the stages themselves go by; they need torch.
+    from quantkit.model.streaming import WHOLE_SHARE
+    from quantkit.search.fitness import STATES_SHARE
+    from quantkit.statistics.collect import ACTIVATIONS_SHARE, BATCH_TOKENS
+
     shapes, profile = _Shapes.of(base), PROFILES[config.profile]
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
 
@@ -114,15 +112,15 @@ def stage_memory(
         """The weights where they have `n_bytes` each: all of them or a block, and as many bytes
         outside of blocks.
         """
-        if n_bytes * shapes.n_all <= _WHOLE_SHARE * free:
+        if n_bytes * shapes.n_all <= WHOLE_SHARE * free:
             return n_bytes * (shapes.n_all - shapes.n_outside) + outside * shapes.n_outside
         return n_bytes * shapes.n_block + outside * shapes.n_outside
 
     logits = 4 * _TARGETS_ROWS * shapes.n_vocab
-    activations = min(2 * n_tokens * shapes.width, int(_ACTIVATIONS_SHARE * free))
-    batch = min(n_tokens, _BATCH_TOKENS) * (6 * shapes.widest + 16 * shapes.width)
-    n_sequences = max(1, min(_SEARCH_SEQUENCES, profile.heldout_tokens // _N_CTX))
-    states = 4 * _N_CTX * n_sequences * shapes.width * (len(shapes.blocks) + 1)
+    activations = min(2 * n_tokens * shapes.width, int(ACTIVATIONS_SHARE * free))
+    batch = min(n_tokens, BATCH_TOKENS) * (6 * shapes.widest + 16 * shapes.width)
+    n_sequences = max(1, min(MOST_SEQUENCES, profile.heldout_tokens // N_CTX))
+    states = 4 * N_CTX * n_sequences * shapes.width * (len(shapes.blocks) + 1)
     return {
         "fetch": _PROGRAM,
         "convert": max(2 * _PROGRAM + 8 * shapes.largest, _TORCH + model(2, 2)),
@@ -136,7 +134,7 @@ def stage_memory(
         + model(2, 4)
         + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
         + 4 * logits
-        + min(states, int(_STATES_SHARE * free)),
+        + min(states, int(STATES_SHARE * free)),
         "tune": _TORCH + _tuning(config, shapes, free) if config.tuning_steps else _PROGRAM,
         "stitch": _PROGRAM + 2 * shapes.largest,
         "validate": _TORCH + model(4, 4) + 2 * logits + min(2 * shapes.n_all, free),  # base.gguf
@@ -146,15 +144,17 @@ def stage_memory(
 
 def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
     """The tensors of a block: the widest Hessian being factorized, two tensors at work."""
+    from quantkit.gptq.select import STACKED_WEIGHTS
+
     n_types = len(levels.levels)
-    sweep = _SWEEP * min(shapes.n_inside * n_types, _SWEEP_WEIGHTS) // _SWEEP_WEIGHTS
+    sweep = _SWEEP * min(shapes.n_inside * n_types, STACKED_WEIGHTS) // STACKED_WEIGHTS
     return 5 * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
 
 
 def search_target_bytes(config: RunConfig, base: GgufFile) -> int:
     """The file of what candidates are compared with."""
-    n_sequences = min(_SEARCH_SEQUENCES, PROFILES[config.profile].heldout_tokens // _N_CTX)
-    return 2 * n_sequences * _N_CTX * _Shapes.of(base).n_vocab
+    n_sequences = min(MOST_SEQUENCES, PROFILES[config.profile].heldout_tokens // N_CTX)
+    return 2 * n_sequences * N_CTX * _Shapes.of(base).n_vocab
 
 
 def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
@@ -182,11 +182,13 @@ def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
 
 
 def _tuned_model(shapes: _Shapes, beside: int, free: int) -> int:
-    """The original's weights: all of them where quantkit.model.streaming has them whole, else those
-    outside of blocks.
+    """The original's weights: all of them where model.streaming has them whole, else those outside
+    of blocks.
     """
+    from quantkit.model.streaming import WHOLE_SHARE
+
     whole = 4 * shapes.n_all
-    is_whole = whole <= _WHOLE_SHARE * free and whole + beside <= free
+    is_whole = whole <= WHOLE_SHARE * free and whole + beside <= free
     return whole if is_whole else 4 * shapes.n_outside
 
 
@@ -194,19 +196,23 @@ def _tuned_block(config: RunConfig, shapes: _Shapes, free: int) -> int:
     """A block's weights, levels, gradients and Adam's moments; hidden states of the original and
     the tuned file.
     """
+    from quantkit.tuning.tuner import ROUNDS, STATES_SHARE
+
     n_tokens = min(
         PROFILES[config.profile].calibration_tokens,
-        config.tuning_steps * TUNING_BATCH * _N_CTX // _TUNING_ROUNDS,
+        config.tuning_steps * TUNING_BATCH * N_CTX // ROUNDS,
     )
-    streams = 2 * 4 * (n_tokens + _TUNING_HELDOUT) * shapes.width
-    batch = TUNING_BATCH * _N_CTX * (32 * shapes.widest + 80 * shapes.width)
+    streams = 2 * 4 * (n_tokens + HELDOUT * N_CTX) * shapes.width
+    batch = TUNING_BATCH * N_CTX * (32 * shapes.widest + 80 * shapes.width)
     table = 2 * 4 * shapes.largest  # as the original's and as the file's
-    states = min(streams, int(2 * _TUNING_SHARE * free))
+    states = min(streams, int(2 * STATES_SHARE * free))
     return _TUNED_WEIGHT * shapes.n_block + batch + table + states
 
 
 def _vocabulary(shapes: _Shapes, levels: LevelPlan) -> int:
     """The table of embeddings or the head: its values, and the rows of every method and type."""
-    n_at_once = 1 if shapes.largest > _ALL_TYPES_AT_ONCE else len(levels.levels)
+    from quantkit.gptq.levels import ALL_TYPES_AT_ONCE
+
+    n_at_once = 1 if shapes.largest > ALL_TYPES_AT_ONCE else len(levels.levels)
     packed = shapes.largest * 3 // 4
     return 4 * shapes.largest + (3 * n_at_once + len(levels.levels)) * packed + _SWEEP

@@ -12,19 +12,19 @@ from quantkit.ggml.types import QuantType
 from quantkit.run.artifacts import Artifacts
 from quantkit.run.folder import read_json
 from quantkit.search.allocation import Choices, SearchSpace
-from quantkit.search.evopress import SearchState
+from quantkit.search.optimizer import Step
 from quantkit.tensors import CandidateKey, to_json
 
 
-def summary(state: SearchState) -> dict[str, Any]:
-    """What the report says of a search."""
+def summary(step: Step) -> dict[str, Any]:
+    """Return what the report says of a search."""
     return {
         "searched": True,
-        "generations": state.generation,
-        "tokens": state.n_tokens,
-        "proposal_kl": state.history[0][2],
-        "kl": state.best.kl,
-        "kl_stderr": state.best.stderr,
+        "generations": step.number,
+        "tokens": step.n_tokens,
+        "proposal_kl": step.trace[0][2],
+        "kl": step.kl,
+        "kl_stderr": step.stderr,
     }
 
 
@@ -40,11 +40,11 @@ def fingerprint(space: SearchSpace) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def write_trace(path: Path, state: SearchState) -> Path:
-    """The KL after every generation: JSON, an object a line."""
+def write_trace(path: Path, step: Step) -> Path:
+    """Write the KL after every step: JSON, an object a line."""
     with replacing(path) as partial:
         names = ("generation", "tokens", "kl", "stderr")
-        lines = [json.dumps(dict(zip(names, row, strict=True))) for row in to_json(state.history)]
+        lines = [json.dumps(dict(zip(names, row, strict=True))) for row in to_json(step.trace)]
         partial.write_text("\n".join(lines) + "\n", "utf-8")
     return path
 

@@ -14,43 +14,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.learn import Beliefs, Outcome, believe
 from quantkit.search.mutate import mutate
+from quantkit.search.optimizer import MOST_SEQUENCES, Evaluator, Problem, Step
 from quantkit.search.propose import Costs, knapsack, nearby
+from quantkit.tensors import to_json
 
 _CLEARLY_BEHIND = 2.5  # standard errors of the paired difference: leaves the race
 _ENOUGH_SAMPLES = 8  # for a standard error to be trusted
 _BETTER = 1.0  # standard errors by which a child must beat its parent
 
 
-class Evaluator(Protocol):
-    """Where candidates are judged: on one device (`Fitness`), or on many (`Workers`)."""
+class EvoPress:
+    """The optimizer."""
 
-    @property
-    def n_sequences(self) -> int: ...
+    unit = "generation"
 
-    @property
-    def n_ctx(self) -> int: ...
+    def run(self, problem: Problem, state: Any, on_step: Callable[[Step], None]) -> Step:
+        """Begin with the best of the proposals, or go on from a saved state."""
+        evaluator = problem.evaluator
+        plan = Plan.of(problem.n_tokens, evaluator.n_sequences, evaluator.n_batch)
+        if state is None:
+            now = begin(evaluator, plan, problem.proposals(), problem.seed)
+            on_step(_step(now))
+        else:
+            now = SearchState.from_json(state)
 
-    @property
-    def n_batch(self) -> int:
-        """Sequences that are evaluated together; parts of a batch are refused."""
+        def said(state: SearchState) -> None:
+            on_step(_step(state))
 
-    def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
-        """KL of each candidate on the sequences first..last: float64 (last - first, samples of
-        each).
-        """
+        return _step(evolve(problem.space, evaluator, problem.costs, plan, now, said))
 
-    def set_parent(self, choices: Choices) -> None:
-        """What the next candidates are changes of; it is evaluated by itself, before them."""
-
-
-MOST_SEQUENCES = 32  # that decide
+    def step_of(self, state: Any) -> Step:
+        return _step(SearchState.from_json(state))
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class SearchState:
             for o in value["outcomes"]
         )
         return cls(value["generation"], best, value["n_tokens"], value["rng"], history, outcomes)
+
+
+def _step(state: SearchState) -> Step:
+    best = state.best
+    return Step(best.choices, best.kl, best.stderr, best.origin, state.history, to_json(state))
 
 
 @dataclass

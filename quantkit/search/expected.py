@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantkit.search.allocation import Choices, SearchSpace
-from quantkit.search.evopress import Evaluator
+from quantkit.search.optimizer import Evaluator
 from quantkit.search.propose import Costs
 from quantkit.tensors import is_in_block
 

@@ -28,7 +28,7 @@ from quantkit.search.weights import Weights
 CHUNKS = 8  # a sequence's KL is given for each eighth: more samples for paired comparisons
 _SEQUENCES_PER_BATCH = {"cpu": 2, "cuda": 8}
 _LOGITS_BYTES, _LOGITS_AT_ONCE = 2**30, 3
-_STATES_SHARE = 0.5  # of the free memory that the parent's hidden states may take
+STATES_SHARE = 0.5  # of the free memory that the parent's hidden states may take
 _SPAN_SHARE = 0.1  # of the free memory: hidden states that pass a streamed block together
 
 
@@ -68,7 +68,7 @@ class Fitness:
         taken = self._weights.room + self._weights.decoded_room
         if device.type == "cuda":
             taken += self._weights.scratch + _LOGITS_AT_ONCE * _LOGITS_BYTES
-        room = _STATES_SHARE * max(0, free_memory(str(device)) - taken)
+        room = STATES_SHARE * max(0, free_memory(str(device)) - taken)
         # Of the parent's passes, by first sequence and block: what the block reads, and after the
         # last block what the head reads.
         self._states = Shelf(targets_path.with_name(f"states-{targets_path.name}"), int(room))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from quantkit.search.allocation import Choices
-from quantkit.search.evopress import Evaluator
+from quantkit.search.optimizer import Evaluator
 
 
 class Workers:

@@ -36,8 +36,9 @@ from quantkit.search import answers
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, in_order, pruned
 from quantkit.search.caps import cap_types
 from quantkit.search.database import load_database
-from quantkit.search.evopress import MOST_SEQUENCES, Evaluator, Plan, SearchState, begin, evolve
+from quantkit.search.evopress import EvoPress
 from quantkit.search.expected import AfterTuning, costs_after
+from quantkit.search.optimizer import MOST_SEQUENCES, Evaluator, Optimizer, Problem, Step
 from quantkit.search.propose import Costs, damages, knapsack, knapsacks, spend, uniform
 from quantkit.search.workers import Workers
 from quantkit.sources.snapshot import load_snapshot
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 NAME = "search"
 
 _LEAST_SEQUENCES = 4
+OPTIMIZER: Optimizer = EvoPress()
 
 
 class Search(Stage):
@@ -201,19 +203,18 @@ class _Searcher:
         folder.mkdir(parents=True, exist_ok=True)
         space = replace(self._space, limit_bytes=budget.limit_bytes)
         allocation_path, state_path = folder / "allocation.json", folder / "state.json"
-        state: SearchState | None
-        if bool((space.n_choices == 1).all()):
-            state = None
-        elif allocation_path.exists() and state_path.exists():  # found before an interruption
-            state = SearchState.from_json(read_json(state_path))
-        else:
-            state = self._evolve(budget, space, before, state_path)
-        if state is None:
+        step: Step | None = None
+        if not bool((space.n_choices == 1).all()):
+            if allocation_path.exists() and state_path.exists():  # found before an interruption
+                step = OPTIMIZER.step_of(read_json(state_path))
+            else:
+                step = self._optimize(budget, space, before, state_path)
+        if step is None:
             chosen = space.smallest
             report: dict[str, Any] = {"searched": False, "reason": "every tensor's type is given"}
         else:
-            chosen = np.array(state.best.choices, np.int64)
-            report = answers.summary(state) | {"expects_tuning": self._expects_tuning}
+            chosen = np.array(step.choices, np.int64)
+            report = answers.summary(step) | {"expects_tuning": self._expects_tuning}
         about = {
             "target": budget.target,
             "limit_bytes": budget.limit_bytes,
@@ -223,58 +224,58 @@ class _Searcher:
             **report,
         }
         outputs = [write_json(allocation_path, answers.by_name(space, chosen))]
-        if state is not None:
-            outputs += [state_path, answers.write_trace(folder / "trace.jsonl", state)]
+        if step is not None:
+            outputs += [state_path, answers.write_trace(folder / "trace.jsonl", step)]
         return _Found(budget, chosen, outputs, about)
 
-    def _evolve(
+    def _optimize(
         self, budget: Budget, space: SearchSpace, before: Choices | None, path: Path
-    ) -> SearchState:
-        events, config = self._run.events, self._run.config
+    ) -> Step:
+        events, n_tokens = self._run.events, self._run.profile.search_tokens
         if self._evaluator is None:
             judge = _evaluator(self._run, self._space, self._budgets[-1].limit_bytes)
             if self._expects_tuning:
                 judge = AfterTuning(judge, self._space, self._costs)
             self._evaluator = judge
-        evaluator = self._evaluator
-        plan = Plan.of(self._run.profile.search_tokens, evaluator.n_sequences, evaluator.n_batch)
         position, n_budgets = self._budgets.index(budget), len(self._budgets)
         what = f"{budget.target}: " if n_budgets > 1 else ""
         kl = "expected KL" if self._expects_tuning else "KL"
+        state = read_json(path) if path.exists() else None
 
-        def save(state: SearchState) -> None:
-            write_json(path, state)
-            best = state.best
-            choices = np.array(best.choices, np.int64)
+        def propose() -> list[tuple[Choices, str]]:
+            first = proposals(self._run, space, self._costs, self._mixes)
+            if before is not None:
+                first.append((spend(space, before, self._costs), "the next smaller file"))
+            return first
+
+        def save(step: Step) -> None:
+            if state is None and len(step.trace) == 1:
+                said = f"the best proposal is {step.origin}, {kl} {step.kl:.4f}"
+                events.emit(NAME, "note", what + said)
+            write_json(path, step.state)
+            choices = np.array(step.choices, np.int64)
             # For whoever watches; the stage itself never reads it.
             write_json(self._run.artifacts.best, answers.by_name(space, choices))
-            done = min(state.n_tokens, plan.n_tokens)
             events.progress(
                 NAME,
-                position * plan.n_tokens + done,
-                n_budgets * plan.n_tokens,
-                f"{what}generation {state.generation}: {kl} {best.kl:.4f} ± {best.stderr:.4f}",
-                generation=state.generation,
-                kl=best.kl,
-                stderr=best.stderr,
-                n_tokens=state.n_tokens,
+                position * n_tokens + min(step.n_tokens, n_tokens),
+                n_budgets * n_tokens,
+                f"{what}{OPTIMIZER.unit} {step.number}: {kl} {step.kl:.4f} ± {step.stderr:.4f}",
+                generation=step.number,
+                kl=step.kl,
+                stderr=step.stderr,
+                n_tokens=step.n_tokens,
                 n_bytes=space.n_bytes(choices),
                 budget=budget.target,
                 expects_tuning=self._expects_tuning,
             )
 
-        if path.exists():
-            state = SearchState.from_json(read_json(path))
-            events.emit(NAME, "note", f"{what}going on from generation {state.generation}")
-        else:
-            first = proposals(self._run, space, self._costs, self._mixes)
-            if before is not None:
-                first.append((spend(space, before, self._costs), "the next smaller file"))
-            state = begin(evaluator, plan, first, config.seed)
-            said = f"the best proposal is {state.best.origin}, {kl} {state.best.kl:.4f}"
-            events.emit(NAME, "note", what + said)
-            save(state)
-        return evolve(space, evaluator, self._costs, plan, state, save)
+        if state is not None:
+            number = OPTIMIZER.step_of(state).number
+            events.emit(NAME, "note", f"{what}going on from {OPTIMIZER.unit} {number}")
+        seed = self._run.config.seed
+        problem = Problem(space, self._evaluator, self._costs, propose, n_tokens, seed)
+        return OPTIMIZER.run(problem, state, save)
 
 
 def _evaluator(run: Run, space: SearchSpace, limit_bytes: int) -> Evaluator:

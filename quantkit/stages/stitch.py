@@ -1,7 +1,7 @@
 """stitch: one GGUF per budget, from base.gguf's metadata and the chosen levels' bytes.
 
 Writes `<Model>-EVO-<label>.gguf` and, for each, under `recipes/` what makes it again: the recipe,
-and the types alone as `llama-quantize --tensor-type-file` and the EvoPress toolkit read them. The
+and the types alone as `llama-quantize --tensor-type-file` reads them. The
 label is the stock mix that is nearest in size, so that the Hub, llama.cpp and Ollama know what to
 do with the file. `outputs.json` lists the files by their budgets.
 """
@@ -22,7 +22,6 @@ from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import Layout
-from quantkit.llamacpp import exports
 from quantkit.llamacpp.output import (
     Provenance,
     file_name,
@@ -30,6 +29,7 @@ from quantkit.llamacpp.output import (
     load_provenance,
     nearest_label,
 )
+from quantkit.llamacpp.stock import tensor_types
 from quantkit.run.folder import read_json
 from quantkit.run.outputs import Output, load_budgets
 from quantkit.run.stage import Run, Stage, StageResult
@@ -76,8 +76,7 @@ class Stitch(Stage):
             written += [
                 folder / name,
                 write_json(folder / output.recipe, recipe),
-                write_text(stem.with_suffix(".tensor-types.txt"), exports.tensor_types(recipe)),
-                write_text(stem.with_suffix(".toolkit.txt"), exports.toolkit(recipe)),
+                write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(recipe)),
             ]
             outputs.append(output)
         written.append(write_json(run.artifacts.outputs, {"outputs": outputs}))

@@ -28,7 +28,7 @@ _PREFIX = "tuned-"
 _DONE, _OUTCOME = "tuning.partial.json", "outcome.json"
 FLOAT32_ABOVE_BPW = 6.5  # near 8 bits 16-bit products are noisier than the files are
 
-_HELDOUT = 32  # sequences that say whether tuning helped
+HELDOUT = 32  # sequences that say whether tuning helped
 
 Progress = Callable[[int, int, str], None]
 
@@ -105,7 +105,7 @@ def load_tuner(
     from quantkit.tuning.tuner import Effort, Tuner
 
     ids, effort = load_file(tokens), Effort(n_steps, TUNING_BATCH)
-    train, heldout = ids["train"], ids["heldout"][:_HELDOUT]
+    train, heldout = ids["train"], ids["heldout"][:HELDOUT]
     return Tuner(model, load_row_maps(row_maps), stored, train, heldout, effort, scratch, exact)
 
 

@@ -30,8 +30,8 @@ from quantkit.model.offload import States
 from quantkit.model.row_maps import RowMap
 from quantkit.tuning.tunable import Tunable
 
-_STATES_SHARE = 0.1  # of the free memory, for each of the streams of hidden states
-_ROUNDS = 3  # how often a sequence is seen, where there are enough of them
+STATES_SHARE = 0.1  # of the free memory, for each of the streams of hidden states
+ROUNDS = 3  # how often a sequence is seen, where there are enough of them
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12  # Adam's
 
 
@@ -101,11 +101,11 @@ class Tuner:
             block = model.block_of(maps[name].parameter)
             self._of_block.setdefault(block, []).append(name)
         n = effort.n_batch
-        train = train[: max(n, effort.n_steps * n // _ROUNDS)]
+        train = train[: max(n, effort.n_steps * n // ROUNDS)]
         parts = [p for ids in (train, heldout) for p in ids.to(model.device).split(n)]
         self._n_train = len(train.split(n))
         self._batches = [_Batch(ids, model.trace(ids)[1]) for ids in parts]
-        room = int(_STATES_SHARE * free_memory(str(model.device)))
+        room = int(STATES_SHARE * free_memory(str(model.device)))
         names = ("original", "tuned", "plain")
         self._streams = {
             s: States(scratch / f"tuning-{s}.partial", room, model.device) for s in names
