@@ -6,6 +6,7 @@
     in_force.py    what of all this the kernel granted
     process.py     the parent's side: start, listen, end
     child.py       what is started: the keeper and the init around the worker
+    usage.py       what the worker takes, as its keeper sees it
     worker.py      gives up every right, then runs the function
     kernel.py      namespaces, Landlock, capabilities: the kernel's own interfaces
     seccomp.py     the filter of system calls

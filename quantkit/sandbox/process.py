@@ -160,16 +160,18 @@ class Child:
         self.close()
 
     def messages(self) -> Iterator[dict[str, Any] | None]:
-        """What the worker says, as it says it; None when a while passes without a word. After the
-        last, `ended` is filled in.
+        """What the worker says, as it says it; None a few times a second, for the caller to look
+        around. After the last, `ended` is filled in.
         """
-        deadline = time.monotonic() + self.job.limits.wall_seconds + _GRACE_SECONDS
+        spoken = time.monotonic()
+        deadline = spoken + self.job.limits.wall_seconds + _GRACE_SECONDS
         while self._selector.get_map():
             if time.monotonic() > deadline:
                 self.ended.why = "wall"
                 break
             ready = self._selector.select(_TICK_SECONDS)
-            if not ready:
+            if time.monotonic() - spoken >= _TICK_SECONDS:  # also while nothing but its log comes
+                spoken = time.monotonic()
                 yield None
             for key, _ in ready:
                 data = os.read(key.fd, 2**20)
