@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 
 from quantkit.errors import QuantkitError
+from quantkit.fit import Report
+from quantkit.llama_place import Sandboxed
+from quantkit.parity import Found
 from quantkit.sandbox import Child, Crashed, Job, Limits, call
 from quantkit.sandbox.api import listen
 
@@ -120,6 +123,13 @@ def test_errors_keep_their_words(inside: Callable[..., Any]) -> None:
     assert not isinstance(it.value, Crashed)
 
 
+# A path below it is longer than a path can be: its files cannot be named from outside.
+DEEP = """import os
+os.chdir(out)
+for _ in range({}): os.mkdir('d' * 250); os.chdir('d' * 250)
+for i in range(40): open(str(i), 'wb').write(bytes(2**20))
+import time
+"""
 FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._result, {})\n"
 
 
@@ -148,7 +158,9 @@ FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._resul
         ("import time\ntime.sleep(60)", {"wall_seconds": 1}, "was stopped after 1 seconds"),
         ("bytearray(2**32)", {}, "needed more than its 536,870,912 bytes of memory"),
         (
-            "import mmap, time\npage = mmap.mmap(-1, 2**30)\n"
+            # A stack is no data to the kernel's own limit.
+            "import mmap, time\ngrows_down = 0x100\n"
+            "page = mmap.mmap(-1, 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | grows_down)\n"
             "for i in range(0, 2**30, 4096): page[i] = 1\ntime.sleep(5)",
             {},
             "needed more than its 536,870,912 bytes of memory",
@@ -164,6 +176,22 @@ FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._resul
             "for i in range(40): open(f'{out}/{i}', 'wb').write(bytes(2**20))",
             {},
             "wrote more than its 1,048,576 bytes",
+        ),
+        (DEEP.format(20) + "time.sleep(5)", {}, "wrote more than its 1,048,576 bytes"),
+        (DEEP.format(2000) + "time.sleep(5)", {}, "wrote more than its 1,048,576 bytes"),
+        ("import os\nfor i in range(10**5): os.mkdir(f'{out}/{i}')", {}, "wrote more"),
+        ("for i in range(10**5): open(f'{out}/{i}', 'w').close()", {}, "wrote more"),
+        (
+            # Of a thread whose process's first one has ended /proc says nothing at first sight.
+            "import ctypes, mmap, os, threading, time\n"
+            "def take():\n    time.sleep(0.2)\n"
+            "    page = mmap.mmap(-1, 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100)\n"
+            "    for i in range(0, 2**30, 4096): page[i] = 1\n"
+            "    time.sleep(5)\n"
+            "threading.Thread(target=take).start()\n"
+            "ctypes.CDLL(None).syscall({'x86_64': 60}.get(os.uname().machine, 93), 0)",
+            {},
+            "needed more than its 536,870,912 bytes of memory",
         ),
         (FORGED.format("b'['*10**5 + b'\\n'"), {}, "answered with more than can be read"),
         (FORGED.format("b'nonsense\\n'"), {}, "answered with more than can be read"),
@@ -184,6 +212,80 @@ def test_each_end_has_a_reason(
     with pytest.raises(Crashed, match=reason):
         inside(body, **limits)
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes a plain user")
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    """What its owner alone could hide from a keeper who is no administrator, is too much."""
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from quantkit.sandbox import usage\n"
+        "import tempfile; folder = tempfile.mkdtemp(); os.mkdir(folder + '/closed', 0o300)\n"
+        "print(usage.bytes_below(folder)); os.rmdir(folder + '/closed')\n"
+        "print(usage.bytes_below(folder), usage.bytes_below(folder + '/none')); os.rmdir(folder)"
+    )
+    plain_user, root = Path(__file__).with_name("plain_user.py"), Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, plain_user, sys.executable, "-c", code, root],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": "/tmp"},
+    )
+    assert (done.returncode, done.stdout) == (0, "None\n0 0\n"), done.stderr
+
+
+def test_memory_that_it_shares_counts(tmp_path: Path) -> None:
+    """Also what it only writes to, and never has in sight."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "filling.py").write_text(
+        "import os, time\ndef go(shared):\n"
+        "    for _ in range(1024): os.write(shared, bytes(2**20))\n    time.sleep(5)\n"
+    )
+    shared = os.memfd_create("shared")
+    limits = Limits(20, 30, 2**29, 2**31)
+    job = Job(
+        "filling:go",
+        {"shared": shared},
+        limits,
+        writable=[tmp_path / "out"],
+        path=[tmp_path],
+        inherited=[shared],
+    )
+    try:
+        with pytest.raises(Crashed, match="more than its 536,870,912 bytes of memory"):
+            list(listen(job, "value"))
+    finally:
+        os.close(shared)
+
+
+def test_a_flood_keeps_nobody_from_ending_it(tmp_path: Path) -> None:
+    """The caller gets to look around while nothing but its log comes."""
+    (tmp_path / "flooding.py").write_text(
+        "import os\ndef go():\n    while True: os.write(1, bytes(2**16))\n"
+    )
+    process = Sandboxed(Job("flooding:go", {}, Limits(60, 60), path=[tmp_path]))
+    time.sleep(0.5)
+    started = time.monotonic()
+    process.end()
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "shape"),
+    [
+        ({"a": 1}, list[str]),
+        ([1], list[str]),
+        ("1", int),
+        (True, int),
+        (float("nan"), int),
+        ({"model": "a"}, Report),
+        ({"oracle": "a", "passed_over": [], "agreement": {}}, Found),
+        ({"oracle": "a", "passed_over": [], "more": 1}, Found),
+    ],
+)
+def test_an_answer_of_another_shape(tmp_path: Path, answer: Any, shape: Any) -> None:
+    (tmp_path / "lying.py").write_text(f"nan = float('nan')\ndef go():\n    return {answer!r}\n")
+    with pytest.raises(Crashed, match="answered with something that was not asked for"):
+        list(listen(Job("lying:go", {}, path=[tmp_path]), "value", shape))
 
 
 def test_nothing_outlives_a_normal_end(inside: Callable[..., Any]) -> None:

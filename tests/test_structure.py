@@ -87,7 +87,7 @@ LAYERS = {
     "quantkit.secrets": 3,
     "quantkit.qtypes": 2,
     "quantkit.tensors": 3,
-    "quantkit.untrusted": 2,
+    "quantkit.untrusted": 1,
     "quantkit.calibration.languages": 2,
     "quantkit.calibration.spec": 3,
     "quantkit.config": 4,
