@@ -26,6 +26,7 @@ from quantkit.errors import printable
 from quantkit.fit import check_fit, copies, kept_notes
 from quantkit.footprint import search_target_bytes, stage_memory
 from quantkit.ggufio.read import GgufFile
+from quantkit.ggufio.sound import check_sound
 from quantkit.ggufio.write import data_bytes
 from quantkit.kquants.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.levels import LevelPlan, plan_levels
@@ -51,7 +52,11 @@ class Sizes:
 def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
     """The tensors of a GGUF (its header is enough) by name, in file order. What the source has
     quantized already, as MXFP4, stays as it is.
+
+    Raises QuantkitError for what llama.cpp must not be asked about: the converter wrote the file
+    where a stranger's bytes are read.
     """
+    check_sound(base)
     quantizable = {
         name for name in quantizable_tensors(base.path) if not base.tensors[name].qtype.is_quantized
     }
