@@ -60,6 +60,7 @@ def check_fit(folder: Path) -> Fit:
             {"folder": str(folder)},
             limits=_LIMITS,
             readable=(folder,),
+            preload=True,
         )
     except sandbox.Crashed as error:
         raise QuantkitError(

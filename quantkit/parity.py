@@ -91,6 +91,7 @@ def check_logits(
                 readable=(base.path, *(path for o in originals for path in o.readable())),
                 writable=Path(scratch),
                 log=folder / "parity.log",
+                preload=True,
             ):
                 found = part
         except QuantkitError as error:

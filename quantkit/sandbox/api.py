@@ -21,18 +21,20 @@ def call(
     readable: Sequence[Path] = (),
     writable: Path | None = None,
     log: Path | None = None,
+    preload: bool = False,
 ) -> Any:
     """Run `function` ("package.module:name", a plain function of quantkit or evaluators) in a
     sandboxed child: JSON-able keyword arguments in, JSON-able value out. It reads only `readable`,
     the interpreter and its packages, and writes only into `writable` (or nowhere). No network, no
     programs, no token, nothing of the parent. In `writable` files can be made and written, but not
     renamed, removed or linked; for what is temporary it has a folder in memory of its own, where
-    the system allows one.
+    the system allows one. `preload` is for what imports torch and transformers anyway: the process
+    is a fork of one that has.
 
     Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
     memory or another exception.
     """
-    (value,) = listen(_job(function, arguments, limits, readable, writable, log), "value")
+    (value,) = listen(_job(function, arguments, limits, readable, writable, log, preload), "value")
     return value
 
 
@@ -44,9 +46,10 @@ def stream(
     readable: Sequence[Path] = (),
     writable: Path | None = None,
     log: Path | None = None,
+    preload: bool = False,
 ) -> Iterator[Any]:
     """The same for a generator: its values as they come. Closing the iterator ends the child."""
-    return listen(_job(function, arguments, limits, readable, writable, log), "part")
+    return listen(_job(function, arguments, limits, readable, writable, log, preload), "part")
 
 
 @cache
@@ -65,11 +68,12 @@ def _job(
     readable: Sequence[Path],
     writable: Path | None,
     log: Path | None,
+    preload: bool,
 ) -> Job:
     if not function.startswith(("quantkit.", "evaluators.")):
         raise ValueError(f"{function} is not a function of this project")
     folders = () if writable is None else (writable,)
-    return Job(function, arguments, limits or Limits(), readable, folders, log=log)
+    return Job(function, arguments, limits or Limits(), readable, folders, log=log, preload=preload)
 
 
 def listen(job: Job, kind: str) -> Iterator[Any]:
