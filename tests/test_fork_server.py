@@ -23,6 +23,7 @@ import pytest
 from test_sandbox_ends import gone
 
 from quantkit.converter.install import ensure_converter
+from quantkit.launch import keeper
 from quantkit.sandbox import Child, Job, Limits, fork_client, kernel
 from quantkit.sandbox.start import environment
 
@@ -263,3 +264,19 @@ def test_a_parent_that_forks(run: Callable[..., Any], tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert gone(int(done.stdout))
+
+
+def test_memory_that_forks_share_is_counted_once(
+    client: fork_client._Client, run: Callable[..., Any]
+) -> None:
+    """Of a keeper, an init and a worker only the last, which may take more than it shares."""
+    with ThreadPoolExecutor(1) as pool:
+        run("count", n=0)
+        working = pool.submit(run, "count", n=1, seconds=3)
+        server, deadline = pid_of(client), time.monotonic() + 10
+        while len(tree := keeper.descendants(server)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        counted = keeper.memory_holders(os.getpid())
+        working.result()
+    assert len(tree) == 3 and server in counted
+    assert [pid for pid in tree if pid in counted] == [tree[-1]]
