@@ -79,6 +79,7 @@ def check_fit(folder: Path) -> Fit:
             limits=_LIMITS,
             readable=(folder,),
             shape=Report,
+            preload=True,
         )
     except sandbox.Crashed as error:
         raise QuantkitError(

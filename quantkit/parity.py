@@ -121,6 +121,7 @@ def check_logits(
                 writable=Path(scratch),
                 log=folder / "parity.log",
                 shape=Found,
+                preload=True,
             ):
                 found = part
         except QuantkitError as error:

@@ -51,9 +51,12 @@ def gone(number: int) -> bool:
     return not session(number)
 
 
-@pytest.fixture
-def inside(tmp_path: Path) -> Callable[..., Any]:
-    """Call it with the body of a function: it runs inside. Returns its value."""
+@pytest.fixture(params=["started", "forked"])
+def inside(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Call it with the body of a function: it runs inside, in a process that was started for it or
+    that a fork server forked. Returns its value.
+    """
+    preload = request.param == "forked"
     code = tmp_path / "code"
     code.mkdir()
     (tmp_path / "out").mkdir()
@@ -68,12 +71,14 @@ def inside(tmp_path: Path) -> Callable[..., Any]:
             writable=[tmp_path / "out"],
             path=[code],
             log=tmp_path / "log",
+            preload=preload,
         )
         children = []
         start = Child._start
 
         def watched(self: Child) -> None:
             start(self)
+            assert self._process is not None and self.ended.forked == preload
             children.append(self._process.pid)
 
         Child._start = watched  # type: ignore[method-assign]
@@ -303,42 +308,52 @@ def test_it_is_quiet_about_a_flood(inside: Callable[..., Any], tmp_path: Path) -
 
 
 def test_what_it_leaves_is_not_followed(inside: Callable[..., Any], tmp_path: Path) -> None:
-    """Its home is gone afterwards, and a file of the parent's that it never saw is whole."""
+    """Its home is gone afterwards, or is the fork server's, where nothing was left."""
     body = """
 import os, tempfile
 with open(tempfile.gettempdir() + "/scratch", "wb") as file: file.write(bytes(1000))
 return [os.environ["HOME"], os.getcwd()]"""
     home, here = inside(body)
-    assert home == here and not Path(home).exists()
+    assert home == here and not list(Path(home).glob("*"))
 
 
 SLEEPING = """
-import sys, threading
+import sys
 from quantkit import sandbox
-job = sandbox.Job("sleeping:go", {}, sandbox.Limits(60, 90), path=[sys.argv[1]])
+from quantkit.sandbox import fork_client
+preload = sys.argv[2] == "forked"
+job = sandbox.Job("sleeping:go", {}, sandbox.Limits(60, 90), path=[sys.argv[1]], preload=preload)
 with sandbox.Child(job) as child:
     for message in filter(None, child.messages()):
-        print(child._process.pid, flush=True)
+        server = fork_client._client.server
+        print(child._process.pid, *([server._process.pid] if preload else []), flush=True)
+        print(server.home if preload else child._home, flush=True)
 """
 
 
 @pytest.mark.parametrize("whom", ["parent", "keeper"])
-def test_it_ends_with_who_started_it(tmp_path: Path, whom: str) -> None:
+@pytest.mark.parametrize("kind", ["started", "forked"])
+def test_it_ends_with_who_started_it(tmp_path: Path, kind: str, whom: str) -> None:
     """However that ends."""
     (tmp_path / "sleeping.py").write_text(
         "import time\nfrom quantkit.sandbox.worker import tell\n"
         "def go():\n    tell(up=True)\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", SLEEPING, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLEEPING, str(tmp_path), kind], stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    number = int(parent.stdout.readline())
+    number, *servers = map(int, parent.stdout.readline().split())
+    assert all(map(session, servers)) and len(servers) == (kind == "forked")
+    home = Path(parent.stdout.readline().strip())
+    assert home.is_dir()
     assert len(session(number)) == 3  # keeper, init, worker
     os.kill(parent.pid if whom == "parent" else number, signal.SIGKILL)
     assert gone(number)
     parent.kill()
     parent.wait()
+    assert all(map(gone, servers))
+    assert whom == "keeper" or not home.exists()
 
 
 @pytest.mark.parametrize(

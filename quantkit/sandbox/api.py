@@ -23,18 +23,21 @@ def call(
     writable: Path | None = None,
     log: Path | None = None,
     shape: Any = Any,
+    preload: bool = False,
 ) -> Any:
     """Run `function` ("package.module:name", a plain function of quantkit or evaluators) in a
     sandboxed child: JSON-able keyword arguments in, JSON-able value out. It reads only `readable`,
     the interpreter and its packages, and writes only into `writable` (or nowhere). No network, no
     programs, no token, nothing of the parent. In `writable` files can be made and written, but not
     renamed, removed or linked; for what is temporary it has a folder in memory of its own, where
-    the system allows one. `shape` is the type of what comes back, as an annotation.
+    the system allows one. `shape` is the type of what comes back, as an annotation. `preload` is
+    for what imports torch and transformers anyway: the process is a fork of one that has.
 
     Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
     memory or another exception, or answered with something of another shape.
     """
-    (value,) = listen(_job(function, arguments, limits, readable, writable, log), "value", shape)
+    job = _job(function, arguments, limits, readable, writable, log, preload)
+    (value,) = listen(job, "value", shape)
     return value
 
 
@@ -47,9 +50,11 @@ def stream(
     writable: Path | None = None,
     log: Path | None = None,
     shape: Any = Any,
+    preload: bool = False,
 ) -> Iterator[Any]:
     """The same for a generator: its values as they come. Closing the iterator ends the child."""
-    return listen(_job(function, arguments, limits, readable, writable, log), "part", shape)
+    job = _job(function, arguments, limits, readable, writable, log, preload)
+    return listen(job, "part", shape)
 
 
 @cache
@@ -68,11 +73,12 @@ def _job(
     readable: Sequence[Path],
     writable: Path | None,
     log: Path | None,
+    preload: bool,
 ) -> Job:
     if not function.startswith(("quantkit.", "evaluators.")):
         raise ValueError(f"{function} is not a function of this project")
     folders = () if writable is None else (writable,)
-    return Job(function, arguments, limits or Limits(), readable, folders, log=log)
+    return Job(function, arguments, limits or Limits(), readable, folders, log=log, preload=preload)
 
 
 def listen(job: Job, kind: str, shape: Any = Any) -> Iterator[Any]:

@@ -1,4 +1,5 @@
-"""What the parent starts: `python -I -S -B child.py`, with the job as JSON on stdin.
+"""What the parent starts: `python -I -S -B child.py`, with the job as JSON on stdin. A fork server
+(fork_server.py) does the same in a fork of itself.
 
 It is the keeper of the worker (worker.py), in which the function runs with no rights left:
 
@@ -40,6 +41,7 @@ _LADDER = (
 
 
 def main() -> None:
+    """Never returns."""
     with open(0, "rb", closefd=False) as file:
         job = json.load(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -50,10 +52,11 @@ def main() -> None:
     os.close(job["result"])
     facts = _keep(job, init, told)
     facts["namespaces"] = _names(flags)
-    try:
-        os.rmdir(job["home"])  # the parent may be gone
-    except OSError:
-        pass
+    if job["owns_home"]:
+        try:
+            os.rmdir(job["home"])  # the parent may be gone
+        except OSError:
+            pass
     os.write(job["verdict"], json.dumps(facts).encode())
     os._exit(0)
 
