@@ -33,9 +33,9 @@ class Damaged(ValueError):
     """What is wrong with a value, as a clause: "it is no object"."""
 
 
-def read_json(path: Path, most_bytes: int) -> Any:
+def read_json(path: Path, most_bytes: int, most_items: int = MOST_ITEMS) -> Any:
     """The JSON of a plain file. Raises Damaged, or OSError where it cannot be opened."""
-    return parse(read_bytes(path, most_bytes))
+    return parse(read_bytes(path, most_bytes), most_items)
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:

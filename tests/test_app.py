@@ -87,7 +87,7 @@ def test_the_cookies_of_others_hide_none() -> None:
     """All ports of localhost share them, and what other applications put there is odd at times."""
     for odd in ('prefs={"theme":"dark"}', "bare", "a[0]=1", "x y=z"):
         sent = f"{odd}; {COOKIE}=mine".encode()
-        assert visitor.parse_cookies([(b"cookie", sent)])[COOKIE] == "mine"
+        assert visitor.parse_cookies([(b"cookie", sent)], [COOKIE])[COOKIE] == "mine"
 
 
 def test_keys_are_signed() -> None:

@@ -125,7 +125,8 @@ class Desk:
         if order.machine is not None:
             device = order_device(order.machine, self.machines(secret))
             config = dataclasses.replace(config, device=device)
-        return self.store.submit(config, owner, secret, order)
+        place = self.visitors.place(asker.counted_as)
+        return self.store.submit(config, owner, secret, order, place)
 
     def _order(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
         """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
