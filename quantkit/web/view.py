@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
+from quantkit import report as reports
 from quantkit.launch import JobSummary, JobView, StageView
-from quantkit.web.charts import kl_curve, kl_with_error
 
 STAGE_ABOUT = {
     "fetch": "Download the model and pin its exact version",
@@ -230,17 +230,17 @@ def _stage(number: int, stage: StageView, job: JobView) -> str:
 
 
 def curve(job: JobView) -> str:
-    """The search's KL curve; empty while there is none to draw, and when the report shows it."""
-    picture = "" if job.report else kl_curve(job.curve)
-    if not picture:
+    """What the search's KL curve shows; empty while there is none, and when the report shows it."""
+    if job.report or len(job.curve) < 2:
         return ""
     last = job.curve[-1]
     title = "How the search is doing" if job.is_active else "How the search went"
+    known = reports.with_error(reports.Mean(last.kl, last.stderr))
     tuned = ", as tuning is expected to leave it" if last.is_expected else ""
     return (
         f'<section class="qk-section"><h3>{title}</h3><p class="qk-help">KL divergence to the'
-        f" original, lower is better: {kl_with_error(last.kl, last.stderr)} after generation"
-        f" {last.generation}{tuned}.</p>{picture}</section>"
+        f" original, lower is better: {known} after generation {last.generation}{tuned}."
+        "</p></section>"
     )
 
 
