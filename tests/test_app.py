@@ -262,6 +262,7 @@ def test_all_text_is_escaped() -> None:
         view.notice(HOSTILE, HOSTILE),
         results.results(finished),
         results.report(finished),
+        view.card(_replace(job, card=HOSTILE)),
         view.strip(finished),
     ):
         assert html and "<img" not in html
@@ -314,6 +315,21 @@ def test_the_page_has_a_rule_for_every_color_of_the_plots() -> None:
                 rules = [f'[{w}="{color}"] {{ {w}: var(--qk-{role})' for w in ("fill", "stroke")]
                 wanted = rules if what == "color" else [r for r in rules if what in r]
                 assert any(rule in sheet for rule in wanted), (name, role, what)
+
+
+def test_a_card_is_shown_as_text_with_the_pictures_of_its_run() -> None:
+    files = (_file("frontier.png"), dataclasses.replace(_file("domains.png"), is_here=False))
+    card = (
+        "---\nlicense: mit\n---\n# A <script>alert(1)</script>\n\n![KL](plots/frontier.png)\n"
+        "![far](https://evil.example/x.png) ![gone](plots/domains.png) [a](javascript:alert(1))\n"
+        "[hub](https://huggingface.co/a/b)\n\n| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
+    )
+    shown = view.card(_replace(_view(), card=card, files=files))
+    assert "license" not in shown and "<script" not in shown and "&lt;script&gt;" in shown
+    assert re.findall('src="([^"]*)"', shown) == ["files/id/frontier.png"]
+    assert "far" in shown and "gone" in shown and 'href="javascript' not in shown
+    assert '<a href="https://huggingface.co/a/b" rel="noopener" target="_blank">' in shown
+    assert "<table>" in shown
 
 
 @pytest.mark.parametrize("expected", [True, False])

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
+from markdown_it import MarkdownIt
+
 from quantkit import report as reports
 from quantkit.launch import JobSummary, JobView, StageView
 
@@ -30,6 +32,7 @@ STATE_TEXT = {
     "cancelled": "Cancelled",
     "damaged": "Damaged",
 }
+_MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 _MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
 
 
@@ -355,8 +358,18 @@ def _job_line(job: JobSummary) -> str:
 
 
 def card(job: JobView) -> str:
-    """The model card without its YAML header, as Markdown."""
+    """The model card without its YAML header. Its pictures are the run's own; markup is text."""
     text = job.card
     if text.startswith("---\n"):
         text = text[4:].partition("\n---\n")[2]
-    return text.strip()
+    here = {file.name for file in job.files if file.is_here}
+    tokens = _MARKDOWN.parse(text.strip())
+    for token in (child for block in tokens for child in block.children or ()):
+        name = str(token.attrGet("src") or "").removeprefix("plots/")
+        if token.type == "link_open":
+            token.attrs |= {"rel": "noopener", "target": "_blank"}
+        elif token.type == "image" and name in here:
+            token.attrs["src"] = f"files/{quote(job.id)}/{quote(name)}"
+        elif token.type == "image":
+            token.type = "text"  # what the picture shows
+    return _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})

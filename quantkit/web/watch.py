@@ -56,7 +56,7 @@ class Watch:
         self._draw("domains", "convergence", "tensor-map", "bits-by-kind")
         self._show("files")
         with gr.Accordion("Model card", open=False, elem_id="card", visible=False) as self.card:
-            self.chunks["card"] = gr.Markdown(elem_id="job-card", visible=False)
+            self._show("card")
         with gr.Column(visible=False) as self.logs:
             with gr.Accordion("What happened", open=False, elem_id="log"):
                 self.chunks["log"] = gr.HTML(elem_id="job-log")
