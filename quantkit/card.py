@@ -12,7 +12,7 @@ from quantkit import report as reports
 from quantkit.config import PROFILES
 from quantkit.hub import ModelInfo, source_of
 from quantkit.output import safe_name
-from quantkit.report import plots, tables, text
+from quantkit.report import tables, text
 from quantkit.report.schema import OURS, Report, Row
 from quantkit.words import all_markdown, markdown, metadata, repo_ids, web_link
 from quantkit.words import tags as tags_of
@@ -104,7 +104,7 @@ def model_card(
     """
     raw, value = value, all_markdown(value)
     report = reports.read(value)
-    outputs, names = report.outputs, plots.names_by_output(report)
+    outputs = report.outputs
     middle = len(outputs) // 2  # of several sizes the commands name the one in the middle
     verdicts = text.verdicts(report)
     parts = [
@@ -135,9 +135,12 @@ def model_card(
         "## What is inside",
         *(
             part
-            for output, kinds in names
+            for output in outputs
             for part in (
-                _plot(kinds["tensor-map"], f"The type of every tensor{_of_one(report, output)}"),
+                _plot(
+                    report.numbered("tensor-map", output),
+                    f"The type of every tensor{_of_one(report, output)}",
+                ),
                 _inside(output),
             )
         ),

@@ -27,12 +27,13 @@ from quantkit.launch.talk import check_prompt, say
 from quantkit.launch.wheel import can_start_jobs
 from quantkit.web import previews, publishing, results, view
 from quantkit.web.allowance import Allowance
+from quantkit.web.charts import PLOTS
 from quantkit.web.visitor import Visitors
 
 logger = logging.getLogger(__name__)
 
 # The parts of a job's page that are sent only when they changed, in the order of the outputs.
-CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw")
+CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw", *PLOTS)
 SWITCHES = (
     *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
     *("has_card", "is_there", "may_give_token"),
@@ -326,7 +327,7 @@ class Desk:
     # What is shown.
 
     def shown(self, job_id: Any, owner: str | None) -> dict[str, Any]:
-        """Every part of a job's page by name: HTML, Markdown or whether a control is there."""
+        """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
         try:
             job = self.store.view(job_id, owner)
             raw = self.store.log_tail(job_id, owner)
@@ -361,12 +362,13 @@ def _rendered(job: JobView) -> dict[str, Any]:
     return {
         "head": view.head(job),
         "stages": view.stages(job),
-        "curve": view.curve(job) + results.live_map(job) + view.strip(job),
-        "files": view.files(job),
+        "curve": view.curve(job),
+        "files": view.files(job) + view.strip(job),
         "results": results.results(job),
         "report": results.report(job),
         "card": view.card(job),
         "log": view.log(job),
+        **results.plots(job),
     }
 
 
