@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -24,7 +25,11 @@ def main() -> int:
     from quantkit.server.web.server import launch, make_page
 
     try:
-        launch(*make_page())
+        page = make_page()
+        # Python stops everything to look for garbage: what is there now is none and is left out.
+        gc.collect()
+        gc.freeze()
+        launch(*page)
     except QuantkitError as error:
         sys.stderr.write(f"quantkit: {error}\n")
         return 2

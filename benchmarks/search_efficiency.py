@@ -37,9 +37,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from quantkit.config import RunConfig
-from quantkit.evidence.report.axes import Axes, Log, frame
-from quantkit.evidence.report.picture import Picture, Stroke, Words
-from quantkit.evidence.report.svg import standalone
+from quantkit.evidence.report.render import COLORS, FONT, Spec, pictures
 from quantkit.model.blockwise import BlockwiseModel, compute_dtype, load_model
 from quantkit.model.row_maps import load_row_maps
 from quantkit.run.events import EventLog
@@ -191,24 +189,33 @@ def tokens_to(found: list[tuple[int, float]], kl: float) -> int | None:
     return None
 
 
-def draw(curves: dict[str, list[list[tuple[int, float]]]]) -> Picture:
-    flat = [p for runs in curves.values() for points in runs for p in points if p[0] > 0]
-    axes = Axes(
-        (min(np.log10(n) for n, _ in flat), max(np.log10(n) for n, _ in flat)),
-        Log.over([kl for _, kl in flat], pad=0.1),
-    )
-    items = frame(
-        axes, "tokens evaluated", "mean KL divergence, nats, unseen text", lambda v: f"{10**v:,.0f}"
-    )
-    colours = {"ours": "accent", "EvoPress": "ink", "random": "soft", "knapsack": "line"}
-    for name, runs in curves.items():
-        for points in runs:
-            line = tuple((axes.x(np.log10(n)), axes.y(kl)) for n, kl in points if n > 0)
-            if len(line) > 1:
-                items.append(Stroke(line, colours[name], 1.5, dashed=name == "knapsack"))
-        x, y = line[-1]
-        items.append(Words(x - 4, y - 6, name, 11.0, "end", colours[name]))
-    return Picture(400, 280, "KL divergence over tokens evaluated", tuple(items))
+def draw(curves: dict[str, list[list[tuple[int, float]]]]) -> Spec:
+    """Both axes logarithmic; one line a search and seed."""
+    points = [
+        {"search": name, "seed": seed, "tokens": n, "kl": kl}
+        for name, runs in curves.items()
+        for seed, points in enumerate(runs)
+        for n, kl in points
+        if n > 0
+    ]
+    log = {"type": "log", "nice": False}
+    x = {"field": "tokens", "scale": log, "title": "tokens evaluated"}
+    y = {"field": "kl", "scale": log, "title": "mean KL divergence, nats, unseen text"}
+    return {
+        "description": "KL divergence over tokens evaluated",
+        "width": 480,
+        "height": 280,
+        "background": COLORS["card"],
+        "config": {"font": FONT},
+        "data": {"values": points},
+        "mark": "line",
+        "encoding": {
+            "x": {**x, "type": "quantitative", "axis": {"format": "~s"}},
+            "y": {**y, "type": "quantitative", "axis": {"format": "~r"}},
+            "color": {"field": "search", "type": "nominal", "title": None},
+            "detail": {"field": "seed"},
+        },
+    }
 
 
 def judge_of(folder: Path, device: str) -> tuple[Judge, SearchSpace]:
@@ -276,7 +283,7 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         values = {"curves": curves, "tokens_to_the_last_of_evopress": reached}
         (arguments.out / "efficiency.json").write_text(json.dumps(values) + "\n", "utf-8")
-        (arguments.out / "efficiency.svg").write_text(standalone(draw(curves)), "utf-8")
+        (arguments.out / "efficiency.svg").write_text(pictures(draw(curves))[0], "utf-8")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from evaluators.closing import Closing
 from evaluators.errors import EvaluationError
-from evaluators.session import Launch, Session, plainly
+from evaluators.session import Launch, Session, T, as_it_is, plainly, whole_numbers
 
 MAX_STEP = 512  # tokens of one llama_decode; llama.cpp's own ubatch, more is not faster
-_MOST_VOCAB = 1 << 24
+_MOST_VOCAB = 1 << 20  # the largest that is known has 262,208: rows of logits are as long
+_FACTS = ("n_vocab", "n_params", "n_ctx_train", "adds_bos", "bos", "eos", "is_recurrent")
 # A process may take so long for what it is asked, and more for larger files: far above what honest
 # ones need on slow machines.
 _SECONDS = 600.0
@@ -120,14 +121,25 @@ class Opened(Closing):
         self.n_bytes = check_gguf(self.path)
         self.session = Session(self.path, shard_paths(self.path), runtime.launch, writable)
 
-    def call(self, function: Callable[..., Any], n_tokens: int = 1, **arguments: Any) -> Any:
-        """Run a function of `evaluators` there, which takes the path first: JSON in, JSON out. It
-        may take as long as `n_tokens` tokens may.
+    def call(
+        self,
+        function: Callable[..., Any],
+        n_tokens: int = 1,
+        read: Callable[[Any], T] = as_it_is,
+        **arguments: Any,
+    ) -> T:
+        """Run a function of `evaluators` there, which takes the path first: JSON in, JSON out,
+        which `read` takes. It may take as long as `n_tokens` tokens may.
         """
         name = f"{function.__module__}:{function.__name__}"
         seconds = self._seconds(n_tokens) + self.n_bytes / _DISK_BYTES_PER_SECOND
         return self.session.ask(
-            "call", seconds, function=name, file=str(self.path.absolute()), arguments=arguments
+            "call",
+            seconds,
+            read,
+            function=name,
+            file=str(self.path.absolute()),
+            arguments=arguments,
         )
 
     def _seconds(self, n_tokens: int) -> float:
@@ -153,16 +165,17 @@ class Model(Opened):
             facts = self.session.ask(
                 "open",
                 _SECONDS + self.n_bytes / _DISK_BYTES_PER_SECOND,
+                lambda value: {name: int(value[name]) for name in _FACTS},
                 file=str(self.path.absolute()),
                 n_threads=runtime.n_threads,
                 n_gpu_layers=runtime.n_gpu_layers,
             )
-            self.n_vocab = int(facts["n_vocab"])
-            self.n_params = int(facts["n_params"])
-            self.n_ctx_train = int(facts["n_ctx_train"])
+            self.n_vocab = facts["n_vocab"]
+            self.n_params = facts["n_params"]
+            self.n_ctx_train = facts["n_ctx_train"]
             self.adds_bos = bool(facts["adds_bos"])
-            self.bos = int(facts["bos"])  # -1 when there is none
-            self.eos = int(facts["eos"])
+            self.bos = facts["bos"]  # -1 when there is none
+            self.eos = facts["eos"]
             # A recurrent state belongs to one sequence: it cannot be shared as cached keys can.
             self.is_recurrent = bool(facts["is_recurrent"])
             if not 0 < self.n_vocab <= _MOST_VOCAB:
@@ -186,6 +199,7 @@ class Model(Opened):
         ids = self.session.ask(
             "tokenize",
             _SECONDS + len(text) / _LETTERS_PER_SECOND,
+            whole_numbers,
             text=text,
             add_special=add_special,
             parse_special=parse_special,
@@ -194,19 +208,23 @@ class Model(Opened):
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
-        return str(self.session.ask("text", _SECONDS, ids=list(ids)))
+        return self.session.ask("text", _SECONDS, str, ids=list(ids))
 
     def ends(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return frozenset(self.session.ask("ends", _SECONDS))
+        return frozenset(self.session.ask("ends", _SECONDS, whole_numbers))
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str | None:
         """`messages` through the file's own chat template, None without one.
 
         Raises EvaluationError when the template cannot be used; the model may be gone then.
         """
-        said = self.session.ask("render", _RENDER_SECONDS, messages=list(messages))
-        return None if said is None else str(said)
+        return self.session.ask(
+            "render",
+            _RENDER_SECONDS,
+            lambda said: None if said is None else str(said),
+            messages=list(messages),
+        )
 
     def check_context(self, n_ctx: int) -> None:
         """Raises EvaluationError when the model was not trained for `n_ctx` tokens."""

@@ -20,12 +20,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.errors import EvaluationError, printable
+
+T = TypeVar("T")
 
 _MOST_ANSWERED = 1 << 30
 _REMEDY = "Download or make the file again; it may be broken, or need more memory than there is."
@@ -89,6 +91,18 @@ class _Plain:
             self._child.stderr.close()
         how = f"ended by signal {-code}" if code < 0 else f"ended with status {code}"
         return how + last_words(b"".join(self._said).decode("utf-8", "replace"))
+
+
+def as_it_is(value: Any) -> Any:
+    """Plain JSON that is only shown or kept."""
+    return value
+
+
+def whole_numbers(value: Any) -> list[int]:
+    """A list of 32-bit integers out of JSON. Raises ValueError, TypeError for anything else."""
+    if any(type(number) is not int or abs(number) >= 1 << 31 for number in value):
+        raise ValueError("they are no whole numbers")
+    return list(value)
 
 
 def last_words(log: str) -> str:
@@ -170,9 +184,12 @@ class Session:
             os.ftruncate(self._logits, n_bytes)
         return np.frombuffer(mmap.mmap(self._logits, n_bytes), np.float32, n_floats)
 
-    def ask(self, request: str, seconds: float, **arguments: Any) -> Any:
-        """The answer to a request. Raises EvaluationError for one that is refused, and when the
-        process dies or does not answer in `seconds`.
+    def ask(
+        self, request: str, seconds: float, read: Callable[[Any], T] = as_it_is, **arguments: Any
+    ) -> T:
+        """The answer to a request, as `read` makes it of plain JSON. Raises EvaluationError for one
+        that is refused, and when the process dies, does not answer in `seconds`, or answers with
+        what `read` cannot take.
         """
         if self._process is None:
             raise EvaluationError(f"{self._path} is not open any more.", "Open it again.")
@@ -182,13 +199,26 @@ class Session:
             answer = json.loads(self._receive(deadline))
             if not isinstance(answer, dict):
                 raise ValueError("it is not an object")
+            refused = [printable(str(text)) for text in answer.get("error", ())]
+            if not refused:
+                return read(answer.get("value"))
+            message, remedy = refused
         except TimeoutError:
             self.close()
             raise EvaluationError(
                 f"llama.cpp did not answer within {seconds:,.0f} seconds with {self._path}.",
                 _REMEDY,
             ) from None
-        except (OSError, EOFError, ValueError, RecursionError):
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ):
             how = self.close()
             raise EvaluationError(
                 f"llama.cpp cannot work with {self._path}: its process {how}.", _REMEDY
@@ -196,10 +226,7 @@ class Session:
         except BaseException:  # an interrupt in the middle of an answer
             self.close()
             raise
-        if "error" in answer:
-            message, remedy = (printable(str(text)) for text in answer["error"])
-            raise EvaluationError(message, remedy)
-        return answer.get("value")
+        raise EvaluationError(message, remedy)
 
     def _send(self, data: bytes, deadline: float) -> None:
         left = memoryview(data)

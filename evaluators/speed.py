@@ -68,15 +68,31 @@ def measure(
     )
     n_tokens = (1 + n_repeats) * n_prompt + n_repeats * n_generate
     with Opened(file, runtime) as opened:
-        answer = opened.call(probe, n_tokens, **asdict(request))
-    return SpeedResult(
-        str(file),
-        n_bytes=n_bytes,
-        n_ctx=n_ctx,
-        n_gpu_layers=runtime.n_gpu_layers,
-        n_threads=runtime.threads,
-        **answer,
-    )
+        return opened.call(
+            probe,
+            n_tokens,
+            lambda answer: SpeedResult(
+                str(file),
+                n_bytes=n_bytes,
+                n_ctx=n_ctx,
+                load_seconds=float(answer["load_seconds"]),
+                prompt=_rates(answer["prompt"]),
+                generation=_rates(answer["generation"]),
+                peak_rss_bytes=int(answer["peak_rss_bytes"]),
+                buffers={str(kind): int(size) for kind, size in answer["buffers"].items()},
+                n_threads=runtime.threads,
+                n_gpu_layers=runtime.n_gpu_layers,
+            ),
+            **asdict(request),
+        )
+
+
+def _rates(answer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "tokens": int(answer["tokens"]),
+        "tokens_per_second": float(answer["tokens_per_second"]),
+        "repeats": [float(rate) for rate in answer["repeats"]],
+    }
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:

@@ -6,6 +6,7 @@ Each attack returns what it got, or raises, or returns None: then it did not get
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import platform
@@ -89,7 +90,8 @@ def attacks(secret: str, outside: str, parent: int, writable: str) -> dict[str, 
 
     def code_32_bit() -> Any:
         """socket() through the table of 32-bit programs: int 0x80 in machine code."""
-        page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        own = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        page = mmap.mmap(-1, 4096, own, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         # push rbx; mov eax, 359; mov ebx, 2; mov ecx, 1; xor edx, edx; int 0x80; pop rbx; ret
         page.write(bytes.fromhex("53b867010000bb02000000b90100000031d2cd805bc3"))
         address = ctypes.addressof(ctypes.c_char.from_buffer(page))
@@ -149,6 +151,80 @@ def attacks(secret: str, outside: str, parent: int, writable: str) -> dict[str, 
             ]
         )
 
+    def memory_out_of_sight() -> Any:
+        """Pages of shared memory stay when a process lets go of them, and are no longer its own."""
+        kinds: list[Callable[[], mmap.mmap]] = [
+            lambda: mmap.mmap(-1, 4096),
+            lambda: mmap.mmap(os.open("/dev/zero", os.O_RDWR), 4096),
+        ]
+        return any_of([lambda k=k: k().madvise(mmap.MADV_DONTNEED) or "shared" for k in kinds])
+
+    def memory_in_pipes() -> Any:
+        size = 2**19
+        return any_of([lambda: fcntl.fcntl(os.pipe()[1], 1031, size)])  # F_SETPIPE_SZ
+
+    def ways_without_walls() -> Any:
+        """Links that the kernel follows by itself, and what it tells of itself."""
+        names = [f"/proc/{p}/{n}{secret}" for p in ("self", "thread-self", 1) for n in ("root",)]
+        names += [f"/proc/self/cwd/../../../../../..{secret}", "/proc/1/environ", "/proc/1/maps"]
+        names += ["/proc/kcore", "/proc/kmsg", "/proc/sysrq-trigger", "/dev/kmsg"]
+        return any_of([lambda n=n: read(n) for n in names])
+
+    def own_entry() -> Any:
+        names = ("oom_score_adj", "coredump_filter", "comm", "mem", "clear_refs", "uid_map")
+        names += ("gid_map", "setgroups", "attr/current", "attr/exec", "loginuid", "timerslack_ns")
+        return any_of(
+            [
+                lambda p=p, n=n: os.close(os.open(f"/proc/{p}/{n}", os.O_WRONLY)) or n
+                for n in names
+                for p in ("self", me, 1, parent)
+            ]
+        )
+
+    def files_without_names() -> Any:
+        """What is written to them is in no folder."""
+        path = os.path.join(writable, "vanishing")
+        open(path, "ab").close()
+        return any_of(
+            [
+                lambda: os.rename(path, path + "-2") or "renamed",
+                lambda: os.replace(path, writable + "/sparse") or "replaced",
+                lambda: os.unlink(path) or "removed",
+                lambda: os.remove(path + "-2") or "removed",
+            ]
+        )
+
+    def rights_of_its_owner() -> Any:
+        """A program that would run as whoever started this."""
+        os.umask(0)
+        descriptor = os.open(os.path.join(writable, "set-id"), os.O_CREAT | os.O_RDWR, 0o6777)
+        os.write(descriptor, b"\x7fELF")
+        mode = os.fstat(descriptor).st_mode
+        return oct(mode) if mode & 0o6000 else None
+
+    def waits_of_others() -> Any:
+        code, own = open(os.__file__, "rb"), open(os.path.join(writable, "locked"), "ab")
+        return any_of(
+            [
+                lambda: fcntl.flock(code, fcntl.LOCK_EX | fcntl.LOCK_NB) or "flock",
+                lambda: fcntl.lockf(code, fcntl.LOCK_SH | fcntl.LOCK_NB) or "lock",
+                lambda: fcntl.lockf(own, fcntl.LOCK_EX | fcntl.LOCK_NB) or "lock of its own file",
+            ]
+        )
+
+    def controls_of_files() -> Any:
+        """Flags, clones, verity, encryption: nothing of it may even begin."""
+        numbers = (0x80086601, 0x40086602, 0x401C5820, 0x40049409, 0x4020940D, 0xC0189436)
+        numbers += (0x40806685, 0x800C6613, 0xC0045877, 0xB701, 0x540E, 0x5423, 0x1272)
+        opened = [os.open(writable, os.O_RDONLY), os.open(os.__file__, os.O_RDONLY), 1]
+        space = ctypes.create_string_buffer(256)
+        return [
+            (n, d)
+            for n in numbers
+            for d in opened
+            if _libc.ioctl(d, ctypes.c_ulong(n), space) >= 0 or ctypes.get_errno() != 1
+        ]
+
     def signals() -> Any:
         flock = ctypes.create_string_buffer(16)
         ctypes.memmove(flock, (2).to_bytes(4, "little") + parent.to_bytes(4, "little"), 8)
@@ -204,6 +280,19 @@ def attacks(secret: str, outside: str, parent: int, writable: str) -> dict[str, 
         "no death signal": lambda: _libc.prctl(1, 0, 0, 0, 0) == 0 or None,
         "a tracer": lambda: _libc.prctl(0x59616D61, -1, 0, 0, 0) == 0 or None,
     }
+    found |= {
+        "memory out of sight": memory_out_of_sight,
+        "memory in pipes": memory_in_pipes,
+        "ways without walls": ways_without_walls,
+        "its own entry in /proc": own_entry,
+        "files without names": files_without_names,
+        "rights of its owner": rights_of_its_owner,
+        "waits of others": waits_of_others,
+        "controls of files": controls_of_files,
+        "news of a folder": lambda: any_of(
+            [lambda: fcntl.fcntl(os.open(writable, os.O_RDONLY), 1026, 0x80000004) or "F_NOTIFY"]
+        ),
+    }
     if _X86:
         structure = (ctypes.c_uint64 * 11)(0x10000000)
         found |= {
@@ -250,6 +339,11 @@ def attacks(secret: str, outside: str, parent: int, writable: str) -> dict[str, 
             ),
             "capabilities": lambda: begun(126, buffer, buffer),
             "typing into a terminal": lambda: begun(16, 1, 0x5412, buffer),
+            "sync": begins(162, 306),
+            "watches": begins(253, 294, 254),
+            "asynchronous files": begins(206),
+            "a filter of its own": begins(317),
+            "keys, bpf, faults and old calls": begins(154, 135, 156, 159, 164, 172, 173, 470),
             "a lease": lambda: begun(72, 1, 1024, 1),
         }
     return found

@@ -5,8 +5,10 @@ pytest tests/test_app.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,10 +25,12 @@ import test_app_fixtures as fixtures
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from quantkit.evidence import report as reports
+from quantkit.evidence.report.render import THEMES
 from quantkit.run.names import NAMES
 from quantkit.server.runs import JobStore, JobSummary
 from quantkit.server.runs.progress import KlPoint, LogLine
-from quantkit.server.web import charts, results, view, visitor
+from quantkit.server.web import charts, results, theme, view, visitor
 from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import COOKIE, Visitors
 
@@ -87,7 +91,7 @@ def test_the_cookies_of_others_hide_none() -> None:
     """All ports of localhost share them, and what other applications put there is odd at times."""
     for odd in ('prefs={"theme":"dark"}', "bare", "a[0]=1", "x y=z"):
         sent = f"{odd}; {COOKIE}=mine".encode()
-        assert visitor.parse_cookies([(b"cookie", sent)])[COOKIE] == "mine"
+        assert visitor.parse_cookies([(b"cookie", sent)], [COOKIE])[COOKIE] == "mine"
 
 
 def test_keys_are_signed() -> None:
@@ -258,7 +262,7 @@ def test_all_text_is_escaped() -> None:
         view.notice(HOSTILE, HOSTILE),
         results.results(finished),
         results.report(finished),
-        results.live_map(_replace(job, allocation=allocation)),
+        view.card(_replace(job, card=HOSTILE)),
         view.strip(finished),
     ):
         assert html and "<img" not in html
@@ -285,8 +289,47 @@ def test_time_left(seconds: float | None, text: str) -> None:
 def test_charts_of_little_data() -> None:
     assert charts.kl_curve([]) == "" and charts.kl_curve([KlPoint(0, 1, 0.1, 0.01)]) == ""
     flat = [KlPoint(i, 1000 * i, 0.01, 0.0) for i in range(3)]
-    assert "<polyline" in charts.kl_curve(flat)
-    assert "nan" not in charts.kl_curve(flat)
+    made = json.loads(charts.kl_curve(flat))
+    assert made["width"] == "container" and made["usermeta"]["embedOptions"]["renderer"] == "svg"
+    assert [datum["kl"] for datum in made["data"]["values"]] == [0.01] * 3
+    assert charts.tensor_map({"x": 3, "y": {"qtype": None}}) == ""
+
+
+def test_the_plots_of_a_page() -> None:
+    """Those of the report; before there is one those of the search, each made once."""
+    job = _replace(_view(), report=fixtures.make_report(), allocation=fixtures.make_allocation())
+    whole = results.plots(job)
+    assert list(whole) == list(charts.PLOTS) and all(whole.values())
+    assert results.plots(job)["tensor-map"] is whole["tensor-map"]
+    curve = [KlPoint(i, 1000 * i, 0.01, 0.0) for i in range(3)]
+    early = results.plots(_replace(job, report=None, curve=curve))
+    assert [name for name in early if early[name]] == ["convergence", "tensor-map"]
+    assert not any(results.plots(_replace(job, report={"schema": 9})).values())
+
+
+def test_the_page_has_a_rule_for_every_color_of_the_plots() -> None:
+    sheet = theme.CSS_PATH.read_text("utf-8")
+    for name, plot in charts.of_report(reports.read(fixtures.make_report())).items():
+        for role, color in THEMES["light"].items():
+            for what in re.findall(rf'"(fill|stroke|color)": "{color}"', plot):
+                rules = [f'[{w}="{color}"] {{ {w}: var(--qk-{role})' for w in ("fill", "stroke")]
+                wanted = rules if what == "color" else [r for r in rules if what in r]
+                assert any(rule in sheet for rule in wanted), (name, role, what)
+
+
+def test_a_card_is_shown_as_text_with_the_pictures_of_its_run() -> None:
+    files = (_file("frontier.png"), dataclasses.replace(_file("domains.png"), is_here=False))
+    card = (
+        "---\nlicense: mit\n---\n# A <script>alert(1)</script>\n\n![KL](plots/frontier.png)\n"
+        "![far](https://evil.example/x.png) ![gone](plots/domains.png) [a](javascript:alert(1))\n"
+        "[hub](https://huggingface.co/a/b)\n\n| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
+    )
+    shown = view.card(_replace(_view(), card=card, files=files))
+    assert "license" not in shown and "<script" not in shown and "&lt;script&gt;" in shown
+    assert re.findall('src="([^"]*)"', shown) == ["files/id/frontier.png"]
+    assert "far" in shown and "gone" in shown and 'href="javascript' not in shown
+    assert '<a href="https://huggingface.co/a/b" rel="noopener" target="_blank">' in shown
+    assert "<table>" in shown
 
 
 @pytest.mark.parametrize("expected", [True, False])
@@ -305,8 +348,6 @@ def _view() -> Any:
 
 
 def _replace(job: Any, **fields: Any) -> Any:
-    import dataclasses
-
     return dataclasses.replace(job, **fields)
 
 

@@ -120,7 +120,7 @@ def test_from_the_form_to_the_result(
         expect(page.locator("#runs .qk-jobs li")).to_have_count(1)
         page.locator("#runs .qk-jobs a").press("Enter")
         expect(page.locator("#job-head")).to_contain_text("Running")
-        expect(page.locator("#job-curve svg")).to_be_visible()
+        expect(page.locator("#job-convergence .vega-embed svg")).to_be_visible()
         page.screenshot(path=shots / "live-1280-light.png", full_page=True)
 
         # Another visitor sees nothing of it.
@@ -143,6 +143,47 @@ def test_from_the_form_to_the_result(
         expect(page.locator("#runs")).to_contain_text("No runs yet")
         page.wait_for_url(url)
         assert store.jobs(None) == ()
+        assert not [there for there in asked if not there.startswith((url, "data:", "blob:"))]
+
+
+@pytest.mark.slow
+def test_plots_answer(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pointing at a mark tells what it is, a stranger's name stays text, colors follow the page,
+    another file can be chosen, and nothing is asked of another server.
+    """
+    from playwright.sync_api import expect
+
+    name = "<img src=x onerror=alert(1)>.gguf"
+    value = fixtures.make_report()
+    value["baselines"][0] |= {"kind": "given", "name": name}
+    other = {"name": "Other.gguf", "n_bytes": 90_000_000, "tensors": {}, "trace": []}
+    other["tensors"] = {"blk.0.attn_q.weight": {"qtype": "Q8_0", "n_elements": 64, "n_bytes": 68}}
+    value["outputs"].append({**value["outputs"][0], **other})
+    monkeypatch.setattr(fixtures, "make_report", lambda: value)
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, store, visitors):
+        key = visitors.new_key()
+        fixtures.own(fixtures.write_run(store.root / "done"), f"visitor:{visitors.check(key)}")
+        page = open_page(browser, url, 390, "dark", key)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("dialog", lambda dialog: pytest.fail("a stranger's script ran"))
+        page.goto(f"{url}?job=done")
+        frontier = page.locator("#job-frontier .vega-embed svg")
+        expect(frontier).to_contain_text("<img src=x onerror=")
+        point = page.locator(f'#job-frontier path[aria-label*="{name}"]')
+        point.hover()
+        told = page.locator("#vg-tooltip-element")
+        expect(told).to_contain_text(f"{name}: 91.7 MB, KL 0.141")
+        assert told.locator("img").count() == 0
+        colors = "element => [getComputedStyle(element).fill, getComputedStyle(element).stroke]"
+        assert point.evaluate(colors) == ["rgb(154, 167, 184)"] * 2, "soft, of the dark theme"
+
+        cells = page.locator("#job-tensor-map path[role=graphics-symbol]")
+        expect(cells).to_have_count(211)
+        page.locator("#job-tensor-map select").select_option("Other.gguf")
+        expect(cells).to_have_count(1)
+        wide = "element => element.getBoundingClientRect().width"
+        assert 300 < frontier.evaluate(wide) <= 390
         assert not [there for there in asked if not there.startswith((url, "data:", "blob:"))]
 
 

@@ -77,8 +77,8 @@ def own_page(site: Site) -> dict[str, str]:
 
 
 def digest(root: Path) -> str:
-    # Of runs: the clock that cleaning follows is written beside them.
-    found = sorted(path for path in root.glob("*/**/*") if path.is_file())
+    # Of runs: the clock lies beside them, and what is being deleted.
+    found = sorted(path for path in root.glob("[!.]*/**/*") if path.is_file())
     return hashlib.sha256(b"".join(str(p).encode() + p.read_bytes() for p in found)).hexdigest()
 
 

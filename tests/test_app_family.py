@@ -30,5 +30,5 @@ def test_a_family(browser, tiny_checkpoint: Path, tmp_path: Path) -> None:  # no
         expect(page.locator(".qk-download")).to_have_count(3)
         for label in ("Q3_K_M", "Q4_K_M", "Q5_K_M"):
             name = f"Tiny-Llama-EVO-{label}.gguf"
-            expect(page.locator("#job-report")).to_contain_text(f"Types of {name}")
-        expect(page.locator("#job-report")).to_contain_text("ours, ")
+            page.locator("#job-tensor-map select").select_option(name)
+        expect(page.locator("#job-frontier")).to_contain_text("ours, ")

@@ -232,9 +232,11 @@ def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str]
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         (folder / "stand_in.py").write_text(code)
 
-        def stream(_function: str, arguments: dict[str, Any], **options: Any) -> Iterator[Any]:
+        def stream(
+            _function: str, arguments: dict[str, Any], shape: Any, **options: Any
+        ) -> Iterator[Any]:
             job = sandbox.Job("stand_in:answer", arguments, path=[folder], **options)
-            return api.listen(job, "part")
+            return api.listen(job, "part", shape)
 
         names = {"Limits": sandbox.Limits, "Crashed": sandbox.Crashed, "stream": stream}
         monkeypatch.setattr(talk, "sandbox", SimpleNamespace(**names))

@@ -69,7 +69,7 @@ def not_dumpable() -> Any:
 def test_a_system_that_keeps_no_files(monkeypatch: pytest.MonkeyPatch, not_dumpable: None) -> None:
     """With neither Landlock nor mounts the code of whoever installed it can be changed: tried."""
 
-    def call(function: str, arguments: dict[str, Any]) -> Any:
+    def call(function: str, arguments: dict[str, Any], **_: Any) -> Any:
         # It may make an empty file there, if nothing but the rights of files keeps it from it.
         without = ("mounts", "namespaces", "landlock")
         limits = sandbox.Limits(10, 20, file_bytes=1)

@@ -20,7 +20,7 @@ from quantkit.checkpoint.shell import write_shell
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.converter.convert import ConversionResult, convert
 from quantkit.llamacpp.converter.sandbox import Limits
-from quantkit.sandbox.process import environment as environment_of
+from quantkit.sandbox.start import environment as environment_of
 
 # Small enough to be hit at once, large enough for Python itself.
 SMALL = Limits(cpu_seconds=20, wall_seconds=30, memory_bytes=2**31, file_bytes=2**20)
@@ -223,8 +223,15 @@ def test_the_child_dies_with_its_parent(run_code, tmp_path: Path):
 
 
 def _children(pid: int | None = None) -> list[int]:
-    """The sandbox's keepers among the children of a process: each leads a session."""
+    """The sandbox's keepers that a process has, itself or through its fork server: each leads a
+    session.
+    """
     pid = pid or os.getpid()
     numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     commands = {int(n): Path(f"/proc/{n}/cmdline").read_bytes() for n in numbers}
-    return [n for n, command in commands.items() if b"sandbox/child.py" in command]
+    keepers = [n for n, command in commands.items() if b"sandbox/child.py" in command]
+    for n, command in commands.items():
+        if b"sandbox/fork_server.py" in command:
+            forked = Path(f"/proc/{n}/task/{n}/children").read_text().split()
+            keepers += [int(k) for k in forked if session(int(k))]
+    return keepers

@@ -11,7 +11,8 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.evidence import report
-from quantkit.evidence.report import plots, svg, tables, text
+from quantkit.evidence.report import plots, tables, text
+from quantkit.evidence.report.render import pictures
 from quantkit.evidence.report.schema import Mean
 from quantkit.sizes import size
 
@@ -235,9 +236,12 @@ def test_a_family_is_shown_whole() -> None:
     read = report.read(family())
     for shown in (report.markdown(read), report.html(read)):
         assert "The budget is too small." in shown and "Tiny-EVO-Q6_K.gguf" in shown
-    names = plots.draw_all(read)
-    assert "tensor-map-1" in names and "tensor-map-2" in names and "tensor-map" not in names
-    assert "ours, " in svg.standalone(names["frontier"])
+    figures = dict.fromkeys(plots.draw_all(read), "<svg></svg>")
+    page = report.html(read, figures)
+    for output in read.outputs:
+        assert f"Types of {output.name}" in page
+        assert (f"Search of {output.name}" in page) == bool(output.trace)
+    assert page.count("<svg>") == 7 and "Types of" not in report.sections(read)
 
 
 def test_nothing_lost_is_no_section() -> None:
@@ -369,9 +373,32 @@ def test_names_cannot_break_a_table_or_a_page() -> None:
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
+@pytest.mark.parametrize("name", ["model", "protocol", "calibration", "versions", "generation"])
+def test_strangers_words_are_escaped(name: str) -> None:
+    """Wherever a report holds a sentence, and in an attribute, too."""
+    evil = '"><script>alert(1)</script>'
+    changed = values()
+    changed |= {
+        "model": {"model": evil},
+        "protocol": {"protocol": evil},
+        "calibration": {"calibration": {"note": evil}},
+        "versions": {"versions": {evil: evil}},
+        "generation": {},
+    }[name]
+    if name == "generation":
+        changed["outputs"][0]["generation"] = {"prompt": evil, "text": evil}
+    read = report.read(changed)
+    for page in (report.html(read), report.sections(read)):
+        assert "<script" not in page
+    assert "&#34;&gt;&lt;script&gt;" in report.html(read)
+
+
 def test_a_page_of_its_own() -> None:
-    page = report.html(report.read(values()))
+    read = report.read(values())
+    figures = {name: pictures(plot)[0] for name, plot in plots.draw_all(read).items()}
+    page = report.html(read, figures)
     assert page.count("<svg") == 5
+    page = page.replace("http://www.w3.org/2000/svg", "")
     for outside in ("http://", "https://", "<script", "<link", "@import", "url("):
         assert outside not in page, outside
     assert "prefers-color-scheme:dark" in page and "width=device-width" in page

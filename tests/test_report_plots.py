@@ -1,181 +1,282 @@
-"""The plots as pictures, and what SVG and PNG make of them."""
+"""The plots as Vega-Lite specifications, and the SVG and PNG that Vega makes of them."""
 
 from __future__ import annotations
 
+import copy
 import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from PIL import Image
-from test_report import values
+from PIL import Image, ImageChops
+from test_report import family, row, values
 
 from quantkit.evidence import report
-from quantkit.evidence.report import plots, svg
-from quantkit.evidence.report.axes import Log, Place, place
-from quantkit.evidence.report.picture import Area, Box, Disc, Picture, Stroke, Words, text_width
-from quantkit.evidence.report.png import png
-from quantkit.evidence.report.schema import TracePoint
+from quantkit.evidence.report import plots
+from quantkit.evidence.report.render import THEMES, Spec, pictures
+from quantkit.evidence.report.schema import Tensor, TracePoint
+
+NAMES = ["frontier", "domains", "tensor-map", "bits-by-kind", "convergence"]
+# Files as close to each other as those of one model are: size in MB and KL.
+CROWD = {
+    **{"Q2_K": (52.1, 0.62), "IQ3_XXS": (58.0, 0.41), "Q3_K_S": (60.2, 0.33)},
+    **{"IQ3_S": (61.5, 0.27), "Q3_K_M": (66.0, 0.19), "IQ4_XS": (71.8, 0.083)},
+    **{"Q4_0 --pure": (72.0, 0.141), "IQ4_NL": (73.5, 0.079), "Q4_K_S": (74.5, 0.072)},
+    **{"Q4_K_M": (77.0, 0.059), "Q5_0": (85.0, 0.033), "Q5_K_M": (88.0, 0.021)},
+    **{"Q4_K": (75.5, 0.049)},
+}
 
 
-def pictures() -> dict[str, Picture]:
-    return plots.draw_all(report.read(values()))
+def drawn(value: dict[str, Any] | None = None) -> dict[str, Spec]:
+    return plots.draw_all(report.read(value or values()))
 
 
-def discs(picture: Picture) -> list[Disc]:
-    return [item for item in picture.items if isinstance(item, Disc)]
+def data(plot: Spec) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = plot["data"]["values"]
+    return rows
 
 
-def words(picture: Picture) -> list[str]:
-    return [item.text for item in picture.items if isinstance(item, Words)]
+def crowd() -> dict[str, Any]:
+    """A report of 14 files."""
+    value = values()
+    value["outputs"][0] |= {"n_bytes": 76_900_000, "kl": interval(0.035)}
+    value["baselines"] = [
+        row(name=name, n_bytes=int(mb * 1e6), kl=interval(kl)) for name, (mb, kl) in CROWD.items()
+    ]
+    value["baselines"][-1]["kind"] = "uniform"
+    return value
+
+
+def interval(kl: float) -> dict[str, Any]:
+    return {"mean": kl, "stderr": kl / 10, "ci95": [0.8 * kl, 1.25 * kl]}
+
+
+def texts(svg: str) -> dict[str, tuple[float, float, str]]:
+    """Every line of text: where it begins or ends, and its anchor."""
+    found = {}
+    for element, (x, y) in placed(ElementTree.fromstring(svg)):
+        if element.tag.endswith("text"):
+            found["".join(element.itertext())] = x, y, element.get("text-anchor", "")
+    return found
+
+
+def placed(
+    element: ElementTree.Element, at: tuple[float, float] = (0.0, 0.0)
+) -> Iterator[tuple[ElementTree.Element, tuple[float, float]]]:
+    """All elements and where their groups put them."""
+    moved = re.match(r"translate\(([-\d.e]+),([-\d.e]+)\)", element.get("transform", ""))
+    if moved:
+        at = at[0] + float(moved[1]), at[1] + float(moved[2])
+    yield element, at
+    for child in element:
+        yield from placed(child, at)
 
 
 def test_the_frontier_has_every_file_where_it_belongs() -> None:
-    picture = pictures()["frontier"]
-    marks = {mark.title.split(":")[0]: mark for mark in discs(picture)}
-    assert set(marks) == {
+    found = {datum["about"].split(":")[0]: datum for datum in data(drawn()["frontier"])}
+    assert set(found) == {
         "Tiny-EVO-Q4_K_M.gguf",
         "llama.cpp Q4_K_S",
         "llama.cpp Q5_1 pure",
         "llama.cpp Q4_K_M",
     }
-    ours, smaller = marks["Tiny-EVO-Q4_K_M.gguf"], marks["llama.cpp Q4_K_S"]
-    assert smaller.x < ours.x < marks["llama.cpp Q4_K_M"].x
-    assert smaller.y < ours.y, "less KL is further down"
-    assert ours.fill == "accent" and smaller.fill == "card"
-    assert "this file" in words(picture)
+    ours = found["Tiny-EVO-Q4_K_M.gguf"]
+    assert (ours["size"], ours["kl"], ours["label"]) == (1.0, 0.0123, "this file")
+    assert (ours["low"], ours["high"]) == (0.0115, 0.0131), "the 95 % interval"
+    assert ours["about"] == "Tiny-EVO-Q4_K_M.gguf: 1.0 MB, KL 0.0123"
+    best = [found[f"llama.cpp {name}"]["best"] for name in ("Q4_K_S", "Q5_1 pure", "Q4_K_M")]
+    assert best == [0.05, 0.0246, 0.001] and "best" not in ours
 
 
-@pytest.mark.parametrize("name", ["frontier", "domains", "tensor-map", "bits-by-kind"])
-def test_nothing_is_drawn_outside(name: str) -> None:
-    picture = pictures()[name]
-    for item in picture.items:
-        if isinstance(item, Words):
-            width = text_width(item.text, item.size)
-            left = item.x - {"start": 0.0, "middle": width / 2, "end": width}[item.anchor]
-            xs, ys = [left, left + width], [item.y - item.size, item.y]
-        elif isinstance(item, Box):
-            xs, ys = [item.x, item.x + item.width], [item.y, item.y + item.height]
-        elif isinstance(item, Disc):
-            xs, ys = [item.x - 6, item.x + 6], [item.y - 6, item.y + 6]
-        else:
-            xs, ys = [p[0] for p in item.points], [p[1] for p in item.points]
-        assert min(xs) >= 0 and max(xs) <= picture.width, item
-        assert min(ys) >= 0 and max(ys) <= picture.height, item
+def test_of_several_outputs_each_is_told_by_its_bits() -> None:
+    labels = [datum["label"] for datum in data(drawn(family())["frontier"])]
+    assert labels.count("ours, 4.50 bits") == 2 and "this file" not in labels
+
+
+def test_the_best_so_far_never_goes_up() -> None:
+    value = values()
+    value["baselines"][2]["kl"] = {"mean": 0.04, "stderr": 0.001}  # the largest is not the best
+    steps = [datum["best"] for datum in data(drawn(value)["frontier"]) if "best" in datum]
+    assert steps == [0.05, 0.0246, 0.0246]
+
+
+def test_labels_cover_nothing() -> None:
+    """Of 14 files: they stand right of every mark, one below the other, in the order of the KL."""
+    plot = drawn(crowd())["frontier"]
+    svg, _ = pictures(plot)
+    found = texts(svg)
+    by_kl = [datum["label"] for datum in sorted(data(plot), key=lambda datum: -datum["kl"])]
+    assert len(by_kl) == 14
+    places = [found[label] for label in by_kl]
+    assert len({x for x, _, _ in places}) == 1
+    assert all(below[1] - above[1] > 13.9 for above, below in pairwise(places))
+    marks = [
+        (x, y) for e, (x, y) in placed(ElementTree.fromstring(svg)) if "stroke-width" in e.attrib
+    ]
+    assert marks and max(x for x, _ in marks) < places[0][0]
+    level = {datum["label"]: datum["place"] / datum["kl"] for datum in data(plot)}
+    assert level["Q2_K"] == pytest.approx(1), "one with room stands where it belongs"
+
+
+@pytest.mark.parametrize(
+    ("values_", "expected"),
+    [
+        ([], []),
+        ([1.0, 5.0, 9.0], [1.0, 5.0, 9.0]),
+        ([1.0, 1.0], [0.0, 2.0]),
+        ([0.0, 0.0, 0.0, 9.0], [-2.0, 0.0, 2.0, 9.0]),
+        ([0.0, 3.0, 3.0, 3.0], [-0.75, 1.25, 3.25, 5.25]),
+    ],
+)
+def test_labels_move_as_little_as_they_must(values_: list[float], expected: list[float]) -> None:
+    assert plots.spread(values_, 2.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("width", [320, 400, 880])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_cut(name: str, width: int) -> None:
+    """What were cut would reach the edge of the picture, and there nothing is drawn."""
+    value = crowd()
+    value["outputs"][0]["name"] = "a-very-long-name-of-a-model-" * 3
+    value["outputs"][0]["tensors"]["blk.0.a_very_long_kind_of_a_tensor.weight"] = {
+        **{"qtype": "A_VERY_LONG_TYPE", "n_elements": 10, "n_bytes": 10}
+    }
+    for files in (value["outputs"], value["baselines"]):
+        for file in files:
+            file["domains"] |= {"a-very-long-name-of-a-text": file["domains"]["docs"]}
+    value["baselines"][3] |= {"kind": "given", "name": "somebody-elses-very-long-name.gguf"}
+    svg, png = pictures({**drawn(value)[name], "width": width})
+    assert float(ElementTree.fromstring(svg).attrib["width"]) == pytest.approx(width, abs=1)
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    drawn_in = ImageChops.difference(image, Image.new("RGB", image.size, "white")).getbbox()
+    assert drawn_in is not None
+    left, top, right, bottom = drawn_in
+    assert min(left, top, image.width - right, image.height - bottom) >= 8
 
 
 def test_the_map_has_a_cell_for_every_tensor() -> None:
-    picture = pictures()["tensor-map"]
-    titles = [item.title for item in picture.items if isinstance(item, Box) and item.title]
-    assert len(titles) == 7 and "blk.2.ffn_up.weight: Q8_0" in titles
-    assert {"attn_q", "ffn_up", "token_embd", "Q4_K", "Q6_K", "Q8_0"} <= set(words(picture))
+    plot = drawn()["tensor-map"]
+    told = [datum["about"] for datum in data(plot)]
+    assert len(told) == 7 and "blk.2.ffn_up.weight: Q8_0" in told
+    assert plot["encoding"]["y"]["scale"]["domain"] == ["attn_q", "ffn_up", "token_embd"]
+    assert {"attn_q", "ffn_up", "token_embd", "Q4_K", "Q6_K", "Q8_0"} <= texts(
+        pictures(plot)[0]
+    ).keys()
+    assert plot["description"] == "The type of each of 7 tensors: 3 types over 3 blocks"
 
 
-def test_colours_follow_the_bits() -> None:
-    colours = plots.colours_of({"Q8_0", "Q2_K", "Q4_K", "NOT_A_TYPE"})
-    assert list(colours) == ["Q2_K", "Q4_K", "Q8_0", "NOT_A_TYPE"]
-    assert len(set(colours.values())) == 4
+def test_colors_follow_the_bits() -> None:
+    colors = plots.colors_of({"Q8_0", "Q2_K", "Q4_K", "NOT_A_TYPE"})
+    assert list(colors) == ["Q2_K", "Q4_K", "Q8_0", "NOT_A_TYPE"]
+    assert len(set(colors.values())) == 4
 
 
 def test_bits_by_kind_are_the_bytes() -> None:
-    shown = words(pictures()["bits-by-kind"])
-    assert "4.50" in shown and "8.50" in shown and "6.56" in shown
-    shares = [float(x.split()[0]) for x in shown if x.endswith("of bytes")]
-    assert sum(shares) == pytest.approx(100, abs=0.2)
+    plot = drawn()["bits-by-kind"]
+    assert {datum["kind"]: round(datum["bits"], 2) for datum in data(plot)} == {
+        **{"attn_q": 4.5, "ffn_up": 8.5, "token_embd": 6.56}
+    }
+    assert sum(float(datum["share"].split()[0]) for datum in data(plot)) == pytest.approx(100, 0.01)
+    assert plot["description"] == "Bits per weight: attn_q 4.50, ffn_up 8.50, token_embd 6.56"
 
 
-def test_the_convergence_never_goes_up() -> None:
-    (line,) = [i for i in pictures()["convergence"].items if isinstance(i, Stroke) and i.width > 2]
-    ys = [y for _, y in line.points]
-    assert ys == sorted(ys) and len({*ys}) == 4
+def test_the_domains_have_every_file() -> None:
+    found = data(drawn()["domains"])
+    assert len(found) == 4 * 2 and {datum["domain"] for datum in found} == {"docs", "code"}
+    assert "llama.cpp Q4_K_S on docs: KL 0.0123" in [datum["about"] for datum in found]
 
 
-def test_little_data_is_no_picture() -> None:
+def test_the_convergence_is_the_trace() -> None:
+    plot = drawn()["convergence"]
+    assert [datum["kl"] for datum in data(plot)] == [0.03 / i for i in range(1, 5)]
+    assert [datum["last"] for datum in data(plot)] == [False, False, False, True]
+    assert all(datum["low"] < datum["kl"] < datum["high"] for datum in data(plot))
+    long = plots.convergence({"": [TracePoint(i, i, 1 / (i + 1), 0.0) for i in range(10_000)]})
+    assert long is not None and len(data(long)) < 400 and data(long)[-1]["tokens"] == 9999
+
+
+def test_of_several_files_a_page_shows_the_chosen_one() -> None:
+    read = report.read(family())
+    alone, together = plots.draw_all(read), plots.draw_all(read, together=True)
+    assert {"tensor-map-1", "tensor-map-2"} <= alone.keys() and "tensor-map" not in alone
+    names = [output.name for output in read.outputs]
+    for name in ("tensor-map", "bits-by-kind"):
+        assert "params" not in alone[f"{name}-1"]
+        (choice,) = together[name]["params"]
+        assert choice["bind"]["options"] == names and choice["value"] == names[0]
+        assert {datum["file"] for datum in data(together[name])} == set(names)
+    # Vega draws the first until another is chosen.
+    assert pictures(together["tensor-map"])[0].count("<title>blk.") == 6
+
+
+def test_little_data_is_no_plot() -> None:
     alone = values()
     alone["baselines"] = []
     assert plots.frontier(report.read(alone)) is None
-    assert plots.convergence([TracePoint(0, 1, 0.1, 0.01)]) is None
-    assert plots.convergence([TracePoint(i, i, 0.0, 0.0) for i in range(3)]) is None
-    assert plots.tensor_map({}) is None and plots.bits_by_kind(()) is None
-    assert plots.tensor_map({"blk.99999999999.x": "Q4_K"}) is None
+    assert plots.convergence({"": [TracePoint(0, 1, 0.1, 0.01)]}) is None
+    assert plots.convergence({"": [TracePoint(i, i, 0.0, 0.0) for i in range(3)]}) is None
+    assert plots.tensor_map({}) is None and plots.bits_by_kind({}) is None
+    assert plots.tensor_map({"": {}}) is None and plots.bits_by_kind({"": ()}) is None
+    assert plots.tensor_map({"": {f"blk.{i}.x": "Q4_K" for i in range(20_001)}}) is None
 
 
 def test_equal_sizes_and_values_are_drawn() -> None:
     same = values()
-    for row in same["baselines"]:
-        row |= {"n_bytes": 1_000_000, "kl": same["outputs"][0]["kl"]}
-    picture = plots.frontier(report.read(same))
-    assert picture is not None and "nan" not in svg.standalone(picture)
-    assert plots.convergence([TracePoint(i, 5, 0.1, 0.0) for i in range(3)]) is not None
+    for other in same["baselines"]:
+        other |= {"n_bytes": 1_000_000, "kl": same["outputs"][0]["kl"]}
+    made = [plots.frontier(report.read(same))]
+    made.append(plots.convergence({"": [TracePoint(i, 5, 0.1, 0.0) for i in range(3)]}))
+    made.append(plots.tensor_map({"": {"token_embd.weight": "Q4_K"}}))
+    made.append(plots.tensor_map({"": {"blk.99999999999.x": "Q4_K"}}))
+    made.append(plots.bits_by_kind({"": [Tensor("x", "Q4_K", 256, 144, "")]}))
+    for plot in made:
+        assert plot is not None
+        svg, _ = pictures(plot)
+        assert "NaN" not in svg and "undefined" not in svg and "null" not in svg
 
 
-def test_ticks_are_few_and_inside() -> None:
-    for low, high in ((0.001, 0.0012), (0.01, 0.5), (1e-6, 3.0)):
-        scale = Log.over([low, high], 0.05)
-        ticks = scale.ticks()
-        assert 3 <= len(ticks) <= 7
-        assert all(-1e-9 <= scale.share(tick) <= 1 + 1e-9 for tick in ticks)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_report_gives_the_same_bytes(name: str) -> None:
+    first, again = (pictures(drawn(copy.deepcopy(crowd()))[name]) for _ in range(2))
+    assert first == again
 
 
-def test_labels_make_room_for_each_other() -> None:
-    labels = [Place(100 + 4 * i, 100, f"Q4_K_{i}", 11, False) for i in range(4)]
-    found = place(labels, (0, 0, 400, 300))
-    boxes = []
-    for label in found:
-        width = text_width(label.text, label.size)
-        left = label.x - {"start": 0.0, "middle": width / 2, "end": width}[label.anchor]
-        boxes.append((left, label.y - label.size, left + width, label.y))
-    for i, a in enumerate(boxes):
-        for b in boxes[:i]:
-            apart = a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
-            assert apart, (a, b)
-
-
-@pytest.mark.parametrize("name", ["frontier", "domains", "tensor-map", "bits-by-kind"])
-def test_svg_is_well_formed_and_turns_dark(name: str) -> None:
-    made = svg.standalone(pictures()[name])
-    root = ElementTree.fromstring(made)
-    assert root.tag.endswith("svg") and root.find("{*}title") is not None
-    assert "prefers-color-scheme:dark" in made and "var(" not in made
-    inline = svg.inline(pictures()[name])
-    ElementTree.fromstring(inline)
-    assert "<style" not in inline and "var(--qk-" in inline
+@pytest.mark.parametrize("name", NAMES)
+def test_svg_says_what_it_shows_and_turns_dark(name: str) -> None:
+    plot = drawn()[name]
+    svg, _ = pictures(plot)
+    root = ElementTree.fromstring(svg)
+    assert root.get("role") == "img" and root.findtext("{*}title") == plot["description"]
+    assert "prefers-color-scheme:dark" in svg
+    told = {element.text for element in root.iterfind(".//{*}title")}
+    if name != "convergence":
+        assert {datum["about"] for datum in data(plot)} <= told
+    light = set(THEMES["light"].values())
+    used = {element.get(what) for element in root.iter() for what in ("fill", "stroke")}
+    assert used & light, "what the style sheets look for"
+    for outside in ("http://", "https://", "<script", "@import", "url(", "href"):
+        assert outside not in svg.replace("http://www.w3.org/2000/svg", ""), outside
 
 
 def test_hostile_names_stay_text() -> None:
-    made = plots.tensor_map({'blk.0."><script>.weight': "Q4_K", "<b>&": '"x'})
-    assert made is not None
-    for shown in (svg.standalone(made), svg.inline(made)):
-        ElementTree.fromstring(shown)
-        assert "<script" not in shown and "<b>" not in shown
-
-
-def test_png_shows_the_picture() -> None:
-    picture = Picture(
-        100,
-        50,
-        "a test",
-        (
-            Box(0, 0, 50, 50, "#ff0000"),
-            Area(((50.0, 0.0), (100.0, 0.0), (100.0, 50.0), (50.0, 50.0)), "#0000ff", 0.5),
-            Stroke(((0.0, 25.0), (100.0, 25.0)), "#00ff00", 4),
-            Words(75, 20, "Text ±", 12, "middle", "ink", bold=True),
-        ),
+    made = plots.tensor_map(
+        {"datum.x": {'blk.0."><script>.weight': "Q4_K", "<b>&": '"x', "' || datum": "a\\"}}
     )
-    image = Image.open(io.BytesIO(png(picture))).convert("RGB")
-    assert image.size == (200, 100)
-
-    def near(at: tuple[int, int], colour: tuple[int, int, int]) -> bool:
-        found = image.getpixel(at)
-        assert isinstance(found, tuple)
-        return all(abs(a - b) <= 12 for a, b in zip(found, colour, strict=True))
-
-    assert near((20, 80), (255, 0, 0)) and near((20, 50), (0, 255, 0))
-    assert near((180, 90), (128, 128, 255)), "half of blue on the white card"
-    dark = Image.open(io.BytesIO(png(picture, "dark"))).convert("RGB")
-    assert dark.getpixel((180, 90)) != image.getpixel((180, 90))
+    assert made is not None
+    svg, _ = pictures(json.loads(json.dumps(made)))
+    ElementTree.fromstring(svg)
+    assert "<script" not in svg and "<b>" not in svg and "&lt;b&gt;&amp;" in svg
 
 
-def test_every_plot_becomes_a_small_png() -> None:
-    for name, picture in pictures().items():
-        data = png(picture)
-        assert data.startswith(b"\x89PNG") and len(data) < 120_000, name
+@pytest.mark.parametrize("name", NAMES)
+def test_png_is_small_and_shows_the_picture(name: str) -> None:
+    svg, png = pictures(drawn()[name])
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    root = ElementTree.fromstring(svg)
+    assert image.size == (2 * int(root.attrib["width"]), 2 * int(root.attrib["height"]))
+    assert image.getpixel((1, 1)) == (255, 255, 255) and len(png) < 40_000
+    assert len(image.getcolors(1 << 24) or ()) > 20, "letters are drawn"

@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "no namespaces": ("namespaces",),
     "no Landlock": ("landlock",),
 }
+KINDS = ["started", "forked"]  # by a fork server
 NAMES = list(sandbox_attacks.attacks("", "", 1, ""))
 
 # The parent: it has a token, an open file and memory worth reading.
@@ -45,16 +46,20 @@ sys.path.insert(0, {root!r})
 from quantkit import sandbox
 folder = Path({folder!r})
 secret = open(folder / "secret")
-job = sandbox.Job(
-    "sandbox_attacks:go",
-    dict(names=None, secret=str(folder / "secret"), outside=str(folder / "outside"),
-         parent=os.getpid(), writable=str(folder / "writable")),
-    sandbox.Limits(30, 60, 2**30, 2**20),
-    writable=[folder / "writable"], path=[{here!r}], without={without!r},
-)
-with sandbox.Child(job) as child:
-    (*_, last) = [m for m in child.messages() if m]
-print(json.dumps([last, str(child.ended), child.ended.log[-3000:], str(child.ended.protection)]))
+def attacked(without):
+    job = sandbox.Job(
+        "sandbox_attacks:go",
+        dict(names=None, secret=str(folder / "secret"), outside=str(folder / "outside"),
+             parent=os.getpid(), writable=str(folder / "writable")),
+        sandbox.Limits(30, 60, 2**30, 2**20),
+        writable=[folder / "writable"], path=[{here!r}], without=without, preload={preload!r},
+    )
+    with sandbox.Child(job) as child:
+        (*_, last) = [m for m in child.messages() if m]
+    ended = child.ended
+    assert ended.forked == {preload!r}
+    return [last, str(ended), ended.log[-3000:], str(ended.protection)]
+print(json.dumps({{name: attacked(without) for name, without in {layers!r}.items()}}))
 """
 
 
@@ -84,16 +89,20 @@ def place(who: str) -> Path:
 
 
 @cache
-def outcome(who: str, layers: str) -> tuple[dict[str, str | None], str]:
-    """What got through, and what was in force."""
+def outcomes(who: str, kind: str) -> dict[str, tuple[dict[str, str | None], str]]:
+    """By layers: what got through, and what was in force."""
     folder = place(who)
-    code = PARENT.format(root=str(ROOT), here=str(HERE), folder=str(folder), without=LAYERS[layers])
+    code = PARENT.format(
+        root=str(ROOT), here=str(HERE), folder=str(folder), layers=LAYERS, preload=kind == "forked"
+    )
     child = as_someone(who, code, folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=240)
     assert child.returncode == 0, err.decode()
-    last, ended, log, protection = json.loads(out)
-    assert "value" in last, (last, ended, log)
-    return last["value"], protection
+    found = {}
+    for layers, (last, ended, log, protection) in json.loads(out).items():
+        assert "value" in last, (last, ended, log)
+        found[layers] = (last["value"], protection)
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,8 +114,18 @@ def clean() -> Iterator[None]:
 
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_it_does_not_get_through(name: str, who: str, layers: str) -> None:
-    found, protection = outcome(who, layers)
+def test_it_does_not_get_through(name: str, kind: str, who: str, layers: str) -> None:
+    found, protection = outcomes(who, kind)[layers]
     assert found[name] is None, protection
     assert (place(who) / "secret").read_text() == "the user's own"
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_a_fork_has_the_same_protection(who: str) -> None:
+    started, forked = (
+        {layers: protection for layers, (_, protection) in outcomes(who, kind).items()}
+        for kind in KINDS
+    )
+    assert started == forked

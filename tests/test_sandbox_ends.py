@@ -20,8 +20,11 @@ from typing import Any
 import pytest
 
 from quantkit.errors import QuantkitError
+from quantkit.evidence.parity import Found
+from quantkit.llamacpp.place import Sandboxed
 from quantkit.sandbox import Child, Crashed, Job, Limits, call
 from quantkit.sandbox.api import listen
+from quantkit.sources.fit import Report
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 
@@ -48,9 +51,12 @@ def gone(number: int) -> bool:
     return not session(number)
 
 
-@pytest.fixture
-def inside(tmp_path: Path) -> Callable[..., Any]:
-    """Call it with the body of a function: it runs inside. Returns its value."""
+@pytest.fixture(params=["started", "forked"])
+def inside(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Call it with the body of a function: it runs inside, in a process that was started for it or
+    that a fork server forked. Returns its value.
+    """
+    preload = request.param == "forked"
     code = tmp_path / "code"
     code.mkdir()
     (tmp_path / "out").mkdir()
@@ -65,12 +71,14 @@ def inside(tmp_path: Path) -> Callable[..., Any]:
             writable=[tmp_path / "out"],
             path=[code],
             log=tmp_path / "log",
+            preload=preload,
         )
         children = []
         start = Child._start
 
         def watched(self: Child) -> None:
             start(self)
+            assert self._process is not None and self.ended.forked == preload
             children.append(self._process.pid)
 
         Child._start = watched  # type: ignore[method-assign]
@@ -120,6 +128,13 @@ def test_errors_keep_their_words(inside: Callable[..., Any]) -> None:
     assert not isinstance(it.value, Crashed)
 
 
+# A path below it is longer than a path can be: its files cannot be named from outside.
+DEEP = """import os
+os.chdir(out)
+for _ in range({}): os.mkdir('d' * 250); os.chdir('d' * 250)
+for i in range(40): open(str(i), 'wb').write(bytes(2**20))
+import time
+"""
 FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._result, {})\n"
 
 
@@ -148,7 +163,9 @@ FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._resul
         ("import time\ntime.sleep(60)", {"wall_seconds": 1}, "was stopped after 1 seconds"),
         ("bytearray(2**32)", {}, "needed more than its 536,870,912 bytes of memory"),
         (
-            "import mmap, time\npage = mmap.mmap(-1, 2**30)\n"
+            # A stack is no data to the kernel's own limit.
+            "import mmap, time\ngrows_down = 0x100\n"
+            "page = mmap.mmap(-1, 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | grows_down)\n"
             "for i in range(0, 2**30, 4096): page[i] = 1\ntime.sleep(5)",
             {},
             "needed more than its 536,870,912 bytes of memory",
@@ -164,6 +181,22 @@ FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._resul
             "for i in range(40): open(f'{out}/{i}', 'wb').write(bytes(2**20))",
             {},
             "wrote more than its 1,048,576 bytes",
+        ),
+        (DEEP.format(20) + "time.sleep(5)", {}, "wrote more than its 1,048,576 bytes"),
+        (DEEP.format(2000) + "time.sleep(5)", {}, "wrote more than its 1,048,576 bytes"),
+        ("import os\nfor i in range(10**5): os.mkdir(f'{out}/{i}')", {}, "wrote more"),
+        ("for i in range(10**5): open(f'{out}/{i}', 'w').close()", {}, "wrote more"),
+        (
+            # Of a thread whose process's first one has ended /proc says nothing at first sight.
+            "import ctypes, mmap, os, threading, time\n"
+            "def take():\n    time.sleep(0.2)\n"
+            "    page = mmap.mmap(-1, 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100)\n"
+            "    for i in range(0, 2**30, 4096): page[i] = 1\n"
+            "    time.sleep(5)\n"
+            "threading.Thread(target=take).start()\n"
+            "ctypes.CDLL(None).syscall({'x86_64': 60}.get(os.uname().machine, 93), 0)",
+            {},
+            "needed more than its 536,870,912 bytes of memory",
         ),
         (FORGED.format("b'['*10**5 + b'\\n'"), {}, "answered with more than can be read"),
         (FORGED.format("b'nonsense\\n'"), {}, "answered with more than can be read"),
@@ -186,6 +219,80 @@ def test_each_end_has_a_reason(
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes a plain user")
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    """What its owner alone could hide from a keeper who is no administrator, is too much."""
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from quantkit.sandbox import usage\n"
+        "import tempfile; folder = tempfile.mkdtemp(); os.mkdir(folder + '/closed', 0o300)\n"
+        "print(usage.bytes_below(folder)); os.rmdir(folder + '/closed')\n"
+        "print(usage.bytes_below(folder), usage.bytes_below(folder + '/none')); os.rmdir(folder)"
+    )
+    plain_user, root = Path(__file__).with_name("plain_user.py"), Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, plain_user, sys.executable, "-c", code, root],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": "/tmp"},
+    )
+    assert (done.returncode, done.stdout) == (0, "None\n0 0\n"), done.stderr
+
+
+def test_memory_that_it_shares_counts(tmp_path: Path) -> None:
+    """Also what it only writes to, and never has in sight."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "filling.py").write_text(
+        "import os, time\ndef go(shared):\n"
+        "    for _ in range(1024): os.write(shared, bytes(2**20))\n    time.sleep(5)\n"
+    )
+    shared = os.memfd_create("shared")
+    limits = Limits(20, 30, 2**29, 2**31)
+    job = Job(
+        "filling:go",
+        {"shared": shared},
+        limits,
+        writable=[tmp_path / "out"],
+        path=[tmp_path],
+        inherited=[shared],
+    )
+    try:
+        with pytest.raises(Crashed, match="more than its 536,870,912 bytes of memory"):
+            list(listen(job, "value"))
+    finally:
+        os.close(shared)
+
+
+def test_a_flood_keeps_nobody_from_ending_it(tmp_path: Path) -> None:
+    """The caller gets to look around while nothing but its log comes."""
+    (tmp_path / "flooding.py").write_text(
+        "import os\ndef go():\n    while True: os.write(1, bytes(2**16))\n"
+    )
+    process = Sandboxed(Job("flooding:go", {}, Limits(60, 60), path=[tmp_path]))
+    time.sleep(0.5)
+    started = time.monotonic()
+    process.end()
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "shape"),
+    [
+        ({"a": 1}, list[str]),
+        ([1], list[str]),
+        ("1", int),
+        (True, int),
+        (float("nan"), int),
+        ({"model": "a"}, Report),
+        ({"oracle": "a", "passed_over": [], "agreement": {}}, Found),
+        ({"oracle": "a", "passed_over": [], "more": 1}, Found),
+    ],
+)
+def test_an_answer_of_another_shape(tmp_path: Path, answer: Any, shape: Any) -> None:
+    (tmp_path / "lying.py").write_text(f"nan = float('nan')\ndef go():\n    return {answer!r}\n")
+    with pytest.raises(Crashed, match="answered with something that was not asked for"):
+        list(listen(Job("lying:go", {}, path=[tmp_path]), "value", shape))
+
+
 def test_nothing_outlives_a_normal_end(inside: Callable[..., Any]) -> None:
     """The fixture looks for what is left of its session."""
     body = """
@@ -201,42 +308,52 @@ def test_it_is_quiet_about_a_flood(inside: Callable[..., Any], tmp_path: Path) -
 
 
 def test_what_it_leaves_is_not_followed(inside: Callable[..., Any], tmp_path: Path) -> None:
-    """Its home is gone afterwards, and a file of the parent's that it never saw is whole."""
+    """Its home is gone afterwards, or is the fork server's, where nothing was left."""
     body = """
 import os, tempfile
 with open(tempfile.gettempdir() + "/scratch", "wb") as file: file.write(bytes(1000))
 return [os.environ["HOME"], os.getcwd()]"""
     home, here = inside(body)
-    assert home == here and not Path(home).exists()
+    assert home == here and not list(Path(home).glob("*"))
 
 
 SLEEPING = """
-import sys, threading
+import sys
 from quantkit import sandbox
-job = sandbox.Job("sleeping:go", {}, sandbox.Limits(60, 90), path=[sys.argv[1]])
+from quantkit.sandbox import fork_client
+preload = sys.argv[2] == "forked"
+job = sandbox.Job("sleeping:go", {}, sandbox.Limits(60, 90), path=[sys.argv[1]], preload=preload)
 with sandbox.Child(job) as child:
     for message in filter(None, child.messages()):
-        print(child._process.pid, flush=True)
+        server = fork_client._client.server
+        print(child._process.pid, *([server._process.pid] if preload else []), flush=True)
+        print(server.home if preload else child._home, flush=True)
 """
 
 
 @pytest.mark.parametrize("whom", ["parent", "keeper"])
-def test_it_ends_with_who_started_it(tmp_path: Path, whom: str) -> None:
+@pytest.mark.parametrize("kind", ["started", "forked"])
+def test_it_ends_with_who_started_it(tmp_path: Path, kind: str, whom: str) -> None:
     """However that ends."""
     (tmp_path / "sleeping.py").write_text(
         "import time\nfrom quantkit.sandbox.worker import tell\n"
         "def go():\n    tell(up=True)\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", SLEEPING, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLEEPING, str(tmp_path), kind], stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    number = int(parent.stdout.readline())
+    number, *servers = map(int, parent.stdout.readline().split())
+    assert all(map(session, servers)) and len(servers) == (kind == "forked")
+    home = Path(parent.stdout.readline().strip())
+    assert home.is_dir()
     assert len(session(number)) == 3  # keeper, init, worker
     os.kill(parent.pid if whom == "parent" else number, signal.SIGKILL)
     assert gone(number)
     parent.kill()
     parent.wait()
+    assert all(map(gone, servers))
+    assert whom == "keeper" or not home.exists()
 
 
 @pytest.mark.parametrize(

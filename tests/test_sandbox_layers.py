@@ -1,4 +1,5 @@
-"""The real converter with each strong layer left out: the same bytes, whatever a system gives.
+"""The real converter with each strong layer left out, started or forked: the same bytes, whatever a
+system gives.
 
 pytest tests/test_sandbox_layers.py
 """
@@ -6,6 +7,7 @@ pytest tests/test_sandbox_layers.py
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,12 @@ def test_the_same_file_on_every_system(tmp_path: Path, monkeypatch: pytest.Monke
     model = tiny_llama(tmp_path / "Tiny")
     start = Child._start
     found = []
-    for without in LAYERS:
+    for without, preload in product(LAYERS, (False, True)):
 
-        def less(child: Child, without: tuple[str, ...] = without) -> None:
-            child.job = dataclasses.replace(child.job, without=without)
+        def less(child: Child, without: tuple[str, ...] = without, preload: bool = preload) -> None:
+            child.job = dataclasses.replace(child.job, without=without, preload=preload)
             start(child)
+            assert child.ended.forked == preload
 
         monkeypatch.setattr(Child, "_start", less)
         result = convert(model, tmp_path / "base.gguf")

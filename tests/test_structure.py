@@ -181,6 +181,7 @@ def test_evaluators_know_nothing_of_quantkit() -> None:
 
 
 HEAVY = ("torch", "transformers", "llama_cpp", "numba", "datasets", "gradio", "safetensors")
+HEAVY += ("jinja2", "vl_convert")
 LIGHT = (
     "quantkit",
     "quantkit.cli",

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+import trouble_judge
 from trouble import ODDITIES, make_trouble
 from trouble_judge import judge_all
 
@@ -21,6 +22,18 @@ def test_nothing_wrong_comes_out(tmp_path: Path) -> None:
     assert not [str(verdict) for verdict in verdicts if not verdict.is_fine]
     kinds = [verdict.kind for verdict in verdicts]
     assert kinds.count("right") >= N_SEEDS // 5, "nearly all were refused: nothing is tested"
+
+
+def seed_alone(_folder: Path, seed: int) -> int:
+    return seed
+
+
+@pytest.mark.slow
+def test_more_seeds_than_a_process_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its verdict, in order."""
+    monkeypatch.setattr(trouble_judge, "judge", seed_alone)
+    monkeypatch.setattr(trouble_judge, "_SEEDS_PER_PROCESS", 2)
+    assert list(judge_all(range(7), tmp_path, 1)) == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_seed_always_makes_the_same(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from quantkit.run.folder import RunDir
 
 KL_LIMIT = 1e-3  # of the mean, at F16
 _N_TOKENS = 64
+_SEEDS_PER_PROCESS = 50
 # What only the weights' values show, which `plan` does not download.
 _LATE = ("not-finite", "cut-file", "outlier")
 
@@ -72,11 +73,14 @@ class Verdict:
 
 
 def judge_all(seeds: Sequence[int], folder: Path, n_workers: int = 2) -> Iterator[Verdict]:
+    """Verdicts in the order of `seeds`. Workers are replaced after some seeds, all at once: a pool
+    told to do it (max_tasks_per_child) stops for ever there on Python 3.11 (CPython issue 115634).
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        n_workers, context, torch.set_num_threads, (1,), max_tasks_per_child=50
-    ) as pool:
-        yield from pool.map(partial(judge, folder), seeds)
+    n = _SEEDS_PER_PROCESS * n_workers
+    for start in range(0, len(seeds), n):
+        with ProcessPoolExecutor(n_workers, context, torch.set_num_threads, (1,)) as pool:
+            yield from pool.map(partial(judge, folder), seeds[start : start + n])
 
 
 def judge(folder: Path, seed: int) -> Verdict:

@@ -154,7 +154,13 @@ def _parquet(path: Path, limit: int) -> Iterator[str | None]:
     arguments = {"path": str(path.absolute()), "limit": limit}
     function = f"{__name__}:parquet_texts"
     try:
-        for part in sandbox.stream(function, arguments, limits=_LIMITS, readable=[path.absolute()]):
+        for part in sandbox.stream(
+            function,
+            arguments,
+            limits=_LIMITS,
+            readable=[path.absolute()],
+            shape=list[str | None],
+        ):
             yield from part
     except sandbox.Crashed as error:
         raise ValueError(f"the process that read it {error.reason}") from None

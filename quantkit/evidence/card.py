@@ -14,7 +14,7 @@ from quantkit.config import PROFILES
 from quantkit.evidence import report as reports
 from quantkit.evidence.escaping import all_markdown, markdown, metadata, repo_ids, web_link
 from quantkit.evidence.escaping import tags as tags_of
-from quantkit.evidence.report import plots, tables, text
+from quantkit.evidence.report import tables, text
 from quantkit.evidence.report.schema import OURS, Report, Row
 from quantkit.llamacpp.output import safe_name
 from quantkit.markdown import table
@@ -107,7 +107,7 @@ def model_card(
     """
     raw, value = value, all_markdown(value)
     report = reports.read(value)
-    outputs, names = report.outputs, plots.names_by_output(report)
+    outputs = report.outputs
     middle = len(outputs) // 2  # of several sizes the commands name the one in the middle
     verdicts = text.verdicts(report)
     parts = [
@@ -138,9 +138,12 @@ def model_card(
         "## What is inside",
         *(
             part
-            for output, kinds in names
+            for output in outputs
             for part in (
-                _plot(kinds["tensor-map"], f"The type of every tensor{_of_one(report, output)}"),
+                _plot(
+                    report.numbered("tensor-map", output),
+                    f"The type of every tensor{_of_one(report, output)}",
+                ),
                 _inside(output),
             )
         ),

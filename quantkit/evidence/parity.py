@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypedDict
 
 from quantkit import sandbox
+from quantkit.checkpoint.weight_files import few
 from quantkit.errors import QuantkitError
 from quantkit.evidence.integrity import logits_check
 from quantkit.gguf_file.read import GgufFile
@@ -23,6 +24,7 @@ from quantkit.llamacpp import templates
 from quantkit.llamacpp.tokens import MOST_IDS
 from quantkit.machine.memory import free_memory
 from quantkit.run.check import Check
+from quantkit.sandbox.outcome import plain
 
 NAME = "logits of base.gguf against the original's"
 COPY = "the expanded copy, loaded by transformers"
@@ -56,6 +58,33 @@ class Original:
         """What must be shown to a process that loads it."""
         folders = (self.folder, *([] if self.adapter is None else [self.adapter]))
         return tuple(path for folder in folders for path in templates.readable(folder))
+
+
+class Measured(TypedDict):
+    """An `evaluators.agreement.Agreement`."""
+
+    mean_kl: float
+    trimmed_kl: float
+    max_kl: float
+    top1: float
+    n: int
+
+
+class _Tried(TypedDict):
+    oracle: str
+    passed_over: list[str]
+
+
+class Found(_Tried, total=False):
+    """What `evaluators.oracle.compare` answers."""
+
+    missing: list[str]
+    not_finite: bool
+    error: str
+    agreement: Measured
+    first: int | None
+    expanded: str
+    not_expanded: str
 
 
 def check_logits(
@@ -92,6 +121,8 @@ def check_logits(
                 readable=(base.path, *(path for o in originals for path in o.readable())),
                 writable=Path(scratch),
                 log=folder / "parity.log",
+                shape=Found,
+                preload=True,
             ):
                 found = part
         except QuantkitError as error:
@@ -103,11 +134,11 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
     """The check that an outcome of `evaluators.oracle.compare` is. Raises QuantkitError where it
     shows that the file is not the model.
     """
-    by = found["oracle"]
+    by = plain(found["oracle"])
     if found.get("missing"):
         raise QuantkitError(
             f"The checkpoint lacks weights, which transformers would draw at random:"
-            f" {', '.join(found['missing'][:3])}.",
+            f" {few(found['missing'])}.",
             "Download the model again, or use another revision.",
         )
     if found.get("not_finite"):
@@ -117,20 +148,22 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
             "A weight of the checkpoint is far beyond the others: use another revision.",
         )
     if "agreement" not in found:
-        return Check(NAME, False, f"not compared: {found['error'].rstrip('.')}")
+        why = plain(found.get("error", "no reason is given"))
+        return Check(NAME, False, f"not compared: {why.rstrip('.')}")
     agreement = SimpleNamespace(**found["agreement"])
-    limit = _COARSE_LIMIT if found["not_expanded"] else LIMIT
+    limit = _COARSE_LIMIT if found.get("not_expanded") else LIMIT
     check = logits_check(NAME, base, agreement, limit)
-    expanded = f", expanded to {found['expanded']}" if found["expanded"] else ""
+    expanded = f", expanded to {plain(found['expanded'])}" if found.get("expanded") else ""
     said = f"{check.about}, by {by}{expanded}"
     if not check.passed:
-        where = "" if found["first"] is None else f", first at token {found['first']}"
+        first = found.get("first")
+        where = "" if first is None else f", first at token {first}"
         raise QuantkitError(
             f"base.gguf is not the model that was given: {said}{where}.",
             "Its files may not belong together, or its architecture is computed in another way by"
             " llama.cpp: please open an issue with the model's id.",
         )
-    return Check(NAME, True, "; ".join([said, *found["passed_over"]]))
+    return Check(NAME, True, "; ".join([said, *map(plain, found["passed_over"])]))
 
 
 def _limits(base: GgufFile, weight_bytes: int) -> sandbox.Limits:

@@ -59,8 +59,14 @@ class GgufFile:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model was trained for."""
-        return int(self.metadata[f"{self.metadata['general.architecture']}.context_length"])
+        """Tokens that the model was trained for. Raises QuantkitError where the file says none."""
+        said = self.metadata.get(f"{self.metadata.get('general.architecture')}.context_length")
+        if not isinstance(said, int) or said < 1:
+            raise QuantkitError(
+                f"{shown(self.path.name)} does not say for how many tokens it was made.",
+                "Download or make it again.",
+            )
+        return said
 
     @property
     def n_elements(self) -> int:

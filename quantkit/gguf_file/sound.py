@@ -16,6 +16,14 @@ from quantkit.gguf_file.read import GgufFile
 
 _MOST_EXPERTS = 65_536
 _BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+_WHOLE = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "expert_count",
+    "expert_used_count",
+    "nextn_predict_layers",
+)
 _EMBEDDING = "token_embd.weight"
 
 
@@ -45,6 +53,9 @@ def _wrong(file: GgufFile) -> Iterator[str]:
             yield f"{shown(name)} is {field.value}"
         if name.endswith("_epsilon") and isinstance(field.value, float) and field.value < 0:
             yield f"{shown(name)} is {field.value}"
+    for name in _WHOLE:
+        if name in settings and _number(settings, name) is None:
+            yield f"its {name} is no whole number"
     yield from _wrong_counts(file, settings)
     yield from _wrong_tokens(file)
 

@@ -48,7 +48,7 @@ class ChatTemplate:
             self._process = _Process(arguments)
         try:
             answer = self._process.ask([list(messages), add_generation_prompt])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             why = f"its process {self._process.close()}"
             self._process = None
             if isinstance(error, TimeoutError):
@@ -57,7 +57,7 @@ class ChatTemplate:
         if "text" not in answer:
             why = plain(answer.get("error"))
             raise QuantkitError(f"The chat template cannot be rendered: {why}.")
-        return str(answer["text"])
+        return str(answer["text"])[:_MOST_BYTES]
 
 
 class _Process:

@@ -28,6 +28,7 @@ _CELLS = 256  # caches are made of so many, and whole numbers of them
 _USUAL_TOKENS = 8192
 _LIMITS = sandbox.Limits(cpu_seconds=120, wall_seconds=120, n_processes=256)
 _MIB = 2**20
+_MOST = 2.0**50  # bytes: no machine has as many
 _CACHE = re.compile(r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells")
 _BUFFER = re.compile(r"(?:compute|output) buffer size\s*=\s*([\d.]+) MiB")
 
@@ -107,6 +108,7 @@ def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
         {"path": str(path.absolute()), "contexts": list(contexts)},
         limits=_LIMITS,
         readable=[path.absolute()],
+        shape=list[str],
     )
     found = [
         Layout(
@@ -116,7 +118,9 @@ def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
         )
         for n_tokens, log in zip(contexts, logs, strict=True)
     ]
-    if not all(layout.caches and layout.buffers for layout in found):
+    if not all(layout.caches and 0 < layout.buffers < _MOST for layout in found) or any(
+        n_bytes > _MOST for layout in found for n_bytes, _ in layout.caches
+    ):
         raise ValueError("llama.cpp says nothing of caches or buffers")
     return found
 

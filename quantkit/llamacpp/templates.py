@@ -32,11 +32,13 @@ _MAX_LETTERS = 1_000_000
 
 
 def readable(folder: Path) -> tuple[Path, ...]:
-    """What a process needs to be shown for the files of a folder, which may be links (to the blobs
-    of the Hub's cache).
+    """What a process needs to be shown for the files of a folder, which may be links: to the blobs
+    of the Hub's cache. Where a stranger's links lead else is not shown.
     """
-    homes = {path.resolve().parent for path in folder.iterdir()} if folder.is_dir() else set()
-    return tuple(sorted({folder.resolve(), folder.absolute(), *homes}))
+    real = folder.resolve()
+    blobs = real.parent.parent / "blobs"
+    in_cache = real.parent.name == "snapshots" and blobs.is_dir()
+    return tuple(sorted({real, folder.absolute(), *([blobs] if in_cache else [])}))
 
 
 @contextmanager

@@ -9,12 +9,14 @@ spoken of.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp import templates
 from quantkit.llamacpp.converter.pretokenizer import PROBES
 from quantkit.run.check import Check
+from quantkit.sandbox import untrusted
+from quantkit.sandbox.outcome import plain
 
 NAME = "tokens against the tokenizer's"
 MOST_IDS = 128
@@ -37,24 +39,46 @@ class Tokens:
         return (f"{self.check.name}: {self.check.about}.",)
 
 
-def judged(found: dict[str, Any]) -> Tokens:
-    """What an answer of `compare_in` means. That nothing could be compared is a check that failed.
+class Found(TypedDict):
+    """What `compare_in` answers."""
+
+    wrong: list[str]
+    apart: list[str]
+    n_vocab: int
+    n_texts: int
+    ids: list[int]
+    text: str
+
+
+class NotFound(TypedDict):
+    """What it answers where nothing could be compared."""
+
+    error: str
+
+
+def judged(said: Any) -> Tokens:
+    """What an answer of `compare_in` means, which a stranger may have given. That nothing could be
+    compared is a check that failed.
 
     Raises QuantkitError for tokens that are wrong.
     """
+    try:
+        found = untrusted.typed(Found | NotFound, said)
+    except untrusted.Damaged:
+        found = {"error": "the answer is not of the form that was asked for"}
     if "error" in found:
-        return Tokens(Check(NAME, False, f"not compared: {found['error'].rstrip('.')}"))
+        return Tokens(Check(NAME, False, f"not compared: {plain(found['error']).rstrip('.')}"))
     if found["wrong"]:
         raise QuantkitError(
-            f"The tokens of the GGUF are not the tokenizer's: {'; '.join(found['wrong'])}.",
+            f"The tokens of the GGUF are not the tokenizer's: {plain('; '.join(found['wrong']))}.",
             "llama.cpp would read the model's texts as others. Its tokenizer's files may not belong"
             " together: compare them with those of its base model.",
         )
     about = f"{found['n_vocab']:,} ids and the tokens of {found['n_texts']} texts are the same"
-    apart = tuple(found["apart"])
-    return Tokens(
-        Check(NAME, True, "; ".join([about, *apart])), apart, tuple(found["ids"]), found["text"]
-    )
+    apart = tuple(map(plain, found["apart"]))
+    ids = tuple(found["ids"][:MOST_IDS])
+    check = Check(NAME, True, plain("; ".join([about, *apart])))
+    return Tokens(check, apart, ids, plain(found["text"]))
 
 
 def compare_in(folder: str, gguf: str) -> dict[str, Any]:

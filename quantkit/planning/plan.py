@@ -23,6 +23,7 @@ from quantkit.config.budgets import Budget, for_files, settle_budgets
 from quantkit.config.levels import LevelPlan, plan_levels
 from quantkit.errors import printable
 from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.sound import check_sound
 from quantkit.gguf_file.write import data_bytes
 from quantkit.llamacpp.contexts import ContextMemory, context_memory
 from quantkit.llamacpp.converter.architectures import check_architecture
@@ -56,7 +57,11 @@ class Sizes:
 def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
     """The tensors of a GGUF (its header is enough) by name, in file order. What the source has
     quantized already, as MXFP4, stays as it is.
+
+    Raises QuantkitError for what llama.cpp must not be asked about: the converter wrote the file
+    where a stranger's bytes are read.
     """
+    check_sound(base)
     quantizable = {
         name for name in quantizable_tensors(base.path) if not base.tensors[name].qtype.is_quantized
     }

@@ -22,7 +22,8 @@ _MOST_LINE_BYTES = 2**20
 _MOST_MESSAGE = 4000  # characters
 
 
-_CHUNK_BYTES = 2**22
+_CHUNK_BYTES, _SOME_BYTES = 2**22, 2**16
+_MOST_EVENT_ITEMS = 10_000
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
 
 
 def read_some_events(path: Path, start: int = 0) -> ReadEvents:
-    """The events of the next few megabytes. What a Job or a damaged disk wrote there is checked
-    here: a line that is no event, or longer than any event, is dropped and counted.
+    """The events of the next 64 kB of lines, at least one line. What a Job or a damaged disk wrote
+    there is checked here: a line that is no event, or longer than any event, is dropped and
+    counted.
     """
     try:
         if not path.is_file():  # not there yet; a pipe or a folder never says anything
@@ -118,6 +120,7 @@ def read_some_events(path: Path, start: int = 0) -> ReadEvents:
     end = data.rfind(b"\n") + 1
     if not end and len(data) == _CHUNK_BYTES:
         return ReadEvents([], start + len(data), 1)
+    end = data.rfind(b"\n", 0, _SOME_BYTES) + 1 or data.find(b"\n") + 1
     lines = [line for line in data[:end].split(b"\n") if line.strip()]
     events = [event for event in map(_event, lines) if event is not None]
     return ReadEvents(events, start + end, len(lines) - len(events))
@@ -131,7 +134,7 @@ def _event(line: bytes) -> Event | None:
     if len(line) > _MOST_LINE_BYTES:
         return None
     try:
-        value = untrusted.parse(line)
+        value = untrusted.parse(line, _MOST_EVENT_ITEMS)
         # Whoever writes here leaves out what no event has: such a line is something else.
         is_one = isinstance(value, dict) and value.keys() <= _EVENT_NAMES
         return checked_event(value) if is_one else None

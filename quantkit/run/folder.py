@@ -29,7 +29,7 @@ from quantkit.run.names import NAMES, stage_folder
 from quantkit.sandbox import untrusted
 from quantkit.tensors import to_json
 
-_MOST_MANIFEST_BYTES = 64_000_000
+_MOST_MANIFEST_BYTES, _MOST_MANIFEST_ITEMS = 64_000_000, 250_000
 
 
 class Damaged(QuantkitError, ValueError):
@@ -146,7 +146,7 @@ class RunDir:
         if not os.path.lexists(path):
             return {}
         try:
-            value = untrusted.read_json(path, _MOST_MANIFEST_BYTES)
+            value = untrusted.read_json(path, _MOST_MANIFEST_BYTES, _MOST_MANIFEST_ITEMS)
             schema, stages = value["schema"], value["stages"]
             if isinstance(schema, int) and schema > _SCHEMA:
                 raise QuantkitError(

@@ -5,7 +5,11 @@
     outcome.py     how it ended, in a sentence
     in_force.py    what of all this the kernel granted
     process.py     the parent's side: start, listen, end
+    start.py       how every process is started
     child.py       what is started: the keeper and the init around the worker
+    usage.py       what the worker takes, as its keeper sees it
+    fork_server.py what is started once, imports torch and transformers, and forks such children
+    fork_client.py the parent's side of it
     worker.py      gives up every right, then runs the function
     kernel.py      namespaces, Landlock, capabilities: the kernel's own interfaces
     seccomp.py     the filter of system calls

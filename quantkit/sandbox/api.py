@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quantkit.sandbox import untrusted
 from quantkit.sandbox.in_force import Protection
-from quantkit.sandbox.limits import Limits
+from quantkit.sandbox.limits import Crashed, Limits
 from quantkit.sandbox.outcome import check
 from quantkit.sandbox.process import Child, Job
 
@@ -21,18 +22,22 @@ def call(
     readable: Sequence[Path] = (),
     writable: Path | None = None,
     log: Path | None = None,
+    shape: Any = Any,
+    preload: bool = False,
 ) -> Any:
     """Run `function` ("package.module:name", a plain function of quantkit or evaluators) in a
     sandboxed child: JSON-able keyword arguments in, JSON-able value out. It reads only `readable`,
     the interpreter and its packages, and writes only into `writable` (or nowhere). No network, no
     programs, no token, nothing of the parent. In `writable` files can be made and written, but not
     renamed, removed or linked; for what is temporary it has a folder in memory of its own, where
-    the system allows one.
+    the system allows one. `shape` is the type of what comes back, as an annotation. `preload` is
+    for what imports torch and transformers anyway: the process is a fork of one that has.
 
     Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
-    memory or another exception.
+    memory or another exception, or answered with something of another shape.
     """
-    (value,) = listen(_job(function, arguments, limits, readable, writable, log), "value")
+    job = _job(function, arguments, limits, readable, writable, log, preload)
+    (value,) = listen(job, "value", shape)
     return value
 
 
@@ -44,9 +49,12 @@ def stream(
     readable: Sequence[Path] = (),
     writable: Path | None = None,
     log: Path | None = None,
+    shape: Any = Any,
+    preload: bool = False,
 ) -> Iterator[Any]:
     """The same for a generator: its values as they come. Closing the iterator ends the child."""
-    return listen(_job(function, arguments, limits, readable, writable, log), "part")
+    job = _job(function, arguments, limits, readable, writable, log, preload)
+    return listen(job, "part", shape)
 
 
 @cache
@@ -65,14 +73,15 @@ def _job(
     readable: Sequence[Path],
     writable: Path | None,
     log: Path | None,
+    preload: bool,
 ) -> Job:
     if not function.startswith(("quantkit.", "evaluators.")):
         raise ValueError(f"{function} is not a function of this project")
     folders = () if writable is None else (writable,)
-    return Job(function, arguments, limits or Limits(), readable, folders, log=log)
+    return Job(function, arguments, limits or Limits(), readable, folders, log=log, preload=preload)
 
 
-def listen(job: Job, kind: str) -> Iterator[Any]:
+def listen(job: Job, kind: str, shape: Any = Any) -> Iterator[Any]:
     """The `value` or the `part`s of a job. Raises as `call` does."""
     last: dict[str, Any] = {}
     with Child(job) as child:
@@ -80,5 +89,9 @@ def listen(job: Job, kind: str) -> Iterator[Any]:
             if message is not None and not {"facts", "part"} & message.keys():
                 last = message
             if message is not None and kind in message:
-                yield message[kind]
+                try:
+                    value = untrusted.typed(shape, message[kind])
+                except untrusted.Damaged:
+                    raise Crashed("answered with something that was not asked for") from None
+                yield value
     check(job, child.ended, last)

@@ -1,4 +1,5 @@
-"""What the parent starts: `python -I -S -B child.py`, with the job as JSON on stdin.
+"""What the parent starts: `python -I -S -B child.py`, with the job as JSON on stdin. A fork server
+(fork_server.py) does the same in a fork of itself.
 
 It is the keeper of the worker (worker.py), in which the function runs with no rights left:
 
@@ -21,7 +22,7 @@ import signal
 from select import POLLHUP, POLLIN, poll
 from time import monotonic
 
-from quantkit.sandbox import kernel, mounts, worker
+from quantkit.sandbox import kernel, mounts, usage, worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,20 +41,22 @@ _LADDER = (
 
 
 def main() -> None:
+    """Never returns."""
     with open(0, "rb", closefd=False) as file:
         job = json.load(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    there = sum(map(_bytes_below, job["folders"]))
+    there = sum(usage.bytes_below(folder) or 0 for folder in job["folders"])
     job["limits"]["total_bytes"] = there + job["limits"]["file_bytes"]
     init, told, flags = _start(job)
     kernel.set_not_dumpable()
     os.close(job["result"])
     facts = _keep(job, init, told)
     facts["namespaces"] = _names(flags)
-    try:
-        os.rmdir(job["home"])  # the parent may be gone
-    except OSError:
-        pass
+    if job["owns_home"]:
+        try:
+            os.rmdir(job["home"])  # the parent may be gone
+        except OSError:
+            pass
     os.write(job["verdict"], json.dumps(facts).encode())
     os._exit(0)
 
@@ -128,11 +131,11 @@ def _init(job: dict[str, Any], flags: int, ids: tuple[int, int], keeper: int, wr
             os._exit(1)
     os.close(job["result"])
     os.write(writing, b"+")  # fails when the keeper is gone
-    _, status, usage = os.wait4(child, 0)
+    _, status, used = os.wait4(child, 0)
     facts = {
         "status": status,
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
-        "peak_bytes": usage.ru_maxrss * (1024 if sys.platform == "linux" else 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 3),
+        "peak_bytes": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
     }
     os.write(writing, json.dumps(facts).encode())
 
@@ -155,58 +158,16 @@ def _keep(job: dict[str, Any], init: int, told: int) -> dict[str, Any]:
         elif monotonic() > deadline:
             why = "wall"
         else:
-            number = number or _only_child(init)
-            why = _too_much(number, job["folders"], limits) if number else None
+            number = number or usage.only_child(init)
+            why = usage.too_much(number, job) if number else None
     if why is not None:
         os.kill(init, signal.SIGKILL)
-    elif sum(map(_bytes_below, job["folders"])) > limits["total_bytes"]:
+    elif usage.writes_too_much(job):
         why = "bytes"  # all of it was written since the last look
     text = b"" if why is not None else os.read(told, 2**16)
     os.waitpid(init, 0)
     facts: dict[str, Any] = json.loads(text) if text else {}
     return {**facts, "why": why}
-
-
-def _only_child(init: int) -> int | None:
-    """The worker's number as it is seen from here."""
-    try:
-        with open(f"/proc/{init}/task/{init}/children") as file:
-            numbers = file.read().split()
-    except OSError:
-        return None
-    return int(numbers[0]) if numbers else None
-
-
-def _too_much(number: int, folders: list[str], limits: dict[str, int]) -> str | None:
-    """The name of a limit that the worker is above."""
-    facts = {}
-    try:
-        with open(f"/proc/{number}/status") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name in ("RssAnon", "RssShmem", "Threads"):
-                    facts[name] = int(value.split()[0])
-    except OSError:  # it has just ended
-        return None
-    if 1024 * (facts.get("RssAnon", 0) + facts.get("RssShmem", 0)) > limits["memory_bytes"]:
-        return "memory"
-    if facts.get("Threads", 0) > limits["n_processes"]:
-        return "processes"
-    if sum(map(_bytes_below, folders)) > limits["total_bytes"]:
-        return "bytes"
-    return None
-
-
-def _bytes_below(folder: str) -> int:
-    """What the files of a folder take, no links followed."""
-    total = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(where, name)).st_blocks * 512
-            except OSError:
-                pass
-    return total
 
 
 if __name__ == "__main__":

@@ -63,6 +63,12 @@ def set_not_dumpable() -> None:
         call_c("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+def set_dumpable() -> None:
+    """Undo it, which a process that was just started need not."""
+    if LINUX:
+        call_c("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
 def adopt_orphans() -> None:
     """Become the parent of what this process's descendants leave behind."""
     if LINUX:

@@ -9,17 +9,18 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from quantkit.sandbox import fork_client
+from quantkit.sandbox.fork_client import Forked
 from quantkit.sandbox.in_force import Protection
 from quantkit.sandbox.limits import Limits
 from quantkit.sandbox.places import always_readable, import_path
+from quantkit.sandbox.start import empty_folder, remove_empty, start
 
 _CHILD = Path(__file__).with_name("child.py")
 _MOST_LOG = 4 * 2**20
@@ -42,6 +43,7 @@ class Job:
     log: Path | None = None
     address_bytes: int | None = None  # where mapped files are to be limited, too
     inherited: Sequence[int] = ()  # descriptors that the function gets as they are, by number
+    preload: bool = False  # torch and transformers are there already: a fork server's fork
     without: Sequence[str] = ()  # for tests: "mounts", "namespaces", "landlock", "seccomp"
 
 
@@ -53,6 +55,7 @@ class Ended:
     why: str | None = None
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
+    forked: bool = False  # by a fork server
     protection: Protection = field(default_factory=Protection)
     log: str = ""  # its end
 
@@ -61,37 +64,13 @@ class Ended:
         return os.WTERMSIG(self.status) if self.status and os.WIFSIGNALED(self.status) else 0
 
 
-def environment(home: str) -> dict[str, str]:
-    """All that the child sees of the environment: no token, no cache, no proxy."""
-    n_threads = str(min(8, os.cpu_count() or 1))
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {
-        **kept,
-        "PATH": "/usr/bin:/bin",
-        "HOME": home,
-        "TMPDIR": home,
-        "HF_HOME": home,
-        "TORCHINDUCTOR_CACHE_DIR": home,  # made when it is imported, if it is not there
-        "LANG": "C.UTF-8",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-        # Each thread and malloc arena reserves address space, which is limited.
-        "OMP_NUM_THREADS": n_threads,
-        "RAYON_NUM_THREADS": n_threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MALLOC_ARENA_MAX": "2",
-    }
-
-
 class Child:
     """A child at work. Iterate over `messages`; leave it through `with`, which ends it whole."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.ended = job, Ended()
-        self._home = _empty_folder()
+        self._home: str | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._pipes: list[int] = []
         self._log = bytearray()
         self._partial = bytearray()
@@ -106,7 +85,6 @@ class Child:
 
     def _start(self) -> None:
         job = self.job
-        home = self._home
         (result, result_w), (verdict, verdict_w), (log, log_w), (lifeline, self._lifeline) = (
             os.pipe() for _ in range(4)
         )
@@ -117,7 +95,6 @@ class Child:
             "function": job.function,
             "arguments": dict(job.arguments),
             "limits": asdict(job.limits),
-            "home": home,
             "path": [*map(str, job.path), *import_path()],
             "readable": [*always_readable(), *readable, *map(str, job.path)],
             "writable": [os.path.abspath(path) for path in job.writable],
@@ -131,21 +108,14 @@ class Child:
             "lifeline": lifeline,
         }
         try:
-            with _unnamed_file() as stdin:
-                stdin.write(json.dumps(told).encode())
-                stdin.seek(0)
-                self._process = subprocess.Popen(
-                    # -I: no PYTHON* variables, no current folder. -S: no .pth file is run. -B:
-                    # nothing is written beside the code.
-                    [sys.executable, "-I", "-S", "-B", str(_CHILD)],
-                    env=environment(home),
-                    cwd="/",
-                    stdin=stdin,
-                    stdout=log_w,
-                    stderr=log_w,
-                    pass_fds=(*theirs, *job.inherited),
-                    start_new_session=True,
-                )
+            if job.preload:
+                same = {number: number for number in (*theirs, *job.inherited)}
+                self._process = fork_client.fork(told, {1: log_w, 2: log_w, **same})
+                self.ended.forked = self._process is not None
+            if self._process is None:
+                self._home = empty_folder()
+                told |= {"home": self._home, "owns_home": True}
+                self._process = start(_CHILD, told, self._home, [*theirs, *job.inherited], log_w)
         finally:
             for descriptor in (*theirs, log_w):
                 os.close(descriptor)
@@ -160,16 +130,18 @@ class Child:
         self.close()
 
     def messages(self) -> Iterator[dict[str, Any] | None]:
-        """What the worker says, as it says it; None when a while passes without a word. After the
-        last, `ended` is filled in.
+        """What the worker says, as it says it; None a few times a second, for the caller to look
+        around. After the last, `ended` is filled in.
         """
-        deadline = time.monotonic() + self.job.limits.wall_seconds + _GRACE_SECONDS
+        spoken = time.monotonic()
+        deadline = spoken + self.job.limits.wall_seconds + _GRACE_SECONDS
         while self._selector.get_map():
             if time.monotonic() > deadline:
                 self.ended.why = "wall"
                 break
             ready = self._selector.select(_TICK_SECONDS)
-            if not ready:
+            if time.monotonic() - spoken >= _TICK_SECONDS:  # also while nothing but its log comes
+                spoken = time.monotonic()
                 yield None
             for key, _ in ready:
                 data = os.read(key.fd, 2**20)
@@ -219,14 +191,17 @@ class Child:
 
     def close(self) -> None:
         """End everything of the child, and wait until it is gone."""
-        process = getattr(self, "_process", None)
+        process = self._process
         if self._pipes:
             os.close(self._pipes.pop())  # the lifeline: the keeper ends the rest
         if process is not None and process.returncode is None:
             try:
                 process.wait(_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(process, Forked):
+                    process.kill()
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             self._settle()
         for descriptor in self._pipes:
@@ -234,10 +209,8 @@ class Child:
         self._pipes = []
         if hasattr(self, "_selector"):
             self._selector.close()
-        try:
-            os.rmdir(self._home)
-        except OSError:  # the keeper was there before
-            pass
+        if self._home is not None:
+            remove_empty(self._home)  # the keeper may have been there before
 
     def _settle(self) -> None:
         try:
@@ -257,22 +230,8 @@ class Child:
             self.job.log.write_bytes(self._log)
 
 
-def _empty_folder() -> str:
-    """What the child's home is called. With a file system of its own only the name is used."""
-    try:
-        return os.path.realpath(tempfile.mkdtemp(prefix="quantkit-"))
-    except OSError:  # no place for temporary files: it has none then, either
-        return "/nonexistent"
-
-
 def _size(path: Path) -> int:
     """Bytes of a file or of all files of a folder."""
     if path.is_file():
         return path.stat().st_size
     return sum(x.stat().st_size for x in path.glob("*") if x.is_file()) if path.is_dir() else 0
-
-
-def _unnamed_file() -> BinaryIO:
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("job"), "w+b")
-    return tempfile.TemporaryFile()

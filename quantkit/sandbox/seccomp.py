@@ -37,6 +37,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     "bpf": (321, 280), "userfaultfd": (323, 282), "perf_event_open": (298, 241),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "io_setup": (206, 0), "seccomp": (317, 277), "listns": (470, 470),
     "fanotify_init": (300, 262), "fanotify_mark": (301, 263), "lookup_dcookie": (212, 18),
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "vmsplice": (278, 75),
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106),
@@ -68,11 +69,18 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "msgrcv": (70, 188), "msgctl": (71, 187), "semget": (64, 190), "semop": (65, 193),
     "semctl": (66, 191), "semtimedop": (220, 192), "mq_open": (240, 180), "mq_unlink": (241, 181),
     "mlock": (149, 228), "mlock2": (325, 284), "mlockall": (151, 230),
-    "inotify_add_watch": (254, 27),
+    "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
+    # what others would wait for
+    "flock": (73, 32), "sync": (162, 81), "syncfs": (306, 267),
     # who one is
     "setuid": (105, 146), "setgid": (106, 144), "setreuid": (113, 145), "setregid": (114, 143),
     "setresuid": (117, 147), "setresgid": (119, 149), "setfsuid": (122, 151),
     "setfsgid": (123, 152), "setgroups": (116, 159), "capset": (126, 91),
+}  # fmt: skip
+# Names of files in a folder that is written into. Landlock keeps them where the kernel has it.
+_NAMES: dict[str, tuple[int | None, int | None]] = {
+    "unlink": (87, None), "unlinkat": (263, 35), "rmdir": (84, None), "rename": (82, None),
+    "renameat": (264, 38), "renameat2": (316, 276),
 }  # fmt: skip
 # The C library goes on with an older call when these do not exist.
 _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
@@ -81,9 +89,12 @@ _CLONE_THREAD, _NEW_NAMESPACES = 0x00010000, 0x7E020080
 _O_TMPFILE, _O_TRUNC, _O_ACCMODE = 0o20000000, 0o1000, 0o3
 # Names, and what only looks: a debugger's rights, death signals and the like are not among them.
 _PRCTL = (3, 15, 16, 21, 23, 27, 30, 39, 0x53564D41)
-# F_SETOWN, F_SETSIG, F_SETOWN_EX: signals to others. F_SETLEASE: makes others wait.
-_FCNTL_DENIED = (8, 10, 15, 1024)
-_IOCTL_DENIED = (0x5412, 0x541C, 0x5410, 0x8901, 0x8902)  # type into terminals, signals to others
+# F_SETOWN, F_SETSIG, F_SETOWN_EX: signals to others. F_SETLK, F_SETLKW, the same of an open file,
+# F_SETLEASE: others wait. F_NOTIFY. F_SETPIPE_SZ: what pipes hold is memory that no limit counts.
+_FCNTL_DENIED = (8, 10, 15, 6, 7, 37, 38, 1024, 1026, 1031)
+# Is it a terminal and how wide, how much is there to read, does it wait, is it inherited.
+_IOCTL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_MAP_ANONYMOUS, _MAP_KIND, _MAP_SHARED = 0x20, 0x0F, (0x01, 0x03)
 
 _LOAD, _EQUAL, _GREATER, _ANY, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
@@ -136,8 +147,22 @@ def _opening(index: int) -> _Code:
     ]
 
 
-def program(machine: str, own: int) -> _Code:
-    """The filter for a process with the number `own`."""
+def _mapping(index: int) -> _Code:
+    """Shared memory without a file can be put out of the sight of whoever counts a process's."""
+    return [
+        _argument(index),
+        (_ANY, 1, 0, _MAP_ANONYMOUS),
+        _PASS,
+        (_AND, 0, 0, _MAP_KIND),
+        *_each(_MAP_SHARED, _DENY),
+        _PASS,
+    ]
+
+
+def program(machine: str, own: int, keeps_names: bool = False) -> _Code:
+    """The filter for a process with the number `own`; with `keeps_names` it can neither remove nor
+    rename a file.
+    """
     column = ("x86_64", "aarch64").index(machine)
 
     def number(x86_64: int | None, aarch64: int | None) -> int | None:
@@ -167,8 +192,9 @@ def program(machine: str, own: int) -> _Code:
     code += _when(number(302, 261), _only(0, (0, own)))  # prlimit64
     code += _when(number(157, 167), _only(0, _PRCTL))
     code += _when(number(72, 25), _but(1, _FCNTL_DENIED))
-    code += _when(number(16, 29), _but(1, _IOCTL_DENIED))
-    for denied in _DENIED.values():
+    code += _when(number(16, 29), _only(1, _IOCTL))
+    code += _when(number(9, 222), _mapping(3))
+    for denied in (*_DENIED.values(), *(_NAMES.values() if keeps_names else ())):
         code += _when(denied[column], [_DENY])
     for absent in _ABSENT.values():
         code += _when(absent[column], [_NOT_THERE])
@@ -188,11 +214,11 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(_Instruction))]
 
 
-def install() -> None:
+def install(keeps_names: bool = False) -> None:
     """Filter this process from now on. Raises OSError where the kernel has no seccomp."""
     if not kernel.KNOWN_MACHINE:
         raise OSError(errno.ENOSYS, f"no filter is written for {kernel.MACHINE}")
-    code = [_Instruction(*step) for step in program(kernel.MACHINE, os.getpid())]
+    code = [_Instruction(*step) for step in program(kernel.MACHINE, os.getpid(), keeps_names)]
     array = (_Instruction * len(code))(*code)
     filter_mode = 2
     kernel.set_no_new_privileges()

@@ -33,9 +33,9 @@ class Damaged(ValueError):
     """What is wrong with a value, as a clause: "it is no object"."""
 
 
-def read_json(path: Path, most_bytes: int) -> Any:
+def read_json(path: Path, most_bytes: int, most_items: int = MOST_ITEMS) -> Any:
     """The JSON of a plain file. Raises Damaged, or OSError where it cannot be opened."""
-    return parse(read_bytes(path, most_bytes))
+    return parse(read_bytes(path, most_bytes), most_items)
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
@@ -142,8 +142,14 @@ def _tags(cls: Any) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(cls) if not field.init}
 
 
+def typed(hint: Any, value: Any) -> Any:
+    """`value` as a variable of type `hint` has it: a list may become a tuple, an object a
+    dataclass. Raises Damaged where it is something else.
+    """
+    return _typed(hint, value, "value")
+
+
 def _typed(hint: Any, value: Any, name: str) -> Any:
-    """`value` as a field of type `hint` has it: lists become tuples, objects dataclasses."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -158,6 +164,10 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return {key: _typed(arguments[1], item, name) for key, item in value.items()}
     elif origin is list and isinstance(value, list):
         return [_typed(arguments[0], item, name) for item in value]
+    elif typing.is_typeddict(hint) and isinstance(value, dict):
+        hints = typing.get_type_hints(hint)
+        if hint.__required_keys__ <= value.keys() <= hints.keys():
+            return {key: _typed(hints[key], item, key) for key, item in value.items()}
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return build(hint, value)
     elif hint is float and type(value) in (int, float):

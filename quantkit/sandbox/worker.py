@@ -147,7 +147,8 @@ def restrict(job: dict[str, Any], flags: int) -> dict[str, Any]:
     if "seccomp" in job["without"]:
         return found
     try:
-        seccomp.install()
+        # A file without a name is not counted.
+        seccomp.install(keeps_names=bool(job["folders"]) and not found["landlock"])
         found["seccomp"] = True
     except OSError as error:
         found["seccomp_error"] = str(error)
@@ -156,14 +157,13 @@ def restrict(job: dict[str, Any], flags: int) -> dict[str, Any]:
 
 def _granted(job: dict[str, Any], flags: int) -> list[tuple[str, int]]:
     granted = [(path, kernel.WRITE) for path in job["writable"]]
-    if flags & kernel.NEW_MOUNTS:  # nothing else can be named anyway
-        granted += [("/", kernel.READ), (job["home"], kernel.SCRATCH)]
-        granted += [("/dev/null", kernel.READ | kernel.WRITE)]
-        return granted
+    if flags & kernel.NEW_MOUNTS:  # nothing else can be named anyway, but for the kernel's own
+        granted += [(f"/{name}", kernel.READ) for name in os.listdir("/") if name != "proc"]
+        granted.append((job["home"], kernel.SCRATCH))
     granted += [(path, kernel.READ) for path in job["readable"]]
     granted += [(f"/proc/{os.getpid()}", kernel.READ), ("/proc/self", kernel.READ)]
     granted += [("/dev/null", kernel.READ | kernel.WRITE)]
-    for device in ("zero", "full", "random", "urandom"):
+    for device in ("random", "urandom"):
         granted.append((f"/dev/{device}", kernel.READ))
     for name in ("cpuinfo", "meminfo", "stat", "filesystems"):
         granted.append((f"/proc/{name}", kernel.READ))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from quantkit import sandbox, sources
 from quantkit.checkpoint.info import ModelInfo
@@ -50,6 +50,24 @@ class Fit:
     widths: tuple[dict[int, int], ...]
 
 
+class Report(TypedDict):
+    """What `quantkit.sources.expected.compare` answers."""
+
+    model: str
+    missing: list[str]
+    mismatched: list[tuple[str, list[int], list[int]]]
+    failed: list[str]
+    odd_types: list[str]
+    unread: list[str]
+    unread_targets: list[str]
+    tied: list[tuple[str, str]]
+    head: str
+    blocks: str
+    n_blocks: int
+    widths: list[list[tuple[int, int]]]
+    activation: tuple[str, str, str] | None
+
+
 def check_fit(folder: Path) -> Fit:
     """Of the checkpoint in `folder`, whose weights may be shells (`sources.fetch_metadata`).
 
@@ -61,6 +79,8 @@ def check_fit(folder: Path) -> Fit:
             {"folder": str(folder)},
             limits=_LIMITS,
             readable=(folder,),
+            shape=Report,
+            preload=True,
         )
     except sandbox.Crashed as error:
         raise QuantkitError(
@@ -91,7 +111,7 @@ def judge(
         one = len(unread) == 1
         notes.append(
             f"{few(unread)} {'is' if one else 'are'} stored and not part of"
-            f" {report['model']}: transformers does not read {'it' if one else 'them'}, and"
+            f" {shown(report['model'])}: transformers does not read {'it' if one else 'them'}, and"
             f" {'it is' if one else 'they are'} left out."
         )
     widths = tuple({int(n): int(rows) for n, rows in block} for block in report["widths"])
@@ -136,8 +156,8 @@ def _refusals(
     if report["activation"]:
         key, asked, own = report["activation"]
         yield QuantkitError(
-            f"config.json says {key} {shown(asked)}, and llama.cpp computes {own} for every"
-            f" {report['model']}.",
+            f"config.json says {shown(key)} {shown(asked)}, and llama.cpp computes {shown(own)} for"
+            f" every {shown(report['model'])}.",
             "Its file would be another model: use the original, or a checkpoint that says so.",
         )
     odd = [n for n in report["odd_types"] if tensors.get(n) is not None]
@@ -172,7 +192,9 @@ def _first_lacking_block(report: Mapping[str, Any], missing: Sequence[str]) -> i
     matches = [number.match(name) for name in missing]
     lacking = {int(match[1]) for match in matches if match}
     n, first = report["n_blocks"], min(lacking, default=0)
-    if not missing or not all(matches) or first == 0 or lacking != set(range(first, n)):
+    if not missing or not all(matches) or first == 0 or max(lacking) != n - 1:
+        return None
+    if len(lacking) != n - first:
         return None
     parts = {i: 0 for i in lacking}
     for match in matches:

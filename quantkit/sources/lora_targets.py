@@ -100,7 +100,9 @@ def _layer(name: str, layer_names: Sequence[str]) -> int | None:
 def _apart(arguments: dict[str, Any]) -> dict[str, list[Any]]:
     limits = sandbox.Limits(cpu_seconds=3, wall_seconds=60, memory_bytes=2**30)
     try:
-        found: dict[str, list[Any]] = sandbox.call(f"{__name__}:match", arguments, limits=limits)
+        found: dict[str, list[Any]] = sandbox.call(
+            f"{__name__}:match", arguments, limits=limits, shape=dict[str, list[Any]]
+        )
     except sandbox.Crashed as error:
         raise QuantkitError(
             f"The adapter's patterns of module names cannot be used: the process {error.reason}.",

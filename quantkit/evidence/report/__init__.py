@@ -4,7 +4,7 @@
     text      numbers and sentences, wins and losses alike
     tables    the tables as headers and cells
     markdown, html        the whole report, for a terminal and for a browser
-    plots     the five plots as pictures; picture, axes, svg, png draw them
+    plots     the five plots as Vega-Lite specifications; render makes SVG and PNG of them
     write     all of it into a folder
 
 Written once, used by the command line, the web page and the model card.
@@ -12,7 +12,7 @@ Written once, used by the command line, the web page and the model card.
 
 from __future__ import annotations
 
-from quantkit.evidence.report.html import figure, html, sections
+from quantkit.evidence.report.html import html, sections
 from quantkit.evidence.report.markdown import bullets, markdown, plain_table, set_table
 from quantkit.evidence.report.schema import SCHEMA, Mean, Report, Row, read
 from quantkit.evidence.report.text import losses, number, verdict, verdicts, with_error
@@ -24,7 +24,6 @@ __all__ = [
     "Report",
     "Row",
     "bullets",
-    "figure",
     "html",
     "losses",
     "markdown",

@@ -1,47 +1,27 @@
-"""The five plots of a report, as pictures. Each answers one question, and is None where there is
-nothing to draw.
+"""The five plots of a report as Vega-Lite specifications: pure functions of what was measured. Each
+answers one question, and is None where there is nothing to draw.
 
     frontier      what each byte buys: KL over size, ours and theirs
+    domains       how KL differs by kind of text
     tensor_map    which tensor got which type
     bits_by_kind  which kinds of tensors got the bits
-    domains       how KL differs by kind of text
     convergence   how the search came down
+
+The last three take files by name; of several, a page shows the one that is chosen there. Colors are
+those of the light theme: `render` and the page's style sheet turn them dark.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.evidence.report.axes import (
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Axes,
-    Log,
-    Place,
-    frame,
-    place,
-    tick_text,
-)
 from quantkit.evidence.report.measures import Measures
-from quantkit.evidence.report.picture import (
-    Area,
-    Box,
-    Disc,
-    Item,
-    Picture,
-    Stroke,
-    Words,
-    shortened,
-    text_width,
-)
+from quantkit.evidence.report.render import COLORS, FONT, Spec
 from quantkit.evidence.report.schema import (
     GIVEN,
     OURS,
@@ -56,223 +36,276 @@ from quantkit.evidence.report.text import number
 from quantkit.ggml.types import QuantType
 from quantkit.sizes import size
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+?)(?:\.weight)?")
+Datum = dict[str, Any]  # what one mark is drawn from; "about" is told when one points at it
+
+_WIDTH, _HEIGHT = 400, 260  # pixels; a page gives what width it has
+_LINE = 14  # pixels from one label of the frontier to the next
 _MAX_CELLS = 20_000
-_SMALL = 11.0
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+?)(?:\.weight)?")
 # From few bits to many; none is lost on white or on navy.
 _RAMP = ("#f7c948", "#f28c4b", "#dc5b7b", "#9a5cc6", "#4c6fd6", "#2a9d8f")
+_INK, _SOFT, _FAINT, _ACCENT = (COLORS[role] for role in ("ink", "soft", "line", "accent"))
+# What a kind of row is called, and the fill and outline of its points.
+_KINDS = {
+    OURS: ("ours", _ACCENT, _ACCENT),
+    STOCK: ("llama.cpp", COLORS["card"], _SOFT),
+    UNIFORM: ("ours, uniform", COLORS["wash"], _ACCENT),
+    GIVEN: ("given", _SOFT, _SOFT),
+}
+_TOLD = {"tooltip": {"field": "about"}, "description": {"field": "about"}}
+_CONFIG = {
+    "font": FONT,
+    "view": {"stroke": None},
+    "scale": {"bandPaddingInner": 0.1, "rectBandPaddingInner": 0.1},
+    "axis": {
+        **{"aria": False, "domain": False, "ticks": False, "gridColor": _FAINT, "labelPadding": 5},
+        **{"labelColor": _SOFT, "labelFontSize": 11},
+        **{"titleColor": _SOFT, "titleFontSize": 12, "titleFontWeight": "normal"},
+    },
+    "legend": {
+        **{"aria": False, "title": None, "columns": 2},  # more would be cut on the smallest phones
+        **{"labelColor": _SOFT, "labelFontSize": 11, "labelLimit": 80},
+    },
+    "point": {"size": 55, "strokeWidth": 2, "opacity": 1},
+    "text": {"align": "left", "baseline": "middle", "fontSize": 11, "color": _SOFT},
+}
 
 
-def draw_all(report: Report, measures: Measures | None = None) -> dict[str, Picture]:
-    """Every plot that the report has the data for, by name, in the order they are shown. `measures`
-    is told of one that cannot be drawn.
+def draw_all(
+    report: Report, measures: Measures | None = None, together: bool = False
+) -> dict[str, Spec]:
+    """Return every plot that the report has the data for, by name, in the order they are shown.
+    What there is of every output is a plot each, or with `together` one that lets a reader choose.
+    `measures` is told of a plot that cannot be drawn.
     """
-    draw: dict[str, Callable[[], Picture | None]] = {
-        "frontier": lambda: frontier(report),
-        "domains": lambda: domains(report),
-    }
-    for output, names in names_by_output(report):
-        types = {t.name: t.qtype for t in output.tensors}
-        draw[names["tensor-map"]] = partial(tensor_map, types)
-        draw[names["bits-by-kind"]] = partial(bits_by_kind, output.tensors)
-        draw[names["convergence"]] = partial(convergence, output.trace)
     take = (measures or Measures()).take
-    found = {name: take(f"the plot {name}", make) for name, make in draw.items()}
-    return {name: picture for name, picture in found.items() if picture is not None}
+    plots = {"frontier": partial(frontier, report), "domains": partial(domains, report)}
+    for files in [report.outputs] if together else [(output,) for output in report.outputs]:
+        types = {row.name: {t.name: t.qtype for t in row.tensors} for row in files}
+        drawn = {
+            "tensor-map": partial(tensor_map, types),
+            "bits-by-kind": partial(bits_by_kind, {row.name: row.tensors for row in files}),
+            "convergence": partial(convergence, {row.name: row.trace for row in files}),
+        }
+        plots |= {k if together else report.numbered(k, files[0]): v for k, v in drawn.items()}
+    found = {name: take(f"the plot {name}", make) for name, make in plots.items()}
+    return {name: plot for name, plot in found.items() if plot is not None}
 
 
-def names_by_output(report: Report) -> list[tuple[Row, dict[str, str]]]:
-    """The names of the plots of every output; those of several outputs are numbered by size."""
-    kinds = ("tensor-map", "bits-by-kind", "convergence")
-    if len(report.outputs) == 1:
-        return [(report.first, {kind: kind for kind in kinds})]
-    return [
-        (output, {kind: f"{kind}-{number}" for kind in kinds})
-        for number, output in enumerate(report.outputs, 1)
+def _plot(about: str, height: int, data: Sequence[Datum], encoding: Spec, *layers: Spec) -> Spec:
+    """One plot of layers that share data, encoding and looks. Of several files one is shown."""
+    plot: Spec = {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "description": about,
+        "width": _WIDTH,
+        "height": height,
+        "padding": 10,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "background": COLORS["card"],
+        "config": _CONFIG,
+        # A page recolors the elements of an SVG; a canvas has none.
+        "usermeta": {"embedOptions": {"renderer": "svg", "actions": False}},
+        "data": {"values": list(data)},
+        "encoding": encoding,
+        "layer": list(layers),
+    }
+    files = list(dict.fromkeys(datum["file"] for datum in data if "file" in datum))
+    if len(files) > 1:
+        choice = {"input": "select", "options": files, "name": "File "}
+        plot["params"] = [{"name": "chosen", "value": files[0], "bind": choice}]
+        plot["transform"] = [{"filter": "datum.file == chosen"}]
+    return plot
+
+
+def _layer(mark: str, encoding: Spec | None = None, only: str = "", **looks: Any) -> Spec:
+    """Marks of one type; `only` those for which an expression is true."""
+    chosen = {"transform": [{"filter": only}]} if only else {}
+    told = "description" in (encoding or {})
+    return {**chosen, "mark": {"type": mark, "aria": told, **looks}, "encoding": encoding or {}}
+
+
+def _number(field: str, title: str, scale: Spec, **axis: Any) -> Spec:
+    shown = {"title": title, "tickCount": 5, "format": "~r", **axis}
+    return {"field": field, "type": "quantitative", "scale": scale, "axis": shown}
+
+
+def _name(field: str, names: Iterable[str], **axis: Any) -> Spec:
+    """A band for every name, in this order."""
+    shown = {"title": None, "labelColor": _INK, "labelLimit": 110, "grid": False, **axis}
+    domain = list(dict.fromkeys(names))
+    return {"field": field, "type": "nominal", "scale": {"domain": domain}, "axis": shown}
+
+
+def _log(data: Sequence[Datum], *fields: str) -> Spec:
+    """A logarithmic scale over the fields, with room at both ends."""
+    values = [math.log(datum[field]) for datum in data for field in fields]
+    room = max(0.05, 0.06 * (max(values) - min(values)))
+    ends = [math.exp(min(values) - room), math.exp(max(values) + room)]
+    return {"type": "log", "domain": ends, "nice": False}
+
+
+def _points(data: Sequence[Datum], legend: Spec | None) -> Spec:
+    """A point for every row, its fill and outline by the field `kind`."""
+    there = {datum["kind"] for datum in data}
+    names, *colors = zip(*(kind for kind in _KINDS.values() if kind[0] in there), strict=True)
+    kind = {"field": "kind", "type": "nominal", "legend": legend}
+    fill, stroke = ({**kind, "scale": {"domain": names, "range": palette}} for palette in colors)
+    return _layer("point", {"fill": fill, "stroke": stroke, **_TOLD})
+
+
+def frontier(report: Report) -> Spec | None:
+    """KL over size. Lower and further left is better; whiskers are 95 % intervals.
+
+    The labels stand in a column at the right, each level with its point or as near to that as the
+    others let it: none can cover a point, a whisker or another label.
+    """
+    rows = [r for r in report.by_size if r.kl.value > 0 and math.isfinite(r.kl.value)]
+    if len(rows) < 2:
+        return None
+    unit, name = (1e9, "GB") if rows[-1].n_bytes >= 1e9 else (1e6, "MB")
+    data: list[Datum] = [
+        {
+            "about": f"{row.label}: {size(row.n_bytes)}, KL {number(row.kl.value)}",
+            "label": _short(row, len(report.outputs) > 1),
+            "kind": _KINDS[row.kind][0],
+            "size": row.n_bytes / unit,
+            "kl": row.kl.value,
+            "low": max(row.kl.low or row.kl.value, row.kl.value / 3),
+            "high": row.kl.high or row.kl.value,
+        }
+        for row in sorted(rows, key=lambda row: row.kind == OURS)  # ours above the others
     ]
-
-
-def _mark(row: Row, x: float, y: float) -> Disc:
-    title = f"{row.label}: {size(row.n_bytes)}, KL {number(row.kl.value)}"
-    fill = {OURS: "accent", UNIFORM: "wash", GIVEN: "soft", STOCK: "card"}[row.kind]
-    outline = "accent" if row.kind in (OURS, UNIFORM) else "soft"
-    return Disc(x, y, 5 if row.kind == OURS else 4, fill, outline, title)
+    best = math.inf
+    for datum in data:  # stock files by size: whether one is the best so far
+        if datum["kind"] == _KINDS[STOCK][0]:
+            datum["best"] = best = min(best, datum["kl"])
+    height = max(_HEIGHT, round(1.1 * _LINE * len(data)))
+    scale = _log(data, "low", "high")
+    gap = math.log(scale["domain"][1] / scale["domain"][0]) * _LINE / height
+    by_kl = sorted(data, key=lambda datum: datum["kl"])
+    places = spread([math.log(datum["kl"]) for datum in by_kl], gap)
+    for datum, place in zip(by_kl, places, strict=True):
+        datum["place"] = math.exp(place)
+    edge, beyond = {"value": "width"}, {"value": {"expr": "width + 14"}}
+    ours = f"datum.kind == '{_KINDS[OURS][0]}'"
+    color = {"condition": {"test": ours, "value": _ACCENT}, "value": _SOFT}
+    label = {"x": edge, "y": {"field": "place"}, "text": {"field": "label"}, "color": color}
+    stairs = {"interpolate": "step-after", "strokeDash": [4, 4], "opacity": 0.5}
+    loose = {"zero": False, "nice": False, "padding": 12}
+    ticks = {"grid": False, "ticks": True, "tickColor": _FAINT}
+    return _plot(
+        "KL divergence over file size: " + "; ".join(datum["about"] for datum in data),
+        height,
+        data,
+        {
+            "x": _number("size", f"file size, {name}", loose, grid=False),
+            "y": _number("kl", "mean KL divergence, nats", scale, **ticks),
+        },
+        _layer("rule", {"x2": edge}, color=_FAINT),
+        _layer("rule", {"x": edge, "x2": beyond, "y2": {"field": "place"}}, color=_FAINT),
+        _layer("line", {"y": {"field": "best"}}, "isValid(datum.best)", color=_SOFT, **stairs),
+        _layer("line", only=ours, color=_ACCENT, strokeWidth=1.5),
+        _layer("rule", {"y": {"field": "low"}, "y2": {"field": "high"}}, color=_SOFT),
+        _points(data, None),
+        _layer("text", label, dx=17, limit=130),
+    )
 
 
 def _short(row: Row, is_family: bool) -> str:
     if row.kind == OURS:
         return f"ours, {row.bpw:.2f} bits" if is_family else "this file"
-    if row.kind == UNIFORM:
-        return f"uniform {row.name}"
-    return shortened(row.short.removesuffix(".gguf"), _SMALL, 150)
+    return f"uniform {row.name}" if row.kind == UNIFORM else row.short.removesuffix(".gguf")
 
 
-def frontier(report: Report) -> Picture | None:
-    """KL over size. Lower and further left is better; whiskers are 95 % intervals."""
-    rows = [r for r in report.by_size if r.kl.value > 0 and math.isfinite(r.kl.value)]
-    if len(rows) < 2:
-        return None
-    unit, name = (1e9, "GB") if rows[-1].n_bytes >= 1e9 else (1e6, "MB")
-    sizes = [row.n_bytes / unit for row in rows]
-    spread = (max(sizes) - min(sizes)) or 0.1 * max(sizes)
-    low = [max(row.kl.low or row.kl.value, row.kl.value / 3) for row in rows]
-    high = [row.kl.high or row.kl.value for row in rows]
-    axes = Axes(
-        (min(sizes) - 0.15 * spread, max(sizes) + 0.15 * spread), Log.over([*low, *high], pad=0.12)
-    )
-    items = frame(axes, f"file size, {name}", "mean KL divergence, nats", lambda v: f"{v:g}")
-    points = [(axes.x(s), axes.y(row.kl.value)) for s, row in zip(sizes, rows, strict=True)]
-    stock = [p for p, row in zip(points, rows, strict=True) if row.kind == STOCK]
-    if len(stock) > 1:
-        items.append(Stroke(tuple(_staircase(stock)), "line", 1.5, dashed=True))
-    ours = [p for p, row in zip(points, rows, strict=True) if row.kind == OURS]
-    if len(ours) > 1:
-        items.append(Stroke(tuple(ours), "accent", 1.5))
-    for (x, _), least, most in zip(points, low, high, strict=True):
-        items.append(Stroke(((x, axes.y(least)), (x, axes.y(most))), "soft", 1.0))
-    marks = [_mark(row, x, y) for row, (x, y) in zip(rows, points, strict=True)]
-    ours_last = sorted(zip(rows, marks, strict=True), key=lambda pair: pair[0].kind == OURS)
-    items += [mark for _, mark in ours_last]
-    labels = [
-        Place(x, y, _short(row, len(report.outputs) > 1), _SMALL, row.kind == OURS)
-        for row, (x, y) in sorted(zip(rows, points, strict=True), key=lambda z: z[0].kind != OURS)
-    ]
-    items += place(labels, (LEFT, TOP, WIDTH - RIGHT, axes.bottom))
-    title = "KL divergence over file size: " + "; ".join(mark.title for mark in marks)
-    return Picture(WIDTH, HEIGHT, title, tuple(items))
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Return ascending values, at least `gap` apart and moved as little as that takes: those that
+    are too close stand evenly around their average.
+    """
+    groups: list[tuple[float, int]] = []  # values less the gaps before them: their mean, how many
+    for i, value in enumerate(values):
+        mean, n = value - i * gap, 1
+        while groups and groups[-1][0] > mean:
+            before, n_before = groups.pop()
+            mean, n = (before * n_before + mean * n) / (n_before + n), n_before + n
+        groups.append((mean, n))
+    means = [mean for mean, n in groups for _ in range(n)]
+    return [mean + i * gap for i, mean in enumerate(means)]
 
 
-def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """What the best of the points so far gives at each size; y grows downwards."""
-    steps = [points[0]]
-    for x, y in points[1:]:
-        if y > steps[-1][1]:
-            steps += [(x, steps[-1][1]), (x, y)]
-    return [*steps, (points[-1][0], steps[-1][1])]
-
-
-def domains(report: Report) -> Picture | None:
+def domains(report: Report) -> Spec | None:
     """One line per domain with every file's KL on it."""
     names = list(report.first.domains)
     rows = [row for row in report.by_size if all(n in row.domains for n in names)]
-    values = [row.domains[n].value for row in rows for n in names if row.domains[n].value > 0]
-    if not names or len(values) < 2:
+    data: list[Datum] = [
+        {
+            "about": f"{row.label} on {name}: KL {number(row.domains[name].value)}",
+            "kind": _KINDS[row.kind][0],
+            "domain": name,
+            "kl": row.domains[name].value,
+        }
+        for row in sorted(rows, key=lambda row: row.kind == OURS)
+        for name in names
+        if row.domains[name].value > 0
+    ]
+    if len(data) < 2:
         return None
-    scale = Log.over(values, pad=0.06)
-    label = min(110.0, 14 + max(text_width(name, 12) for name in names))
-    right, step, top = WIDTH - RIGHT - 6, 34, TOP + 18
-    bottom = top + step * len(names)
-
-    def x(value: float) -> float:
-        return label + scale.share(value) * (right - label)
-
-    items: list[Item] = []
-    free = 0.0  # where the next tick's label may begin
-    for tick in scale.ticks():
-        items.append(Stroke(((x(tick), top - 6), (x(tick), bottom - 8)), "line"))
-        half = text_width(tick_text(tick), _SMALL) / 2
-        if x(tick) - half >= free:
-            items.append(Words(x(tick), bottom + 8, tick_text(tick), _SMALL, "middle"))
-            free = x(tick) + half + 4
-    for i, name in enumerate(names):
-        y = top + step * i + step / 2 - 6
-        items.append(Stroke(((label, y), (right, y)), "line"))
-        items.append(Words(label - 8, y + 4, shortened(name, 12, label - 12), 12, "end", "ink"))
-        for row in sorted(rows, key=lambda row: row.kind == OURS):
-            kl = row.domains[name].value
-            if kl > 0:
-                mark = _mark(row, x(kl), y)
-                title = f"{row.label} on {name}: KL {number(kl)}"
-                items.append(Disc(mark.x, mark.y, mark.radius, mark.fill, mark.outline, title))
-    items.append(Words((label + right) / 2, bottom + 26, "mean KL divergence, nats", 12, "middle"))
-    items += _legend_of_marks(rows, label, TOP + 2)
-    title = f"KL divergence by kind of text, on {', '.join(names)}"
-    return Picture(WIDTH, bottom + 36, title, tuple(items))
+    return _plot(
+        f"KL divergence by kind of text, on {', '.join(names)}",
+        34 * len(names),
+        data,
+        {
+            "x": _number("kl", "mean KL divergence, nats", _log(data, "kl")),
+            "y": _name("domain", names, grid=True),
+        },
+        _points(data, {"orient": "top"}),
+    )
 
 
-def _legend_of_marks(rows: Sequence[Row], x: float, y: float) -> list[Item]:
-    names = {OURS: "this file", STOCK: "llama.cpp", UNIFORM: "ours, uniform", GIVEN: "given"}
-    items: list[Item] = []
-    for kind, name in names.items():
-        row = next((row for row in rows if row.kind == kind), None)
-        if row is not None:
-            mark = _mark(row, x + 5, y)
-            items.append(Disc(mark.x, mark.y, 4, mark.fill, mark.outline))
-            items.append(Words(x + 14, y + 4, name, _SMALL))
-            x += 30 + text_width(name, _SMALL)
-    return items
+def _kind_and_block(tensor: str) -> tuple[str, int | None]:
+    match = _BLOCK.fullmatch(tensor)
+    return (match[2], int(match[1])) if match else (tensor.removesuffix(".weight"), None)
 
 
-def tensor_map(types: Mapping[str, str]) -> Picture | None:
-    """The found types as a grid: one row per kind of tensor, one column per block."""
-    if not types or len(types) > _MAX_CELLS:
+def tensor_map(files: Mapping[str, Mapping[str, str]]) -> Spec | None:
+    """The type of every tensor of each file as a grid: one row per kind of tensor, one column per
+    block.
+    """
+    data: list[Datum] = []
+    for file, types in files.items():
+        for tensor, qtype in types.items():
+            kind, block = _kind_and_block(tensor)
+            told = {"about": f"{tensor}: {qtype}", "file": file}
+            data.append({**told, "kind": kind, "block": block, "type": qtype})
+    if not data or max(map(len, files.values())) > _MAX_CELLS:
         return None
-    colours = colours_of(set(types.values()))
-    kinds: dict[str, dict[int, str]] = {}
-    single: list[str] = []
-    for name in types:
-        match = _BLOCK.fullmatch(name)
-        if match:
-            kinds.setdefault(match[2], {})[int(match[1])] = name
-        else:
-            single.append(name)
-    n_blocks = 1 + max((block for row in kinds.values() for block in row), default=0)
-    if n_blocks * (len(kinds) or 1) > _MAX_CELLS:
-        return None
-    labels = [*kinds, *(name.removesuffix(".weight") for name in single)]
-    left = min(120.0, 16 + max(text_width(label, _SMALL) for label in labels))
-    cell, height, top = (WIDTH - RIGHT - left) / n_blocks, 15.0, 24.0
-    gap = 0.6 if cell < 6 else 1.2
-    items: list[Item] = []
-    for block in range(0, n_blocks, _column_step(n_blocks)):
-        items.append(Words(left + (block + 0.5) * cell, 16, str(block), 10, "middle"))
-    for i, (kind, blocks) in enumerate(kinds.items()):
-        y = top + i * height
-        items.append(
-            Words(left - 7, y + 11, shortened(kind, _SMALL, left - 12), _SMALL, "end", "ink")
-        )
-        for block, name in blocks.items():
-            title = f"{name}: {types[name]}"
-            box = (left + block * cell, y, cell - gap, height - 1.2)
-            items.append(Box(*box, colours[types[name]], min(2.5, cell / 4), title))
-    at = top + len(kinds) * height + (6 if kinds else 0)
-    for name in single:
-        label = name.removesuffix(".weight")
-        items.append(
-            Words(left - 7, at + 11, shortened(label, _SMALL, left - 12), _SMALL, "end", "ink")
-        )
-        width = min(WIDTH - RIGHT - left, max(3 * cell, 40.0))
-        title = f"{name}: {types[name]}"
-        items.append(Box(left, at, width - gap, height - 1.2, colours[types[name]], 2.5, title))
-        at += height
-    legend, at = _legend_of_types(colours, at + 10)
-    n = len(set(types.values()))
-    title = f"The type of each of {len(types)} tensors: {n} types over {n_blocks} blocks"
-    return Picture(WIDTH, at, title, (*items, *legend))
+    blocks = {datum["block"] for datum in data if datum["block"] is not None}
+    names = [d["kind"] for d in sorted(data, key=lambda datum: datum["block"] is None)]
+    colors = colors_of({datum["type"] for datum in data})
+    color = {
+        "field": "type",
+        "type": "nominal",
+        "scale": {"domain": list(colors), "range": list(colors.values())},
+        "legend": {"orient": "bottom", "symbolType": "square"},
+    }
+    axis = {"title": None, "orient": "top", "labelAngle": 0, "grid": False}
+    axis |= {"labelOverlap": "parity", "labelSeparation": 4}
+    x = {"field": "block", "type": "ordinal", "axis": axis}
+    alone = {"x": {"value": 0}, "x2": {"value": 40}, **_TOLD}
+    layers = [
+        *([_layer("rect", {"x": x, **_TOLD}, "isValid(datum.block)")] if blocks else []),
+        _layer("rect", alone, "!isValid(datum.block)"),
+    ]
+    return _plot(
+        f"The type of each of {len(data)} tensors: {len(colors)} types over {len(blocks)} blocks",
+        16 * len(set(names)),
+        data,
+        {"y": _name("kind", names), "color": color},
+        *layers,
+    )
 
 
-def _column_step(n_blocks: int) -> int:
-    steps = (1, 2, 4, 5, 10, 20, 50, 100)
-    return next((step for step in steps if n_blocks <= 16 * step), 1000)
-
-
-def _legend_of_types(colours: Mapping[str, str], y: float) -> tuple[list[Item], float]:
-    """Swatches in as many lines as they need, and where they end."""
-    items: list[Item] = []
-    x = 14.0
-    for name, colour in colours.items():
-        shown = shortened(name, _SMALL, 120)
-        width = 32 + text_width(shown, _SMALL)
-        if x + width > WIDTH - 4:
-            x, y = 14.0, y + 18
-        items.append(Box(x, y, 12, 12, colour, 3))
-        items.append(Words(x + 17, y + 10, shown, _SMALL))
-        x += width
-    return items, y + 24
-
-
-def colours_of(types: set[str]) -> dict[str, str]:
-    """One colour a type, warm for few bits to cool for many."""
+def colors_of(types: set[str]) -> dict[str, str]:
+    """Return one color a type, warm for few bits to cool for many."""
     ordered = sorted(types, key=lambda name: (_bits(name), name))
     last = max(1, len(ordered) - 1)
     return {name: _ramp(i / last) for i, name in enumerate(ordered)}
@@ -295,73 +328,80 @@ def _ramp(t: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in parts)
 
 
-def bits_by_kind(tensors: Sequence[Tensor]) -> Picture | None:
-    """Bits per weight of every kind of tensor, and its share of the bytes."""
-    kinds: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        match = _BLOCK.fullmatch(tensor.name)
-        kinds.setdefault(match[2] if match else tensor.name.removesuffix(".weight"), []).append(
-            tensor
-        )
-    total = sum(tensor.n_bytes for tensor in tensors)
-    if not kinds or not total or len(kinds) > 60:
+def bits_by_kind(files: Mapping[str, Sequence[Tensor]]) -> Spec | None:
+    """Bits per weight of every kind of tensor of each file, and its share of the file's bytes."""
+    data: list[Datum] = []
+    for file, tensors in files.items():
+        kinds: dict[str, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault(_kind_and_block(tensor.name)[0], []).append(tensor)
+        total = sum(tensor.n_bytes for tensor in tensors)
+        if not total or len(kinds) > 60:
+            return None
+        for kind, group in kinds.items():
+            n_bytes = sum(tensor.n_bytes for tensor in group)
+            bits = 8 * n_bytes / max(1, sum(tensor.n_elements for tensor in group))
+            told = {"about": f"{kind}: {bits:.2f} bits", "file": file}
+            share = f"{100 * n_bytes / total:.1f} % of bytes"
+            data.append({**told, "kind": kind, "bits": bits, "share": share})
+    if not data:
         return None
-    means = {
-        kind: 8 * sum(t.n_bytes for t in group) / max(1, sum(t.n_elements for t in group))
-        for kind, group in kinds.items()
-    }
-    left = min(120.0, 16 + max(text_width(kind, _SMALL) for kind in kinds))
-    right, height, top = WIDTH - 140, 20.0, 12.0
-    most = max(means.values())
-    items: list[Item] = []
-    for i, (kind, group) in enumerate(kinds.items()):
-        y = top + i * height
-        share = sum(t.n_bytes for t in group) / total
-        width = means[kind] / most * (right - left)
-        shown = shortened(kind, _SMALL, left - 12)
-        items.append(Words(left - 7, y + 11, shown, _SMALL, "end", "ink"))
-        items.append(Box(left, y, width, 13, "accent", 3, f"{kind}: {means[kind]:.2f} bits"))
-        items.append(Words(left + width + 6, y + 11, f"{means[kind]:.2f}", _SMALL, colour="ink"))
-        items.append(Words(WIDTH - RIGHT, y + 11, f"{100 * share:.1f} % of bytes", _SMALL, "end"))
-    y = top + len(kinds) * height + 14
-    items.append(Words((left + right) / 2, y, "bits per weight", 12, "middle"))
-    title = "Bits per weight: " + ", ".join(f"{k} {v:.2f}" for k, v in means.items())
-    return Picture(WIDTH, y + 12, title, tuple(items))
+    scale = {"domain": [0, 1.2 * max(datum["bits"] for datum in data)], "nice": False}
+    value = {"text": {"field": "bits", "format": ".2f"}, "color": {"value": _INK}}
+    first = [datum for datum in data if datum["file"] == data[0]["file"]]
+    return _plot(
+        "Bits per weight: " + ", ".join(f"{d['kind']} {d['bits']:.2f}" for d in first),
+        20 * len({datum["kind"] for datum in data}),
+        data,
+        {
+            "x": _number("bits", "bits per weight", scale, grid=False, labels=False),
+            "y": _name("kind", [datum["kind"] for datum in data]),
+        },
+        _layer("bar", _TOLD, color=_ACCENT, height=14),
+        _layer("text", value, dx=5),
+        _layer("text", {"x": {"value": "width"}, "text": {"field": "share"}}, dx=5),
+    )
 
 
-def convergence(points: Sequence[TracePoint]) -> Picture | None:
+def convergence(files: Mapping[str, Sequence[TracePoint]]) -> Spec | None:
     """The KL that decides (expected after tuning where files are tuned), the best so far over the
     tokens spent, with its standard error as a band.
     """
-    points = [p for p in points if p.kl > 0 and math.isfinite(p.kl)]
-    if len(points) < 2:
+    data: list[Datum] = []
+    for file, trace in files.items():
+        known = [p for p in trace if p.kl > 0 and math.isfinite(p.kl)]
+        step = max(1, len(known) // 300)
+        data += [
+            {
+                "about": f"KL {number(point.kl)} after {point.tokens:,} tokens",
+                "file": file,
+                "tokens": point.tokens,
+                "kl": point.kl,
+                "low": max(point.kl - point.stderr, point.kl / 3),
+                "high": point.kl + point.stderr,
+                "last": point is known[-1],
+            }
+            for point in [*known[:-1:step], *known[-1:]]
+            if len(known) > 1
+        ]
+    if not data:
         return None
-    step = max(1, len(points) // 300)
-    points = [*points[:-1:step], points[-1]]
-    high = [p.kl + p.stderr for p in points]
-    low = [max(p.kl - p.stderr, p.kl / 3) for p in points]
-    tokens = [float(p.tokens) for p in points]
-    axes = Axes((min(tokens), max(tokens)), Log.over([*high, *low], pad=0.08))
-    items = frame(axes, "tokens evaluated by the search", "deciding KL, best so far, nats", _tokens)
-    xs = [axes.x(t) for t in tokens]
-    band = [(x, axes.y(v)) for x, v in zip(xs, high, strict=True)]
-    band += [(x, axes.y(v)) for x, v in zip(xs, low, strict=True)][::-1]
-    line = tuple((x, axes.y(p.kl)) for x, p in zip(xs, points, strict=True))
-    items += [Area(tuple(band), "accent", 0.16), Stroke(_steps(line), "accent", 2.2)]
-    items.append(Disc(*line[-1], 3.5, "accent", "accent"))
-    title = f"KL divergence falls from {number(points[0].kl)} to {number(points[-1].kl)}"
-    return Picture(WIDTH, HEIGHT, title, tuple(items))
-
-
-def _steps(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The best known stays until a better one is found."""
-    steps = [points[0]]
-    for (_, y0), (x1, y1) in pairwise(points):
-        steps += [(x1, y0), (x1, y1)]
-    return tuple(steps)
-
-
-def _tokens(value: float) -> str:
-    if value >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
+    band = {"y": {"field": "low"}, "y2": {"field": "high"}}
+    tight = {"zero": False, "nice": False}
+    brief = {"grid": False, "labelExpr": "format(datum.value, '~s')"}
+    steps: Spec = {"interpolate": "step-after", "color": _ACCENT}
+    solid: Spec = {"filled": True, "color": _ACCENT}
+    last = next(datum for datum in data if datum["last"])
+    return _plot(
+        f"KL divergence falls from {number(data[0]['kl'])} to {number(last['kl'])}",
+        _HEIGHT,
+        data,
+        {
+            "x": _number("tokens", "tokens evaluated by the search", tight, **brief),
+            "y": _number("kl", "deciding KL, best so far, nats", _log(data, "low", "high")),
+        },
+        _layer("area", band, opacity=0.16, **steps),
+        _layer("line", strokeWidth=2.2, **steps),
+        _layer("point", _TOLD, size=60, opacity=0, **solid),
+        _layer("point", only="datum.last", size=40, opacity=1, **solid),
+    )

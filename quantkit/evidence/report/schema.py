@@ -202,6 +202,12 @@ class Report:
     def by_size(self) -> tuple[Row, ...]:
         return tuple(sorted(self.rows, key=lambda row: row.n_bytes))
 
+    def numbered(self, name: str, output: Row) -> str:
+        """The name of something that every output has: of several it ends with the output's number,
+        counted from 1.
+        """
+        return name if self.n_outputs == 1 else f"{name}-{1 + self.outputs.index(output)}"
+
     def about(self, output: Row) -> Report:
         """The report of one output and everything that it is measured beside."""
         return replace(self, rows=(output, *self.others), n_outputs=1)

@@ -8,6 +8,17 @@ import re
 from quantkit.evidence.report.schema import OURS, STOCK, Mean, Report, Row, Versus
 from quantkit.sizes import size
 
+CAPTIONS = {
+    "frontier": "What each byte buys. Lower is closer to the original, further left is smaller;"
+    " whiskers are 95 % intervals.",
+    "domains": "The same by kind of text.",
+    "tensor-map": "The type of every tensor: one row a kind, one column a block, warm for few bits"
+    " and cool for many.",
+    "bits-by-kind": "Bits per weight of every kind of tensor.",
+    "convergence": "The search: its best estimate after so many evaluated tokens.",
+}
+
+
 _UNKNOWN = "not measured"
 
 

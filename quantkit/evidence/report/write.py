@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantkit.evidence.report import plots, svg
+from quantkit.evidence.report import plots, render
 from quantkit.evidence.report.html import html
 from quantkit.evidence.report.markdown import markdown
 from quantkit.evidence.report.measures import Measures
@@ -22,15 +22,13 @@ def write_report(
 
     Raises QuantkitError when `value` is not a report.
     """
-    from quantkit.evidence.report.png import png
-
     taken = measures or Measures()
     before = len(taken.missing)
     drawn = {}
-    for name, picture in plots.draw_all(read(value), taken).items():
-        image = taken.take(f"the plot {name} as PNG", partial(png, picture))
-        if image is not None:
-            drawn[name] = svg.standalone(picture).encode(), image
+    for name, plot in plots.draw_all(read(value), taken).items():
+        pictures = taken.take(f"the plot {name} as a picture", partial(render.pictures, plot))
+        if pictures is not None:
+            drawn[name] = pictures
     if taken.missing[before:]:
         known = value.get("not_measured", [])
         value = {**value, "not_measured": [*known, *taken.missing[before:]]}
@@ -38,14 +36,17 @@ def write_report(
     written = [
         write_json(folder / "report.json", value),
         _write(folder / "report.md", markdown(report).encode()),
-        _write(folder / "report.html", html(report).encode()),
+        _write(
+            folder / "report.html",
+            html(report, {name: svg for name, (svg, _) in drawn.items()}).encode(),
+        ),
     ]
     (folder / "plots").mkdir(exist_ok=True)
-    for name, (vector, image) in drawn.items():
+    for name, (svg, png) in drawn.items():
         path = folder / "plots" / name
         written += [
-            _write(path.with_suffix(".svg"), vector),
-            _write(path.with_suffix(".png"), image),
+            _write(path.with_suffix(".svg"), svg.encode()),
+            _write(path.with_suffix(".png"), png),
         ]
     return written
 

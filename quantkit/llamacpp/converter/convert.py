@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.weight_files import few
+from quantkit.errors import QuantkitError
 from quantkit.files import PARTIAL, replacing
 from quantkit.llamacpp.converter import pretokenizer, sandbox
 from quantkit.llamacpp.converter.explain import explain, tokenizer_hash, unknown_tokenizer
@@ -22,6 +24,7 @@ from quantkit.llamacpp.converter.install import describe, ensure_converter
 from quantkit.llamacpp.converter.sandbox import Limits, Progress
 from quantkit.llamacpp.converter.snapshot import Snapshot, model_name_of, sanitize
 from quantkit.llamacpp.tokens import Tokens, judged
+from quantkit.sandbox import untrusted
 from quantkit.sandbox.outcome import plain
 
 log = logging.getLogger(__name__)
@@ -140,12 +143,12 @@ def convert(
                 outcome = attempt(pre.name)
             if not outcome.ok or partial.stat().st_size == 0:
                 raise explain(outcome, log_path, model.removed)
-            tokens = _tokens(outcome.status.get("tokens"))
-            missed = outcome.status.get("missed_ends")
+            tokens = judged(outcome.status.get("tokens", {"error": "the file has no tokens"}))
+            missed = _missed_ends(outcome)
             if missed:
                 notes.append(
                     "The GGUF has no key left for all ends of a turn: llama.cpp does not stop at "
-                    f"{', '.join(missed[:5])}."
+                    f"{few(missed)}."
                 )
     return ConversionResult(
         path=out_path,
@@ -161,12 +164,15 @@ def convert(
     )
 
 
-def _tokens(said: Any) -> Tokens:
-    """The check of the tokens, from what the child said of them, if that can be read at all."""
+def _missed_ends(outcome: sandbox.Outcome) -> list[str]:
+    """Raises QuantkitError where the child said something else of them."""
     try:
-        return judged(said if isinstance(said, dict) else {"error": "the file has no tokens"})
-    except (TypeError, KeyError, AttributeError):
-        return judged({"error": "the answer is not of the form that was asked for"})
+        return untrusted.typed(list[str] | None, outcome.status.get("missed_ends")) or []
+    except untrusted.Damaged:
+        raise QuantkitError(
+            "The converter answered with something that was not asked for.",
+            "Check where the model came from; it may try to attack the converter.",
+        ) from None
 
 
 @contextmanager

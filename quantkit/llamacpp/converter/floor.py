@@ -15,7 +15,9 @@ from quantkit.errors import QuantkitError
 from quantkit.sandbox import kernel, secrets
 from quantkit.sandbox.places import ROOT, import_path
 
-_PROBE = f"{__name__}:writable_folders"
+_PROBE = f"{__name__}:writable_code"
+_CODE = (".py", ".pyc", ".so", ".pth")
+_LIMITS = sandbox.Limits(cpu_seconds=60, wall_seconds=300)  # 100,000 files on a slow disk
 
 
 def check_floor(environment: Mapping[str, str] | None = None) -> None:
@@ -53,25 +55,51 @@ def _lacking() -> tuple[str, str] | None:
     # read, by trying: on a Space without Docker the packages belong to the user that runs the app,
     # and the kernel (Landlock, mounts) is what keeps the sandbox from them. Where it has neither,
     # the rights of the files have to do it, as in the Docker Space.
-    folders = sandbox.call(_PROBE, {"folders": [*import_path(), f"{ROOT}/quantkit"]})
-    if folders:
+    trees = [*import_path()[1:], f"{ROOT}/quantkit", f"{ROOT}/evaluators"]
+    found = sandbox.call(
+        _PROBE, {"trees": trees, "root": str(ROOT)}, limits=_LIMITS, shape=str | None
+    )
+    if found is not None:
         return (
-            f"a model's reader could change the code of the page ({folders[0]})",
+            f"a model's reader could change the code of the page ({found})",
             "Install code and packages as root and run the page as another user"
             " (spaces/Dockerfile), or use a kernel with Landlock.",
         )
     return None
 
 
-def writable_folders(folders: list[str]) -> list[str]:
-    """Those in which a file can be made. Runs in the sandbox."""
-    found = []
-    for folder in folders:
-        path = os.path.join(folder, f"quantkit-probe-{os.getpid()}.tmp")
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        except OSError:
-            continue
-        os.unlink(path)
-        found.append(folder)
-    return found
+def writable_code(trees: list[str], root: str) -> str | None:
+    """A folder in which a file can be made, `root` or one below `trees`, or a file of code there
+    that can be written to. Runs in the sandbox.
+    """
+    if _takes_files(root):
+        return root
+    seen: set[str] = set()
+    for tree in trees:
+        for folder, inner, names in os.walk(tree):
+            inner[:] = [name for name in inner if os.path.join(folder, name) not in seen]
+            seen.add(folder)
+            if _takes_files(folder):
+                return folder
+            for name in names:
+                path = os.path.join(folder, name)
+                if name.endswith(_CODE) and os.access(path, os.W_OK) and _opens(path, 0):
+                    return path
+    return None
+
+
+def _takes_files(folder: str) -> bool:
+    path = os.path.join(folder, f"quantkit-probe-{os.getpid()}.tmp")
+    if not os.access(folder, os.W_OK) or not _opens(path, os.O_CREAT | os.O_EXCL):
+        return False
+    os.unlink(path)
+    return True
+
+
+def _opens(path: str, flags: int) -> bool:
+    """Whether it can be opened to be written to; nothing is written."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | flags, 0o600))
+    except OSError:
+        return False
+    return True

@@ -101,6 +101,7 @@ def run(
         writable=() if output is None else (output,),
         path=(tree, tree / "gguf-py"),
         log=log,
+        preload=mode != "match",  # which is llama.cpp's alone
     )
     status: dict[str, Any] = {}
     done = False

@@ -43,19 +43,22 @@ from quantkit.tensors import to_json
 
 _MAX_CARD_BYTES = 200_000
 _MAX_REPORT_BYTES = 20_000_000
+_MAX_REPORT_ITEMS = 250_000  # a family of seven files of a thousand tensors has a quarter of that
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_NAME = 300  # characters of a model or target
 _MAX_FILES = 1000
-_CHUNKS = 4  # of an events file at once: the store waits meanwhile
+_LOOK_SECONDS = 0.03  # at an events file at once: the store waits meanwhile
+_REST = 20.0  # times as long as reading a file took, it is not read again
 MOST_EVENT_BYTES = 64_000_000  # of a run: three days of what is told twice a second
 
 
 @dataclass
 class _Cached:
-    """A parsed file and the stamp it was read at."""
+    """A parsed file, the stamp it was read at, and until when it is not read again."""
 
     stamp: tuple[int, int, int] | None = None
     value: Any = None
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ class Follower:
             return
         if n_bytes < self._offset:  # another file than the one followed so far
             self._offset, self.progress = 0, Progress()
-        for _ in range(_CHUNKS):
+        began = time.monotonic()
+        while time.monotonic() < began + _LOOK_SECONDS:
             if n_bytes <= self._offset or self._offset >= MOST_EVENT_BYTES:
                 self.is_behind = False
                 return
@@ -226,6 +230,11 @@ class Follower:
         """The hash of the visitor it belongs to; None for a run of the command line."""
         return self.record.owner if self.record is not None else None
 
+    @property
+    def place(self) -> str | None:
+        """Where that visitor came from."""
+        return self.record.place if self.record is not None else None
+
     def has_lost_job(self) -> bool:
         """Whether its Job may be at work, and paid for, with nobody here that listens."""
         found = self.view(None)
@@ -279,8 +288,8 @@ class Follower:
             remedy=remedy,
             curve=tuple(progress.curve),
             log=tuple(progress.log),
-            report=self._read(str(RELATIVE.report), _read_report),
-            allocation=self._read(str(RELATIVE.best), _read_report),
+            report=self._read(str(RELATIVE.report), _read_report, _REST),
+            allocation=self._read(str(RELATIVE.best), _read_report, _REST),
             files=files,
             card=self._read(str(RELATIVE.upload / "README.md"), _read_card) or "",
             publish_to=config.publish,
@@ -309,12 +318,12 @@ class Follower:
         """The finished files that a person wants: the GGUF first, never a stage's own working
         files.
         """
-        found = self._read("manifest.json", lambda path: self._result_paths()) or {}
+        found = self._results()
         return tuple(file for file, _ in found.values())
 
     def file_path(self, name: str) -> Path | None:
         """Where a result file lies; None for a name that is not in `files()`."""
-        found = self._read("manifest.json", lambda path: self._result_paths()) or {}
+        found = self._results()
         return self.folder / found[name][1] if name in found else None
 
     def staged(self) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
@@ -340,6 +349,9 @@ class Follower:
         """The original at full precision, until it is cleaned away."""
         path = Artifacts(self.folder).base
         return path if path.is_file() else None
+
+    def _results(self) -> dict[str, tuple[ResultFile, str]]:
+        return self._read("manifest.json", lambda path: self._result_paths(), _REST) or {}
 
     def _result_paths(self) -> dict[str, tuple[ResultFile, str]]:
         records = self.dir.records()
@@ -381,8 +393,10 @@ class Follower:
         last = text.splitlines()[-1] if text else ""
         return last.removeprefix("quantkit: ") if last.startswith("quantkit: ") else ""
 
-    def _read(self, name: str, read: Any) -> Any:
-        """`read(path)`, again only when the file was replaced; None when it cannot be read."""
+    def _read(self, name: str, read: Any, rest: float = 0.0) -> Any:
+        """`read(path)`, again only when the file was replaced; None when it cannot be read. One
+        that a Job may replace all the time gets a `rest`: others wait for the lock meanwhile.
+        """
         cached = self._files.setdefault(name, _Cached())
         path = self.folder / name
         try:
@@ -391,12 +405,14 @@ class Follower:
             self._files[name] = _Cached()
             return None
         stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        if cached.stamp != stamp:
+        began = time.monotonic()
+        if cached.stamp != stamp and began >= cached.until:
             try:
                 value = read(path)
             except (OSError, ValueError, TypeError, KeyError, QuantkitError, RecursionError):
                 value = None
-            self._files[name] = cached = _Cached(stamp, value)
+            now = time.monotonic()
+            self._files[name] = cached = _Cached(stamp, value, now + rest * (now - began))
         return cached.value
 
 
@@ -426,7 +442,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:
-    value = read_json(path, _MAX_REPORT_BYTES)
+    value = read_json(path, _MAX_REPORT_BYTES, _MAX_REPORT_ITEMS)
     return value if isinstance(value, dict) else None
 
 

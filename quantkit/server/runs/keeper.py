@@ -24,6 +24,7 @@ from quantkit.sandbox import kernel
 
 _TICK_SECONDS = 0.2
 _NICER = 10
+_FORK_SERVER = os.path.join(os.path.dirname(kernel.__file__), "fork_server.py").encode()
 
 
 def main(argv: list[str]) -> None:
@@ -44,8 +45,7 @@ def main(argv: list[str]) -> None:
         closed, _, _ = select.select([0], [], [], _TICK_SECONDS)
         if closed and not os.read(0, 1):
             why = "gone"
-        tree = descendants(parent)
-        used = sum(map(memory_bytes, tree))
+        used = sum(map(memory_bytes, memory_holders(parent)))
         peak = max(peak, used)
         if used > memory:
             why = "memory"
@@ -80,11 +80,45 @@ def _reap() -> None:
 
 def descendants(root: int) -> list[int]:
     """Processes that `root` has started, and those that they have."""
+    return _below(root, _children())
+
+
+def _below(root: int, children: dict[int, list[int]]) -> list[int]:
+    found, todo = [], [root]
+    while todo:
+        mine = children.get(todo.pop(), [])
+        found += mine
+        todo += mine
+    return found
+
+
+def memory_holders(root: int) -> list[int]:
+    """Its descendants, but for those that share all of their memory with another one: the keeper
+    and the init that a fork server (quantkit.sandbox) has forked. They are known by having children
+    of their own, which the worker, the only process that a stranger's bytes reach, cannot have.
+    """
+    children = _children()
+    found = _below(root, children)
+    servers = [pid for pid in found if _FORK_SERVER in _command(pid)]
+    forked = {child for pid in servers for child in children.get(pid, [])}
+    return [pid for pid in found if not (pid in forked and pid in servers and pid in children)]
+
+
+def _command(pid: int) -> list[bytes]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")
+    except OSError:
+        return []
+
+
+def _children() -> dict[int, list[int]]:
+    """The numbers of living processes, by that of their parent."""
     children: dict[int, list[int]] = {}
     try:
         names = os.listdir("/proc")
     except OSError:
-        return []
+        return {}
     for name in names:
         if name.isdecimal():
             try:
@@ -94,12 +128,7 @@ def descendants(root: int) -> list[int]:
                 continue
             if fields and fields[0] not in (b"Z", b"X"):
                 children.setdefault(int(fields[1]), []).append(int(name))
-    found, todo = [], [root]
-    while todo:
-        mine = children.get(todo.pop(), [])
-        found += mine
-        todo += mine
-    return found
+    return children
 
 
 def memory_bytes(pid: int) -> int:

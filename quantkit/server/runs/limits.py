@@ -25,6 +25,7 @@ class Limits:
     workers: int = 1  # runs at once on this machine
     jobs: int = 20  # runs in Jobs at once: each is a small process here that listens
     active_per_owner: int = 3  # queued or running, on a public page
+    active_per_place: int = 6  # the same of one address: a cookie can be thrown away
     active: int = 100
     min_free_bytes: int = 1_000_000_000
     bytes_per_owner: int | None = None  # of finished and unfinished runs together
@@ -95,20 +96,30 @@ def check_disk(root: Path, limits: Limits) -> None:
         )
 
 
-def check_limits(followers: Iterable[Follower], mine: str, limits: Limits, public: bool) -> None:
-    """Raises UsageError when the server, or the owner with the hash `mine`, has enough runs."""
+def check_limits(
+    followers: Iterable[Follower], mine: str, place: str | None, limits: Limits, public: bool
+) -> None:
+    """Raises UsageError when the server, the owner with the hash `mine`, or the `place` that a
+    visitor comes from has enough runs.
+    """
     records = [(follower, follower.record) for follower in followers]
     active = [
-        record.owner
+        record
         for _, record in records
         if record is not None
         and (record.phase == QUEUED or process.is_alive(record.pid, record.pid_started))
     ]
     if len(active) >= limits.active:
         raise UsageError("Too many runs are waiting.", "Try again in a while.")
-    if public and active.count(mine) >= limits.active_per_owner:
+    if public and sum(record.owner == mine for record in active) >= limits.active_per_owner:
         raise UsageError(
             f"You have {limits.active_per_owner} runs waiting or running already.",
+            "Wait for one to finish, or cancel one.",
+        )
+    n_near = sum(place is not None and record.place == place for record in active)
+    if public and n_near >= limits.active_per_place:
+        raise UsageError(
+            f"{n_near} runs of your address are waiting or running already.",
             "Wait for one to finish, or cancel one.",
         )
     if limits.bytes_per_owner is None:

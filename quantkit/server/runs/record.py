@@ -62,6 +62,7 @@ class JobRecord:
     hours: int | None = None  # after which that Job is ended
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None  # how long it was expected to take
+    place: str | None = None  # where its visitor came from: a keyed hash, to count by
 
     def __post_init__(self) -> None:
         """Raises Damaged for what no launcher writes."""
@@ -74,7 +75,7 @@ class JobRecord:
         numbers = (self.hours, self.usd_per_hour, self.estimate_seconds, self.pid)
         if not all(number is None or 0 <= number <= _LARGEST for number in numbers):
             raise Damaged("it has a number out of range")
-        texts = (self.reason, self.machine or "", self.pid_started or "")
+        texts = (self.reason, self.machine or "", self.pid_started or "", self.place or "")
         if any(len(text) > _LONGEST_TEXT for text in texts):
             raise Damaged("it has a text that is too long")
 

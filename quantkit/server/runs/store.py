@@ -116,11 +116,14 @@ class JobStore(Scheduler):
         owner: str,
         token: str | None = None,
         order: Order | None = None,
+        place: str | None = None,
     ) -> str:
-        """Queue a run. Returns its id. Raises UsageError when a limit is reached."""
+        """Queue a run of an owner that came from `place`. Returns its id. Raises UsageError when a
+        limit is reached.
+        """
         order = order or Order()
         with self._lock:
-            self._check_limits(owner_hash(owner))
+            self._check_limits(owner_hash(owner), place)
             job_id = new_job_id()
             folder = self.root / job_id
             folder.mkdir(parents=True)
@@ -132,6 +135,7 @@ class JobStore(Scheduler):
                 QUEUED,
                 now,
                 has_token=bool(token),
+                place=place,
                 **dataclasses.asdict(order),
             )
             self._remember_token(job_id, token)
@@ -168,7 +172,7 @@ class JobStore(Scheduler):
             _check_whole(follower)
             if follower.state() not in (view.FAILED, view.INTERRUPTED, view.CANCELLED):
                 raise UsageError("This run has not stopped.", "There is nothing to resume.")
-            self._check_limits(follower.owner)
+            self._check_limits(follower.owner, follower.place)
             self._queue_again(follower, token)
 
     def publish(
@@ -193,7 +197,7 @@ class JobStore(Scheduler):
                     "This run is not validated, and only validated files are published.",
                     "Resume it first.",
                 )
-            self._check_limits(follower.owner)
+            self._check_limits(follower.owner, follower.place)
             asked = dataclasses.replace(
                 config, publish=repo, private=private, public=public, collection=collection
             )
@@ -249,12 +253,12 @@ class JobStore(Scheduler):
         if token:
             self._tokens[job_id] = token
 
-    def _check_limits(self, owner: str | None) -> None:
+    def _check_limits(self, owner: str | None, place: str | None) -> None:
         """`owner` is a visitor's hash; runs of the command line have none, and no limits."""
         if owner is None:
             return
         check_disk(self.root, self.limits)
-        check_limits(self._scan().values(), owner, self.limits, self.public)
+        check_limits(self._scan().values(), owner, place, self.limits, self.public)
 
 
 def _summary(follower: Follower, place: int | None) -> JobSummary | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantkit.errors import QuantkitError
 MAX_PROMPT = 4000  # characters
 MAX_TOKENS = 200
 _CONTEXT = 2048
+_MOST_PARTS, _MOST_ANSWER = 2 * MAX_TOKENS, 100 * MAX_TOKENS  # characters: no token is as long
 _CPU_SECONDS, _WALL_SECONDS = 240, 120
 _EXTRA_BYTES = 6 * 2**30  # of memory beside the file: buffers, the context
 _AT_ONCE = threading.BoundedSemaphore(2)
@@ -41,8 +43,9 @@ def _say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
     arguments = {"path": str(path), "messages": list(messages)}
     text = ""
     try:
-        for part in sandbox.stream(ANSWER, arguments, limits=limits, readable=[path]):
-            text += str(part)
+        parts = sandbox.stream(ANSWER, arguments, limits=limits, readable=[path], shape=str)
+        for part in islice(parts, _MOST_PARTS):
+            text = (text + part)[:_MOST_ANSWER]
             yield text
     except sandbox.Crashed as error:
         if error.reason.startswith(("was stopped", "used up", "needed more")):

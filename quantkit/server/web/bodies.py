@@ -12,6 +12,8 @@ import orjson
 
 BODY_SECONDS = 20.0  # for the whole body, however it trickles in
 MAX_DEPTH = 32
+MAX_VALUES = 300  # in lists and objects together: Gradio walks them all, in its only thread
+_MAX_BRACKETS = 12_000  # a long text may be full of them
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
@@ -26,13 +28,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Events:
-    """What may be asked for: the number of inputs of every event, and the arguments of every
-    endpoint: true for those that have to be given.
+    """What may be asked for: the number of inputs of every event, those that wait in the queue, and
+    the arguments of every endpoint: true for those that have to be given.
     """
 
     inputs: Mapping[int, int]
+    queued: frozenset[int]
     arguments: Mapping[str, Mapping[str, bool]]
-    pending: Callable[[str], bool]  # whether something is to be told to a session or of a call
+    pending: Callable[[str], bool]  # whether something is to be told to a session
+    called: Callable[[str], bool]  # the same of a call; an event of a session is none
 
     @classmethod
     def of(cls, blocks: Any) -> Events:
@@ -47,12 +51,15 @@ class Events:
         queue = blocks._queue
 
         def pending(name: str) -> bool:
-            known = (queue.pending_messages_per_session, queue.event_ids_to_events)
-            waiting = list(queue.pending_event_ids_session.values())
-            return any(name in there for there in (*known, *waiting))
+            return name in queue.pending_messages_per_session
 
-        inputs = {number: len(fn.inputs) for number, fn in blocks.fns.items()}
-        return cls(inputs, arguments, pending)
+        def called(name: str) -> bool:
+            return name in queue.pending_event_ids_session.get(name, ())
+
+        here = {number: fn for number, fn in blocks.fns.items() if fn.fn}  # others are scripts
+        inputs = {number: len(fn.inputs) for number, fn in here.items()}
+        queued = frozenset(number for number, fn in here.items() if fn.queue)
+        return cls(inputs, queued, arguments, pending, called)
 
 
 async def read_body(receive: Any, length: int) -> bytes:
@@ -74,13 +81,20 @@ async def read_body(receive: Any, length: int) -> bytes:
 
 
 def parse(body: bytes) -> Any:
-    """JSON that is not deep. Raises Refused for anything else."""
+    """JSON that is neither deep nor wide. Raises Refused for anything else."""
+    # Before it is parsed: many new objects make Python look through all that it has.
+    if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
+        raise Refused(400, f"The request's JSON has more than {MAX_VALUES} values.")
     try:
         value = orjson.loads(body)  # refuses depth by itself before it would matter
     except orjson.JSONDecodeError:
         raise Refused(400, "The request is not JSON.") from None
     level: list[Any] = [value]
+    left = MAX_VALUES
     for _ in range(MAX_DEPTH):
+        left -= sum(len(part) for part in level if isinstance(part, (dict, list)))
+        if left < 0:
+            raise Refused(400, f"The request's JSON has more than {MAX_VALUES} values.")
         level = [x for part in level for x in _inside(part)]
         if not level:
             return value
@@ -104,6 +118,8 @@ def check_event(body: Any, path: str, events: Events) -> None:
         raise Refused(404, "There is no such event.")
     if not isinstance(data, list) or len(data) != events.inputs[number]:
         raise Refused(422, f"The event takes {events.inputs[number]} values.")
+    if path.endswith("/run/predict") and number in events.queued:
+        raise Refused(404, "That event has a queue: join it.")
     if path.endswith("/queue/join") and body.get("session_hash") is None:
         raise Refused(422, "The request names no session.")
     if body.get("batched"):

@@ -1,36 +1,47 @@
-"""What is drawn while a run is at work: the same pictures as in the report, from what is known."""
+"""The plots of a run's page: the report's, from what is known while the run is at work."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from quantkit.evidence import report as reports
 from quantkit.evidence.report import plots
-from quantkit.evidence.report.schema import TracePoint
+from quantkit.evidence.report.render import Spec
+from quantkit.evidence.report.schema import Report, TracePoint
 from quantkit.server.runs import KlPoint
 
+PLOTS = ("frontier", "domains", "convergence", "tensor-map", "bits-by-kind")
 
-def kl_with_error(value: float, stderr: float) -> str:
-    """Both with the digits that count of the value."""
-    return reports.with_error(reports.Mean(value, stderr))
+
+_IN_THE_PAGE = {"width": "container", "background": None}
+
+
+def of_report(report: Report) -> dict[str, str]:
+    """Return the JSON of a finished run's plots by name."""
+    return {
+        name: _as_wide_as_the_page(plot)
+        for name, plot in plots.draw_all(report, together=True).items()
+    }
 
 
 def kl_curve(points: Sequence[KlPoint]) -> str:
-    """The best KL known so far over the tokens spent, with its standard error as a band."""
+    """Return the plot of the best KL known so far over the tokens spent; empty for too few."""
     trace = [TracePoint(p.generation, p.tokens, p.kl, p.stderr) for p in points]
-    picture = plots.convergence(trace)
-    return "" if picture is None else reports.figure(picture)
+    return _as_wide_as_the_page(plots.convergence({"": trace}))
 
 
 def tensor_map(allocation: dict[str, Any]) -> str:
-    """The type of every tensor as a grid; empty for an allocation that holds nothing of that
-    form.
+    """Return the plot of the type of every tensor; empty for an allocation that holds nothing of
+    that form.
     """
     types = {
         str(name): value["qtype"]
         for name, value in allocation.items()
         if isinstance(value, dict) and isinstance(value.get("qtype"), str)
     }
-    picture = plots.tensor_map(types)
-    return "" if picture is None else reports.figure(picture)
+    return _as_wide_as_the_page(plots.tensor_map({"": types}))
+
+
+def _as_wide_as_the_page(plot: Spec | None) -> str:
+    return "" if plot is None else json.dumps({**plot, **_IN_THE_PAGE})

@@ -35,12 +35,13 @@ from quantkit.server.runs.talk import check_prompt, say
 from quantkit.server.runs.wheel import can_start_jobs
 from quantkit.server.web import previews, publishing, results, view
 from quantkit.server.web.allowance import Allowance
+from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.visitor import Visitors
 
 logger = logging.getLogger(__name__)
 
 # The parts of a job's page that are sent only when they changed, in the order of the outputs.
-CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw")
+CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw", *PLOTS)
 SWITCHES = (
     *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
     *("has_card", "is_there", "may_give_token"),
@@ -133,7 +134,8 @@ class Desk:
         if order.machine is not None:
             device = order_device(order.machine, self.machines(secret))
             config = dataclasses.replace(config, device=device)
-        return self.store.submit(config, owner, secret, order)
+        place = self.visitors.place(asker.counted_as)
+        return self.store.submit(config, owner, secret, order, place)
 
     def _order(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
         """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
@@ -333,7 +335,7 @@ class Desk:
     # What is shown.
 
     def shown(self, job_id: Any, owner: str | None) -> dict[str, Any]:
-        """Every part of a job's page by name: HTML, Markdown or whether a control is there."""
+        """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
         try:
             job = self.store.view(job_id, owner)
             raw = self.store.log_tail(job_id, owner)
@@ -368,12 +370,13 @@ def _rendered(job: JobView) -> dict[str, Any]:
     return {
         "head": view.head(job),
         "stages": view.stages(job),
-        "curve": view.curve(job) + results.live_map(job) + view.strip(job),
-        "files": view.files(job),
+        "curve": view.curve(job),
+        "files": view.files(job) + view.strip(job),
         "results": results.results(job),
         "report": results.report(job),
         "card": view.card(job),
         "log": view.log(job),
+        **results.plots(job),
     }
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, parse_qsl
 
 import orjson
 
@@ -114,13 +114,14 @@ class _Request:
         if not places.serves(headers.get("host", "")):
             raise Refused(421, "This server has another name: docs/space.md, QUANTKIT_HOSTS.")
         door = self._door()
+        address = places.address(self._peer, headers)
         if self._scope["method"] == "OPTIONS":
+            self._gate._count(door, {"address": counted(address)})
             return await self._answer.text(204, "", (b"access-control-allow-methods", b"GET, POST"))
         site = places.site(headers)
         if site == "other" and door.kind in ("act", "api", "own"):
             raise Refused(403, "Another site may not ask for this.")
         cookies, visitor = self._cookies(door, site)
-        address = places.address(self._peer, headers)
         who = {"address": counted(address)} | ({"visitor": visitor} if visitor else {})
         self._gate._count(door, who)
         length = self._length(door)
@@ -133,7 +134,7 @@ class _Request:
             if path == "/" and visitor is None:
                 cookie = self._gate._visitors.cookie(self._https, places.on_space)
                 self._answer.set_cookie(cookie)
-            await self._pass_on(door, address, cookies, body, query)
+            await self._pass_on(door, who["address"], cookies, body, query)
 
     def _door(self) -> Door:
         """The door that the request is for; also allows its origin to read the answer."""
@@ -143,7 +144,7 @@ class _Request:
             asked = headers.get("access-control-request-method", "")
         door, known = doors.find(asked, scope["path"])
         encoded = b"%" in scope["raw_path"]  # only names of files need it
-        if not known or b"deep_link" in scope["query_string"]:
+        if not known or "deep_link" in _names(scope["query_string"]):
             raise Refused(404, "There is nothing here.")
         if door is None:
             raise Refused(405, "That is not done here.")
@@ -166,9 +167,8 @@ class _Request:
         """
         if door.kind in ("public", "api") or any(name in self._headers for name in _KEYS):
             return {}, None
-        found = parse_cookies(self._scope["headers"])
         name = cookie_name(self._https)
-        kept = {key: found[key] for key in (name, SIGNED_IN) if key in found}
+        kept = parse_cookies(self._scope["headers"], (name, SIGNED_IN))
         visitor = self._gate._visitors.check(kept.get(name))
         if door.kind != "act" or not kept:
             return kept, visitor
@@ -216,13 +216,14 @@ class _Request:
             query = b"session_hash=" + own(session).encode()
         elif path.startswith("/gradio_api/call/"):
             bodies.check_name(path, events)
-            if not events.pending(path.rpartition("/")[2]):
+            if not events.called(path.rpartition("/")[2]):
                 raise Refused(404, "There is no such call.")
         return body, query
 
     async def _pass_on(
         self, door: Door, address: str, cookies: dict[str, str], body: bytes, query: bytes
     ) -> None:
+        """Hand it to Gradio. `address` is what it is counted as: nothing behind looks further."""
         headers = [h for h in self._scope["headers"] if h[0].decode("latin-1") not in _SETTLED]
         headers = [h for h in headers if h[0] != b"content-length"]
         host = self._forwarded("host")
@@ -266,6 +267,14 @@ def _headers(scope: Any) -> dict[str, str]:
             raise Refused(400, f"The request has two headers {key}.")
         found[key] = f"{found[key]}, {text}" if key in found else text
     return found
+
+
+def _names(query: bytes) -> set[str]:
+    """The names in a query as Gradio reads them, however they are written."""
+    try:
+        return {name for name, _ in parse_qsl(query.decode("latin-1"), True, max_num_fields=100)}
+    except ValueError:
+        raise Refused(400, "The address asks for too much.") from None
 
 
 def _replay(body: bytes, receive: Any) -> Any:

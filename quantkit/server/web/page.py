@@ -17,6 +17,21 @@ from quantkit.server.web.form import QUIET, Form
 from quantkit.server.web.visitor import Visitors
 from quantkit.server.web.watch import Watch, short_hash, updates
 
+
+class Page(gr.Blocks):
+    """Gradio prints a traceback for every value that a field cannot have, the value with it: a
+    stranger could fill the log's disk. Here it is one sentence for who sent it, and no line.
+    """
+
+    async def preprocess_data(self, *args: Any, **options: Any) -> list[Any]:
+        """The values as the handlers take them. Raises gr.Error."""
+        try:
+            return await super().preprocess_data(*args, **options)
+        except Exception:
+            said = "A field of the page cannot have the value that was sent."
+            raise gr.Error(said, print_exception=False) from None
+
+
 _HEADER = """<header class="qk-header"><h1><a href="./">quantkit</a></h1>
 <p>Any Hugging Face language model as the best GGUF for its size, with measurements to show it.</p>
 </header>"""
@@ -59,7 +74,7 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
         desk.welcome(asker, oauth.token if oauth else None)
         return [current, *opened(current), *refresh(current, owner, {})]
 
-    with gr.Blocks(title="quantkit", analytics_enabled=False) as app:
+    with Page(title="quantkit", analytics_enabled=False) as app:
         gr.HTML(_HEADER)
         if sign_in:
             gr.LoginButton(elem_id="sign-in", size="sm")

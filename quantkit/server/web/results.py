@@ -1,19 +1,21 @@
-"""What a finished run is worth, as HTML: the figures that count, then the whole report."""
+"""What a finished run is worth: the figures that count and the whole report as HTML, its plots."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit.errors import QuantkitError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report import text
 from quantkit.evidence.report.schema import Report, Row
 from quantkit.server.runs import JobView
-from quantkit.server.web.charts import tensor_map
+from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
 from quantkit.server.web.view import file_size
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ _UNREADABLE = (
     "</strong> <span>Download report.json and look into it.</span></div>"
 )
 _MOST_MADE = 32
-_made: dict[int, tuple[dict[str, Any], str]] = {}  # by identity: what was read, and its HTML
+_made: dict[tuple[int, str], tuple[Any, Any]] = {}  # by identity and use: read, and made of it
 
 
 def results(job: JobView) -> str:
@@ -49,19 +51,36 @@ def report(job: JobView) -> str:
             logger.warning("a report cannot be drawn: %s", type(error).__name__)
             return _UNREADABLE
 
-    return _once(job.report, make) if job.report else ""
+    return _once(job.report, "report", make) if job.report else ""
 
 
-def _once(value: dict[str, Any], make: Callable[[], str]) -> str:
+def plots(job: JobView) -> dict[str, str]:
+    """The JSON of every plot by name, empty for one that there is not: those of the report, before
+    it the search's curve and the best mix that it knows.
+    """
+    found: dict[str, str] = {}
+    best, report = job.allocation, _read(job)
+    if report is not None:
+        found = _once(job.report, "plots", lambda: of_report(report))
+    elif not job.report:
+        found["convergence"] = kl_curve(job.curve)
+        if best:
+            found["tensor-map"] = _once(best, "map", lambda: tensor_map(best))
+    return {name: found.get(name, "") for name in PLOTS}
+
+
+def _once(value: Any, use: str, make: Callable[[], T]) -> T:
     """What is made of something that the launcher has read. Every poll asks for it, and what was
     read is one object for as long as the file is the same.
     """
-    kept = _made.get(id(value))
+    key = id(value), use
+    kept = _made.get(key)
     if kept is None or kept[0] is not value:
         while len(_made) >= _MOST_MADE:
             _made.pop(next(iter(_made)), None)
-        kept = _made[id(value)] = (value, make())
-    return kept[1]
+        kept = _made[key] = (value, make())
+    made: T = kept[1]
+    return made
 
 
 def _read(job: JobView) -> Report | None:
@@ -69,18 +88,6 @@ def _read(job: JobView) -> Report | None:
         return reports.read(job.report) if job.report else None
     except QuantkitError:
         return None
-
-
-def live_map(job: JobView) -> str:
-    """The best mix that the search knows so far, while it is at work."""
-    best = job.allocation
-    grid = _once(best, lambda: tensor_map(best)) if best and not job.report else ""
-    if not grid:
-        return ""
-    return (
-        '<section class="qk-section"><h3>The best mix so far</h3><p class="qk-help">The type of'
-        f" every tensor; one column a block.</p>{grid}</section>"
-    )
 
 
 def _tiles(report: Report, row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import logging
 import os
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from starlette.routing import Route
 
 from quantkit.errors import QuantkitError
 from quantkit.sandbox import secrets
+from quantkit.sandbox.untrusted import shortened
 from quantkit.server.runs import JobStore, open_store
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.web import listen
@@ -28,6 +30,16 @@ from quantkit.server.web.origin import Places
 from quantkit.server.web.page import build_app
 from quantkit.server.web.theme import CSS_PATH, HEAD, make_theme
 from quantkit.server.web.visitor import Visitors
+
+
+class OneLine(logging.Filter):
+    """For the root logger, by which MCP's library repeats a hundred lines of each request that it
+    does not understand: the first line is enough, and nobody fills the log.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = shortened(record.getMessage().partition("\n")[0], 200), ()
+        return True
 
 
 def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
@@ -55,6 +67,7 @@ def launch(
         gate = Gate(app, visitors, places, Events.of(app.blocks))
         return listen.serve(gate, places, server_name, server_port)
 
+    logging.getLogger().addFilter(OneLine())
     # Gradio looks it up there when it launches.
     http_server.start_server = start_server  # type: ignore[assignment]
     store.start()

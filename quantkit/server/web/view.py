@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
+from markdown_it import MarkdownIt
+
+from quantkit.evidence import report as reports
 from quantkit.server.runs import JobSummary, JobView, StageView
-from quantkit.server.web.charts import kl_curve, kl_with_error
 from quantkit.stages import STAGES
 
 STAGE_ABOUT = {stage.name: stage.about for stage in STAGES}
@@ -21,6 +23,7 @@ STATE_TEXT = {
     "cancelled": "Cancelled",
     "damaged": "Damaged",
 }
+_MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 _MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
 
 
@@ -221,17 +224,17 @@ def _stage(number: int, stage: StageView, job: JobView) -> str:
 
 
 def curve(job: JobView) -> str:
-    """The search's KL curve; empty while there is none to draw, and when the report shows it."""
-    picture = "" if job.report else kl_curve(job.curve)
-    if not picture:
+    """What the search's KL curve shows; empty while there is none, and when the report shows it."""
+    if job.report or len(job.curve) < 2:
         return ""
     last = job.curve[-1]
     title = "How the search is doing" if job.is_active else "How the search went"
+    known = reports.with_error(reports.Mean(last.kl, last.stderr))
     tuned = ", as tuning is expected to leave it" if last.is_expected else ""
     return (
         f'<section class="qk-section"><h3>{title}</h3><p class="qk-help">KL divergence to the'
-        f" original, lower is better: {kl_with_error(last.kl, last.stderr)} after generation"
-        f" {last.generation}{tuned}.</p>{picture}</section>"
+        f" original, lower is better: {known} after generation {last.generation}{tuned}."
+        "</p></section>"
     )
 
 
@@ -346,8 +349,18 @@ def _job_line(job: JobSummary) -> str:
 
 
 def card(job: JobView) -> str:
-    """The model card without its YAML header, as Markdown."""
+    """The model card without its YAML header. Its pictures are the run's own; markup is text."""
     text = job.card
     if text.startswith("---\n"):
         text = text[4:].partition("\n---\n")[2]
-    return text.strip()
+    here = {file.name for file in job.files if file.is_here}
+    tokens = _MARKDOWN.parse(text.strip())
+    for token in (child for block in tokens for child in block.children or ()):
+        name = str(token.attrGet("src") or "").removeprefix("plots/")
+        if token.type == "link_open":
+            token.attrs |= {"rel": "noopener", "target": "_blank"}
+        elif token.type == "image" and name in here:
+            token.attrs["src"] = f"files/{quote(job.id)}/{quote(name)}"
+        elif token.type == "image":
+            token.type = "text"  # what the picture shows
+    return _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})

@@ -7,7 +7,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ class Visitors:
             return False
         return hmac.compare_digest(self.page_token(visitor), token)
 
+    def place(self, address: str) -> str:
+        """What is stored of where a visitor comes from: nobody without the secret can undo it."""
+        return self._sign(f"place {address}")
+
     def own(self, visitor: str, session: str) -> str:
         """The name of a visitor's session that nobody else can ask for."""
         return self._sign(f"session {visitor} {session}")[:40]
@@ -86,15 +90,18 @@ def cookie_name(https: bool) -> str:
     return f"__Host-{COOKIE}" if https else COOKIE
 
 
-def parse_cookies(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """As the page's handlers read them: one that is odd, another application's, hides no other.
+def parse_cookies(headers: Iterable[tuple[bytes, bytes]], names: Collection[str]) -> dict[str, str]:
+    """Those of these names, as the page's handlers read them: one that is odd, another
+    application's, hides no other, and thousands of others cost nothing.
 
     Of a name that comes twice none counts: one of the two is somebody else's.
     """
     found: dict[str, str] = {}
     twice = set()
-    for name, value in headers:
-        for part in value.decode("latin-1").split(";") if name == b"cookie" else ():
+    for header, value in headers:
+        for part in value.decode("latin-1").split(";") if header == b"cookie" else ():
+            if part.partition("=")[0].strip() not in names:
+                continue
             for key, text in cookie_parser(part).items():
                 if key in found:
                     twice.add(key)

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+from gradio.components.plot import PlotData
 
 from quantkit.errors import QuantkitError
+from quantkit.evidence.report.text import CAPTIONS
+from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.desk import CHUNKS, SWITCHES, Asker, Desk
 from quantkit.server.web.form import QUIET, visibility
 from quantkit.server.web.view import notice
@@ -42,15 +45,18 @@ class Watch:
             self.keep = gr.Button("Keep it", elem_id="keep", size="sm")
         self.notice = gr.HTML(visible=False, elem_id="job-notice")
         self._show("stages", "results")
+        self._draw("frontier")
         with gr.Column(visible=False, elem_id="talk-area") as self.talk_area:
             with gr.Accordion("Try it", open=False, elem_id="talk"):
                 self._talk()
         with gr.Column(visible=False, elem_id="publish-area") as self.publish_area:
             with gr.Accordion("Publish to the Hugging Face Hub", open=False, elem_id="publish-now"):
                 self._publish()
-        self._show("report", "files", "curve")
+        self._show("report", "curve")
+        self._draw("domains", "convergence", "tensor-map", "bits-by-kind")
+        self._show("files")
         with gr.Accordion("Model card", open=False, elem_id="card", visible=False) as self.card:
-            self.chunks["card"] = gr.Markdown(elem_id="job-card", visible=False)
+            self._show("card")
         with gr.Column(visible=False) as self.logs:
             with gr.Accordion("What happened", open=False, elem_id="log"):
                 self.chunks["log"] = gr.HTML(elem_id="job-log")
@@ -60,6 +66,12 @@ class Watch:
     def _show(self, *names: str) -> None:
         for name in names:
             self.chunks[name] = gr.HTML(elem_id=f"job-{name}", visible=False)
+
+    def _draw(self, *names: str) -> None:
+        for name in names:
+            self.chunks[name] = gr.Plot(
+                label=CAPTIONS[name], elem_id=f"job-{name}", elem_classes="qk-plot", visible=False
+            )
 
     def _talk(self) -> None:
         gr.HTML(
@@ -325,6 +337,10 @@ def updates(shown: dict[str, Any], known: dict[str, str], names: tuple[str, ...]
             made.append(gr.skip())
         elif name in SWITCHES:
             made.append(gr.update(visible=shown[name]))
+        elif name in PLOTS:
+            # Vega-Lite's JSON is what Gradio makes of an Altair chart.
+            plot = PlotData(type="altair", plot=shown[name]) if shown[name] else None
+            made.append(gr.update(value=plot, visible=plot is not None))
         else:
             made.append(gr.update(value=shown[name], visible=bool(shown[name])))
     return made

@@ -1,0 +1,86 @@
+"""How every process of the sandbox is started: a fresh interpreter that inherits nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def environment(home: str) -> dict[str, str]:
+    """All that the child sees of the environment: no token, no cache, no proxy."""
+    n_threads = str(min(8, os.cpu_count() or 1))
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {
+        **kept,
+        "PATH": "/usr/bin:/bin",
+        "HOME": home,
+        "TMPDIR": home,
+        "HF_HOME": home,
+        "TORCHINDUCTOR_CACHE_DIR": home,  # made when it is imported, if it is not there
+        "LANG": "C.UTF-8",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        # Each thread and malloc arena reserves address space, which is limited.
+        "OMP_NUM_THREADS": n_threads,
+        "RAYON_NUM_THREADS": n_threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_ARENA_MAX": "2",
+        # numpy's would start when it is imported, and a fork server has one thread; what takes long
+        # is torch's and llama.cpp's, which have their own.
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def start(
+    script: Path, told: Mapping[str, Any], home: str, descriptors: Iterable[int], output: int
+) -> subprocess.Popen[bytes]:
+    """Run a script of this package in a session of its own, with `told` as JSON on its stdin."""
+    with in_memory(told) as stdin:
+        return subprocess.Popen(
+            # -I: no PYTHON* variables, no current folder. -S: no .pth file is run. -B: nothing is
+            # written beside the code.
+            [sys.executable, "-I", "-S", "-B", str(script)],
+            env=environment(home),
+            cwd="/",
+            stdin=stdin,
+            stdout=output,
+            stderr=output,
+            pass_fds=tuple(descriptors),
+            start_new_session=True,
+        )
+
+
+@contextmanager
+def in_memory(told: Mapping[str, Any]) -> Iterator[int]:
+    """A file without a name that holds `told` as JSON, to be read from its beginning."""
+    named = not hasattr(os, "memfd_create")
+    with tempfile.TemporaryFile() if named else os.fdopen(os.memfd_create("job"), "w+b") as file:
+        file.write(json.dumps(told).encode())
+        file.seek(0)
+        yield file.fileno()
+
+
+def empty_folder() -> str:
+    """What a child's home is called. With a file system of its own only the name is used."""
+    try:
+        return os.path.realpath(tempfile.mkdtemp(prefix="quantkit-"))
+    except OSError:  # no place for temporary files: it has none then, either
+        return "/nonexistent"
+
+
+def remove_empty(folder: str) -> None:
+    """Remove a home, unless somebody else has."""
+    try:
+        os.rmdir(folder)
+    except OSError:
+        pass
