@@ -160,6 +160,33 @@ def test_no_circles() -> None:
             del left[module]
 
 
+@cache
+def named_in(module: str) -> set[str]:
+    """What can be imported from a module of ours: what it defines or imports, and its modules."""
+    path = next(p for p in OURS if module_of(p) == module)
+    found = {m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == module}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def test_what_is_imported_is_there() -> None:
+    """Also in benchmarks and experiments, which no other test starts."""
+    wrong = []
+    for path in EVERYTHING:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
+                known = named_in(str(node.module)) if node.module in MODULES else set()
+                lost = {alias.name for alias in node.names} - known
+                wrong += [f"{short(path)}: {name} of {node.module}" for name in sorted(lost)]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_only_checks_look_at_the_evaluators() -> None:
     """The search never grades itself. (evidence.parity has `evaluators.oracle` run by its name.)"""
     found = {
