@@ -150,6 +150,16 @@ def test_the_floor_plan_is_whole() -> None:
         assert ast.get_docstring(tree(path)), short(path)
 
 
+def test_the_floor_plan_is_drawn() -> None:
+    """ARCHITECTURE.md has the same list, a line each, in the same order."""
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    plan = re.search(r"^## Floor plan$.*?^```$(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert plan
+    rows = [re.split(r" {2,}", line) for line in plan[1].strip().splitlines()]
+    assert [name for name, _ in rows] == list(FLOOR_PLAN)
+    assert all(about for _, about in rows)
+
+
 def test_no_circles() -> None:
     """Among all modules, imports in functions included: an order exists in which each is below."""
     left = {module_of(p): imports(p) & MODULES - {module_of(p)} for p in OURS}
