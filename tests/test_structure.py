@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from quantkit.config import PROFILES, RunConfig
+from quantkit.config import RunConfig
 from quantkit.run.names import NAMES
 from quantkit.stages import STAGES
 
@@ -355,31 +355,3 @@ def test_artifacts_have_names() -> None:
     for path in OURS:
         if path.name not in ("artifacts.py", "names.py", "folder.py"):
             assert not pattern.search(path.read_text("utf-8")), short(path)
-
-
-def readme() -> str:
-    path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("there is no README yet")
-    return path.read_text("utf-8")
-
-
-def test_the_readme_names_the_stages_in_order() -> None:
-    assert re.search(r"[ ,>|→\W]+".join(NINE), readme())
-    rows = re.findall(r"^\| `?(\w+)`? \|", readme(), re.MULTILINE)
-    assert [row for row in rows if row in NINE] == NINE
-
-
-def test_the_readme_shows_the_profiles() -> None:
-    for name, profile in PROFILES.items():
-        row = re.search(rf"^\| `{name}` \|.*$", readme(), re.MULTILINE)
-        assert row, name
-        assert f"{profile.calibration_tokens:,}" in row[0]
-        assert f"{profile.search_tokens:,}" in row[0]
-        assert " ".join(profile.levels) in row[0]
-
-
-def test_what_the_readme_shows_is_there() -> None:
-    """Every path of its tree and every relative link."""
-    for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", readme()):
-        assert (ROOT / link).exists(), link
