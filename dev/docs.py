@@ -1,5 +1,5 @@
-"""Write into the docs what the code knows: the tables of profiles (README.md) and of calibration
-mixes (docs/calibration.md). `--check`: fail when stale.
+"""Write into the docs what the code knows: the tables of profiles (docs/options.md) and of
+calibration mixes (docs/calibration.md). `--check`: fail when stale.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def filled(text: str, marker: str, content: str) -> str:
 def main() -> int:
     stale = False
     for path, marker, content in (
-        ("README.md", "profiles", profiles()),
+        ("docs/options.md", "profiles", profiles()),
         ("docs/calibration.md", "mixes", mixes()),
     ):
         text = (ROOT / path).read_text("utf-8")

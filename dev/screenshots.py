@@ -1,4 +1,4 @@
-"""The README's screenshots: python dev/screenshots.py [FOLDER]
+"""The screenshots of docs/page.md: python dev/screenshots.py [FOLDER]
 
 The page with runs in every state, as the tests make them; the finished one shows the report of
 docs/example. Light and dark, desktop and phone, as small PNGs into docs/images.

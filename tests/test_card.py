@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from test_report import family, losing, values
 
+from quantkit.checkpoint.info import ModelInfo
 from quantkit.evidence.card import model_card
 from quantkit.evidence.escaping import web_link
-from quantkit.sources import ModelInfo
 
 INFO = ModelInfo(
     kind="hub",

@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from quantkit.config import PROFILES, RunConfig
+from quantkit.config import RunConfig
 from quantkit.run.names import NAMES
 from quantkit.stages import STAGES
 
@@ -150,6 +150,16 @@ def test_the_floor_plan_is_whole() -> None:
         assert ast.get_docstring(tree(path)), short(path)
 
 
+def test_the_floor_plan_is_drawn() -> None:
+    """ARCHITECTURE.md has the same list, a line each, in the same order."""
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    plan = re.search(r"^## Floor plan$.*?^```$(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert plan
+    rows = [re.split(r" {2,}", line) for line in plan[1].strip().splitlines()]
+    assert [name for name, _ in rows] == list(FLOOR_PLAN)
+    assert all(about for _, about in rows)
+
+
 def test_no_circles() -> None:
     """Among all modules, imports in functions included: an order exists in which each is below."""
     left = {module_of(p): imports(p) & MODULES - {module_of(p)} for p in OURS}
@@ -158,6 +168,33 @@ def test_no_circles() -> None:
         assert free, f"a circle among {sorted(left)}"
         for module in free:
             del left[module]
+
+
+@cache
+def named_in(module: str) -> set[str]:
+    """What can be imported from a module of ours: what it defines or imports, and its modules."""
+    path = next(p for p in OURS if module_of(p) == module)
+    found = {m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == module}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def test_what_is_imported_is_there() -> None:
+    """Also in benchmarks and experiments, which no other test starts."""
+    wrong = []
+    for path in EVERYTHING:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
+                known = named_in(str(node.module)) if node.module in MODULES else set()
+                lost = {alias.name for alias in node.names} - known
+                wrong += [f"{short(path)}: {name} of {node.module}" for name in sorted(lost)]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_only_checks_look_at_the_evaluators() -> None:
@@ -319,31 +356,3 @@ def test_artifacts_have_names() -> None:
     for path in OURS:
         if path.name not in ("artifacts.py", "names.py", "folder.py"):
             assert not pattern.search(path.read_text("utf-8")), short(path)
-
-
-def readme() -> str:
-    path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("there is no README yet")
-    return path.read_text("utf-8")
-
-
-def test_the_readme_names_the_stages_in_order() -> None:
-    assert re.search(r"[ ,>|→\W]+".join(NINE), readme())
-    rows = re.findall(r"^\| `?(\w+)`? \|", readme(), re.MULTILINE)
-    assert [row for row in rows if row in NINE] == NINE
-
-
-def test_the_readme_shows_the_profiles() -> None:
-    for name, profile in PROFILES.items():
-        row = re.search(rf"^\| `{name}` \|.*$", readme(), re.MULTILINE)
-        assert row, name
-        assert f"{profile.calibration_tokens:,}" in row[0]
-        assert f"{profile.search_tokens:,}" in row[0]
-        assert " ".join(profile.levels) in row[0]
-
-
-def test_what_the_readme_shows_is_there() -> None:
-    """Every path of its tree and every relative link."""
-    for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", readme()):
-        assert (ROOT / link).exists(), link

@@ -26,7 +26,7 @@ TUNING_BATCH = 2  # sequences that a step of tuning sees
 
 @dataclass(frozen=True)
 class Profile:
-    """How much work a run does. One table, shown in the README."""
+    """How much work a run does. One table, shown in docs/options.md."""
 
     calibration_tokens: int
     heldout_tokens: int  # judge the quantizers (held-out Hessian) and nothing else

@@ -2,7 +2,7 @@
 
     install.py        sets the converter up from llama-cpp-python's source package, checks its hash
     snapshot.py       a copy of the model without code: no *.py, no auto_map, no pickles
-    checkpoint.py     safetensors headers: read, checked, and written as shells without data
+    vocabulary.py     what the converter leaves out of a vocabulary; runs inside
     sandbox.py        the converter's jobs in quantkit.sandbox
     floor.py          what a page for strangers needs before it converts
     entry.py          what runs inside

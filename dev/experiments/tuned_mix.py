@@ -1,6 +1,6 @@
 """llama.cpp's own choice of types, made of a run's levels, as they are and tuned.
 
-    python benchmarks/tuned_mix.py RUN OUT --like Q4_K_M [--steps 200] [--device cuda]
+    python dev/experiments/tuned_mix.py RUN OUT --like Q4_K_M [--steps 200] [--device cuda]
 
 RUN is the folder of a run that has its levels and its database (`quantkit run`, not cleaned). The
 types are those that llama-quantize would give, so that quantizers are compared and nothing else.
@@ -21,7 +21,7 @@ from quantkit.search.database import load_database
 from quantkit.sources.snapshot import load_snapshot
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
@@ -30,7 +30,7 @@ from quantkit.llamacpp.output import Provenance, lay_out_output
 from quantkit.llamacpp.stock import StockRecipe, stock_types
 from quantkit.model.streaming import open_model
 from quantkit.run.folder import RunDir
-from quantkit.tuning.tuned import load_stored, load_tuner, tune_file, tuned_name
+from quantkit.tuning.tuned import load_stored, load_tuner, tune_file
 from quantkit.tuning.tuner import Tuner
 
 
@@ -70,7 +70,7 @@ def tuned(
     def progress(done: int, total: int, message: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {message}", file=sys.stderr, flush=True)
 
-    path = out / tuned_name(layout.n_bytes)
+    path = out / f"tuned-{layout.n_bytes}.gguf"
     outcome, _ = tune_file(path, layout, base, stored, tuner, steps, progress)
     said = f"held-out KL {outcome.kl_before:.5f} -> {outcome.kl_after:.5f}"
     print(f"{recipe.label}: {said}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """What calibration text is worth: weight KL of a model at one type, by mix and by number of tokens.
 
-    python benchmarks/calibration.py CHECKPOINT OUT --mix builtin --mix builtin,prose-de \
+    python dev/experiments/calibration.py CHECKPOINT OUT --mix builtin --mix builtin,prose-de \
         --tokens 8192,32768,131072 --text wiki=FILE.txt --text de=FILE.txt [--type Q4_0]
 
 Every linear layer of the blocks is quantized by GPTQ with descent, as a run does it, for the first
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch

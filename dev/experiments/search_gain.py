@@ -1,6 +1,6 @@
 """What the search adds to our own uniform files and to the knapsack alone, at and between levels.
 
-    python benchmarks/search_gain.py RUN [--seeds 3] [--device cuda] [--out FILE]
+    python dev/experiments/search_gain.py RUN [--seeds 3] [--device cuda] [--out FILE]
 
 RUN is the folder of a run that has its levels (`quantkit run`, not cleaned). The budgets are the
 sizes of all uniform files of its levels, and those half way between them. At each, three things are
@@ -17,7 +17,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import numpy as np
 from search_efficiency import Judge, judge_of

@@ -1,6 +1,6 @@
 """Ideas for better quantizers side by side: weight KL of uniform and mixed models on held-out text.
 
-    python benchmarks/quantizer_trials.py CHECKPOINT --calibration FILE.txt \
+    python dev/experiments/quantizer_trials.py CHECKPOINT --calibration FILE.txt \
         --heldout wiki=FILE.txt code=FILE.txt ... [--types Q4_0,MIX.json] [--arms gptq,aimed] \
         [--device cuda] [--minutes 5] [--out FOLDER]
 
@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from safetensors.torch import load_file

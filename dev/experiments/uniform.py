@@ -2,7 +2,7 @@
 calibrated on, measured by llama-perplexity.
 
     bash benchmarks/llamacpp_peer.sh build PEER            # llama.cpp's own programs, once
-    python benchmarks/uniform.py MODEL PEER --out FOLDER --types Q4_0,Q5_0 --text A [--text B]
+    python dev/experiments/uniform.py MODEL PEER --out FOLDER --types Q4_0,Q5_0 --text A [--text B]
 
 One run of quantkit up to its level files, then `llama-quantize --pure` with that run's imatrix: the
 same base, the same statistics, the same bytes. Every file is expanded to F16 and its KL to the base
@@ -18,6 +18,8 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from frontier import Peer
 from tuned_mix import tuned
