@@ -18,7 +18,6 @@ from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.outputs import load_budgets, load_outputs
 from quantkit.search.answers import load_allocation
 from quantkit.sources.snapshot import load_snapshot
-from quantkit.stages import calibrate, quantize
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +51,7 @@ def test_levels_that_are_finished_but_not_recorded(
     def solved(*_: Any) -> None:
         raise AssertionError("it was solved again")
 
-    monkeypatch.setattr(quantize, "_solve_unit", solved)
+    monkeypatch.setattr("quantkit.gptq.levels._solve_unit", solved)
     go_on(run, "quantize")
     assert not list(run.levels.glob("*.partial"))
     record, wanted = run.dir.records()["quantize"], expected.dir.records()["quantize"]
@@ -72,7 +71,7 @@ def test_text_that_changed_while_calibrate_was_at_work(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(calibrate, "output_fisher", killed)
+        patch.setattr("quantkit.statistics.fisher.output_fisher", killed)
         go_on(run, "calibrate")
     tokens = run.dir.artifacts.tokens
     before = tokens.read_bytes()
@@ -91,8 +90,8 @@ def test_answers_to_other_choices_are_forgotten(
     run = whole_run[0].fork(tmp_path / "run", "search")
     go_on(run, "search")
     (budget,) = load_budgets(run.dir)
-    wanted = load_allocation(run.artifacts, budget.limit_bytes)
-    folder = run.artifacts.answer(budget.limit_bytes)
+    wanted = load_allocation(run.dir.artifacts, budget.limit_bytes)
+    folder = run.dir.artifacts.answer(budget.limit_bytes)
     state = read_json(folder / "state.json")
     state["best"]["choices"] = [0 for _ in state["best"]["choices"]]
     write_json(folder / "state.json", state)
@@ -103,7 +102,7 @@ def test_answers_to_other_choices_are_forgotten(
     del manifest["sha256"]  # of what it held
     write_json(run.folder / "manifest.json", manifest)
     go_on(run, "search")
-    assert load_allocation(run.artifacts, budget.limit_bytes) == wanted
+    assert load_allocation(run.dir.artifacts, budget.limit_bytes) == wanted
     assert read_json(folder / "state.json")["best"]["choices"] != state["best"]["choices"]
 
 
