@@ -43,7 +43,7 @@ from quantkit.llamacpp.output import lay_out_output
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, read_json
 from quantkit.search.allocation import pruned
-from quantkit.search.propose import damages, knapsack
+from quantkit.search.propose import estimated_costs, knapsack
 from quantkit.stages import search
 
 MIXES = ("Q2_K", "IQ3_M", "IQ4_XS", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -174,7 +174,7 @@ def proposed_files(config: RunConfig, run: Path, sizes: list[int]) -> list[Path]
         space = replace(whole, limit_bytes=n_bytes)
         if not space.fits(space.smallest):
             continue
-        chosen = knapsack(space, damages(space))
+        chosen = knapsack(space, estimated_costs(space))
         keys = space.keys(chosen)
         types = {name: key.qtype for name, key in keys.items()}
         path = folder / f"{n_bytes}.gguf"

@@ -46,7 +46,7 @@ from quantkit.run.stage import Run
 from quantkit.search.allocation import Choices, SearchSpace, pruned
 from quantkit.search.evopress import Plan, SearchState, begin, evolve
 from quantkit.search.fitness import Fitness
-from quantkit.search.propose import damages, knapsack, uniform
+from quantkit.search.propose import estimated_costs, knapsack, uniform
 from quantkit.stages.search import make_space
 
 N_OFFSPRING, SURVIVORS, TOKENS, N_FIRST = 128, (16, 4, 1), (2048, 16_384, 131_072), 10
@@ -89,7 +89,7 @@ class Judge:
 
 def ours(judge: Judge, space: SearchSpace, n_tokens: int, seed: int) -> Iterator[Point]:
     """Without the stock mixes that a run also proposes."""
-    costs = damages(space)
+    costs = estimated_costs(space)
     plan = Plan.of(n_tokens, judge.n_sequences, judge.n_batch)
     first = [(knapsack(space, costs), "knapsack")]
     first += [(choices, "uniform") for choices in uniform(space, costs)]
@@ -256,7 +256,7 @@ def main() -> None:
         f" budget {space.limit_bytes:,} bytes",
         flush=True,
     )
-    kl = judge.last_word(knapsack(space, damages(space)))
+    kl = judge.last_word(knapsack(space, estimated_costs(space)))
     curves: dict[str, list[list[tuple[int, float]]]] = {
         "knapsack": [[(1000, kl), (arguments.plain, kl)]]
     }

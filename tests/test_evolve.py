@@ -183,7 +183,7 @@ def test_it_ends_when_tokens_bring_too_little() -> None:
 
 def test_it_learns_what_the_estimates_got_wrong() -> None:
     """Sixty tensors, estimates off by a factor of two: the search ends near what the knapsack finds
-    on the true damages, and far below what it finds on the estimates.
+    on the true costs, and far below what it finds on the estimates.
     """
     for seed in range(2):
         space, costs = problem(seed, 60)

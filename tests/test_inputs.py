@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantkit.config import RunConfig
-from quantkit.gptq.inputs import KnownInputs, lender_of, modules_of
+from quantkit.gptq.inputs import KnownInputs, modules_of, sibling_of
 from quantkit.model.row_maps import RowMap
 from quantkit.statistics.fisher import Fisher
 from quantkit.statistics.hessian import HessianCollector
@@ -44,18 +44,18 @@ def known(tmp_path: Path) -> KnownInputs:
 
 def test_inputs_are_forgotten_after_their_last_tensor(known: KnownInputs) -> None:
     assert [tensors for _, tensors in known.groups] == [["q", "k"], ["o"]]
-    with known.lent("q") as first:
+    with known.borrowed("q") as first:
         assert first is not None
-        with known.lent("k") as second:
+        with known.borrowed("k") as second:
             assert second is first  # factorized once
         left = weakref.ref(first)
     del first, second
     gc.collect()
     assert left() is None
-    with known.lent("o") as other:
+    with known.borrowed("o") as other:
         assert other is not None and len(other.train) == 48
     assert known.has("o") and not known.has("norm")
-    with known.lent("norm") as nothing:
+    with known.borrowed("norm") as nothing:
         assert nothing is None
     assert known.dampings() == []
 
@@ -82,7 +82,7 @@ def test_a_tied_table_is_solved_for_both_uses(tmp_path: Path, methods: tuple[str
     tied = RowMap("token_embd.weight", "embed.weight", False, None, "lm_head", True)
     config = RunConfig("m", methods=methods)
     known = KnownInputs(head_file(tmp_path), [tied.tensor], {tied.tensor: tied}, config, gradients)
-    with known.lent(tied.tensor) as inputs:
+    with known.borrowed(tied.tensor) as inputs:
         assert inputs is not None
         # llama.cpp's imatrix knows nothing of lookups, and has to find itself in ours.
         wanted = 0.6 * head[0] + looked_up[0] if "gptq" in methods else head[0]
@@ -101,7 +101,7 @@ def test_a_table_that_is_only_looked_up(tmp_path: Path) -> None:
     table = RowMap("token_embd.weight", "embed.weight", False, None, "embed", True)
     path = embedding_file(tmp_path)
     known = KnownInputs(path, [table.tensor], {table.tensor: table}, RunConfig("m"), gradients)
-    with known.lent(table.tensor) as inputs:
+    with known.borrowed(table.tensor) as inputs:
         assert inputs is not None and torch.equal(inputs.train, looked_up[0])
     sensitivity = sensitivity_of(gradients, table, "cpu")
     assert sensitivity is not None and sensitivity.outputs is None
@@ -121,10 +121,10 @@ def test_what_is_not_found_borrows_from_what_reads_the_same() -> None:
             found("blk.1.ffn_down.weight", "down"),
         )
     }
-    assert lender_of("blk.0.attn_k.weight", maps) == "blk.0.attn_v.weight", "columns in order"
-    assert lender_of("blk.1.ffn_gate.weight", maps) == "blk.1.ffn_up.weight"
+    assert sibling_of("blk.0.attn_k.weight", maps) == "blk.0.attn_v.weight", "columns in order"
+    assert sibling_of("blk.1.ffn_gate.weight", maps) == "blk.1.ffn_up.weight"
     strangers = ("blk.0.ffn_gate.weight", "blk.1.attn_k.weight", "blk.1.attn_output.weight", "x")
-    assert not any(lender_of(name, maps) for name in strangers)
+    assert not any(sibling_of(name, maps) for name in strangers)
     assert modules_of([*maps, "blk.0.attn_k.weight", *strangers], maps) == {
         "blk.0.attn_q.weight": "q",
         "blk.0.attn_v.weight": "v",

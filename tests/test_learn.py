@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from search_spaces import make_space
 
-from quantkit.search.learn import Outcome, believe
+from quantkit.search.learn import Outcome, posterior_of
 from quantkit.search.mutate import mutate
 
 N = 12
@@ -37,41 +37,45 @@ def outcomes(
 
 
 def test_nothing_is_believed_without_outcomes() -> None:
-    beliefs = believe(COSTS, [])
-    assert beliefs.costs is COSTS and not beliefs.partners
-    assert len(set(beliefs.doubt.tolist())) == 1
+    posterior = posterior_of(COSTS, [])
+    assert posterior.costs is COSTS and not posterior.partners
+    assert len(set(posterior.deviation.tolist())) == 1
 
 
 def test_the_factors_are_found() -> None:
-    """Estimates that are off by a factor of up to three come right; doubt goes down."""
+    """Estimates that are off by a factor of up to three come right; deviation goes down."""
     factors = np.exp(np.random.default_rng(1).uniform(-1, 1, N))
-    beliefs = believe(COSTS, outcomes(factors, {}, 80, 1e-3))
-    found = np.array([b[0] / c[0] for b, c in zip(beliefs.costs, COSTS, strict=True)])
+    posterior = posterior_of(COSTS, outcomes(factors, {}, 80, 1e-3))
+    found = np.array([b[0] / c[0] for b, c in zip(posterior.costs, COSTS, strict=True)])
     assert np.abs(np.log(found / factors)).max() < 0.1
-    assert beliefs.doubt.max() < 0.2 < believe(COSTS, []).doubt.min()
+    assert posterior.deviation.max() < 0.2 < posterior_of(COSTS, []).deviation.min()
 
 
 def test_a_tensor_that_never_moved_keeps_its_doubt() -> None:
-    beliefs = believe(COSTS, [Outcome(((0, 0, 1),), -1.5, 1e-4)])
-    fresh = believe(COSTS, []).doubt
-    assert beliefs.doubt[0] < 0.1 * fresh[0] and np.allclose(beliefs.doubt[1:], fresh[1:])
-    assert beliefs.costs[0][0] == pytest.approx(2.0, rel=0.05)  # 1.5 saved where 0.75 was promised
-    assert beliefs.costs[1] is not None and np.array_equal(beliefs.costs[1], COSTS[1])
+    posterior = posterior_of(COSTS, [Outcome(((0, 0, 1),), -1.5, 1e-4)])
+    fresh = posterior_of(COSTS, []).deviation
+    assert posterior.deviation[0] < 0.1 * fresh[0] and np.allclose(
+        posterior.deviation[1:], fresh[1:]
+    )
+    assert posterior.costs[0][0] == pytest.approx(
+        2.0, rel=0.05
+    )  # 1.5 saved where 0.75 was promised
+    assert posterior.costs[1] is not None and np.array_equal(posterior.costs[1], COSTS[1])
 
 
 def test_noise_teaches_little() -> None:
     """Outcomes whose error is ten times what they could say leave the estimates nearly alone."""
-    beliefs = believe(COSTS, outcomes(np.full(N, 3.0), {}, 10, 30.0))
-    found = np.array([b[0] / c[0] for b, c in zip(beliefs.costs, COSTS, strict=True)])
+    posterior = posterior_of(COSTS, outcomes(np.full(N, 3.0), {}, 10, 30.0))
+    found = np.array([b[0] / c[0] for b, c in zip(posterior.costs, COSTS, strict=True)])
     assert np.abs(np.log(found)).max() < 0.3
 
 
 @pytest.mark.parametrize(("strength", "way"), [(-0.8, 1), (0.8, -1)])
 def test_pairs_that_interact_are_found_and_others_are_not(strength: float, way: int) -> None:
-    beliefs = believe(COSTS, outcomes(np.ones(N), {(2, 7): strength}, 300, 1e-3))
-    assert beliefs.partners[2] == (7, way) and beliefs.partners[7] == (2, way)
-    assert len(beliefs.partners) <= 4
-    assert not believe(COSTS, outcomes(np.ones(N), {}, 300, 1e-3)).partners
+    posterior = posterior_of(COSTS, outcomes(np.ones(N), {(2, 7): strength}, 300, 1e-3))
+    assert posterior.partners[2] == (7, way) and posterior.partners[7] == (2, way)
+    assert len(posterior.partners) <= 4
+    assert not posterior_of(COSTS, outcomes(np.ones(N), {}, 300, 1e-3)).partners
 
 
 def test_partners_move_together() -> None:
@@ -92,15 +96,15 @@ def test_partners_move_together() -> None:
 def test_the_unit_of_the_damages_does_not_matter(seed: int, unit: float, n: int) -> None:
     told = outcomes(np.ones(N) * 2, {(0, 1): 0.5}, n, 0.01, seed)
     scaled = [Outcome(o.moves, o.change * unit, o.stderr * unit) for o in told]
-    here, there = believe(COSTS, told), believe([c * unit for c in COSTS], scaled)
+    here, there = posterior_of(COSTS, told), posterior_of([c * unit for c in COSTS], scaled)
     for one, other in zip(here.costs, there.costs, strict=True):
         assert np.allclose(one * unit, other, rtol=1e-6)
-    assert np.allclose(here.doubt, there.doubt, rtol=1e-5)
-    assert np.isfinite(here.doubt).all() and all(np.isfinite(c).all() for c in here.costs)
+    assert np.allclose(here.deviation, there.deviation, rtol=1e-5)
+    assert np.isfinite(here.deviation).all() and all(np.isfinite(c).all() for c in here.costs)
 
 
 def test_drawn_costs_scatter_as_doubted() -> None:
-    beliefs = believe(COSTS, outcomes(np.ones(N), {}, 40, 1e-3))
+    posterior = posterior_of(COSTS, outcomes(np.ones(N), {}, 40, 1e-3))
     rng = np.random.default_rng(0)
-    drawn = np.array([[c[0] for c in beliefs.drawn(rng)] for _ in range(2000)])
-    assert np.allclose(np.log(drawn).std(0), beliefs.doubt, rtol=0.1)
+    drawn = np.array([[c[0] for c in posterior.drawn(rng)] for _ in range(2000)])
+    assert np.allclose(np.log(drawn).std(0), posterior.deviation, rtol=0.1)

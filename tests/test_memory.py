@@ -1,4 +1,4 @@
-"""What is free, and tensors on a shelf."""
+"""What is free, and tensors on a spill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from quantkit.errors import UsageError
 from quantkit.machine import memory, room
-from quantkit.machine.memory import Shelf, free_memory
+from quantkit.machine.memory import SpillFile, free_memory
 
 
 def test_what_is_said_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,46 +90,46 @@ def test_a_ulimit_counts(option: str) -> None:
 
 @pytest.mark.parametrize("room", [0, 100, 1 << 20])
 def test_a_shelf_gives_back_the_same_bits(tmp_path: Path, room: int) -> None:
-    path = tmp_path / "new" / "shelf"
-    shelf = Shelf(path, room)
+    path = tmp_path / "new" / "spill"
+    spill = SpillFile(path, room)
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
     tensors = {k: (100 * torch.randn(2, 3, 4)).to(k) for k in kinds}
     for key, tensor in tensors.items():
-        assert shelf.put(key, tensor)
-    shelf.put(torch.float32, tensors[torch.float32] + 1)  # in the place of the first
+        assert spill.put(key, tensor)
+    spill.put(torch.float32, tensors[torch.float32] + 1)  # in the place of the first
     for key, tensor in tensors.items():
         expected = tensor + 1 if key == torch.float32 else tensor
-        assert torch.equal(shelf.get(key), expected)
-        assert shelf.get(key).dtype == key
+        assert torch.equal(spill.get(key), expected)
+        assert spill.get(key).dtype == key
     assert path.exists() == (room < 1 << 20)
     if room == 0:
         assert path.stat().st_size == sum(t.nbytes for t in tensors.values())
-    shelf.clear()
-    assert torch.float32 not in shelf
+    spill.clear()
+    assert torch.float32 not in spill
     assert not path.exists()
 
 
 def test_room_is_given_back(tmp_path: Path) -> None:
     """What is replaced or cleared does not count any longer."""
-    shelf = Shelf(tmp_path / "shelf", 100)
+    spill = SpillFile(tmp_path / "spill", 100)
     for _ in range(3):
         for _ in range(3):
-            shelf.put("a", torch.zeros(25))
-        shelf.clear()
-    assert not (tmp_path / "shelf").exists()
-    shelf.put("b", torch.zeros(25))
-    shelf.put("c", torch.ones(25))
-    assert (tmp_path / "shelf").stat().st_size == 100
-    assert torch.equal(shelf.get("c"), torch.ones(25))
+            spill.put("a", torch.zeros(25))
+        spill.clear()
+    assert not (tmp_path / "spill").exists()
+    spill.put("b", torch.zeros(25))
+    spill.put("c", torch.ones(25))
+    assert (tmp_path / "spill").stat().st_size == 100
+    assert torch.equal(spill.get("c"), torch.ones(25))
 
 
 def test_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf(tmp_path / "shelf", 0)
-    assert shelf.put("a", torch.zeros(4))
+    spill = SpillFile(tmp_path / "spill", 0)
+    assert spill.put("a", torch.zeros(4))
     monkeypatch.setattr(memory, "_DISK_LEFT", 1 << 62)
-    assert not shelf.put("b", torch.zeros(4))
-    assert "b" not in shelf
-    assert shelf.put("a", torch.ones(4))  # has its place already
-    assert torch.equal(shelf.get("a"), torch.ones(4))
-    assert not shelf.put("a", torch.ones(5))
-    assert "a" not in shelf
+    assert not spill.put("b", torch.zeros(4))
+    assert "b" not in spill
+    assert spill.put("a", torch.ones(4))  # has its place already
+    assert torch.equal(spill.get("a"), torch.ones(4))
+    assert not spill.put("a", torch.ones(5))
+    assert "a" not in spill

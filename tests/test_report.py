@@ -154,7 +154,7 @@ def test_weight_kl_is_a_column_where_it_was_measured() -> None:
 def test_the_verdict_is_against_the_best_file_of_at_most_our_size() -> None:
     found = report.verdict(report.read(values()))
     assert "Q5_1 pure" in found and "0.50 times" in found and "(less; significant" in found
-    assert "Q4_K_M," not in found, "larger files are no fair opponent"
+    assert "Q4_K_M," not in found, "larger files are no fair baseline"
 
 
 def test_the_verdict_knows_the_weights_too() -> None:
@@ -216,7 +216,7 @@ def family() -> dict[str, Any]:
 def test_every_file_of_a_family_has_its_verdict_and_its_losses() -> None:
     read = report.read(family())
     small, large = report.verdicts(read)
-    assert small.startswith(OURS) and "Q5_1 pure" in small, "larger files are not its opponents"
+    assert small.startswith(OURS) and "Q5_1 pure" in small, "larger files are not its baselines"
     assert "Q4_K_M, has" in large, "the closest of at most its size, whoever it is tested against"
     lines = report.losses(read)
     assert all(line.startswith("Tiny-EVO-Q6_K.gguf: ") for line in lines)

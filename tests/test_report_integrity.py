@@ -1,4 +1,4 @@
-"""Integrity checks on files that are right and on files that are not; the choice of opponents."""
+"""Integrity checks on files that are right and on files that are not; the choice of baselines."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from quantkit.config import PROFILES
 from quantkit.errors import QuantkitError
 from quantkit.evidence import integrity
 from quantkit.evidence.baselines import (
-    given_opponents,
+    given_baselines,
     stock_around,
-    stock_opponents,
-    uniform_opponents,
+    stock_baselines,
+    uniform_baselines,
 )
 from quantkit.evidence.meter import EFFORTS
 from quantkit.ggml import native
@@ -141,8 +141,8 @@ def test_stock_files_around_a_size(base: GgufFile) -> None:
 
 def test_the_rival_is_made_and_dropped(base: GgufFile, tmp_path: Path) -> None:
     n_bytes = stock_bytes(base, StockRecipe("Q5_0"))
-    opponents = stock_opponents(base, {n_bytes: None}, 2, {}, tmp_path)
-    (rival,) = [opponent for opponent in opponents if opponent.is_rival]
+    baselines = stock_baselines(base, {n_bytes: None}, 2, {}, tmp_path)
+    (rival,) = [baseline for baseline in baselines if baseline.is_rival]
     with rival.open() as path:
         assert path.stat().st_size >= n_bytes and path.parent == tmp_path
     assert not list(tmp_path.iterdir())
@@ -151,25 +151,25 @@ def test_the_rival_is_made_and_dropped(base: GgufFile, tmp_path: Path) -> None:
 def test_uniform_files_around_a_size(tmp_path: Path) -> None:
     for name, n_bytes in (("Q3_K", 30), ("Q4_K", 40), ("Q5_K", 50), ("Q6_K", 60)):
         (tmp_path / f"{name}.gguf").write_bytes(bytes(n_bytes))
-    assert [o.name for o in uniform_opponents(tmp_path, [45], 2)] == ["Q4_K", "Q5_K"]
-    assert [o.name for o in uniform_opponents(tmp_path, [45], 1)] == ["Q4_K"]
-    assert [o.name for o in uniform_opponents(tmp_path, [10], 2)] == ["Q3_K"]
-    several = uniform_opponents(tmp_path, [35, 45, 100], 2)
+    assert [o.name for o in uniform_baselines(tmp_path, [45], 2)] == ["Q4_K", "Q5_K"]
+    assert [o.name for o in uniform_baselines(tmp_path, [45], 1)] == ["Q4_K"]
+    assert [o.name for o in uniform_baselines(tmp_path, [10], 2)] == ["Q3_K"]
+    several = uniform_baselines(tmp_path, [35, 45, 100], 2)
     assert [o.name for o in several] == ["Q3_K", "Q4_K", "Q5_K", "Q6_K"], "each once"
-    assert uniform_opponents(tmp_path / "nowhere", [45], 2) == []
+    assert uniform_baselines(tmp_path / "nowhere", [45], 2) == []
 
 
 def test_each_of_several_files_has_its_rival(base: GgufFile, tmp_path: Path) -> None:
     small, large = (stock_bytes(base, StockRecipe(label)) for label in ("Q4_0", "Q6_K"))
-    found = stock_opponents(base, {small: None, large: "Q8_0"}, 1, {}, tmp_path)
+    found = stock_baselines(base, {small: None, large: "Q8_0"}, 1, {}, tmp_path)
     assert len({o.name for o in found}) == len(found), "nothing is measured twice"
     assert sum(o.is_rival for o in found) == 2 and found[-1].name == "Q8_0"
 
 
 def test_a_given_file_is_looked_for_when_it_is_opened(tmp_path: Path) -> None:
-    (opponent,) = given_opponents([str(tmp_path / "other.gguf")])
-    assert opponent.name == "other.gguf" and opponent.kind == "given"
-    with pytest.raises(QuantkitError, match="no file"), opponent.open():
+    (baseline,) = given_baselines([str(tmp_path / "other.gguf")])
+    assert baseline.name == "other.gguf" and baseline.kind == "given"
+    with pytest.raises(QuantkitError, match="no file"), baseline.open():
         pass
 
 

@@ -56,7 +56,7 @@ def test_gemma_4_a_block_at_a_time(tmp_path: Path) -> None:
             hidden, left = states.get(i, "cpu")
             call = blocks.trace(ids)[1][index]
             assert call.shared
-            states.put(i, blocks.run_block(index, hidden, call.with_left(left)), left)
+            states.put(i, blocks.run_block(index, hidden, call.with_shared_kv(left)), left)
     for i, logits in enumerate(wanted):
         hidden, left = states.get(i, "cpu")
         assert left.keys() == {"sliding_attention", "full_attention"}

@@ -320,7 +320,7 @@ def extra_weights(rng: random.Random, draft: Draft) -> str:
 
 @oddity(EITHER, "extra")
 def extra_layer(rng: random.Random, draft: Draft) -> str:
-    """Left by a merge, or a prediction head that config.json does not speak of."""
+    """SharedKV by a merge, or a prediction head that config.json does not speak of."""
     for name, tensor in list(draft.tensors.items()):
         if ".layers.1." in name:
             draft.tensors[name.replace(".layers.1.", ".layers.2.")] = tensor.clone()

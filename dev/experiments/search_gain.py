@@ -5,7 +5,7 @@
 RUN is the folder of a run that has its levels (`quantkit run`, not cleaned). The budgets are the
 sizes of all uniform files of its levels, and those half way between them. At each, three things are
 judged on sequences that no search has seen: the best uniform file that fits, the bytes that it
-leaves spent greedily; the knapsack on the estimated damages; the search, with several seeds.
+leaves spent greedily; the knapsack on the estimated costs; the search, with several seeds.
 Differences are paired by sequence.
 """
 
@@ -25,7 +25,7 @@ from search_efficiency import Judge, judge_of
 from quantkit.config import PROFILES
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.evopress import Plan, begin, evolve
-from quantkit.search.propose import Costs, damages, knapsack, uniform
+from quantkit.search.propose import Costs, estimated_costs, knapsack, uniform
 
 
 def budgets(space: SearchSpace) -> list[tuple[str, int]]:
@@ -72,7 +72,7 @@ def main() -> None:
     print("|---|---:|---:|---:|---|---|---|", flush=True)
     for name, n_bytes in budgets(whole):
         space = replace(whole, limit_bytes=n_bytes)
-        costs = damages(space)
+        costs = estimated_costs(space)
         uniforms = [judge.samples(choices) for choices in uniform(space, costs)]
         best = min(uniforms, key=lambda s: float(s.mean()))
         alone = judge.samples(knapsack(space, costs))

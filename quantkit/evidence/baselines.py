@@ -20,7 +20,7 @@ from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, make_stock, stock_
 
 
 @dataclass(frozen=True)
-class Opponent:
+class Baseline:
     """A file to measure. `open()` gives its path for as long as it is needed; `is_rival` marks the
     largest stock file of at most our size, which is looked at most closely.
     """
@@ -31,13 +31,13 @@ class Opponent:
     is_rival: bool = False
 
 
-def stock_opponents(
+def stock_baselines(
     base: GgufFile,
     sizes: Mapping[int, str | None],
     n_below: int,
     imatrix: Mapping[str, Floats],
     folder: Path,
-) -> list[Opponent]:
+) -> list[Baseline]:
     """For every one of our files, by bytes with the label it was asked to be like: the `n_below`
     largest stock files of at most its size, the next larger one, and the one it is like. Each is
     made by llama.cpp in `folder` when it is opened, with the same imatrix, and deleted afterwards.
@@ -52,7 +52,7 @@ def stock_opponents(
         for recipe in around:
             chosen[recipe] = chosen.get(recipe, False) or recipe == rival
     return [
-        Opponent(STOCK, str(r), partial(_made, base.path, r, imatrix, folder), is_rival)
+        Baseline(STOCK, str(r), partial(_made, base.path, r, imatrix, folder), is_rival)
         for r, is_rival in chosen.items()
     ]
 
@@ -66,7 +66,7 @@ def _recipes() -> list[StockRecipe]:
 def stock_around(
     weights: Mapping[StockRecipe, int], n_bytes: int, n_below: int, liked: str | None
 ) -> list[StockRecipe]:
-    """The recipes of `stock_opponents` for one file, by size; the one that it is like last.
+    """The recipes of `stock_baselines` for one file, by size; the one that it is like last.
     `weights` are the bytes of every recipe's file.
     """
     # Of two files of one size the mix is the better known name.
@@ -80,7 +80,7 @@ def stock_around(
     return chosen + [recipe for recipe in asked if recipe not in chosen]
 
 
-def uniform_opponents(levels: Path, sizes: Sequence[int], n_around: int) -> list[Opponent]:
+def uniform_baselines(levels: Path, sizes: Sequence[int], n_around: int) -> list[Baseline]:
     """Files of one level in the folder `levels`, quantized like the result but not searched: for
     every size the largest of at most that, then the next larger one, `n_around` in all.
     """
@@ -90,15 +90,15 @@ def uniform_opponents(levels: Path, sizes: Sequence[int], n_around: int) -> list
         below = [path for path in paths if path.stat().st_size <= n_bytes][-1:]
         above = [path for path in paths if path.stat().st_size > n_bytes][:1]
         chosen |= dict.fromkeys([*below, *above][:n_around])
-    return [Opponent(UNIFORM, p.stem, partial(as_it_is, p)) for p in chosen]
+    return [Baseline(UNIFORM, p.stem, partial(as_it_is, p)) for p in chosen]
 
 
-def given_opponents(names: Sequence[str]) -> list[Opponent]:
+def given_baselines(names: Sequence[str]) -> list[Baseline]:
     """What the user named; one on the Hub is downloaded when it is opened. Opening a broken one
     raises QuantkitError.
     """
     shown = zip(given.short_names(names), names, strict=True)
-    return [Opponent(GIVEN, short, partial(_located, name)) for short, name in shown]
+    return [Baseline(GIVEN, short, partial(_located, name)) for short, name in shown]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.evidence.baselines import Opponent
+from quantkit.evidence.baselines import Baseline
 from quantkit.evidence.report.measures import Measures
 from quantkit.evidence.report.schema import OURS
 from quantkit.gguf_file.read import GgufFile
@@ -81,14 +81,14 @@ class Meter:
 
         return progress
 
-    def ours(self, logits: BaseLogits | None, file: Opponent) -> dict[str, Any]:
+    def ours(self, logits: BaseLogits | None, file: Baseline) -> dict[str, Any]:
         """Everything that can be measured of an output; what cannot is in `measures`. `logits` are
         None where the base's predictions could not be computed.
         """
         with file.open() as path:
             return self._row(logits, file, path, self._kl(logits, file, path))
 
-    def beside(self, logits: BaseLogits | None, other: Opponent) -> dict[str, Any] | None:
+    def beside(self, logits: BaseLogits | None, other: Baseline) -> dict[str, Any] | None:
         """The same of a file beside ours; None where it cannot even be held against the base."""
 
         def measure() -> dict[str, Any] | None:
@@ -98,7 +98,7 @@ class Meter:
 
         return self.measures.take(other.name, measure)
 
-    def _kl(self, logits: BaseLogits | None, other: Opponent, path: Path) -> KLResult | None:
+    def _kl(self, logits: BaseLogits | None, other: Baseline, path: Path) -> KLResult | None:
         from evaluators import kl
 
         progress = self.step(f"KL of {other.name}")
@@ -108,7 +108,7 @@ class Meter:
         return self.measures.take(f"KL of {other.name}", measure)
 
     def _row(
-        self, logits: BaseLogits | None, other: Opponent, path: Path, result: KLResult | None
+        self, logits: BaseLogits | None, other: Baseline, path: Path, result: KLResult | None
     ) -> dict[str, Any]:
         from evaluators import kl
 
@@ -137,7 +137,7 @@ class Meter:
         return row
 
     def _figures(
-        self, other: Opponent, path: Path, result: KLResult | None, weights: KLResult | None
+        self, other: Baseline, path: Path, result: KLResult | None, weights: KLResult | None
     ) -> dict[str, Any]:
         from evaluators import kl
 

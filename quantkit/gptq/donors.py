@@ -18,14 +18,14 @@ PREFIX = "from "  # of the method that such a tensor is said to be by
 
 
 @dataclass(frozen=True)
-class Outsider:
+class Donor:
     """One such file, and what its tensors are called when they win."""
 
     method: str
     file: GgufFile
 
 
-def open_outsiders(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[Outsider]:
+def open_donors(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[Donor]:
     """The files that `--levels-from` names: paths or hf://owner/name/file.gguf.
 
     Raises UsageError for one that is not there, QuantkitError when a quantizable tensor of the
@@ -42,16 +42,16 @@ def open_outsiders(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> lis
                     " shape.",
                     "Give quantized GGUFs of the very model with --levels-from.",
                 )
-        found.append(Outsider(f"{PREFIX}{short}", file))
+        found.append(Donor(f"{PREFIX}{short}", file))
     return found
 
 
 def rows_of(
-    outsiders: Sequence[Outsider], tensor: str, types: Sequence[QuantType]
+    donors: Sequence[Donor], tensor: str, types: Sequence[QuantType]
 ) -> dict[tuple[QuantType, str], native.Bytes]:
     """What the files have of a tensor in one of `types`: packed rows by type and method."""
     return {
-        (stored.qtype, outsider.method): np.array(outsider.file.packed(tensor))
-        for outsider in outsiders
-        if (stored := outsider.file.tensors[tensor]).qtype in types and stored.qtype.is_quantized
+        (stored.qtype, donor.method): np.array(donor.file.packed(tensor))
+        for donor in donors
+        if (stored := donor.file.tensors[tensor]).qtype in types and stored.qtype.is_quantized
     }

@@ -27,13 +27,13 @@ def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, 
     """
     found = {}
     for name in tensors:
-        lender = name if name in maps else lender_of(name, maps)
+        lender = name if name in maps else sibling_of(name, maps)
         if lender is not None:
             found[name] = maps[lender].module
     return found
 
 
-def lender_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
+def sibling_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
     """A tensor found in the model that reads the same input as this one, columns in their order."""
     parts = tensor.split(".")
     for kinds in ONE_INPUT:
@@ -75,7 +75,7 @@ class KnownInputs:
         return tensor in self._group_of
 
     @contextmanager
-    def lent(self, tensor: str) -> Iterator[Inputs | None]:
+    def borrowed(self, tensor: str) -> Iterator[Inputs | None]:
         """The inputs of a tensor; None without statistics. Once for every tensor."""
         group = self._group_of.get(tensor)
         if group is None:

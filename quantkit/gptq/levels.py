@@ -19,8 +19,8 @@ from quantkit.ggml.types import FILE_TYPES, QuantType, file_label
 from quantkit.gguf_file.base import load_base, load_specs
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
-from quantkit.gptq.donors import PREFIX, Outsider, open_outsiders, rows_of
-from quantkit.gptq.inputs import KnownInputs, lender_of, make_inputs, modules_of
+from quantkit.gptq.donors import PREFIX, Donor, open_donors, rows_of
+from quantkit.gptq.inputs import KnownInputs, make_inputs, modules_of, sibling_of
 from quantkit.gptq.select import (
     Part,
     Solved,
@@ -70,11 +70,11 @@ def make_levels(run: Run) -> StageResult:
     done: dict[str, Any] = (
         read_json(done_path) if again and all(f.resumed for f in files.values()) else {}
     )
-    outsiders = open_outsiders(run.config.levels_from, specs)
+    donors = open_donors(run.config.levels_from, specs)
     maps = load_row_maps(made.row_maps)
     gradients = load_gradients(made.folder("calibrate"))
     units = list(_units(run, plan, maps))
-    work = _Work(run, base, plan, files, outsiders, maps, gradients)
+    work = _Work(run, base, plan, files, donors, maps, gradients)
     for position, unit in enumerate(units):
         if unit.name not in done:
             done[unit.name] = _solve_unit(unit, work)
@@ -147,7 +147,7 @@ class _Work:
     base: GgufFile
     plan: LevelPlan
     files: Mapping[QuantType, SlotFile]
-    outsiders: Sequence[Outsider]
+    donors: Sequence[Donor]
     maps: Mapping[str, RowMap]
     gradients: Gradients
 
@@ -176,9 +176,9 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
         choices = plan.choices(name)
         steps = [(q,) for q in choices] if weight.size > ALL_TYPES_AT_ONCE else [choices]
         solved: dict[QuantType, Solved] = {}
-        with known.lent(name) as inputs:
+        with known.borrowed(name) as inputs:
             for types in steps:
-                given = rows_of(work.outsiders, name, types)
+                given = rows_of(work.donors, name, types)
                 n_sweeps = run.profile.n_sweeps
                 solved |= solve_tensor(weight, types, methods, inputs, sensitivity, n_sweeps, given)
         return solved
@@ -199,7 +199,7 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
             keep(name, solved)
             fallbacks.extend(_method_fallbacks(name, solved, methods, known.has(name)))
             if name not in maps and known.has(name):
-                used = f"importances of {lender_of(name, maps)}"
+                used = f"importances of {sibling_of(name, maps)}"
                 reason = "it is not found in the model"
                 fallbacks.append(Fallback(name, "statistics of its own", used, reason))
         for experts in stacked:

@@ -1,4 +1,4 @@
-"""How much memory a run may take, and a shelf for tensors that may not fit into it.
+"""How much memory a run may take, and a spill file for tensors that may not fit into it.
 
 QUANTKIT_MEMORY (`12GiB`) is the most that a run may count on, of the machine's memory or of a
 GPU's; without it that is what is free (`quantkit.machine.room`). No result depends on it but
@@ -18,7 +18,7 @@ import torch
 from quantkit.machine import room
 from quantkit.sizes import parse_bytes
 
-_DISK_LEFT = 2_000_000_000  # bytes that a shelf leaves to others
+_DISK_LEFT = 2_000_000_000  # bytes that a spill file leaves to others
 
 
 def free_memory(device: str = "cpu") -> int:
@@ -38,7 +38,7 @@ def free_memory(device: str = "cpu") -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in the shelf's file."""
+    """Where a tensor lies in the file."""
 
     offset: int
     shape: torch.Size
@@ -46,9 +46,9 @@ class _Place:
     n_bytes: int
 
 
-class Shelf:
+class SpillFile:
     """Tensors by key: where they are while there is room, and after that in a file, which is
-    deleted with the shelf.
+    deleted with the spill file.
 
     Read and written as a file, not mapped: what lies there takes no memory of the process.
     """

@@ -161,12 +161,12 @@ class BlockCall:
     kwargs: dict[str, Any]
     shared: tuple[str, ...] = ()
 
-    def with_left(self, left: Left) -> BlockCall:
+    def with_shared_kv(self, shared_kv: SharedKV) -> BlockCall:
         """The same call after blocks that left this; what this block leaves is added to it."""
-        return replace(self, kwargs=self.kwargs | dict.fromkeys(self.shared, left))
+        return replace(self, kwargs=self.kwargs | dict.fromkeys(self.shared, shared_kv))
 
 
-Left = dict[str, tuple[torch.Tensor, ...]]  # by the names that the blocks give them
+SharedKV = dict[str, tuple[torch.Tensor, ...]]  # by the names that the blocks give them
 
 
 class BlockwiseModel:

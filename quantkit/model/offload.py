@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.machine.memory import Shelf
-from quantkit.model.blockwise import Left
+from quantkit.machine.memory import SpillFile
+from quantkit.model.blockwise import SharedKV
 
 
 class States:
@@ -21,35 +21,35 @@ class States:
 
     def __init__(self, path: Path, room: int, device: str | torch.device) -> None:
         """`room` is how many bytes may stay in the memory of `device`."""
-        self._shelf = Shelf(path, room)
+        self._spill = SpillFile(path, room)
         self._device = device
-        self._left: dict[Hashable, dict[str, int]] = {}
+        self._n_shared: dict[Hashable, dict[str, int]] = {}
 
-    def put(self, key: Hashable, hidden: torch.Tensor, left: Left) -> None:
+    def put(self, key: Hashable, hidden: torch.Tensor, shared_kv: SharedKV) -> None:
         """Keep a batch in the place of what had its key. Raises QuantkitError when there is no disk
         left for it.
         """
         self._put((key,), hidden)
-        for name, tensors in left.items():
+        for name, tensors in shared_kv.items():
             for i, tensor in enumerate(tensors):
                 self._put((key, name, i), tensor)
-        self._left[key] = {name: len(tensors) for name, tensors in left.items()}
+        self._n_shared[key] = {name: len(tensors) for name, tensors in shared_kv.items()}
 
-    def get(self, key: Hashable, device: str | torch.device) -> tuple[torch.Tensor, Left]:
+    def get(self, key: Hashable, device: str | torch.device) -> tuple[torch.Tensor, SharedKV]:
         """A batch, on `device`."""
-        left = {
-            name: tuple(self._shelf.get((key, name, i)).to(device) for i in range(n))
-            for name, n in self._left[key].items()
+        shared_kv = {
+            name: tuple(self._spill.get((key, name, i)).to(device) for i in range(n))
+            for name, n in self._n_shared[key].items()
         }
-        return self._shelf.get((key,)).to(device), left
+        return self._spill.get((key,)).to(device), shared_kv
 
     def clear(self) -> None:
         """Forget everything."""
-        self._shelf.clear()
-        self._left.clear()
+        self._spill.clear()
+        self._n_shared.clear()
 
     def _put(self, key: Hashable, tensor: torch.Tensor) -> None:
-        if not self._shelf.put(key, tensor.to(self._device)):
+        if not self._spill.put(key, tensor.to(self._device)):
             raise QuantkitError(
                 "There is no disk left for hidden states.", "Free some, or use a smaller --profile."
             )

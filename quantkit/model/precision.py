@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.model.blockwise import BlockCall, BlockwiseModel, Left
+from quantkit.model.blockwise import BlockCall, BlockwiseModel, SharedKV
 
 
 def prepare(model: BlockwiseModel) -> None:
@@ -62,12 +62,12 @@ def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Seque
     dtype = matrix_dtype(model)
     with _surroundings(model):
         hidden, calls = model.trace(ids)
-    left: Left = {}
+    shared_kv: SharedKV = {}
     narrowed = (
         replace(call, args=_narrow(call.args, dtype), kwargs=_narrow(call.kwargs, dtype))
         for call in calls
     )
-    return hidden.float(), [call.with_left(left) for call in narrowed]
+    return hidden.float(), [call.with_shared_kv(shared_kv) for call in narrowed]
 
 
 def logits(model: BlockwiseModel, states: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from quantkit.search.propose import Costs, knapsack
 
 def cap_types(
     space: SearchSpace,
-    damages: Callable[[SearchSpace], Costs],
+    estimated_costs: Callable[[SearchSpace], Costs],
     limits: Sequence[int],
     n_types: int,
 ) -> SearchSpace | None:
@@ -36,7 +36,7 @@ def cap_types(
             continue
         if any(capped.n_bytes(capped.smallest) > n_bytes for n_bytes in limits):
             continue
-        costs = damages(capped)
+        costs = estimated_costs(capped)
         score = sum(_log_damage(capped, costs, n_bytes) for n_bytes in limits)
         if best is None or score < best[0]:
             best = score, capped

@@ -2,8 +2,8 @@
 
 Follows Sieberling et al. 2024 (arXiv:2410.14649), with the choices that design and log explain: the
 first population is not random but proposed (knapsack, uniform levels, stock mixes); half of the
-offspring solve the knapsack again, near the parent, at damages drawn from what is believed of them;
-the others are mutations whose odds follow these beliefs, which every compared child corrects; all
+offspring solve the knapsack again, near the parent, at costs drawn from what is believed of them;
+the others are mutations whose odds follow the posterior, which every compared child corrects; all
 are compared with their parent on the same tokens; who is clearly behind leaves early, who is left
 meets more tokens; a child takes its parent's place only when it is better by more than the noise of
 the comparison; the search is over when its tokens no longer bring enough. The state is saved after
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.search.allocation import Choices, SearchSpace
-from quantkit.search.learn import Beliefs, Outcome, believe
+from quantkit.search.learn import Outcome, Posterior, posterior_of
 from quantkit.search.mutate import mutate
 from quantkit.search.optimizer import MOST_SEQUENCES, Evaluator, Problem, Step
 from quantkit.search.propose import Costs, knapsack, nearby
@@ -214,15 +214,15 @@ def evolve(
     """Run generations until the plan's tokens are used or bring too little; `on_generation` is
     called with the state after each.
 
-    `costs` are the estimated damages of every choice by itself.
+    `costs` are the estimated costs of every choice by itself.
     """
     while state.n_tokens < plan.n_tokens and not is_over(plan, state):
         parent = np.array(state.best.choices, np.int64)
         evaluator.set_parent(parent)
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng
-        beliefs = believe(costs, state.outcomes)
-        offspring = list(_offspring(space, parent, beliefs, plan, rng))
+        posterior = posterior_of(costs, state.outcomes)
+        offspring = list(_offspring(space, parent, posterior, plan, rng))
         if not offspring:
             return state
         winner, used, outcomes = _race(evaluator, plan, offspring, parent)
@@ -252,23 +252,23 @@ def is_over(plan: Plan, state: SearchState) -> bool:
 
 
 def _offspring(
-    space: SearchSpace, parent: Choices, beliefs: Beliefs, plan: Plan, rng: np.random.Generator
+    space: SearchSpace, parent: Choices, posterior: Posterior, plan: Plan, rng: np.random.Generator
 ) -> Iterator[tuple[Choices, str]]:
-    """Different children: the knapsack at the believed damages, then half by the knapsack near the
-    parent at drawn damages, half by mutation.
+    """Different children: the knapsack at the believed costs, then half by the knapsack near the
+    parent at drawn costs, half by mutation.
     """
     seen = {tuple(parent.tolist())}
     n_found = 0
     for attempt in range(4 * plan.n_offspring):
         if attempt == 0:
-            child, origin = knapsack(space, beliefs.costs), "knapsack"
+            child, origin = knapsack(space, posterior.costs), "knapsack"
         elif attempt % 2:
             n_raised = 1 + min(int(rng.geometric(0.6)) - 1, plan.max_raised - 1)
-            child = mutate(space, parent, beliefs.costs, rng, n_raised, beliefs.partners)
+            child = mutate(space, parent, posterior.costs, rng, n_raised, posterior.partners)
             origin = "mutation"
         else:
             n_moves = int(rng.integers(2, max(3, len(parent) // 4)))
-            child = nearby(space, parent, beliefs.drawn(rng), n_moves)
+            child = nearby(space, parent, posterior.drawn(rng), n_moves)
             origin = "knapsack"
         key = tuple(child.tolist())
         if key not in seen:

@@ -54,7 +54,7 @@ class AfterTuning:
 
 
 def costs_after(space: SearchSpace, costs: Costs) -> Costs:
-    """The estimated damages that tuning leaves."""
+    """The estimated costs that tuning leaves."""
     return [
         cost * LEFT if is_in_block(name) else cost
         for name, cost in zip(space.tensors, costs, strict=True)

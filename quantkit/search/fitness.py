@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantkit.machine.memory import Shelf, free_memory
+from quantkit.machine.memory import SpillFile, free_memory
 from quantkit.model import precision
 from quantkit.model.blockwise import BlockCall, BlockwiseModel
 from quantkit.model.row_maps import RowMap
@@ -71,7 +71,7 @@ class Fitness:
         room = STATES_SHARE * max(0, free_memory(str(device)) - taken)
         # Of the parent's passes, by first sequence and block: what the block reads, and after the
         # last block what the head reads.
-        self._states = Shelf(targets_path.with_name(f"states-{targets_path.name}"), int(room))
+        self._states = SpillFile(targets_path.with_name(f"states-{targets_path.name}"), int(room))
 
     @property
     def n_sequences(self) -> int:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from quantkit.search.allocation import Choices
 from quantkit.search.propose import Costs
 
-_DOUBT = 0.7  # of an estimated damage, as the deviation of its logarithm: dev/LOG.md
+_PRIOR_DEVIATION = 0.7  # of an estimated damage, as the deviation of its logarithm: dev/LOG.md
 _PAIR = 0.1  # deviation of a pair's term, as a share of the root of both changes' product
 _SURE = 2.0  # deviations by which a pair's term must be off zero to count as found
 _RANGE = (0.1, 10.0)  # of a factor
@@ -41,27 +41,27 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Beliefs:
-    """What is known of the damages. `doubt` is each tensor's: the deviation of the logarithm of its
-    costs. `partners` has, for tensors found to interact, the one each does so with most, and
+class Posterior:
+    """What is known of the costs. `deviation` is each tensor's, of the logarithm of its costs.
+    `partners` has, for tensors found to interact, the one each does so with most, and
     whether both should go the same way (+1) or opposite ways (-1).
     """
 
     costs: Costs
-    doubt: npt.NDArray[np.float64]
+    deviation: npt.NDArray[np.float64]
     partners: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def drawn(self, rng: np.random.Generator) -> Costs:
-        """Costs as they may be, drawn from the beliefs (Thompson sampling)."""
-        factors = rng.lognormal(0.0, self.doubt)
+        """Costs as they may be, drawn from the posterior (Thompson sampling)."""
+        factors = rng.lognormal(0.0, self.deviation)
         return [cost * factor for cost, factor in zip(self.costs, factors, strict=True)]
 
 
-def believe(costs: Costs, outcomes: Sequence[Outcome]) -> Beliefs:
-    """Beliefs after the outcomes; without any, the estimates `costs` as they are."""
-    doubt = np.full(len(costs), _DOUBT)
+def posterior_of(costs: Costs, outcomes: Sequence[Outcome]) -> Posterior:
+    """Return the posterior after the outcomes; without any, the estimates `costs` as they are."""
+    deviation = np.full(len(costs), _PRIOR_DEVIATION)
     if not outcomes:
-        return Beliefs(costs, doubt)
+        return Posterior(costs, deviation)
     estimated = np.zeros((len(outcomes), len(costs)))
     for row, outcome in zip(estimated, outcomes, strict=True):
         for tensor, before, after in outcome.moves:
@@ -72,7 +72,7 @@ def believe(costs: Costs, outcomes: Sequence[Outcome]) -> Beliefs:
     change = np.array([o.change for o in outcomes]) / scale
     noise = np.array([o.stderr for o in outcomes]) / scale
 
-    prior = float(np.expm1(_DOUBT**2))  # variance of a factor whose logarithm deviates by _DOUBT
+    prior = float(np.expm1(_PRIOR_DEVIATION**2))  # variance of a factor
     singles = estimated @ estimated.T
     pairs = ((roots @ roots.T) ** 2 - np.abs(estimated) @ np.abs(estimated).T) / 2
     covariance = prior * singles + _PAIR**2 * pairs + np.diag(noise**2)
@@ -83,9 +83,9 @@ def believe(costs: Costs, outcomes: Sequence[Outcome]) -> Beliefs:
     factors = np.clip(1 + prior * estimated.T @ weights, *_RANGE)
     explained = np.einsum("ai,ab,bi->i", estimated, inverse, estimated)
     variances = np.maximum(prior - prior**2 * explained, 0.0)
-    return Beliefs(
+    return Posterior(
         [cost * factor for cost, factor in zip(costs, factors, strict=True)],
-        np.minimum(np.sqrt(np.log1p(variances / factors**2)), _DOUBT),
+        np.minimum(np.sqrt(np.log1p(variances / factors**2)), _PRIOR_DEVIATION),
         _partners(roots, weights, inverse),
     )
 

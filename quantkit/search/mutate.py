@@ -28,7 +28,7 @@ def mutate(
     partners: Mapping[int, tuple[int, int]] | None = None,
 ) -> Choices:
     """A neighbour of `parent` within the budget: `n_raised` tensors go up a step, others come down
-    to pay for it. Each one raised takes its partner along (`learn.Beliefs`): up a step too, or
+    to pay for it. Each one raised takes its partner along (`learn.Posterior`): up a step too, or
     down.
 
     Whatever is left over then is spent. May return a copy of the parent when no swap is possible.

@@ -26,7 +26,7 @@ Costs = Sequence[npt.NDArray[np.float64]]
 """Estimated damage of every choice of every tensor."""
 
 
-def damages(space: SearchSpace) -> Costs:
+def estimated_costs(space: SearchSpace) -> Costs:
     """Estimated nats per token of every choice. Tensors without an estimate get the median rate of
     the others.
     """

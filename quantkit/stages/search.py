@@ -1,6 +1,6 @@
 """search: the type of every tensor, within the budget of the whole file's bytes.
 
-Proposes allocations from estimated damages, decides by KL to the full-precision model on held-out
+Proposes allocations from estimated costs, decides by KL to the full-precision model on held-out
 text (EvoPress); where files are tuned afterwards, by the KL that is expected then. Several budgets
 are searched one after the other, smallest first, with one evaluator; each begins with what was
 found for the one before. Writes `budgets.json` (the budgets that are met, those that are refused)
@@ -39,7 +39,7 @@ from quantkit.search.database import load_database
 from quantkit.search.evopress import EvoPress
 from quantkit.search.expected import AfterTuning, costs_after
 from quantkit.search.optimizer import MOST_SEQUENCES, Evaluator, Optimizer, Problem, Step
-from quantkit.search.propose import Costs, damages, knapsack, knapsacks, spend, uniform
+from quantkit.search.propose import Costs, estimated_costs, knapsack, knapsacks, spend, uniform
 from quantkit.search.workers import Workers
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages.tune import reason_not_to_tune
@@ -126,7 +126,7 @@ def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSp
     n_types = run.config.max_types
     if n_types is None:
         return pruned(space)
-    capped = cap_types(space, damages, [b.limit_bytes for b in budgets], n_types)
+    capped = cap_types(space, estimated_costs, [b.limit_bytes for b in budgets], n_types)
     if capped is None:
         raise QuantkitError(
             f"No {n_types} of the types meet every size.",
@@ -186,7 +186,9 @@ class _Searcher:
     ) -> None:
         self._run, self._base, self._space = run, base, space
         self._expects_tuning = expects_tuning
-        self._costs = costs_after(space, damages(space)) if expects_tuning else damages(space)
+        self._costs = (
+            costs_after(space, estimated_costs(space)) if expects_tuning else estimated_costs(space)
+        )
         self._budgets = budgets
         self._evaluator: Evaluator | None = None
 

@@ -26,7 +26,7 @@ from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.evidence import baselines, integrity
-from quantkit.evidence.baselines import Opponent, as_it_is
+from quantkit.evidence.baselines import Baseline, as_it_is
 from quantkit.evidence.meter import EFFORTS, Meter
 from quantkit.evidence.report import SCHEMA, write_report
 from quantkit.evidence.report.measures import Measures, reason_of
@@ -97,9 +97,9 @@ def _validate(run: Run) -> StageResult:
     text = next(iter(texts.values()))
     checks = {o.file: _checks(run, base, stitched / o.file, text, runtime) for o in outputs}
     ours = [
-        Opponent(OURS, o.file, partial(as_it_is, stitched / o.file), is_rival=True) for o in outputs
+        Baseline(OURS, o.file, partial(as_it_is, stitched / o.file), is_rival=True) for o in outputs
     ]
-    others = measures.take("files beside ours", lambda: _opponents(run, base, outputs)) or []
+    others = measures.take("files beside ours", lambda: _baselines(run, base, outputs)) or []
     items, reason = measures.take("zero-shot items", lambda: _items(run)) or (None, "see below")
     meter = Meter(run, base, runtime, items, measures, 1 + 3 * (len(ours) + len(others)))
     folder = run.artifacts.folder(NAME)
@@ -237,21 +237,21 @@ def _not_made(name: str, error: Exception) -> Check:
     return Check(name, False, f"not compared: {without_folders(reason_of(error)).rstrip('.')}")
 
 
-def _opponents(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Opponent]:
+def _baselines(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Baseline]:
     """Stock files around our sizes, our own uniform files around them, and what the user named."""
     imatrix = read_imatrix(run.artifacts.imatrix)
     effort = EFFORTS[run.config.profile]
     like = {str(t): t.mix for t in run.config.targets if t.mix}
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
-    uniform = baselines.uniform_opponents(run.artifacts.levels, list(sizes), effort.n_uniform)
+    uniform = baselines.uniform_baselines(run.artifacts.levels, list(sizes), effort.n_uniform)
     if effort.n_uniform and not uniform:
         run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
     return [
-        *baselines.stock_opponents(
+        *baselines.stock_baselines(
             base, sizes, effort.n_below, imatrix, run.artifacts.folder(NAME)
         ),
         *uniform,
-        *baselines.given_opponents(run.config.compare),
+        *baselines.given_baselines(run.config.compare),
     ]
 
 

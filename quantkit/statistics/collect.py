@@ -55,14 +55,14 @@ def collect(
                 for part, ids in tokens.items()
             }
             for i, (part, ids) in enumerate(batches):
-                hidden, left = states.get(i, device)
-                call = model.trace(ids)[1][index].with_left(left)
+                hidden, shared_kv = states.get(i, device)
+                call = model.trace(ids)[1][index].with_shared_kv(shared_kv)
                 with torch.no_grad(), ExitStack() as stack:
                     if not path.exists():
                         stack.enter_context(collectors[part].watching())
                         stack.enter_context(experts[part].watching())
                     hidden = model.run_block(index, hidden, call)
-                states.put(i, hidden, left)
+                states.put(i, hidden, shared_kv)
         summary |= save_statistics(path, collectors, in_blocks=True, experts=experts)
         run.events.progress(
             STAGE, index + 1, n_blocks + 1, f"block {index + 1} of {n_blocks}: activations"

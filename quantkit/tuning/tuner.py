@@ -25,7 +25,7 @@ from quantkit.ggml import native
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.machine.memory import free_memory
-from quantkit.model.blockwise import BlockCall, BlockwiseModel, Left, compute_dtype
+from quantkit.model.blockwise import BlockCall, BlockwiseModel, SharedKV, compute_dtype
 from quantkit.model.offload import States
 from quantkit.model.row_maps import RowMap
 from quantkit.tuning.tunable import Tunable
@@ -132,10 +132,10 @@ class Tuner:
                 if i in self._heldout:
                     self._put("plain", i, hidden, {})
 
-    def _put(self, stream: str, batch: int, hidden: torch.Tensor, left: Left) -> None:
-        self._streams[stream].put(batch, hidden, left)
+    def _put(self, stream: str, batch: int, hidden: torch.Tensor, shared_kv: SharedKV) -> None:
+        self._streams[stream].put(batch, hidden, shared_kv)
 
-    def _get(self, stream: str, batch: int) -> tuple[torch.Tensor, Left]:
+    def _get(self, stream: str, batch: int) -> tuple[torch.Tensor, SharedKV]:
         return self._streams[stream].get(batch, self._model.device)
 
     def _wanted(self, batch: int) -> torch.Tensor:
@@ -210,23 +210,23 @@ class Tuner:
         self, stream: str, index: int, batches: Sequence[int], weights: Mapping[str, torch.Tensor]
     ) -> None:
         for i in batches:
-            hidden, left = self._get(stream, i)
+            hidden, shared_kv = self._get(stream, i)
             with self._products():
-                answer = self._run(index, i, hidden, left, weights)
-            self._put(stream, i, answer.float(), left)
+                answer = self._run(index, i, hidden, shared_kv, weights)
+            self._put(stream, i, answer.float(), shared_kv)
 
     def _run(
         self,
         index: int,
         batch: int,
         hidden: torch.Tensor,
-        left: Left,
+        shared_kv: SharedKV,
         weights: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         """The hidden state after a block with other `weights`, by the names of its parameters; what
-        it leaves for later blocks is added to `left`.
+        it leaves for later blocks is added to `shared_kv`.
         """
-        call = self._batches[batch].calls[index].with_left(left)
+        call = self._batches[batch].calls[index].with_shared_kv(shared_kv)
         block, arguments = self._model.blocks[index], (hidden, *call.args)
         answer = functional_call(block, dict(weights), arguments, call.kwargs)
         return answer[0] if isinstance(answer, tuple) else answer
