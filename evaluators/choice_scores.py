@@ -65,7 +65,7 @@ class PrefixTree:
         self._children: dict[tuple[int, int], int] = {}  # (parent or -1, token) -> node
 
     def depth(self, ids: NDArray[np.int32]) -> int:
-        """How many first tokens of a sequence are in the tree."""
+        """Return how many first tokens of a sequence are in the tree."""
         node = -1
         for depth, token in enumerate(ids.tolist()):
             child = self._children.get((node, token))

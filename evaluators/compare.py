@@ -29,7 +29,7 @@ from evaluators.zeroshot import ZeroShotResult
 
 
 def paired_nll(a: KLResult, b: KLResult) -> PairedTest:
-    """Whether the mean -log p (ln perplexity) of two files differs on the same windows."""
+    """Return whether the mean -log p (ln perplexity) of two files differs on the same windows."""
     return paired_difference(
         [a.tokens[domain].nll for domain in a.tokens], [b.tokens[domain].nll for domain in a.tokens]
     )

@@ -207,7 +207,9 @@ def measure_weights(
 
 
 def paired_test(a: KLResult, b: KLResult) -> PairedTest:
-    """Whether the mean KL of two files differs on the same windows; below zero, `a` is better."""
+    """Return whether the mean KL of two files differs on the same windows; below zero, `a` is
+    better.
+    """
     if a.tokens.keys() != b.tokens.keys():
         raise EvaluationError(
             "The two files were not measured on the same texts.", "Measure them together."
@@ -230,7 +232,7 @@ def save_tokens(result: KLResult, path: Path) -> None:
 
 
 def weight_fields(result: KLResult) -> dict[str, Any]:
-    """What a file's JSON says about its weights alone."""
+    """Return what a file's JSON says about its weights alone."""
     return {
         "weight_kl": asdict(result.combined.kl),
         "weight_top1": result.combined.top1,

@@ -87,7 +87,7 @@ def check_gguf(path: Path) -> int:
 
 
 def check_context(path: Path, n_ctx: int, n_ctx_train: int) -> None:
-    """Raises EvaluationError when the model in `path` was not trained for `n_ctx` tokens."""
+    """Raise EvaluationError when the model in `path` was not trained for `n_ctx` tokens."""
     if n_ctx > n_ctx_train:
         raise EvaluationError(
             f"A context of {n_ctx} tokens is longer than the {n_ctx_train} that {path} was trained"
@@ -227,7 +227,7 @@ class Model(Opened):
         )
 
     def check_context(self, n_ctx: int) -> None:
-        """Raises EvaluationError when the model was not trained for `n_ctx` tokens."""
+        """Raise EvaluationError when the model was not trained for `n_ctx` tokens."""
         check_context(self.path, n_ctx, self.n_ctx_train)
 
 

@@ -185,7 +185,7 @@ def store_bytes(n_windows: int, n_ctx: int, first: int, n_vocab: int) -> int:
 
 
 def check_space(folder: Path, n_bytes: int, purpose: str, remedy: str) -> None:
-    """Raises EvaluationError when `folder`'s disk has no room for `n_bytes` more."""
+    """Raise EvaluationError when `folder`'s disk has no room for `n_bytes` more."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes + _SPARE_BYTES:
         raise EvaluationError(

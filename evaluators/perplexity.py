@@ -91,7 +91,7 @@ def perplexity_of(nll: MeanNats) -> Perplexity:
 
 
 def check_finite(values: F64, file: Path) -> None:
-    """Raises EvaluationError when a model's log-probabilities are NaN or infinite."""
+    """Raise EvaluationError when a model's log-probabilities are NaN or infinite."""
     if not np.isfinite(values).all():
         raise NotFinite(
             f"{file} gives logits that are not finite numbers.",

@@ -81,7 +81,7 @@ def windowed_interval(strata: Sequence[Array]) -> Interval:
 
 
 def paired_difference(a: Sequence[Array], b: Sequence[Array]) -> PairedTest:
-    """Whether two files differ: values [n_windows, n_scored] of each, one array per domain.
+    """Return whether two files differ: values [n_windows, n_scored] of each, one array per domain.
 
     The same token is measured for both, so what the passages themselves vary in cancels; what is
     left is averaged per window, because neighbouring tokens are not independent evidence.

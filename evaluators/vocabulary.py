@@ -158,7 +158,7 @@ class _Both:
         return list(ids[: max(n, 0)])
 
     def explain(self, text: str, wanted: list[int]) -> list[str] | None:
-        """What llama.cpp does differently by design, if that is all the difference."""
+        """Return what llama.cpp does differently by design, if that is all the difference."""
         for changed, reasons in self._equivalent(text):
             if self.original(changed) != wanted:
                 continue

@@ -34,8 +34,8 @@ def printable(text: str, kept: str = "\n\t") -> str:
 
 
 def check_writable_name(name: str) -> None:
-    """Raises UsageError for a name that no record could hold: bytes that are no UTF-8, or what
-    could steer a terminal.
+    """Raise UsageError for a name that no record could hold: bytes that are no UTF-8, or what could
+    steer a terminal.
     """
     if not name.isprintable():
         raise UsageError(

@@ -58,7 +58,7 @@ def run(
 
 
 def last_end(directory: RunDir) -> str:
-    """What is likely to have ended the last attempt, where that left no word; else nothing."""
+    """Return what is likely to have ended an attempt that left no word; else nothing."""
     events, _ = read_events(directory.events_path)
     if not events or (events[-1].kind in ("failed", "finished") and events[-1].stage is None):
         return ""
@@ -150,7 +150,7 @@ def publish(
 
 
 def load_config(directory: RunDir) -> RunConfig:
-    """What a run was asked for. Raises Damaged."""
+    """Return what a run was asked for. Raises Damaged."""
     try:
         return RunConfig.from_json(read_json(directory.config_path))
     except (KeyError, TypeError, AttributeError, UsageError) as error:

@@ -35,5 +35,5 @@ def parse_bytes(text: str) -> int:
 
 
 def size(n_bytes: int) -> str:
-    """Bytes for people: decimal MB, from a thousand of them GB."""
+    """Return the bytes for people: decimal MB, from a thousand of them GB."""
     return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"

@@ -19,7 +19,7 @@ ONE_INPUT = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
 
 
 def is_in_block(name: str) -> bool:
-    """Whether a GGUF's tensor lies in one of the model's blocks, by its name."""
+    """Return whether a GGUF's tensor lies in one of the model's blocks, by its name."""
     return name.startswith("blk.")
 
 
@@ -45,7 +45,7 @@ class TensorSpec:
         return self.n_elements // self.n_columns
 
     def n_bytes(self, qtype: QuantType | None = None) -> int:
-        """Bytes in `qtype`, by default as stored."""
+        """Return the bytes in `qtype`, by default as stored."""
         return (qtype or self.qtype).n_bytes(self.shape)
 
 

@@ -323,6 +323,21 @@ def test_every_module_says_what_it_is_for() -> None:
         assert ast.get_docstring(tree(path)) or not path.read_text("utf-8").strip(), short(path)
 
 
+_NOUNS = ("What", "Whether", "How", "Of", "Raises")
+
+
+def test_docstrings_are_imperative() -> None:
+    """Public functions say what they do: "Return the bytes of ...", not "What it takes"."""
+    found = []
+    for path in OURS:
+        for node in walk(tree(path)):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                said = ast.get_docstring(node) or ""
+                if said.startswith(tuple(f"{word} " for word in _NOUNS)):
+                    found.append(f"{short(path)}:{node.lineno}: {said.splitlines()[0]}")
+    assert not found, "\n".join(found)
+
+
 _VAGUE = re.compile(r"(^|_)(utils?|helpers?|misc|common)(_|$)")
 
 

@@ -36,7 +36,7 @@ class Domain:
 
     @property
     def sha256(self) -> str:
-        """Of the documents joined by blank lines, as UTF-8."""
+        """Return that of the documents joined by blank lines, as UTF-8."""
         return hashlib.sha256("\n\n".join(self.documents).encode()).hexdigest()
 
 

@@ -135,8 +135,8 @@ def free_text(
 
 
 def why_no_chat(chat: ChatTemplate) -> str:
-    """Why there is no chat template that takes a user's turn and an answer as plain text; nothing
-    where there is one.
+    """Return why there is no chat template that takes a user's turn and an answer as plain text;
+    nothing where there is one.
     """
     if not chat.exists:
         return "the tokenizer has no chat template"

@@ -120,7 +120,7 @@ def builtin_text(name: str, limit: int) -> Domain | None:
 
 
 def describe(domains: Iterable[tuple[Domain, float]]) -> list[dict[str, Any]]:
-    """What the report says about the calibration text."""
+    """Return what the report says about the calibration text."""
     return [
         {
             "name": d.name,

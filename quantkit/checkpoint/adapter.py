@@ -70,7 +70,7 @@ class Adapter:
 
 
 def read_adapter(model: str, paths: Iterable[str], config: dict[str, Any]) -> Adapter:
-    """Raises QuantkitError for adapters that are not plain LoRA in safetensors."""
+    """Raise QuantkitError for adapters that are not plain LoRA in safetensors."""
     present = set(paths)
     if WEIGHTS not in present:
         pickled = "adapter_model.bin" in present

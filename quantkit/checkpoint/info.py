@@ -106,7 +106,7 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def is_small_file(file: RepoFile) -> bool:
-    """Whether it is config, tokenizer, template, card or licence: wanted beside the weights."""
+    """Return whether the file is wanted beside the weights: config, tokenizer, template, card."""
     return (
         _SMALL.fullmatch(file.path) is not None
         and file.path.isprintable()  # of bytes that are no UTF-8 there is no record
@@ -124,7 +124,7 @@ def count_parameters(tensors: Iterable[StoredTensor | Expanded]) -> dict[str, in
 
 
 def is_adapter(paths: Iterable[str]) -> bool:
-    """Whether this is a PEFT adapter and not a whole model beside one."""
+    """Return whether this is a PEFT adapter and not a whole model beside one."""
     present = set(paths)
     return "adapter_config.json" in present and not (
         "config.json" in present and (SINGLE in present or INDEX in present)

@@ -49,7 +49,7 @@ class Source:
         return self.scheme != MXFP4
 
     def sentence(self, bases: Sequence[str]) -> str:
-        """What plan, log and card say."""
+        """Return what plan, log and card say."""
         if not self.is_expanded:
             return (
                 f"The source is stored in {self.scheme}: those tensors keep their type, the others"
@@ -89,7 +89,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def is_packed(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether any weight is stored as a quantized model's are."""
+    """Return whether any weight is stored as a quantized model's are."""
     return any(
         name.rpartition(".")[2] in PACKED_PARTS
         or (tensor.dtype.startswith(_PACKED_TYPES) and not name.endswith(_CONSTANT))
@@ -98,8 +98,8 @@ def is_packed(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def is_stale(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether config.json speaks of quantized weights, and none are: a fine-tune was saved with the
-    settings that its base was loaded with.
+    """Return whether config.json speaks of quantized weights, and none are: a fine-tune was saved
+    with the settings that its base was loaded with.
     """
     settings = quantization_of(config)
     if settings is None or is_packed(tensors):
@@ -126,8 +126,8 @@ class CannotExpand(QuantkitError):
 
 
 def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> Source | None:
-    """How the model is quantized, None if it is not. Raises QuantkitError, with the alternative,
-    for what cannot be expanded exactly as its own runtime would.
+    """Return how the model is quantized, None if it is not. Raises QuantkitError, with the
+    alternative, for what cannot be expanded exactly as its own runtime would.
     """
     settings = quantization_of(config)
     if settings is None:

@@ -102,7 +102,7 @@ class Scan:
 
 
 def header_length(start: bytes, name: str) -> int:
-    """Bytes of length field and JSON together, from the first 8 bytes of the file.
+    """Return the bytes of length field and JSON together, from the first 8 bytes of the file.
 
     Raises QuantkitError when no safetensors file starts like this.
     """

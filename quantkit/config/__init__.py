@@ -154,7 +154,7 @@ class RunConfig:
 
     @property
     def sizes(self) -> str:
-        """What was asked for, for people."""
+        """Return what was asked for, for people."""
         return ", ".join(map(str, self.targets)) or str(DEFAULT_TARGET)
 
     @property
@@ -202,7 +202,7 @@ class RunConfig:
     FREE_ON_RESUME = ("publish", "private", "public", "collection", *MEASURED_ON)
 
     def changed_fields(self, other: RunConfig) -> list[str]:
-        """Names of the fields that differ and decide the result."""
+        """Return the names of the fields that differ and decide the result."""
         names = [
             field.name
             for field in dataclasses.fields(self)

@@ -158,7 +158,7 @@ class FitsMemory(_Asked):
     def limit_bytes(
         self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
     ) -> int:
-        """What is left may be nothing at all."""
+        """Return what the memory leaves, which may be nothing at all."""
         memory, n_tokens = self.memory_and_context()
         return memory - context_bytes(n_tokens)
 

@@ -94,8 +94,8 @@ def uniform_baselines(levels: Path, sizes: Sequence[int], n_around: int) -> list
 
 
 def given_baselines(names: Sequence[str]) -> list[Baseline]:
-    """What the user named; one on the Hub is downloaded when it is opened. Opening a broken one
-    raises QuantkitError.
+    """Return what the user named; one on the Hub is downloaded when it is opened. Opening a broken
+    one raises QuantkitError.
     """
     shown = zip(given.short_names(names), names, strict=True)
     return [Baseline(GIVEN, short, partial(_located, name)) for short, name in shown]

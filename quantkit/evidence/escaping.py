@@ -80,8 +80,8 @@ def is_repo_id(text: str) -> bool:
 
 
 def metadata(card: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
-    """What is kept of a card's licence, languages and task, each of its usual shape; the rest is
-    left out.
+    """Return what is kept of a card's licence, languages and task, each of its usual shape; the
+    rest is left out.
     """
     kept: dict[str, Any] = {}
     for name in ("license", "language", "pipeline_tag"):

@@ -32,7 +32,7 @@ _ROWS = 2048  # decoded at once: some tens of MB
 
 
 def same_weights(file: GgufFile, max_rows: int | None = None) -> Check:
-    """Whether every quantized tensor has the same bits in our decoder as in llama.cpp's.
+    """Return whether every quantized tensor has the same bits in our decoder as in llama.cpp's.
 
     With `max_rows` only so many rows of each tensor are looked at, spread evenly.
     """
@@ -80,8 +80,8 @@ def _decoded(rows: native.Bytes, tensor: StoredTensor) -> native.Floats:
 
 
 def same_frame(file: GgufFile, base: GgufFile) -> Check:
-    """Whether all but the weights is the base's: tensor names, order and shapes, every metadata key
-    but the declared ones, and the bytes of tensors that kept their type.
+    """Return whether all but the weights is the base's: tensor names, order and shapes, every
+    metadata key but the declared ones, and the bytes of tensors that kept their type.
     """
     name = "header, tokenizer, chat template"
     shapes = [[(t.name, t.shape) for t in f.tensors.values()] for f in (file, base)]
@@ -156,7 +156,7 @@ def torch_logits(
 
 
 def agrees(file: GgufFile, agreement: Any, limit: float) -> bool:
-    """Whether the mean KL of an `evaluators.agreement.Agreement` is within `limit`.
+    """Return whether the mean KL of an `evaluators.agreement.Agreement` is within `limit`.
 
     In a mixture of experts a router's tie within rounding falls either way: there the trimmed mean
     has to be, and the mean of all tokens within ten times the limit.

@@ -55,7 +55,7 @@ class Original:
         return {"name": self.name, "folder": str(self.folder), "adapter": adapter}
 
     def readable(self) -> tuple[Path, ...]:
-        """What must be shown to a process that loads it."""
+        """Return what must be shown to a process that loads it."""
         folders = (self.folder, *([] if self.adapter is None else [self.adapter]))
         return tuple(path for folder in folders for path in templates.readable(folder))
 

@@ -46,7 +46,7 @@ class Grid:
 
 
 def levels_of(codes: torch.Tensor, table: tuple[int, ...] | None) -> torch.Tensor:
-    """What codes are multiplied with, float32: themselves, or their entry in the table."""
+    """Return what codes are multiplied with, float32: themselves, or their entry in the table."""
     if table is None:
         return codes.float()
     return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.long()]

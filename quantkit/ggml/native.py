@@ -95,7 +95,7 @@ def _each_block(n_rows: int, work: object) -> None:
 
 
 def requires_imatrix(qtype: QuantType) -> bool:
-    """Whether ggml aborts without importances for this type."""
+    """Return whether ggml aborts without importances for this type."""
     return bool(library().ggml_quantize_requires_imatrix(int(qtype.ggml)))
 
 

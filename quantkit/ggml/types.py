@@ -43,7 +43,7 @@ class QuantType:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes per block."""
+        """Return the bytes per block."""
         return gguf.GGML_QUANT_SIZES[self.ggml][1]
 
     @property
@@ -59,8 +59,8 @@ class QuantType:
         return n_columns % self.block_size == 0
 
     def row_bytes(self, n_columns: int) -> int:
-        """Bytes of one row of `n_columns` weights. Raises ValueError where the row does not divide
-        into blocks.
+        """Return the bytes of one row of `n_columns` weights. Raises ValueError where the row does
+        not divide into blocks.
         """
         if not self.fits(n_columns):
             raise ValueError(
@@ -69,7 +69,7 @@ class QuantType:
         return n_columns // self.block_size * self.block_bytes
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of `shape` (rows first, columns last)."""
+        """Return the bytes of a tensor of `shape` (rows first, columns last)."""
         n_rows = 1
         for n in shape[:-1]:
             n_rows *= n

@@ -28,7 +28,7 @@ _EMBEDDING = "token_embd.weight"
 
 
 def check_sound(file: GgufFile) -> None:
-    """Raises QuantkitError for a file whose tensors and settings do not belong together."""
+    """Raise QuantkitError for a file whose tensors and settings do not belong together."""
     for wrong in _wrong(file):
         raise QuantkitError(
             f"{shown(file.path.name)} is broken: {wrong}.", "Download or make it again."

@@ -102,13 +102,15 @@ def lay_out(
 
 
 def slot_bytes(base: GgufFile, n_bytes: int) -> int:
-    """Bytes that a tensor of `n_bytes` takes in a file laid out like `base`, padding included."""
+    """Return the bytes that a tensor of `n_bytes` takes in a file laid out like `base`, padding
+    included.
+    """
     return GGUFWriter.ggml_pad(n_bytes, base.alignment)
 
 
 def data_bytes(base: GgufFile, types: Mapping[str, QuantType]) -> int:
-    """Bytes that all tensors take with these types, padding included; those not named keep the
-    base's.
+    """Return the bytes that all tensors take with these types, padding included; those not named
+    keep the base's.
     """
     return sum(
         slot_bytes(base, types.get(t.name, t.qtype).n_bytes(t.shape)) for t in base.tensors.values()

@@ -49,7 +49,7 @@ def open_donors(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[D
 def rows_of(
     donors: Sequence[Donor], tensor: str, types: Sequence[QuantType]
 ) -> dict[tuple[QuantType, str], native.Bytes]:
-    """What the files have of a tensor in one of `types`: packed rows by type and method."""
+    """Return what the files have of a tensor in one of `types`: packed rows by type and method."""
     return {
         (stored.qtype, donor.method): np.array(donor.file.packed(tensor))
         for donor in donors

@@ -119,7 +119,7 @@ class KnownInputs:
         return prices[0].sum() * statistics.train + self._gradients.lookups.train
 
     def dampings(self) -> list[dict[str, Any]]:
-        """Of inputs whose Hessian was not positive definite at the usual damping."""
+        """Return the dampings of Hessians that were not positive definite at the usual one."""
         return [
             {"modules": list(statistics.modules), "damping": self._escalated[i]}
             for i, (statistics, _) in enumerate(self.groups)

@@ -251,7 +251,7 @@ def _solve_experts(
     methods, n_sweeps = run.config.methods, run.profile.n_sweeps
 
     def solve(experts: range) -> list[list[Part]]:
-        """Of every tensor what its experts became."""
+        """Return, for every tensor, what its experts became."""
         inputs = [make_inputs(*statistics.load(e), methods, run.config.device) for e in experts]
         parts = []
         for tensor in tensors:

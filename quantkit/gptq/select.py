@@ -173,7 +173,7 @@ def solve_rows(
 
 
 def experts_at_once(n_rows: int, n_columns: int, n_types: int) -> int:
-    """How many experts' tensors of this size `solve_experts` is handed on a GPU."""
+    """Return how many experts' tensors of this size `solve_experts` is handed on a GPU."""
     of_one = max(n_rows * n_columns * n_types, 8 * n_columns * n_columns)
     return max(1, _stacked_on_gpu() // of_one)
 

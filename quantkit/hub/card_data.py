@@ -20,7 +20,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of values only
 
 
 def front_matter(card: bytes) -> bytes:
-    """What lies between the first two lines of three dashes; nothing where there are none."""
+    """Return what lies between the first two lines of three dashes; nothing without them."""
     lines = card[: _MAX_BYTES + 8].removeprefix(b"\xef\xbb\xbf").lstrip().splitlines(keepends=True)
     if not lines or lines[0].rstrip() != b"---":
         return b""

@@ -51,7 +51,7 @@ def compare(
     token: str | None,
     private: bool = False,
 ) -> RepoChanges:
-    """What publishing `files` would change. Writes nothing.
+    """Return what publishing `files` would change. Writes nothing.
 
     `paths` says where the files lie that are here: small ones are compared by their content.
     Raises QuantkitError when the token may not write there.

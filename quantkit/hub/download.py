@@ -72,7 +72,9 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
 
 
 def cached_folder(info: ModelInfo) -> Path:
-    """Where the model's files lie, or would: its own folder, or its place in the Hub's cache."""
+    """Return where the model's files lie, or would: its own folder, or its place in the Hub's
+    cache.
+    """
     if info.local_path is not None:
         return Path(info.local_path)
     repo = constants.REPO_ID_SEPARATOR.join(["models", *info.id.split("/")])

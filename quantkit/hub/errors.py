@@ -87,7 +87,7 @@ def scrub(text: str, token: str | None = None) -> str:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may well succeed a little later."""
+    """Return whether the same request may well succeed a little later."""
     for link in chain_of(error):
         if isinstance(link, OfflineModeIsEnabled):
             return False
@@ -101,7 +101,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retry_after(error: BaseException) -> float:
-    """Seconds that the Hub asks to wait; 0 when it does not say."""
+    """Return the seconds that the Hub asks to wait; 0 when it does not say."""
     for link in chain_of(error):
         if isinstance(link, HfHubHTTPError):
             return float(link.response.extensions.get(_ASKED, 0.0))

@@ -14,7 +14,7 @@ _SCHEME = "hf://"
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError when `name` cannot be a GGUF to compare with. Reads nothing."""
+    """Raise UsageError when `name` cannot be a GGUF to compare with. Reads nothing."""
     if not name.endswith(".gguf"):
         raise UsageError(f"{name} is not a .gguf file.", _EXAMPLE)
     if name.startswith(_SCHEME):
@@ -45,8 +45,8 @@ def locate(name: str) -> Path:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """What files are called in tables: their own names, with the repository's or the folder's in
-    front where two have the same. Most publishers name theirs alike.
+    """Return what files are called in tables: their own names, with the repository's or the
+    folder's in front where two have the same. Most publishers name theirs alike.
     """
     own = [name.rsplit("/", 1)[-1] for name in names]
     found = []

@@ -94,7 +94,7 @@ def account(token: str) -> str:
 
 
 def machines(token: str | None = None) -> tuple[Machine, ...]:
-    """What the Hub offers and charges now. Raises QuantkitError when it does not answer."""
+    """Return what the Hub offers and charges now. Raises QuantkitError when it does not answer."""
     api = hf_api(token)
     found = call(api.list_jobs_hardware, Asked(thing="the Hub's machines"), token)
     return tuple(_machine(item) for item in found)
@@ -228,7 +228,7 @@ def lines(job: RemoteJob, token: str) -> Iterator[str]:
 
 
 def metrics(job: RemoteJob, token: str) -> dict[str, Any] | None:
-    """How busy the machine is right now; None when it does not say."""
+    """Return how busy the machine is right now; None when it does not say."""
     api = hf_api(token)
     try:
         return next(iter(api.fetch_job_metrics(job_id=job.id, namespace=job.owner)), None)
@@ -256,7 +256,7 @@ def make_bucket(name: str, token: str) -> str | None:
 
 
 def bucket_url(bucket: str, path: str) -> str:
-    """Where a file of a bucket is downloaded from by whoever may read it."""
+    """Return where a file of a bucket is downloaded from by whoever may read it."""
     return f"{endpoint()}/buckets/{bucket}/resolve/{path}"
 
 

@@ -94,7 +94,7 @@ def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
 
 
 def is_open(repo_id: str) -> bool:
-    """Whether everyone may read a model: asked without a token."""
+    """Return whether everyone may read a model: asked without a token."""
     api = hf_api(None)
     try:
         remote = call(lambda: api.model_info(repo_id), Asked(repo_id), None, PATIENT)

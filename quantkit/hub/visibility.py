@@ -23,7 +23,7 @@ def why_private(config: RunConfig, info: ModelInfo) -> str | None:
 
 
 def closed(info: ModelInfo) -> str:
-    """What the model or its base was when it was looked at: "private", "gated" or ""."""
+    """Return what the model or its base was when it was looked at: "private", "gated" or ""."""
     sources = _sources(info)
     if any(one.private for one in sources):
         return "private"

@@ -38,7 +38,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
     ) -> str:
-        """Raises QuantkitError for a template that cannot be used on these messages."""
+        """Raise QuantkitError for a template that cannot be used on these messages."""
         if self._process is None:
             special = self._tokenizer.special_tokens_map
             arguments = {
@@ -78,7 +78,7 @@ class _Process:
         self._close = weakref.finalize(self, _close, self._requests, self._answers)
 
     def ask(self, question: list[Any]) -> dict[str, Any]:
-        """Raises OSError or ValueError when there is no answer."""
+        """Raise OSError or ValueError when there is no answer."""
         deadline = time.monotonic() + _DEADLINE
         left = memoryview(json.dumps(question).encode() + b"\n")
         while left:

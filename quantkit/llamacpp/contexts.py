@@ -49,7 +49,7 @@ class ContextMemory:
 
     @property
     def usual_tokens(self) -> int:
-        """What is asked about where no context is named."""
+        """Return what is asked about where no context is named."""
         return min(_USUAL_TOKENS, self.trained_tokens or _USUAL_TOKENS)
 
     def n_bytes(self, n_tokens: int) -> int:
@@ -64,7 +64,7 @@ class ContextMemory:
 
 
 def context_memory(base: GgufFile) -> ContextMemory:
-    """Of a GGUF, whose header is enough. Where llama.cpp does not open it, counted from its
+    """Return what contexts of a GGUF take; its header is enough. Where llama.cpp does not open it, counted from its
     metadata as for a model without any of what makes caches smaller, and the `note` says so.
     """
     trained = _value(base, "context_length")
@@ -156,8 +156,8 @@ def _most(value: Any) -> int:
 
 
 def logs_of(path: str, contexts: Sequence[int]) -> list[str]:
-    """What llama.cpp says when it lays out contexts and allocates nothing. Empty where it does not
-    open the file.
+    """Return what llama.cpp says when it lays out contexts and allocates nothing. Empty where it
+    does not open the file.
     """
     import llama_cpp
 

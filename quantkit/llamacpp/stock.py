@@ -165,8 +165,8 @@ def _type(name: str) -> QuantType:
 
 
 def quantizable_tensors(base: Path) -> frozenset[str]:
-    """Names of the tensors that llama.cpp allows to be quantized: those a pure Q8_0 file would
-    touch.
+    """Return the names of the tensors that llama.cpp allows to be quantized: those a pure Q8_0 file
+    would touch.
     """
     stored = {name: t.qtype for name, t in GgufFile(base).tensors.items()}
     asked = stock_types(base, StockRecipe("Q8_0", pure=True))

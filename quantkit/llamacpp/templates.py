@@ -32,8 +32,8 @@ _MAX_LETTERS = 1_000_000
 
 
 def readable(folder: Path) -> tuple[Path, ...]:
-    """What a process needs to be shown for the files of a folder, which may be links: to the blobs
-    of the Hub's cache. Where a stranger's links lead else is not shown.
+    """Return what a process needs to be shown for the files of a folder, which may be links: to the
+    blobs of the Hub's cache. Where a stranger's links lead else is not shown.
     """
     real = folder.resolve()
     blobs = real.parent.parent / "blobs"

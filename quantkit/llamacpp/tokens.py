@@ -33,7 +33,7 @@ class Tokens:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What belongs into the log."""
+        """Return what belongs into the log."""
         if self.check.passed:
             return tuple(f"{sentence}." for sentence in self.apart)
         return (f"{self.check.name}: {self.check.about}.",)
@@ -57,8 +57,8 @@ class NotFound(TypedDict):
 
 
 def judged(said: Any) -> Tokens:
-    """What an answer of `compare_in` means, which a stranger may have given. That nothing could be
-    compared is a check that failed.
+    """Return what an answer of `compare_in` means, which a stranger may have given. That nothing
+    could be compared is a check that failed.
 
     Raises QuantkitError for tokens that are wrong.
     """
@@ -82,8 +82,8 @@ def judged(said: Any) -> Tokens:
 
 
 def compare_in(folder: str, gguf: str) -> dict[str, Any]:
-    """What a GGUF's tokens and the tokenizer in `folder` differ in, as JSON values; for a sandboxed
-    process.
+    """Return what a GGUF's tokens and the tokenizer in `folder` differ in, as JSON values; for a
+    sandboxed process.
     """
     from transformers import AutoTokenizer
 

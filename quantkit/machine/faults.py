@@ -33,7 +33,7 @@ class Place:
 
 
 def places(run: Path | None) -> list[Place]:
-    """Where a command writes; `run` is its folder, if it has one."""
+    """Return where a command writes; `run` is its folder, if it has one."""
     found = [] if run is None else [Place(run, "choose another --out")]
     found.append(Place(Path(_temporary()), "set TMPDIR to another folder"))
     home = os.path.expanduser("~")
@@ -51,7 +51,7 @@ def _temporary() -> str:
 def explain(
     error: BaseException, run: Path | None = None, needs: int = 0, stage: str = ""
 ) -> QuantkitError | None:
-    """What an error means for whoever gave the command; None where that is not known.
+    """Return what an error means for whoever gave the command; None where that is not known.
 
     `run` is the folder that is worked in; `needs` is about what memory the stage takes.
     """
@@ -294,7 +294,7 @@ def _size(n_bytes: int) -> str:
 
 
 def little_memory(needs: int, stage: str) -> str:
-    """What to say before a stage that takes more memory than there is; empty where there is
+    """Return what to say before a stage that takes more memory than there is; empty where there is
     enough.
     """
     for found in [room.free(), *room.limits()]:
@@ -311,8 +311,8 @@ _MAPPED = 1_000_000_000  # address space of libraries, stacks and arenas, beside
 
 
 def ended_for_memory(last: dict[str, Any]) -> str:
-    """Whether the process whose last words hold these counts of `room.kills` was likely ended by
-    the kernel for want of memory: a sentence, or nothing.
+    """Return whether the process whose last words hold these counts of `room.kills` was likely
+    ended by the kernel for want of memory: a sentence, or nothing.
     """
     now = room.kills()
     for where, said in (("group", "in this container or group"), ("machine", "on this machine")):

@@ -22,7 +22,7 @@ _DISK_LEFT = 2_000_000_000  # bytes that a spill file leaves to others
 
 
 def free_memory(device: str = "cpu") -> int:
-    """Bytes that a run may still take on a device: what is free there, and no more than
+    """Return the bytes that a run may still take on a device: what is free there, and no more than
     QUANTKIT_MEMORY; on a GPU less what PyTorch's tensors have of that already.
     """
     said = os.environ.get("QUANTKIT_MEMORY")

@@ -28,7 +28,7 @@ class Free:
 
     @property
     def is_limit(self) -> bool:
-        """Whether it is a `ulimit`, under which an allocation fails where it is made."""
+        """Return whether it is a `ulimit`, under which an allocation fails where it is made."""
         return "ulimit" in self.bound
 
 
@@ -41,7 +41,9 @@ _PLENTY = Free(1 << 62, "on this machine")
 
 
 def limits() -> list[Free]:
-    """What `ulimit` leaves of address space and data; the resident set's is a wish, and kept."""
+    """Return what `ulimit` leaves of address space and data; the resident set's is a wish, and
+    kept.
+    """
     import resource
 
     pages = _pages()
@@ -70,8 +72,8 @@ def _pages() -> list[int]:
 
 
 def kills() -> dict[str, int]:
-    """How many processes the kernel has ended for want of memory: in our own group, and on the
-    machine since it started. What is not known is not there.
+    """Return how many processes the kernel has ended for want of memory: in our own group, and on
+    the machine since it started. What is not known is not there.
     """
     found = {}
     for folder in _own_groups():

@@ -203,7 +203,7 @@ class BlockwiseModel:
         return next(self.model.get_input_embeddings().parameters()).device
 
     def is_held(self, index: int) -> bool:
-        """Whether block `index` has weights now."""
+        """Return whether block `index` has weights now."""
         return self._weights is None or index in self._held
 
     @contextmanager
@@ -232,7 +232,7 @@ class BlockwiseModel:
                 prepare(index)
 
     def text_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What takes part when text is read: not what sees or hears."""
+        """Return what takes part when text is read: not what sees or hears."""
         stack = self.blocks_name.rpartition(".")[0]
         parts = (self.model.get_submodule(stack), self.model.get_output_embeddings())
         read = {id(parameter) for part in parts for parameter in part.parameters()}

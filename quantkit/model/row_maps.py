@@ -311,7 +311,7 @@ def save_row_maps(maps: Mapping[str, RowMap], path: Path) -> None:
 
 
 def load_row_maps(path: Path) -> dict[str, RowMap]:
-    """What `save_row_maps` wrote, by tensor name."""
+    """Return what `save_row_maps` wrote, by tensor name."""
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
 

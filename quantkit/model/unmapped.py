@@ -12,7 +12,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def reason_of(metadata: Mapping[str, Any], tensor: str) -> str | None:
-    """Why a tensor is not in the model that transformers loads; None where it should be.
+    """Return why a tensor is not in the model that transformers loads; None where it should be.
 
     Args:
         metadata: the GGUF's keys.

@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:
-    """What was given of the evaluators' options."""
+    """Return what was given of the evaluators' options."""
     given = vars(arguments)
     found = [
         f"{flag}={value}" for flag, _, _ in _OPTIONS for value in given[flag[2:].replace("-", "_")]

@@ -97,8 +97,8 @@ def _count(tensors: Sequence[StoredTensor]) -> int:
 def stage_memory(
     config: RunConfig, base: GgufFile, levels: LevelPlan, hessian_bytes: int, free: int
 ) -> dict[str, int]:
-    """Bytes by stage on a machine with `free` bytes of memory; `hessian_bytes` are those of the
-    block that has most.
+    """Return the bytes by stage on a machine with `free` bytes of memory; `hessian_bytes` are those
+    of the block that has most.
     """
     # Here and below, what the stages themselves go by; they need torch.
     from quantkit.model.streaming import WHOLE_SHARE
@@ -158,8 +158,8 @@ def search_target_bytes(config: RunConfig, base: GgufFile) -> int:
 
 
 def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
-    """What tuning holds on its device, which has `free` bytes, the model included: without that
-    nothing is tuned.
+    """Return what tuning holds on its device, which has `free` bytes, the model included: without
+    that nothing is tuned.
     """
     shapes = _Shapes.of(base)
     beside = _tuned_block(config, shapes, free)

@@ -34,7 +34,7 @@ def in_words(coverage: dict[str, Any]) -> str:
 
 
 def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec]) -> Coverage:
-    """Of the model whose GGUF will have the tensors `specs`. `widths` are those of transformers'
+    """Foretell the coverage of the model whose GGUF will have the tensors `specs`. `widths` are those of transformers'
     blocks: columns -> rows of the largest weight (`quantkit.sources.fit`).
     """
     is_tied = "output.weight" not in specs

@@ -23,7 +23,7 @@ def look(config: RunConfig) -> list[str]:
 
 
 def check_text(path: Path) -> None:
-    """Raises QuantkitError when validate could not measure on this text."""
+    """Raise QuantkitError when validate could not measure on this text."""
     from evaluators.errors import EvaluationError
     from evaluators.texts import read_text
 
@@ -36,7 +36,7 @@ def check_text(path: Path) -> None:
 
 
 def check_items(path: Path) -> None:
-    """Raises QuantkitError when validate could not ask these questions."""
+    """Raise QuantkitError when validate could not ask these questions."""
     from evaluators import tasks
     from evaluators.errors import EvaluationError
 

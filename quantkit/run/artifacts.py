@@ -25,7 +25,7 @@ class Artifacts:
 
     @property
     def snapshot(self) -> Path:
-        """What is known of the model, and where its files are."""
+        """Return what is known of the model, and where its files are."""
         return self.folder("fetch") / "snapshot.json"
 
     # convert
@@ -52,7 +52,7 @@ class Artifacts:
 
     @property
     def checks(self) -> Path:
-        """How `base` was held against its original."""
+        """Return how `base` was held against its original."""
         return self.folder("convert") / "checks.json"
 
     # calibrate
@@ -64,7 +64,7 @@ class Artifacts:
 
     @property
     def calibration(self) -> Path:
-        """What the tokens were taken from, as JSON."""
+        """Return what the tokens were taken from, as JSON."""
         return self.folder("calibrate") / "calibration.json"
 
     @property
@@ -132,7 +132,7 @@ class Artifacts:
 
     @property
     def tuning(self) -> Path:
-        """What tuning came to, by budget, as JSON."""
+        """Return what tuning came to, by budget, as JSON."""
         return self.folder("tune") / "tuning.json"
 
     # stitch, validate, publish

@@ -193,8 +193,8 @@ class RunDir:
         )
 
     def is_whole(self, output: OutputFile, hashing: bool = False) -> bool:
-        """Whether the file is there with the recorded bytes. Contents are hashed when the file was
-        touched since, and always with `hashing`: a bad disk changes bytes and no time.
+        """Return whether the file is there with the recorded bytes. Contents are hashed when the
+        file was touched since, and always with `hashing`: a bad disk changes bytes and no time.
         """
         path = self.path / output.path
         if not path.is_file():
@@ -227,7 +227,7 @@ class RunDir:
             yield
 
     def is_locked(self) -> bool:
-        """Whether a process is at work in the folder."""
+        """Return whether a process is at work in the folder."""
         lock = self.path / "lock"
         if not lock.exists():
             return False

@@ -26,7 +26,7 @@ def failed(error: QuantkitError) -> int:
 
 
 def bug(error: Exception, folder: Path | None) -> QuantkitError:
-    """What to say of an error that nobody foresaw. Its traceback goes into a file."""
+    """Return what to say of an error that nobody foresaw. Its traceback goes into a file."""
     told = f"{type(error).__name__}: {error}".strip().rstrip(".")
     text = "".join(traceback.format_exception(error))
     with suppress(OSError):

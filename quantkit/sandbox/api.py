@@ -59,7 +59,7 @@ def stream(
 
 @cache
 def protection() -> Protection:
-    """What is in force on this machine. Tried once: a child starts and says it."""
+    """Return what is in force on this machine. Tried once: a child starts and says it."""
     with Child(Job("quantkit.sandbox.in_force:nothing", {}, Limits(10, 20))) as child:
         for _ in child.messages():
             pass

@@ -28,7 +28,7 @@ class Protection:
 
     @property
     def files(self) -> bool:
-        """Whether the kernel keeps it from other files."""
+        """Return whether the kernel keeps it from other files."""
         return self.landlock > 0 or "mount" in self.namespaces
 
     @property
@@ -79,4 +79,4 @@ class Protection:
 
 
 def nothing() -> None:
-    """What a child does that is only asked for its protection."""
+    """Return what a child does that is only asked for its protection."""

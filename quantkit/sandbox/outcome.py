@@ -29,7 +29,7 @@ def check(job: Job, ended: Ended, last: Mapping[str, Any]) -> None:
 
 
 def reason(limits: Limits, ended: Ended, last: Mapping[str, Any]) -> str:
-    """Why there is no answer, as a clause."""
+    """Return why there is no answer, as a clause."""
     memory = f"needed more than its {limits.memory_bytes:,} bytes of memory"
     by_limit = {
         "wall": f"was stopped after {limits.wall_seconds:,} seconds",

@@ -26,8 +26,8 @@ _SYSTEM = (
 
 @cache
 def import_path() -> tuple[str, ...]:
-    """Where modules come from: this code, the standard library and installed packages. Neither the
-    current folder nor PYTHONPATH is among them, and no .pth file is looked at again.
+    """Return where modules come from: this code, the standard library and installed packages.
+    Neither the current folder nor PYTHONPATH is among them, and no .pth file is looked at again.
     """
     homes = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.base_exec_prefix)]
     homes += [Path(text) for text in site.getsitepackages()]

@@ -130,8 +130,8 @@ class Child:
         self.close()
 
     def messages(self) -> Iterator[dict[str, Any] | None]:
-        """What the worker says, as it says it; None a few times a second, for the caller to look
-        around. After the last, `ended` is filled in.
+        """Return what the worker says, as it says it; None a few times a second, for the caller to
+        look around. After the last, `ended` is filled in.
         """
         spoken = time.monotonic()
         deadline = spoken + self.job.limits.wall_seconds + _GRACE_SECONDS

@@ -37,7 +37,7 @@ _taken: dict[str, str] = {}
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of this name holds something that only its owner may know."""
+    """Return whether a variable of this name holds something that only its owner may know."""
     return _SECRET.fullmatch(name) is not None and name != DESCRIPTOR
 
 

@@ -66,7 +66,7 @@ class SearchSpace:
         return self.n_choices - 1
 
     def step_bytes(self, tensor: int, old: int, new: int) -> int:
-        """How much the file grows when a tensor goes from one choice to another."""
+        """Return how much the file grows when a tensor goes from one choice to another."""
         return self.slot_bytes[tensor][new] - self.slot_bytes[tensor][old]
 
     def free_bytes(self, choices: Choices) -> int:

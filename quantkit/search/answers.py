@@ -35,7 +35,7 @@ def by_name(space: SearchSpace, choices: Choices) -> dict[str, dict[str, str]]:
 
 
 def fingerprint(space: SearchSpace) -> str:
-    """Of all that the numbers of choices stand for: sha256 of the candidates and their bytes."""
+    """Return the sha256 of all that the numbers of choices stand for: candidates and bytes."""
     rows = [[to_json(c.key), c.n_bytes] for of_tensor in space.candidates for c in of_tensor]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

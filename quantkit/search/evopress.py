@@ -243,7 +243,7 @@ def evolve(
 
 
 def is_over(plan: Plan, state: SearchState) -> bool:
-    """Whether the last generations brought too little for their tokens."""
+    """Return whether the last generations brought too little for their tokens."""
     if state.generation < plan.patience:
         return False
     _, tokens_before, kl_before, _ = state.history[-1 - plan.patience]

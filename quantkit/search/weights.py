@@ -115,8 +115,8 @@ class Weights:
         return found
 
     def values(self, tensor: int, choice: int) -> torch.Tensor:
-        """What the bytes of a choice stand for: float32 (n_rows, n_columns), on the GPU where
-        that is the model's device and can read the type, else on the CPU.
+        """Return what the bytes of a choice stand for: float32 (n_rows, n_columns), on the GPU
+        where that is the model's device and can read the type, else on the CPU.
         """
         candidate = self._space.candidates[tensor][choice]
         map_ = self._maps[tensor]

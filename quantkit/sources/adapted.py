@@ -88,7 +88,7 @@ def changes(
     stored: Mapping[str, StoredTensor],
     base: Base,
 ) -> Changes:
-    """What the adapter's `tensors` do to the base's `stored` ones.
+    """Return what the adapter's `tensors` do to the base's `stored` ones.
 
     Raises QuantkitError where a part of the adapter has no place in the base, and where PEFT would
     leave a part out or draw one at random.

@@ -69,7 +69,7 @@ class Report(TypedDict):
 
 
 def check_fit(folder: Path) -> Fit:
-    """Of the checkpoint in `folder`, whose weights may be shells (`sources.fetch_metadata`).
+    """Look at the checkpoint in `folder`, whose weights may be shells (`sources.fetch_metadata`).
 
     Raises QuantkitError, naming tensors and settings, for what transformers would not load whole.
     """
@@ -102,7 +102,7 @@ _LIMITS = sandbox.Limits(
 def judge(
     report: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> Fit:
-    """What `quantkit.sources.expected.compare` found, as a Fit. Raises QuantkitError."""
+    """Return what `quantkit.sources.expected.compare` found, as a Fit. Raises QuantkitError."""
     for refusal in _refusals(report, config, tensors):
         raise refusal
     unread = tuple(report["unread"])
@@ -238,7 +238,7 @@ def copies(tied: Sequence[tuple[str, str]], info: ModelInfo, token: str | None) 
 
 
 def kept_notes(tied: Sequence[tuple[str, str]], copied: Collection[str]) -> list[str]:
-    """What is said of `tied` tensors that are none of the copies."""
+    """Return what is said of `tied` tensors that are none of the copies."""
     return [
         f"{shown(copy)} is another than {shown(of)}, though config.json says that they are one:"
         " transformers uses both, and so does the GGUF."

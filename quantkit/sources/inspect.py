@@ -62,7 +62,7 @@ _OF_BASE = ("license", "license_name", "license_link", "language", "pipeline_tag
 
 
 def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
-    """What the model is and whether it can be quantized, without downloading weights.
+    """Return what the model is and whether it can be quantized, without downloading weights.
 
     Raises QuantkitError for everything that is refused; ValueError for the demo, which has no
     files until `quantkit.sources.demo` has made them (inspect that folder instead).

@@ -102,7 +102,7 @@ class Search(Stage):
         return StageResult(outputs, {"budgets": summaries, "n_refused": len(refused)})
 
     def last_reader(self, path: str) -> str:
-        """What was found stands in the report."""
+        """Return what was found stands in the report."""
         return "validate"
 
 

@@ -157,7 +157,7 @@ def load_statistics(path: Path) -> list[InputStatistics]:
 
 
 def load_expert_statistics(path: Path) -> list[ExpertStatistics]:
-    """What is stored of the inputs of a block's experts; empty for a block without any."""
+    """Return what is stored of the inputs of a block's experts; empty for a block without any."""
     with safe_open(path, "pt") as file:
         table = json.loads(file.metadata().get("experts", "{}"))
     return [
@@ -209,8 +209,8 @@ def load_gradients(folder: Path) -> Gradients:
 
 
 def sensitivity_of(gradients: Gradients, row_map: RowMap | None, device: str) -> Sensitivity | None:
-    """What errors in a GGUF tensor cost, rows in the file's order; None where its gradients are not
-    known.
+    """Return what errors in a GGUF tensor cost, rows in the file's order; None where its gradients
+    are not known.
 
     A tied embedding is both a table that is looked up and the output head.
     """

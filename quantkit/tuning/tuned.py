@@ -34,7 +34,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def is_tuned(file: str) -> bool:
-    """Whether a level file of this name was tuned after the search."""
+    """Return whether a level file of this name was tuned after the search."""
     return file.startswith(_PREFIX)
 
 
@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def in_short(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """Return what the report says of it."""
         return {
             "steps": self.n_steps,
             "kl_before": self.kl_before,
@@ -63,7 +63,7 @@ class Outcome:
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
-        """What `tune_file` wrote into the folder of its file, None where nothing was tuned."""
+        """Return what `tune_file` wrote beside its file, None where nothing was tuned."""
         if not (folder / _OUTCOME).exists():
             return None
         value = read_json(folder / _OUTCOME)
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def lack_of_memory(needed: int, free: int) -> str:
-    """Why files are not tuned where memory is missing; empty where there is enough."""
+    """Return why files are not tuned where memory is missing; empty where there is enough."""
     if needed <= free:
         return ""
     return f"tuning takes {size(needed)} and {size(free)} are free"
@@ -96,8 +96,8 @@ def load_tuner(
     scratch: Path,
     exact: bool,
 ) -> Tuner:
-    """What tunes the tensors of `stored`, with the row maps and the tokens of these files; for the
-    others see `Tuner`.
+    """Return what tunes the tensors of `stored`, with the row maps and the tokens of these files;
+    for the others see `Tuner`.
     """
     from safetensors.torch import load_file
 

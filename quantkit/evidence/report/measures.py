@@ -23,7 +23,7 @@ class Measures:
         self.missing: list[dict[str, str]] = []
 
     def take(self, name: str, measure: Callable[[], T]) -> T | None:
-        """What `measure` returns; None where it fails, of whatever kind the failure is."""
+        """Return what `measure` returns; None where it fails, of whatever kind the failure is."""
         try:
             return measure()
         except Exception as error:
@@ -34,8 +34,8 @@ class Measures:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a measure could not be taken, as a sentence. What is to be done about it would be told
-    of another command's options.
+    """Return why a measure could not be taken, as a sentence. What is to be done about it would be
+    told of another command's options.
     """
     told = error if isinstance(error, QuantkitError) else faults.explain(error)
     if told is not None:

@@ -172,7 +172,7 @@ def languages(report: Report) -> Table | None:
 
 
 def tails(report: Report) -> Table | None:
-    """How the KL is spread over tokens, and the ratio of perplexities."""
+    """Return how the KL is spread over tokens, and the ratio of perplexities."""
     lines = tuple(
         Line(
             row.kind,
@@ -243,7 +243,7 @@ def checks(report: Report) -> Table | None:
 
 
 def fallbacks(report: Report) -> Table | None:
-    """What was asked, what was used, why, and for how many tensors."""
+    """Return what was asked, what was used, why, and for how many tensors."""
     groups = text.fallback_groups(report)
     if not groups:
         return None

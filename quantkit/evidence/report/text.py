@@ -125,8 +125,8 @@ def _compare_verdict(report: Report) -> str:
 
 
 def losses(report: Report) -> list[str]:
-    """Where an output loses: files of at most its size that are closer to the base, and domains in
-    which one is. Empty when there is nothing.
+    """Return where an output loses: files of at most its size that are closer to the base, and
+    domains in which one is. Empty when there is nothing.
     """
     if len(report.outputs) > 1:
         found = [(o, losses(report.about(o))) for o in report.outputs]
@@ -205,7 +205,7 @@ def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
 
 
 def protocol_line(report: Report) -> str:
-    """How it was measured, and on what."""
+    """Return how it was measured, and on what."""
     text = f"Protocol: {report.protocol}. Text: {', '.join(report.texts)}"
     if report.kind == "run":
         text += ", not seen by any earlier stage"

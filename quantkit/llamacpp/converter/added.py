@@ -44,8 +44,8 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def unread(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
-    """Names of tensors that transformers ignores by a rule of its own and llama.cpp need not have:
-    keys and values of Gemma 4's blocks that share those of blocks before.
+    """Return the names of tensors that transformers ignores by a rule of its own and llama.cpp need
+    not have: keys and values of Gemma 4's blocks that share those of blocks before.
     """
     text = config.get("text_config") or config
     n_shared = text.get("num_kv_shared_layers") or 0

@@ -119,8 +119,8 @@ class Checked:
 
 
 def accept_pre_tokenizer(job: dict[str, Any]) -> None:
-    """Where the converter does not know a tokenizer, use `job["pre"]` for it. If that is not given,
-    tell the parent how the tokenizer splits the probes, and go on to a skeleton, in whose
+    """Return where the converter does not know a tokenizer, use `job["pre"]` for it. If that is not
+    given, tell the parent how the tokenizer splits the probes, and go on to a skeleton, in whose
     vocabulary the right one can be looked for.
     """
     from conversion.base import TextModel

@@ -21,7 +21,7 @@ _LIMITS = sandbox.Limits(cpu_seconds=60, wall_seconds=300)  # 100,000 files on a
 
 
 def check_floor(environment: Mapping[str, str] | None = None) -> None:
-    """Raises QuantkitError on a page for strangers that lacks any of it. Elsewhere, what is missing
+    """Raise QuantkitError on a page for strangers that lacks any of it. Elsewhere, what is missing
     is said (quantkit.sandbox.Protection), because only the user's own models are at stake.
     """
     environment = os.environ if environment is None else environment

@@ -58,7 +58,7 @@ _REMEDY = (
 
 
 def install_dir() -> Path:
-    """Where the pinned converter lives; the hash in the name keeps versions apart."""
+    """Return where the pinned converter lives; the hash in the name keeps versions apart."""
     return home() / f"converter-{VERSION}-{TREE_SHA256[:8]}"
 
 

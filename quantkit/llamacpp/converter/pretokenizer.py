@@ -38,7 +38,7 @@ PROBES = (
 
 
 def candidates(tree: Path) -> list[str]:
-    """Names of pre-tokenizers that the converter can give, the common ones first."""
+    """Return the names of pre-tokenizers that the converter can give, the common ones first."""
     text = (tree / "conversion" / "base.py").read_text(encoding="utf-8")
     names = set(re.findall(r'^\s+res = "([\w.-]+)"$', text, flags=re.MULTILINE))
     common = ["llama-bpe", "qwen2", "gpt-2", "smollm", "tekken", "gpt-4o", "deepseek-llm"]
