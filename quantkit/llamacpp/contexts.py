@@ -64,8 +64,9 @@ class ContextMemory:
 
 
 def context_memory(base: GgufFile) -> ContextMemory:
-    """Return what contexts of a GGUF take; its header is enough. Where llama.cpp does not open it, counted from its
-    metadata as for a model without any of what makes caches smaller, and the `note` says so.
+    """Return what contexts of a GGUF take; its header is enough. Where llama.cpp does not open it,
+    counted from its metadata as for a model without any of what makes caches smaller, and the
+    `note` says so.
     """
     trained = _value(base, "context_length")
     trained_tokens = int(trained) if trained else None

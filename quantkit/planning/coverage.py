@@ -34,8 +34,8 @@ def in_words(coverage: dict[str, Any]) -> str:
 
 
 def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec]) -> Coverage:
-    """Foretell the coverage of the model whose GGUF will have the tensors `specs`. `widths` are those of transformers'
-    blocks: columns -> rows of the largest weight (`quantkit.sources.fit`).
+    """Foretell the coverage of the model whose GGUF will have the tensors `specs`. `widths` are
+    those of transformers' blocks: columns -> rows of the largest weight (`quantkit.sources.fit`).
     """
     is_tied = "output.weight" not in specs
     n_all = n_covered = 0
