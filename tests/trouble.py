@@ -202,6 +202,7 @@ def make_trouble(seed: int, folder: Path) -> Trouble:
     import trouble_files  # noqa: F401  registers more oddities
 
     rng = random.Random(seed)
+    torch.manual_seed(seed)
     kind = rng.choice(sorted(_KINDS))
     draft = sound_draft(kind)
     done: list[str] = []

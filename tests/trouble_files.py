@@ -207,14 +207,14 @@ def tokens_without_rows(rng: random.Random, draft: Draft) -> str:
 
 @oddity(RIGHT, "vocabulary")
 def padded_table(rng: random.Random, draft: Draft) -> str:
-    n = draft.config["vocab_size"] + rng.choice((1, 7, 64))
+    n = int(draft.config["vocab_size"]) + rng.choice((1, 7, 64))
     resize(draft, n)
     return f"{n} rows"
 
 
 @oddity(REFUSED, "vocabulary")
 def rows_beyond_the_config(rng: random.Random, draft: Draft) -> str:
-    n = draft.config["vocab_size"]
+    n = int(draft.config["vocab_size"])  # another oddity may have made it 512.0
     resize(draft, n + 8)
     draft.config["vocab_size"] = n
     return ""
