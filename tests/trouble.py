@@ -202,9 +202,9 @@ def make_trouble(seed: int, folder: Path) -> Trouble:
     import trouble_files  # noqa: F401  registers more oddities
 
     rng = random.Random(seed)
-    torch.manual_seed(seed)
     kind = rng.choice(sorted(_KINDS))
     draft = sound_draft(kind)
+    torch.manual_seed(seed)  # after the sound model, which is made once
     done: list[str] = []
     outcomes: list[str] = []
     wanted = rng.choice((1, 1, 2, 2, 3))
