@@ -1,0 +1,1 @@
+"""What a page asks of this machine beside runs, each in bounds: what a run would take, and what a finished file answers."""
