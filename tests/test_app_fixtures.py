@@ -30,7 +30,8 @@ from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.names import NAMES
 from quantkit.sandbox import secrets
-from quantkit.server.runs import JobStore, process
+from quantkit.server.executors import process
+from quantkit.server.runs import JobStore
 from quantkit.server.runs.record import JobRecord, load_record, owner_hash, save_record
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
 

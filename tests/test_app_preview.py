@@ -23,11 +23,13 @@ from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
 from quantkit.sandbox import api
-from quantkit.server.runs import JobForm, JobStore, machine, rough, talk
-from quantkit.server.runs.estimate import _cache, _key, estimate
+from quantkit.server.executors.hf_jobs import machines as machine
+from quantkit.server.previews import rough, talk
+from quantkit.server.previews.estimate import _cache, _key, estimate
+from quantkit.server.previews.sizes import context_bytes, with_sizes
+from quantkit.server.runs import JobForm, JobStore
 from quantkit.server.runs.record import load_record
 from quantkit.server.runs.request import to_config
-from quantkit.server.runs.sizes import context_bytes, with_sizes
 from quantkit.server.web import desk as desks
 from quantkit.server.web import previews
 from quantkit.server.web.desk import Asker, Desk

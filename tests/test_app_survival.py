@@ -17,7 +17,8 @@ from gradio_client import Client
 from test_app import ROOT, _app, get
 from tiny_models import tiny_llama
 
-from quantkit.server.runs import JobStore, process
+from quantkit.server.executors import process
+from quantkit.server.runs import JobStore
 from quantkit.server.runs.record import load_record
 from quantkit.server.web.visitor import Visitors
 

@@ -23,6 +23,7 @@ import test_app_fixtures as fixtures
 
 from quantkit.errors import UsageError
 from quantkit.run.events import EventLog
+from quantkit.server.executors import process
 from quantkit.server.runs import (
     JobForm,
     JobStore,
@@ -30,7 +31,6 @@ from quantkit.server.runs import (
     NoSuchJob,
     is_public,
     open_store,
-    process,
     to_config,
 )
 from quantkit.server.runs.record import job_folder, load_record, new_job_id

@@ -27,21 +27,30 @@ from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
 from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
-from quantkit.server.runs import JobStore, Limits, Order, process, wheel
-from quantkit.server.runs.in_job import keep, restore
-from quantkit.server.runs.machine import choices, choose
+from quantkit.server.executors import process
+from quantkit.server.executors.hf_jobs import wheel
+from quantkit.server.executors.hf_jobs.in_job import keep, restore
+from quantkit.server.executors.hf_jobs.machines import choices, choose
+from quantkit.server.executors.hf_jobs.wire import (
+    Listener,
+    SentEvent,
+    SentFile,
+    event_line,
+    file_lines,
+)
+from quantkit.server.runs import JobStore, Limits, Order
 from quantkit.server.runs.record import load_record
-from quantkit.server.runs.wire import Listener, SentEvent, SentFile, event_line, file_lines
 
 OWNER = "hf:alice"
 IN_JOB = (
-    "from quantkit.server.runs import in_job, process\n"
+    "from quantkit.server.executors import process\n"
+    "from quantkit.server.executors.hf_jobs import in_job\n"
     f"process.COMMAND = ({sys.executable!r}, {fixtures.__file__!r})\n"
     "in_job.SET_UP, in_job._POLL_SECONDS = (), 0.05\n"
     "raise SystemExit(in_job.main())"
 )
 DISPATCH = (
-    "import sys; from quantkit.server.runs import dispatch\n"
+    "import sys; from quantkit.server.executors.hf_jobs import dispatch\n"
     "dispatch._POLL_SECONDS, dispatch._METRICS_SECONDS = 0.1, 0.3\n"
     "sys.exit(dispatch.main(['', sys.argv[-1]]))"
 )
@@ -275,7 +284,7 @@ def test_the_real_pipeline_in_a_job(
         monkeypatch.setenv(name, value)
     model = tiny_llama(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
     hub.add_model("alice/tiny", {p.name: p for p in model.iterdir() if p.is_file()})
-    code = "from quantkit.server.runs import in_job; in_job.SET_UP = (); "
+    code = "from quantkit.server.executors.hf_jobs import in_job; in_job.SET_UP = (); "
     code += "raise SystemExit(in_job.main())"
     hub.jobs.command = [sys.executable, "-c", code]
     config = RunConfig(

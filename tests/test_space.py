@@ -29,9 +29,10 @@ from itsdangerous import TimestampSigner
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
-from quantkit.server.runs import JobStore, Limits, Order, process
+from quantkit.server.executors import process
+from quantkit.server.executors.hf_jobs.dispatch import app_labels
+from quantkit.server.runs import JobStore, Limits, Order
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.dispatch import app_labels
 from quantkit.server.runs.limits import CLEAN, DELETE, what_is_due
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.runs.record import load_record
@@ -108,7 +109,11 @@ def test_the_wheel_holds_what_a_job_runs(tmp_path: Path) -> None:
         names = set(archive.namelist())
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
         needs = archive.read(metadata).decode()
-    wanted = {"quantkit/server/runs/in_job.py", "quantkit/server/web/style.css", "evaluators/kl.py"}
+    wanted = {
+        "quantkit/server/executors/hf_jobs/in_job.py",
+        "quantkit/server/web/style.css",
+        "evaluators/kl.py",
+    }
     assert wanted | {"quantkit/data/commit.txt"} <= names
     sources = {path for path in deploy.tracked(("quantkit",)) if path.endswith(".py")}
     assert sources <= names, f"pyproject.toml leaves out {sorted(sources - names)}"

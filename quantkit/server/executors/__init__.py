@@ -1,1 +1,1 @@
-"""Where runs are done: on this machine, or elsewhere; another place is one file and one row of `registry`."""
+"""Where runs are done: on this machine, or elsewhere. `registry` knows which places there are."""

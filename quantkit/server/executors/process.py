@@ -17,7 +17,11 @@ from quantkit.server.runs.record import LOG_FILE
 _SERVER_VARIABLES = ("OAUTH_CLIENT_ID",)
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
-REMOTE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit.server.runs.dispatch")
+REMOTE_COMMAND: tuple[str, ...] = (
+    sys.executable,
+    "-m",
+    "quantkit.server.executors.hf_jobs.dispatch",
+)
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:

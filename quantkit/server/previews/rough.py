@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantkit.checkpoint.info import ModelInfo
-from quantkit.config import PROFILES, RunConfig, TUNING_BATCH
+from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.sandbox.untrusted import shortened
 

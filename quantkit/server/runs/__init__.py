@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.server.runs.estimate import estimate
 from quantkit.server.runs.limits import PUBLIC_LIMITS, Limits, Order
 from quantkit.server.runs.progress import KlPoint, LogLine, StageView
 from quantkit.server.runs.record import NoSuchJob
@@ -34,7 +33,6 @@ __all__ = [
     "ResultFile",
     "StageView",
     "check_repo",
-    "estimate",
     "is_public",
     "open_store",
     "to_config",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from quantkit.run.artifacts import RELATIVE, Artifacts
-
 import os
 import time
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import PublishedFile
+from quantkit.run.artifacts import RELATIVE, Artifacts
 from quantkit.run.events import read_some_events
 from quantkit.run.folder import RunDir
 from quantkit.run.names import NAMES, stage_folder
@@ -24,8 +23,8 @@ from quantkit.sandbox.untrusted import (
     read_json,
     shortened,
 )
+from quantkit.server.executors.process import is_alive, started_at
 from quantkit.server.runs import view as views
-from quantkit.server.runs.process import is_alive, started_at
 from quantkit.server.runs.progress import Progress
 from quantkit.server.runs.record import (
     CANCELLED,

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.server.runs import process
+from quantkit.server.executors import process
 from quantkit.server.runs.follow import Follower
 from quantkit.server.runs.record import QUEUED, JobRecord
 

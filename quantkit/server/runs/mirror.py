@@ -7,8 +7,6 @@ change, and brought back when a new machine starts.
 
 from __future__ import annotations
 
-from quantkit.run.artifacts import RELATIVE
-
 import logging
 import os
 import shutil
@@ -18,7 +16,9 @@ from pathlib import Path
 from stat import S_ISREG
 
 from quantkit.files import PARTIAL
+from quantkit.run.artifacts import RELATIVE
 from quantkit.sandbox.untrusted import Damaged
+from quantkit.server.executors.hf_jobs.wire import FILES
 from quantkit.server.runs.adopt import DELETED_FILE
 from quantkit.server.runs.clock import FILE as CLOCK_FILE
 from quantkit.server.runs.record import (
@@ -28,7 +28,6 @@ from quantkit.server.runs.record import (
     MACHINE_FILE,
     load_record,
 )
-from quantkit.server.runs.wire import FILES
 
 logger = logging.getLogger(__name__)
 

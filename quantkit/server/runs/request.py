@@ -4,8 +4,6 @@ a process is made of it.
 
 from __future__ import annotations
 
-from quantkit.config.targets import BitsPerWeight, FileSize, FitsMemory, LikeMix
-
 import json
 import math
 import re
@@ -14,8 +12,16 @@ from typing import Any
 
 from quantkit import hub
 from quantkit.config import PROFILES, RunConfig, compile_pattern
-from quantkit.config.targets import FAMILY, MOST_CONTEXT, Target
 from quantkit.config.calibration import AUTO, BUILTIN_TEXTS, HUB_TEXTS, MIXES
+from quantkit.config.targets import (
+    FAMILY,
+    MOST_CONTEXT,
+    BitsPerWeight,
+    FileSize,
+    FitsMemory,
+    LikeMix,
+    Target,
+)
 from quantkit.errors import UsageError
 from quantkit.tensors import METHODS
 

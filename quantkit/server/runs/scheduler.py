@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
-from quantkit.server.runs import process
+from quantkit.server.executors import process
 from quantkit.server.runs.adopt import forget
 from quantkit.server.runs.clock import Clock
 from quantkit.server.runs.follow import Follower

@@ -17,7 +17,8 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import write_json
 from quantkit.hub import PublishedFile, jobs
 from quantkit.run.folder import RunDir
-from quantkit.server.runs import process, view
+from quantkit.server.executors import process
+from quantkit.server.runs import view
 from quantkit.server.runs.follow import Follower, tail
 from quantkit.server.runs.limits import Order, check_disk, check_limits, positions, wait_seconds
 from quantkit.server.runs.record import (

@@ -16,23 +16,15 @@ from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
-from quantkit.server.runs import (
-    JobForm,
-    JobStore,
-    JobView,
-    Order,
-    check_repo,
-    estimate,
-    to_config,
-)
+from quantkit.server.executors.hf_jobs.dispatch import app_labels
+from quantkit.server.executors.hf_jobs.machines import Choice, choices, choose, why_not_here
+from quantkit.server.executors.hf_jobs.wheel import can_start_jobs
+from quantkit.server.previews.estimate import Looked, estimate, known_plan
+from quantkit.server.previews.rough import DEMO, FirstLook, rough_bytes, rough_seconds
+from quantkit.server.previews.talk import check_prompt, say
+from quantkit.server.runs import JobForm, JobStore, JobView, Order, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.dispatch import app_labels
-from quantkit.server.runs.estimate import Looked, known_plan
-from quantkit.server.runs.machine import Choice, choices, choose, why_not_here
 from quantkit.server.runs.request import HERE, check_collection, check_machine, check_visibility
-from quantkit.server.runs.rough import DEMO, FirstLook, rough_bytes, rough_seconds
-from quantkit.server.runs.talk import check_prompt, say
-from quantkit.server.runs.wheel import can_start_jobs
 from quantkit.server.web import previews, publishing, results, view
 from quantkit.server.web.allowance import Allowance
 from quantkit.server.web.charts import PLOTS

@@ -8,9 +8,9 @@ from typing import Any
 
 from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import in_words
-from quantkit.server.runs.machine import Choice
-from quantkit.server.runs.rough import FirstLook
-from quantkit.server.runs.sizes import context_bytes
+from quantkit.server.executors.hf_jobs.machines import Choice
+from quantkit.server.previews.rough import FirstLook
+from quantkit.server.previews.sizes import context_bytes
 from quantkit.server.web.view import duration, file_size, notice
 
 _SHOWN_MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")

@@ -1,6 +1,6 @@
 """A run in a Job of Hugging Face, seen from here: starts it or finds it again, and listens to it.
 
-    python -m quantkit.server.runs.dispatch FOLDER
+    python -m quantkit.server.executors.hf_jobs.dispatch FOLDER
 
 To everything else in this package it looks like a worker: it holds the run's lock, writes the run's
 events, log and results into its folder, and ends when the run has ended. When it is killed, the Job
@@ -31,6 +31,8 @@ from quantkit.run.events import EventLog, checked_event, read_events
 from quantkit.run.folder import RunDir, read_json
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import Damaged, shortened
+from quantkit.server.executors.hf_jobs.wheel import job_requirement
+from quantkit.server.executors.hf_jobs.wire import FILES, Listener, SentEvent, SentFile
 from quantkit.server.runs.follow import MOST_EVENT_BYTES
 from quantkit.server.runs.progress import Progress
 from quantkit.server.runs.record import (
@@ -40,8 +42,6 @@ from quantkit.server.runs.record import (
     JobRecord,
     load_record,
 )
-from quantkit.server.runs.wheel import job_requirement
-from quantkit.server.runs.wire import FILES, Listener, SentEvent, SentFile
 from quantkit.tensors import to_json
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
@@ -314,7 +314,7 @@ def _uv(requirement: str) -> tuple[str, ...]:
     """What a Job runs."""
     return (
         *("uv", "run", "--no-project", "--python", "3.12", "--with", requirement),
-        *("python", "-m", "quantkit.server.runs.in_job"),
+        *("python", "-m", "quantkit.server.executors.hf_jobs.in_job"),
     )
 
 

@@ -1,6 +1,6 @@
 """What runs inside a Job: the same `quantkit resume` as anywhere, told line by line.
 
-    python -m quantkit.server.runs.in_job
+    python -m quantkit.server.executors.hf_jobs.in_job
 
 What is to be done comes from the environment: QUANTKIT_CONFIG (a RunConfig as JSON) and
 QUANTKIT_STATE, a folder that outlives the machine when a bucket is mounted. The work is done on the
@@ -9,8 +9,6 @@ stages are copied to the state whole, and from it when the run is started again 
 """
 
 from __future__ import annotations
-
-from quantkit.run.artifacts import RELATIVE
 
 import json
 import logging
@@ -27,10 +25,11 @@ from typing import Any
 
 from quantkit.config import RunConfig
 from quantkit.files import write_json
+from quantkit.run.artifacts import RELATIVE
 from quantkit.run.folder import OutputFile, RunDir, StageRecord
 from quantkit.sandbox import secrets
-from quantkit.server.runs import process
-from quantkit.server.runs.wire import FILES, event_line, file_lines
+from quantkit.server.executors import process
+from quantkit.server.executors.hf_jobs.wire import FILES, event_line, file_lines
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ such a line is the worker's own output.
 
 from __future__ import annotations
 
-from quantkit.run.artifacts import RELATIVE
-
 import base64
 import binascii
 import json
@@ -16,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantkit.run.artifacts import RELATIVE
 from quantkit.sandbox.untrusted import integer, parse
 
 EVENT, FILE = "@quantkit event ", "@quantkit file "
