@@ -31,8 +31,8 @@ from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.names import NAMES
 from quantkit.sandbox import secrets
 from quantkit.server.executors import process
-from quantkit.server.runs import JobStore
-from quantkit.server.runs.record import JobRecord, load_record, owner_hash, save_record
+from quantkit.server.runs import RunStore
+from quantkit.server.runs.record import RunRecord, load_record, owner_hash, save_record
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(LikeMix("Q4_K_M"),))
@@ -267,7 +267,7 @@ def _finish(
 def own(folder: Path, owner: str | None, phase: str = "started", **fields: Any) -> Path:
     """Make a folder the job of a visitor. `owner` is an id as the page's server knows it."""
     now = time.time()
-    record = JobRecord(None if owner is None else owner_hash(owner), now, phase, now)
+    record = RunRecord(None if owner is None else owner_hash(owner), now, phase, now)
     save_record(folder, dataclasses.replace(record, **fields))
     return folder
 
@@ -280,14 +280,14 @@ def alive(folder: Path, owner: str, pid: int) -> Path:
 @contextmanager
 def serving(
     root: Path, *, public: bool = False, schedule: bool = True
-) -> Iterator[tuple[str, JobStore, Visitors]]:
+) -> Iterator[tuple[str, RunStore, Visitors]]:
     """The page on a free port, its workers being `work`. Yields its address, store and visitors."""
     from quantkit.server.web import server
     from quantkit.server.web.page import build_app
 
     command, process.COMMAND = process.COMMAND, (sys.executable, __file__)
     path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)
-    store, visitors = JobStore(root, public=public), Visitors(b"test")
+    store, visitors = RunStore(root, public=public), Visitors(b"test")
     app = build_app(store, visitors)
     if not schedule:
         store.start = lambda: None  # type: ignore[method-assign]

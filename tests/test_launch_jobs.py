@@ -38,7 +38,7 @@ from quantkit.server.executors.hf_jobs.wire import (
     event_line,
     file_lines,
 )
-from quantkit.server.runs import JobStore, Limits, Order
+from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.record import load_record
 
 OWNER = "hf:alice"
@@ -74,8 +74,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def store(tmp_path: Path, hub: HubServer) -> Iterator[JobStore]:
-    made = JobStore(tmp_path / "runs", public=True)
+def store(tmp_path: Path, hub: HubServer) -> Iterator[RunStore]:
+    made = RunStore(tmp_path / "runs", public=True)
     yield made
     made.close()
     for folder in made.root.glob("*/"):
@@ -91,12 +91,12 @@ def until(check: Callable[[], bool], seconds: float = 180.0) -> None:
         time.sleep(0.05)
 
 
-def state(store: JobStore, run: str) -> str:
+def state(store: RunStore, run: str) -> str:
     store.tick()
     return store.view(run, OWNER).state
 
 
-def test_a_run_in_a_job(store: JobStore, hub: HubServer) -> None:
+def test_a_run_in_a_job(store: RunStore, hub: HubServer) -> None:
     """From the order to the report, with what the Hub was sent and what it was not."""
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) in ("finished", "failed"))
@@ -124,7 +124,7 @@ def test_a_run_in_a_job(store: JobStore, hub: HubServer) -> None:
 
 
 @pytest.mark.slow
-def test_publishing_later_goes_on_from_the_bucket(store: JobStore, hub: HubServer) -> None:
+def test_publishing_later_goes_on_from_the_bucket(store: RunStore, hub: HubServer) -> None:
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "finished")
     store.publish(run, OWNER, "alice/new", "private", ALICE)
@@ -138,7 +138,7 @@ def test_publishing_later_goes_on_from_the_bucket(store: JobStore, hub: HubServe
 
 @pytest.mark.slow
 def test_a_killed_listener_takes_up_where_it_was(
-    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's machine dies; the Job does not, and is not started twice."""
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.6")
@@ -148,7 +148,7 @@ def test_a_killed_listener_takes_up_where_it_was(
     assert record is not None and record.pid is not None
     os.killpg(record.pid, signal.SIGKILL)
     until(lambda: state(store, run) == "interrupted")
-    again = JobStore(store.root, public=True)  # another server, which knows no token
+    again = RunStore(store.root, public=True)  # another server, which knows no token
     assert again.view(run, OWNER).can_resume
     again.resume(run, OWNER, ALICE)
     store.close()
@@ -161,7 +161,7 @@ def test_a_killed_listener_takes_up_where_it_was(
 
 
 @pytest.mark.slow
-def test_a_job_that_finished_unheard_is_heard_later(store: JobStore, hub: HubServer) -> None:
+def test_a_job_that_finished_unheard_is_heard_later(store: RunStore, hub: HubServer) -> None:
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     hub.jobs.waiting_seconds = 0.5
     until(lambda: state(store, run) == "running" and len(hub.jobs.all) == 1)
@@ -178,7 +178,7 @@ def test_a_job_that_finished_unheard_is_heard_later(store: JobStore, hub: HubSer
 
 @pytest.mark.slow
 def test_cancel_ends_the_job_and_a_lost_listener_does_not(
-    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "3")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
@@ -200,7 +200,7 @@ def test_cancel_ends_the_job_and_a_lost_listener_does_not(
 
 @pytest.mark.slow
 def test_a_job_out_of_time_says_so_and_goes_on_in_the_next(
-    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.5")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
@@ -219,7 +219,7 @@ def test_a_job_out_of_time_says_so_and_goes_on_in_the_next(
 
 
 @pytest.mark.slow
-def test_faults_on_the_way(store: JobStore, hub: HubServer) -> None:
+def test_faults_on_the_way(store: RunStore, hub: HubServer) -> None:
     """503, 429, a lost answer and cut streams: one Job, one whole story."""
     hub.fail_next(r"/api/jobs/alice$", 503, method="POST")
     hub.lose_next(r"/api/jobs/alice$", method="POST")
@@ -237,7 +237,7 @@ def test_faults_on_the_way(store: JobStore, hub: HubServer) -> None:
 @pytest.mark.parametrize(
     ("status", "words"), [(402, "payment"), (403, "may not write to the Jobs"), (401, "token")]
 )
-def test_refusals_are_sentences(hub: HubServer, store: JobStore, status: int, words: str) -> None:
+def test_refusals_are_sentences(hub: HubServer, store: RunStore, status: int, words: str) -> None:
     hub.fail_next(r"/api/jobs/alice$", status, times=9, method="POST")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "failed")
@@ -245,7 +245,7 @@ def test_refusals_are_sentences(hub: HubServer, store: JobStore, status: int, wo
 
 
 @pytest.mark.slow
-def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: JobStore) -> None:
+def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: RunStore) -> None:
     hub.jobs.may_make_buckets = False
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "failed")
@@ -258,15 +258,15 @@ def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: JobStore
     assert "volumes" not in job.spec
 
 
-def test_nobody_signed_in(store: JobStore) -> None:
+def test_nobody_signed_in(store: RunStore) -> None:
     run = store.submit(fixtures.CONFIG, OWNER, None, ORDER)
     until(lambda: state(store, run) == "failed")
     assert "nobody is signed in" in store.view(run, OWNER).error
 
 
 @pytest.mark.slow
-def test_jobs_do_not_wait_for_this_machine(store: JobStore, hub: HubServer) -> None:
-    store.limits = Limits(workers=0, jobs=2)
+def test_jobs_do_not_wait_for_this_machine(store: RunStore, hub: HubServer) -> None:
+    store.limits = Limits(workers=0, remote=2)
     here = store.submit(fixtures.CONFIG, OWNER, ALICE)
     away = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, away) == "finished")
@@ -275,7 +275,7 @@ def test_jobs_do_not_wait_for_this_machine(store: JobStore, hub: HubServer) -> N
 
 @pytest.mark.slow
 def test_the_real_pipeline_in_a_job(
-    store: JobStore, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of the Hub, quantized in a Job by the command itself, published from there."""
     from tiny_models import tiny_llama

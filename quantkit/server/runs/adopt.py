@@ -15,8 +15,8 @@ from quantkit.run.folder import RunDir
 from quantkit.sandbox.untrusted import build, parse
 from quantkit.server.runs.record import (
     STOPPED,
-    JobRecord,
-    new_job_folder,
+    RunRecord,
+    new_run_folder,
     owner_hash,
     save_record,
 )
@@ -38,7 +38,7 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
         try:
             config = build(RunConfig, parse(run.config.encode("utf-8"), _MOST_ITEMS))
             record = _record(run, owner)
-            folder = new_job_folder(root, run.run_id)
+            folder = new_run_folder(root, run.run_id)
             if os.path.lexists(folder):
                 continue
             folder.mkdir(parents=True)
@@ -50,8 +50,8 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def _record(run: FoundRun, owner: str) -> JobRecord:
-    return JobRecord(
+def _record(run: FoundRun, owner: str) -> RunRecord:
+    return RunRecord(
         owner_hash(owner),
         run.job.created,
         STOPPED,

@@ -28,16 +28,16 @@ from quantkit.server.runs import view as views
 from quantkit.server.runs.progress import Progress
 from quantkit.server.runs.record import (
     CANCELLED,
-    JOB_FILE,
     LOG_FILE,
     MACHINE_FILE,
     QUEUED,
+    RECORD_FILE,
     STOPPED,
-    JobRecord,
+    RunRecord,
     load_record,
     salvaged_record,
 )
-from quantkit.server.runs.view import JobSummary, JobView, ResultFile
+from quantkit.server.runs.view import ResultFile, RunSummary, RunView
 from quantkit.tensors import to_json
 
 _MAX_CARD_BYTES = 200_000
@@ -64,7 +64,7 @@ class _Cached:
 class _Loaded:
     """A record, and what is wrong with the file it is of."""
 
-    record: JobRecord | None
+    record: RunRecord | None
     damage: str = ""
 
 
@@ -82,7 +82,7 @@ class _Machine:
 
 
 class Follower:
-    """One job's folder. Not thread-safe: the store holds a lock around it."""
+    """One run's folder. Not thread-safe: the store holds a lock around it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,11 +94,11 @@ class Follower:
         self.n_dropped = 0  # lines of the events file that are no events
         self.fault = ""  # what nobody foresaw: told by whoever met it
         self._loaded = _Loaded(None)
-        self._settled: tuple[JobRecord, JobSummary] | None = None
+        self._settled: tuple[RunRecord, RunSummary] | None = None
 
     @property
-    def record(self) -> JobRecord | None:
-        """The job's record as of the last `load`."""
+    def record(self) -> RunRecord | None:
+        """The run's record as of the last `load`."""
         return self._loaded.record
 
     @property
@@ -115,10 +115,10 @@ class Follower:
         return "The config.json of this run cannot be read." if is_run else ""
 
     def load(self) -> None:
-        """Take in the job's record, if it was written since the last call."""
-        loaded = self._read(JOB_FILE, lambda path: self._load())
+        """Take in the run's record, if it was written since the last call."""
+        loaded = self._read(RECORD_FILE, lambda path: self._load())
         if loaded is None:
-            loaded = self._load() if os.path.lexists(self.folder / JOB_FILE) else _Loaded(None)
+            loaded = self._load() if os.path.lexists(self.folder / RECORD_FILE) else _Loaded(None)
         self._loaded = loaded
 
     def _load(self) -> _Loaded:
@@ -186,10 +186,10 @@ class Follower:
             return views.INTERRUPTED
         return self.progress.outcome or (views.FAILED if self._last_words() else views.INTERRUPTED)
 
-    def summary(self, position: int | None) -> JobSummary | None:
+    def summary(self, position: int | None) -> RunSummary | None:
         """None for a folder that holds no run."""
         record = self.record
-        # Nothing happens to a job that has ended before its record changes; most of a list has.
+        # Nothing happens to a run that has ended before its record changes; most of a list has.
         if self._settled is not None and self._settled[0] is record and not self.fault:
             return self._settled[1]
         damage = self.damage
@@ -200,7 +200,7 @@ class Follower:
         if config is None:
             return None
         current = self.progress.current
-        summary = JobSummary(
+        summary = RunSummary(
             self.folder.name,
             shortened(config.model, _MAX_NAME),
             shortened(config.sizes, _MAX_NAME),
@@ -217,10 +217,10 @@ class Follower:
             self._settled = (record, summary)
         return summary
 
-    def _damaged_summary(self) -> JobSummary:
+    def _damaged_summary(self) -> RunSummary:
         """Of a run whose own files cannot be read: there, and to be deleted."""
         state = views.RUNNING if self.is_running() else views.DAMAGED
-        return JobSummary(
+        return RunSummary(
             self.folder.name, self.folder.name, "damaged", "", state, self.created, False
         )
 
@@ -234,10 +234,10 @@ class Follower:
         """Where that visitor came from."""
         return self.record.place if self.record is not None else None
 
-    def has_lost_job(self) -> bool:
+    def is_unattended(self) -> bool:
         """Whether its Job may be at work, and paid for, with nobody here that listens."""
         found = self.view(None)
-        return found is not None and found.has_lost_job
+        return found is not None and found.is_unattended
 
     @property
     def created(self) -> float:
@@ -251,8 +251,8 @@ class Follower:
         except OSError:  # deleted meanwhile
             return 0.0
 
-    def view(self, position: int | None) -> JobView | None:
-        """Everything about the job; None for a folder that holds no run."""
+    def view(self, position: int | None) -> RunView | None:
+        """Everything about the run; None for a folder that holds no run."""
         summary = self.summary(position)
         config, record, progress = self.config, self.record, self.progress
         if summary is None:
@@ -263,7 +263,7 @@ class Follower:
         files = self.files()
         current = progress.current
         error, remedy = self._error(summary.state)
-        return JobView(
+        return RunView(
             id=summary.id,
             model=summary.model,
             revision=config.revision,
@@ -298,8 +298,8 @@ class Follower:
             n_dropped=self.n_dropped,
         )
 
-    def _damaged_view(self, summary: JobSummary) -> JobView:
-        return JobView(
+    def _damaged_view(self, summary: RunSummary) -> RunView:
+        return RunView(
             id=summary.id,
             model=summary.model,
             revision=None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from quantkit.errors import UsageError
 from quantkit.server.executors import process
 from quantkit.server.runs.follow import Follower
-from quantkit.server.runs.record import QUEUED, JobRecord
+from quantkit.server.runs.record import QUEUED, RunRecord
 
 CLEAN, DELETE = "clean", "delete"
 CLEANED_FILE = ".cleaned"
@@ -23,7 +23,7 @@ class Limits:
     """What one server and one visitor may ask for."""
 
     workers: int = 1  # runs at once on this machine
-    jobs: int = 20  # runs in Jobs at once: each is a small process here that listens
+    remote: int = 20  # runs in Jobs at once: each is a small process here that listens
     active_per_owner: int = 3  # queued or running, on a public page
     active_per_place: int = 6  # the same of one address: a cookie can be thrown away
     active: int = 100
@@ -76,7 +76,7 @@ def what_is_due(follower: Follower, limits: Limits, now: float, public: bool) ->
     return None
 
 
-def is_overdue(record: JobRecord, limits: Limits, now: float) -> bool:
+def is_overdue(record: RunRecord, limits: Limits, now: float) -> bool:
     """Whether a visitor's run is at work on this machine for longer than it may. Its process tells
     for how long, where the system knows; else the clock does.
     """
@@ -164,12 +164,12 @@ def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: i
 
 
 def positions(followers: dict[str, Follower]) -> dict[str, int]:
-    """Place in the queue of every waiting job; 1 is next."""
+    """Place in the queue of every waiting run; 1 is next."""
     waiting = [
-        (record.since, job_id)
-        for job_id, follower in followers.items()
+        (record.since, run_id)
+        for run_id, follower in followers.items()
         if (record := follower.record) is not None
         and record.phase == QUEUED
         and record.machine is None
     ]
-    return {job_id: place for place, (_, job_id) in enumerate(sorted(waiting), 1)}
+    return {run_id: place for place, (_, run_id) in enumerate(sorted(waiting), 1)}

@@ -22,16 +22,19 @@ from quantkit.server.executors.hf_jobs.wire import FILES
 from quantkit.server.runs.adopt import DELETED_FILE
 from quantkit.server.runs.clock import FILE as CLOCK_FILE
 from quantkit.server.runs.record import (
-    JOB_FILE,
-    JOB_LOG_FILE,
     LOG_FILE,
     MACHINE_FILE,
+    RECORD_FILE,
+    REMOTE_LOG_FILE,
     load_record,
 )
 
 logger = logging.getLogger(__name__)
 
-_KEPT = (JOB_FILE, "config.json", "events.jsonl", LOG_FILE, JOB_LOG_FILE, MACHINE_FILE, *FILES)
+_KEPT = (
+    *(RECORD_FILE, "config.json", "events.jsonl", LOG_FILE, REMOTE_LOG_FILE, MACHINE_FILE),
+    *FILES,
+)
 _RESULTS = str(RELATIVE.upload)
 _SECRET = ".secret"
 _ALWAYS = (_SECRET, DELETED_FILE, CLOCK_FILE)
@@ -72,7 +75,11 @@ class Mirror:
                 (self.root / name).chmod(0o600)
         for folder in sorted(self.state.iterdir()):
             target = self.root / folder.name
-            if folder.name.startswith(".") or target.exists() or not (folder / JOB_FILE).is_file():
+            if (
+                folder.name.startswith(".")
+                or target.exists()
+                or not (folder / RECORD_FILE).is_file()
+            ):
                 continue
             arriving = self.root / f".arriving-{folder.name}"
             shutil.rmtree(arriving, ignore_errors=True)
@@ -92,7 +99,7 @@ class Mirror:
             self._keep_file(self.root / name, self.state / name)
         here = set()
         for folder in sorted(self.root.iterdir()):
-            if folder.name.startswith(".") or not (folder / JOB_FILE).is_file():
+            if folder.name.startswith(".") or not (folder / RECORD_FILE).is_file():
                 continue
             here.add(folder.name)
             try:
@@ -109,7 +116,7 @@ class Mirror:
             return
         target = self.state / folder.name
         results = sorted((folder / _RESULTS).glob("*"))
-        names = [*_KEPT[1:], *(str(path.relative_to(folder)) for path in results), JOB_FILE]
+        names = [*_KEPT[1:], *(str(path.relative_to(folder)) for path in results), RECORD_FILE]
         for name in names:  # the record last: without it the rest is not brought back
             self._keep_file(folder / name, target / name)
 

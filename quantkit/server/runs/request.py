@@ -47,7 +47,7 @@ _MAX_REPEATS, _MAX_GROUPS, _MAX_ALTERNATIVES = 3, 3, 12
 
 
 @dataclass(frozen=True)
-class JobForm:
+class RunForm:
     """The fields of the form, as text where they are text. Also the arguments of the API."""
 
     model: str = ""
@@ -71,7 +71,7 @@ class JobForm:
     machine: str = HERE  # or auto, or the name of a Job's machine
 
 
-def to_config(form: JobForm, public: bool) -> RunConfig:
+def to_config(form: RunForm, public: bool) -> RunConfig:
     """The run that the form asks for.
 
     Raises UsageError with what to write instead.
@@ -164,7 +164,7 @@ def _methods(values: Any) -> tuple[str, ...]:
     return tuple(method for method in METHODS if method in chosen) or METHODS
 
 
-def _targets(form: JobForm) -> tuple[Target, ...]:
+def _targets(form: RunForm) -> tuple[Target, ...]:
     kind = _one_of(form.size_kind, "kind of size", SIZE_KINDS)
     if kind == "family":
         mixes = _names(form.family, "stock mix") or FAMILIES["everyday"]
@@ -183,7 +183,7 @@ def _targets(form: JobForm) -> tuple[Target, ...]:
     return (BitsPerWeight(str(form.bpw)[:20]),)
 
 
-def _fits(form: JobForm) -> str:
+def _fits(form: RunForm) -> str:
     """Memory and context as a target has them. Raises UsageError."""
     memory, tokens = _text(form.memory, "memory", 30), form.context
     if not memory:

@@ -1,4 +1,4 @@
-"""What the page's events do: plain methods of `Desk`, between Gradio's values and the job store."""
+"""What the page's events do: plain methods of `Desk`, between Gradio's values and the run store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quantkit.server.executors.hf_jobs.wheel import can_start_jobs
 from quantkit.server.previews.estimate import Looked, estimate, known_plan
 from quantkit.server.previews.rough import DEMO, FirstLook, rough_bytes, rough_seconds
 from quantkit.server.previews.talk import check_prompt, say
-from quantkit.server.runs import JobForm, JobStore, JobView, Order, check_repo, to_config
+from quantkit.server.runs import Order, RunForm, RunStore, RunView, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.request import HERE, check_collection, check_machine, check_visibility
 from quantkit.server.web import previews, publishing, results, view
@@ -32,7 +32,7 @@ from quantkit.server.web.visitor import Visitors
 
 logger = logging.getLogger(__name__)
 
-# The parts of a job's page that are sent only when they changed, in the order of the outputs.
+# The parts of a run's page that are sent only when they changed, in the order of the outputs.
 CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw", *PLOTS)
 SWITCHES = (
     *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
@@ -62,7 +62,7 @@ class Asker:
 class Desk:
     """Handlers of the page and of the API."""
 
-    def __init__(self, store: JobStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
+    def __init__(self, store: RunStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
         self.store = store
         self.visitors = visitors
         self.on_space = on_space
@@ -115,8 +115,8 @@ class Desk:
 
     # Forms.
 
-    def start(self, form: JobForm, token: str, asker: Asker) -> str:
-        """Queue what the form asks for. Returns the job's id. Raises QuantkitError."""
+    def start(self, form: RunForm, token: str, asker: Asker) -> str:
+        """Queue what the form asks for. Returns the run's id. Raises QuantkitError."""
         if self.sign_in and asker.username is None:
             raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
         owner, secret = known(asker.owner), checked_token(token)
@@ -129,7 +129,7 @@ class Desk:
         place = self.visitors.place(asker.counted_as)
         return self.store.submit(config, owner, secret, order, place)
 
-    def _order(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
+    def _order(self, form: RunForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
         """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
         if check_machine(form.machine) != HERE:
             if not self.has_jobs:
@@ -157,7 +157,7 @@ class Desk:
             )
         return Order(estimate_seconds=found["estimates"]["seconds"])
 
-    def estimate(self, form: JobForm, token: str | None, asker: Asker) -> dict[str, Any]:
+    def estimate(self, form: RunForm, token: str | None, asker: Asker) -> dict[str, Any]:
         """The planner's answer. Raises QuantkitError."""
         return self._plan(to_config(form, self.store.public), token, asker)
 
@@ -177,7 +177,7 @@ class Desk:
             self._machines = (time.monotonic(), found)
         return found
 
-    def preview(self, form: JobForm, token: str, asker: Asker) -> Iterator[str]:
+    def preview(self, form: RunForm, token: str, asker: Asker) -> Iterator[str]:
         """What the run would take, as HTML: first facts at once, all of it when it is known.
 
         Empty when no model was named yet.
@@ -220,7 +220,7 @@ class Desk:
         if failed:
             raise failed[0]
 
-    def _preview(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> str:
+    def _preview(self, form: RunForm, config: RunConfig, token: str | None, asker: Asker) -> str:
         plan = self._plan(config, token, asker)
         offered: tuple[Choice, ...] = ()
         chosen = None
@@ -260,43 +260,43 @@ class Desk:
             self._no_search_until = time.monotonic() + _SEARCH_PAUSE
             return []
 
-    # A job.
+    # A run.
 
-    def act(self, action: str, job_id: Any, asker: Asker, token: str = "") -> str:
+    def act(self, action: str, run_id: Any, asker: Asker, token: str = "") -> str:
         """Cancel, resume or delete. Returns a notice as HTML, empty when it worked."""
 
         def do() -> str:
             self.allow("act", asker)
             if action == "cancel":
-                self.store.cancel(job_id, asker.owner, checked_token(token))
+                self.store.cancel(run_id, asker.owner, checked_token(token))
             elif action == "resume":
-                self.store.resume(job_id, asker.owner, checked_token(token))
+                self.store.resume(run_id, asker.owner, checked_token(token))
             elif action == "delete":
-                self.store.delete(job_id, asker.owner)
+                self.store.delete(run_id, asker.owner)
             return ""
 
         return answered(do)
 
-    def compare(self, job_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
+    def compare(self, run_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
         """What publishing would change, as HTML. Raises QuantkitError."""
         visibility = check_visibility(visibility)
-        files, places = self.store.staged(job_id, asker.owner)
+        files, places = self.store.staged(run_id, asker.owner)
         self.allow("compare", asker)
         secret = self._token_to_publish(token)
-        closed = self.store.closed(job_id, asker.owner) if visibility == "model" else ""
+        closed = self.store.closed(run_id, asker.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, check_repo(repo), secret, private)
         return publishing.changes(changes, closed)
 
     def publish(
-        self, job_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str
+        self, run_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str
     ) -> None:
         """Queue the upload of a validated run. Raises QuantkitError."""
         checked = checked_token(token)  # none on one's own machine: what it is logged in with
         self.allow("publish", asker)
         slug = check_collection(collection)
         self.store.publish(
-            job_id,
+            run_id,
             asker.owner,
             check_repo(repo),
             check_visibility(visibility),
@@ -309,10 +309,10 @@ class Desk:
         checked = checked_token(token)
         return checked if checked or self.store.public else hub.resolve_token()
 
-    def talk(self, job_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
+    def talk(self, run_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
         """What the finished file, or the original, answers; it grows. Raises QuantkitError."""
         text = check_prompt(prompt)
-        ours, base = self.store.models(job_id, asker.owner)
+        ours, base = self.store.models(run_id, asker.owner)
         path = base if original else ours
         if path is None:
             raise QuantkitError(
@@ -326,30 +326,30 @@ class Desk:
 
     # What is shown.
 
-    def shown(self, job_id: Any, owner: str | None) -> dict[str, Any]:
+    def shown(self, run_id: Any, owner: str | None) -> dict[str, Any]:
         """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
         try:
-            job = self.store.view(job_id, owner)
-            raw = self.store.log_tail(job_id, owner)
+            run = self.store.view(run_id, owner)
+            raw = self.store.log_tail(run_id, owner)
         except QuantkitError as error:
             nothing: dict[str, Any] = dict.fromkeys((*CHUNKS, *SWITCHES), "")
             lost = view.notice(error.message, error.remedy)
             return {**nothing, **dict.fromkeys(SWITCHES, False), "head": lost}
         return {
-            **_rendered(job),
+            **_rendered(run),
             "raw": view.raw_log(raw),
-            "can_cancel": job.can_cancel,
-            "can_resume": job.can_resume,
-            "can_delete": job.can_delete,
-            "can_publish": job.can_publish,
-            "can_try": job.can_try,
-            "has_card": bool(job.card),
+            "can_cancel": run.can_cancel,
+            "can_resume": run.can_resume,
+            "can_delete": run.can_delete,
+            "can_publish": run.can_publish,
+            "can_try": run.can_try,
+            "has_card": bool(run.card),
             "is_there": True,
-            "may_give_token": job.can_resume and not self.sign_in,
+            "may_give_token": run.can_resume and not self.sign_in,
         }
 
-    def job_list(self, owner: str | None) -> str:
-        return answered(lambda: view.job_list(self.store.jobs(owner)))
+    def run_list(self, owner: str | None) -> str:
+        return answered(lambda: view.run_list(self.store.runs(owner)))
 
 
 def order_device(name: str, machines: tuple[jobs.Machine, ...]) -> str:
@@ -358,17 +358,17 @@ def order_device(name: str, machines: tuple[jobs.Machine, ...]) -> str:
     return "cuda" if machine is not None and machine.gpu else "cpu"
 
 
-def _rendered(job: JobView) -> dict[str, Any]:
+def _rendered(run: RunView) -> dict[str, Any]:
     return {
-        "head": view.head(job),
-        "stages": view.stages(job),
-        "curve": view.curve(job),
-        "files": view.files(job) + view.strip(job),
-        "results": results.results(job),
-        "report": results.report(job),
-        "card": view.card(job),
-        "log": view.log(job),
-        **results.plots(job),
+        "head": view.head(run),
+        "stages": view.stages(run),
+        "curve": view.curve(run),
+        "files": view.files(run) + view.strip(run),
+        "results": results.results(run),
+        "report": results.report(run),
+        "card": view.card(run),
+        "log": view.log(run),
+        **results.plots(run),
     }
 
 

@@ -12,7 +12,7 @@ import gradio as gr
 
 from quantkit.config import DEMO_MODEL, PROFILES
 from quantkit.ggml.types import FILE_TYPES, QUANTIZED
-from quantkit.server.runs import JobForm
+from quantkit.server.runs import RunForm
 from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, HERE
 from quantkit.server.web.desk import Desk
 from quantkit.tensors import METHODS
@@ -220,12 +220,12 @@ class Form:
         ]
 
     @staticmethod
-    def read(values: tuple[Any, ...]) -> JobForm:
+    def read(values: tuple[Any, ...]) -> RunForm:
         """The form's values without the token, as `launch` takes them."""
         model, kind, like, size, bpw, memory, context, family, profile, *rest = values
         where, machine, revision, levels, methods, calibration, types, *rest = rest
         seed, device, repo, seen_by = rest
-        return JobForm(
+        return RunForm(
             model=model or "",
             size_kind=kind,
             like=like or "",

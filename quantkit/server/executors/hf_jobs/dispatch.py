@@ -37,9 +37,9 @@ from quantkit.server.runs.follow import MOST_EVENT_BYTES
 from quantkit.server.runs.progress import Progress
 from quantkit.server.runs.record import (
     CANCELLED,
-    JOB_LOG_FILE,
     MACHINE_FILE,
-    JobRecord,
+    REMOTE_LOG_FILE,
+    RunRecord,
     load_record,
 )
 from quantkit.tensors import to_json
@@ -98,7 +98,7 @@ def _raise_cancelled(number: int, frame: FrameType | None) -> None:
 class Dispatch:
     """One run and its Job."""
 
-    def __init__(self, directory: RunDir, record: JobRecord, token: str, events: EventLog) -> None:
+    def __init__(self, directory: RunDir, record: RunRecord, token: str, events: EventLog) -> None:
         self._dir = directory
         self._record = record
         self._token = token
@@ -234,7 +234,7 @@ class Dispatch:
         n_heard = self._heard.get(job.id, 0)
         # Output is replayed from its beginning: the log file is of one Job, and written anew.
         n_left = _MOST_LOG
-        with (self._dir.path / JOB_LOG_FILE).open("w", encoding="utf-8") as log:
+        with (self._dir.path / REMOTE_LOG_FILE).open("w", encoding="utf-8") as log:
             for line in jobs.lines(job, self._token):
                 said = listener.hear(line.rstrip("\n"))
                 if isinstance(said, SentEvent):
