@@ -30,7 +30,7 @@ from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.names import NAMES
 from quantkit.sandbox import secrets
-from quantkit.server.executors import process
+from quantkit.server.executors import local, process
 from quantkit.server.runs import RunStore
 from quantkit.server.runs.record import RunRecord, load_record, owner_hash, save_record
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
@@ -285,7 +285,7 @@ def serving(
     from quantkit.server.web import server
     from quantkit.server.web.page import build_app
 
-    command, process.COMMAND = process.COMMAND, (sys.executable, __file__)
+    command, local.COMMAND = local.COMMAND, (sys.executable, __file__)
     path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)
     store, visitors = RunStore(root, public=public), Visitors(b"test")
     app = build_app(store, visitors)
@@ -301,7 +301,7 @@ def serving(
             record = load_record(folder)
             if schedule and record is not None and record.pid is not None:
                 process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-        process.COMMAND = command
+        local.COMMAND = command
         if path is None:
             del os.environ["PYTHONPATH"]
         else:

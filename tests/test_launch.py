@@ -23,7 +23,7 @@ import test_app_fixtures as fixtures
 
 from quantkit.errors import UsageError
 from quantkit.run.events import EventLog
-from quantkit.server.executors import process
+from quantkit.server.executors import local, process
 from quantkit.server.runs import (
     Limits,
     NoSuchRun,
@@ -42,7 +42,7 @@ WORKER = (sys.executable, fixtures.__file__)
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunStore]:
     """A store whose workers are the test worker."""
-    monkeypatch.setattr(process, "COMMAND", WORKER)
+    monkeypatch.setattr(local, "COMMAND", WORKER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
     made = RunStore(tmp_path / "runs")

@@ -28,9 +28,9 @@ from quantkit.hub import jobs
 from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
 from quantkit.server.executors import process
-from quantkit.server.executors.hf_jobs import wheel
+from quantkit.server.executors.hf_jobs import executor, wheel
 from quantkit.server.executors.hf_jobs.in_job import keep, restore
-from quantkit.server.executors.hf_jobs.machines import choices, choose
+from quantkit.server.executors.hf_jobs.machines import offers
 from quantkit.server.executors.hf_jobs.wire import (
     Listener,
     SentEvent,
@@ -38,23 +38,24 @@ from quantkit.server.executors.hf_jobs.wire import (
     event_line,
     file_lines,
 )
+from quantkit.server.executors.protocol import Offer, choose
 from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.record import load_record
 
 OWNER = "hf:alice"
 IN_JOB = (
-    "from quantkit.server.executors import process\n"
+    "from quantkit.server.executors import local\n"
     "from quantkit.server.executors.hf_jobs import in_job\n"
-    f"process.COMMAND = ({sys.executable!r}, {fixtures.__file__!r})\n"
+    f"local.COMMAND = ({sys.executable!r}, {fixtures.__file__!r})\n"
     "in_job.SET_UP, in_job._POLL_SECONDS = (), 0.05\n"
     "raise SystemExit(in_job.main())"
 )
 DISPATCH = (
     "import sys; from quantkit.server.executors.hf_jobs import dispatch\n"
     "dispatch._POLL_SECONDS, dispatch._METRICS_SECONDS = 0.1, 0.3\n"
-    "sys.exit(dispatch.main(['', sys.argv[-1]]))"
+    "sys.exit(dispatch.main(sys.argv))"
 )
-ORDER = Order("cpu-upgrade", hours=2, usd_per_hour=0.03)
+ORDER = Order("hf_jobs", "cpu-upgrade", hours=2, usd_per_hour=0.03)
 PLAN = {
     "estimates": {"memory_bytes": 12e9, "disk_bytes": 30e9, "multiply_adds": 4e15, "seconds": 33e3}
 }
@@ -68,7 +69,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
         monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
         monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/quantkit-0.1.0-py3-none-any.whl")
-        monkeypatch.setattr(process, "REMOTE_COMMAND", (sys.executable, "-c", DISPATCH))
+        monkeypatch.setattr(executor, "COMMAND", (sys.executable, "-c", DISPATCH))
         server.jobs.command = [sys.executable, "-c", IN_JOB]
         yield server
 
@@ -105,7 +106,7 @@ def test_a_run_in_a_job(store: RunStore, hub: HubServer) -> None:
     assert [stage.state for stage in view.stages] == ["done"] * 9
     assert view.report is not None and view.allocation is not None and "A card." in view.card
     assert view.curve and view.files and not view.files[0].is_here and not view.can_try
-    assert view.job is not None and view.job["stage"] == "COMPLETED"
+    assert view.remote is not None and view.remote.stage == "COMPLETED"
     assert any(line.text == "a token is there" or "Job" in line.text for line in view.log)
 
     (job,) = hub.jobs.all.values()
@@ -324,18 +325,20 @@ def test_machines_and_prices(hub: HubServer) -> None:
 
 
 def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
-    offered = jobs.machines()
-    names = [choice.machine.name for choice in choices(PLAN, offered)]
-    assert "t4-small" in names and names[0] == choose(PLAN, offered).machine.name
-    chosen = choose(PLAN, offered)
-    assert chosen.seconds < 3600 * chosen.hours_limit and 0 < chosen.usd <= chosen.most_usd
-    large = {"estimates": {**PLAN["estimates"], "memory_bytes": 100e9, "multiply_adds": 1e18}}
-    assert choose(large, offered).machine.name == "h200"
-    assert choose(large, offered).device == "cuda"
+    def offered(**needs: float) -> tuple[Offer, ...]:
+        return offers({"estimates": {**PLAN["estimates"], **needs}}, jobs.machines(), "hf_jobs")
+
+    names = [offer.machine for offer in offered()]
+    assert "t4-small" in names and names[0] == choose(offered()).machine
+    chosen = choose(offered())
+    assert chosen.seconds < 3600 * chosen.hours and 0 < chosen.usd <= chosen.most_usd
+    large = offered(memory_bytes=100e9, multiply_adds=1e18)
+    assert choose(large).machine == "h200"
+    assert choose(large).device == "cuda"
     with pytest.raises(QuantkitError, match="No machine"):
-        choose({"estimates": {**PLAN["estimates"], "memory_bytes": 1e12}}, offered)
+        choose(offered(memory_bytes=1e12))
     with pytest.raises(QuantkitError, match="does not fit on 'cpu-basic'"):
-        choose(large, offered, "cpu-basic")
+        choose(large, "cpu-basic")
 
 
 def test_the_wheel_is_pinned_by_its_hash(tmp_path: Path) -> None:

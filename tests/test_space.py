@@ -29,8 +29,9 @@ from itsdangerous import TimestampSigner
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
-from quantkit.server.executors import process
-from quantkit.server.executors.hf_jobs.dispatch import app_labels
+from quantkit.server.executors import local
+from quantkit.server.executors.hf_jobs.labels import app_labels
+from quantkit.server.executors.registry import HF_JOBS
 from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.limits import CLEAN, DELETE, what_is_due
@@ -182,15 +183,15 @@ def test_runs_are_found_again_by_their_jobs(hub: HubServer, tmp_path: Path) -> N
     jobs.start(order, "../evil", ALICE)
     fixtures.own(fixtures.write_run(tmp_path / "theirs"), MALLORY_OWNS)
     jobs.start(order, "theirs", ALICE)
-    found = jobs.runs(labels, ALICE)
-    assert adopt(tmp_path, ALICE_OWNS, found) == ("run-of-alice",)
+    found = HF_JOBS.found(ALICE)
+    assert adopt(tmp_path, ALICE_OWNS, HF_JOBS, found) == ("run-of-alice",)
     store = RunStore(tmp_path, public=True)
     run = store.view("run-of-alice", ALICE_OWNS)
     assert run.can_resume and "found again" in run.error and run.machine == "cpu-basic"
     assert jobs.runs(labels, BOB) == ()
     record = load_record(tmp_path / "theirs")
     assert record is not None and record.machine is None  # not taken over
-    assert adopt(tmp_path, ALICE_OWNS, found) == ()
+    assert adopt(tmp_path, ALICE_OWNS, HF_JOBS, found) == ()
 
 
 def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path:
     jobs.start(order, "lost", ALICE)
     (job,) = hub.jobs.all.values()
     store, mirror = RunStore(tmp_path / "a", public=True), Mirror(tmp_path / "a", tmp_path / "b")
-    assert adopt(store.root, ALICE_OWNS, jobs.runs(labels, ALICE)) == ("lost",)
+    assert adopt(store.root, ALICE_OWNS, HF_JOBS, HF_JOBS.found(ALICE)) == ("lost",)
     run = store.view("lost", ALICE_OWNS)
     assert run.can_cancel and run.can_resume and not run.can_delete
     with pytest.raises(UsageError, match="may still be at work"):
@@ -213,10 +214,10 @@ def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path:
     store.cancel("lost", ALICE_OWNS, ALICE)
     assert job.stage == "CANCELED" and store.view("lost", ALICE_OWNS).state == "cancelled"
     store.delete("lost", ALICE_OWNS)
-    assert adopt(store.root, ALICE_OWNS, jobs.runs(labels, ALICE)) == ()
+    assert adopt(store.root, ALICE_OWNS, HF_JOBS, HF_JOBS.found(ALICE)) == ()
     mirror.keep()
     Mirror(tmp_path / "c", tmp_path / "b").restore()  # another machine
-    assert adopt(tmp_path / "c", ALICE_OWNS, jobs.runs(labels, ALICE)) == ()
+    assert adopt(tmp_path / "c", ALICE_OWNS, HF_JOBS, HF_JOBS.found(ALICE)) == ()
 
 
 # Rules.
@@ -244,7 +245,7 @@ def test_old_runs_go_by_rule(tmp_path: Path) -> None:
 
 
 def test_a_run_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "COMMAND", (sys.executable, fixtures.__file__))
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, fixtures.__file__))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "20")
     store = RunStore(tmp_path, Limits(seconds=1), public=True)

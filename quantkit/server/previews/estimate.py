@@ -25,7 +25,7 @@ from quantkit.files import write_json
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import Damaged, build, parse
 from quantkit.server.executors.process import worker_environment, worker_secrets
-from quantkit.server.previews.rough import FirstLook
+from quantkit.server.previews.first_look import FirstLook
 from quantkit.server.previews.sizes import with_sizes
 from quantkit.server.previews.turns import Turns
 

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     from quantkit.errors import QuantkitError
     from quantkit.planning.plan import make_plan
     from quantkit.run.folder import read_json
-    from quantkit.server.previews.rough import FirstLook
+    from quantkit.server.previews.first_look import FirstLook
 
     def looked(info: ModelInfo) -> None:
         _tell("looked", FirstLook.of(info))

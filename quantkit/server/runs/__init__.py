@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.server.runs.limits import PUBLIC_LIMITS, Limits, Order
+from quantkit.server.executors.protocol import Order
+from quantkit.server.runs.limits import PUBLIC_LIMITS, Limits
 from quantkit.server.runs.progress import KlPoint, LogLine, StageView
 from quantkit.server.runs.record import NoSuchRun
 from quantkit.server.runs.request import RunForm, check_repo, to_config

@@ -12,7 +12,7 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import PublishedFile
 from quantkit.run.artifacts import RELATIVE, Artifacts
-from quantkit.run.events import read_some_events
+from quantkit.run.events import MOST_EVENT_BYTES, read_some_events
 from quantkit.run.folder import RunDir
 from quantkit.run.names import NAMES, stage_folder
 from quantkit.sandbox.untrusted import (
@@ -24,12 +24,12 @@ from quantkit.sandbox.untrusted import (
     shortened,
 )
 from quantkit.server.executors.process import is_alive, started_at
+from quantkit.server.executors.protocol import LOG_FILE, MACHINE_FILE, RemoteState
+from quantkit.server.executors.registry import LOCAL
 from quantkit.server.runs import view as views
 from quantkit.server.runs.progress import Progress
 from quantkit.server.runs.record import (
     CANCELLED,
-    LOG_FILE,
-    MACHINE_FILE,
     QUEUED,
     RECORD_FILE,
     STOPPED,
@@ -38,7 +38,6 @@ from quantkit.server.runs.record import (
     salvaged_record,
 )
 from quantkit.server.runs.view import ResultFile, RunSummary, RunView
-from quantkit.tensors import to_json
 
 _MAX_CARD_BYTES = 200_000
 _MAX_REPORT_BYTES = 20_000_000
@@ -48,7 +47,6 @@ _MAX_NAME = 300  # characters of a model or target
 _MAX_FILES = 1000
 _LOOK_SECONDS = 0.03  # at an events file at once: the store waits meanwhile
 _REST = 20.0  # times as long as reading a file took, it is not read again
-MOST_EVENT_BYTES = 64_000_000  # of a run: three days of what is told twice a second
 
 
 @dataclass
@@ -66,19 +64,6 @@ class _Loaded:
 
     record: RunRecord | None
     damage: str = ""
-
-
-@dataclass(frozen=True)
-class _Machine:
-    """`machine.json`: which Job, where, how busy it is and what it has cost."""
-
-    job: str
-    url: str
-    machine: str
-    stage: str
-    run_seconds: float
-    usd: float
-    metrics: dict[str, Any] | None = None
 
 
 class Follower:
@@ -235,7 +220,7 @@ class Follower:
         return self.record.place if self.record is not None else None
 
     def is_unattended(self) -> bool:
-        """Whether its Job may be at work, and paid for, with nobody here that listens."""
+        """Whether it may be at work elsewhere, and paid for, with nobody here that listens."""
         found = self.view(None)
         return found is not None and found.is_unattended
 
@@ -281,7 +266,9 @@ class Follower:
             machine=record.machine if record else None,
             usd_per_hour=record.usd_per_hour if record else None,
             hours=record.hours if record else None,
-            job=self._read(MACHINE_FILE, _read_machine),
+            executor=record.executor if record else LOCAL.name,
+            is_remote=record is not None and record.is_remote,
+            remote=self._read(MACHINE_FILE, _read_machine),
             stopping=running and record is not None and record.phase == CANCELLED,
             error=error,
             remedy=remedy,
@@ -445,9 +432,8 @@ def _read_report(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_machine(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = to_json(build(_Machine, read_json(path, _MAX_CONFIG_BYTES)))
-    return found
+def _read_machine(path: Path) -> RemoteState:
+    return build(RemoteState, read_json(path, _MAX_CONFIG_BYTES))
 
 
 def _read_card(path: Path) -> str:

@@ -20,11 +20,10 @@ from pathlib import Path
 from quantkit.errors import UsageError
 from quantkit.files import write_json
 from quantkit.sandbox.untrusted import Damaged, build, moment, read_bytes, read_json
+from quantkit.server.executors.protocol import MACHINE_FILE, Executor, Order
+from quantkit.server.executors.registry import EXECUTORS, of_record
 
 RECORD_FILE = "job.json"
-LOG_FILE = "log.txt"
-REMOTE_LOG_FILE = "job.txt"  # what a Job printed
-MACHINE_FILE = "machine.json"  # which Job, where, how busy, what it has cost
 
 QUEUED, STARTED, CANCELLED, STOPPED = "queued", "started", "cancelled", "stopped"
 
@@ -58,14 +57,18 @@ class RunRecord:
     pid_started: str | None = None  # tells the process from a later one of the same number
     has_token: bool = False  # a token was given; it is kept in memory only
     reason: str = ""  # why a run was stopped by the launcher
-    machine: str | None = None  # of a Job of Hugging Face; None: this machine
-    hours: int | None = None  # after which that Job is ended
+    machine: str | None = None  # of an executor that has several
+    hours: int | None = None  # after which a run elsewhere is ended
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None  # how long it was expected to take
     place: str | None = None  # where its visitor came from: a keyed hash, to count by
+    executor: str = ""  # its name; records of before they had names know it by the machine
 
     def __post_init__(self) -> None:
         """Raises Damaged for what no launcher writes."""
+        object.__setattr__(self, "executor", of_record(self.executor, self.machine))
+        if self.executor not in EXECUTORS:
+            raise Damaged("its executor is unknown")
         if self.owner is not None and not _OWNER.fullmatch(self.owner):
             raise Damaged("its owner is none")
         if self.phase not in PHASES:
@@ -78,6 +81,22 @@ class RunRecord:
         texts = (self.reason, self.machine or "", self.pid_started or "", self.place or "")
         if any(len(text) > _LONGEST_TEXT for text in texts):
             raise Damaged("it has a text that is too long")
+
+    @property
+    def done_by(self) -> Executor:
+        return EXECUTORS[self.executor]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the work is done elsewhere."""
+        return self.done_by.is_remote
+
+    @property
+    def order(self) -> Order:
+        """What its executor is told."""
+        return Order(
+            self.executor, self.machine, self.hours, self.usd_per_hour, self.estimate_seconds
+        )
 
 
 def new_run_id() -> str:

@@ -23,6 +23,7 @@ from quantkit.config.targets import (
     Target,
 )
 from quantkit.errors import UsageError
+from quantkit.server.executors.registry import HERE
 from quantkit.tensors import METHODS
 
 SIZE_KINDS = ("like", "fits", "size", "bpw", "family")
@@ -30,7 +31,6 @@ FAMILIES = {
     "everyday": ("Q3_K_M", "Q4_K_M", "Q5_K_M"),
     "whole": FAMILY,
 }
-HERE = "here"
 # Who may see a published repository: those who see the model, only its owner, everyone.
 VISIBILITIES = ("model", "private", "public")
 CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
@@ -38,7 +38,7 @@ CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
 _MAX_TYPES_TEXT = 10_000
 _MAX_TYPES = 100
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}", re.ASCII)
-_MACHINE = re.compile(r"[a-z0-9][a-z0-9-]{0,39}", re.ASCII)
+_MACHINE = re.compile(r"[a-z0-9][a-z0-9_:-]{0,79}", re.ASCII)
 # A repeated group, a row of optional characters or of groups with alternatives can take exponential
 # time on the right name. A few repeats of single characters, or a few groups, cannot.
 _REPEATED_GROUP = re.compile(r"\)[*+{?]")
@@ -68,7 +68,7 @@ class RunForm:
     device: str = "cpu"
     publish: str = ""
     visibility: str = "model"  # one of VISIBILITIES
-    machine: str = HERE  # or auto, or the name of a Job's machine
+    machine: str = HERE  # as `registry.asked` takes it
 
 
 def to_config(form: RunForm, public: bool) -> RunConfig:

@@ -117,12 +117,12 @@ class Scheduler:
                 if record.phase == QUEUED:
                     waiting.append(follower)
                 elif process.is_alive(record.pid, record.pid_started):
-                    n_here += record.machine is None
-                    n_away += record.machine is not None
+                    n_here += not record.is_remote
+                    n_away += record.is_remote
                     guarded(follower, partial(self._watch, follower))
             waiting.sort(key=lambda follower: record_of(follower).since)
             for follower in waiting:
-                if record_of(follower).machine is not None:
+                if record_of(follower).is_remote:
                     if n_away < self.limits.remote:
                         n_away += 1
                         guarded(follower, partial(self._start_worker, follower))
@@ -175,7 +175,7 @@ class Scheduler:
 
     def _remove(self, follower: Follower) -> None:
         name = follower.folder.name
-        if follower.record is not None and follower.record.machine is not None:
+        if follower.record is not None and follower.record.is_remote:
             forget(self.root, name)
         trash = self.root / f"{_TRASH}{name}"
         os.replace(follower.folder, trash)  # gone at once, however long removing takes
@@ -190,7 +190,8 @@ class Scheduler:
             self._set_phase(follower, record, STOPPED, reason=_FORGOTTEN)
             return
         try:
-            child = process.start(follower.folder, token, self.public, record.machine is not None)
+            command = record.done_by.command(record.order)
+            child = process.start(command, follower.folder, token, self.public)
         except OSError as error:
             reason = f"The worker could not be started: {error.strerror or error}."
             self._set_phase(follower, record, STOPPED, reason=reason)

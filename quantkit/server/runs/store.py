@@ -7,25 +7,22 @@ back scans the folder and goes on, with the workers that ran meanwhile.
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 from pathlib import Path
 
-from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import write_json
-from quantkit.hub import PublishedFile, jobs
+from quantkit.hub import PublishedFile
 from quantkit.run.folder import RunDir
 from quantkit.server.executors import process
+from quantkit.server.executors.protocol import LOG_FILE, REMOTE_LOG_FILE, Order
 from quantkit.server.runs import view
 from quantkit.server.runs.follow import Follower, tail
-from quantkit.server.runs.limits import Order, check_disk, check_limits, positions, wait_seconds
+from quantkit.server.runs.limits import check_disk, check_limits, positions, wait_seconds
 from quantkit.server.runs.record import (
     CANCELLED,
-    LOG_FILE,
     QUEUED,
-    REMOTE_LOG_FILE,
     NoSuchRun,
     RunRecord,
     new_run_id,
@@ -78,8 +75,8 @@ class RunStore(Scheduler):
         """The end of what the worker printed."""
         with self._lock:
             folder = self._follower(run_id, owner).folder
-            of_job = folder / REMOTE_LOG_FILE
-            return tail(of_job if of_job.exists() else folder / LOG_FILE, n_bytes)
+            remote = folder / REMOTE_LOG_FILE
+            return tail(remote if remote.exists() else folder / LOG_FILE, n_bytes)
 
     def result_path(self, run_id: object, name: str, owner: str | None) -> Path:
         """Where a result file lies. Raises NoSuchRun for any other file."""
@@ -148,9 +145,10 @@ class RunStore(Scheduler):
         here listens to any more is ended with `token`. Raises QuantkitError.
         """
         with self._lock:
-            is_lost = self._follower(run_id, owner).is_unattended()
-        if is_lost:
-            jobs.cancel_all(str(run_id), jobs.check_token(token or hub.resolve_token()))
+            follower = self._follower(run_id, owner)
+            is_lost, known = follower.is_unattended(), follower.record
+        if is_lost and known is not None:
+            known.done_by.end(str(run_id), token)
         with self._lock:
             follower = self._follower(run_id, owner)
             record = follower.record
@@ -164,7 +162,7 @@ class RunStore(Scheduler):
                 raise UsageError("This run is not running.", "There is nothing to cancel.")
             self._set_phase(follower, record, CANCELLED)
             if record.pid is not None:
-                process.kill_group(record.pid, record.pid_started, signal.SIGTERM)
+                process.kill_group(record.pid, record.pid_started, record.done_by.cancelled_by)
 
     def resume(self, run_id: object, owner: str | None, token: str | None = None) -> None:
         """Queue a run again that failed, was interrupted or cancelled; it goes on where it was."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.hub.jobs import ENDED
+from quantkit.server.executors.protocol import RemoteState
 from quantkit.server.runs.progress import KlPoint, LogLine, StageView
 
 QUEUED, RUNNING, FINISHED = "queued", "running", "finished"
@@ -69,10 +69,12 @@ class RunView:
     message: str = ""
     eta_seconds: float | None = None  # of the current stage
     wait_seconds: float | None = None  # until a queued run starts
-    machine: str | None = None  # of a Job; None: this machine
+    executor: str = "local"
+    is_remote: bool = False  # whether the work is done elsewhere
+    machine: str | None = None  # of an executor that has several
     usd_per_hour: float | None = None
     hours: int | None = None
-    job: dict[str, Any] | None = None  # machine.json: the Job's address, stage, load and cost
+    remote: RemoteState | None = None  # its address there, stage, load and cost
     stopping: bool = False  # a cancelled run whose process has not ended yet
     error: str = ""
     remedy: str = ""
@@ -98,9 +100,9 @@ class RunView:
 
     @property
     def is_unattended(self) -> bool:
-        """Whether its Job may still be at work, and paid for, with nobody here that listens."""
-        ended = self.job is not None and self.job.get("stage") in ENDED
-        return self.machine is not None and self.state in (FAILED, INTERRUPTED) and not ended
+        """Whether it may be at work elsewhere, and paid for, with nobody here that listens."""
+        has_ended = self.remote is not None and self.remote.has_ended
+        return self.is_remote and self.state in (FAILED, INTERRUPTED) and not has_ended
 
     @property
     def can_cancel(self) -> bool:

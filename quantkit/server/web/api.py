@@ -165,6 +165,7 @@ def add_endpoints(desk: Desk) -> None:
         def status() -> dict[str, Any]:
             owner = asker_of(key, request, user, token).owner
             job = to_json(desk.store.view(job_id, owner))
+            job["job"] = job.pop("remote")  # as clients have known it
             for long in ("log", "allocation", "card", "curve"):
                 job.pop(long)
             return _without_paths(job)

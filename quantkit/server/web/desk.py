@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import queue
 import threading
 import time
@@ -15,16 +14,15 @@ from typing import Any
 from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.hub import jobs
-from quantkit.server.executors.hf_jobs.dispatch import app_labels
-from quantkit.server.executors.hf_jobs.machines import Choice, choices, choose, why_not_here
-from quantkit.server.executors.hf_jobs.wheel import can_start_jobs
+from quantkit.server.executors import registry
+from quantkit.server.executors.protocol import Offer, Order, choose
+from quantkit.server.executors.registry import LOCAL
 from quantkit.server.previews.estimate import Looked, estimate, known_plan
-from quantkit.server.previews.rough import DEMO, FirstLook, rough_bytes, rough_seconds
+from quantkit.server.previews.first_look import DEMO, FirstLook
 from quantkit.server.previews.talk import check_prompt, say
-from quantkit.server.runs import Order, RunForm, RunStore, RunView, check_repo, to_config
+from quantkit.server.runs import RunForm, RunStore, RunView, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.request import HERE, check_collection, check_machine, check_visibility
+from quantkit.server.runs.request import check_collection, check_machine, check_visibility
 from quantkit.server.web import previews, publishing, results, view
 from quantkit.server.web.allowance import Allowance
 from quantkit.server.web.charts import PLOTS
@@ -40,7 +38,6 @@ SWITCHES = (
 )
 _MAX_TOKEN = 500
 _SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
-_PRICES_SECONDS = 600.0
 _WELCOME_SECONDS = 3600.0
 _BUG = "Something went wrong here."
 _BUG_REMEDY = "Try again; if it stays, report it with the server's log."
@@ -67,11 +64,10 @@ class Desk:
         self.visitors = visitors
         self.on_space = on_space
         self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
-        self.has_jobs = can_start_jobs()
+        self.remote = registry.remote()  # places elsewhere that runs may be done at
         self.allowance = Allowance()
         self._welcomed: dict[str, float] = {}
         self._no_search_until = 0.0
-        self._machines: tuple[float, tuple[jobs.Machine, ...]] = (-1e9, ())
 
     def owner(self, cookies: Mapping[str, Any], username: str | None) -> str | None:
         """The visitor's id; None for a visitor without a cookie."""
@@ -98,9 +94,11 @@ class Desk:
             self.allowance.take(action, asker.counted_as)
 
     def welcome(self, asker: Asker, token: str | None) -> None:
-        """Look, aside and once an hour, for runs of a signed-in user that only their Jobs know."""
+        """Look, aside and once an hour, for runs of a signed-in user that are known elsewhere
+        alone.
+        """
         user = asker.username
-        if user is None or not token or not self.has_jobs or asker.owner is None:
+        if user is None or not token or not self.remote or asker.owner is None:
             return
         if time.monotonic() < self._welcomed.get(user, -1e9) + _WELCOME_SECONDS:
             return
@@ -108,10 +106,11 @@ class Desk:
         threading.Thread(target=self._adopt, args=(asker.owner, token), daemon=True).start()
 
     def _adopt(self, owner: str, token: str) -> None:
-        try:
-            adopt(self.store.root, owner, jobs.runs(app_labels(os.environ), token))
-        except QuantkitError as error:
-            logger.info("no Jobs were looked for: %s", error.message)
+        for executor in self.remote:
+            try:
+                adopt(self.store.root, owner, executor, executor.found(token))
+            except QuantkitError as error:
+                logger.info("%s was not asked for runs: %s", executor.name, error.message)
 
     # Forms.
 
@@ -122,40 +121,37 @@ class Desk:
         owner, secret = known(asker.owner), checked_token(token)
         config = to_config(form, self.store.public)  # what is wrong is said at once
         self.allow("start", asker)
-        order = self._order(form, config, secret, asker)
-        if order.machine is not None:
-            device = order_device(order.machine, self.machines(secret))
-            config = dataclasses.replace(config, device=device)
+        order, device = self._order(form, config, secret, asker)
+        config = dataclasses.replace(config, device=device)
         place = self.visitors.place(asker.counted_as)
         return self.store.submit(config, owner, secret, order, place)
 
-    def _order(self, form: RunForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
-        """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
-        if check_machine(form.machine) != HERE:
-            if not self.has_jobs:
-                raise UsageError(
-                    "This server cannot start Jobs.", "Run it here, or on a deployed Space."
-                )
+    def _order(
+        self, form: RunForm, config: RunConfig, token: str | None, asker: Asker
+    ) -> tuple[Order, str]:
+        """Where the run is to be done, and on which device. Raises QuantkitError when it cannot be
+        done there.
+        """
+        executor, machine = registry.asked(check_machine(form.machine))
+        if executor.is_remote:
             if config.model == DEMO_MODEL:
                 raise UsageError("The demo's model is on this machine.", "Run it here.")
-            jobs.check_token(token)
+            executor.check(token)
             plan = self._plan(config, token, asker)
-            choice = choose(plan, self.machines(token), form.machine)
-            machine = choice.machine
-            return Order(
-                machine.name, choice.hours_limit, machine.usd_per_hour, round(choice.seconds)
-            )
+            offer = choose(executor.offers(plan, token), machine)
+            return offer.order, offer.device
         # On one's own machine nobody has to wait for a plan.
         found = self._plan(config, token, asker) if self.on_space else known_plan(config, token)
         if found is None:
-            return Order()
+            return Order(executor.name), config.device
         why_not = self._why_not_here(found)
         if why_not and self.store.public:
             raise QuantkitError(
                 f"The run is too large for this page. {why_not}",
-                "Choose a Job, or a smaller model." if self.has_jobs else "Choose a smaller model.",
+                "Choose " + "".join(f"a {e.noun}, or " for e in self.remote) + "a smaller model.",
             )
-        return Order(estimate_seconds=found["estimates"]["seconds"])
+        seconds = found["estimates"]["seconds"]
+        return Order(executor.name, estimate_seconds=seconds), config.device
 
     def estimate(self, form: RunForm, token: str | None, asker: Asker) -> dict[str, Any]:
         """The planner's answer. Raises QuantkitError."""
@@ -167,15 +163,7 @@ class Desk:
         return estimate(config, token, self.store.public, asker.counted_as, looked)
 
     def _why_not_here(self, plan: dict[str, Any]) -> str:
-        return why_not_here(plan, self.store.root, self.store.limits.seconds)
-
-    def machines(self, token: str | None) -> tuple[jobs.Machine, ...]:
-        """What Jobs may run on, and its price; asked of the Hub every ten minutes."""
-        asked, found = self._machines
-        if time.monotonic() > asked + _PRICES_SECONDS:
-            found = jobs.machines(token)
-            self._machines = (time.monotonic(), found)
-        return found
+        return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
 
     def preview(self, form: RunForm, token: str, asker: Asker) -> Iterator[str]:
         """What the run would take, as HTML: first facts at once, all of it when it is known.
@@ -215,23 +203,23 @@ class Desk:
 
         threading.Thread(target=plan, name="preview", daemon=True).start()
         while (first := told.get()) is not None:
-            limits = rough_bytes(config, first.n_parameters)
-            yield previews.looked_at(first, limits, rough_seconds(config, first.n_parameters))
+            yield previews.looked_at(first)
         if failed:
             raise failed[0]
 
     def _preview(self, form: RunForm, config: RunConfig, token: str | None, asker: Asker) -> str:
         plan = self._plan(config, token, asker)
-        offered: tuple[Choice, ...] = ()
+        offered: list[Offer] = []
         chosen = None
-        if self.has_jobs and config.model != DEMO_MODEL:
+        wanted, machine = registry.asked(check_machine(form.machine))
+        for executor in self.remote if config.model != DEMO_MODEL else ():
             try:
-                machines = self.machines(token)
-                offered = choices(plan, machines)
-                if check_machine(form.machine) != HERE:
-                    chosen = choose(plan, machines, form.machine)
+                found = executor.offers(plan, token)
+                offered += found
+                if executor is wanted:
+                    chosen = choose(found, machine)
             except QuantkitError as error:
-                if form.machine != HERE:
+                if wanted.is_remote:
                     return view.notice(error.message, error.remedy)
         contexts = (t.n_context for t in config.targets if t.n_context)
         return previews.preview(
@@ -239,7 +227,7 @@ class Desk:
             context=next(contexts, None),
             here="This Space" if self.on_space else "This machine",
             why_not=self._why_not_here(plan),
-            machines=offered,
+            offers=offered,
             chosen=chosen,
         )
 
@@ -350,12 +338,6 @@ class Desk:
 
     def run_list(self, owner: str | None) -> str:
         return answered(lambda: view.run_list(self.store.runs(owner)))
-
-
-def order_device(name: str, machines: tuple[jobs.Machine, ...]) -> str:
-    """What a run computes on there: cuda where the machine has a GPU."""
-    machine = next((machine for machine in machines if machine.name == name), None)
-    return "cuda" if machine is not None and machine.gpu else "cpu"
 
 
 def _rendered(run: RunView) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from markdown_it import MarkdownIt
 
 from quantkit.evidence import report as reports
+from quantkit.server.executors.registry import EXECUTORS
 from quantkit.server.runs import RunSummary, RunView, StageView
 from quantkit.stages import STAGES
 
@@ -105,19 +106,20 @@ def head(run: RunView) -> str:
 
 
 def _machine(run: RunView) -> str:
-    """Where a Job runs, how busy it is and what it has cost; empty for runs of this machine."""
-    if run.machine is None:
+    """Where a run elsewhere is, how busy it is and what it has cost; empty for one done here."""
+    if not run.is_remote:
         return ""
-    facts = [f"Job on {run.machine}"]
+    noun = EXECUTORS[run.executor].noun
+    facts = [f"{noun} on {run.machine}" if run.machine else noun]
     if run.usd_per_hour:
         facts.append(f"${run.usd_per_hour:.2f} an hour")
     if run.hours:
         facts.append(f"ended after {run.hours} h at the latest")
     link, load = "", ""
-    if run.job:
-        facts.append(f"${float(run.job.get('usd') or 0):.2f} so far")
-        load = _load(run.job.get("metrics")) if run.state == "running" else ""
-        url = str(run.job.get("url", ""))
+    if run.remote is not None:
+        facts.append(f"${run.remote.usd:.2f} so far")
+        load = _load(run.remote.metrics) if run.state == "running" else ""
+        url = run.remote.url
         if url.startswith(("https://", "http://")):
             link = f' <a href="{escape(url)}" rel="noopener" target="_blank">its page</a>'
     return f'<p class="qk-machine">{escape(" · ".join(facts))}{escape(load)}{link}</p>'
@@ -145,8 +147,8 @@ def _state_note(run: RunView) -> str:
     if run.state == "queued":
         place = run.position or 1
         text = "It is next in line." if place == 1 else f"It is number {place} in line."
-        if run.machine is not None:
-            text = "Its Job is about to be started."
+        if run.is_remote:
+            text = f"Its {EXECUTORS[run.executor].noun} is about to be started."
         elif run.wait_seconds:
             text += f" It starts in about {duration(60 * max(1, round(run.wait_seconds / 60)))}."
         return notice(
@@ -305,14 +307,13 @@ def _downloads(run: RunView) -> str:
 
 
 def _elsewhere(run: RunView) -> str:
-    """Where the files of a Job are."""
-    if run.machine is None:
+    """Where the files of a run are that was done elsewhere."""
+    if not run.is_remote:
         return ""
     text = (
         "They are in the repository that it was published to."
         if run.published_url
-        else "They are in your bucket quantkit-jobs on the Hub. Publish them to download them from"
-        " a repository."
+        else EXECUTORS[run.executor].results_at
     )
     return f'<p class="qk-help">{text}</p>'
 
