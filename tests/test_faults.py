@@ -187,7 +187,7 @@ def limited(code: str, kilobytes: int) -> str:
 _EXPLAINED = """
 import sys
 sys.path.insert(0, "tests")
-from quantkit import faults
+from quantkit.machine import faults
 def tell(work):
     try:
         work()
@@ -227,7 +227,7 @@ def test_with_memory_to_spare_nothing_is_blamed_on_it(monkeypatch: pytest.Monkey
 
 _THREAD = """
 import threading
-from quantkit import terminal
+from quantkit.run import terminal
 def end(): raise MemoryError
 with terminal.ending_with_threads(None):
     thread = threading.Thread(target=end)

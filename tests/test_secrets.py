@@ -24,7 +24,7 @@ TOKEN = "hf_abcdefghijklmnop"
 # Tells what it knows and what the world can know of it.
 SHOW = """
 import ctypes, json, os, sys
-from quantkit import secrets
+from quantkit.sandbox import secrets
 secrets.hide()
 from quantkit.hub.client import resolve_token
 with open("/proc/self/environ", "rb") as file:
