@@ -6,6 +6,7 @@ really runs them; what is sent, told back, found again, cancelled, and what it c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,10 +26,10 @@ from hypothesis import strategies as st
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.run.events import read_events
+from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import RunDir
 from quantkit.server.executors import process
-from quantkit.server.executors.hf_jobs import executor, wheel
+from quantkit.server.executors.hf_jobs import dispatch, executor, wheel
 from quantkit.server.executors.hf_jobs.in_job import keep, restore
 from quantkit.server.executors.hf_jobs.machines import offers
 from quantkit.server.executors.hf_jobs.wire import (
@@ -233,6 +234,26 @@ def test_faults_on_the_way(store: RunStore, hub: HubServer) -> None:
     events, _ = read_events(store.root / run / "events.jsonl")
     told = [event.data["at"][1] for event in events if "at" in event.data]
     assert told == list(range(len(told)))
+
+
+def test_the_last_word_on_a_machine_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its watcher asked before the Job ended is not written over how it ended."""
+    directory = RunDir(tmp_path)
+    dispatched = dispatch.Dispatch(directory, ORDER, ALICE, EventLog(directory.events_path))
+    at_work = jobs.RemoteJob("1", "alice", "RUNNING", "", "cpu-upgrade", "https://x", 0.0, 5.0)
+    dispatched._job = at_work
+
+    def ends_meanwhile(job: jobs.RemoteJob, token: str) -> None:
+        dispatched._ended.set()
+        dispatched._tell_machine(dataclasses.replace(job, stage="COMPLETED"))
+
+    monkeypatch.setattr(dispatch, "_METRICS_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "look", lambda job, token: at_work)
+    monkeypatch.setattr(jobs, "metrics", ends_meanwhile)
+    dispatched._watch_machine()
+    assert json.loads((tmp_path / "machine.json").read_text())["stage"] == "COMPLETED"
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ class Dispatch:
         self._run_id = directory.path.name
         self._job: jobs.RemoteJob | None = None
         self._ended = threading.Event()
+        self._telling = threading.Lock()  # held to write machine.json, or to end its watcher
         self._heard: dict[str, int] = {}  # Job -> events of it that are in the file
         for event in read_events(directory.events_path)[0]:
             at = event.data.get("at")
@@ -130,7 +131,8 @@ class Dispatch:
         try:
             job = self._job = self._listen_to_the_end()
         finally:
-            self._ended.set()
+            with self._telling:  # what the watcher has asked meanwhile is older than `job`
+                self._ended.set()
         self._tell_machine(job)
         return self._end(job)
 
@@ -278,7 +280,10 @@ class Dispatch:
                 job = jobs.look(self._job, self._token)
             except QuantkitError:
                 continue
-            self._tell_machine(job, jobs.metrics(job, self._token))
+            busy = jobs.metrics(job, self._token)
+            with self._telling:
+                if not self._ended.is_set():
+                    self._tell_machine(job, busy)
 
     def _tell_machine(self, job: jobs.RemoteJob, busy: dict[str, Any] | None = None) -> None:
         price = self._order.usd_per_hour or 0.0
