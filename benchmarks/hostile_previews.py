@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from quantkit.server.runs.keeper import descendants  # noqa: E402
+from quantkit.server.previews.keeper import descendants  # noqa: E402
 
 N_VISITORS = 20
 PORT = 18463

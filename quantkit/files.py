@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,16 @@ def replacing(path: Path) -> Iterator[Path]:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy the bytes of a file; the target has its name only when it is whole. No more is asked of
+    where it lies than that: a mounted bucket may know neither locks nor links.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
 
 
 def write_json(path: Path, value: Any) -> Path:

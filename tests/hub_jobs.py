@@ -93,7 +93,7 @@ class Jobs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.all: dict[str, Job] = {}
-        self.command: list[str] = [sys.executable, "-m", "quantkit.server.runs.in_job"]
+        self.command: list[str] = [sys.executable, "-m", "quantkit.server.executors.hf_jobs.in_job"]
         self.waiting_seconds = 0.0
         self.buckets: set[str] = set()
         self.may_make_buckets = True

@@ -28,7 +28,7 @@ from gradio_client.exceptions import AppError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report.render import THEMES
 from quantkit.run.names import NAMES
-from quantkit.server.runs import JobStore, JobSummary
+from quantkit.server.runs import RunStore, RunSummary
 from quantkit.server.runs.progress import KlPoint, LogLine
 from quantkit.server.web import charts, results, theme, view, visitor
 from quantkit.server.web.page import build_app
@@ -41,7 +41,7 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 @pytest.fixture
 def page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[str, JobStore, Visitors]]:
+) -> Iterator[tuple[str, RunStore, Visitors]]:
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
     with fixtures.serving(tmp_path / "runs") as served:
         yield served
@@ -62,7 +62,7 @@ def get(url: str, cookie: str = "", **headers: str) -> tuple[int, dict[str, str]
 
 
 def test_only_the_documented_endpoints_are_public(tmp_path: Path) -> None:
-    app = build_app(JobStore(tmp_path), Visitors(b"k"))
+    app = build_app(RunStore(tmp_path), Visitors(b"k"))
     shown = {fn.api_name for fn in app.fns.values() if fn.api_visibility != "private"}
     assert shown == {"estimate", "start_job", "job_status", "cancel_job"}
     names = set(app.get_api_info()["named_endpoints"])
@@ -73,7 +73,7 @@ def test_stages_have_one_spelling() -> None:
     assert tuple(view.STAGE_ABOUT) == NAMES
 
 
-def test_cookie_and_headers(page: tuple[str, JobStore, Visitors]) -> None:
+def test_cookie_and_headers(page: tuple[str, RunStore, Visitors]) -> None:
     url, _, visitors = page
     status, headers, _ = get(url)
     jar: SimpleCookie = SimpleCookie(headers["set-cookie"])
@@ -109,7 +109,7 @@ def test_the_secret_survives_a_restart(tmp_path: Path) -> None:
 
 
 def test_downloads_stream_in_ranges_to_their_owner_only(
-    page: tuple[str, JobStore, Visitors],
+    page: tuple[str, RunStore, Visitors],
 ) -> None:
     url, store, visitors = page
     hers, his = visitors.new_key(), visitors.new_key()
@@ -142,7 +142,7 @@ def test_downloads_stream_in_ranges_to_their_owner_only(
         assert get(f"{url}gradio_api/file={path}", hers)[0] in (403, 404)
 
 
-def test_api_runs_a_job(page: tuple[str, JobStore, Visitors]) -> None:
+def test_api_runs_a_job(page: tuple[str, RunStore, Visitors]) -> None:
     client = Client(page[0], verbose=False)
     job = client.predict("demo:smollm2-135m", profile="demo", api_name="/start_job")
     deadline = time.monotonic() + 60
@@ -161,7 +161,7 @@ def test_api_runs_a_job(page: tuple[str, JobStore, Visitors]) -> None:
     assert ended["state"] in ("cancelled", "running")
 
 
-def test_api_errors_are_sentences(page: tuple[str, JobStore, Visitors]) -> None:
+def test_api_errors_are_sentences(page: tuple[str, RunStore, Visitors]) -> None:
     url, store, visitors = page
     owner = f"visitor:{visitors.check(visitors.new_key())}"
     fixtures.own(fixtures.write_run(store.root / "hers"), owner)
@@ -182,7 +182,7 @@ def test_api_errors_are_sentences(page: tuple[str, JobStore, Visitors]) -> None:
         assert "Traceback" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_estimate_asks_the_planner(page: tuple[str, JobStore, Visitors], tmp_path: Path) -> None:
+def test_estimate_asks_the_planner(page: tuple[str, RunStore, Visitors], tmp_path: Path) -> None:
     """The planner's refusal of a folder without a model arrives as its own sentence."""
     (tmp_path / "empty").mkdir()
     client = Client(page[0], verbose=False)
@@ -192,7 +192,7 @@ def test_estimate_asks_the_planner(page: tuple[str, JobStore, Visitors], tmp_pat
 
 
 @pytest.mark.slow
-def test_polling_is_cheap(page: tuple[str, JobStore, Visitors]) -> None:
+def test_polling_is_cheap(page: tuple[str, RunStore, Visitors]) -> None:
     """Fifty jobs, twenty visitors at once: a poll that finds nothing new."""
     url, store, visitors = page
     key = visitors.new_key()
@@ -243,7 +243,7 @@ def test_all_text_is_escaped() -> None:
         files=(_file(HOSTILE),),
         published_url=f"https://x/{HOSTILE}",
     )
-    summary = JobSummary("id", HOSTILE, HOSTILE, HOSTILE, "running", 1.0, False, stage=HOSTILE)
+    summary = RunSummary("id", HOSTILE, HOSTILE, HOSTILE, "running", 1.0, False, stage=HOSTILE)
     report = fixtures.make_report()
     report["baselines"][0]["name"] = HOSTILE
     report["outputs"][0]["name"] = HOSTILE
@@ -258,7 +258,7 @@ def test_all_text_is_escaped() -> None:
         view.log(job),
         view.raw_log(HOSTILE),
         view.files(job),
-        view.job_list([summary]),
+        view.run_list([summary]),
         view.notice(HOSTILE, HOSTILE),
         results.results(finished),
         results.report(finished),
@@ -341,10 +341,10 @@ def test_a_curve_says_whether_its_kl_is_expected(expected: bool) -> None:
 
 
 def _view() -> Any:
-    from quantkit.server.runs import JobView, StageView
+    from quantkit.server.runs import RunView, StageView
 
     stages = tuple(StageView(name) for name in NAMES)
-    return JobView("id", "a/b", None, "like Q4_K_M", "demo", 0, "queued", 1.0, stages)
+    return RunView("id", "a/b", None, "like Q4_K_M", "demo", 0, "queued", 1.0, stages)
 
 
 def _replace(job: Any, **fields: Any) -> Any:
@@ -463,7 +463,7 @@ def test_api_runs_the_real_pipeline(tmp_path: Path) -> None:
         assert body[:4] == b"GGUF" and len(body) == status["report"]["outputs"][0]["n_bytes"]
 
 
-def test_agents_find_four_tools(page: tuple[str, JobStore, Visitors]) -> None:
+def test_agents_find_four_tools(page: tuple[str, RunStore, Visitors]) -> None:
     """As an MCP client: the documented tools and no other, with what they take and sentences."""
     import asyncio
 

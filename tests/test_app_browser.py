@@ -142,7 +142,7 @@ def test_from_the_form_to_the_result(
         page.get_by_role("button", name="Delete it").click()
         expect(page.locator("#runs")).to_contain_text("No runs yet")
         page.wait_for_url(url)
-        assert store.jobs(None) == ()
+        assert store.runs(None) == ()
         assert not [there for there in asked if not there.startswith((url, "data:", "blob:"))]
 
 

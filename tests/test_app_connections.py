@@ -20,13 +20,13 @@ import pytest
 import test_app_fixtures as fixtures
 from test_app_fixtures import ask, event_number
 
-from quantkit.server.runs import JobStore
+from quantkit.server.runs import RunStore
 from quantkit.server.web import bodies, gate, listen
 from quantkit.server.web.listen import Connections, raise_files
 from quantkit.server.web.origin import Places
 from quantkit.server.web.visitor import Visitors
 
-Site = tuple[str, JobStore, Visitors]
+Site = tuple[str, RunStore, Visitors]
 HEAD = b"POST /gradio_api/call/v2/estimate HTTP/1.1\r\nContent-Type: application/json\r\n"
 HALVES = {
     "nothing": b"",

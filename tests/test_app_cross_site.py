@@ -18,10 +18,10 @@ from gradio import oauth
 from test_app_fixtures import ask, event_number
 from test_space import session
 
-from quantkit.server.runs import JobStore
+from quantkit.server.runs import RunStore
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors, cookie_name
 
-Site = tuple[str, JobStore, Visitors]
+Site = tuple[str, RunStore, Visitors]
 SPACE = "a-b.hf.space"
 EVIL = "https://evil.example"
 CROSS = {"Origin": EVIL, "Sec-Fetch-Site": "cross-site"}

@@ -19,7 +19,7 @@ import test_app_fixtures as fixtures
 from gradio.state_holder import StateHolder
 from test_app_fixtures import ask, event_number
 
-from quantkit.server.runs import JobStore
+from quantkit.server.runs import RunStore
 from quantkit.server.web import doors
 from quantkit.server.web.page import build_app
 from quantkit.server.web.server import launch
@@ -54,7 +54,7 @@ DEEP = b"[" * 200_000
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, JobStore, Visitors]]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, RunStore, Visitors]]:
     root = tmp_path_factory.mktemp("web") / "runs"
     with fixtures.serving(root, public=True, schedule=False) as served:
         yield served
@@ -79,7 +79,7 @@ def routes(found: Any, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]
 
 
 def test_every_route_is_a_door_or_known_to_be_shut(tmp_path: Path) -> None:
-    store, visitors = JobStore(tmp_path), Visitors(b"k")
+    store, visitors = RunStore(tmp_path), Visitors(b"k")
     app = build_app(store, visitors)
     store.start = lambda: None  # type: ignore[method-assign]
     try:
@@ -115,7 +115,7 @@ def test_every_route_is_a_door_or_known_to_be_shut(tmp_path: Path) -> None:
         *("/assets/../config", "/assets/%2e%2e/x", "/static/..%2f..%2froutes.py", "http://x/config"),
     ],
 )  # fmt: skip
-def test_a_shut_door_is_one_line(site: tuple[str, JobStore, Visitors], path: str) -> None:
+def test_a_shut_door_is_one_line(site: tuple[str, RunStore, Visitors], path: str) -> None:
     """Before a byte of the body is read: it need not even come."""
     for method in ("GET", "POST"):
         host, port = urlsplit(site[0]).netloc.split(":")
@@ -161,7 +161,7 @@ def test_a_shut_door_is_one_line(site: tuple[str, JobStore, Visitors], path: str
     ],
 )
 def test_what_cannot_be_is_one_line(
-    site: tuple[str, JobStore, Visitors],
+    site: tuple[str, RunStore, Visitors],
     capfd: pytest.CaptureFixture[str],
     method: str,
     path: str,
@@ -175,7 +175,7 @@ def test_what_cannot_be_is_one_line(
     assert "Traceback" not in printed.out + printed.err
 
 
-def test_bodies_have_a_size_a_length_and_a_kind(site: tuple[str, JobStore, Visitors]) -> None:
+def test_bodies_have_a_size_a_length_and_a_kind(site: tuple[str, RunStore, Visitors]) -> None:
     url = site[0]
     path = "/gradio_api/call/v2/estimate"
     assert ask(url, "POST", path, b" " * 300_000)[0] == 413
@@ -187,7 +187,7 @@ def test_bodies_have_a_size_a_length_and_a_kind(site: tuple[str, JobStore, Visit
     assert ask(url, "POST", path, b"{}", {"Content-Length": "-1"})[0] in (400, 413)
 
 
-def test_sessions_of_strangers_take_nothing(site: tuple[str, JobStore, Visitors]) -> None:
+def test_sessions_of_strangers_take_nothing(site: tuple[str, RunStore, Visitors]) -> None:
     """Gradio makes one of 200 KB for whoever names it: no more than a hundred are kept."""
     url, _, visitors = site
     number, n = event_number(url, "", "tick")
@@ -200,7 +200,7 @@ def test_sessions_of_strangers_take_nothing(site: tuple[str, JobStore, Visitors]
 
 
 def test_an_address_may_ask_only_so_often(
-    site: tuple[str, JobStore, Visitors], monkeypatch: pytest.MonkeyPatch
+    site: tuple[str, RunStore, Visitors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(doors.RATES, "sign", (3, 3600.0))
     found = [ask(site[0], "GET", "/logout") for _ in range(5)]
@@ -209,7 +209,7 @@ def test_an_address_may_ask_only_so_often(
     assert ask(site[0], "GET", "/config")[0] == 200
 
 
-def test_a_file_is_sent_in_few_ranges(site: tuple[str, JobStore, Visitors]) -> None:
+def test_a_file_is_sent_in_few_ranges(site: tuple[str, RunStore, Visitors]) -> None:
     url, store, visitors = site
     key = visitors.new_key()
     fixtures.own(fixtures.write_run(store.root / "ranges"), f"visitor:{visitors.check(key)}")
@@ -223,6 +223,6 @@ def test_a_file_is_sent_in_few_ranges(site: tuple[str, JobStore, Visitors]) -> N
         assert status == 404 and "x-evil" not in found
 
 
-def test_info_names_the_four_endpoints_alone(site: tuple[str, JobStore, Visitors]) -> None:
+def test_info_names_the_four_endpoints_alone(site: tuple[str, RunStore, Visitors]) -> None:
     info = json.loads(ask(site[0], "GET", "/gradio_api/info")[2])
     assert set(info["named_endpoints"]) == {"/estimate", "/start_job", "/job_status", "/cancel_job"}

@@ -30,8 +30,9 @@ from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.names import NAMES
 from quantkit.sandbox import secrets
-from quantkit.server.runs import JobStore, process
-from quantkit.server.runs.record import JobRecord, load_record, owner_hash, save_record
+from quantkit.server.executors import local, process
+from quantkit.server.runs import RunStore
+from quantkit.server.runs.record import RunRecord, load_record, owner_hash, save_record
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(LikeMix("Q4_K_M"),))
@@ -266,7 +267,7 @@ def _finish(
 def own(folder: Path, owner: str | None, phase: str = "started", **fields: Any) -> Path:
     """Make a folder the job of a visitor. `owner` is an id as the page's server knows it."""
     now = time.time()
-    record = JobRecord(None if owner is None else owner_hash(owner), now, phase, now)
+    record = RunRecord(None if owner is None else owner_hash(owner), now, phase, now)
     save_record(folder, dataclasses.replace(record, **fields))
     return folder
 
@@ -279,14 +280,14 @@ def alive(folder: Path, owner: str, pid: int) -> Path:
 @contextmanager
 def serving(
     root: Path, *, public: bool = False, schedule: bool = True
-) -> Iterator[tuple[str, JobStore, Visitors]]:
+) -> Iterator[tuple[str, RunStore, Visitors]]:
     """The page on a free port, its workers being `work`. Yields its address, store and visitors."""
     from quantkit.server.web import server
     from quantkit.server.web.page import build_app
 
-    command, process.COMMAND = process.COMMAND, (sys.executable, __file__)
+    command, local.COMMAND = local.COMMAND, (sys.executable, __file__)
     path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)
-    store, visitors = JobStore(root, public=public), Visitors(b"test")
+    store, visitors = RunStore(root, public=public), Visitors(b"test")
     app = build_app(store, visitors)
     if not schedule:
         store.start = lambda: None  # type: ignore[method-assign]
@@ -300,7 +301,7 @@ def serving(
             record = load_record(folder)
             if schedule and record is not None and record.pid is not None:
                 process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-        process.COMMAND = command
+        local.COMMAND = command
         if path is None:
             del os.environ["PYTHONPATH"]
         else:

@@ -24,7 +24,7 @@ from test_app import get
 from test_space import call
 
 from quantkit.errors import QuantkitError
-from quantkit.server.runs import JobStore
+from quantkit.server.runs import RunStore
 from quantkit.server.web.allowance import ALLOWED, Allowance
 from quantkit.server.web.visitor import Visitors
 
@@ -59,7 +59,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def site(
     hub: HubServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, JobStore, Visitors, str]]:
+) -> Iterator[tuple[str, RunStore, Visitors, str]]:
     """A public page with a run of hers; yields also his cookie."""
     root = tmp_path_factory.mktemp("web") / "runs"
     with fixtures.serving(root, public=True, schedule=False) as (url, store, visitors):
@@ -81,7 +81,7 @@ def digest(root: Path) -> str:
     return whole.hexdigest()
 
 
-def event(site: tuple[str, JobStore, Visitors, str], name: str, data: list[Any]) -> tuple[int, str]:
+def event(site: tuple[str, RunStore, Visitors, str], name: str, data: list[Any]) -> tuple[int, str]:
     """Send one of the page's own events, as a page that lies would."""
     url, _, visitors, key = site
     config = json.loads(get(f"{url}config")[2])
@@ -118,7 +118,7 @@ def event(site: tuple[str, JobStore, Visitors, str], name: str, data: list[Any])
         "?job=hers",
     ],
 )
-def test_nothing_of_others_is_read(site: tuple[str, JobStore, Visitors, str], path: str) -> None:
+def test_nothing_of_others_is_read(site: tuple[str, RunStore, Visitors, str], path: str) -> None:
     status, _, body = get(site[0] + path, site[3])
     assert status in (400, 403, 404) or path.startswith("?")
     assert not any(word in body for word in (b"secret\n", b"root:", b"Traceback", b"SmolLM2-135M"))
@@ -127,7 +127,7 @@ def test_nothing_of_others_is_read(site: tuple[str, JobStore, Visitors, str], pa
 @pytest.mark.parametrize("name", ["job_status", "cancel_job"])
 @pytest.mark.parametrize("job_id", ["hers", "local", "../hers", "hers/../hers", "", "x" * 500])
 def test_foreign_jobs_do_not_exist(
-    site: tuple[str, JobStore, Visitors, str], name: str, job_id: str
+    site: tuple[str, RunStore, Visitors, str], name: str, job_id: str
 ) -> None:
     said = call(site[0], name, {"job_id": job_id, "key": site[3]})
     assert "event: error" in said and "There is no such run" in said
@@ -135,7 +135,7 @@ def test_foreign_jobs_do_not_exist(
 
 @pytest.mark.parametrize("name", ["cancel", "resume", "delete-now", "publish"])
 def test_the_page_does_not_act_for_others(
-    site: tuple[str, JobStore, Visitors, str], name: str
+    site: tuple[str, RunStore, Visitors, str], name: str
 ) -> None:
     data: dict[str, list[Any]] = {
         "resume": ["hers", ""],
@@ -146,18 +146,18 @@ def test_the_page_does_not_act_for_others(
 
 
 @pytest.mark.parametrize("pattern", BOMBS)
-def test_patterns_that_never_end(site: tuple[str, JobStore, Visitors, str], pattern: str) -> None:
-    from quantkit.server.runs import JobForm, to_config
+def test_patterns_that_never_end(site: tuple[str, RunStore, Visitors, str], pattern: str) -> None:
+    from quantkit.server.runs import RunForm, to_config
 
     began = time.monotonic()
     with pytest.raises(QuantkitError):
-        to_config(JobForm("a/b", types=json.dumps({pattern: "Q4_K"})), public=True)
+        to_config(RunForm("a/b", types=json.dumps({pattern: "Q4_K"})), public=True)
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_no_place_of_this_machine_is_a_model(
-    site: tuple[str, JobStore, Visitors, str], place: str
+    site: tuple[str, RunStore, Visitors, str], place: str
 ) -> None:
     for name in START:
         said = call(site[0], name, {"model": place})
@@ -184,7 +184,7 @@ def test_no_place_of_this_machine_is_a_model(
     ],
 )
 def test_fields_out_of_range(
-    site: tuple[str, JobStore, Visitors, str], field: dict[str, Any]
+    site: tuple[str, RunStore, Visitors, str], field: dict[str, Any]
 ) -> None:
     said = call(site[0], "start_job", {"model": "a/b", **field})
     assert "event: error" in said and "Traceback" not in said
@@ -192,12 +192,12 @@ def test_fields_out_of_range(
 
 
 @pytest.mark.parametrize("token", TOKENS)
-def test_tokens_that_are_none(site: tuple[str, JobStore, Visitors, str], token: str) -> None:
+def test_tokens_that_are_none(site: tuple[str, RunStore, Visitors, str], token: str) -> None:
     status, body = event(site, "publish", ["hers", "a/b", "model", "", token])
     assert status == 200 and "is not a token" in body and token not in body
 
 
-def test_large_and_endless_requests(site: tuple[str, JobStore, Visitors, str]) -> None:
+def test_large_and_endless_requests(site: tuple[str, RunStore, Visitors, str]) -> None:
     url = site[0]
     big = urllib.request.Request(
         f"{url}gradio_api/call/v2/start_job", b"x" * 2_000_000, {"Content-Type": "text/plain"}
@@ -216,7 +216,7 @@ def test_large_and_endless_requests(site: tuple[str, JobStore, Visitors, str]) -
             raise AssertionError("it was taken")
 
 
-def test_a_forged_cookie_is_nobody(site: tuple[str, JobStore, Visitors, str]) -> None:
+def test_a_forged_cookie_is_nobody(site: tuple[str, RunStore, Visitors, str]) -> None:
     url, _, visitors, key = site
     forged = Visitors(b"other").new_key()
     said = call(url, "job_status", {"job_id": "hers", "key": forged})
@@ -240,7 +240,7 @@ def test_a_forged_cookie_is_nobody(site: tuple[str, JobStore, Visitors, str]) ->
     ],
 )  # fmt: skip
 def test_models_that_mean_harm(
-    site: tuple[str, JobStore, Visitors, str],
+    site: tuple[str, RunStore, Visitors, str],
     hub: HubServer,
     name: str,
     files: dict[str, Any],
@@ -268,7 +268,7 @@ def test_often_is_too_often() -> None:
     allowance.take("start", "1.2.3.4")
 
 
-def test_the_page_stops_a_flood(site: tuple[str, JobStore, Visitors, str]) -> None:
+def test_the_page_stops_a_flood(site: tuple[str, RunStore, Visitors, str]) -> None:
     """The same address again and again, a new cookie each time."""
     times, _ = ALLOWED["start"]
     said = [call(site[0], "start_job", {"model": "demo:smollm2-135m"}) for _ in range(times + 3)]

@@ -21,7 +21,7 @@ from test_app_browser import browser, open_page, shots  # noqa: F401
 
 from quantkit.errors import QuantkitError
 from quantkit.run.folder import RunDir
-from quantkit.server.runs import JobStore
+from quantkit.server.runs import RunStore
 from quantkit.server.web import publishing
 from quantkit.server.web.desk import Asker, Desk
 from quantkit.server.web.visitor import Visitors
@@ -43,7 +43,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def desk(tmp_path: Path, hub: HubServer) -> Desk:
-    store = JobStore(tmp_path / "runs")
+    store = RunStore(tmp_path / "runs")
     fixtures.own(fixtures.write_run(store.root / "done"), ME.owner)
     return Desk(store, Visitors(b"k"), on_space=False, sign_in=False)
 

@@ -17,7 +17,8 @@ from gradio_client import Client
 from test_app import ROOT, _app, get
 from tiny_models import tiny_llama
 
-from quantkit.server.runs import JobStore, process
+from quantkit.server.executors import process
+from quantkit.server.runs import RunStore
 from quantkit.server.runs.record import load_record
 from quantkit.server.web.visitor import Visitors
 
@@ -35,7 +36,7 @@ def until(check: Callable[[], bool], seconds: float = 600.0) -> None:
 def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
     runs = tmp_path / "runs"
-    store = JobStore(runs)  # looks; the servers' own scheduler starts what is to be started
+    store = RunStore(runs)  # looks; the servers' own scheduler starts what is to be started
 
     first = _app(ROOT, runs, False)
     with first as url:

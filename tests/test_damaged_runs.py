@@ -20,7 +20,7 @@ import test_app_fixtures as fixtures
 
 from quantkit.run.events import EventLog, read_events
 from quantkit.sandbox.untrusted import Damaged
-from quantkit.server.runs import JobStore, JobView, Limits, NoSuchJob
+from quantkit.server.runs import Limits, NoSuchRun, RunStore, RunView
 from quantkit.server.runs.clock import Clock
 from quantkit.server.runs.limits import PUBLIC_LIMITS
 from quantkit.server.runs.record import load_record
@@ -54,7 +54,7 @@ class Site:
         (evil / "log.txt").write_text("a\nb\n")
         fixtures.own(fixtures.write_run(root / "good"), ALICE)
         self.whole = shutil.copytree(evil, root.parent / "whole")
-        self.store = JobStore(root, PUBLIC_LIMITS, public=True)
+        self.store = RunStore(root, PUBLIC_LIMITS, public=True)
         self.desk = Desk(self.store, Visitors(b"x"), True, True)
 
     def restore(self) -> Path:
@@ -68,15 +68,15 @@ class Site:
         store._next_sweep = 0.0
         store.tick()
         shown = self.desk.shown("evil", MALLORY)
-        listed = self.desk.job_list(MALLORY)
+        listed = self.desk.run_list(MALLORY)
         assert "Something went wrong" not in listed
-        assert [job.id for job in store.jobs(ALICE)] == ["good"]
+        assert [run.id for run in store.runs(ALICE)] == ["good"]
         assert store.view("good", ALICE).state == "finished"
-        assert "Something went wrong" not in self.desk.job_list(ALICE)
+        assert "Something went wrong" not in self.desk.run_list(ALICE)
         try:
             json.dumps(store.view("evil", MALLORY).model)
             store.staged("evil", MALLORY)
-        except NoSuchJob:
+        except NoSuchRun:
             pass  # nobody can tell whose it was
         except Exception as error:
             assert "manifest.json" in str(error), error
@@ -199,11 +199,11 @@ def test_odd_events_of_a_job(site: Site, name: str) -> None:
         file.write(json.dumps(event) + "\n")
     fixtures.own(victim, ALICE, since=old)
     age(victim, 20 * DAY)
-    store = JobStore(site.root, PUBLIC_LIMITS, public=True)
+    store = RunStore(site.root, PUBLIC_LIMITS, public=True)
     desk = Desk(store, Visitors(b"x"), True, True)
     html = "".join(str(value) for value in desk.shown("evil", MALLORY).values())
     assert "<script>" not in html and 'href="javascript' not in html
-    assert "Something went wrong" not in desk.job_list(MALLORY) + desk.job_list(ALICE)
+    assert "Something went wrong" not in desk.run_list(MALLORY) + desk.run_list(ALICE)
     store.tick()
     assert not victim.exists(), "cleaning stopped"
     store.close()
@@ -230,20 +230,20 @@ def test_a_damaged_record_still_tells_whose_it_is(site: Site) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(Damaged):
         load_record(site.root / "evil")
-    (job,) = site.store.jobs(MALLORY)
-    assert job.state == "damaged" and not site.store.jobs("hf:bob")
+    (run,) = site.store.runs(MALLORY)
+    assert run.state == "damaged" and not site.store.runs("hf:bob")
     view = site.store.view("evil", MALLORY)
     assert view.error == "The job.json of this run cannot be read." and view.can_delete
-    assert "Damaged" in site.desk.job_list(MALLORY)
+    assert "Damaged" in site.desk.run_list(MALLORY)
     site.store.delete("evil", MALLORY)
-    assert not site.store.jobs(MALLORY)
+    assert not site.store.runs(MALLORY)
 
 
 def test_what_nobody_foresaw_is_one_runs_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last resort: whatever a run's folder makes the code raise, the others go on."""
     follower = site.store._scan()["evil"]
     monkeypatch.setattr(follower, "refresh", lambda: 1 / 0)
-    assert site.store.jobs(MALLORY)[0].state == "damaged"
+    assert site.store.runs(MALLORY)[0].state == "damaged"
     site.check()
 
 
@@ -278,7 +278,7 @@ class FakeTime:
         self.steady += seconds
 
 
-def sweeps(store: JobStore, clocks: FakeTime, seconds: float) -> None:
+def sweeps(store: RunStore, clocks: FakeTime, seconds: float) -> None:
     """A sweep an hour, for so long."""
     for _ in range(int(seconds // 3600)):
         clocks.pass_by(3600)
@@ -289,7 +289,7 @@ def sweeps(store: JobStore, clocks: FakeTime, seconds: float) -> None:
 def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path) -> None:
     root, clocks = tmp_path / "runs", FakeTime()
     folder = fixtures.own(fixtures.write_run(root / "new"), ALICE)
-    store = JobStore(root, KEPT, public=True, clock=clocks.clock(root))
+    store = RunStore(root, KEPT, public=True, clock=clocks.clock(root))
     sweeps(store, clocks, 2 * 3600)
     clocks.wall += 15 * DAY
     sweeps(store, clocks, 6 * DAY)
@@ -307,11 +307,11 @@ def test_a_restart_with_a_wrong_clock_deletes_nothing(tmp_path: Path, swept_befo
     root, clocks = tmp_path / "runs", FakeTime()
     folder = fixtures.own(fixtures.write_run(root / "new"), ALICE)
     if swept_before:
-        first = JobStore(root, KEPT, public=True, clock=clocks.clock(root))
+        first = RunStore(root, KEPT, public=True, clock=clocks.clock(root))
         sweeps(first, clocks, 3600)
         first.close()
     clocks.wall += 400 * DAY
-    second = JobStore(root, KEPT, public=True, clock=clocks.clock(root))
+    second = RunStore(root, KEPT, public=True, clock=clocks.clock(root))
     sweeps(second, clocks, 5 * DAY)
     assert folder.exists()
     second.close()
@@ -320,7 +320,7 @@ def test_a_restart_with_a_wrong_clock_deletes_nothing(tmp_path: Path, swept_befo
 def test_a_run_from_the_future_is_kept_and_then_deleted(tmp_path: Path) -> None:
     root, clocks = tmp_path / "runs", FakeTime()
     folder = fixtures.own(fixtures.write_run(root / "new"), ALICE, since=time.time() + 10 * DAY)
-    store = JobStore(root, KEPT, public=True, clock=clocks.clock(root))
+    store = RunStore(root, KEPT, public=True, clock=clocks.clock(root))
     sweeps(store, clocks, 20 * DAY)
     assert folder.exists()
     sweeps(store, clocks, 6 * DAY)
@@ -336,7 +336,7 @@ def test_the_limit_of_time_goes_by_the_process(tmp_path: Path) -> None:
         ALICE,
         os.getpid(),
     )
-    store = JobStore(root, KEPT, public=True, clock=clocks.clock(root))
+    store = RunStore(root, KEPT, public=True, clock=clocks.clock(root))
     clocks.wall += 2 * DAY
     store.tick()
     record = load_record(folder)
@@ -359,7 +359,7 @@ def test_reports_of_strangers_are_drawn_or_refused(seed: int) -> None:
                 break
             place = place[key]
     began = time.process_time()
-    job = JobView("a", "m", None, "t", "p", 0, "finished", 1.0, (), report=report)
-    html = results.results(job) + results.report(job)
+    run = RunView("a", "m", None, "t", "p", 0, "finished", 1.0, (), report=report)
+    html = results.results(run) + results.report(run)
     html.encode()
     assert time.process_time() - began < 20

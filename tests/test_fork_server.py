@@ -25,7 +25,7 @@ from test_sandbox_ends import gone
 from quantkit.llamacpp.converter.install import ensure_converter
 from quantkit.sandbox import Child, Job, Limits, fork_client, kernel
 from quantkit.sandbox.start import environment
-from quantkit.server.runs import keeper
+from quantkit.server.previews import keeper
 
 pytestmark = pytest.mark.skipif(
     not kernel.KNOWN_MACHINE, reason="the kernel's interfaces are those of Linux"

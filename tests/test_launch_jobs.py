@@ -6,6 +6,7 @@ really runs them; what is sent, told back, found again, cancelled, and what it c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,27 +26,37 @@ from hypothesis import strategies as st
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.run.events import read_events
+from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import RunDir
-from quantkit.server.runs import JobStore, Limits, Order, process, wheel
-from quantkit.server.runs.in_job import keep, restore
-from quantkit.server.runs.machine import choices, choose
+from quantkit.server.executors import process
+from quantkit.server.executors.hf_jobs import dispatch, executor, wheel
+from quantkit.server.executors.hf_jobs.in_job import keep, restore
+from quantkit.server.executors.hf_jobs.machines import offers
+from quantkit.server.executors.hf_jobs.wire import (
+    Listener,
+    SentEvent,
+    SentFile,
+    event_line,
+    file_lines,
+)
+from quantkit.server.executors.protocol import Offer, choose
+from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.record import load_record
-from quantkit.server.runs.wire import Listener, SentEvent, SentFile, event_line, file_lines
 
 OWNER = "hf:alice"
 IN_JOB = (
-    "from quantkit.server.runs import in_job, process\n"
-    f"process.COMMAND = ({sys.executable!r}, {fixtures.__file__!r})\n"
+    "from quantkit.server.executors import local\n"
+    "from quantkit.server.executors.hf_jobs import in_job\n"
+    f"local.COMMAND = ({sys.executable!r}, {fixtures.__file__!r})\n"
     "in_job.SET_UP, in_job._POLL_SECONDS = (), 0.05\n"
     "raise SystemExit(in_job.main())"
 )
 DISPATCH = (
-    "import sys; from quantkit.server.runs import dispatch\n"
+    "import sys; from quantkit.server.executors.hf_jobs import dispatch\n"
     "dispatch._POLL_SECONDS, dispatch._METRICS_SECONDS = 0.1, 0.3\n"
-    "sys.exit(dispatch.main(['', sys.argv[-1]]))"
+    "sys.exit(dispatch.main(sys.argv))"
 )
-ORDER = Order("cpu-upgrade", hours=2, usd_per_hour=0.03)
+ORDER = Order("hf_jobs", "cpu-upgrade", hours=2, usd_per_hour=0.03)
 PLAN = {
     "estimates": {"memory_bytes": 12e9, "disk_bytes": 30e9, "multiply_adds": 4e15, "seconds": 33e3}
 }
@@ -59,14 +70,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
         monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.05")
         monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/quantkit-0.1.0-py3-none-any.whl")
-        monkeypatch.setattr(process, "REMOTE_COMMAND", (sys.executable, "-c", DISPATCH))
+        monkeypatch.setattr(executor, "COMMAND", (sys.executable, "-c", DISPATCH))
         server.jobs.command = [sys.executable, "-c", IN_JOB]
         yield server
 
 
 @pytest.fixture
-def store(tmp_path: Path, hub: HubServer) -> Iterator[JobStore]:
-    made = JobStore(tmp_path / "runs", public=True)
+def store(tmp_path: Path, hub: HubServer) -> Iterator[RunStore]:
+    made = RunStore(tmp_path / "runs", public=True)
     yield made
     made.close()
     for folder in made.root.glob("*/"):
@@ -82,12 +93,12 @@ def until(check: Callable[[], bool], seconds: float = 180.0) -> None:
         time.sleep(0.05)
 
 
-def state(store: JobStore, run: str) -> str:
+def state(store: RunStore, run: str) -> str:
     store.tick()
     return store.view(run, OWNER).state
 
 
-def test_a_run_in_a_job(store: JobStore, hub: HubServer) -> None:
+def test_a_run_in_a_job(store: RunStore, hub: HubServer) -> None:
     """From the order to the report, with what the Hub was sent and what it was not."""
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) in ("finished", "failed"))
@@ -96,7 +107,7 @@ def test_a_run_in_a_job(store: JobStore, hub: HubServer) -> None:
     assert [stage.state for stage in view.stages] == ["done"] * 9
     assert view.report is not None and view.allocation is not None and "A card." in view.card
     assert view.curve and view.files and not view.files[0].is_here and not view.can_try
-    assert view.job is not None and view.job["stage"] == "COMPLETED"
+    assert view.remote is not None and view.remote.stage == "COMPLETED"
     assert any(line.text == "a token is there" or "Job" in line.text for line in view.log)
 
     (job,) = hub.jobs.all.values()
@@ -115,7 +126,7 @@ def test_a_run_in_a_job(store: JobStore, hub: HubServer) -> None:
 
 
 @pytest.mark.slow
-def test_publishing_later_goes_on_from_the_bucket(store: JobStore, hub: HubServer) -> None:
+def test_publishing_later_goes_on_from_the_bucket(store: RunStore, hub: HubServer) -> None:
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "finished")
     store.publish(run, OWNER, "alice/new", "private", ALICE)
@@ -129,7 +140,7 @@ def test_publishing_later_goes_on_from_the_bucket(store: JobStore, hub: HubServe
 
 @pytest.mark.slow
 def test_a_killed_listener_takes_up_where_it_was(
-    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's machine dies; the Job does not, and is not started twice."""
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.6")
@@ -139,7 +150,7 @@ def test_a_killed_listener_takes_up_where_it_was(
     assert record is not None and record.pid is not None
     os.killpg(record.pid, signal.SIGKILL)
     until(lambda: state(store, run) == "interrupted")
-    again = JobStore(store.root, public=True)  # another server, which knows no token
+    again = RunStore(store.root, public=True)  # another server, which knows no token
     assert again.view(run, OWNER).can_resume
     again.resume(run, OWNER, ALICE)
     store.close()
@@ -152,7 +163,7 @@ def test_a_killed_listener_takes_up_where_it_was(
 
 
 @pytest.mark.slow
-def test_a_job_that_finished_unheard_is_heard_later(store: JobStore, hub: HubServer) -> None:
+def test_a_job_that_finished_unheard_is_heard_later(store: RunStore, hub: HubServer) -> None:
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     hub.jobs.waiting_seconds = 0.5
     until(lambda: state(store, run) == "running" and len(hub.jobs.all) == 1)
@@ -169,7 +180,7 @@ def test_a_job_that_finished_unheard_is_heard_later(store: JobStore, hub: HubSer
 
 @pytest.mark.slow
 def test_cancel_ends_the_job_and_a_lost_listener_does_not(
-    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "3")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
@@ -191,7 +202,7 @@ def test_cancel_ends_the_job_and_a_lost_listener_does_not(
 
 @pytest.mark.slow
 def test_a_job_out_of_time_says_so_and_goes_on_in_the_next(
-    store: JobStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.5")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
@@ -210,7 +221,7 @@ def test_a_job_out_of_time_says_so_and_goes_on_in_the_next(
 
 
 @pytest.mark.slow
-def test_faults_on_the_way(store: JobStore, hub: HubServer) -> None:
+def test_faults_on_the_way(store: RunStore, hub: HubServer) -> None:
     """503, 429, a lost answer and cut streams: one Job, one whole story."""
     hub.fail_next(r"/api/jobs/alice$", 503, method="POST")
     hub.lose_next(r"/api/jobs/alice$", method="POST")
@@ -225,10 +236,30 @@ def test_faults_on_the_way(store: JobStore, hub: HubServer) -> None:
     assert told == list(range(len(told)))
 
 
+def test_the_last_word_on_a_machine_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its watcher asked before the Job ended is not written over how it ended."""
+    directory = RunDir(tmp_path)
+    dispatched = dispatch.Dispatch(directory, ORDER, ALICE, EventLog(directory.events_path))
+    at_work = jobs.RemoteJob("1", "alice", "RUNNING", "", "cpu-upgrade", "https://x", 0.0, 5.0)
+    dispatched._job = at_work
+
+    def ends_meanwhile(job: jobs.RemoteJob, token: str) -> None:
+        dispatched._ended.set()
+        dispatched._tell_machine(dataclasses.replace(job, stage="COMPLETED"))
+
+    monkeypatch.setattr(dispatch, "_METRICS_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "look", lambda job, token: at_work)
+    monkeypatch.setattr(jobs, "metrics", ends_meanwhile)
+    dispatched._watch_machine()
+    assert json.loads((tmp_path / "machine.json").read_text())["stage"] == "COMPLETED"
+
+
 @pytest.mark.parametrize(
     ("status", "words"), [(402, "payment"), (403, "may not write to the Jobs"), (401, "token")]
 )
-def test_refusals_are_sentences(hub: HubServer, store: JobStore, status: int, words: str) -> None:
+def test_refusals_are_sentences(hub: HubServer, store: RunStore, status: int, words: str) -> None:
     hub.fail_next(r"/api/jobs/alice$", status, times=9, method="POST")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "failed")
@@ -236,7 +267,7 @@ def test_refusals_are_sentences(hub: HubServer, store: JobStore, status: int, wo
 
 
 @pytest.mark.slow
-def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: JobStore) -> None:
+def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: RunStore) -> None:
     hub.jobs.may_make_buckets = False
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "failed")
@@ -249,15 +280,15 @@ def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: JobStore
     assert "volumes" not in job.spec
 
 
-def test_nobody_signed_in(store: JobStore) -> None:
+def test_nobody_signed_in(store: RunStore) -> None:
     run = store.submit(fixtures.CONFIG, OWNER, None, ORDER)
     until(lambda: state(store, run) == "failed")
     assert "nobody is signed in" in store.view(run, OWNER).error
 
 
 @pytest.mark.slow
-def test_jobs_do_not_wait_for_this_machine(store: JobStore, hub: HubServer) -> None:
-    store.limits = Limits(workers=0, jobs=2)
+def test_jobs_do_not_wait_for_this_machine(store: RunStore, hub: HubServer) -> None:
+    store.limits = Limits(workers=0, remote=2)
     here = store.submit(fixtures.CONFIG, OWNER, ALICE)
     away = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, away) == "finished")
@@ -266,7 +297,7 @@ def test_jobs_do_not_wait_for_this_machine(store: JobStore, hub: HubServer) -> N
 
 @pytest.mark.slow
 def test_the_real_pipeline_in_a_job(
-    store: JobStore, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: RunStore, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of the Hub, quantized in a Job by the command itself, published from there."""
     from tiny_models import tiny_llama
@@ -275,7 +306,7 @@ def test_the_real_pipeline_in_a_job(
         monkeypatch.setenv(name, value)
     model = tiny_llama(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
     hub.add_model("alice/tiny", {p.name: p for p in model.iterdir() if p.is_file()})
-    code = "from quantkit.server.runs import in_job; in_job.SET_UP = (); "
+    code = "from quantkit.server.executors.hf_jobs import in_job; in_job.SET_UP = (); "
     code += "raise SystemExit(in_job.main())"
     hub.jobs.command = [sys.executable, "-c", code]
     config = RunConfig(
@@ -315,18 +346,20 @@ def test_machines_and_prices(hub: HubServer) -> None:
 
 
 def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
-    offered = jobs.machines()
-    names = [choice.machine.name for choice in choices(PLAN, offered)]
-    assert "t4-small" in names and names[0] == choose(PLAN, offered).machine.name
-    chosen = choose(PLAN, offered)
-    assert chosen.seconds < 3600 * chosen.hours_limit and 0 < chosen.usd <= chosen.most_usd
-    large = {"estimates": {**PLAN["estimates"], "memory_bytes": 100e9, "multiply_adds": 1e18}}
-    assert choose(large, offered).machine.name == "h200"
-    assert choose(large, offered).device == "cuda"
+    def offered(**needs: float) -> tuple[Offer, ...]:
+        return offers({"estimates": {**PLAN["estimates"], **needs}}, jobs.machines(), "hf_jobs")
+
+    names = [offer.machine for offer in offered()]
+    assert "t4-small" in names and names[0] == choose(offered()).machine
+    chosen = choose(offered())
+    assert chosen.seconds < 3600 * chosen.hours and 0 < chosen.usd <= chosen.most_usd
+    large = offered(memory_bytes=100e9, multiply_adds=1e18)
+    assert choose(large).machine == "h200"
+    assert choose(large).device == "cuda"
     with pytest.raises(QuantkitError, match="No machine"):
-        choose({"estimates": {**PLAN["estimates"], "memory_bytes": 1e12}}, offered)
+        choose(offered(memory_bytes=1e12))
     with pytest.raises(QuantkitError, match="does not fit on 'cpu-basic'"):
-        choose(large, offered, "cpu-basic")
+        choose(large, "cpu-basic")
 
 
 def test_the_wheel_is_pinned_by_its_hash(tmp_path: Path) -> None:

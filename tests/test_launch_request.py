@@ -10,7 +10,7 @@ import pytest
 from quantkit.config import RunConfig
 from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.server.runs import JobForm, check_repo, to_config
+from quantkit.server.runs import RunForm, check_repo, to_config
 from quantkit.server.runs.request import check_pattern
 
 
@@ -18,11 +18,11 @@ class TestForm:
     """What a stranger may ask for."""
 
     def test_one_id_is_enough(self) -> None:
-        config = to_config(JobForm("HuggingFaceTB/SmolLM2-135M"), public=True)
+        config = to_config(RunForm("HuggingFaceTB/SmolLM2-135M"), public=True)
         assert config == RunConfig("HuggingFaceTB/SmolLM2-135M", targets=(LikeMix("Q4_K_M"),))
 
     def test_all_fields(self) -> None:
-        form = JobForm(
+        form = RunForm(
             "https://huggingface.co/a/b/tree/main",
             "size",
             size="5.5GB",
@@ -42,9 +42,9 @@ class TestForm:
         assert (config.publish, config.private) == ("me/it", True)
 
     def test_folders_are_for_private_pages(self, tmp_path: Path) -> None:
-        assert to_config(JobForm(str(tmp_path)), public=False).model == str(tmp_path)
+        assert to_config(RunForm(str(tmp_path)), public=False).model == str(tmp_path)
         with pytest.raises(UsageError, match="Local folders"):
-            to_config(JobForm(str(tmp_path)), public=True)
+            to_config(RunForm(str(tmp_path)), public=True)
 
     @pytest.mark.parametrize(
         "field",
@@ -93,7 +93,7 @@ class TestForm:
         ],
     )
     def test_hostile_input_is_one_sentence(self, field: dict[str, object]) -> None:
-        form = JobForm(**{"model": "a/b", **field})  # type: ignore[arg-type]
+        form = RunForm(**{"model": "a/b", **field})  # type: ignore[arg-type]
         with pytest.raises(QuantkitError) as caught:
             to_config(form, public=True)
         assert caught.value.message.endswith(".") and len(str(caught.value)) < 700

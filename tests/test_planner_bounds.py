@@ -23,11 +23,11 @@ import pytest
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.server.runs import keeper
-from quantkit.server.runs.turns import Share, Turns
+from quantkit.server.previews import keeper
+from quantkit.server.previews.turns import Share, Turns
 
 estimates = importlib.import_module(
-    "quantkit.server.runs.estimate"
+    "quantkit.server.previews.estimate"
 )  # its name is also a function's
 
 EATER = "import time\nkept = bytearray(400_000_000)\ntime.sleep(60)"
@@ -119,7 +119,7 @@ def silent_hub() -> Iterator[tuple[str, list[socket.socket]]]:
 def test_a_preview_dies_with_its_server(tmp_path: Path, number: signal.Signals) -> None:
     code = (
         "from quantkit.config import RunConfig\n"
-        "from quantkit.server.runs.estimate import estimate\n"
+        "from quantkit.server.previews.estimate import estimate\n"
         "estimate(RunConfig('a/b'), None, True, 'me')"
     )
     with silent_hub() as (url, asked):

@@ -26,7 +26,7 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp import chat, contexts, templates, tokens
 from quantkit.llamacpp.converter import convert, floor
 from quantkit.planning import plan
-from quantkit.server.runs import talk
+from quantkit.server.previews import talk
 from quantkit.sources import fit
 
 ESCAPE = "\x1b[2J" * 10_000

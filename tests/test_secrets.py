@@ -16,7 +16,8 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.sandbox import secrets
-from quantkit.server.runs import dispatch, process
+from quantkit.server.executors import process
+from quantkit.server.executors.hf_jobs import dispatch
 
 TOKEN = "hf_abcdefghijklmnop"
 
@@ -130,7 +131,12 @@ cli.main()
 
 
 @pytest.mark.parametrize(
-    "path", ["app.py", "quantkit/server/runs/in_job.py", "quantkit/server/runs/dispatch.py"]
+    "path",
+    [
+        "app.py",
+        "quantkit/server/executors/hf_jobs/in_job.py",
+        "quantkit/server/executors/hf_jobs/dispatch.py",
+    ],
 )
 def test_every_program_hides_it_first(path: str) -> None:
     """Nothing is done before, when the file is run by itself."""

@@ -29,9 +29,11 @@ from itsdangerous import TimestampSigner
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
-from quantkit.server.runs import JobStore, Limits, Order, process
+from quantkit.server.executors import local
+from quantkit.server.executors.hf_jobs.labels import app_labels
+from quantkit.server.executors.registry import HF_JOBS
+from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.dispatch import app_labels
 from quantkit.server.runs.limits import CLEAN, DELETE, what_is_due
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.runs.record import load_record
@@ -108,7 +110,11 @@ def test_the_wheel_holds_what_a_job_runs(tmp_path: Path) -> None:
         names = set(archive.namelist())
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
         needs = archive.read(metadata).decode()
-    wanted = {"quantkit/server/runs/in_job.py", "quantkit/server/web/style.css", "evaluators/kl.py"}
+    wanted = {
+        "quantkit/server/executors/hf_jobs/in_job.py",
+        "quantkit/server/web/style.css",
+        "evaluators/kl.py",
+    }
     assert wanted | {"quantkit/data/commit.txt"} <= names
     sources = {path for path in deploy.tracked(("quantkit",)) if path.endswith(".py")}
     assert sources <= names, f"pyproject.toml leaves out {sorted(sources - names)}"
@@ -131,7 +137,7 @@ def test_card_and_requirements() -> None:
 
 
 def test_another_machine_finds_the_runs(tmp_path: Path) -> None:
-    store = JobStore(tmp_path / "old", public=True)
+    store = RunStore(tmp_path / "old", public=True)
     fixtures.own(fixtures.write_run(store.root / "done"), ALICE_OWNS)
     fixtures.own(
         fixtures.write_run(store.root / "half", until="search", share=0.4, outcome=None), ALICE_OWNS
@@ -146,7 +152,7 @@ def test_another_machine_finds_the_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "bucket/runs/done/7-stitch" / fixtures.GGUF).exists()
 
     assert Mirror(tmp_path / "new", tmp_path / "bucket").restore() == 3
-    new = JobStore(tmp_path / "new", public=True)
+    new = RunStore(tmp_path / "new", public=True)
     done = new.view("done", ALICE_OWNS)
     assert done.state == "finished" and done.report and done.can_publish
     assert new.result_path("done", fixtures.GGUF, ALICE_OWNS).read_bytes()[:4] == b"GGUF"
@@ -177,15 +183,15 @@ def test_runs_are_found_again_by_their_jobs(hub: HubServer, tmp_path: Path) -> N
     jobs.start(order, "../evil", ALICE)
     fixtures.own(fixtures.write_run(tmp_path / "theirs"), MALLORY_OWNS)
     jobs.start(order, "theirs", ALICE)
-    found = jobs.runs(labels, ALICE)
-    assert adopt(tmp_path, ALICE_OWNS, found) == ("run-of-alice",)
-    store = JobStore(tmp_path, public=True)
+    found = HF_JOBS.found(ALICE)
+    assert adopt(tmp_path, ALICE_OWNS, HF_JOBS, found) == ("run-of-alice",)
+    store = RunStore(tmp_path, public=True)
     run = store.view("run-of-alice", ALICE_OWNS)
     assert run.can_resume and "found again" in run.error and run.machine == "cpu-basic"
     assert jobs.runs(labels, BOB) == ()
     record = load_record(tmp_path / "theirs")
     assert record is not None and record.machine is None  # not taken over
-    assert adopt(tmp_path, ALICE_OWNS, found) == ()
+    assert adopt(tmp_path, ALICE_OWNS, HF_JOBS, found) == ()
 
 
 def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path: Path) -> None:
@@ -196,8 +202,8 @@ def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path:
     order = jobs.JobOrder("x", ("true",), "cpu-basic", 60, labels, environment)
     jobs.start(order, "lost", ALICE)
     (job,) = hub.jobs.all.values()
-    store, mirror = JobStore(tmp_path / "a", public=True), Mirror(tmp_path / "a", tmp_path / "b")
-    assert adopt(store.root, ALICE_OWNS, jobs.runs(labels, ALICE)) == ("lost",)
+    store, mirror = RunStore(tmp_path / "a", public=True), Mirror(tmp_path / "a", tmp_path / "b")
+    assert adopt(store.root, ALICE_OWNS, HF_JOBS, HF_JOBS.found(ALICE)) == ("lost",)
     run = store.view("lost", ALICE_OWNS)
     assert run.can_cancel and run.can_resume and not run.can_delete
     with pytest.raises(UsageError, match="may still be at work"):
@@ -208,17 +214,17 @@ def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path:
     store.cancel("lost", ALICE_OWNS, ALICE)
     assert job.stage == "CANCELED" and store.view("lost", ALICE_OWNS).state == "cancelled"
     store.delete("lost", ALICE_OWNS)
-    assert adopt(store.root, ALICE_OWNS, jobs.runs(labels, ALICE)) == ()
+    assert adopt(store.root, ALICE_OWNS, HF_JOBS, HF_JOBS.found(ALICE)) == ()
     mirror.keep()
     Mirror(tmp_path / "c", tmp_path / "b").restore()  # another machine
-    assert adopt(tmp_path / "c", ALICE_OWNS, jobs.runs(labels, ALICE)) == ()
+    assert adopt(tmp_path / "c", ALICE_OWNS, HF_JOBS, HF_JOBS.found(ALICE)) == ()
 
 
 # Rules.
 
 
 def test_old_runs_go_by_rule(tmp_path: Path) -> None:
-    store = JobStore(tmp_path, public=True)
+    store = RunStore(tmp_path, public=True)
     fixtures.own(fixtures.write_run(tmp_path / "done"), ALICE_OWNS)
     fixtures.own(
         fixtures.write_run(tmp_path / "half", until="search", share=0.4, outcome=None), ALICE_OWNS
@@ -239,10 +245,10 @@ def test_old_runs_go_by_rule(tmp_path: Path) -> None:
 
 
 def test_a_run_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "COMMAND", (sys.executable, fixtures.__file__))
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, fixtures.__file__))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "20")
-    store = JobStore(tmp_path, Limits(seconds=1), public=True)
+    store = RunStore(tmp_path, Limits(seconds=1), public=True)
     run = store.submit(fixtures.CONFIG, ALICE_OWNS)
     deadline = time.monotonic() + 60
     while store.view(run, ALICE_OWNS).state != "interrupted":
@@ -254,7 +260,7 @@ def test_a_run_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_visitor_has_so_much_disk(tmp_path: Path) -> None:
-    store = JobStore(tmp_path, Limits(bytes_per_owner=10_000), public=True)
+    store = RunStore(tmp_path, Limits(bytes_per_owner=10_000), public=True)
     fixtures.own(fixtures.write_run(tmp_path / "done"), ALICE_OWNS)
     with pytest.raises(Exception, match="Delete one"):
         store.submit(fixtures.CONFIG, ALICE_OWNS)
@@ -262,7 +268,7 @@ def test_a_visitor_has_so_much_disk(tmp_path: Path) -> None:
 
 
 def test_who_waits_is_told_how_long(tmp_path: Path) -> None:
-    store = JobStore(tmp_path, public=True)
+    store = RunStore(tmp_path, public=True)
     first = store.submit(fixtures.CONFIG, ALICE_OWNS, order=Order(estimate_seconds=600))
     second = store.submit(fixtures.CONFIG, ALICE_OWNS, order=Order(estimate_seconds=600))
     assert store.view(first, ALICE_OWNS).wait_seconds is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ _MOST_MESSAGE = 4000  # characters
 
 _CHUNK_BYTES, _SOME_BYTES = 2**22, 2**16
 _MOST_EVENT_ITEMS = 10_000
+MOST_EVENT_BYTES = 64_000_000  # of a run: three days of what is told twice a second
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,18 @@ class EventLog:
         self._last_progress = 0.0
 
     def emit(self, stage: str | None, kind: str, message: str = "", **data: Any) -> None:
-        event = Event(round(time.time(), 3), stage, kind, message, data)
+        self.append(Event(round(time.time(), 3), stage, kind, message, data))
+
+    def append(self, event: Event, most_bytes: int | None = None) -> None:
+        """Append an event as it is; nothing where the file would have more than `most_bytes`."""
         line = json_line(event)
         with self._path.open("a+b") as file:
             # One write: a reader never sees half an event but at the very end. Half a line that a
             # full disk or a lost machine left there is ended first.
-            file.write(line if _ends_whole(file) else b"\n" + line)
+            line = line if _ends_whole(file) else b"\n" + line
+            if most_bytes is not None and file.seek(0, os.SEEK_END) + len(line) > most_bytes:
+                return
+            file.write(line)
         if self._echo is not None:
             self._echo(event)
 
@@ -102,6 +110,17 @@ def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
         if found.end == start:
             return events, start
         start = found.end
+
+
+def outcome(events: Iterable[Event]) -> str | None:
+    """How a run ended by its events, "finished" or "failed"; None: it is at work or was cut off."""
+    found = None
+    for event in events:
+        if event.kind == "failed" or (event.kind == "finished" and event.stage is None):
+            found = event.kind
+        elif event.kind == "started" and event.stage is None:
+            found = None
+    return found
 
 
 def read_some_events(path: Path, start: int = 0) -> ReadEvents:

@@ -13,28 +13,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.server.runs.estimate import estimate
-from quantkit.server.runs.limits import PUBLIC_LIMITS, Limits, Order
+from quantkit.server.executors.protocol import Order
+from quantkit.server.runs.limits import PUBLIC_LIMITS, Limits
 from quantkit.server.runs.progress import KlPoint, LogLine, StageView
-from quantkit.server.runs.record import NoSuchJob
-from quantkit.server.runs.request import JobForm, check_repo, to_config
-from quantkit.server.runs.store import JobStore
-from quantkit.server.runs.view import JobSummary, JobView, ResultFile
+from quantkit.server.runs.record import NoSuchRun
+from quantkit.server.runs.request import RunForm, check_repo, to_config
+from quantkit.server.runs.store import RunStore
+from quantkit.server.runs.view import ResultFile, RunSummary, RunView
 
 __all__ = [
-    "JobForm",
-    "JobStore",
-    "JobSummary",
-    "JobView",
+    "RunForm",
+    "RunStore",
+    "RunSummary",
+    "RunView",
     "KlPoint",
     "Limits",
     "LogLine",
-    "NoSuchJob",
+    "NoSuchRun",
     "Order",
     "ResultFile",
     "StageView",
     "check_repo",
-    "estimate",
     "is_public",
     "open_store",
     "to_config",
@@ -47,7 +46,7 @@ def is_public(environment: Mapping[str, str] | None = None) -> bool:
     return environment.get("SYSTEM") == "spaces" or environment.get("QUANTKIT_PUBLIC", "") == "1"
 
 
-def open_store(environment: Mapping[str, str] | None = None) -> JobStore:
+def open_store(environment: Mapping[str, str] | None = None) -> RunStore:
     """The store that the environment describes: QUANTKIT_RUNS, QUANTKIT_WORKERS.
 
     Raises UsageError for a number that is none.
@@ -59,4 +58,4 @@ def open_store(environment: Mapping[str, str] | None = None) -> JobStore:
     root = Path(environment.get("QUANTKIT_RUNS") or "runs").absolute()
     public = is_public(environment)
     limits = PUBLIC_LIMITS if public else Limits()
-    return JobStore(root, dataclasses.replace(limits, workers=int(text)), public)
+    return RunStore(root, dataclasses.replace(limits, workers=int(text)), public)

@@ -1,4 +1,4 @@
-"""Runs that only the Hub still knows: their Jobs outlived this server's memory."""
+"""Runs that only their executor still knows: they outlived this server's memory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from pathlib import Path
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
-from quantkit.hub.jobs import FoundRun
 from quantkit.run.folder import RunDir
 from quantkit.sandbox.untrusted import build, parse
+from quantkit.server.executors.protocol import Executor, FoundRun
 from quantkit.server.runs.record import (
     STOPPED,
-    JobRecord,
-    new_job_folder,
+    RunRecord,
+    new_run_folder,
     owner_hash,
     save_record,
 )
 
 DELETED_FILE = ".deleted"  # ids of runs that are not to come back, one a line
 _MOST_ITEMS = 10_000  # of a config
-_REASON = "It was found again by its Job. Resume it to see how it fares."
+_REASON = "It was found again by its {}. Resume it to see how it fares."
 
 
-def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
+def adopt(root: Path, owner: str, executor: Executor, found: Iterable[FoundRun]) -> tuple[str, ...]:
     """Make a folder for every run that is not here. Returns the ids of those.
 
-    What a Job says of itself is what its owner made it say: a run that is here is never touched.
+    What a run says of itself there is what its owner made it say: one that is here is never
+    touched.
     """
     taken, deleted = [], _deleted(root)
     for run in found:
@@ -37,8 +38,8 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
             continue
         try:
             config = build(RunConfig, parse(run.config.encode("utf-8"), _MOST_ITEMS))
-            record = _record(run, owner)
-            folder = new_job_folder(root, run.run_id)
+            record = _record(run, owner, executor)
+            folder = new_run_folder(root, run.run_id)
             if os.path.lexists(folder):
                 continue
             folder.mkdir(parents=True)
@@ -50,19 +51,20 @@ def adopt(root: Path, owner: str, found: Iterable[FoundRun]) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def _record(run: FoundRun, owner: str) -> JobRecord:
-    return JobRecord(
+def _record(run: FoundRun, owner: str, executor: Executor) -> RunRecord:
+    return RunRecord(
         owner_hash(owner),
-        run.job.created,
+        run.created,
         STOPPED,
         time.time(),
-        reason=_REASON,
-        machine=run.job.machine or "unknown",
+        reason=_REASON.format(executor.noun),
+        machine=run.machine,
+        executor=executor.name,
     )
 
 
 def forget(root: Path, run_id: str) -> None:
-    """Never adopt a run again: it was deleted, and the Hub goes on listing its Job."""
+    """Never adopt a run again: it was deleted, and its executor goes on listing it."""
     with (root / DELETED_FILE).open("a", encoding="utf-8") as file:
         file.write(f"{run_id}\n")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from quantkit.run.artifacts import RELATIVE, Artifacts
-
 import os
 import time
 from dataclasses import dataclass
@@ -13,7 +11,8 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import PublishedFile
-from quantkit.run.events import read_some_events
+from quantkit.run.artifacts import RELATIVE, Artifacts
+from quantkit.run.events import MOST_EVENT_BYTES, read_some_events
 from quantkit.run.folder import RunDir
 from quantkit.run.names import NAMES, stage_folder
 from quantkit.sandbox.untrusted import (
@@ -24,22 +23,21 @@ from quantkit.sandbox.untrusted import (
     read_json,
     shortened,
 )
+from quantkit.server.executors.process import is_alive, started_at
+from quantkit.server.executors.protocol import LOG_FILE, MACHINE_FILE, RemoteState
+from quantkit.server.executors.registry import LOCAL
 from quantkit.server.runs import view as views
-from quantkit.server.runs.process import is_alive, started_at
 from quantkit.server.runs.progress import Progress
 from quantkit.server.runs.record import (
     CANCELLED,
-    JOB_FILE,
-    LOG_FILE,
-    MACHINE_FILE,
     QUEUED,
+    RECORD_FILE,
     STOPPED,
-    JobRecord,
+    RunRecord,
     load_record,
     salvaged_record,
 )
-from quantkit.server.runs.view import JobSummary, JobView, ResultFile
-from quantkit.tensors import to_json
+from quantkit.server.runs.view import ResultFile, RunSummary, RunView
 
 _MAX_CARD_BYTES = 200_000
 _MAX_REPORT_BYTES = 20_000_000
@@ -49,7 +47,6 @@ _MAX_NAME = 300  # characters of a model or target
 _MAX_FILES = 1000
 _LOOK_SECONDS = 0.03  # at an events file at once: the store waits meanwhile
 _REST = 20.0  # times as long as reading a file took, it is not read again
-MOST_EVENT_BYTES = 64_000_000  # of a run: three days of what is told twice a second
 
 
 @dataclass
@@ -65,25 +62,12 @@ class _Cached:
 class _Loaded:
     """A record, and what is wrong with the file it is of."""
 
-    record: JobRecord | None
+    record: RunRecord | None
     damage: str = ""
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """`machine.json`: which Job, where, how busy it is and what it has cost."""
-
-    job: str
-    url: str
-    machine: str
-    stage: str
-    run_seconds: float
-    usd: float
-    metrics: dict[str, Any] | None = None
-
-
 class Follower:
-    """One job's folder. Not thread-safe: the store holds a lock around it."""
+    """One run's folder. Not thread-safe: the store holds a lock around it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,11 +79,11 @@ class Follower:
         self.n_dropped = 0  # lines of the events file that are no events
         self.fault = ""  # what nobody foresaw: told by whoever met it
         self._loaded = _Loaded(None)
-        self._settled: tuple[JobRecord, JobSummary] | None = None
+        self._settled: tuple[RunRecord, RunSummary] | None = None
 
     @property
-    def record(self) -> JobRecord | None:
-        """The job's record as of the last `load`."""
+    def record(self) -> RunRecord | None:
+        """The run's record as of the last `load`."""
         return self._loaded.record
 
     @property
@@ -116,10 +100,10 @@ class Follower:
         return "The config.json of this run cannot be read." if is_run else ""
 
     def load(self) -> None:
-        """Take in the job's record, if it was written since the last call."""
-        loaded = self._read(JOB_FILE, lambda path: self._load())
+        """Take in the run's record, if it was written since the last call."""
+        loaded = self._read(RECORD_FILE, lambda path: self._load())
         if loaded is None:
-            loaded = self._load() if os.path.lexists(self.folder / JOB_FILE) else _Loaded(None)
+            loaded = self._load() if os.path.lexists(self.folder / RECORD_FILE) else _Loaded(None)
         self._loaded = loaded
 
     def _load(self) -> _Loaded:
@@ -187,10 +171,10 @@ class Follower:
             return views.INTERRUPTED
         return self.progress.outcome or (views.FAILED if self._last_words() else views.INTERRUPTED)
 
-    def summary(self, position: int | None) -> JobSummary | None:
+    def summary(self, position: int | None) -> RunSummary | None:
         """None for a folder that holds no run."""
         record = self.record
-        # Nothing happens to a job that has ended before its record changes; most of a list has.
+        # Nothing happens to a run that has ended before its record changes; most of a list has.
         if self._settled is not None and self._settled[0] is record and not self.fault:
             return self._settled[1]
         damage = self.damage
@@ -201,7 +185,7 @@ class Follower:
         if config is None:
             return None
         current = self.progress.current
-        summary = JobSummary(
+        summary = RunSummary(
             self.folder.name,
             shortened(config.model, _MAX_NAME),
             shortened(config.sizes, _MAX_NAME),
@@ -218,10 +202,10 @@ class Follower:
             self._settled = (record, summary)
         return summary
 
-    def _damaged_summary(self) -> JobSummary:
+    def _damaged_summary(self) -> RunSummary:
         """Of a run whose own files cannot be read: there, and to be deleted."""
         state = views.RUNNING if self.is_running() else views.DAMAGED
-        return JobSummary(
+        return RunSummary(
             self.folder.name, self.folder.name, "damaged", "", state, self.created, False
         )
 
@@ -235,10 +219,10 @@ class Follower:
         """Where that visitor came from."""
         return self.record.place if self.record is not None else None
 
-    def has_lost_job(self) -> bool:
-        """Whether its Job may be at work, and paid for, with nobody here that listens."""
+    def is_unattended(self) -> bool:
+        """Whether it may be at work elsewhere, and paid for, with nobody here that listens."""
         found = self.view(None)
-        return found is not None and found.has_lost_job
+        return found is not None and found.is_unattended
 
     @property
     def created(self) -> float:
@@ -252,8 +236,8 @@ class Follower:
         except OSError:  # deleted meanwhile
             return 0.0
 
-    def view(self, position: int | None) -> JobView | None:
-        """Everything about the job; None for a folder that holds no run."""
+    def view(self, position: int | None) -> RunView | None:
+        """Everything about the run; None for a folder that holds no run."""
         summary = self.summary(position)
         config, record, progress = self.config, self.record, self.progress
         if summary is None:
@@ -264,7 +248,7 @@ class Follower:
         files = self.files()
         current = progress.current
         error, remedy = self._error(summary.state)
-        return JobView(
+        return RunView(
             id=summary.id,
             model=summary.model,
             revision=config.revision,
@@ -282,7 +266,9 @@ class Follower:
             machine=record.machine if record else None,
             usd_per_hour=record.usd_per_hour if record else None,
             hours=record.hours if record else None,
-            job=self._read(MACHINE_FILE, _read_machine),
+            executor=record.executor if record else LOCAL.name,
+            is_remote=record is not None and record.is_remote,
+            remote=self._read(MACHINE_FILE, _read_machine),
             stopping=running and record is not None and record.phase == CANCELLED,
             error=error,
             remedy=remedy,
@@ -299,8 +285,8 @@ class Follower:
             n_dropped=self.n_dropped,
         )
 
-    def _damaged_view(self, summary: JobSummary) -> JobView:
-        return JobView(
+    def _damaged_view(self, summary: RunSummary) -> RunView:
+        return RunView(
             id=summary.id,
             model=summary.model,
             revision=None,
@@ -446,9 +432,8 @@ def _read_report(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_machine(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = to_json(build(_Machine, read_json(path, _MAX_CONFIG_BYTES)))
-    return found
+def _read_machine(path: Path) -> RemoteState:
+    return build(RemoteState, read_json(path, _MAX_CONFIG_BYTES))
 
 
 def _read_card(path: Path) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.server.runs import process
+from quantkit.server.executors import process
 from quantkit.server.runs.follow import Follower
-from quantkit.server.runs.record import QUEUED, JobRecord
+from quantkit.server.runs.record import QUEUED, RunRecord
 
 CLEAN, DELETE = "clean", "delete"
 CLEANED_FILE = ".cleaned"
@@ -23,7 +23,7 @@ class Limits:
     """What one server and one visitor may ask for."""
 
     workers: int = 1  # runs at once on this machine
-    jobs: int = 20  # runs in Jobs at once: each is a small process here that listens
+    remote: int = 20  # runs elsewhere at once: each is a small process here that listens
     active_per_owner: int = 3  # queued or running, on a public page
     active_per_place: int = 6  # the same of one address: a cookie can be thrown away
     active: int = 100
@@ -38,16 +38,6 @@ class Limits:
 PUBLIC_LIMITS = Limits(
     bytes_per_owner=30_000_000_000, seconds=6 * 3600, clean_after_hours=24, keep_days=14
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """How a run is to be done: here, or on a Job's machine; how long that may take."""
-
-    machine: str | None = None
-    hours: int | None = None
-    usd_per_hour: float | None = None
-    estimate_seconds: float | None = None
 
 
 def what_is_due(follower: Follower, limits: Limits, now: float, public: bool) -> str | None:
@@ -69,18 +59,18 @@ def what_is_due(follower: Follower, limits: Limits, now: float, public: bool) ->
     if limits.keep_days and now > ended + 86400 * limits.keep_days:
         return DELETE
     is_finished = follower.progress.outcome == "finished"
-    if limits.clean_after_hours and is_finished and record.machine is None and not follower.damage:
+    if limits.clean_after_hours and is_finished and not record.is_remote and not follower.damage:
         is_late = now > ended + 3600 * limits.clean_after_hours
         if is_late and not (follower.folder / CLEANED_FILE).exists():
             return CLEAN
     return None
 
 
-def is_overdue(record: JobRecord, limits: Limits, now: float) -> bool:
+def is_overdue(record: RunRecord, limits: Limits, now: float) -> bool:
     """Whether a visitor's run is at work on this machine for longer than it may. Its process tells
     for how long, where the system knows; else the clock does.
     """
-    started_by_us = record.owner is not None and record.machine is None
+    started_by_us = record.owner is not None and not record.is_remote
     if limits.seconds is None or not started_by_us:
         return False
     age = process.age_seconds(record.pid, record.pid_started)
@@ -149,12 +139,12 @@ def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: i
     """About how long until a waiting run is started; None when nothing is known."""
     mine = waiting.record
     assert mine is not None
-    if mine.machine is not None:
+    if mine.is_remote:
         return 0.0
     left = []
     for follower in followers.values():
         record = follower.record
-        if record is None or record.machine is not None or record.estimate_seconds is None:
+        if record is None or record.is_remote or record.estimate_seconds is None:
             continue
         if record.phase == QUEUED and record.since < mine.since:
             left.append(record.estimate_seconds)
@@ -164,12 +154,12 @@ def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: i
 
 
 def positions(followers: dict[str, Follower]) -> dict[str, int]:
-    """Place in the queue of every waiting job; 1 is next."""
+    """Place in the queue of every waiting run; 1 is next."""
     waiting = [
-        (record.since, job_id)
-        for job_id, follower in followers.items()
+        (record.since, run_id)
+        for run_id, follower in followers.items()
         if (record := follower.record) is not None
         and record.phase == QUEUED
-        and record.machine is None
+        and not record.is_remote
     ]
-    return {job_id: place for place, (_, job_id) in enumerate(sorted(waiting), 1)}
+    return {run_id: place for place, (_, run_id) in enumerate(sorted(waiting), 1)}

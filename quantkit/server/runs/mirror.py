@@ -7,8 +7,6 @@ change, and brought back when a new machine starts.
 
 from __future__ import annotations
 
-from quantkit.run.artifacts import RELATIVE
-
 import logging
 import os
 import shutil
@@ -17,23 +15,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from stat import S_ISREG
 
-from quantkit.files import PARTIAL
+from quantkit.files import PARTIAL, copy_whole
+from quantkit.run.artifacts import RELATIVE
 from quantkit.sandbox.untrusted import Damaged
-from quantkit.server.runs.adopt import DELETED_FILE
-from quantkit.server.runs.clock import FILE as CLOCK_FILE
-from quantkit.server.runs.record import (
-    JOB_FILE,
-    JOB_LOG_FILE,
+from quantkit.server.executors.protocol import (
     LOG_FILE,
     MACHINE_FILE,
-    load_record,
+    REMOTE_LOG_FILE,
+    RESULTS,
 )
-from quantkit.server.runs.wire import FILES
+from quantkit.server.runs.adopt import DELETED_FILE
+from quantkit.server.runs.clock import FILE as CLOCK_FILE
+from quantkit.server.runs.record import RECORD_FILE, load_record
 
 logger = logging.getLogger(__name__)
 
-_KEPT = (JOB_FILE, "config.json", "events.jsonl", LOG_FILE, JOB_LOG_FILE, MACHINE_FILE, *FILES)
-_RESULTS = str(RELATIVE.upload)
+_KEPT = (
+    *(RECORD_FILE, "config.json", "events.jsonl", LOG_FILE, REMOTE_LOG_FILE, MACHINE_FILE),
+    *RESULTS,
+)
+_UPLOAD = str(RELATIVE.upload)
 _SECRET = ".secret"
 _ALWAYS = (_SECRET, DELETED_FILE, CLOCK_FILE)
 _SECONDS = 20.0
@@ -69,11 +70,15 @@ class Mirror:
         n = 0
         for name in _ALWAYS:
             if (self.state / name).is_file() and not (self.root / name).exists():
-                _copy(self.state / name, self.root / name)
+                copy_whole(self.state / name, self.root / name)
                 (self.root / name).chmod(0o600)
         for folder in sorted(self.state.iterdir()):
             target = self.root / folder.name
-            if folder.name.startswith(".") or target.exists() or not (folder / JOB_FILE).is_file():
+            if (
+                folder.name.startswith(".")
+                or target.exists()
+                or not (folder / RECORD_FILE).is_file()
+            ):
                 continue
             arriving = self.root / f".arriving-{folder.name}"
             shutil.rmtree(arriving, ignore_errors=True)
@@ -93,7 +98,7 @@ class Mirror:
             self._keep_file(self.root / name, self.state / name)
         here = set()
         for folder in sorted(self.root.iterdir()):
-            if folder.name.startswith(".") or not (folder / JOB_FILE).is_file():
+            if folder.name.startswith(".") or not (folder / RECORD_FILE).is_file():
                 continue
             here.add(folder.name)
             try:
@@ -109,8 +114,8 @@ class Mirror:
         if record is None or record.owner is None:
             return
         target = self.state / folder.name
-        results = sorted((folder / _RESULTS).glob("*"))
-        names = [*_KEPT[1:], *(str(path.relative_to(folder)) for path in results), JOB_FILE]
+        results = sorted((folder / _UPLOAD).glob("*"))
+        names = [*_KEPT[1:], *(str(path.relative_to(folder)) for path in results), RECORD_FILE]
         for name in names:  # the record last: without it the rest is not brought back
             self._keep_file(folder / name, target / name)
 
@@ -126,7 +131,7 @@ class Mirror:
             return
         if source.name.endswith(PARTIAL):
             return
-        _copy(source, target)
+        copy_whole(source, target)
         self._stamps[source] = stamp
 
     def start(self) -> None:
@@ -149,11 +154,3 @@ class Mirror:
                 logger.warning("the state could not be kept: %s", error)
             if is_last:
                 return
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy bytes; the target has its name only when it is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + PARTIAL)
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)

@@ -1,9 +1,9 @@
 """Jobs as they lie on disk: ids, owners and `job.json` beside a run's other files.
 
-    <root>/<job id>/{job.json, log.txt, config.json, events.jsonl, ...}
+    <root>/<run id>/{job.json, log.txt, config.json, events.jsonl, ...}
 
 What was asked for is in `config.json`, what happened in `events.jsonl`; `job.json` knows only whose
-job it is and what the launcher did with it. A folder without one is a run started from the command
+run it is and what the launcher did with it. A folder without one is a run started from the command
 line.
 """
 
@@ -20,11 +20,10 @@ from pathlib import Path
 from quantkit.errors import UsageError
 from quantkit.files import write_json
 from quantkit.sandbox.untrusted import Damaged, build, moment, read_bytes, read_json
+from quantkit.server.executors.protocol import MACHINE_FILE, Executor, Order
+from quantkit.server.executors.registry import EXECUTORS, of_record
 
-JOB_FILE = "job.json"
-LOG_FILE = "log.txt"
-JOB_LOG_FILE = "job.txt"  # what a Job printed
-MACHINE_FILE = "machine.json"  # which Job, where, how busy, what it has cost
+RECORD_FILE = "job.json"
 
 QUEUED, STARTED, CANCELLED, STOPPED = "queued", "started", "cancelled", "stopped"
 
@@ -33,11 +32,11 @@ _MOST_BYTES = 100_000
 _LARGEST, _LONGEST_TEXT = 1e12, 2000
 _OWNER = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _OWNER_IN_RUINS = re.compile(rb'"owner"\s*:\s*"([0-9a-f]{64})"')
-_JOB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", re.ASCII)
+_RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
-class NoSuchJob(UsageError):
-    """There is no such job, or it belongs to somebody else: the two cannot be told apart."""
+class NoSuchRun(UsageError):
+    """There is no such run, or it belongs to somebody else: the two cannot be told apart."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -47,8 +46,8 @@ class NoSuchJob(UsageError):
 
 
 @dataclass(frozen=True)
-class JobRecord:
-    """What the launcher did with a job, and for whom. Never holds a token."""
+class RunRecord:
+    """What the launcher did with a run, and for whom. Never holds a token."""
 
     owner: str | None  # hash of the visitor's id; None: a run of this machine, started by hand
     created: float
@@ -57,15 +56,19 @@ class JobRecord:
     pid: int | None = None
     pid_started: str | None = None  # tells the process from a later one of the same number
     has_token: bool = False  # a token was given; it is kept in memory only
-    reason: str = ""  # why a job was stopped by the launcher
-    machine: str | None = None  # of a Job of Hugging Face; None: this machine
-    hours: int | None = None  # after which that Job is ended
+    reason: str = ""  # why a run was stopped by the launcher
+    machine: str | None = None  # of an executor that has several
+    hours: int | None = None  # after which a run elsewhere is ended
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None  # how long it was expected to take
     place: str | None = None  # where its visitor came from: a keyed hash, to count by
+    executor: str = ""  # its name; records of before they had names know it by the machine
 
     def __post_init__(self) -> None:
         """Raises Damaged for what no launcher writes."""
+        object.__setattr__(self, "executor", of_record(self.executor, self.machine))
+        if self.executor not in EXECUTORS:
+            raise Damaged("its executor is unknown")
         if self.owner is not None and not _OWNER.fullmatch(self.owner):
             raise Damaged("its owner is none")
         if self.phase not in PHASES:
@@ -79,29 +82,45 @@ class JobRecord:
         if any(len(text) > _LONGEST_TEXT for text in texts):
             raise Damaged("it has a text that is too long")
 
+    @property
+    def done_by(self) -> Executor:
+        return EXECUTORS[self.executor]
 
-def new_job_id() -> str:
+    @property
+    def is_remote(self) -> bool:
+        """Whether the work is done elsewhere."""
+        return self.done_by.is_remote
+
+    @property
+    def order(self) -> Order:
+        """What its executor is told."""
+        return Order(
+            self.executor, self.machine, self.hours, self.usd_per_hour, self.estimate_seconds
+        )
+
+
+def new_run_id() -> str:
     """An id that nobody guesses. It is also the folder's name, so it does not begin with a dash."""
-    while (job_id := secrets.token_urlsafe(16)).startswith(("-", "_")):
+    while (run_id := secrets.token_urlsafe(16)).startswith(("-", "_")):
         pass
-    return job_id
+    return run_id
 
 
-def job_folder(root: Path, job_id: object) -> Path:
-    """The folder of a job directly under `root`. Raises NoSuchJob for anything else."""
-    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
-        raise NoSuchJob
-    folder = root / job_id
+def run_folder(root: Path, run_id: object) -> Path:
+    """The folder of a run directly under `root`. Raises NoSuchRun for anything else."""
+    if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id):
+        raise NoSuchRun
+    folder = root / run_id
     if folder.is_symlink() or not folder.is_dir():
-        raise NoSuchJob
+        raise NoSuchRun
     return folder
 
 
-def new_job_folder(root: Path, job_id: object) -> Path:
-    """Where a job of that id would lie. Raises NoSuchJob when it is not an id."""
-    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id) or job_id.startswith("."):
-        raise NoSuchJob
-    return root / job_id
+def new_run_folder(root: Path, run_id: object) -> Path:
+    """Where a run of that id would lie. Raises NoSuchRun when it is not an id."""
+    if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or run_id.startswith("."):
+        raise NoSuchRun
+    return root / run_id
 
 
 def owner_hash(owner: str) -> str:
@@ -109,25 +128,25 @@ def owner_hash(owner: str) -> str:
     return hashlib.sha256(f"quantkit owner {owner}".encode()).hexdigest()
 
 
-def load_record(folder: Path) -> JobRecord | None:
-    """The job's record; None for a run that was started from the command line. Raises Damaged for
+def load_record(folder: Path) -> RunRecord | None:
+    """The run's record; None for a run that was started from the command line. Raises Damaged for
     one that cannot be read.
     """
-    path = folder / JOB_FILE
+    path = folder / RECORD_FILE
     try:
-        return build(JobRecord, read_json(path, _MOST_BYTES))
+        return build(RunRecord, read_json(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Damaged(error.strerror or "it cannot be opened") from None
 
 
-def salvaged_record(folder: Path) -> JobRecord:
-    """What can be told of a job whose record is damaged: it is stopped, and whose it is where the
+def salvaged_record(folder: Path) -> RunRecord:
+    """What can be told of a run whose record is damaged: it is stopped, and whose it is where the
     owner's hash still stands in the file, which nobody but the launcher writes.
     """
     try:
-        found = _OWNER_IN_RUINS.findall(read_bytes(folder / JOB_FILE, _MOST_BYTES))
+        found = _OWNER_IN_RUINS.findall(read_bytes(folder / RECORD_FILE, _MOST_BYTES))
     except (OSError, Damaged):
         found = []
     owner = found[0].decode() if len(set(found)) == 1 else None
@@ -136,8 +155,8 @@ def salvaged_record(folder: Path) -> JobRecord:
     except OSError:
         made = 0.0
     machine = "unknown" if os.path.lexists(folder / MACHINE_FILE) else None
-    return JobRecord(owner, made, STOPPED, made, machine=machine)
+    return RunRecord(owner, made, STOPPED, made, machine=machine)
 
 
-def save_record(folder: Path, record: JobRecord) -> None:
-    write_json(folder / JOB_FILE, record)
+def save_record(folder: Path, record: RunRecord) -> None:
+    write_json(folder / RECORD_FILE, record)

@@ -4,8 +4,6 @@ a process is made of it.
 
 from __future__ import annotations
 
-from quantkit.config.targets import BitsPerWeight, FileSize, FitsMemory, LikeMix
-
 import json
 import math
 import re
@@ -14,9 +12,18 @@ from typing import Any
 
 from quantkit import hub
 from quantkit.config import PROFILES, RunConfig, compile_pattern
-from quantkit.config.targets import FAMILY, MOST_CONTEXT, Target
 from quantkit.config.calibration import AUTO, BUILTIN_TEXTS, HUB_TEXTS, MIXES
+from quantkit.config.targets import (
+    FAMILY,
+    MOST_CONTEXT,
+    BitsPerWeight,
+    FileSize,
+    FitsMemory,
+    LikeMix,
+    Target,
+)
 from quantkit.errors import UsageError
+from quantkit.server.executors.registry import HERE
 from quantkit.tensors import METHODS
 
 SIZE_KINDS = ("like", "fits", "size", "bpw", "family")
@@ -24,7 +31,6 @@ FAMILIES = {
     "everyday": ("Q3_K_M", "Q4_K_M", "Q5_K_M"),
     "whole": FAMILY,
 }
-HERE = "here"
 # Who may see a published repository: those who see the model, only its owner, everyone.
 VISIBILITIES = ("model", "private", "public")
 CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
@@ -32,7 +38,7 @@ CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
 _MAX_TYPES_TEXT = 10_000
 _MAX_TYPES = 100
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}", re.ASCII)
-_MACHINE = re.compile(r"[a-z0-9][a-z0-9-]{0,39}", re.ASCII)
+_MACHINE = re.compile(r"[a-z0-9][a-z0-9_:-]{0,79}", re.ASCII)
 # A repeated group, a row of optional characters or of groups with alternatives can take exponential
 # time on the right name. A few repeats of single characters, or a few groups, cannot.
 _REPEATED_GROUP = re.compile(r"\)[*+{?]")
@@ -41,7 +47,7 @@ _MAX_REPEATS, _MAX_GROUPS, _MAX_ALTERNATIVES = 3, 3, 12
 
 
 @dataclass(frozen=True)
-class JobForm:
+class RunForm:
     """The fields of the form, as text where they are text. Also the arguments of the API."""
 
     model: str = ""
@@ -62,10 +68,10 @@ class JobForm:
     device: str = "cpu"
     publish: str = ""
     visibility: str = "model"  # one of VISIBILITIES
-    machine: str = HERE  # or auto, or the name of a Job's machine
+    machine: str = HERE  # as `registry.asked` takes it
 
 
-def to_config(form: JobForm, public: bool) -> RunConfig:
+def to_config(form: RunForm, public: bool) -> RunConfig:
     """The run that the form asks for.
 
     Raises UsageError with what to write instead.
@@ -158,7 +164,7 @@ def _methods(values: Any) -> tuple[str, ...]:
     return tuple(method for method in METHODS if method in chosen) or METHODS
 
 
-def _targets(form: JobForm) -> tuple[Target, ...]:
+def _targets(form: RunForm) -> tuple[Target, ...]:
     kind = _one_of(form.size_kind, "kind of size", SIZE_KINDS)
     if kind == "family":
         mixes = _names(form.family, "stock mix") or FAMILIES["everyday"]
@@ -177,7 +183,7 @@ def _targets(form: JobForm) -> tuple[Target, ...]:
     return (BitsPerWeight(str(form.bpw)[:20]),)
 
 
-def _fits(form: JobForm) -> str:
+def _fits(form: RunForm) -> str:
     """Memory and context as a target has them. Raises UsageError."""
     memory, tokens = _text(form.memory, "memory", 30), form.context
     if not memory:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
-from quantkit.server.runs import process
+from quantkit.server.executors import process
 from quantkit.server.runs.adopt import forget
 from quantkit.server.runs.clock import Clock
 from quantkit.server.runs.follow import Follower
@@ -35,7 +35,7 @@ from quantkit.server.runs.record import (
     QUEUED,
     STARTED,
     STOPPED,
-    JobRecord,
+    RunRecord,
     save_record,
 )
 
@@ -76,7 +76,7 @@ class Scheduler:
         self._next_sweep = 0.0
 
     def start(self) -> None:
-        """Start the thread that starts queued jobs. Does nothing when it runs already."""
+        """Start the thread that starts queued runs. Does nothing when it runs already."""
         if self._thread is None:
             self.root.mkdir(parents=True, exist_ok=True)
             for left in self.root.glob(f"{_TRASH}*"):
@@ -106,9 +106,9 @@ class Scheduler:
         with self._lock:
             if not self._is_scheduler():
                 return
-            for job_id, child in list(self._children.items()):
+            for run_id, child in list(self._children.items()):
                 if child.poll() is not None:  # takes the exit status, so that no zombie stays
-                    del self._children[job_id]
+                    del self._children[run_id]
             waiting, n_here, n_away = [], 0, 0
             for follower in list(self._scan().values()):
                 record = follower.record
@@ -117,13 +117,13 @@ class Scheduler:
                 if record.phase == QUEUED:
                     waiting.append(follower)
                 elif process.is_alive(record.pid, record.pid_started):
-                    n_here += record.machine is None
-                    n_away += record.machine is not None
+                    n_here += not record.is_remote
+                    n_away += record.is_remote
                     guarded(follower, partial(self._watch, follower))
             waiting.sort(key=lambda follower: record_of(follower).since)
             for follower in waiting:
-                if record_of(follower).machine is not None:
-                    if n_away < self.limits.jobs:
+                if record_of(follower).is_remote:
+                    if n_away < self.limits.remote:
                         n_away += 1
                         guarded(follower, partial(self._start_worker, follower))
                 elif n_here < self.limits.workers:
@@ -144,7 +144,7 @@ class Scheduler:
         elif time.monotonic() > self._ending.setdefault(name, time.monotonic()) + _GRACE_SECONDS:
             process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
 
-    def _stop_overdue(self, follower: Follower, record: JobRecord) -> None:
+    def _stop_overdue(self, follower: Follower, record: RunRecord) -> None:
         assert record.pid is not None and self.limits.seconds is not None
         hours = self.limits.seconds / 3600
         reason = f"It took longer than the {hours:g} hours that a run may take on this machine."
@@ -175,7 +175,7 @@ class Scheduler:
 
     def _remove(self, follower: Follower) -> None:
         name = follower.folder.name
-        if follower.record is not None and follower.record.machine is not None:
+        if follower.record is not None and follower.record.is_remote:
             forget(self.root, name)
         trash = self.root / f"{_TRASH}{name}"
         os.replace(follower.folder, trash)  # gone at once, however long removing takes
@@ -184,18 +184,19 @@ class Scheduler:
         threading.Thread(target=shutil.rmtree, args=(trash, True), daemon=True).start()
 
     def _start_worker(self, follower: Follower) -> None:
-        record, job_id = record_of(follower), follower.folder.name
-        token = self._tokens.pop(job_id, None)
+        record, run_id = record_of(follower), follower.folder.name
+        token = self._tokens.pop(run_id, None)
         if record.has_token and token is None:
             self._set_phase(follower, record, STOPPED, reason=_FORGOTTEN)
             return
         try:
-            child = process.start(follower.folder, token, self.public, record.machine is not None)
+            command = record.done_by.command(record.order)
+            child = process.start(command, follower.folder, token, self.public)
         except OSError as error:
             reason = f"The worker could not be started: {error.strerror or error}."
             self._set_phase(follower, record, STOPPED, reason=reason)
             return
-        self._children[job_id] = child
+        self._children[run_id] = child
         started = process.started_at(child.pid)
         try:
             self._set_phase(follower, record, STARTED, pid=child.pid, pid_started=started)
@@ -204,7 +205,7 @@ class Scheduler:
             raise
 
     def _is_scheduler(self) -> bool:
-        """Whether this process is the one that starts jobs: the kernel hands the lock over."""
+        """Whether this process is the one that starts runs: the kernel hands the lock over."""
         if self._scheduler_lock is not None:
             return True
         self.root.mkdir(parents=True, exist_ok=True)
@@ -218,7 +219,7 @@ class Scheduler:
         return True
 
     def _scan(self) -> dict[str, Follower]:
-        """Followers of all job folders by id, with their records as they are now."""
+        """Followers of all run folders by id, with their records as they are now."""
         try:
             with os.scandir(self.root) as entries:
                 names = {e.name for e in entries if e.is_dir(follow_symlinks=False)}
@@ -234,7 +235,7 @@ class Scheduler:
         return self._followers
 
     def _set_phase(
-        self, follower: Follower, record: JobRecord, phase: str, **fields: object
+        self, follower: Follower, record: RunRecord, phase: str, **fields: object
     ) -> None:
         fields.setdefault("since", time.time())
         changed = dataclasses.replace(record, phase=phase, **fields)  # type: ignore[arg-type]
@@ -242,7 +243,7 @@ class Scheduler:
         follower.load()
 
 
-def record_of(follower: Follower) -> JobRecord:
+def record_of(follower: Follower) -> RunRecord:
     record = follower.record
     assert record is not None
     return record

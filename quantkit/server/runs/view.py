@@ -1,11 +1,11 @@
-"""What a page or an API caller is told about a job: frozen, without paths of this machine."""
+"""What a page or an API caller is told about a run: frozen, without paths of this machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.hub.jobs import ENDED
+from quantkit.server.executors.protocol import RemoteState
 from quantkit.server.runs.progress import KlPoint, LogLine, StageView
 
 QUEUED, RUNNING, FINISHED = "queued", "running", "finished"
@@ -14,8 +14,8 @@ DAMAGED = "damaged"  # its own files cannot be read: it can only be deleted
 
 
 @dataclass(frozen=True)
-class JobSummary:
-    """One line of the job list."""
+class RunSummary:
+    """One line of the run list."""
 
     id: str
     model: str
@@ -51,8 +51,8 @@ class ResultFile:
 
 
 @dataclass(frozen=True)
-class JobView:
-    """Everything about one job."""
+class RunView:
+    """Everything about one run."""
 
     id: str
     model: str
@@ -68,12 +68,14 @@ class JobView:
     current: str | None = None  # the stage at work, or the one that failed
     message: str = ""
     eta_seconds: float | None = None  # of the current stage
-    wait_seconds: float | None = None  # until a queued job starts
-    machine: str | None = None  # of a Job; None: this machine
+    wait_seconds: float | None = None  # until a queued run starts
+    executor: str = "local"
+    is_remote: bool = False  # whether the work is done elsewhere
+    machine: str | None = None  # of an executor that has several
     usd_per_hour: float | None = None
     hours: int | None = None
-    job: dict[str, Any] | None = None  # machine.json: the Job's address, stage, load and cost
-    stopping: bool = False  # a cancelled job whose process has not ended yet
+    remote: RemoteState | None = None  # its address there, stage, load and cost
+    stopping: bool = False  # a cancelled run whose process has not ended yet
     error: str = ""
     remedy: str = ""
     curve: tuple[KlPoint, ...] = ()
@@ -97,22 +99,22 @@ class JobView:
         return self.state in (FAILED, INTERRUPTED, CANCELLED)
 
     @property
-    def has_lost_job(self) -> bool:
-        """Whether its Job may still be at work, and paid for, with nobody here that listens."""
-        ended = self.job is not None and self.job.get("stage") in ENDED
-        return self.machine is not None and self.state in (FAILED, INTERRUPTED) and not ended
+    def is_unattended(self) -> bool:
+        """Whether it may be at work elsewhere, and paid for, with nobody here that listens."""
+        has_ended = self.remote is not None and self.remote.has_ended
+        return self.is_remote and self.state in (FAILED, INTERRUPTED) and not has_ended
 
     @property
     def can_cancel(self) -> bool:
         if self.is_local or self.stopping:
             return False
-        return self.is_active or self.has_lost_job
+        return self.is_active or self.is_unattended
 
     @property
     def can_delete(self) -> bool:
         if self.state == DAMAGED:
             return True
-        return not self.is_active and not self.is_local and not self.has_lost_job
+        return not self.is_active and not self.is_local and not self.is_unattended
 
     @property
     def can_publish(self) -> bool:

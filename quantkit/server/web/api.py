@@ -15,7 +15,7 @@ import gradio as gr
 
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.server.runs import JobForm, to_config
+from quantkit.server.runs import RunForm, to_config
 from quantkit.server.web.desk import Asker, Desk, known
 from quantkit.tensors import to_json
 
@@ -165,6 +165,7 @@ def add_endpoints(desk: Desk) -> None:
         def status() -> dict[str, Any]:
             owner = asker_of(key, request, user, token).owner
             job = to_json(desk.store.view(job_id, owner))
+            job["job"] = job.pop("remote")  # as clients have known it
             for long in ("log", "allocation", "card", "curve"):
                 job.pop(long)
             return _without_paths(job)
@@ -199,11 +200,11 @@ def add_endpoints(desk: Desk) -> None:
     gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)
 
 
-def _form(model: str, size: str, like: str, bpw: float, **rest: Any) -> JobForm:
+def _form(model: str, size: str, like: str, bpw: float, **rest: Any) -> RunForm:
     """The first that is given of memory, size and bits per weight is the size asked for."""
     given = {"fits": rest.get("memory"), "size": size, "bpw": bpw}
     kind = next((name for name, value in given.items() if value), "like")
-    return JobForm(model, kind, like, size, bpw, **rest)
+    return RunForm(model, kind, like, size, bpw, **rest)
 
 
 def _without_paths(value: Any) -> Any:

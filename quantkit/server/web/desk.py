@@ -1,10 +1,9 @@
-"""What the page's events do: plain methods of `Desk`, between Gradio's values and the job store."""
+"""What the page's events do: plain methods of `Desk`, between Gradio's values and the run store."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import queue
 import threading
 import time
@@ -15,24 +14,15 @@ from typing import Any
 from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.hub import jobs
-from quantkit.server.runs import (
-    JobForm,
-    JobStore,
-    JobView,
-    Order,
-    check_repo,
-    estimate,
-    to_config,
-)
+from quantkit.server.executors import registry
+from quantkit.server.executors.protocol import Offer, Order, choose
+from quantkit.server.executors.registry import LOCAL
+from quantkit.server.previews.estimate import Looked, estimate, known_plan
+from quantkit.server.previews.first_look import DEMO, FirstLook
+from quantkit.server.previews.talk import check_prompt, say
+from quantkit.server.runs import RunForm, RunStore, RunView, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.dispatch import app_labels
-from quantkit.server.runs.estimate import Looked, known_plan
-from quantkit.server.runs.machine import Choice, choices, choose, why_not_here
-from quantkit.server.runs.request import HERE, check_collection, check_machine, check_visibility
-from quantkit.server.runs.rough import DEMO, FirstLook, rough_bytes, rough_seconds
-from quantkit.server.runs.talk import check_prompt, say
-from quantkit.server.runs.wheel import can_start_jobs
+from quantkit.server.runs.request import check_collection, check_machine, check_visibility
 from quantkit.server.web import previews, publishing, results, view
 from quantkit.server.web.allowance import Allowance
 from quantkit.server.web.charts import PLOTS
@@ -40,7 +30,7 @@ from quantkit.server.web.visitor import Visitors
 
 logger = logging.getLogger(__name__)
 
-# The parts of a job's page that are sent only when they changed, in the order of the outputs.
+# The parts of a run's page that are sent only when they changed, in the order of the outputs.
 CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw", *PLOTS)
 SWITCHES = (
     *("can_cancel", "can_resume", "can_delete", "can_publish", "can_try"),
@@ -48,7 +38,6 @@ SWITCHES = (
 )
 _MAX_TOKEN = 500
 _SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
-_PRICES_SECONDS = 600.0
 _WELCOME_SECONDS = 3600.0
 _BUG = "Something went wrong here."
 _BUG_REMEDY = "Try again; if it stays, report it with the server's log."
@@ -70,16 +59,15 @@ class Asker:
 class Desk:
     """Handlers of the page and of the API."""
 
-    def __init__(self, store: JobStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
+    def __init__(self, store: RunStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
         self.store = store
         self.visitors = visitors
         self.on_space = on_space
         self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
-        self.has_jobs = can_start_jobs()
+        self.remote = registry.remote()  # places elsewhere that runs may be done at
         self.allowance = Allowance()
         self._welcomed: dict[str, float] = {}
         self._no_search_until = 0.0
-        self._machines: tuple[float, tuple[jobs.Machine, ...]] = (-1e9, ())
 
     def owner(self, cookies: Mapping[str, Any], username: str | None) -> str | None:
         """The visitor's id; None for a visitor without a cookie."""
@@ -106,9 +94,11 @@ class Desk:
             self.allowance.take(action, asker.counted_as)
 
     def welcome(self, asker: Asker, token: str | None) -> None:
-        """Look, aside and once an hour, for runs of a signed-in user that only their Jobs know."""
+        """Look, aside and once an hour, for runs of a signed-in user that are known elsewhere
+        alone.
+        """
         user = asker.username
-        if user is None or not token or not self.has_jobs or asker.owner is None:
+        if user is None or not token or not self.remote or asker.owner is None:
             return
         if time.monotonic() < self._welcomed.get(user, -1e9) + _WELCOME_SECONDS:
             return
@@ -116,56 +106,54 @@ class Desk:
         threading.Thread(target=self._adopt, args=(asker.owner, token), daemon=True).start()
 
     def _adopt(self, owner: str, token: str) -> None:
-        try:
-            adopt(self.store.root, owner, jobs.runs(app_labels(os.environ), token))
-        except QuantkitError as error:
-            logger.info("no Jobs were looked for: %s", error.message)
+        for executor in self.remote:
+            try:
+                adopt(self.store.root, owner, executor, executor.found(token))
+            except QuantkitError as error:
+                logger.info("%s was not asked for runs: %s", executor.name, error.message)
 
     # Forms.
 
-    def start(self, form: JobForm, token: str, asker: Asker) -> str:
-        """Queue what the form asks for. Returns the job's id. Raises QuantkitError."""
+    def start(self, form: RunForm, token: str, asker: Asker) -> str:
+        """Queue what the form asks for. Returns the run's id. Raises QuantkitError."""
         if self.sign_in and asker.username is None:
             raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
         owner, secret = known(asker.owner), checked_token(token)
         config = to_config(form, self.store.public)  # what is wrong is said at once
         self.allow("start", asker)
-        order = self._order(form, config, secret, asker)
-        if order.machine is not None:
-            device = order_device(order.machine, self.machines(secret))
-            config = dataclasses.replace(config, device=device)
+        order, device = self._order(form, config, secret, asker)
+        config = dataclasses.replace(config, device=device)
         place = self.visitors.place(asker.counted_as)
         return self.store.submit(config, owner, secret, order, place)
 
-    def _order(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> Order:
-        """Where the run is to be done. Raises QuantkitError when it cannot be done there."""
-        if check_machine(form.machine) != HERE:
-            if not self.has_jobs:
-                raise UsageError(
-                    "This server cannot start Jobs.", "Run it here, or on a deployed Space."
-                )
+    def _order(
+        self, form: RunForm, config: RunConfig, token: str | None, asker: Asker
+    ) -> tuple[Order, str]:
+        """Where the run is to be done, and on which device. Raises QuantkitError when it cannot be
+        done there.
+        """
+        executor, machine = registry.asked(check_machine(form.machine))
+        if executor.is_remote:
             if config.model == DEMO_MODEL:
                 raise UsageError("The demo's model is on this machine.", "Run it here.")
-            jobs.check_token(token)
+            executor.check(token)
             plan = self._plan(config, token, asker)
-            choice = choose(plan, self.machines(token), form.machine)
-            machine = choice.machine
-            return Order(
-                machine.name, choice.hours_limit, machine.usd_per_hour, round(choice.seconds)
-            )
+            offer = choose(executor.offers(plan, token), machine)
+            return offer.order, offer.device
         # On one's own machine nobody has to wait for a plan.
         found = self._plan(config, token, asker) if self.on_space else known_plan(config, token)
         if found is None:
-            return Order()
+            return Order(executor.name), config.device
         why_not = self._why_not_here(found)
         if why_not and self.store.public:
             raise QuantkitError(
                 f"The run is too large for this page. {why_not}",
-                "Choose a Job, or a smaller model." if self.has_jobs else "Choose a smaller model.",
+                "Choose " + "".join(f"a {e.noun}, or " for e in self.remote) + "a smaller model.",
             )
-        return Order(estimate_seconds=found["estimates"]["seconds"])
+        seconds = found["estimates"]["seconds"]
+        return Order(executor.name, estimate_seconds=seconds), config.device
 
-    def estimate(self, form: JobForm, token: str | None, asker: Asker) -> dict[str, Any]:
+    def estimate(self, form: RunForm, token: str | None, asker: Asker) -> dict[str, Any]:
         """The planner's answer. Raises QuantkitError."""
         return self._plan(to_config(form, self.store.public), token, asker)
 
@@ -175,17 +163,9 @@ class Desk:
         return estimate(config, token, self.store.public, asker.counted_as, looked)
 
     def _why_not_here(self, plan: dict[str, Any]) -> str:
-        return why_not_here(plan, self.store.root, self.store.limits.seconds)
+        return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
 
-    def machines(self, token: str | None) -> tuple[jobs.Machine, ...]:
-        """What Jobs may run on, and its price; asked of the Hub every ten minutes."""
-        asked, found = self._machines
-        if time.monotonic() > asked + _PRICES_SECONDS:
-            found = jobs.machines(token)
-            self._machines = (time.monotonic(), found)
-        return found
-
-    def preview(self, form: JobForm, token: str, asker: Asker) -> Iterator[str]:
+    def preview(self, form: RunForm, token: str, asker: Asker) -> Iterator[str]:
         """What the run would take, as HTML: first facts at once, all of it when it is known.
 
         Empty when no model was named yet.
@@ -223,23 +203,23 @@ class Desk:
 
         threading.Thread(target=plan, name="preview", daemon=True).start()
         while (first := told.get()) is not None:
-            limits = rough_bytes(config, first.n_parameters)
-            yield previews.looked_at(first, limits, rough_seconds(config, first.n_parameters))
+            yield previews.looked_at(first)
         if failed:
             raise failed[0]
 
-    def _preview(self, form: JobForm, config: RunConfig, token: str | None, asker: Asker) -> str:
+    def _preview(self, form: RunForm, config: RunConfig, token: str | None, asker: Asker) -> str:
         plan = self._plan(config, token, asker)
-        offered: tuple[Choice, ...] = ()
+        offered: list[Offer] = []
         chosen = None
-        if self.has_jobs and config.model != DEMO_MODEL:
+        wanted, machine = registry.asked(check_machine(form.machine))
+        for executor in self.remote if config.model != DEMO_MODEL else ():
             try:
-                machines = self.machines(token)
-                offered = choices(plan, machines)
-                if check_machine(form.machine) != HERE:
-                    chosen = choose(plan, machines, form.machine)
+                found = executor.offers(plan, token)
+                offered += found
+                if executor is wanted:
+                    chosen = choose(found, machine)
             except QuantkitError as error:
-                if form.machine != HERE:
+                if wanted.is_remote:
                     return view.notice(error.message, error.remedy)
         contexts = (t.n_context for t in config.targets if t.n_context)
         return previews.preview(
@@ -247,7 +227,7 @@ class Desk:
             context=next(contexts, None),
             here="This Space" if self.on_space else "This machine",
             why_not=self._why_not_here(plan),
-            machines=offered,
+            offers=offered,
             chosen=chosen,
         )
 
@@ -268,43 +248,43 @@ class Desk:
             self._no_search_until = time.monotonic() + _SEARCH_PAUSE
             return []
 
-    # A job.
+    # A run.
 
-    def act(self, action: str, job_id: Any, asker: Asker, token: str = "") -> str:
+    def act(self, action: str, run_id: Any, asker: Asker, token: str = "") -> str:
         """Cancel, resume or delete. Returns a notice as HTML, empty when it worked."""
 
         def do() -> str:
             self.allow("act", asker)
             if action == "cancel":
-                self.store.cancel(job_id, asker.owner, checked_token(token))
+                self.store.cancel(run_id, asker.owner, checked_token(token))
             elif action == "resume":
-                self.store.resume(job_id, asker.owner, checked_token(token))
+                self.store.resume(run_id, asker.owner, checked_token(token))
             elif action == "delete":
-                self.store.delete(job_id, asker.owner)
+                self.store.delete(run_id, asker.owner)
             return ""
 
         return answered(do)
 
-    def compare(self, job_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
+    def compare(self, run_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
         """What publishing would change, as HTML. Raises QuantkitError."""
         visibility = check_visibility(visibility)
-        files, places = self.store.staged(job_id, asker.owner)
+        files, places = self.store.staged(run_id, asker.owner)
         self.allow("compare", asker)
         secret = self._token_to_publish(token)
-        closed = self.store.closed(job_id, asker.owner) if visibility == "model" else ""
+        closed = self.store.closed(run_id, asker.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, check_repo(repo), secret, private)
         return publishing.changes(changes, closed)
 
     def publish(
-        self, job_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str
+        self, run_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str
     ) -> None:
         """Queue the upload of a validated run. Raises QuantkitError."""
         checked = checked_token(token)  # none on one's own machine: what it is logged in with
         self.allow("publish", asker)
         slug = check_collection(collection)
         self.store.publish(
-            job_id,
+            run_id,
             asker.owner,
             check_repo(repo),
             check_visibility(visibility),
@@ -317,10 +297,10 @@ class Desk:
         checked = checked_token(token)
         return checked if checked or self.store.public else hub.resolve_token()
 
-    def talk(self, job_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
+    def talk(self, run_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
         """What the finished file, or the original, answers; it grows. Raises QuantkitError."""
         text = check_prompt(prompt)
-        ours, base = self.store.models(job_id, asker.owner)
+        ours, base = self.store.models(run_id, asker.owner)
         path = base if original else ours
         if path is None:
             raise QuantkitError(
@@ -334,49 +314,43 @@ class Desk:
 
     # What is shown.
 
-    def shown(self, job_id: Any, owner: str | None) -> dict[str, Any]:
+    def shown(self, run_id: Any, owner: str | None) -> dict[str, Any]:
         """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
         try:
-            job = self.store.view(job_id, owner)
-            raw = self.store.log_tail(job_id, owner)
+            run = self.store.view(run_id, owner)
+            raw = self.store.log_tail(run_id, owner)
         except QuantkitError as error:
             nothing: dict[str, Any] = dict.fromkeys((*CHUNKS, *SWITCHES), "")
             lost = view.notice(error.message, error.remedy)
             return {**nothing, **dict.fromkeys(SWITCHES, False), "head": lost}
         return {
-            **_rendered(job),
+            **_rendered(run),
             "raw": view.raw_log(raw),
-            "can_cancel": job.can_cancel,
-            "can_resume": job.can_resume,
-            "can_delete": job.can_delete,
-            "can_publish": job.can_publish,
-            "can_try": job.can_try,
-            "has_card": bool(job.card),
+            "can_cancel": run.can_cancel,
+            "can_resume": run.can_resume,
+            "can_delete": run.can_delete,
+            "can_publish": run.can_publish,
+            "can_try": run.can_try,
+            "has_card": bool(run.card),
             "is_there": True,
-            "may_give_token": job.can_resume and not self.sign_in,
+            "may_give_token": run.can_resume and not self.sign_in,
         }
 
-    def job_list(self, owner: str | None) -> str:
-        return answered(lambda: view.job_list(self.store.jobs(owner)))
+    def run_list(self, owner: str | None) -> str:
+        return answered(lambda: view.run_list(self.store.runs(owner)))
 
 
-def order_device(name: str, machines: tuple[jobs.Machine, ...]) -> str:
-    """What a run computes on there: cuda where the machine has a GPU."""
-    machine = next((machine for machine in machines if machine.name == name), None)
-    return "cuda" if machine is not None and machine.gpu else "cpu"
-
-
-def _rendered(job: JobView) -> dict[str, Any]:
+def _rendered(run: RunView) -> dict[str, Any]:
     return {
-        "head": view.head(job),
-        "stages": view.stages(job),
-        "curve": view.curve(job),
-        "files": view.files(job) + view.strip(job),
-        "results": results.results(job),
-        "report": results.report(job),
-        "card": view.card(job),
-        "log": view.log(job),
-        **results.plots(job),
+        "head": view.head(run),
+        "stages": view.stages(run),
+        "curve": view.curve(run),
+        "files": view.files(run) + view.strip(run),
+        "results": results.results(run),
+        "report": results.report(run),
+        "card": view.card(run),
+        "log": view.log(run),
+        **results.plots(run),
     }
 
 

@@ -12,8 +12,9 @@ import gradio as gr
 
 from quantkit.config import DEMO_MODEL, PROFILES
 from quantkit.ggml.types import FILE_TYPES, QUANTIZED
-from quantkit.server.runs import JobForm
-from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, HERE
+from quantkit.server.executors.registry import AUTO, HERE
+from quantkit.server.runs import RunForm
+from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES
 from quantkit.server.web.desk import Desk
 from quantkit.tensors import METHODS
 
@@ -132,18 +133,17 @@ class Form:
 
     def _where(self) -> None:
         here = "On this Space, free" if self._desk.on_space else "On this machine"
-        away = "In a Job of Hugging Face, paid from your account"
         self.where = gr.Radio(
-            [(here, HERE), (away, "auto")],
+            [(here, HERE), *((e.title, e.name) for e in self._desk.remote)],
             value=HERE,
             label="Where?",
-            visible=self._desk.has_jobs,
+            visible=bool(self._desk.remote),
             elem_id="where",
             elem_classes="qk-stack",
         )
         self.machine = gr.Dropdown(
-            [("the cheapest that takes less than a working day", "auto")],
-            value="auto",
+            [("the cheapest that takes less than a working day", AUTO)],
+            value=AUTO,
             label="Machine",
             info="Time and price of each are in the preview below.",
             visible=False,
@@ -220,12 +220,12 @@ class Form:
         ]
 
     @staticmethod
-    def read(values: tuple[Any, ...]) -> JobForm:
-        """The form's values without the token, as `launch` takes them."""
+    def read(values: tuple[Any, ...]) -> RunForm:
+        """The form's values without the token, as a run is asked for with."""
         model, kind, like, size, bpw, memory, context, family, profile, *rest = values
         where, machine, revision, levels, methods, calibration, types, *rest = rest
         seed, device, repo, seen_by = rest
-        return JobForm(
+        return RunForm(
             model=model or "",
             size_kind=kind,
             like=like or "",
@@ -244,7 +244,7 @@ class Form:
             device=device,
             publish=repo or "",
             visibility=seen_by or "model",
-            machine=HERE if where == HERE else machine or "auto",
+            machine=HERE if where == HERE else f"{where}:{machine or AUTO}",
         )
 
     def _wire(self) -> None:
@@ -294,7 +294,7 @@ class Form:
             self.fields,
             self.plan,
             trigger_mode="always_last",
-            concurrency_limit=16,  # more than may wait (launch/turns.py): the rest is told at once
+            concurrency_limit=16,  # more than may wait (previews.turns): the rest is told at once
             concurrency_id="preview",
             show_progress="hidden",
             api_visibility="private",

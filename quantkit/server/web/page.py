@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.utils import get_space
 
 from quantkit.errors import QuantkitError
-from quantkit.server.runs import JobStore
+from quantkit.server.runs import RunStore
 from quantkit.server.web import view
 from quantkit.server.web.api import add_endpoints
 from quantkit.server.web.desk import CHUNKS, SWITCHES, Desk
@@ -41,7 +41,7 @@ _POLL_SECONDS = 2
 _SET_URL = "(id) => { if (id) { history.pushState(null, '', '?job=' + id); scrollTo(0, 0) } }"
 
 
-def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
+def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
     """The whole page. Does not start the scheduler and does not listen."""
     on_space = get_space() is not None
     sign_in = on_space and bool(os.environ.get("OAUTH_CLIENT_ID"))
@@ -56,7 +56,7 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
 
         Empty when nothing changed.
         """
-        shown = desk.shown(current, owner) if current else {"runs": desk.job_list(owner)}
+        shown = desk.shown(current, owner) if current else {"runs": desk.run_list(owner)}
         hashes = {name: short_hash(value) for name, value in shown.items()}
         known = known if isinstance(known, dict) else {}
         return [] if hashes == known else [*updates(shown, known, _NAMES), hashes]
@@ -80,16 +80,16 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
             gr.LoginButton(elem_id="sign-in", size="sm")
         # Both in the page and not in the server's session: a tab goes on after the server
         # restarted, and a stranger's sessions take no memory and hold no connection open.
-        job_id = gr.Textbox("", visible=False, max_length=100)
+        run_id = gr.Textbox("", visible=False, max_length=100)
         sent = gr.JSON({}, visible=False)  # what this tab shows, as hashes
         # Nothing is visible before `load` says which page it is: no flash of the other one.
         with gr.Column(elem_id="new-run", visible=False) as new_run:
             form = Form(desk)
-        with gr.Column(elem_id="job", visible=False) as job:
+        with gr.Column(elem_id="job", visible=False) as run:
             watch = Watch(desk)
         with gr.Column(elem_id="run-list", visible=False) as run_list:
             runs = gr.HTML(elem_id="runs")
-        areas = [new_run, job, run_list]
+        areas = [new_run, run, run_list]
         parts = [*watch.outputs, runs, sent]
 
         def start(
@@ -110,18 +110,18 @@ def build_app(store: JobStore, visitors: Visitors) -> gr.Blocks:
             shown = [*opened(new), *refresh(new, owner, {})]
             return [new, gr.update(value="", visible=False), "", *shown]
 
-        app.load(load, None, [job_id, *areas, *parts], **QUIET)
-        gr.Timer(_POLL_SECONDS).tick(poll, [job_id, sent], parts, **QUIET)
+        app.load(load, None, [run_id, *areas, *parts], **QUIET)
+        gr.Timer(_POLL_SECONDS).tick(poll, [run_id, sent], parts, **QUIET)
         form.start_button.click(
             start,
             form.fields,
-            [job_id, form.error, form.token, *areas, *parts],
+            [run_id, form.error, form.token, *areas, *parts],
             show_progress="full",
             show_progress_on=form.start_button,
             concurrency_limit=8,
             api_visibility="private",
-        ).then(None, job_id, None, js=_SET_URL, api_visibility="private")
-        watch.wire(job_id, parts, refresh, areas, opened)
+        ).then(None, run_id, None, js=_SET_URL, api_visibility="private")
+        watch.wire(run_id, parts, refresh, areas, opened)
         add_endpoints(desk)
     app.queue(default_concurrency_limit=8, max_size=400)
     return app

@@ -8,26 +8,23 @@ from typing import Any
 
 from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import in_words
-from quantkit.server.runs.machine import Choice
-from quantkit.server.runs.rough import FirstLook
-from quantkit.server.runs.sizes import context_bytes
+from quantkit.server.executors.protocol import Offer
+from quantkit.server.previews.first_look import FirstLook
+from quantkit.server.previews.sizes import context_bytes
 from quantkit.server.web.view import duration, file_size, notice
 
 _SHOWN_MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-_SHOWN_CHOICES = 4
+_SHOWN_OFFERS = 4
 
 
-def looked_at(first: FirstLook, limits: Sequence[int], seconds: float) -> str:
-    """The first facts and about what it takes, while the planner still works out the rest."""
+def looked_at(first: FirstLook) -> str:
+    """The first facts, while the planner still works out the rest."""
     facts = [
         ("Model", f"{first.architecture}, {parameters(first.n_parameters)} parameters"),
         ("Licence", _licence(first.licence, first.gated)),
     ]
-    if limits:
-        facts.append(("File", "about " + ", ".join(file_size(n) for n in limits)))
     if first.n_download_bytes:
         facts.append(("To read", file_size(first.n_download_bytes)))
-    facts.append(("Time here", f"about {_about(seconds)}"))
     return _card(facts, '<p class="qk-help qk-busy">Working out exact sizes and cost …</p>')
 
 
@@ -44,16 +41,16 @@ def preview(
     context: int | None = None,
     here: str = "",
     why_not: str = "",
-    machines: Sequence[Choice] = (),
-    chosen: Choice | None = None,
+    offers: Sequence[Offer] = (),
+    chosen: Offer | None = None,
 ) -> str:
     """The planner's answer.
 
     `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
-    the run cannot be done on it; `machines`: of Jobs.
+    the run cannot be done on it; `offers`: of machines elsewhere.
     """
     try:
-        return _preview(plan, context, here, why_not, machines, chosen)
+        return _preview(plan, context, here, why_not, offers, chosen)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError):
         return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
 
@@ -63,8 +60,8 @@ def _preview(
     context: int | None,
     here: str,
     why_not: str,
-    machines: Sequence[Choice],
-    chosen: Choice | None,
+    offers: Sequence[Offer],
+    chosen: Offer | None,
 ) -> str:
     model, sizes, needs = plan["model"], plan["sizes"], plan["estimates"]
     n_parameters = model["n_parameters"]
@@ -94,7 +91,7 @@ def _preview(
     warnings = [f"{budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
     warnings += [str(text) for text in plan.get("warnings", [])][:10]
     notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
-    where = _where(needs, here, why_not, machines, chosen)
+    where = _where(needs, here, why_not, offers, chosen)
     return _card(facts, f"{where}{_stock(plan, context)}{notes}")
 
 
@@ -125,23 +122,21 @@ def _where(
     needs: dict[str, Any],
     here: str,
     why_not: str,
-    machines: Sequence[Choice],
-    chosen: Choice | None,
+    offers: Sequence[Offer],
+    chosen: Offer | None,
 ) -> str:
-    """A row for this machine and for every Job's machine worth a look, with time and cost."""
+    """A row for this machine and for every offer worth a look, with time and cost."""
     rows = []
     if here:
         time, cost = ("—", "too large") if why_not else (_about(needs["seconds"]), "free")
         rows.append(_place(here, "", time, cost, chosen is None))
-    shown = list(machines[:_SHOWN_CHOICES])
+    shown = list(offers[:_SHOWN_OFFERS])
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
-    for choice in shown:
-        machine = choice.machine
-        name = f"Job: {machine.name}" + (f" ({machine.gpu})" if machine.gpu else "")
-        limit = f"${choice.most_usd:.2f} at most: ended after {choice.hours_limit} h"
-        cost = "under $0.01" if choice.usd < 0.01 else f"${choice.usd:.2f}"
-        rows.append(_place(name, limit, _about(choice.seconds), cost, choice == chosen))
+    for offer in shown:
+        limit = f"${offer.most_usd:.2f} at most: ended after {offer.hours} h"
+        cost = "under $0.01" if offer.usd < 0.01 else f"${offer.usd:.2f}"
+        rows.append(_place(offer.title, limit, _about(offer.seconds), cost, offer == chosen))
     if not rows:
         return ""
     head = "<tr><th>where</th><th>time, about</th><th>cost, about</th></tr>"

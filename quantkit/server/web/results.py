@@ -11,7 +11,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report import text
 from quantkit.evidence.report.schema import Report, Row
-from quantkit.server.runs import JobView
+from quantkit.server.runs import RunView
 from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
 from quantkit.server.web.view import file_size
 
@@ -27,9 +27,9 @@ _MOST_MADE = 32
 _made: dict[tuple[int, str], tuple[Any, Any]] = {}  # by identity and use: read, and made of it
 
 
-def results(job: JobView) -> str:
+def results(run: RunView) -> str:
     """The figures that count, for every file; empty before the run is validated."""
-    report = _read(job)
+    report = _read(run)
     try:
         return "" if report is None else "".join(_tiles(report, row) for row in report.outputs)
     except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -37,11 +37,11 @@ def results(job: JobView) -> str:
         return ""
 
 
-def report(job: JobView) -> str:
+def report(run: RunView) -> str:
     """The whole report, as in report.html; empty before the run is validated."""
 
     def make() -> str:
-        found = _read(job)
+        found = _read(run)
         if found is None:
             return _UNREADABLE
         try:
@@ -51,19 +51,19 @@ def report(job: JobView) -> str:
             logger.warning("a report cannot be drawn: %s", type(error).__name__)
             return _UNREADABLE
 
-    return _once(job.report, "report", make) if job.report else ""
+    return _once(run.report, "report", make) if run.report else ""
 
 
-def plots(job: JobView) -> dict[str, str]:
+def plots(run: RunView) -> dict[str, str]:
     """The JSON of every plot by name, empty for one that there is not: those of the report, before
     it the search's curve and the best mix that it knows.
     """
     found: dict[str, str] = {}
-    best, report = job.allocation, _read(job)
+    best, report = run.allocation, _read(run)
     if report is not None:
-        found = _once(job.report, "plots", lambda: of_report(report))
-    elif not job.report:
-        found["convergence"] = kl_curve(job.curve)
+        found = _once(run.report, "plots", lambda: of_report(report))
+    elif not run.report:
+        found["convergence"] = kl_curve(run.curve)
         if best:
             found["tensor-map"] = _once(best, "map", lambda: tensor_map(best))
     return {name: found.get(name, "") for name in PLOTS}
@@ -83,9 +83,9 @@ def _once(value: Any, use: str, make: Callable[[], T]) -> T:
     return made
 
 
-def _read(job: JobView) -> Report | None:
+def _read(run: RunView) -> Report | None:
     try:
-        return reports.read(job.report) if job.report else None
+        return reports.read(run.report) if run.report else None
     except QuantkitError:
         return None
 

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from quantkit.errors import QuantkitError
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import shortened
-from quantkit.server.runs import JobStore, open_store
+from quantkit.server.runs import RunStore, open_store
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.web import listen
 from quantkit.server.web.bodies import Events
@@ -42,7 +42,7 @@ class OneLine(logging.Filter):
         return True
 
 
-def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
+def make_page() -> tuple[gr.Blocks, RunStore, Visitors]:
     """The page of the store that the environment describes."""
     store = open_store()
     kept_in = state_folder(os.environ)
@@ -56,7 +56,7 @@ def make_page() -> tuple[gr.Blocks, JobStore, Visitors]:
 
 
 def launch(
-    app: gr.Blocks, store: JobStore, visitors: Visitors, **options: Any
+    app: gr.Blocks, store: RunStore, visitors: Visitors, **options: Any
 ) -> tuple[Any, str, str]:
     """Start the scheduler and listen; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where."""
     places = Places.of(os.environ, get_space() is not None)
@@ -91,8 +91,8 @@ def launch(
     )
 
 
-def _download_route(store: JobStore, visitors: Visitors) -> Route:
-    """`files/<job>/<name>`: result files of one's own jobs, from disk, in ranges.
+def _download_route(store: RunStore, visitors: Visitors) -> Route:
+    """`files/<run>/<name>`: result files of one's own runs, from disk, in ranges.
 
     Gradio's file components would copy a GGUF into its cache, and its static paths are public.
     """

@@ -10,7 +10,8 @@ from urllib.parse import quote
 from markdown_it import MarkdownIt
 
 from quantkit.evidence import report as reports
-from quantkit.server.runs import JobSummary, JobView, StageView
+from quantkit.server.executors.registry import EXECUTORS
+from quantkit.server.runs import RunSummary, RunView, StageView
 from quantkit.stages import STAGES
 
 STAGE_ABOUT = {stage.name: stage.about for stage in STAGES}
@@ -87,37 +88,38 @@ def model_name(model: str) -> str:
     return model.rstrip("/").rsplit("/", 1)[-1] or model
 
 
-def head(job: JobView) -> str:
+def head(run: RunView) -> str:
     """Title, state, and what the state means for the visitor."""
-    facts = [job.target, f"profile {job.profile}", f"started {ago(job.created)}"]
-    if job.revision:
-        facts.insert(0, f"revision {job.revision[:16]}")
-    if job.is_local:
+    facts = [run.target, f"profile {run.profile}", f"started {ago(run.created)}"]
+    if run.revision:
+        facts.insert(0, f"revision {run.revision[:16]}")
+    if run.is_local:
         facts.append("from the command line")
     items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    owner = escape(job.model[: -len(model_name(job.model))])
-    title = f"<h2><span>{owner}</span>{escape(model_name(job.model))}</h2>"
-    state = badge("stopping") if job.stopping else badge(job.state)
+    owner = escape(run.model[: -len(model_name(run.model))])
+    title = f"<h2><span>{owner}</span>{escape(model_name(run.model))}</h2>"
+    state = badge("stopping") if run.stopping else badge(run.state)
     return (
         f'<div class="qk-head"><div class="qk-title">{title}{state}</div>'
-        f'<ul class="qk-facts">{items}</ul>{_state_note(job)}{_machine(job)}{_downloads(job)}</div>'
+        f'<ul class="qk-facts">{items}</ul>{_state_note(run)}{_machine(run)}{_downloads(run)}</div>'
     )
 
 
-def _machine(job: JobView) -> str:
-    """Where a Job runs, how busy it is and what it has cost; empty for runs of this machine."""
-    if job.machine is None:
+def _machine(run: RunView) -> str:
+    """Where a run elsewhere is, how busy it is and what it has cost; empty for one done here."""
+    if not run.is_remote:
         return ""
-    facts = [f"Job on {job.machine}"]
-    if job.usd_per_hour:
-        facts.append(f"${job.usd_per_hour:.2f} an hour")
-    if job.hours:
-        facts.append(f"ended after {job.hours} h at the latest")
+    noun = EXECUTORS[run.executor].noun
+    facts = [f"{noun} on {run.machine}" if run.machine else noun]
+    if run.usd_per_hour:
+        facts.append(f"${run.usd_per_hour:.2f} an hour")
+    if run.hours:
+        facts.append(f"ended after {run.hours} h at the latest")
     link, load = "", ""
-    if job.job:
-        facts.append(f"${float(job.job.get('usd') or 0):.2f} so far")
-        load = _load(job.job.get("metrics")) if job.state == "running" else ""
-        url = str(job.job.get("url", ""))
+    if run.remote is not None:
+        facts.append(f"${run.remote.usd:.2f} so far")
+        load = _load(run.remote.metrics) if run.state == "running" else ""
+        url = run.remote.url
         if url.startswith(("https://", "http://")):
             link = f' <a href="{escape(url)}" rel="noopener" target="_blank">its page</a>'
     return f'<p class="qk-machine">{escape(" · ".join(facts))}{escape(load)}{link}</p>'
@@ -139,25 +141,25 @@ def _load(metrics: object) -> str:
     return " · " + ", ".join(said) if said else ""
 
 
-def _state_note(job: JobView) -> str:
-    if job.stopping:
+def _state_note(run: RunView) -> str:
+    if run.stopping:
         return notice("Stopping the worker.", "What is finished is kept.", "info")
-    if job.state == "queued":
-        place = job.position or 1
+    if run.state == "queued":
+        place = run.position or 1
         text = "It is next in line." if place == 1 else f"It is number {place} in line."
-        if job.machine is not None:
-            text = "Its Job is about to be started."
-        elif job.wait_seconds:
-            text += f" It starts in about {duration(60 * max(1, round(job.wait_seconds / 60)))}."
+        if run.is_remote:
+            text = f"Its {EXECUTORS[run.executor].noun} is about to be started."
+        elif run.wait_seconds:
+            text += f" It starts in about {duration(60 * max(1, round(run.wait_seconds / 60)))}."
         return notice(
             text, "You can close this page: its address and your list find it again.", "info"
         )
-    if job.state in ("failed", "interrupted", "damaged"):
-        return notice(job.error or "The run ended without saying why.", job.remedy)
-    if job.state == "cancelled":
+    if run.state in ("failed", "interrupted", "damaged"):
+        return notice(run.error or "The run ended without saying why.", run.remedy)
+    if run.state == "cancelled":
         return notice("Cancelled.", "Finished stages are kept: it can be resumed.", "info")
-    if job.published_url and job.state == "finished":
-        url = job.published_url
+    if run.published_url and run.state == "finished":
+        url = run.published_url
         if url.startswith(("https://", "http://")):
             link = f'<a href="{escape(url)}" rel="noopener" target="_blank">{escape(url)}</a>'
             return (
@@ -166,22 +168,22 @@ def _state_note(job: JobView) -> str:
     return ""
 
 
-def stages(job: JobView) -> str:
+def stages(run: RunView) -> str:
     """The nine stages, while there is something to watch."""
-    if job.state == "finished":
+    if run.state == "finished":
         return ""
-    items = "".join(_stage(n, stage, job) for n, stage in enumerate(job.stages, 1))
+    items = "".join(_stage(n, stage, run) for n, stage in enumerate(run.stages, 1))
     return f'<section aria-label="Stages"><ol class="qk-stages">{items}</ol></section>'
 
 
-def strip(job: JobView) -> str:
+def strip(run: RunView) -> str:
     """The nine stages of a finished run, with what each took."""
-    if job.state != "finished":
+    if run.state != "finished":
         return ""
-    total = sum(stage.seconds or 0 for stage in job.stages)
+    total = sum(stage.seconds or 0 for stage in run.stages)
     items = "".join(
         f'<li class="done"><b>✓</b>{stage.name}<small>{_seconds(stage)}</small></li>'
-        for stage in job.stages
+        for stage in run.stages
     )
     return (
         f'<section class="qk-section" aria-label="Stages"><h3>Nine stages in {duration(total)}</h3>'
@@ -193,16 +195,16 @@ def _seconds(stage: StageView) -> str:
     return "" if stage.seconds is None else duration(stage.seconds)
 
 
-def _stage(number: int, stage: StageView, job: JobView) -> str:
+def _stage(number: int, stage: StageView, run: RunView) -> str:
     state = stage.state
-    if state == "running" and job.state != "running":
+    if state == "running" and run.state != "running":
         state = "stopped"  # the process that was at it is gone
     mark = _MARKS.get(state) or str(number)
     text = stage.message if state in ("running", "failed", "stopped") else ""
     about = escape(text or STAGE_ABOUT[stage.name])
     side, bar = "", ""
     if state == "running":
-        left = time_left(job.eta_seconds)
+        left = time_left(run.eta_seconds)
         percent = stage.percent
         side = "" if percent is None else f"{percent} %"
         side += f"<small>{left}</small>" if left else ""
@@ -223,12 +225,12 @@ def _stage(number: int, stage: StageView, job: JobView) -> str:
     )
 
 
-def curve(job: JobView) -> str:
+def curve(run: RunView) -> str:
     """What the search's KL curve shows; empty while there is none, and when the report shows it."""
-    if job.report or len(job.curve) < 2:
+    if run.report or len(run.curve) < 2:
         return ""
-    last = job.curve[-1]
-    title = "How the search is doing" if job.is_active else "How the search went"
+    last = run.curve[-1]
+    title = "How the search is doing" if run.is_active else "How the search went"
     known = reports.with_error(reports.Mean(last.kl, last.stderr))
     tuned = ", as tuning is expected to leave it" if last.is_expected else ""
     return (
@@ -238,12 +240,12 @@ def curve(job: JobView) -> str:
     )
 
 
-def log(job: JobView) -> str:
+def log(run: RunView) -> str:
     """The run in plain words, newest last."""
-    if not job.log:
+    if not run.log:
         return '<p class="qk-help">Nothing has happened yet.</p>'
     lines = []
-    for line in job.log[-200:]:
+    for line in run.log[-200:]:
         text = line.text
         if line.kind == "started" and line.stage:
             text = STAGE_ABOUT.get(line.stage, "")
@@ -254,7 +256,7 @@ def log(job: JobView) -> str:
             f'<li class="{escape(line.kind)}"><time>{moment}</time>'
             f"<b>{escape(line.stage or 'run')}</b><span>{escape(text or line.kind)}</span></li>"
         )
-    left_out = f" {job.n_dropped:,} lines could not be read." if job.n_dropped else ""
+    left_out = f" {run.n_dropped:,} lines could not be read." if run.n_dropped else ""
     return (
         f'<ol class="qk-log">{"".join(lines)}</ol><p class="qk-help">Times are UTC.{left_out}</p>'
     )
@@ -268,13 +270,13 @@ def raw_log(text: str) -> str:
     return f'<pre class="qk-raw" tabindex="0">{escape(chr(10).join(lines[-150:]))}</pre>'
 
 
-def files(job: JobView) -> str:
+def files(run: RunView) -> str:
     """What can be downloaded, with what it weighs and the hash to check it by."""
-    if not job.files:
+    if not run.files:
         return ""
     rows = []
-    for file in job.files:
-        url = f"files/{quote(job.id)}/{quote(file.name)}"
+    for file in run.files:
+        url = f"files/{quote(run.id)}/{quote(file.name)}"
         link = (
             f'<a href="{escape(url)}" download="{escape(file.name)}">{escape(file.name)}</a>'
             if file.is_here
@@ -285,82 +287,81 @@ def files(job: JobView) -> str:
             f"<span>{file_size(file.n_bytes)}</span>"
             f'<code title="sha256">{escape(file.sha256)}</code></li>'
         )
-    where = "" if any(file.is_here for file in job.files) else _elsewhere(job)
+    where = "" if any(file.is_here for file in run.files) else _elsewhere(run)
     return (
         f'<section class="qk-section"><h3>Files</h3>{where}'
         f'<ul class="qk-files">{"".join(rows)}</ul></section>'
     )
 
 
-def _downloads(job: JobView) -> str:
+def _downloads(run: RunView) -> str:
     """A button for every finished GGUF that lies here: what most people came for."""
     links = "".join(
-        f'<a class="qk-download" href="{escape(f"files/{quote(job.id)}/{quote(file.name)}")}"'
+        f'<a class="qk-download" href="{escape(f"files/{quote(run.id)}/{quote(file.name)}")}"'
         f' download="{escape(file.name)}">Download {escape(file.name)}<small>'
         f"{file_size(file.n_bytes)}</small></a>"
-        for file in job.files
-        if file.is_model and file.is_here and job.state == "finished"
+        for file in run.files
+        if file.is_model and file.is_here and run.state == "finished"
     )
     return f'<p class="qk-downloads">{links}</p>' if links else ""
 
 
-def _elsewhere(job: JobView) -> str:
-    """Where the files of a Job are."""
-    if job.machine is None:
+def _elsewhere(run: RunView) -> str:
+    """Where the files of a run are that was done elsewhere."""
+    if not run.is_remote:
         return ""
     text = (
         "They are in the repository that it was published to."
-        if job.published_url
-        else "They are in your bucket quantkit-jobs on the Hub. Publish them to download them from"
-        " a repository."
+        if run.published_url
+        else EXECUTORS[run.executor].results_at
     )
     return f'<p class="qk-help">{text}</p>'
 
 
-def job_list(jobs: Sequence[JobSummary]) -> str:
+def run_list(runs: Sequence[RunSummary]) -> str:
     """The visitor's runs as links; a friendly word where there are none."""
-    if not jobs:
+    if not runs:
         return (
             '<section class="qk-section"><h2>Your runs</h2><div class="qk-empty">'
             "<p>No runs yet.</p><p>Choose a model above and press Start. Not sure? The demo model"
             " needs no network and takes a few minutes.</p></div></section>"
         )
-    items = "".join(_job_line(job) for job in jobs[:200])
+    items = "".join(_run_line(run) for run in runs[:200])
     return (
         f'<section class="qk-section"><h2>Your runs</h2><ul class="qk-jobs">{items}</ul></section>'
     )
 
 
-def _job_line(job: JobSummary) -> str:
-    detail = f"{job.target} · {job.profile} · {ago(job.created)}"
-    if job.is_local:
+def _run_line(run: RunSummary) -> str:
+    detail = f"{run.target} · {run.profile} · {ago(run.created)}"
+    if run.is_local:
         detail += " · command line"
     now = ""
-    if job.state == "running" and job.stage:
-        now = job.stage + ("" if job.percent is None else f" {job.percent} %")
-    elif job.state == "queued" and job.position:
-        now = f"number {job.position} in line"
-    name = escape(model_name(job.model))
+    if run.state == "running" and run.stage:
+        now = run.stage + ("" if run.percent is None else f" {run.percent} %")
+    elif run.state == "queued" and run.position:
+        now = f"number {run.position} in line"
+    name = escape(model_name(run.model))
     return (
-        f'<li><a href="?job={quote(job.id)}"><span class="name">{name}</span>'
+        f'<li><a href="?job={quote(run.id)}"><span class="name">{name}</span>'
         f'<span class="detail">{escape(detail)}</span><span class="now">{escape(now)}</span>'
-        f"{badge(job.state)}</a></li>"
+        f"{badge(run.state)}</a></li>"
     )
 
 
-def card(job: JobView) -> str:
+def card(run: RunView) -> str:
     """The model card without its YAML header. Its pictures are the run's own; markup is text."""
-    text = job.card
+    text = run.card
     if text.startswith("---\n"):
         text = text[4:].partition("\n---\n")[2]
-    here = {file.name for file in job.files if file.is_here}
+    here = {file.name for file in run.files if file.is_here}
     tokens = _MARKDOWN.parse(text.strip())
     for token in (child for block in tokens for child in block.children or ()):
         name = str(token.attrGet("src") or "").removeprefix("plots/")
         if token.type == "link_open":
             token.attrs |= {"rel": "noopener", "target": "_blank"}
         elif token.type == "image" and name in here:
-            token.attrs["src"] = f"files/{quote(job.id)}/{quote(name)}"
+            token.attrs["src"] = f"files/{quote(run.id)}/{quote(name)}"
         elif token.type == "image":
             token.type = "text"  # what the picture shows
     return _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})

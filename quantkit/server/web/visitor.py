@@ -28,7 +28,7 @@ class Visitors:
 
     @classmethod
     def of_root(cls, root: Path, environment: Mapping[str, str]) -> Visitors:
-        """With QUANTKIT_SECRET, else with a secret kept beside the jobs, readable by us only."""
+        """With QUANTKIT_SECRET, else with a secret kept beside the runs, readable by us only."""
         given = environment.get("QUANTKIT_SECRET")
         if given:
             return cls(given.encode())

@@ -149,13 +149,13 @@ class Watch:
 
     def wire(
         self,
-        job_id: gr.Textbox,
+        run_id: gr.Textbox,
         parts: list[Any],
         refresh: Callable[..., list[Any]],
         areas: list[Any],
         opened: Callable[[str], list[Any]],
     ) -> None:
-        """Connect the buttons. `refresh(job, owner, known)` gives the updates of `parts`."""
+        """Connect the buttons. `refresh(run, owner, known)` gives the updates of `parts`."""
         desk = self._desk
 
         def act(action: str, current: str, asker: Asker, token: str = "") -> list[Any]:
@@ -191,26 +191,26 @@ class Watch:
             ]
 
         shown = [self.notice, *parts]
-        self.cancel.click(cancel, job_id, shown, **QUIET)
-        self.resume.click(resume, [job_id, self.again], shown, **QUIET).then(
+        self.cancel.click(cancel, run_id, shown, **QUIET)
+        self.resume.click(resume, [run_id, self.again], shown, **QUIET).then(
             lambda: "", None, self.again, **QUIET
         )
         self.delete.click(lambda: gr.update(visible=True), None, self.confirm, **QUIET)
         self.keep.click(lambda: gr.update(visible=False), None, self.confirm, **QUIET)
         self.delete_now.click(
-            delete, job_id, [job_id, self.confirm, self.notice, *areas, *parts], **QUIET
+            delete, run_id, [run_id, self.confirm, self.notice, *areas, *parts], **QUIET
         ).then(
             None,
-            job_id,
+            run_id,
             None,
             js="(id) => { if (!id) history.pushState(null, '', location.pathname) }",
             api_visibility="private",
         )
-        self._wire_publish(job_id, parts, refresh)
-        self._wire_talk(job_id)
+        self._wire_publish(run_id, parts, refresh)
+        self._wire_talk(run_id)
 
     def _wire_publish(
-        self, job_id: gr.Textbox, parts: list[Any], refresh: Callable[..., list[Any]]
+        self, run_id: gr.Textbox, parts: list[Any], refresh: Callable[..., list[Any]]
     ) -> None:
         desk = self._desk
 
@@ -251,7 +251,7 @@ class Watch:
                 *refresh(current, asker.owner, {}),
             ]
 
-        inputs = [job_id, self.repo, self.visibility]
+        inputs = [run_id, self.repo, self.visibility]
         self.compare.click(
             compare,
             [*inputs, self.token],
@@ -276,7 +276,7 @@ class Watch:
             **QUIET,
         )
 
-    def _wire_talk(self, job_id: gr.Textbox) -> None:
+    def _wire_talk(self, run_id: gr.Textbox) -> None:
         desk = self._desk
 
         def talk(
@@ -309,7 +309,7 @@ class Watch:
             "show_progress": "minimal",
             "api_visibility": "private",
         }
-        inputs = [job_id, self.prompt]
+        inputs = [run_id, self.prompt]
         for button in (self.ask, self.ask_both):
             event = button.click(ask, inputs, [self.answer, self.talk_notice], **limits)
             if button is self.ask_both:

@@ -6,8 +6,6 @@ such a line is the worker's own output.
 
 from __future__ import annotations
 
-from quantkit.run.artifacts import RELATIVE
-
 import base64
 import binascii
 import json
@@ -17,15 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.sandbox.untrusted import integer, parse
+from quantkit.server.executors.protocol import RESULTS
 
 EVENT, FILE = "@quantkit event ", "@quantkit file "
-# What a page shows of a run. Nothing else is taken from a log.
-FILES = (
-    "manifest.json",
-    str(RELATIVE.best),
-    str(RELATIVE.report),
-    str(RELATIVE.upload / "README.md"),
-)
 _PART = 6000  # characters of a line: logs cut longer ones
 _MOST_BYTES = 20_000_000
 
@@ -79,7 +71,7 @@ class Listener:
     def _part(self, text: str) -> SentFile | None:
         path, place, data = text.split(" ", 2)
         number, total = (integer(n) for n in place.split("/"))
-        if path not in FILES or not 1 <= number <= total <= _MOST_BYTES // _PART:
+        if path not in RESULTS or not 1 <= number <= total <= _MOST_BYTES // _PART:
             raise ValueError("not a file that is sent")
         parts = self._parts.setdefault(path, [])
         if number == 1:

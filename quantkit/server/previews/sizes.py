@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from quantkit.config import RunConfig
+from quantkit.config.budgets import for_files, settle_budgets
 from quantkit.errors import UsageError
 from quantkit.llamacpp.contexts import ContextMemory
-from quantkit.config.budgets import for_files, settle_budgets
 from quantkit.tensors import to_json
 
 

@@ -1,6 +1,6 @@
 """The planner as a process of its own: everything that a stranger wrote about a model is read here.
 
-    python -m quantkit.server.runs.plan_child CONFIG.json
+    python -m quantkit.server.previews.plan_child CONFIG.json
 
 Tells one JSON object a line: `looked`, the first facts, as soon as they are known; then `plan`, or
 `error` with a sentence and a remedy.
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     from quantkit.errors import QuantkitError
     from quantkit.planning.plan import make_plan
     from quantkit.run.folder import read_json
-    from quantkit.server.runs.rough import FirstLook
+    from quantkit.server.previews.first_look import FirstLook
 
     def looked(info: ModelInfo) -> None:
         _tell("looked", FirstLook.of(info))

@@ -1,6 +1,6 @@
 """What runs inside a Job: the same `quantkit resume` as anywhere, told line by line.
 
-    python -m quantkit.server.runs.in_job
+    python -m quantkit.server.executors.hf_jobs.in_job
 
 What is to be done comes from the environment: QUANTKIT_CONFIG (a RunConfig as JSON) and
 QUANTKIT_STATE, a folder that outlives the machine when a bucket is mounted. The work is done on the
@@ -10,12 +10,9 @@ stages are copied to the state whole, and from it when the run is started again 
 
 from __future__ import annotations
 
-from quantkit.run.artifacts import RELATIVE
-
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,14 +20,17 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from quantkit.config import RunConfig
-from quantkit.files import write_json
+from quantkit.files import copy_whole, write_json
+from quantkit.run.artifacts import RELATIVE
+from quantkit.run.events import Event, read_events
 from quantkit.run.folder import OutputFile, RunDir, StageRecord
 from quantkit.sandbox import secrets
-from quantkit.server.runs import process
-from quantkit.server.runs.wire import FILES, event_line, file_lines
+from quantkit.server.executors import local, process
+from quantkit.server.executors.hf_jobs.wire import event_line, file_lines
+from quantkit.server.executors.protocol import RESULTS
+from quantkit.tensors import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def main(environment: Mapping[str, str] | None = None) -> int:
     teller = _Teller(folder)
     with secrets.handed_on(process.worker_secrets(None, False)) as (more, descriptors):
         child = subprocess.Popen(
-            [*process.COMMAND, str(folder)],
+            [*local.COMMAND, str(folder)],
             stdin=subprocess.DEVNULL,
             env={**secrets.without(os.environ), **more},
             pass_fds=descriptors,
@@ -91,10 +91,10 @@ class _Teller:
         self._stamps: dict[str, tuple[int, int]] = {}
 
     def tell(self) -> None:
-        lines = [line for path in FILES for line in self._file(path)]
+        lines = [line for path in RESULTS for line in self._file(path)]
         # Files first: when the end is told, everything that it speaks of has arrived.
-        for value in self._new_events():
-            lines.append(event_line(self._n_told, value))
+        for event in self._new_events():
+            lines.append(event_line(self._n_told, to_json(event)))
             self._n_told += 1
         if lines:
             sys.stdout.write("".join(f"{line}\n" for line in lines))
@@ -112,15 +112,9 @@ class _Teller:
         self._stamps[path] = stamp
         return list(file_lines(path, data))
 
-    def _new_events(self) -> list[dict[str, Any]]:
-        if not self._events.exists():
-            return []
-        with self._events.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    def _new_events(self) -> list[Event]:
+        found, self._offset = read_events(self._events, self._offset)
+        return found
 
 
 def restore(state: Path, folder: Path) -> None:
@@ -140,7 +134,7 @@ def restore(state: Path, folder: Path) -> None:
                 break
         target.save_record(record)
     for half in state.glob(_HALVES):
-        _copy(half, folder / half.relative_to(state))
+        copy_whole(half, folder / half.relative_to(state))
 
 
 def _copy_output(source: Path, target: Path, output: OutputFile) -> bool:
@@ -148,17 +142,9 @@ def _copy_output(source: Path, target: Path, output: OutputFile) -> bool:
     path = source / output.path
     if not path.is_file() or path.stat().st_size != output.n_bytes:
         return False
-    _copy(path, target / output.path)
+    copy_whole(path, target / output.path)
     os.utime(target / output.path, ns=(output.mtime_ns, output.mtime_ns))
     return True
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy bytes; the target has its name only when it is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)
 
 
 def keep(folder: Path, state: Path) -> None:
@@ -170,12 +156,12 @@ def keep(folder: Path, state: Path) -> None:
             continue
         for output in record.outputs:
             if (folder / output.path).is_file():
-                _copy(folder / output.path, state / output.path)
+                copy_whole(folder / output.path, state / output.path)
         RunDir(state).save_record(record)
     for source in folder.glob(_HALVES):
         half = state / source.relative_to(folder)
         if _is_newer(source, half):
-            _copy(source, half)
+            copy_whole(source, half)
 
 
 def _is_newer(source: Path, target: Path) -> bool:

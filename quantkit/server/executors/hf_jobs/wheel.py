@@ -10,7 +10,7 @@ from pathlib import Path
 from quantkit.errors import QuantkitError
 from quantkit.hub import endpoint
 
-_FOLDER = Path(__file__).resolve().parents[3]
+_FOLDER = Path(__file__).resolve().parents[4]
 
 
 def can_start_jobs(environment: Mapping[str, str] | None = None, folder: Path = _FOLDER) -> bool:

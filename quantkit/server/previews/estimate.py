@@ -1,4 +1,4 @@
-"""What a run would take, asked of `quantkit.server.runs.plan_child` in a process of its own.
+"""What a run would take, asked of `quantkit.server.previews.plan_child` in a process of its own.
 
 The planner reads headers, configs and tokenizers that strangers wrote and starts the converter:
 none of that happens in the server. Its processes have little memory and time, a visitor's token
@@ -24,10 +24,10 @@ from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import Damaged, build, parse
-from quantkit.server.runs.process import worker_environment, worker_secrets
-from quantkit.server.runs.rough import FirstLook
-from quantkit.server.runs.sizes import with_sizes
-from quantkit.server.runs.turns import Turns
+from quantkit.server.executors.process import worker_environment, worker_secrets
+from quantkit.server.previews.first_look import FirstLook
+from quantkit.server.previews.sizes import with_sizes
+from quantkit.server.previews.turns import Turns
 
 Looked = Callable[[FirstLook], None]
 
@@ -131,7 +131,7 @@ def _ask(
         # Whatever it leaves in its folder for temporary files goes with this one.
         asked = write_json(Path(folder) / "asked.json", config)
         limits = [str(bounds.memory_bytes), str(bounds.seconds)]
-        command = [sys.executable, "-m", "quantkit.server.runs.plan_child", str(asked)]
+        command = [sys.executable, "-m", "quantkit.server.previews.plan_child", str(asked)]
         with secrets.handed_on(worker_secrets(token, public)) as (more, descriptors):
             child = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_KEEPER), *limits, *command],

@@ -1,4 +1,4 @@
-"""A run as a process of its own: it outlives the page and the server that started it."""
+"""A run's worker as a process of its own: it outlives the page and the server that started it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantkit.sandbox import secrets
-from quantkit.server.runs.record import LOG_FILE
+from quantkit.server.executors.protocol import LOG_FILE
 
 # What only the server needs to know.
 _SERVER_VARIABLES = ("OAUTH_CLIENT_ID",)
-
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
-REMOTE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit.server.runs.dispatch")
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -41,10 +38,9 @@ def worker_secrets(token: str | None, public: bool) -> dict[str, str]:
 
 
 def start(
-    folder: Path, token: str | None, public: bool, remote: bool = False
+    command: Sequence[str], folder: Path, token: str | None, public: bool
 ) -> subprocess.Popen[bytes]:
-    """Start, or go on with, the run whose config lies in `folder`: here, or in a Job."""
-    command = REMOTE_COMMAND if remote else COMMAND
+    """Start, or go on with, the run whose config lies in `folder`, by an executor's command."""
     told = worker_secrets(token, public)
     with (folder / LOG_FILE).open("ab") as log, secrets.handed_on(told) as (more, descriptors):
         return subprocess.Popen(

@@ -1,11 +1,11 @@
 """A run in a Job of Hugging Face, seen from here: starts it or finds it again, and listens to it.
 
-    python -m quantkit.server.runs.dispatch FOLDER
+    python -m quantkit.server.executors.hf_jobs.dispatch ORDER FOLDER
 
 To everything else in this package it looks like a worker: it holds the run's lock, writes the run's
 events, log and results into its folder, and ends when the run has ended. When it is killed, the Job
-goes on; started again, it finds the Job by its label and takes up where it was. Only a run that was
-cancelled has its Job ended.
+goes on; started again, it finds the Job by its label and takes up where it was. Only the signal of
+`HfJobs.cancelled_by` has the Job ended. ORDER is an `Order` as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,21 +26,27 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import replacing, write_json
 from quantkit.hub import jobs
-from quantkit.run.events import EventLog, checked_event, read_events
+from quantkit.run.events import (
+    MOST_EVENT_BYTES,
+    EventLog,
+    checked_event,
+    outcome,
+    read_events,
+)
 from quantkit.run.folder import RunDir, read_json
 from quantkit.sandbox import secrets
-from quantkit.sandbox.untrusted import Damaged, shortened
-from quantkit.server.runs.follow import MOST_EVENT_BYTES
-from quantkit.server.runs.progress import Progress
-from quantkit.server.runs.record import (
-    CANCELLED,
-    JOB_LOG_FILE,
+from quantkit.sandbox.untrusted import Damaged, build, shortened
+from quantkit.server.executors.hf_jobs.executor import HfJobs
+from quantkit.server.executors.hf_jobs.labels import app_labels
+from quantkit.server.executors.hf_jobs.wheel import job_requirement
+from quantkit.server.executors.hf_jobs.wire import Listener, SentEvent, SentFile
+from quantkit.server.executors.protocol import (
     MACHINE_FILE,
-    JobRecord,
-    load_record,
+    REMOTE_LOG_FILE,
+    RESULTS,
+    Order,
+    RemoteState,
 )
-from quantkit.server.runs.wheel import job_requirement
-from quantkit.server.runs.wire import FILES, Listener, SentEvent, SentFile
 from quantkit.tensors import to_json
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
@@ -55,7 +60,7 @@ unset HF_TOKEN
 {secrets.DESCRIPTOR}=9 exec "$@"
 """
 MOUNT = "/state"
-APP_LABEL = {"app": "quantkit"}
+_ENDING = (signal.SIGTERM, HfJobs.cancelled_by)
 _METRICS_SECONDS = 15.0
 _POLL_SECONDS = 5.0
 _TRIES = 20
@@ -63,53 +68,55 @@ _READS_AFTER_THE_END = 3
 _MOST_LOG, _LONGEST_LINE = 20_000_000, 10_000  # characters of what a Job prints
 
 
-class Cancelled(BaseException):
-    """The signal that ends a worker came."""
+class Ended(BaseException):
+    """A signal that ends this worker came; with `cancelled` it ends its Job, too."""
+
+    def __init__(self, cancelled: bool) -> None:
+        super().__init__()
+        self.cancelled = cancelled
 
 
 def main(argv: list[str]) -> int:
     """Returns 0 when the run has finished, 1 when it failed, 130 when this process was ended."""
-    directory = RunDir(Path(argv[1]))
-    record = load_record(directory.path)
-    assert record is not None and record.machine is not None
-    signal.signal(signal.SIGTERM, _raise_cancelled)
+    order, directory = build(Order, json.loads(argv[1])), RunDir(Path(argv[2]))
+    for number in _ENDING:
+        signal.signal(number, _raise_ended)
     with directory.lock():
         events = EventLog(directory.events_path)
         dispatch = None
         try:
             token = jobs.check_token(hub.resolve_token())
-            dispatch = Dispatch(directory, record, token, events)
+            dispatch = Dispatch(directory, order, token, events)
             return dispatch.run()
         except QuantkitError as error:
             events.emit(None, "failed", error.message, remedy=error.remedy)
             return 1
-        except Cancelled:
-            now = load_record(directory.path)
-            if dispatch is not None and now is not None and now.phase == CANCELLED:
+        except Ended as ended:
+            if dispatch is not None and ended.cancelled:
                 dispatch.cancel()
             return 130
 
 
-def _raise_cancelled(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: ending the Job takes a moment
-    raise Cancelled
+def _raise_ended(number: int, frame: FrameType | None) -> None:
+    for one in _ENDING:
+        signal.signal(one, signal.SIG_IGN)  # once: ending the Job takes a moment
+    raise Ended(number == HfJobs.cancelled_by)
 
 
 class Dispatch:
     """One run and its Job."""
 
-    def __init__(self, directory: RunDir, record: JobRecord, token: str, events: EventLog) -> None:
+    def __init__(self, directory: RunDir, order: Order, token: str, events: EventLog) -> None:
         self._dir = directory
-        self._record = record
+        self._order = order
         self._token = token
         self._events = events
         self._run_id = directory.path.name
         self._job: jobs.RemoteJob | None = None
         self._ended = threading.Event()
-        self._progress = Progress()
+        self._telling = threading.Lock()  # held to write machine.json, or to end its watcher
         self._heard: dict[str, int] = {}  # Job -> events of it that are in the file
         for event in read_events(directory.events_path)[0]:
-            self._progress.feed(event)
             at = event.data.get("at")
             if isinstance(at, list) and len(at) == 2 and type(at[1]) is int:
                 self._heard[str(at[0])] = at[1] + 1
@@ -124,7 +131,8 @@ class Dispatch:
         try:
             job = self._job = self._listen_to_the_end()
         finally:
-            self._ended.set()
+            with self._telling:  # what the watcher has asked meanwhile is older than `job`
+                self._ended.set()
         self._tell_machine(job)
         return self._end(job)
 
@@ -142,7 +150,7 @@ class Dispatch:
         if active is not None:
             self._events.emit(None, "note", f"listening to the Job {active.id} again")
             return active
-        if found and found[0].stage == jobs.COMPLETED and self._progress.outcome != "finished":
+        if found and found[0].stage == jobs.COMPLETED and self._outcome() != "finished":
             return found[0]
         return None
 
@@ -158,13 +166,13 @@ class Dispatch:
                 )
             message = "no bucket may be made: a Job that is cut off starts from the beginning"
             self._events.emit(None, "note", message)
-        record = self._record
-        assert record.machine is not None
-        order = jobs.JobOrder(
+        order = self._order
+        assert order.machine is not None
+        asked = jobs.JobOrder(
             image=IMAGE,
             command=("sh", "-c", _IN_JOB, "sh", *_uv(job_requirement())),
-            machine=record.machine,
-            timeout_seconds=3600 * (record.hours or 6),
+            machine=order.machine,
+            timeout_seconds=3600 * (order.hours or 6),
             labels=app_labels(os.environ),
             environment={
                 "QUANTKIT_CONFIG": json.dumps(to_json(config)),
@@ -178,12 +186,12 @@ class Dispatch:
             bucket=bucket,
             mount_path=MOUNT,
         )
-        job = jobs.start(order, self._run_id, self._token)
-        price = f" at ${record.usd_per_hour:.2f} an hour" if record.usd_per_hour else ""
+        job = jobs.start(asked, self._run_id, self._token)
+        price = f" at ${order.usd_per_hour:.2f} an hour" if order.usd_per_hour else ""
         self._events.emit(
             None,
             "note",
-            f"Job {job.id} on {record.machine}{price}, ended after {record.hours} h at the latest",
+            f"Job {job.id} on {order.machine}{price}, ended after {order.hours} h at the latest",
         )
         return job
 
@@ -223,10 +231,7 @@ class Dispatch:
 
     def _outcome(self) -> str | None:
         """How the run ended, by what was heard: finished, failed, or None."""
-        progress = Progress()
-        for event in read_events(self._dir.events_path)[0]:
-            progress.feed(event)
-        return progress.outcome
+        return outcome(read_events(self._dir.events_path)[0])
 
     def _listen(self, job: jobs.RemoteJob) -> None:
         """Take in everything that the Job prints. What was heard before is skipped."""
@@ -234,7 +239,7 @@ class Dispatch:
         n_heard = self._heard.get(job.id, 0)
         # Output is replayed from its beginning: the log file is of one Job, and written anew.
         n_left = _MOST_LOG
-        with (self._dir.path / JOB_LOG_FILE).open("w", encoding="utf-8") as log:
+        with (self._dir.path / REMOTE_LOG_FILE).open("w", encoding="utf-8") as log:
             for line in jobs.lines(job, self._token):
                 said = listener.hear(line.rstrip("\n"))
                 if isinstance(said, SentEvent):
@@ -255,18 +260,15 @@ class Dispatch:
         """
         try:
             event = checked_event(said.value)
-            line = to_json(
-                dataclasses.replace(event, data={**event.data, "at": [job.id, said.number]})
+            at = [job.id, said.number]
+            self._events.append(
+                dataclasses.replace(event, data={**event.data, "at": at}), MOST_EVENT_BYTES
             )
-            text = (json.dumps(line, ensure_ascii=False) + "\n").encode()
         except (Damaged, ValueError, RecursionError):
             return
-        with self._dir.events_path.open("ab") as file:
-            if file.tell() + len(text) <= MOST_EVENT_BYTES:
-                file.write(text)
 
     def _save(self, said: SentFile) -> None:
-        assert said.path in FILES
+        assert said.path in RESULTS
         with replacing(self._dir.path / said.path) as partial:
             partial.write_bytes(said.data)
 
@@ -278,20 +280,23 @@ class Dispatch:
                 job = jobs.look(self._job, self._token)
             except QuantkitError:
                 continue
-            self._tell_machine(job, jobs.metrics(job, self._token))
+            busy = jobs.metrics(job, self._token)
+            with self._telling:
+                if not self._ended.is_set():
+                    self._tell_machine(job, busy)
 
     def _tell_machine(self, job: jobs.RemoteJob, busy: dict[str, Any] | None = None) -> None:
-        price = self._record.usd_per_hour or 0.0
-        value = {
-            "job": job.id,
-            "url": job.url,
-            "machine": job.machine,
-            "stage": job.stage,
-            "run_seconds": job.run_seconds,
-            "usd": round(price * job.run_seconds / 3600, 4),
-            "metrics": busy,
-        }
-        write_json(self._dir.path / MACHINE_FILE, value)
+        price = self._order.usd_per_hour or 0.0
+        state = RemoteState(
+            job=job.id,
+            url=job.url,
+            machine=job.machine,
+            stage=job.stage,
+            run_seconds=job.run_seconds,
+            usd=round(price * job.run_seconds / 3600, 4),
+            metrics=busy,
+        )
+        write_json(self._dir.path / MACHINE_FILE, state)
 
     def _end(self, job: jobs.RemoteJob) -> int:
         """Say how the Job ended when the run itself did not."""
@@ -314,18 +319,8 @@ def _uv(requirement: str) -> tuple[str, ...]:
     """What a Job runs."""
     return (
         *("uv", "run", "--no-project", "--python", "3.12", "--with", requirement),
-        *("python", "-m", "quantkit.server.runs.in_job"),
+        *("python", "-m", "quantkit.server.executors.hf_jobs.in_job"),
     )
-
-
-def app_labels(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the Jobs of this very server have in common."""
-    return {**APP_LABEL, "space": _label(environment.get("SPACE_ID", "none"))}
-
-
-def _label(text: str) -> str:
-    """Text fit for a label: letters, digits, dashes and underscores, at most 100."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in text)[:100]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.path.abspath(__file__).removesuffix("/quantkit/server/runs/keeper.py"))
+sys.path.insert(0, os.path.abspath(__file__).removesuffix("/quantkit/server/previews/keeper.py"))
 
 import select
 import signal

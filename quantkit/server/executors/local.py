@@ -1,0 +1,65 @@
+"""This machine: a run is `quantkit resume` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.server.executors.protocol import Executor, Order
+
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
+SHARE = 0.9  # of memory and disk that a run may take
+
+
+class Local(Executor):
+    """Runs here, one after the other."""
+
+    name, noun, title = "local", "run", "On this machine"
+    is_remote = False
+
+    def command(self, order: Order) -> tuple[str, ...]:
+        return COMMAND
+
+    def why_not(self, plan: dict[str, Any], root: Path, most_seconds: int | None) -> str:
+        """Return a sentence when memory, disk under `root` or `most_seconds` are too little."""
+        needs = plan["estimates"]
+        memory = memory_here(os.environ)
+        if memory and needs["memory_bytes"] > SHARE * memory:
+            return (
+                f"It needs about {needs['memory_bytes'] / 1e9:.1f} GB of memory and this machine"
+                f" has {memory / 1e9:.1f} GB."
+            )
+        place = root.absolute()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if needs["disk_bytes"] > SHARE * free:
+            return (
+                f"It needs about {needs['disk_bytes'] / 1e9:.1f} GB of disk and this machine has"
+                f" {free / 1e9:.1f} GB free."
+            )
+        if most_seconds is not None and needs["seconds"] > most_seconds:
+            return (
+                f"It would take about {needs['seconds'] / 3600:.1f} hours here, and a run may take"
+                f" {most_seconds / 3600:.0f}."
+            )
+        return ""
+
+
+def memory_here(environment: Mapping[str, str]) -> int:
+    """Bytes of memory: what a Space says it has, else what the system says; 0 when unknown."""
+    said = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(Gi|G|Mi)?B?", environment.get("MEMORY", ""))
+    if said:
+        unit = {"Gi": 2**30, "G": 10**9, "Mi": 2**20, None: 1}[said[2]]
+        return int(float(said[1]) * unit)
+    try:
+        text = Path("/proc/meminfo").read_text("utf-8")
+    except OSError:
+        return 0
+    found = re.search(r"MemTotal:\s+(\d+) kB", text)
+    return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,161 @@
+"""What the server asks of a place where runs are done, and what it knows of a run there.
+
+Whatever an executor starts looks like a worker: a process of this machine that is given a run's
+folder, holds its lock, appends to its events, brings its small results and ends when the run has
+ended. So there is one way to start a run (`command`), to know its state (the process, and what the
+events say), to follow it (the events) and to cancel it (a signal), wherever the work is done.
+"""
+
+from __future__ import annotations
+
+import signal
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from quantkit.errors import QuantkitError
+from quantkit.hub.jobs import ENDED
+from quantkit.run.artifacts import RELATIVE
+
+LOG_FILE = "log.txt"  # what a worker printed
+REMOTE_LOG_FILE = "job.txt"  # what the run printed elsewhere, brought by its worker
+MACHINE_FILE = "machine.json"  # a RemoteState
+# What a page shows of a run beside its events: a worker brings these from elsewhere, nothing more.
+RESULTS = (
+    "manifest.json",
+    str(RELATIVE.best),
+    str(RELATIVE.report),
+    str(RELATIVE.upload / "README.md"),
+)
+_PATIENCE_SECONDS = 8 * 3600
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a run is to be done: by which executor, on which of its machines, for how long."""
+
+    executor: str = "local"
+    machine: str | None = None  # None: the executor has only one
+    hours: int | None = None  # the run is ended after that
+    usd_per_hour: float | None = None
+    estimate_seconds: float | None = None  # how long it is expected to take
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A machine that a run fits on, with the time and money that it takes there."""
+
+    executor: str
+    machine: str
+    title: str  # as the page shows it
+    device: str  # cpu or cuda
+    seconds: float
+    hours: int  # the run is ended after that
+    usd_per_hour: float
+
+    @property
+    def usd(self) -> float:
+        return self.usd_per_hour * self.seconds / 3600
+
+    @property
+    def most_usd(self) -> float:
+        return self.usd_per_hour * self.hours
+
+    @property
+    def order(self) -> Order:
+        return Order(
+            self.executor, self.machine, self.hours, self.usd_per_hour, round(self.seconds)
+        )
+
+
+@dataclass(frozen=True)
+class RemoteState:
+    """A run elsewhere, as its worker noted it last. These names are on disk (`machine.json`)."""
+
+    job: str  # what it is called there
+    url: str
+    machine: str
+    stage: str  # one of ENDED, or another word while it may be at work
+    run_seconds: float
+    usd: float
+    metrics: dict[str, Any] | None = None  # how busy the machine is
+
+    @property
+    def has_ended(self) -> bool:
+        return self.stage in ENDED
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run that an executor knows of; its owner made it say so."""
+
+    run_id: str
+    config: str  # a RunConfig as JSON
+    machine: str
+    created: float
+
+
+class Executor(Protocol):
+    """Where runs are done. `registry` has one of each."""
+
+    name: str  # as records and the form have it
+    noun: str  # what people call a run there
+    title: str  # the choice on the page
+    is_remote: bool  # its runs take nothing of this machine but a small process that listens
+    results_at: str = ""  # a sentence: where results are that do not lie here
+    cancelled_by: signal.Signals = signal.SIGTERM  # what tells a worker to end its run
+
+    @abstractmethod
+    def command(self, order: Order) -> tuple[str, ...]:
+        """Return the worker's program and arguments; the run's folder is added to them."""
+
+    def is_offered(self) -> bool:
+        """Return whether this server can start runs there."""
+        return True
+
+    def check(self, token: str | None) -> None:
+        """Raise QuantkitError where nothing can be started there, or not for this visitor."""
+        return None
+
+    def offers(self, plan: dict[str, Any], token: str | None) -> tuple[Offer, ...]:
+        """Return every machine that the planned run fits on, the cheapest run first. Raise
+        QuantkitError when that cannot be known.
+        """
+        return ()
+
+    def why_not(self, plan: dict[str, Any], root: Path, most_seconds: int | None) -> str:
+        """Return a sentence when the run is too large to be done there at all, else nothing."""
+        return ""
+
+    def end(self, run_id: str, token: str | None) -> None:
+        """End what is at work for a run whose worker is gone. Raise QuantkitError where that is not
+        possible: nobody is told that a run has ended which may go on.
+        """
+        raise QuantkitError(f"A {self.noun} cannot be ended from here.", "End it where it is.")
+
+    def found(self, token: str) -> tuple[FoundRun, ...]:
+        """Return the runs of this server that it still knows of. Raise QuantkitError."""
+        return ()
+
+
+def choose(offers: Sequence[Offer], name: str = "auto") -> Offer:
+    """Return the named machine's offer; for "auto" the cheapest that is not longer than a working
+    day, else the quickest. Raise QuantkitError when there is none.
+    """
+    if not offers:
+        raise QuantkitError(
+            "No machine that is offered is large enough for this run.",
+            "Choose a smaller model or a quicker profile.",
+        )
+    if name != "auto":
+        named = next((offer for offer in offers if offer.machine == name), None)
+        if named is None:
+            raise QuantkitError(
+                f"The run does not fit on {name[:40]!r}.",
+                "Use one of " + ", ".join(offer.machine for offer in offers) + ".",
+            )
+        return named
+    quick = [offer for offer in offers if offer.seconds <= _PATIENCE_SECONDS]
+    return quick[0] if quick else min(offers, key=lambda offer: offer.seconds)
