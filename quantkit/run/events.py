@@ -113,7 +113,9 @@ def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
 
 
 def outcome(events: Iterable[Event]) -> str | None:
-    """How a run ended by its events, "finished" or "failed"; None: it is at work or was cut off."""
+    """Return how a run ended by its events, "finished" or "failed"; None: it is at work or was cut
+    off.
+    """
     found = None
     for event in events:
         if event.kind == "failed" or (event.kind == "finished" and event.stage is None):

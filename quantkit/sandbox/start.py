@@ -71,7 +71,7 @@ def in_memory(told: Mapping[str, Any]) -> Iterator[int]:
 
 
 def empty_folder() -> str:
-    """What a child's home is called. With a file system of its own only the name is used."""
+    """Return what a child's home is called. With a file system of its own only the name is used."""
     try:
         return os.path.realpath(tempfile.mkdtemp(prefix="quantkit-"))
     except OSError:  # no place for temporary files: it has none then, either

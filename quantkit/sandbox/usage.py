@@ -71,14 +71,14 @@ def _status(path: str) -> dict[str, int]:
 
 
 def writes_too_much(job: dict[str, Any]) -> bool:
-    """Whether its folders hold more than they may, or what cannot be counted."""
+    """Return whether its folders hold more than they may, or what cannot be counted."""
     taken = [bytes_below(folder) for folder in job["folders"]]
     return None in taken or sum(filter(None, taken)) > job["limits"]["total_bytes"]
 
 
 def bytes_below(folder: str) -> int | None:
-    """What everything in a folder takes, no links followed. None where that cannot be said: a
-    folder is closed, or there are more files than can be looked at twenty times a second.
+    """Return what everything in a folder takes, no links followed. None where that cannot be said:
+    a folder is closed, or there are more files than can be looked at twenty times a second.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

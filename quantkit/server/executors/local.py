@@ -52,7 +52,9 @@ class Local(Executor):
 
 
 def memory_here(environment: Mapping[str, str]) -> int:
-    """Bytes of memory: what a Space says it has, else what the system says; 0 when unknown."""
+    """Return the bytes of memory: what a Space says it has, else what the system says; 0 when
+    unknown.
+    """
     said = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(Gi|G|Mi)?B?", environment.get("MEMORY", ""))
     if said:
         unit = {"Gi": 2**30, "G": 10**9, "Mi": 2**20, None: 1}[said[2]]

@@ -27,7 +27,7 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def worker_secrets(token: str | None, public: bool) -> dict[str, str]:
-    """What a worker is told through a pipe. Whose token it uses is decided here.
+    """Return what a worker is told through a pipe. Whose token it uses is decided here.
 
     A visitor's token travels here and nowhere else. Without one, a worker of a public page is
     anonymous; one of a private page uses what this machine is logged in with.
@@ -86,8 +86,8 @@ def started_at(pid: int | None) -> str | None:
 
 
 def age_seconds(pid: int | None, pid_started: str | None) -> float | None:
-    """How long that very process has been running, by the kernel's steady clock; None where that
-    cannot be known.
+    """Return how long that very process has been running, by the kernel's steady clock; None where
+    that cannot be known.
     """
     if not is_alive(pid, pid_started) or not (pid_started or "").isdecimal():
         return None
@@ -99,7 +99,7 @@ def age_seconds(pid: int | None, pid_started: str | None) -> float | None:
 
 
 def is_alive(pid: int | None, pid_started: str | None) -> bool:
-    """Whether that very process still runs."""
+    """Return whether that very process still runs."""
     now = started_at(pid)
     return now is not None and now == pid_started
 
@@ -114,7 +114,7 @@ def kill_group(pid: int, pid_started: str | None, number: signal.Signals) -> Non
 
 
 def wait_until_gone(pid: int, pid_started: str | None, seconds: float) -> bool:
-    """Whether the process ended within `seconds`."""
+    """Return whether the process ended within `seconds`."""
     deadline = time.monotonic() + seconds
     while is_alive(pid, pid_started):
         if time.monotonic() > deadline:

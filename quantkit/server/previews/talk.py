@@ -70,7 +70,7 @@ def check_prompt(prompt: object) -> str:
 
 
 def answer(path: str, messages: list[dict[str, str]]) -> Iterator[str]:
-    """What llama.cpp says, piece by piece. Runs in the sandbox."""
+    """Return what llama.cpp says, piece by piece. Runs in the sandbox."""
     from llama_cpp import Llama
 
     model: Any = Llama(

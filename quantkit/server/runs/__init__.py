@@ -41,7 +41,7 @@ __all__ = [
 
 
 def is_public(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether strangers use this page: on a Space, or when QUANTKIT_PUBLIC=1 says so."""
+    """Return whether strangers use this page: on a Space, or when QUANTKIT_PUBLIC=1 says so."""
     environment = os.environ if environment is None else environment
     return environment.get("SYSTEM") == "spaces" or environment.get("QUANTKIT_PUBLIC", "") == "1"
 

@@ -31,7 +31,7 @@ class Clock:
         self._seen: tuple[float, float] | None = None  # trusted time, steady time
 
     def now(self) -> float:
-        """Seconds since 1970, as far as they can be trusted."""
+        """Return the seconds since 1970, as far as they can be trusted."""
         wall, steady = self._wall(), self._steady()
         if self._seen is None:
             most = self._last_known(wall) + _MOST_AWAY

@@ -115,7 +115,7 @@ class Follower:
 
     @property
     def config(self) -> RunConfig | None:
-        """What was asked for; None for a folder whose config cannot be read."""
+        """Return what was asked for; None for a folder whose config cannot be read."""
         return self._read(
             "config.json", lambda path: build(RunConfig, read_json(path, _MAX_CONFIG_BYTES))
         )
@@ -145,7 +145,7 @@ class Follower:
         self.is_behind = n_bytes > self._offset
 
     def is_running(self) -> bool:
-        """Whether a worker is at work in the folder."""
+        """Return whether a worker is at work in the folder."""
         record = self.record
         if record is not None and is_alive(record.pid, record.pid_started):
             return True
@@ -216,11 +216,13 @@ class Follower:
 
     @property
     def place(self) -> str | None:
-        """Where that visitor came from."""
+        """Return where that visitor came from."""
         return self.record.place if self.record is not None else None
 
     def is_unattended(self) -> bool:
-        """Whether it may be at work elsewhere, and paid for, with nobody here that listens."""
+        """Return whether it may be at work elsewhere, and paid for, with nobody here that
+        listens.
+        """
         found = self.view(None)
         return found is not None and found.is_unattended
 
@@ -308,7 +310,7 @@ class Follower:
         return tuple(file for file, _ in found.values())
 
     def file_path(self, name: str) -> Path | None:
-        """Where a result file lies; None for a name that is not in `files()`."""
+        """Return where a result file lies; None for a name that is not in `files()`."""
         found = self._results()
         return self.folder / found[name][1] if name in found else None
 

@@ -41,7 +41,7 @@ PUBLIC_LIMITS = Limits(
 
 
 def what_is_due(follower: Follower, limits: Limits, now: float, public: bool) -> str | None:
-    """What the rules say of a run that is not at work: DELETE, CLEAN or nothing.
+    """Return what the rules say of a run that is not at work: DELETE, CLEAN or nothing.
 
     Runs of the command line are nobody's business; a public page has none, so a damaged run of
     nobody is a visitor's there.
@@ -67,8 +67,8 @@ def what_is_due(follower: Follower, limits: Limits, now: float, public: bool) ->
 
 
 def is_overdue(record: RunRecord, limits: Limits, now: float) -> bool:
-    """Whether a visitor's run is at work on this machine for longer than it may. Its process tells
-    for how long, where the system knows; else the clock does.
+    """Return whether a visitor's run is at work on this machine for longer than it may. Its process
+    tells for how long, where the system knows; else the clock does.
     """
     started_by_us = record.owner is not None and not record.is_remote
     if limits.seconds is None or not started_by_us:
@@ -78,7 +78,7 @@ def is_overdue(record: RunRecord, limits: Limits, now: float) -> bool:
 
 
 def check_disk(root: Path, limits: Limits) -> None:
-    """Raises UsageError when there is no room for another run under `root`."""
+    """Raise UsageError when there is no room for another run under `root`."""
     root.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(root).free < limits.min_free_bytes:
         raise UsageError(
@@ -89,7 +89,7 @@ def check_disk(root: Path, limits: Limits) -> None:
 def check_limits(
     followers: Iterable[Follower], mine: str, place: str | None, limits: Limits, public: bool
 ) -> None:
-    """Raises UsageError when the server, the owner with the hash `mine`, or the `place` that a
+    """Raise UsageError when the server, the owner with the hash `mine`, or the `place` that a
     visitor comes from has enough runs.
     """
     records = [(follower, follower.record) for follower in followers]
@@ -124,7 +124,7 @@ def check_limits(
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files under a folder take; what vanishes meanwhile counts nothing."""
+    """Return what the files under a folder take; what vanishes meanwhile counts nothing."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

@@ -42,7 +42,9 @@ _MAX_BYTES = 20_000_000_000  # of one result file
 
 
 def state_folder(environment: Mapping[str, str]) -> Path | None:
-    """Where to keep the state: QUANTKIT_DATA, on a Space a bucket mounted at /data; else None."""
+    """Return where to keep the state: QUANTKIT_DATA, on a Space a bucket mounted at /data; else
+    None.
+    """
     named = environment.get("QUANTKIT_DATA")
     if named:
         return Path(named)

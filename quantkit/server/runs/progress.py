@@ -108,7 +108,7 @@ class Progress:
         return next((s for s in self.stages.values() if s.state in (RUNNING, FAILED)), None)
 
     def eta_seconds(self, now: float) -> float | None:
-        """Seconds left of the current stage; None when unknown."""
+        """Return the seconds left of the current stage; None when unknown."""
         return None if self._eta is None else self._eta.left(now)
 
     def feed(self, event: Event) -> None:

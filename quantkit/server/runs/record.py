@@ -88,12 +88,12 @@ class RunRecord:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the work is done elsewhere."""
+        """Return whether the work is done elsewhere."""
         return self.done_by.is_remote
 
     @property
     def order(self) -> Order:
-        """What its executor is told."""
+        """Return what its executor is told."""
         return Order(
             self.executor, self.machine, self.hours, self.usd_per_hour, self.estimate_seconds
         )
@@ -117,14 +117,14 @@ def run_folder(root: Path, run_id: object) -> Path:
 
 
 def new_run_folder(root: Path, run_id: object) -> Path:
-    """Where a run of that id would lie. Raises NoSuchRun when it is not an id."""
+    """Return where a run of that id would lie. Raises NoSuchRun when it is not an id."""
     if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id) or run_id.startswith("."):
         raise NoSuchRun
     return root / run_id
 
 
 def owner_hash(owner: str) -> str:
-    """What is stored of a visitor's id: enough to know it again, not enough to use it."""
+    """Return what is stored of a visitor's id: enough to know it again, not enough to use it."""
     return hashlib.sha256(f"quantkit owner {owner}".encode()).hexdigest()
 
 
@@ -142,8 +142,8 @@ def load_record(folder: Path) -> RunRecord | None:
 
 
 def salvaged_record(folder: Path) -> RunRecord:
-    """What can be told of a run whose record is damaged: it is stopped, and whose it is where the
-    owner's hash still stands in the file, which nobody but the launcher writes.
+    """Return what can be told of a run whose record is damaged: it is stopped, and whose it is
+    where the owner's hash still stands in the file, which nobody but the launcher writes.
     """
     try:
         found = _OWNER_IN_RUINS.findall(read_bytes(folder / RECORD_FILE, _MOST_BYTES))

@@ -250,8 +250,8 @@ def record_of(follower: Follower) -> RunRecord:
 
 
 def guarded(follower: Follower, action: Callable[[], T]) -> T | None:
-    """What `action` makes of one run; None where something went wrong that nobody foresaw. That run
-    is damaged then, and not in the way of the others.
+    """Return what `action` makes of one run; None where something went wrong that nobody foresaw.
+    That run is damaged then, and not in the way of the others.
     """
     try:
         return action()

@@ -79,7 +79,7 @@ class RunStore(Scheduler):
             return tail(remote if remote.exists() else folder / LOG_FILE, n_bytes)
 
     def result_path(self, run_id: object, name: str, owner: str | None) -> Path:
-        """Where a result file lies. Raises NoSuchRun for any other file."""
+        """Return where a result file lies. Raises NoSuchRun for any other file."""
         with self._lock:
             path = self._follower(run_id, owner).file_path(name)
         if path is None or not path.is_file():
@@ -94,7 +94,9 @@ class RunStore(Scheduler):
             return self._follower(run_id, owner).staged()
 
     def closed(self, run_id: object, owner: str | None) -> str:
-        """What the run's model is, as far as the run has come to know: "private", "gated" or ""."""
+        """Return what the run's model is, as far as the run has come to know: "private", "gated" or
+        "".
+        """
         with self._lock:
             record = self._follower(run_id, owner).dir.records().get("fetch")
         said = "" if record is None else record.summary.get("closed")

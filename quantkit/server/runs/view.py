@@ -30,7 +30,7 @@ class RunSummary:
 
 
 def is_model(name: str) -> bool:
-    """Whether a result file is a finished model: no imatrix, no projector of images."""
+    """Return whether a result file is a finished model: no imatrix, no projector of images."""
     is_part = name.endswith("imatrix.gguf") or name.startswith("mmproj-")
     return name.endswith(".gguf") and not is_part
 
@@ -46,7 +46,7 @@ class ResultFile:
 
     @property
     def is_model(self) -> bool:
-        """Whether it is a finished model, not what it was made with."""
+        """Return whether it is a finished model, not what it was made with."""
         return is_model(self.name)
 
 
@@ -100,7 +100,9 @@ class RunView:
 
     @property
     def is_unattended(self) -> bool:
-        """Whether it may be at work elsewhere, and paid for, with nobody here that listens."""
+        """Return whether it may be at work elsewhere, and paid for, with nobody here that
+        listens.
+        """
         has_ended = self.remote is not None and self.remote.has_ended
         return self.is_remote and self.state in (FAILED, INTERRUPTED) and not has_ended
 

@@ -35,7 +35,7 @@ class Allowance:
         self._left: dict[tuple[str, str], tuple[float, float]] = {}  # tokens left, as of when
 
     def take(self, action: str, who: str) -> None:
-        """Raises QuantkitError when `who` has done this too often lately."""
+        """Raise QuantkitError when `who` has done this too often lately."""
         times, seconds = self._allowed[action]
         now = self._clock()
         with self._lock:

@@ -51,7 +51,8 @@ def add_endpoints(desk: Desk) -> None:
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
-        """What a run would take, before anything runs: architecture, licence, sizes, time, disk.
+        """Return what a run would take, before anything runs: architecture, licence, sizes, time,
+        disk.
 
         Args:
             model: owner/name on the Hugging Face Hub, its address, or demo:smollm2-135m.
@@ -155,7 +156,7 @@ def add_endpoints(desk: Desk) -> None:
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
-        """How a job fares: its state, its nine stages, and the report when there is one.
+        """Return how a job fares: its state, its nine stages, and the report when there is one.
 
         Args:
             job_id: as `start_job` returned it.

@@ -155,7 +155,7 @@ def check_name(path: str, events: Events) -> str:
 
 
 def check_session(value: Any) -> None:
-    """Raises Refused for what names no session and no event."""
+    """Raise Refused for what names no session and no event."""
     if value is not None and not (isinstance(value, str) and _SESSION.fullmatch(value)):
         raise Refused(422, "The session is not a name.")
 

@@ -89,7 +89,7 @@ class Desk:
         return Asker(self.owner(request.cookies, username), username, address)
 
     def allow(self, action: str, asker: Asker) -> None:
-        """Raises QuantkitError when a stranger does this too often."""
+        """Raise QuantkitError when a stranger does this too often."""
         if self.store.public:
             self.allowance.take(action, asker.counted_as)
 
@@ -166,7 +166,7 @@ class Desk:
         return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
 
     def preview(self, form: RunForm, token: str, asker: Asker) -> Iterator[str]:
-        """What the run would take, as HTML: first facts at once, all of it when it is known.
+        """Return what the run would take, as HTML: first facts at once, all of it when it is known.
 
         Empty when no model was named yet.
         """
@@ -232,7 +232,9 @@ class Desk:
         )
 
     def search(self, text: str, asker: Asker) -> list[str]:
-        """Names of models for what was typed so far; empty when the Hub does not answer."""
+        """Return the names of models for what was typed so far; empty when the Hub does not
+        answer.
+        """
         text = text.strip()
         if len(text) < 2 or "://" in text or time.monotonic() < self._no_search_until:
             return []
@@ -266,7 +268,7 @@ class Desk:
         return answered(do)
 
     def compare(self, run_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
-        """What publishing would change, as HTML. Raises QuantkitError."""
+        """Return what publishing would change, as HTML. Raises QuantkitError."""
         visibility = check_visibility(visibility)
         files, places = self.store.staged(run_id, asker.owner)
         self.allow("compare", asker)
@@ -298,7 +300,7 @@ class Desk:
         return checked if checked or self.store.public else hub.resolve_token()
 
     def talk(self, run_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
-        """What the finished file, or the original, answers; it grows. Raises QuantkitError."""
+        """Return what the finished file, or the original, answers; it grows. Raises QuantkitError."""
         text = check_prompt(prompt)
         ours, base = self.store.models(run_id, asker.owner)
         path = base if original else ours

@@ -82,7 +82,7 @@ class FairQueue:
 
 
 def waiting(blocks: Any) -> Counter[str]:
-    """How many requests of each address wait in Gradio's queue."""
+    """Return how many requests of each address wait in Gradio's queue."""
     queues = list(blocks._queue.event_queue_per_concurrency_id.values())
     events = [event for queue in queues for event in list(queue.queue)]
     return Counter(event.request.client.host if event.request.client else "" for event in events)

@@ -55,7 +55,7 @@ class Places:
 
     @classmethod
     def of(cls, environment: Mapping[str, str], on_space: bool) -> Places:
-        """Raises UsageError for a setting that cannot be read."""
+        """Raise UsageError for a setting that cannot be read."""
         text = environment.get("SPACE_HOST" if on_space else "QUANTKIT_HOSTS", "").lower()
         listed = frozenset(part.strip() for part in text.split(",") if part.strip())
         for part in listed:
@@ -72,7 +72,7 @@ class Places:
         return cls(on_space, listed, frozenset(names), everywhere, proxies, secrets.token_bytes(32))
 
     def serves(self, host: str) -> bool:
-        """Whether this server goes by the name that a request asked for.
+        """Return whether this server goes by the name that a request asked for.
 
         Any other is a stranger's that was made to lead here (DNS rebinding). A Space is reached
         through the Hub's proxy alone, which chooses the Space by its name.
@@ -85,7 +85,9 @@ class Places:
         return self.any_address and _address(name) is not None
 
     def owns(self, origin: str, host: str) -> bool:
-        """Whether an origin is this page: the name and port asked for, or a name set for it."""
+        """Return whether an origin is this page: the name and port asked for, or a name set for
+        it.
+        """
         scheme, _, rest = origin.lower().partition("://")
         name = name_of(rest)
         if scheme not in ("http", "https") or name is None:
@@ -137,7 +139,7 @@ class Places:
 
 
 def counted(address: str) -> str:
-    """What an address is counted as: one customer has a whole /64 of IPv6."""
+    """Return what an address is counted as: one customer has a whole /64 of IPv6."""
     found = _address(address)
     if found is None:
         return address[:64]

@@ -29,14 +29,14 @@ _MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
 
 
 def file_size(n_bytes: float) -> str:
-    """Bytes for people, decimal, from kB to GB."""
+    """Return the bytes for people, decimal, from kB to GB."""
     if n_bytes >= 1e9:
         return f"{n_bytes / 1e9:,.2f} GB"
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{max(1, round(n_bytes / 1e3))} kB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Return the seconds for people."""
     if seconds < 1:
         return "under 1 s"
     if seconds < 90:
@@ -226,7 +226,9 @@ def _stage(number: int, stage: StageView, run: RunView) -> str:
 
 
 def curve(run: RunView) -> str:
-    """What the search's KL curve shows; empty while there is none, and when the report shows it."""
+    """Return what the search's KL curve shows; empty while there is none, and when the report shows
+    it.
+    """
     if run.report or len(run.curve) < 2:
         return ""
     last = run.curve[-1]
@@ -271,7 +273,7 @@ def raw_log(text: str) -> str:
 
 
 def files(run: RunView) -> str:
-    """What can be downloaded, with what it weighs and the hash to check it by."""
+    """Return what can be downloaded, with what it weighs and the hash to check it by."""
     if not run.files:
         return ""
     rows = []

@@ -53,7 +53,7 @@ class Visitors:
         return match[1]
 
     def of_cookies(self, cookies: Mapping[str, Any]) -> str | None:
-        """Of the cookies that the gate let through: one of both names."""
+        """Return the visitor's cookie, of those that the gate let through: one of both names."""
         return self.check(cookies.get(cookie_name(True)) or cookies.get(COOKIE))
 
     def cookie(self, https: bool, framed: bool) -> str:
@@ -65,7 +65,9 @@ class Visitors:
         return f"{cookie_name(https)}={self.new_key()}; {kept}"
 
     def page_token(self, visitor: str) -> str:
-        """What the visitor's page sends with each request: no other site's page can know it."""
+        """Return what the visitor's page sends with each request: no other site's page can know
+        it.
+        """
         return self._sign(f"page {visitor}")
 
     def check_page(self, visitor: str | None, token: object) -> bool:
@@ -74,7 +76,9 @@ class Visitors:
         return hmac.compare_digest(self.page_token(visitor), token)
 
     def place(self, address: str) -> str:
-        """What is stored of where a visitor comes from: nobody without the secret can undo it."""
+        """Return what is stored of where a visitor comes from: nobody without the secret can undo
+        it.
+        """
         return self._sign(f"place {address}")
 
     def own(self, visitor: str, session: str) -> str:

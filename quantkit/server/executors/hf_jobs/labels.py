@@ -8,7 +8,7 @@ _APP_LABEL = {"app": "quantkit"}
 
 
 def app_labels(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the Jobs of this very server have in common."""
+    """Return what the Jobs of this very server have in common."""
     return {**_APP_LABEL, "space": _label(environment.get("SPACE_ID", "none"))}
 
 

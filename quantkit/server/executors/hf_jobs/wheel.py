@@ -14,7 +14,7 @@ _FOLDER = Path(__file__).resolve().parents[4]
 
 
 def can_start_jobs(environment: Mapping[str, str] | None = None, folder: Path = _FOLDER) -> bool:
-    """Whether this server has a wheel that a Job can fetch."""
+    """Return whether this server has a wheel that a Job can fetch."""
     environment = os.environ if environment is None else environment
     return bool(environment.get("QUANTKIT_WHEEL")) or (
         bool(environment.get("SPACE_ID")) and _wheel(folder) is not None
@@ -22,7 +22,8 @@ def can_start_jobs(environment: Mapping[str, str] | None = None, folder: Path = 
 
 
 def job_requirement(environment: Mapping[str, str] | None = None, folder: Path = _FOLDER) -> str:
-    """What a Job installs, pinned by its hash. QUANTKIT_WHEEL is an address that replaces it.
+    """Return what a Job installs, pinned by its hash. QUANTKIT_WHEEL is an address that replaces
+    it.
 
     Raises QuantkitError where there is no wheel.
     """

@@ -55,7 +55,7 @@ class Listener:
     _parts: dict[str, list[str]] = field(default_factory=dict)
 
     def hear(self, line: str) -> SentEvent | SentFile | str | None:
-        """What the line says; None for a part of a file that is not whole yet."""
+        """Return what the line says; None for a part of a file that is not whole yet."""
         try:
             if line.startswith(EVENT):
                 number, _, text = line.removeprefix(EVENT).partition(" ")
