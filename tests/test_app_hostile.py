@@ -25,7 +25,7 @@ from test_space import call
 
 from quantkit.errors import QuantkitError
 from quantkit.server.runs import RunStore
-from quantkit.server.web.allowance import ALLOWED, Allowance
+from quantkit.server.web.rate_limit import ALLOWED, RateLimit
 from quantkit.server.web.visitor import Visitors
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -256,16 +256,16 @@ def test_models_that_mean_harm(
 
 def test_often_is_too_often() -> None:
     now = [0.0]
-    allowance = Allowance(lambda: now[0])
+    rate_limit = RateLimit(lambda: now[0])
     times, seconds = ALLOWED["start"]
     for _ in range(times):
-        allowance.take("start", "1.2.3.4")
+        rate_limit.take("start", "1.2.3.4")
     with pytest.raises(QuantkitError, match="very often"):
-        allowance.take("start", "1.2.3.4")
-    allowance.take("start", "5.6.7.8")
-    allowance.take("search", "1.2.3.4")
+        rate_limit.take("start", "1.2.3.4")
+    rate_limit.take("start", "5.6.7.8")
+    rate_limit.take("search", "1.2.3.4")
     now[0] += seconds / times + 0.001
-    allowance.take("start", "1.2.3.4")
+    rate_limit.take("start", "1.2.3.4")
 
 
 def test_the_page_stops_a_flood(site: tuple[str, RunStore, Visitors, str]) -> None:

@@ -31,13 +31,13 @@ from quantkit.server.previews.sizes import context_bytes, with_sizes
 from quantkit.server.runs import RunForm, RunStore
 from quantkit.server.runs.record import load_record
 from quantkit.server.runs.request import to_config
-from quantkit.server.web import desk as desks
+from quantkit.server.web import handlers as handlers_module
 from quantkit.server.web import previews
-from quantkit.server.web.desk import Asker, Desk
+from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.visitor import Visitors
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
-ME = Asker("visitor:me", None, "1.2.3.4")
+ME = Client("visitor:me", None, "1.2.3.4")
 PLAN: dict[str, Any] = {
     "model": {
         "architecture": "LlamaForCausalLM",
@@ -78,22 +78,22 @@ def ask(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    """A desk whose planner answers PLAN, and whose Hub offers the usual machines."""
+def handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handlers]:
+    """A handlers whose planner answers PLAN, and whose Hub offers the usual machines."""
     offered = tuple(jobs._machine(JobHardwareInfo(**item)) for item in hardware())
-    monkeypatch.setattr(desks, "estimate", lambda config, *_: ask(config))
-    monkeypatch.setattr(desks, "known_plan", lambda config, token: ask(config))
+    monkeypatch.setattr(handlers_module, "estimate", lambda config, *_: ask(config))
+    monkeypatch.setattr(handlers_module, "known_plan", lambda config, token: ask(config))
     monkeypatch.setattr(jobs, "machines", lambda token: offered)
     fresh = HfJobs()  # which remembers no machines of another test
     monkeypatch.setattr(registry, "HF_JOBS", fresh)
     monkeypatch.setitem(registry.EXECUTORS, "hf_jobs", fresh)
     monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/q.whl")
     monkeypatch.setattr(local, "memory_here", lambda environment: 16e9)
-    yield Desk(RunStore(tmp_path / "runs"), Visitors(b"k"), on_space=False, sign_in=False)
+    yield Handlers(RunStore(tmp_path / "runs"), Visitors(b"k"), on_space=False, sign_in=False)
 
 
-def shown(desk: Desk, **fields: Any) -> str:
-    *_, last = desk.preview(RunForm("a/b", **fields), "", ME)
+def shown(handlers: Handlers, **fields: Any) -> str:
+    *_, last = handlers.preview(RunForm("a/b", **fields), "", ME)
     return last
 
 
@@ -118,13 +118,13 @@ def test_what_is_no_memory(fields: dict[str, Any]) -> None:
         to_config(form, True)
 
 
-def test_a_family_is_one_run_of_several_sizes(desk: Desk) -> None:
+def test_a_family_is_one_run_of_several_sizes(handlers: Handlers) -> None:
     mixes = ("Q3_K_M", "Q4_K_M", "Q5_K_M")
     form = RunForm("a/b", "family", family=mixes)
     assert to_config(form, True).targets == tuple(LikeMix(mix) for mix in mixes)
-    job = desk.start(form, "", ME)
-    assert desk.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
-    shown_all = shown(desk, size_kind="family", family=mixes)
+    job = handlers.start(form, "", ME)
+    assert handlers.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
+    shown_all = shown(handlers, size_kind="family", family=mixes)
     assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown_all
     assert ask(to_config(form, True))["estimates"]["seconds"] == 3400 + 2 * 600
     small = dict(PLAN["stock"], Q3_K_M=10)
@@ -146,31 +146,35 @@ def test_another_size_is_not_planned_again() -> None:
         _cache.clear()
 
 
-def test_the_preview_says_what_is_to_be_known(desk: Desk) -> None:
-    html = shown(desk)
+def test_the_preview_says_what_is_to_be_known(handlers: Handlers) -> None:
+    html = shown(handlers)
     for words in (
         *("LlamaForCausalLM", "1B parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
         "99.9 % of the linear parameters (not token_embd: looked up)",
         *("This machine", "57 min", "free", "Job: cpu-upgrade", "ended after", "Q5_K_M"),
     ):
         assert words in html, words
-    away = shown(desk, machine="a10g-large")
+    away = shown(handlers, machine="a10g-large")
     assert '<tr class="ours"><th scope="row">Job: a10g-large' in away
-    assert "8,192 tokens take 1.12 GB" in shown(desk, size_kind="fits", memory="2GB", context=8192)
-    assert "does not fit on" in shown(desk, machine="no-such")
-    assert next(iter(desk.preview(RunForm(""), "", ME))) == ""
+    assert "8,192 tokens take 1.12 GB" in shown(
+        handlers, size_kind="fits", memory="2GB", context=8192
+    )
+    assert "does not fit on" in shown(handlers, machine="no-such")
+    assert next(iter(handlers.preview(RunForm(""), "", ME))) == ""
 
 
-def test_first_facts_come_before_the_planner(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_facts_come_before_the_planner(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the model is, and no guess of what only the planner knows."""
 
     def late(*_: Any) -> dict[str, Any]:
         raise QuantkitError("the planner was asked before the page was told anything")
 
-    monkeypatch.setattr(desks, "known_plan", lambda config, token: None)
-    monkeypatch.setattr(desks, "estimate", late)
+    monkeypatch.setattr(handlers_module, "known_plan", lambda config, token: None)
+    monkeypatch.setattr(handlers_module, "estimate", late)
     form = RunForm("demo:smollm2-135m", "family", family=("Q4_K_M", "Q6_K"))
-    told = desk.preview(form, "", ME)
+    told = handlers.preview(form, "", ME)
     first = next(told)
     for words in ("LlamaForCausalLM", "135M parameters", "apache-2.0", "Working out"):
         assert words in first, words
@@ -178,23 +182,25 @@ def test_first_facts_come_before_the_planner(desk: Desk, monkeypatch: pytest.Mon
     assert "the planner was asked" in next(told)
 
 
-def test_a_run_too_large_for_the_page(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_too_large_for_the_page(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "memory_here", lambda environment: 4e9)
-    assert "too large" in shown(desk) and "needs about 5.0 GB of memory" in shown(desk)
-    desk.store.public = True
+    assert "too large" in shown(handlers) and "needs about 5.0 GB of memory" in shown(handlers)
+    handlers.store.public = True
     with pytest.raises(QuantkitError, match="too large for this page.*Choose a Job"):
-        desk.start(RunForm("a/b"), "", ME)
+        handlers.start(RunForm("a/b"), "", ME)
 
 
-def test_an_order_for_a_job(desk: Desk) -> None:
+def test_an_order_for_a_job(handlers: Handlers) -> None:
     with pytest.raises(QuantkitError, match="nobody is signed in"):
-        desk.start(RunForm("a/b", machine="auto"), "", ME)
-    run = desk.start(RunForm("a/b", machine="t4-small"), "hf_token", ME)
-    record = load_record(desk.store.root / run)
+        handlers.start(RunForm("a/b", machine="auto"), "", ME)
+    run = handlers.start(RunForm("a/b", machine="t4-small"), "hf_token", ME)
+    record = load_record(handlers.store.root / run)
     assert record is not None and record.machine == "t4-small" and record.hours
     assert record.usd_per_hour == pytest.approx(0.4, rel=0.01) and record.has_token
-    assert '"device": "cuda"' in (desk.store.root / run / "config.json").read_text()
-    assert "hf_token" not in "".join(path.read_text() for path in (desk.store.root / run).iterdir())
+    assert '"device": "cuda"' in (handlers.store.root / run / "config.json").read_text()
+    assert "hf_token" not in "".join(
+        path.read_text() for path in (handlers.store.root / run).iterdir()
+    )
 
 
 def test_all_of_it_is_escaped() -> None:
@@ -246,19 +252,21 @@ def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str]
     return say
 
 
-def test_a_file_answers_without_secrets(desk: Desk, answering: Callable[[str], None]) -> None:
+def test_a_file_answers_without_secrets(
+    handlers: Handlers, answering: Callable[[str], None]
+) -> None:
     answering(SAYS)
-    fixtures.own(fixtures.write_run(desk.store.root / "done"), ME.owner)
-    assert desk.store.view("done", ME.owner).can_try
-    *_, last = desk.talk("done", " hello ", False, ME)
+    fixtures.own(fixtures.write_run(handlers.store.root / "done"), ME.owner)
+    assert handlers.store.view("done", ME.owner).can_try
+    *_, last = handlers.talk("done", " hello ", False, ME)
     assert last == "You said hello []"
     with pytest.raises(QuantkitError, match="original is no longer"):
-        list(desk.talk("done", "hello", True, ME))
+        list(handlers.talk("done", "hello", True, ME))
     with pytest.raises(QuantkitError, match="no such run"):
-        list(desk.talk("done", "hello", False, Asker("visitor:mallory")))
+        list(handlers.talk("done", "hello", False, Client("visitor:mallory")))
     for prompt in ("", "  ", "x" * 5000, None):
         with pytest.raises(QuantkitError):
-            list(desk.talk("done", prompt, False, ME))  # type: ignore[arg-type]
+            list(handlers.talk("done", prompt, False, ME))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ from quantkit.errors import QuantkitError
 from quantkit.run.folder import RunDir
 from quantkit.server.runs import RunStore
 from quantkit.server.web import publishing
-from quantkit.server.web.desk import Asker, Desk
+from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.visitor import Visitors
 
-ME = Asker("visitor:alice", None, "1.2.3.4")
+ME = Client("visitor:alice", None, "1.2.3.4")
 REPO = "alice/SmolLM2-GGUF"
 
 
@@ -42,10 +42,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, hub: HubServer) -> Desk:
+def handlers(tmp_path: Path, hub: HubServer) -> Handlers:
     store = RunStore(tmp_path / "runs")
     fixtures.own(fixtures.write_run(store.root / "done"), ME.owner)
-    return Desk(store, Visitors(b"k"), on_space=False, sign_in=False)
+    return Handlers(store, Visitors(b"k"), on_space=False, sign_in=False)
 
 
 def others(hub: HubServer) -> None:
@@ -53,44 +53,44 @@ def others(hub: HubServer) -> None:
     hub.add_model(REPO, {"notes.txt": "mine", "README.md": "# Old\n\nwords\n"})
 
 
-def test_what_would_change_in_a_new_repository(desk: Desk, hub: HubServer) -> None:
-    html = desk.compare("done", REPO, "private", ME, ALICE)
+def test_what_would_change_in_a_new_repository(handlers: Handlers, hub: HubServer) -> None:
+    html = handlers.compare("done", REPO, "private", ME, ALICE)
     assert "will be made, private" in html and "4 files are uploaded" in html
     assert html.count('<li class="new">') == 4 and "<pre" not in html
     assert not hub.asked("commit|repos/create|lfs|preupload"), "looking wrote something"
 
 
-def test_what_a_gated_model_becomes(desk: Desk, hub: HubServer) -> None:
+def test_what_a_gated_model_becomes(handlers: Handlers, hub: HubServer) -> None:
     """Private, and why; public for those who ask for it; and never by chance in a public place."""
-    run = RunDir(desk.store.root / "done")
+    run = RunDir(handlers.store.root / "done")
     fetched = run.records()["fetch"]
     run.save_record(replace(fetched, summary={**fetched.summary, "closed": "gated"}))
-    html = desk.compare("done", REPO, "model", ME, ALICE)
+    html = handlers.compare("done", REPO, "model", ME, ALICE)
     assert "will be made, private" in html and "Its model is gated" in html
-    html = desk.compare("done", REPO, "public", ME, ALICE)
+    html = handlers.compare("done", REPO, "public", ME, ALICE)
     assert "will be made, public" in html and "gated" not in html
     others(hub)
     with pytest.raises(QuantkitError, match="exists and is public"):
-        desk.compare("done", REPO, "model", ME, ALICE)
-    desk.publish("done", REPO, "public", "", ME, ALICE)
-    config = json.loads((desk.store.root / "done" / "config.json").read_text())
+        handlers.compare("done", REPO, "model", ME, ALICE)
+    handlers.publish("done", REPO, "public", "", ME, ALICE)
+    config = json.loads((handlers.store.root / "done" / "config.json").read_text())
     assert (config["private"], config["public"]) == (False, True)
 
 
-def test_what_would_change_in_an_old_one(desk: Desk, hub: HubServer) -> None:
+def test_what_would_change_in_an_old_one(handlers: Handlers, hub: HubServer) -> None:
     others(hub)
-    html = desk.compare("done", REPO, "model", ME, ALICE)
+    html = handlers.compare("done", REPO, "model", ME, ALICE)
     assert "exists and is public" in html
     assert '<li class="changed"><b>~</b><span>README.md' in html
     assert '<li class="kept"><b> </b><span>notes.txt' in html
     assert "-# Old" in html and "+# SmolLM2-135M-Instruct-EVO-Q4_K_M" in html
 
 
-def test_a_second_time_nothing_changes(desk: Desk, hub: HubServer) -> None:
+def test_a_second_time_nothing_changes(handlers: Handlers, hub: HubServer) -> None:
     from quantkit import hub as real
 
-    real.publish(desk.store.root / "done" / "9-publish" / "upload", REPO, ALICE)
-    html = desk.compare("done", REPO, "model", ME, ALICE)
+    real.publish(handlers.store.root / "done" / "9-publish" / "upload", REPO, ALICE)
+    html = handlers.compare("done", REPO, "model", ME, ALICE)
     assert "nothing is uploaded" in html and html.count('<li class="same">') == 4
 
 
@@ -106,9 +106,9 @@ def test_a_second_time_nothing_changes(desk: Desk, hub: HubServer) -> None:
         ("a\nb", REPO, "is not a token"),
     ],
 )
-def test_refusals(desk: Desk, hub: HubServer, token: str, repo: str, words: str) -> None:
+def test_refusals(handlers: Handlers, hub: HubServer, token: str, repo: str, words: str) -> None:
     with pytest.raises(QuantkitError, match=words) as caught:
-        desk.compare("done", repo, "model", ME, token)
+        handlers.compare("done", repo, "model", ME, token)
     assert not token or token not in str(caught.value)
 
 
@@ -124,36 +124,38 @@ def test_refusals(desk: Desk, hub: HubServer, token: str, repo: str, words: str)
         (503, "problem of its own"),
     ],
 )
-def test_every_status_is_a_sentence(desk: Desk, hub: HubServer, status: int, words: str) -> None:
+def test_every_status_is_a_sentence(
+    handlers: Handlers, hub: HubServer, status: int, words: str
+) -> None:
     hub.fail_next(r"/api/whoami", status, times=20)
     with pytest.raises(QuantkitError, match=words) as caught:
-        desk.compare("done", REPO, "model", ME, ALICE)
+        handlers.compare("done", REPO, "model", ME, ALICE)
     assert str(caught.value).endswith(".") and ALICE not in str(caught.value)
 
 
 def test_a_hub_that_does_not_answer(
-    desk: Desk, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    handlers: Handlers, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from quantkit.hub import client
 
     monkeypatch.setitem(client._SECONDS, "read", 0.2)
     hub.hang_next(r"/api/whoami", 1.0, times=5)
     with pytest.raises(QuantkitError, match="did not answer in time"):
-        desk.compare("done", REPO, "model", ME, ALICE)
+        handlers.compare("done", REPO, "model", ME, ALICE)
 
 
-def test_only_ones_own_runs_are_published(desk: Desk) -> None:
-    stranger = Asker("visitor:mallory", None, "5.6.7.8")
+def test_only_ones_own_runs_are_published(handlers: Handlers) -> None:
+    stranger = Client("visitor:mallory", None, "5.6.7.8")
     with pytest.raises(QuantkitError, match="no such run"):
-        desk.compare("done", REPO, "model", stranger, ALICE)
+        handlers.compare("done", REPO, "model", stranger, ALICE)
     with pytest.raises(QuantkitError, match="no such run"):
-        desk.publish("done", REPO, "model", "", stranger, ALICE)
+        handlers.publish("done", REPO, "model", "", stranger, ALICE)
 
 
 @pytest.mark.parametrize("slug", ["x", "a/../b", "https://evil/x/y", "a/b?c", "a/b/c"])
-def test_a_collection_is_one(desk: Desk, slug: str) -> None:
+def test_a_collection_is_one(handlers: Handlers, slug: str) -> None:
     with pytest.raises(QuantkitError, match="is not a collection"):
-        desk.publish("done", REPO, "model", slug, ME, ALICE)
+        handlers.publish("done", REPO, "model", slug, ME, ALICE)
 
 
 def test_all_of_it_is_escaped() -> None:

@@ -25,7 +25,7 @@ from quantkit.server.runs.clock import Clock
 from quantkit.server.runs.limits import PUBLIC_LIMITS
 from quantkit.server.runs.record import load_record
 from quantkit.server.web import results
-from quantkit.server.web.desk import Desk
+from quantkit.server.web.handlers import Handlers
 from quantkit.server.web.visitor import Visitors
 
 ALICE, MALLORY = "hf:alice", "hf:mallory"
@@ -44,7 +44,7 @@ RAW = (
 
 
 class Site:
-    """A page's desk with the run of one visitor that is damaged, and the run of another."""
+    """A page's handlers with the run of one visitor that is damaged, and the run of another."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -55,7 +55,7 @@ class Site:
         fixtures.own(fixtures.write_run(root / "good"), ALICE)
         self.whole = shutil.copytree(evil, root.parent / "whole")
         self.store = RunStore(root, PUBLIC_LIMITS, public=True)
-        self.desk = Desk(self.store, Visitors(b"x"), True, True)
+        self.handlers = Handlers(self.store, Visitors(b"x"), True, True)
 
     def restore(self) -> Path:
         evil = self.root / "evil"
@@ -67,12 +67,12 @@ class Site:
         store = self.store
         store._next_sweep = 0.0
         store.tick()
-        shown = self.desk.shown("evil", MALLORY)
-        listed = self.desk.run_list(MALLORY)
+        shown = self.handlers.shown("evil", MALLORY)
+        listed = self.handlers.run_list(MALLORY)
         assert "Something went wrong" not in listed
         assert [run.id for run in store.runs(ALICE)] == ["good"]
         assert store.view("good", ALICE).state == "finished"
-        assert "Something went wrong" not in self.desk.run_list(ALICE)
+        assert "Something went wrong" not in self.handlers.run_list(ALICE)
         try:
             json.dumps(store.view("evil", MALLORY).model)
             store.staged("evil", MALLORY)
@@ -200,10 +200,10 @@ def test_odd_events_of_a_job(site: Site, name: str) -> None:
     fixtures.own(victim, ALICE, since=old)
     age(victim, 20 * DAY)
     store = RunStore(site.root, PUBLIC_LIMITS, public=True)
-    desk = Desk(store, Visitors(b"x"), True, True)
-    html = "".join(str(value) for value in desk.shown("evil", MALLORY).values())
+    handlers = Handlers(store, Visitors(b"x"), True, True)
+    html = "".join(str(value) for value in handlers.shown("evil", MALLORY).values())
     assert "<script>" not in html and 'href="javascript' not in html
-    assert "Something went wrong" not in desk.run_list(MALLORY) + desk.run_list(ALICE)
+    assert "Something went wrong" not in handlers.run_list(MALLORY) + handlers.run_list(ALICE)
     store.tick()
     assert not victim.exists(), "cleaning stopped"
     store.close()
@@ -234,7 +234,7 @@ def test_a_damaged_record_still_tells_whose_it_is(site: Site) -> None:
     assert run.state == "damaged" and not site.store.runs("hf:bob")
     view = site.store.view("evil", MALLORY)
     assert view.error == "The job.json of this run cannot be read." and view.can_delete
-    assert "Damaged" in site.desk.run_list(MALLORY)
+    assert "Damaged" in site.handlers.run_list(MALLORY)
     site.store.delete("evil", MALLORY)
     assert not site.store.runs(MALLORY)
 

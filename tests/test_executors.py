@@ -36,15 +36,15 @@ from quantkit.server.executors.protocol import (
 from quantkit.server.runs import Limits, RunForm, RunStore
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.record import RunRecord, load_record, owner_hash
-from quantkit.server.web import desk as desks
+from quantkit.server.web import handlers as handlers_module
 from quantkit.server.web import view
-from quantkit.server.web.desk import Asker, Desk
+from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
 
 OWNER = "visitor:alice"
-ME = Asker(OWNER, None, "1.2.3.4")
+ME = Client(OWNER, None, "1.2.3.4")
 
 # The worker of the ship: what a run looks like from here while it is at work out there.
 WORKER = f"""
@@ -134,10 +134,10 @@ def state(store: RunStore, run: str) -> str:
 def test_from_the_form_to_the_end(
     store: RunStore, monkeypatch: pytest.MonkeyPatch, machine: str
 ) -> None:
-    monkeypatch.setattr(desks, "estimate", lambda config, *_: ask(config))
-    desk = Desk(store, Visitors(b"k"), on_space=False, sign_in=False)
+    monkeypatch.setattr(handlers_module, "estimate", lambda config, *_: ask(config))
+    handlers = Handlers(store, Visitors(b"k"), on_space=False, sign_in=False)
     here = store.submit(fixtures.CONFIG, OWNER)
-    run = desk.start(RunForm("a/b", machine=machine), "", ME)
+    run = handlers.start(RunForm("a/b", machine=machine), "", ME)
     config = RunConfig.from_json(json.loads((store.root / run / "config.json").read_text()))
     assert config.device == "cuda", "as the machine of the offer has it"
     record = load_record(store.root / run)
@@ -185,15 +185,15 @@ def test_a_run_that_nobody_listens_to_is_ended_there(
 
 
 def test_the_page_offers_it(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desks, "estimate", lambda config, *_: ask(config))
-    monkeypatch.setattr(desks, "known_plan", lambda config, token: ask(config))
-    desk = Desk(store, Visitors(b"k"), on_space=False, sign_in=False)
-    *_, html = desk.preview(RunForm("a/b", machine="ship:cutter"), "", ME)
+    monkeypatch.setattr(handlers_module, "estimate", lambda config, *_: ask(config))
+    monkeypatch.setattr(handlers_module, "known_plan", lambda config, token: ask(config))
+    handlers = Handlers(store, Visitors(b"k"), on_space=False, sign_in=False)
+    *_, html = handlers.preview(RunForm("a/b", machine="ship:cutter"), "", ME)
     assert '<tr class="ours"><th scope="row">Voyage: cutter' in html and "$0.50" in html
     with pytest.raises(QuantkitError, match="does not fit on 'galleon'"):
-        desk.start(RunForm("a/b", machine="ship:galleon"), "", ME)
+        handlers.start(RunForm("a/b", machine="ship:galleon"), "", ME)
     with pytest.raises(UsageError, match="There is no 'boat'"):
-        desk.start(RunForm("a/b", machine="boat:x"), "", ME)
+        handlers.start(RunForm("a/b", machine="boat:x"), "", ME)
     app = json.dumps(build_app(store, Visitors(b"k")).get_config_file(), default=str)
     assert "On a ship" in app
 

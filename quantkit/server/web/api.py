@@ -16,27 +16,27 @@ import gradio as gr
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
 from quantkit.server.runs import RunForm, to_config
-from quantkit.server.web.desk import Asker, Desk, known
+from quantkit.server.web.handlers import Client, Handlers, known
 from quantkit.tensors import to_json
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def add_endpoints(desk: Desk) -> None:
+def add_endpoints(handlers: Handlers) -> None:
     """Register the endpoints with the Blocks under construction."""
 
     def asker_of(
         key: str, request: gr.Request, profile: gr.OAuthProfile | None, token: gr.OAuthToken | None
-    ) -> Asker:
+    ) -> Client:
         """The caller: a signed-in user, whoever a Hub token belongs to, or the holder of a key."""
-        asker = desk.asker(request, profile)
-        if asker.username is None and desk.on_space and token is not None:
+        client = handlers.client(request, profile)
+        if client.username is None and handlers.on_space and token is not None:
             name = jobs.account(token.token)
-            return Asker(f"hf:{name}", name, asker.address)
-        if asker.username is None and (visitor := desk.visitors.check(key)) is not None:
-            return Asker(f"visitor:{visitor}", None, asker.address)
-        return asker
+            return Client(f"hf:{name}", name, client.address)
+        if client.username is None and (visitor := handlers.visitors.check(key)) is not None:
+            return Client(f"visitor:{visitor}", None, client.address)
+        return client
 
     def estimate(
         request: gr.Request,
@@ -77,10 +77,10 @@ def add_endpoints(desk: Desk) -> None:
         secret = token.token if token is not None else None
 
         def make() -> dict[str, Any]:
-            to_config(form, desk.store.public)  # what is wrong is said before it is counted
-            asker = asker_of("", request, user, token)
-            desk.allow("preview", asker)
-            return desk.estimate(form, secret, asker)
+            to_config(form, handlers.store.public)  # what is wrong is said before it is counted
+            client = asker_of("", request, user, token)
+            handlers.allow("preview", client)
+            return handlers.estimate(form, secret, client)
 
         return _told(make)
 
@@ -139,13 +139,13 @@ def add_endpoints(desk: Desk) -> None:
         )
 
         def start() -> dict[str, Any]:
-            asker, own_key = asker_of(key, request, user, token), key
-            if asker.username is None and (not key or asker.owner is None):
-                own_key = desk.visitors.new_key()
-                owner = f"visitor:{desk.visitors.check(own_key)}"
-                asker = Asker(owner, None, asker.address)
+            client, own_key = asker_of(key, request, user, token), key
+            if client.username is None and (not key or client.owner is None):
+                own_key = handlers.visitors.new_key()
+                owner = f"visitor:{handlers.visitors.check(own_key)}"
+                client = Client(owner, None, client.address)
             secret = token.token if token is not None else ""
-            return {"job_id": desk.start(form, secret, asker), "key": own_key}
+            return {"job_id": handlers.start(form, secret, client), "key": own_key}
 
         return _told(start)
 
@@ -165,7 +165,7 @@ def add_endpoints(desk: Desk) -> None:
 
         def status() -> dict[str, Any]:
             owner = asker_of(key, request, user, token).owner
-            job = to_json(desk.store.view(job_id, owner))
+            job = to_json(handlers.store.view(job_id, owner))
             job["job"] = job.pop("remote")  # as clients have known it
             for long in ("log", "allocation", "card", "curve"):
                 job.pop(long)
@@ -190,8 +190,8 @@ def add_endpoints(desk: Desk) -> None:
         def cancel() -> dict[str, Any]:
             owner = asker_of(key, request, user, token).owner
             secret = token.token if token is not None else None
-            desk.store.cancel(job_id, known(owner), secret)
-            return {"job_id": job_id, "state": desk.store.view(job_id, owner).state}
+            handlers.store.cancel(job_id, known(owner), secret)
+            return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
 
         return _told(cancel)
 

@@ -72,7 +72,7 @@ DOORS = (
 )
 
 # Times in seconds, for an address and for a visitor. A page asks every two seconds, and many
-# people may share an address; what costs more has limits of its own (`allowance.ALLOWED`).
+# people may share an address; what costs more has limits of its own (`rate_limit.ALLOWED`).
 RATES = {
     "page": (600, 60.0),
     "static": (6000, 60.0),

@@ -15,7 +15,7 @@ from quantkit.ggml.types import FILE_TYPES, QUANTIZED
 from quantkit.server.executors.registry import AUTO, HERE
 from quantkit.server.runs import RunForm
 from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES
-from quantkit.server.web.desk import Desk
+from quantkit.server.web.handlers import Handlers
 from quantkit.tensors import METHODS
 
 QUIET: dict[str, Any] = {
@@ -51,9 +51,9 @@ _CONTEXTS = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
 class Form:
     """The form's components, made where the page is being laid out."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-        places = "." if desk.store.public else ", or the path of a folder."
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
+        places = "." if handlers.store.public else ", or the path of a folder."
         self.model = gr.Dropdown(
             _SUGGESTIONS,
             value=None,
@@ -132,12 +132,12 @@ class Form:
         )
 
     def _where(self) -> None:
-        here = "On this Space, free" if self._desk.on_space else "On this machine"
+        here = "On this Space, free" if self._handlers.on_space else "On this machine"
         self.where = gr.Radio(
-            [(here, HERE), *((e.title, e.name) for e in self._desk.remote)],
+            [(here, HERE), *((e.title, e.name) for e in self._handlers.remote)],
             value=HERE,
             label="Where?",
-            visible=bool(self._desk.remote),
+            visible=bool(self._handlers.remote),
             elem_id="where",
             elem_classes="qk-stack",
         )
@@ -205,7 +205,7 @@ class Form:
                 label="Hugging Face token",
                 info="To publish, and for private or gated models. It is never written down.",
                 type="password",
-                visible=not self._desk.sign_in,
+                visible=not self._handlers.sign_in,
                 elem_id="token",
             )
 
@@ -248,13 +248,13 @@ class Form:
         )
 
     def _wire(self) -> None:
-        desk = self._desk
+        handlers = self._handlers
 
         def sizes(kind: str) -> list[Any]:
             return [gr.update(visible=kind == n) for n in ("like", "fits", "size", "bpw", "family")]
 
         def search(typed: str, request: gr.Request) -> Any:
-            found = desk.search(str(typed)[:100], desk.asker(request, None))
+            found = handlers.search(str(typed)[:100], handlers.client(request, None))
             return gr.update(choices=found) if found else gr.skip()
 
         def preview(
@@ -265,8 +265,8 @@ class Form:
         ) -> Iterator[Any]:
             *fields, typed = values
             token = oauth.token if oauth else typed
-            asker = desk.asker(request, user)
-            for made in desk.preview(self.read(tuple(fields)), token, asker):
+            client = handlers.client(request, user)
+            for made in handlers.preview(self.read(tuple(fields)), token, client):
                 yield gr.update(value=made, visible=bool(made))
 
         self.kind.change(

@@ -19,11 +19,11 @@ import orjson
 
 from quantkit.errors import QuantkitError
 from quantkit.server.web import bodies, doors
-from quantkit.server.web.allowance import Allowance
 from quantkit.server.web.answers import Answer
 from quantkit.server.web.bodies import Events, Refused
 from quantkit.server.web.doors import Door
 from quantkit.server.web.origin import FROM, HUB, Places, Site, counted, name_of
+from quantkit.server.web.rate_limit import RateLimit
 from quantkit.server.web.visitor import SIGNED_IN, TOKEN, Visitors, cookie_name, parse_cookies
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Gate:
         self._visitors = visitors
         self._places = places
         self._events = events
-        self._allowance = Allowance(allowed=doors.RATES)
+        self._rate_limit = RateLimit(allowed=doors.RATES)
         self._open: Counter[tuple[bool, str]] = Counter()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -74,7 +74,7 @@ class Gate:
         """Raises Refused for an address or a visitor that asks too often."""
         try:
             for kind, name in who.items():
-                self._allowance.take(door.rate, f"{kind} {name}")
+                self._rate_limit.take(door.rate, f"{kind} {name}")
         except QuantkitError as error:
             raise Refused(429, str(error)) from None
 

@@ -1,4 +1,4 @@
-"""The page: one form, one run to watch, one list. `desk` does the work."""
+"""The page: one form, one run to watch, one list. `handlers` does the work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from quantkit.errors import QuantkitError
 from quantkit.server.runs import RunStore
 from quantkit.server.web import view
 from quantkit.server.web.api import add_endpoints
-from quantkit.server.web.desk import CHUNKS, SWITCHES, Desk
 from quantkit.server.web.form import QUIET, Form
+from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
 from quantkit.server.web.visitor import Visitors
 from quantkit.server.web.watch import Watch, short_hash, updates
 
@@ -45,7 +45,7 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
     """The whole page. Does not start the scheduler and does not listen."""
     on_space = get_space() is not None
     sign_in = on_space and bool(os.environ.get("OAUTH_CLIENT_ID"))
-    desk = Desk(store, visitors, on_space, sign_in)
+    handlers = Handlers(store, visitors, on_space, sign_in)
 
     def opened(current: str) -> list[Any]:
         """Which areas are there: the form and the list, or one run."""
@@ -56,22 +56,22 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
 
         Empty when nothing changed.
         """
-        shown = desk.shown(current, owner) if current else {"runs": desk.run_list(owner)}
+        shown = handlers.shown(current, owner) if current else {"runs": handlers.run_list(owner)}
         hashes = {name: short_hash(value) for name, value in shown.items()}
         known = known if isinstance(known, dict) else {}
         return [] if hashes == known else [*updates(shown, known, _NAMES), hashes]
 
     def poll(current: str, known: Any, request: gr.Request, user: gr.OAuthProfile | None) -> Any:
-        owner = desk.owner(request.cookies, user.username if user else None)
+        owner = handlers.owner(request.cookies, user.username if user else None)
         return refresh(current, owner, known) or gr.skip()
 
     def load(
         request: gr.Request, user: gr.OAuthProfile | None, oauth: gr.OAuthToken | None
     ) -> list[Any]:
         current = str(request.query_params.get("job", ""))[:100]
-        asker = desk.asker(request, user)
-        owner = asker.owner
-        desk.welcome(asker, oauth.token if oauth else None)
+        client = handlers.client(request, user)
+        owner = client.owner
+        handlers.welcome(client, oauth.token if oauth else None)
         return [current, *opened(current), *refresh(current, owner, {})]
 
     with Page(title="quantkit", analytics_enabled=False) as app:
@@ -84,9 +84,9 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
         sent = gr.JSON({}, visible=False)  # what this tab shows, as hashes
         # Nothing is visible before `load` says which page it is: no flash of the other one.
         with gr.Column(elem_id="new-run", visible=False) as new_run:
-            form = Form(desk)
+            form = Form(handlers)
         with gr.Column(elem_id="job", visible=False) as run:
-            watch = Watch(desk)
+            watch = Watch(handlers)
         with gr.Column(elem_id="run-list", visible=False) as run_list:
             runs = gr.HTML(elem_id="runs")
         areas = [new_run, run, run_list]
@@ -99,10 +99,10 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
             *values: Any,
         ) -> list[Any]:
             *fields, typed = values
-            asker = desk.asker(request, user)
-            owner, token = asker.owner, oauth.token if oauth else typed
+            client = handlers.client(request, user)
+            owner, token = client.owner, oauth.token if oauth else typed
             try:
-                new = desk.start(form.read(tuple(fields)), token, asker)
+                new = handlers.start(form.read(tuple(fields)), token, client)
             except QuantkitError as error:
                 notice = view.notice(error.message, error.remedy)
                 kept = [gr.skip()] * (len(areas) + len(parts))
@@ -122,6 +122,6 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
             api_visibility="private",
         ).then(None, run_id, None, js=_SET_URL, api_visibility="private")
         watch.wire(run_id, parts, refresh, areas, opened)
-        add_endpoints(desk)
+        add_endpoints(handlers)
     app.queue(default_concurrency_limit=8, max_size=400)
     return app

@@ -11,16 +11,16 @@ from gradio.components.plot import PlotData
 from quantkit.errors import QuantkitError
 from quantkit.evidence.report.text import CAPTIONS
 from quantkit.server.web.charts import PLOTS
-from quantkit.server.web.desk import CHUNKS, SWITCHES, Asker, Desk
 from quantkit.server.web.form import QUIET, visibility
+from quantkit.server.web.handlers import CHUNKS, SWITCHES, Client, Handlers
 from quantkit.server.web.view import notice
 
 
 class Watch:
     """The components of a run's page, made where the page is being laid out."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
         gr.HTML('<nav class="qk-back"><a href="./">← All runs and a new one</a></nav>')
         self.chunks: dict[str, Any] = {"head": gr.HTML(elem_id="job-head")}
         with gr.Row(elem_classes="qk-buttons"):
@@ -115,7 +115,7 @@ class Watch:
             label="Hugging Face token",
             info="With write access. It is never written down.",
             type="password",
-            visible=not self._desk.sign_in,
+            visible=not self._handlers.sign_in,
             elem_id="publish-token",
         )
         self.collection = gr.Textbox(
@@ -156,17 +156,17 @@ class Watch:
         opened: Callable[[str], list[Any]],
     ) -> None:
         """Connect the buttons. `refresh(run, owner, known)` gives the updates of `parts`."""
-        desk = self._desk
+        handlers = self._handlers
 
-        def act(action: str, current: str, asker: Asker, token: str = "") -> list[Any]:
-            notice = desk.act(action, current, asker, token)
+        def act(action: str, current: str, client: Client, token: str = "") -> list[Any]:
+            notice = handlers.act(action, current, client, token)
             return [
                 gr.update(value=notice, visible=bool(notice)),
-                *refresh(current, asker.owner, {}),
+                *refresh(current, client.owner, {}),
             ]
 
         def cancel(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
-            return act("cancel", current, desk.asker(request, user))
+            return act("cancel", current, handlers.client(request, user))
 
         def resume(
             current: str,
@@ -176,18 +176,18 @@ class Watch:
             oauth: gr.OAuthToken | None,
         ) -> list[Any]:
             token = oauth.token if oauth else typed
-            return act("resume", current, desk.asker(request, user), token)
+            return act("resume", current, handlers.client(request, user), token)
 
         def delete(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
-            asker = desk.asker(request, user)
-            notice = desk.act("delete", current, asker)
+            client = handlers.client(request, user)
+            notice = handlers.act("delete", current, client)
             left = current if notice else ""
             return [
                 left,
                 gr.update(visible=False),
                 gr.update(value=notice, visible=bool(notice)),
                 *opened(left),
-                *refresh(left, asker.owner, {}),
+                *refresh(left, client.owner, {}),
             ]
 
         shown = [self.notice, *parts]
@@ -212,7 +212,7 @@ class Watch:
     def _wire_publish(
         self, run_id: gr.Textbox, parts: list[Any], refresh: Callable[..., list[Any]]
     ) -> None:
-        desk = self._desk
+        handlers = self._handlers
 
         def compare(
             current: str,
@@ -223,8 +223,8 @@ class Watch:
             user: gr.OAuthProfile | None,
             oauth: gr.OAuthToken | None,
         ) -> list[Any]:
-            token, asker = oauth.token if oauth else typed, desk.asker(request, user)
-            found, ok = told(lambda: desk.compare(current, repo, seen_by, asker, token))
+            token, client = oauth.token if oauth else typed, handlers.client(request, user)
+            found, ok = told(lambda: handlers.compare(current, repo, seen_by, client, token))
             return [gr.update(value=found, visible=True), gr.update(visible=ok)]
 
         def publish(
@@ -237,10 +237,10 @@ class Watch:
             user: gr.OAuthProfile | None,
             oauth: gr.OAuthToken | None,
         ) -> list[Any]:
-            token, asker = oauth.token if oauth else typed, desk.asker(request, user)
+            token, client = oauth.token if oauth else typed, handlers.client(request, user)
 
             def do() -> str:
-                desk.publish(current, repo, seen_by, collection, asker, token)
+                handlers.publish(current, repo, seen_by, collection, client, token)
                 return notice("The upload is on its way.", "Its progress is above.", "info")
 
             said, ok = told(do)
@@ -248,7 +248,7 @@ class Watch:
                 gr.update(value=said, visible=True),
                 gr.update(visible=not ok),
                 "" if ok else gr.skip(),
-                *refresh(current, asker.owner, {}),
+                *refresh(current, client.owner, {}),
             ]
 
         inputs = [run_id, self.repo, self.visibility]
@@ -277,15 +277,15 @@ class Watch:
         )
 
     def _wire_talk(self, run_id: gr.Textbox) -> None:
-        desk = self._desk
+        handlers = self._handlers
 
         def talk(
-            current: str, prompt: str, original: bool, asker: Asker
+            current: str, prompt: str, original: bool, client: Client
         ) -> Iterator[tuple[Any, Any]]:
             """The growing answer and a notice."""
             try:
                 yield "", gr.update(visible=False)
-                for text in desk.talk(current, prompt, original, asker):
+                for text in handlers.talk(current, prompt, original, client):
                     yield text, gr.skip()
             except QuantkitError as error:
                 yield gr.skip(), gr.update(value=notice(error.message, error.remedy), visible=True)
@@ -293,12 +293,12 @@ class Watch:
         def ask(
             current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
         ) -> Iterator[Any]:
-            yield from talk(current, prompt, False, desk.asker(request, user))
+            yield from talk(current, prompt, False, handlers.client(request, user))
 
         def ask_base(
             current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
         ) -> Iterator[Any]:
-            for text, said in talk(current, prompt, True, desk.asker(request, user)):
+            for text, said in talk(current, prompt, True, handlers.client(request, user)):
                 if isinstance(text, str):
                     text = gr.update(value=text, visible=True)
                 yield text, said

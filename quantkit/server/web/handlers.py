@@ -1,4 +1,4 @@
-"""What the page's events do: plain methods of `Desk`, between Gradio's values and the run store."""
+"""What the events of the page do: plain methods of `Handlers`, between Gradio and the run store."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from quantkit.server.runs import RunForm, RunStore, RunView, check_repo, to_conf
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.request import check_collection, check_machine, check_visibility
 from quantkit.server.web import previews, publishing, results, view
-from quantkit.server.web.allowance import Allowance
 from quantkit.server.web.charts import PLOTS
+from quantkit.server.web.rate_limit import RateLimit
 from quantkit.server.web.visitor import Visitors
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _BUG_REMEDY = "Try again; if it stays, report it with the server's log."
 
 
 @dataclass(frozen=True)
-class Asker:
+class Client:
     """Who is asking, as the server made sure of it; never what a page claims."""
 
     owner: str | None = None  # a signed-in Hub user or the holder of a cookie; None: neither
@@ -56,7 +56,7 @@ class Asker:
         return f"hf:{self.username}" if self.username else self.address or str(self.owner)
 
 
-class Desk:
+class Handlers:
     """Handlers of the page and of the API."""
 
     def __init__(self, store: RunStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
@@ -65,7 +65,7 @@ class Desk:
         self.on_space = on_space
         self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
         self.remote = registry.remote()  # places elsewhere that runs may be done at
-        self.allowance = Allowance()
+        self.rate_limit = RateLimit()
         self._welcomed: dict[str, float] = {}
         self._no_search_until = 0.0
 
@@ -76,7 +76,7 @@ class Desk:
         visitor = self.visitors.of_cookies(cookies)
         return None if visitor is None else f"visitor:{visitor}"
 
-    def asker(self, request: Any, user: Any) -> Asker:
+    def client(self, request: Any, user: Any) -> Client:
         """Who sent a request of the page: the signed-in user, else the holder of its cookie.
 
         On a Space requests come through the Hub's proxy, which appends the address that it saw.
@@ -86,24 +86,24 @@ class Desk:
         if self.on_space:
             seen = request.headers.get("x-forwarded-for", "").split(",")[-1].strip()
             address = seen or address
-        return Asker(self.owner(request.cookies, username), username, address)
+        return Client(self.owner(request.cookies, username), username, address)
 
-    def allow(self, action: str, asker: Asker) -> None:
+    def allow(self, action: str, client: Client) -> None:
         """Raise QuantkitError when a stranger does this too often."""
         if self.store.public:
-            self.allowance.take(action, asker.counted_as)
+            self.rate_limit.take(action, client.counted_as)
 
-    def welcome(self, asker: Asker, token: str | None) -> None:
+    def welcome(self, client: Client, token: str | None) -> None:
         """Look, aside and once an hour, for runs of a signed-in user that are known elsewhere
         alone.
         """
-        user = asker.username
-        if user is None or not token or not self.remote or asker.owner is None:
+        user = client.username
+        if user is None or not token or not self.remote or client.owner is None:
             return
         if time.monotonic() < self._welcomed.get(user, -1e9) + _WELCOME_SECONDS:
             return
         self._welcomed[user] = time.monotonic()
-        threading.Thread(target=self._adopt, args=(asker.owner, token), daemon=True).start()
+        threading.Thread(target=self._adopt, args=(client.owner, token), daemon=True).start()
 
     def _adopt(self, owner: str, token: str) -> None:
         for executor in self.remote:
@@ -114,20 +114,20 @@ class Desk:
 
     # Forms.
 
-    def start(self, form: RunForm, token: str, asker: Asker) -> str:
+    def start(self, form: RunForm, token: str, client: Client) -> str:
         """Queue what the form asks for. Returns the run's id. Raises QuantkitError."""
-        if self.sign_in and asker.username is None:
+        if self.sign_in and client.username is None:
             raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
-        owner, secret = known(asker.owner), checked_token(token)
+        owner, secret = known(client.owner), checked_token(token)
         config = to_config(form, self.store.public)  # what is wrong is said at once
-        self.allow("start", asker)
-        order, device = self._order(form, config, secret, asker)
+        self.allow("start", client)
+        order, device = self._order(form, config, secret, client)
         config = dataclasses.replace(config, device=device)
-        place = self.visitors.place(asker.counted_as)
+        place = self.visitors.place(client.counted_as)
         return self.store.submit(config, owner, secret, order, place)
 
     def _order(
-        self, form: RunForm, config: RunConfig, token: str | None, asker: Asker
+        self, form: RunForm, config: RunConfig, token: str | None, client: Client
     ) -> tuple[Order, str]:
         """Where the run is to be done, and on which device. Raises QuantkitError when it cannot be
         done there.
@@ -137,11 +137,11 @@ class Desk:
             if config.model == DEMO_MODEL:
                 raise UsageError("The demo's model is on this machine.", "Run it here.")
             executor.check(token)
-            plan = self._plan(config, token, asker)
+            plan = self._plan(config, token, client)
             offer = choose(executor.offers(plan, token), machine)
             return offer.order, offer.device
         # On one's own machine nobody has to wait for a plan.
-        found = self._plan(config, token, asker) if self.on_space else known_plan(config, token)
+        found = self._plan(config, token, client) if self.on_space else known_plan(config, token)
         if found is None:
             return Order(executor.name), config.device
         why_not = self._why_not_here(found)
@@ -153,19 +153,19 @@ class Desk:
         seconds = found["estimates"]["seconds"]
         return Order(executor.name, estimate_seconds=seconds), config.device
 
-    def estimate(self, form: RunForm, token: str | None, asker: Asker) -> dict[str, Any]:
+    def estimate(self, form: RunForm, token: str | None, client: Client) -> dict[str, Any]:
         """The planner's answer. Raises QuantkitError."""
-        return self._plan(to_config(form, self.store.public), token, asker)
+        return self._plan(to_config(form, self.store.public), token, client)
 
     def _plan(
-        self, config: RunConfig, token: str | None, asker: Asker, looked: Looked | None = None
+        self, config: RunConfig, token: str | None, client: Client, looked: Looked | None = None
     ) -> dict[str, Any]:
-        return estimate(config, token, self.store.public, asker.counted_as, looked)
+        return estimate(config, token, self.store.public, client.counted_as, looked)
 
     def _why_not_here(self, plan: dict[str, Any]) -> str:
         return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
 
-    def preview(self, form: RunForm, token: str, asker: Asker) -> Iterator[str]:
+    def preview(self, form: RunForm, token: str, client: Client) -> Iterator[str]:
         """Return what the run would take, as HTML: first facts at once, all of it when it is known.
 
         Empty when no model was named yet.
@@ -177,16 +177,16 @@ class Desk:
             secret = checked_token(token)
             config = to_config(form, self.store.public)
             if known_plan(config, secret) is None:
-                self.allow("preview", asker)
-                yield from self._first_facts(config, secret, asker)
-            yield self._preview(form, config, secret, asker)
+                self.allow("preview", client)
+                yield from self._first_facts(config, secret, client)
+            yield self._preview(form, config, secret, client)
         except QuantkitError as error:
             yield view.notice(error.message, error.remedy)
         except Exception:
             logger.exception("a preview failed")
             yield view.notice(_BUG, _BUG_REMEDY)
 
-    def _first_facts(self, config: RunConfig, token: str | None, asker: Asker) -> Iterator[str]:
+    def _first_facts(self, config: RunConfig, token: str | None, client: Client) -> Iterator[str]:
         """What is known while the planner is at work; ends when it has ended."""
         told: queue.SimpleQueue[FirstLook | None] = queue.SimpleQueue()
         if config.model == DEMO_MODEL:
@@ -195,7 +195,7 @@ class Desk:
 
         def plan() -> None:
             try:
-                self._plan(config, token, asker, told.put)
+                self._plan(config, token, client, told.put)
             except Exception as error:  # told to whoever waits
                 failed.append(error)
             finally:
@@ -207,8 +207,8 @@ class Desk:
         if failed:
             raise failed[0]
 
-    def _preview(self, form: RunForm, config: RunConfig, token: str | None, asker: Asker) -> str:
-        plan = self._plan(config, token, asker)
+    def _preview(self, form: RunForm, config: RunConfig, token: str | None, client: Client) -> str:
+        plan = self._plan(config, token, client)
         offered: list[Offer] = []
         chosen = None
         wanted, machine = registry.asked(check_machine(form.machine))
@@ -231,7 +231,7 @@ class Desk:
             chosen=chosen,
         )
 
-    def search(self, text: str, asker: Asker) -> list[str]:
+    def search(self, text: str, client: Client) -> list[str]:
         """Return the names of models for what was typed so far; empty when the Hub does not
         answer.
         """
@@ -241,7 +241,7 @@ class Desk:
         if text[0] in "/.~" or text.lower().startswith("demo:"):
             return []
         try:
-            self.allow("search", asker)
+            self.allow("search", client)
         except QuantkitError:
             return []
         try:
@@ -252,42 +252,42 @@ class Desk:
 
     # A run.
 
-    def act(self, action: str, run_id: Any, asker: Asker, token: str = "") -> str:
+    def act(self, action: str, run_id: Any, client: Client, token: str = "") -> str:
         """Cancel, resume or delete. Returns a notice as HTML, empty when it worked."""
 
         def do() -> str:
-            self.allow("act", asker)
+            self.allow("act", client)
             if action == "cancel":
-                self.store.cancel(run_id, asker.owner, checked_token(token))
+                self.store.cancel(run_id, client.owner, checked_token(token))
             elif action == "resume":
-                self.store.resume(run_id, asker.owner, checked_token(token))
+                self.store.resume(run_id, client.owner, checked_token(token))
             elif action == "delete":
-                self.store.delete(run_id, asker.owner)
+                self.store.delete(run_id, client.owner)
             return ""
 
         return answered(do)
 
-    def compare(self, run_id: Any, repo: str, visibility: str, asker: Asker, token: str) -> str:
+    def compare(self, run_id: Any, repo: str, visibility: str, client: Client, token: str) -> str:
         """Return what publishing would change, as HTML. Raises QuantkitError."""
         visibility = check_visibility(visibility)
-        files, places = self.store.staged(run_id, asker.owner)
-        self.allow("compare", asker)
+        files, places = self.store.staged(run_id, client.owner)
+        self.allow("compare", client)
         secret = self._token_to_publish(token)
-        closed = self.store.closed(run_id, asker.owner) if visibility == "model" else ""
+        closed = self.store.closed(run_id, client.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, check_repo(repo), secret, private)
         return publishing.changes(changes, closed)
 
     def publish(
-        self, run_id: Any, repo: str, visibility: str, collection: str, asker: Asker, token: str
+        self, run_id: Any, repo: str, visibility: str, collection: str, client: Client, token: str
     ) -> None:
         """Queue the upload of a validated run. Raises QuantkitError."""
         checked = checked_token(token)  # none on one's own machine: what it is logged in with
-        self.allow("publish", asker)
+        self.allow("publish", client)
         slug = check_collection(collection)
         self.store.publish(
             run_id,
-            asker.owner,
+            client.owner,
             check_repo(repo),
             check_visibility(visibility),
             checked,
@@ -299,10 +299,12 @@ class Desk:
         checked = checked_token(token)
         return checked if checked or self.store.public else hub.resolve_token()
 
-    def talk(self, run_id: Any, prompt: str, original: bool, asker: Asker) -> Iterator[str]:
-        """Return what the finished file, or the original, answers; it grows. Raises QuantkitError."""
+    def talk(self, run_id: Any, prompt: str, original: bool, client: Client) -> Iterator[str]:
+        """Return what the finished file, or the original, answers; it grows. Raises
+        QuantkitError.
+        """
         text = check_prompt(prompt)
-        ours, base = self.store.models(run_id, asker.owner)
+        ours, base = self.store.models(run_id, client.owner)
         path = base if original else ours
         if path is None:
             raise QuantkitError(
@@ -311,7 +313,7 @@ class Desk:
                 else "The file is not on this machine.",
                 "Download the file to try it.",
             )
-        self.allow("talk", asker)
+        self.allow("talk", client)
         yield from say(path, [{"role": "user", "content": text}])
 
     # What is shown.

@@ -21,7 +21,7 @@ ALLOWED = {
 _MOST_VISITORS = 20_000
 
 
-class Allowance:
+class RateLimit:
     """Counts per visitor and action: a bucket that refills evenly. Safe in several threads."""
 
     def __init__(
