@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quantkit.sizes import size
+
 # Waiting threads must sleep: busy-waiting ones starve every other process on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -415,7 +417,7 @@ def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
 
     freed = pipeline.clean(arguments.folder)
     if not arguments.json:
-        print(f"{freed / 1e6:,.0f} MB freed; results are kept")
+        print(f"{size(freed)} freed; results are kept")
     return {"folder": str(arguments.folder), "freed_bytes": freed}
 
 

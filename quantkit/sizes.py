@@ -34,6 +34,8 @@ def parse_bytes(text: str) -> int:
     return n_bytes
 
 
-def size(n_bytes: int) -> str:
-    """Return the bytes for people: decimal MB, from a thousand of them GB."""
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+def size(n_bytes: float) -> str:
+    """Return bytes for people: decimal kB, from a million of them MB, from a billion GB."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:,.2f} GB"
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{max(1, round(n_bytes / 1e3))} kB"

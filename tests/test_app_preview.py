@@ -184,7 +184,7 @@ def test_first_facts_come_before_the_planner(
 
 def test_a_run_too_large_for_the_page(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "memory_here", lambda environment: 4e9)
-    assert "too large" in shown(handlers) and "needs about 5.0 GB of memory" in shown(handlers)
+    assert "too large" in shown(handlers) and "needs about 5.00 GB of memory" in shown(handlers)
     handlers.store.public = True
     with pytest.raises(QuantkitError, match="too large for this page.*Choose a Job"):
         handlers.start(RunForm("a/b"), "", ME)

@@ -214,7 +214,7 @@ def test_too_little_memory() -> None:
     for line in lines:
         assert "by `ulimit -v`" in line and "Raise that limit" in line and "bug" not in line
     for line in lines[:3]:
-        assert "the search stage takes about 5.0 GB" in line
+        assert "the search stage takes about 5.00 GB" in line
     assert lines[3].startswith("llama.cpp cannot load x.gguf. Memory is likely what lacks")
 
 

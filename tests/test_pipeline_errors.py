@@ -308,7 +308,7 @@ ON_THE_HUB = {
         "lab/huge",
         (),
         None,
-        r"Not enough disk: a run of lab/huge needs \d{6,}.*GB free. Free some space",
+        r"Not enough disk: a run of lab/huge needs [\d,]{7,}.*GB free. Free some space",
     ),
     "unknown": ("lab/moon", (), None, r"does not know the architecture MoonLlamaForCausalLM"),
     "beyond reach": ("lab/gemma-3n", (), None, r"not supported: its blocks hand on four hidden"),

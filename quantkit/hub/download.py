@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from quantkit.checkpoint.info import ModelInfo, RepoFile
 from quantkit.errors import QuantkitError
 from quantkit.hub.client import PATIENT, Asked, call, endpoint
+from quantkit.sizes import size
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -41,8 +42,8 @@ def check_disk(folder: Path, n_bytes: int, purpose: str = "the download") -> Non
     n_free = shutil.disk_usage(place).free
     if n_bytes > n_free:
         raise QuantkitError(
-            f"Not enough disk: {purpose} needs {n_bytes / 1e9:.2f} GB and {place} has "
-            f"{n_free / 1e9:.2f} GB free.",
+            f"Not enough disk: {purpose} needs {size(n_bytes)} and {place} has "
+            f"{size(n_free)} free.",
             "Free some space, or put HF_HOME and --out on a larger disk.",
         )
 

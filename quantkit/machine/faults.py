@@ -17,6 +17,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, chain_of
 from quantkit.machine import room
+from quantkit.sizes import size
 
 _AGAIN = "give the same command again: what is done stays"
 _LITTLE_DISK = 16_000_000  # bytes: a disk with less is what was full
@@ -261,7 +262,7 @@ def _doubted(error: QuantkitError, run: Path | None, needs: int, stage: str) -> 
         return QuantkitError(_lacks(needs, stage), _more())
     if _may_be_memory(str(error), error) and _is_tight(needs):
         found = room.free()
-        likely = f"Memory is likely what lacks: {_size(found.n_bytes)} are free {found.bound}."
+        likely = f"Memory is likely what lacks: {size(found.n_bytes)} are free {found.bound}."
         return QuantkitError(error.message, f"{likely} {_more()}")
     return error
 
@@ -279,18 +280,14 @@ def _is_tight(needs: int) -> bool:
 
 def _lacks(needs: int, stage: str) -> str:
     found = room.free()
-    takes = f", and the {stage} stage takes about {_size(needs)}" if needs and stage else ""
-    return f"There is too little memory: {_size(found.n_bytes)} are free {found.bound}{takes}."
+    takes = f", and the {stage} stage takes about {size(needs)}" if needs and stage else ""
+    return f"There is too little memory: {size(found.n_bytes)} are free {found.bound}{takes}."
 
 
 def _more() -> str:
     if room.free().is_limit:
         return f"Raise that limit, and {_AGAIN}."
     return f"End what else uses memory or give it more, and {_AGAIN}."
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.0f} MB"
 
 
 def little_memory(needs: int, stage: str) -> str:
@@ -301,8 +298,8 @@ def little_memory(needs: int, stage: str) -> str:
         mapped = _MAPPED if "-v" in found.bound else 0
         if found.n_bytes + found.own < needs + mapped:
             return (
-                f"there is little memory: {stage} takes about {_size(needs + mapped)}, and"
-                f" {_size(found.n_bytes + found.own)} are there {found.bound}: it may fail"
+                f"there is little memory: {stage} takes about {size(needs + mapped)}, and"
+                f" {size(found.n_bytes + found.own)} are there {found.bound}: it may fail"
             )
     return ""
 

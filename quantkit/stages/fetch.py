@@ -28,6 +28,7 @@ from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.output import safe_name
 from quantkit.planning import texts
 from quantkit.run.stage import Run, Stage, StageResult
+from quantkit.sizes import size
 from quantkit.sources.fit import Fit, check_fit, copies_in, kept_notes
 from quantkit.sources.resolve import DEMO_FOLDER, read_headers, resolve
 
@@ -151,7 +152,7 @@ def _describe(info: ModelInfo) -> str:
     onto = f", an adapter of {info.base.id} at {info.base.sha[:12]}" if info.base else ""
     return (
         f"{info.id} at {info.sha[:12]}{onto}: {info.architectures[0]}, "
-        f"{info.n_parameters / 1e6:,.0f}M parameters, {info.n_download_bytes / 1e6:,.0f} MB, "
+        f"{info.n_parameters / 1e6:,.0f}M parameters, {size(info.n_download_bytes)}, "
         f"licence {info.license or 'not stated'}"
     )
 

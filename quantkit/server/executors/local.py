@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.server.executors.protocol import Executor, Order
+from quantkit.sizes import size
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
 SHARE = 0.9  # of memory and disk that a run may take
@@ -31,8 +32,8 @@ class Local(Executor):
         memory = memory_here(os.environ)
         if memory and needs["memory_bytes"] > SHARE * memory:
             return (
-                f"It needs about {needs['memory_bytes'] / 1e9:.1f} GB of memory and this machine"
-                f" has {memory / 1e9:.1f} GB."
+                f"It needs about {size(needs['memory_bytes'])} of memory and this machine"
+                f" has {size(memory)}."
             )
         place = root.absolute()
         while not place.exists():
@@ -40,8 +41,8 @@ class Local(Executor):
         free = shutil.disk_usage(place).free
         if needs["disk_bytes"] > SHARE * free:
             return (
-                f"It needs about {needs['disk_bytes'] / 1e9:.1f} GB of disk and this machine has"
-                f" {free / 1e9:.1f} GB free."
+                f"It needs about {size(needs['disk_bytes'])} of disk and this machine has"
+                f" {size(free)} free."
             )
         if most_seconds is not None and needs["seconds"] > most_seconds:
             return (

@@ -13,6 +13,7 @@ from quantkit.errors import UsageError
 from quantkit.server.executors import process
 from quantkit.server.runs.follow import Follower
 from quantkit.server.runs.record import QUEUED, RunRecord
+from quantkit.sizes import size
 
 CLEAN, DELETE = "clean", "delete"
 CLEANED_FILE = ".cleaned"
@@ -118,7 +119,7 @@ def check_limits(
     used = sum(folder_bytes(folder) for folder in owned)
     if used > limits.bytes_per_owner:
         raise UsageError(
-            f"Your runs take {used / 1e9:.1f} GB of this machine's disk.",
+            f"Your runs take {size(used)} of this machine's disk.",
             "Delete one that you no longer need.",
         )
 

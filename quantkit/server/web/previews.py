@@ -11,7 +11,8 @@ from quantkit.planning.coverage import in_words
 from quantkit.server.executors.protocol import Offer
 from quantkit.server.previews.first_look import FirstLook
 from quantkit.server.previews.sizes import context_bytes
-from quantkit.server.web.view import duration, file_size, notice
+from quantkit.server.web.view import duration, notice
+from quantkit.sizes import size
 
 _SHOWN_MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 _SHOWN_OFFERS = 4
@@ -24,7 +25,7 @@ def looked_at(first: FirstLook) -> str:
         ("Licence", _licence(first.licence, first.gated)),
     ]
     if first.n_download_bytes:
-        facts.append(("To read", file_size(first.n_download_bytes)))
+        facts.append(("To read", size(first.n_download_bytes)))
     return _card(facts, '<p class="qk-help qk-busy">Working out exact sizes and cost …</p>')
 
 
@@ -74,12 +75,10 @@ def _preview(
         facts.append(
             (
                 "Context",
-                f"{context:,} tokens take {file_size(context_bytes(plan, context))} beside it",
+                f"{context:,} tokens take {size(context_bytes(plan, context))} beside it",
             )
         )
-    facts.append(
-        ("Possible", f"{file_size(sizes['smallest_bytes'])} to {file_size(sizes['largest_bytes'])}")
-    )
+    facts.append(("Possible", f"{size(sizes['smallest_bytes'])} to {size(sizes['largest_bytes'])}"))
     if "coverage" in plan:
         facts.append(("Under GPTQ", in_words(plan["coverage"])))
     facts.append(("Disk, memory", _both(needs)))
@@ -109,13 +108,13 @@ def _budget(budgets: Sequence[dict[str, Any]], n_parameters: int) -> str:
     if not limits:
         return "given by the types"
     if len(limits) > 1:
-        return f"{len(limits)} files: " + ", ".join(file_size(n) for n in limits)
+        return f"{len(limits)} files: " + ", ".join(size(n) for n in limits)
     (limit,) = limits
-    return f"at most {file_size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
+    return f"at most {size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
 
 
 def _both(needs: dict[str, Any]) -> str:
-    return f"about {file_size(needs['disk_bytes'])}, {file_size(needs['memory_bytes'])}"
+    return f"about {size(needs['disk_bytes'])}, {size(needs['memory_bytes'])}"
 
 
 def _where(
@@ -161,8 +160,8 @@ def _stock(plan: dict[str, Any], context: int | None) -> str:
     tokens = context or ContextMemory(**plan["context"]).usual_tokens
     beside = context_bytes(plan, tokens)
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{file_size(n)}</td>'
-        f"<td>{8 * n / plan['model']['n_parameters']:.2f}</td><td>{file_size(n + beside)}</td></tr>"
+        f'<tr><th scope="row">{escape(name)}</th><td>{size(n)}</td>'
+        f"<td>{8 * n / plan['model']['n_parameters']:.2f}</td><td>{size(n + beside)}</td></tr>"
         for name in _SHOWN_MIXES
         if (n := plan["stock"].get(name)) is not None
     )

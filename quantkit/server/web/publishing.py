@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from quantkit.hub import RepoChanges
-from quantkit.server.web.view import file_size
+from quantkit.sizes import size
 
 _WORDS = {"new": "new", "changed": "replaced", "same": "unchanged", "kept": "stays"}
 _SIGNS = {"new": "+", "changed": "~", "same": "=", "kept": " "}
@@ -28,14 +28,14 @@ def changes(found: RepoChanges, closed: str = "") -> str:
     n_sent = sum(change.kind in ("new", "changed") for change in found.changes)
     what = (
         f"{n_sent} {'file is' if n_sent == 1 else 'files are'} uploaded in one commit,"
-        f" {file_size(found.n_bytes)}."
+        f" {size(found.n_bytes)}."
         if n_sent
         else "It holds these very files already: nothing is uploaded."
     )
     rows = "".join(
         f'<li class="{change.kind}"><b>{_SIGNS[change.kind]}</b><span>{escape(change.path)}</span>'
         f"<small>{_WORDS[change.kind]}"
-        + (f", {file_size(change.n_bytes)}" if change.kind in ("new", "changed") else "")
+        + (f", {size(change.n_bytes)}" if change.kind in ("new", "changed") else "")
         + "</small></li>"
         for change in found.changes
     )

@@ -13,7 +13,7 @@ from quantkit.evidence.report import text
 from quantkit.evidence.report.schema import Report, Row
 from quantkit.server.runs import RunView
 from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
-from quantkit.server.web.view import file_size
+from quantkit.sizes import size
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def _read(run: RunView) -> Report | None:
 
 def _tiles(report: Report, row: Row) -> str:
     tiles = [
-        (file_size(row.n_bytes), f"{row.bpw:.2f} bits per weight"),
+        (size(row.n_bytes), f"{row.bpw:.2f} bits per weight"),
         (text.number(row.kl.value), "mean KL divergence"),
         (text.percent(row.top1), "same most likely token"),
     ]

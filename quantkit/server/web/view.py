@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from quantkit.evidence import report as reports
 from quantkit.server.executors.registry import EXECUTORS
 from quantkit.server.runs import RunSummary, RunView, StageView
+from quantkit.sizes import size
 from quantkit.stages import STAGES
 
 STAGE_ABOUT = {stage.name: stage.about for stage in STAGES}
@@ -26,13 +27,6 @@ STATE_TEXT = {
 }
 _MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 _MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
-
-
-def file_size(n_bytes: float) -> str:
-    """Return the bytes for people, decimal, from kB to GB."""
-    if n_bytes >= 1e9:
-        return f"{n_bytes / 1e9:,.2f} GB"
-    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{max(1, round(n_bytes / 1e3))} kB"
 
 
 def duration(seconds: float) -> str:
@@ -286,7 +280,7 @@ def files(run: RunView) -> str:
         )
         rows.append(
             f"<li>{link}"
-            f"<span>{file_size(file.n_bytes)}</span>"
+            f"<span>{size(file.n_bytes)}</span>"
             f'<code title="sha256">{escape(file.sha256)}</code></li>'
         )
     where = "" if any(file.is_here for file in run.files) else _elsewhere(run)
@@ -301,7 +295,7 @@ def _downloads(run: RunView) -> str:
     links = "".join(
         f'<a class="qk-download" href="{escape(f"files/{quote(run.id)}/{quote(file.name)}")}"'
         f' download="{escape(file.name)}">Download {escape(file.name)}<small>'
-        f"{file_size(file.n_bytes)}</small></a>"
+        f"{size(file.n_bytes)}</small></a>"
         for file in run.files
         if file.is_model and file.is_here and run.state == "finished"
     )
