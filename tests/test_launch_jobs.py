@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from quantkit.hub import jobs
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import RunDir
 from quantkit.server.executors import process
-from quantkit.server.executors.hf_jobs import dispatch, executor, wheel
+from quantkit.server.executors.hf_jobs import dispatch, executor, in_job, wheel
 from quantkit.server.executors.hf_jobs.in_job import keep, restore
 from quantkit.server.executors.hf_jobs.machines import offers
 from quantkit.server.executors.hf_jobs.wire import (
@@ -425,3 +426,19 @@ def test_keep_and_restore(tmp_path: Path) -> None:
 
 def test_prices_are_the_servers(hub: HubServer) -> None:
     assert len(jobs.machines()) == len(hub_jobs.PRICES)
+
+
+def test_a_half_line_of_the_worker_meets_no_event(capsysbinary: pytest.CaptureFixture) -> None:
+    """Text and its end are written apart; what is told meanwhile stays a line of its own."""
+    out = in_job._WholeLines()
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stream:
+        passing = threading.Thread(target=out.pass_on, args=(stream,))
+        passing.start()
+        os.write(writing, b"quantize 0")
+        time.sleep(0.1)
+        out.write(b"event\n")
+        os.write(writing, b" of 3\nend")
+        os.close(writing)
+        passing.join()
+    assert capsysbinary.readouterr().out.splitlines() == [b"event", b"quantize 0 of 3", b"end"]

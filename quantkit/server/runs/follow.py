@@ -46,7 +46,7 @@ _MAX_CONFIG_BYTES = 1_000_000
 _MAX_NAME = 300  # characters of a model or target
 _MAX_FILES = 1000
 _LOOK_SECONDS = 0.03  # at an events file at once: the store waits meanwhile
-_REST = 20.0  # times as long as reading a file took, it is not read again
+_REST = 20.0  # while a run works: times as long as reading a file took, it is not read again
 
 
 @dataclass
@@ -247,6 +247,7 @@ class Follower:
         if self.damage or config is None:
             return self._damaged_view(summary)
         running = summary.state == views.RUNNING
+        rest = _REST if running else 0.0
         files = self.files()
         current = progress.current
         error, remedy = self._error(summary.state)
@@ -276,8 +277,8 @@ class Follower:
             remedy=remedy,
             curve=tuple(progress.curve),
             log=tuple(progress.log),
-            report=self._read(str(RELATIVE.report), _read_report, _REST),
-            allocation=self._read(str(RELATIVE.best), _read_report, _REST),
+            report=self._read(str(RELATIVE.report), _read_report, rest),
+            allocation=self._read(str(RELATIVE.best), _read_report, rest),
             files=files,
             card=self._read(str(RELATIVE.upload / "README.md"), _read_card) or "",
             publish_to=config.publish,
@@ -339,7 +340,8 @@ class Follower:
         return path if path.is_file() else None
 
     def _results(self) -> dict[str, tuple[ResultFile, str]]:
-        return self._read("manifest.json", lambda path: self._result_paths(), _REST) or {}
+        rest = _REST if self.is_running() else 0.0
+        return self._read("manifest.json", lambda path: self._result_paths(), rest) or {}
 
     def _result_paths(self) -> dict[str, tuple[ResultFile, str]]:
         records = self.dir.records()
@@ -394,7 +396,7 @@ class Follower:
             return None
         stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         began = time.monotonic()
-        if cached.stamp != stamp and began >= cached.until:
+        if cached.stamp != stamp and (not rest or began >= cached.until):
             try:
                 value = read(path)
             except (OSError, ValueError, TypeError, KeyError, QuantkitError, RecursionError):

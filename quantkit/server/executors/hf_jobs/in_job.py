@@ -20,6 +20,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from quantkit.config import RunConfig
 from quantkit.files import copy_whole, write_json
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 SET_UP: tuple[str, ...] = (sys.executable, "-m", "quantkit.llamacpp.converter.install")
 _POLL_SECONDS = 1.0
+_MOST_LINE = 65_536  # bytes
 # Written by stages that can go on in the middle.
 _HALVES = RELATIVE.search_states
 
@@ -52,11 +54,14 @@ def main(environment: Mapping[str, str] | None = None) -> int:
     write_json(RunDir(folder).config_path, config)
     if SET_UP:
         subprocess.run(SET_UP, check=False)  # what fails here is said by the convert stage
-    teller = _Teller(folder)
+    out = _WholeLines()
+    teller = _Teller(folder, out)
     with secrets.handed_on(process.worker_secrets(None, False)) as (more, descriptors):
         child = subprocess.Popen(
             [*local.COMMAND, str(folder)],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env={**secrets.without(os.environ), **more},
             pass_fds=descriptors,
         )
@@ -65,6 +70,8 @@ def main(environment: Mapping[str, str] | None = None) -> int:
         child.send_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)
+    passing = threading.Thread(target=out.pass_on, args=(child.stdout,), daemon=True)
+    passing.start()
     keeper = threading.Thread(target=_keep_until, args=(state, folder, child), daemon=True)
     if state is not None:
         keeper.start()
@@ -76,15 +83,33 @@ def main(environment: Mapping[str, str] | None = None) -> int:
             pass
     if state is not None:
         keeper.join()
+    passing.join(_POLL_SECONDS)  # a process that the worker left behind may hold its end open
     teller.tell()
     return child.returncode
+
+
+class _WholeLines:
+    """The Job's log, which two write: whoever listens looks for whole lines in it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def write(self, lines: bytes) -> None:
+        with self._lock:
+            sys.stdout.buffer.write(lines)
+            sys.stdout.buffer.flush()
+
+    def pass_on(self, stream: IO[bytes]) -> None:
+        """Copy a program's output line by line, to its end."""
+        for line in iter(lambda: stream.readline(_MOST_LINE), b""):
+            self.write(line if line.endswith(b"\n") else line + b"\n")
 
 
 class _Teller:
     """Prints what is new in a run's folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, out: _WholeLines) -> None:
+        self._folder, self._out = folder, out
         self._events = folder / "events.jsonl"
         self._offset = self._events.stat().st_size if self._events.exists() else 0
         self._n_told = 0
@@ -97,8 +122,7 @@ class _Teller:
             lines.append(event_line(self._n_told, to_json(event)))
             self._n_told += 1
         if lines:
-            sys.stdout.write("".join(f"{line}\n" for line in lines))
-            sys.stdout.flush()
+            self._out.write("".join(f"{line}\n" for line in lines).encode())
 
     def _file(self, path: str) -> list[str]:
         try:
