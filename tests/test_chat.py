@@ -13,7 +13,7 @@ from tiny_models import tiny_llama
 
 from quantkit.calibration import sampling
 from quantkit.errors import QuantkitError
-from quantkit.llamacpp import chat
+from quantkit.llamacpp import answering
 from quantkit.llamacpp.chat import ChatTemplate
 from quantkit.model.blockwise import load_tokenizer
 
@@ -50,7 +50,7 @@ def test_one_that_cannot_be_used(
     name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "endless":
-        monkeypatch.setattr(chat, "_DEADLINE", 12.0)
+        monkeypatch.setattr(answering, "SECONDS", 12.0)
     template = ChatTemplate(with_template(tokenizer, TEMPLATES[name]))
     assert sampling.why_no_chat(template).isprintable() and sampling.why_no_chat(template)
     with pytest.raises(QuantkitError, match="cannot be rendered") as caught:

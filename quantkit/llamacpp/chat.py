@@ -6,20 +6,15 @@ A template is a program that a stranger wrote: it may loop for ever, or make a t
 from __future__ import annotations
 
 import json
-import os
-import select
-import time
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from quantkit import sandbox
 from quantkit.errors import QuantkitError
-from quantkit.llamacpp.place import Sandboxed
+from quantkit.llamacpp.answering import Answering
 from quantkit.llamacpp.templates import SECONDS, within
 from quantkit.sandbox.outcome import plain
 
-_DEADLINE = 90.0  # with the start of the process
 _MOST_BYTES = 8 * 2**20  # of one rendered conversation
 _LIMITS = sandbox.Limits(cpu_seconds=86_400, wall_seconds=7 * 86_400, memory_bytes=2 * 2**30)
 
@@ -29,7 +24,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._process: _Process | None = None
+        self._process: Answering | None = None
 
     @property
     def exists(self) -> bool:
@@ -45,7 +40,8 @@ class ChatTemplate:
                 "template": self._tokenizer.get_chat_template(),
                 "special": json.loads(json.dumps(special, default=str)),
             }
-            self._process = _Process(arguments)
+            most = 2 * _MOST_BYTES
+            self._process = Answering(f"{__name__}:serve", arguments, _LIMITS, most)
         try:
             answer = self._process.ask([list(messages), add_generation_prompt])
         except (OSError, ValueError, RecursionError) as error:
@@ -58,59 +54,6 @@ class ChatTemplate:
             why = plain(answer.get("error"))
             raise QuantkitError(f"The chat template cannot be rendered: {why}.")
         return str(answer["text"])[:_MOST_BYTES]
-
-
-class _Process:
-    """The process and the two pipes to it. It ends with this object."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        theirs, self._requests = os.pipe()
-        self._answers, answers = os.pipe()
-        os.set_blocking(self._requests, False)
-        given = {"requests": theirs, "answers": answers, **arguments}
-        try:
-            job = sandbox.Job(f"{__name__}:serve", given, _LIMITS, inherited=(theirs, answers))
-            process = Sandboxed(job)
-        finally:
-            os.close(theirs)
-            os.close(answers)
-        self._end = process.end
-        self._close = weakref.finalize(self, _close, self._requests, self._answers)
-
-    def ask(self, question: list[Any]) -> dict[str, Any]:
-        """Raise OSError or ValueError when there is no answer."""
-        deadline = time.monotonic() + _DEADLINE
-        left = memoryview(json.dumps(question).encode() + b"\n")
-        while left:
-            _wait([], [self._requests], deadline)
-            left = left[os.write(self._requests, left) :]
-        said = b""
-        while not said.endswith(b"\n"):
-            _wait([self._answers], [], deadline)
-            data = os.read(self._answers, 2**20)
-            said += data
-            if not data or len(said) > 2 * _MOST_BYTES:
-                raise ValueError("no answer")
-        answer = json.loads(said)
-        if not isinstance(answer, dict):
-            raise ValueError("no answer")
-        return answer
-
-    def close(self) -> str:
-        """Says how it ended, as a clause."""
-        self._close()
-        return self._end()
-
-
-def _close(*descriptors: int) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)  # which ends the process
-
-
-def _wait(reading: list[int], writing: list[int], deadline: float) -> None:
-    left = deadline - time.monotonic()
-    if left <= 0 or not any(select.select(reading, writing, [], left)):
-        raise TimeoutError("no answer in time")
 
 
 def serve(requests: int, answers: int, template: str, special: dict[str, Any]) -> None:

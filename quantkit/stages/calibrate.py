@@ -37,9 +37,10 @@ class Calibrate(Stage):
         from safetensors.numpy import load_file
 
         from quantkit.calibration.prepare import write_texts
+        from quantkit.calibration.tokenizer import Tokenizer
         from quantkit.config import N_CTX
         from quantkit.gguf_file.imatrix import write_imatrix
-        from quantkit.model.blockwise import compute_dtype, load_tokenizer
+        from quantkit.model.blockwise import compute_dtype
         from quantkit.model.opening import open_model
         from quantkit.model.row_maps import load_row_maps
         from quantkit.statistics.collect import collect
@@ -56,7 +57,7 @@ class Calibrate(Stage):
         snapshot = load_snapshot(run.dir)
         dtype = compute_dtype(run.config.device)
         model = open_model(run, NAME, snapshot.folder, dtype, run.config.device)
-        tokenizer = load_tokenizer(snapshot.folder)
+        tokenizer = Tokenizer(snapshot.folder)
         about = write_texts(run, model, tokenizer)
         stored = load_file(made.tokens)
         tokens = {part: stored[part] for part in ("train", "heldout")}

@@ -1,0 +1,120 @@
+"""The checkpoint's tokenizer, which a stranger wrote, in a sandboxed process of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit import sandbox
+from quantkit.errors import QuantkitError
+from quantkit.llamacpp.answering import Answering
+from quantkit.llamacpp.templates import readable
+from quantkit.sandbox.outcome import plain
+
+_LIMITS = sandbox.Limits(cpu_seconds=86_400, wall_seconds=7 * 86_400, memory_bytes=4 * 2**30)
+_MOST_BYTES = 256 * 2**20  # of the ids of one text
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as token ids: a list, or int64 (1, n_tokens) where tensors were asked for."""
+
+    input_ids: Any
+
+
+class Tokenizer:
+    """What is used of transformers' tokenizer, by the same names."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raise QuantkitError for a tokenizer that transformers does not load."""
+        given = {"folder": str(folder.absolute())}
+        function, shown = f"{__name__}:serve", readable(folder)
+        self._process = Answering(function, given, _LIMITS, _MOST_BYTES, shown, preload=True)
+        facts = self._ask("facts")
+        self.chat_template = _text(facts.get("chat_template"))
+        self.eos_token_id = facts.get("eos_token_id") if _is_id(facts.get("eos_token_id")) else None
+        special = facts.get("special_tokens_map")
+        self.special_tokens_map: dict[str, Any] = special if isinstance(special, dict) else {}
+
+    def get_chat_template(self) -> str:
+        """Return the chat template. Raise ValueError without one."""
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template")
+        return self.chat_template
+
+    def __call__(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        verbose: bool = False,
+        return_tensors: str | None = None,
+    ) -> Encoded:
+        """Return the ids of a text."""
+        ids = self._ask("ids", text, add_special_tokens).get("ids")
+        if not isinstance(ids, list) or not all(map(_is_id, ids)):
+            raise QuantkitError("The tokenizer gives what are no token ids.")
+        return Encoded(torch.tensor([ids]) if return_tensors == "pt" else ids)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids."""
+        return _text(self._ask("text", ids, skip_special_tokens).get("text")) or ""
+
+    def _ask(self, *question: Any) -> dict[str, Any]:
+        try:
+            answer = self._process.ask(question)
+        except (OSError, ValueError, RecursionError):
+            why = f"its process {self._process.close()}"
+            raise QuantkitError(f"The tokenizer cannot be used: {why}.") from None
+        if "error" in answer:
+            raise QuantkitError(
+                plain(answer.get("error")) or "The tokenizer cannot be used.",
+                plain(answer.get("remedy") or ""),
+            )
+        return answer
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def serve(requests: int, answers: int, folder: str) -> None:
+    """Answer one question for each line of `requests`. Runs in the sandbox."""
+    import json
+
+    from quantkit.model.blockwise import load_tokenizer
+
+    with open(requests, "rb") as asked, open(answers, "wb") as told:
+        tokenizer: Any = None
+        for line in asked:
+            try:
+                tokenizer = tokenizer or load_tokenizer(Path(folder))
+                answer = _answer(tokenizer, *json.loads(line))
+            except Exception as error:  # a tokenizer can raise anything
+                said = getattr(error, "message", f"{type(error).__name__}: {str(error)[:300]}")
+                answer = {"error": said, "remedy": getattr(error, "remedy", "")}
+            told.write(json.dumps(answer).encode() + b"\n")
+            told.flush()
+
+
+def _answer(tokenizer: Any, what: str, *given: Any) -> dict[str, Any]:
+    if what == "ids":
+        text, add_special_tokens = given
+        found = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return {"ids": found.input_ids}
+    if what == "text":
+        ids, skip_special_tokens = given
+        return {"text": tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)}
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return {
+        "chat_template": template,
+        "eos_token_id": tokenizer.eos_token_id,
+        "special_tokens_map": special,
+    }
