@@ -40,7 +40,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from quantkit import config as settings  # noqa: E402
 from quantkit.config import RunConfig  # noqa: E402
-from quantkit.evidence import meter  # noqa: E402
 from quantkit.files import write_json  # noqa: E402
 from quantkit.run.events import Event  # noqa: E402
 from quantkit.run.folder import read_json  # noqa: E402
@@ -179,11 +178,7 @@ def planned(options: argparse.Namespace) -> dict[str, int]:
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
-    """The demo's profile with other numbers of tokens, and its efforts with other numbers of files
-    to stand beside the output.
-    """
-    efforts: Any = meter.EFFORTS
-    efforts["demo"] = dataclasses.replace(efforts["demo"], n_below=options.beside)
+    """The demo's profile with other numbers of tokens, and of files to stand beside the output."""
     profiles: Any = settings.PROFILES
     profiles["demo"] = dataclasses.replace(
         profiles["demo"],
@@ -191,6 +186,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
         heldout_tokens=max(2048, options.tokens // 4),
         search_tokens=options.tokens,
         eval_windows=options.windows,
+        effort=dataclasses.replace(profiles["demo"].effort, n_below=options.beside),
     )
     return RunConfig(
         model=str(options.folder / "Big-Llama"),

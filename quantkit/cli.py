@@ -83,14 +83,12 @@ def _readable(arguments: Sequence[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantkit",
-        description="Any Hugging Face language model into the best GGUF of a size, with proof.",
+        description="Make the best GGUF of a given size from a Hugging Face model, and measure it.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser(
-        "run", help="run all stages, or go on with a run that was interrupted"
-    )
+    run = commands.add_parser("run", help="run all stages, or continue an interrupted run")
     _add_model_options(run)
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
     run.add_argument(
@@ -100,15 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print one JSON object last")
     run.set_defaults(command=_run)
 
-    plan = commands.add_parser("plan", help="what would run: sizes, levels, time and disk; no work")
+    plan = commands.add_parser(
+        "plan", help="show what a run would make and cost, without running it"
+    )
     _add_model_options(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(command=_plan)
 
     for name, help_text, command in (
-        ("status", "how far a run is", _status),
-        ("resume", "go on with an interrupted run", _resume),
-        ("clean", "drop what only the stages need, keep the results", _clean),
+        ("status", "show a run's progress", _status),
+        ("resume", "continue an interrupted run", _resume),
+        ("clean", "delete intermediate files, keep the results", _clean),
     ):
         sub = commands.add_parser(name, help=help_text)
         sub.add_argument("folder", type=Path, metavar="DIR")
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
                     option,
                     action="append",
                     metavar="FILE",
-                    help="another than the run was started with; none: leave it out",
+                    help="replace what the run was started with; none: leave it out",
                 )
 
     publish = commands.add_parser("publish", help="upload a finished run to the Hub")
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.set_defaults(command=_publish)
 
     compare = commands.add_parser(
-        "compare", help="measure GGUFs of one base beside each other; none need be ours"
+        "compare", help="measure GGUFs of one model, made by any tool, beside each other"
     )
     compare_options.add(compare)
     compare.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--levels",
         type=Path,
         metavar="DIR",
-        help="the kept level files, or the run's folder; without them they are made again",
+        help="the level files, or the run's folder; they are made again without it",
     )
     rebuild.add_argument("--out", type=Path, required=True, metavar="FILE")
     rebuild.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -177,7 +177,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--fits",
         metavar="MEM@CTX,...",
-        help="what fits this memory with a context of so many tokens, such as 8GB@8192",
+        help="the largest file that fits in MEM with a context of CTX tokens, such as 8GB@8192",
     )
     size.add_argument(
         "--family",
@@ -186,22 +186,22 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"a file like each of {', '.join(FAMILY)}; several sizes share one run",
     )
     parser.add_argument(
-        "--profile", choices=PROFILES, default="standard", help="how much work to spend"
+        "--profile", choices=PROFILES, default="standard", help="effort (default: standard)"
     )
     parser.add_argument(
         "--types",
         type=Path,
         metavar="MAP.json",
-        help="tensor patterns to types: these are not searched; `>=Q5_K` is a least type",
+        help="fixes the types of matching tensors; `>=Q5_K` sets a minimum",
     )
     parser.add_argument(
-        "--max-types", type=int, metavar="N", help="at most so many different types in the file"
+        "--max-types", type=int, metavar="N", help="at most N different types in the file"
     )
     parser.add_argument(
         "--tuning",
         type=int,
         metavar="STEPS",
-        help="steps by gradient of every block of the found file; 0: none (default: the profile's)",
+        help="gradient steps per block when tuning; 0: no tuning (default: the profile's)",
     )
     parser.add_argument(
         "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
@@ -214,7 +214,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="tensors of this file of the same model compete, too: a path or hf://...",
     )
     parser.add_argument(
-        "--methods", metavar="LIST", default=",".join(METHODS), help="methods that compete"
+        "--methods",
+        metavar="LIST",
+        default=",".join(METHODS),
+        help="which compete (default: %(default)s)",
     )
     parser.add_argument(
         "--tensors", metavar="REGEX", help="quantize only tensors whose name matches"
@@ -236,8 +239,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="GGUF",
         help="measure this file of the same model beside ours: a path or hf://owner/name/file.gguf",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all GPUs")
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:

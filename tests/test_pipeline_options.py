@@ -18,9 +18,8 @@ from commands import CHEAP, Answer, Run, packed_tensors, quantkit
 from tiny_gguf import Shape, write_llama
 
 from quantkit import pipeline
-from quantkit.config import RunConfig
+from quantkit.config import PROFILES, RunConfig
 from quantkit.errors import QuantkitError
-from quantkit.evidence.meter import EFFORTS
 from quantkit.ggml import native
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.imatrix import read_imatrix
@@ -265,7 +264,9 @@ def test_a_file_of_another_model_does_not_compete(
 def test_long_contexts(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as the texts and the model allow; what is longer is named with the reason."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(EFFORTS, "demo", replace(EFFORTS["demo"], long=(256, 10**6)))
+    demo = PROFILES["demo"]
+    effort = replace(demo.effort, long=(256, 10**6))
+    monkeypatch.setitem(PROFILES, "demo", replace(demo, effort=effort))
     run = whole.fork(tmp_path / "run", "validate")
     pipeline.run(RunConfig.from_json(read_json(run.dir.config_path)), run.folder, until="validate")
     (output,) = run.report["outputs"]

@@ -25,6 +25,19 @@ TUNING_BATCH = 2  # sequences that a step of tuning sees
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What validation spends beside the KL of each file."""
+
+    n_below: int  # stock files of at most our size that are measured: the largest ones
+    n_uniform: int  # of our own uniform files: the largest of at most our size, the next larger
+    weight_windows: int | None  # of each domain, for the KL of the weights alone; None: all
+    rows: int | None  # of each tensor, decoded a second time; None: all
+    n_items: int  # zero-shot items
+    speed: tuple[int, int, int]  # tokens of prompt and of answer, repeats
+    long: tuple[int, ...] = ()  # tokens of a window, for the KL in long contexts
+
+
+@dataclass(frozen=True)
 class Profile:
     """How much work a run does. One table, shown in docs/options.md."""
 
@@ -34,6 +47,7 @@ class Profile:
     eval_windows: int  # of 512 tokens, per domain, in validation
     n_sweeps: int  # of descent over codes and scales after GPTQ
     tuning_steps: int  # by gradient, of every block of a found allocation
+    effort: Effort
     levels: tuple[str, ...]
     about: str
 
@@ -48,6 +62,7 @@ PROFILES = {
         eval_windows=2,
         n_sweeps=2,
         tuning_steps=0,
+        effort=Effort(3, 0, 2, 32, 60, (128, 32, 2)),
         levels=("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         about="minutes on 2 cores, 135M parameters",
     ),
@@ -58,6 +73,7 @@ PROFILES = {
         eval_windows=20,
         n_sweeps=4,
         tuning_steps=0,
+        effort=Effort(2, 2, 10, None, 200, (256, 32, 2), (4096,)),
         levels=_LEVELS,
         about="tens of minutes on 2 cores; a first look",
     ),
@@ -68,6 +84,7 @@ PROFILES = {
         eval_windows=40,
         n_sweeps=4,
         tuning_steps=200,
+        effort=Effort(3, 2, None, None, 500, (512, 64, 3), (4096, 16_384)),
         levels=_LEVELS,
         about="an hour on 2 cores at 135M; minutes on a GPU",
     ),
@@ -78,6 +95,7 @@ PROFILES = {
         eval_windows=80,
         n_sweeps=4,
         tuning_steps=400,
+        effort=Effort(3, 2, None, None, 2000, (512, 64, 3), (4096, 16_384, 32_768)),
         levels=_LEVELS,
         about="overnight on a CPU; when the file will have many users",
     ),

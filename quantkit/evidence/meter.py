@@ -5,7 +5,7 @@ file of a run in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,27 +26,6 @@ if TYPE_CHECKING:
 _STAGE = "validate"
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What a profile spends beside the KL of each file."""
-
-    n_below: int  # stock files of at most our size that are measured: the largest ones
-    n_uniform: int  # of our own uniform files: the largest of at most our size, the next larger
-    weight_windows: int | None  # of each domain, for the KL of the weights alone; None: all
-    rows: int | None  # of each tensor, decoded a second time; None: all
-    n_items: int  # zero-shot items
-    speed: tuple[int, int, int]  # tokens of prompt and of answer, repeats
-    long: tuple[int, ...] = ()  # tokens of a window, for the KL in long contexts
-
-
-EFFORTS = {
-    "demo": Effort(3, 0, 2, 32, 60, (128, 32, 2)),
-    "fast": Effort(2, 2, 10, None, 200, (256, 32, 2), (4096,)),
-    "standard": Effort(3, 2, None, None, 500, (512, 64, 3), (4096, 16_384)),
-    "thorough": Effort(3, 2, None, None, 2000, (512, 64, 3), (4096, 16_384, 32_768)),
-}
-
-
 class Meter:
     """Measures files one after the other; keeps the outputs' tokens for the paired tests, and the
     base's answers.
@@ -63,7 +42,7 @@ class Meter:
     ) -> None:
         self.measures = measures
         self._run, self._base, self._runtime, self._items = run, base, runtime, items
-        self._effort = EFFORTS[run.config.profile]
+        self._effort = run.profile.effort
         self._n_steps, self._at = n_steps, 0
         self._ours: dict[str, tuple[KLResult | None, KLResult | None]] = {}
         self._answers: dict[str, ZeroShotResult] = {}

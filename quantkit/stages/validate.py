@@ -27,7 +27,7 @@ from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.evidence import baselines, integrity
 from quantkit.evidence.baselines import Baseline, as_it_is
-from quantkit.evidence.meter import EFFORTS, Meter
+from quantkit.evidence.meter import Meter
 from quantkit.evidence.report import SCHEMA, write_report
 from quantkit.evidence.report.measures import Measures, reason_of
 from quantkit.evidence.report.schema import OURS
@@ -119,7 +119,7 @@ def _validate(run: Run) -> StageResult:
             lambda: predictions(texts, N_CTX, windows, kept, runtime, progress),
         )
         joined = {"long": "\n\n".join(texts.values())}
-        for n_ctx in EFFORTS[run.config.profile].long:
+        for n_ctx in run.profile.effort.long:
 
             def long(n_ctx: int = n_ctx) -> BaseLogits:
                 _check_trained(base, n_ctx)
@@ -173,7 +173,7 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
     """
     from evaluators import generation
 
-    effort = EFFORTS[run.config.profile]
+    effort = run.profile.effort
     file = GgufFile(ours)
     found = [integrity.same_weights(file, effort.rows), integrity.same_frame(file, base)]
     for check in found:
@@ -240,7 +240,7 @@ def _not_made(name: str, error: Exception) -> Check:
 def _baselines(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Baseline]:
     """Stock files around our sizes, our own uniform files around them, and what the user named."""
     imatrix = read_imatrix(run.artifacts.imatrix)
-    effort = EFFORTS[run.config.profile]
+    effort = run.profile.effort
     like = {str(t): t.mix for t in run.config.targets if t.mix}
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
     uniform = baselines.uniform_baselines(run.artifacts.levels, list(sizes), effort.n_uniform)
@@ -291,7 +291,7 @@ def _items(run: Run) -> tuple[TaskItems | None, str]:
     from evaluators import tasks
     from evaluators.errors import EvaluationError
 
-    n_items = EFFORTS[run.config.profile].n_items
+    n_items = run.profile.effort.n_items
     if run.config.tasks:
         return tasks.load("choices", data=Path(run.config.tasks)), ""
     if run.config.model == DEMO_MODEL:
