@@ -7,7 +7,7 @@ the end of a context go to the continuation first; an empty context becomes BOS 
 Sequences that begin alike share what they begin with: a batch is a prefix tree, where a token is
 decoded once, as a member of every sequence that passes through it (`kv_unified`). So a context
 costs one pass and not one per choice, and items are taken in the order of their tokens, so that
-neighbours share "Question: How do you" and WinoGrande's twins most of their sentence. A recurrent
+neighbors share "Question: How do you" and WinoGrande's twins most of their sentence. A recurrent
 state cannot be shared like that: such models get every choice in full.
 """
 

@@ -84,7 +84,7 @@ def paired_difference(a: Sequence[Array], b: Sequence[Array]) -> PairedTest:
     """Return whether two files differ: values [n_windows, n_scored] of each, one array per domain.
 
     The same token is measured for both, so what the passages themselves vary in cancels; what is
-    left is averaged per window, because neighbouring tokens are not independent evidence.
+    left is averaged per window, because neighboring tokens are not independent evidence.
 
     Raises EvaluationError when they were not measured on the same windows, or on fewer than two of
     each domain.

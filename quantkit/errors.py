@@ -24,7 +24,7 @@ class UsageError(QuantkitError):
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
-    """Text for a terminal or a log: names and licences are strangers' words, and what could steer
+    """Text for a terminal or a log: names and licenses are strangers' words, and what could steer
     a terminal, or cannot be encoded, is shown as JSON writes it. Of `kept` nothing is made.
     """
     return "".join(

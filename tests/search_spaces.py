@@ -78,7 +78,7 @@ def total(costs: Costs, choices: Choices) -> float:
 
 
 class Toy:
-    """An evaluator: costs add up, pairs of neighbours interact, sequences differ a little.
+    """An evaluator: costs add up, pairs of neighbors interact, sequences differ a little.
 
     Counts tokens as a search does, and notes which allocations it was asked for.
     """

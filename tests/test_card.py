@@ -87,7 +87,7 @@ def test_the_yaml_is_the_base_cards_and_ours() -> None:
     assert metrics == {"perplexity": 12.3456, "kl_divergence": 0.0123, "top1_agreement": 0.912}
 
 
-def test_a_licence_of_its_own_is_carried() -> None:
+def test_a_license_of_its_own_is_carried() -> None:
     own = {"license": "other", "license_name": "tiny", "license_link": "https://example.org/l"}
     shown = card(dataclasses.replace(INFO, card=own, **own))
     assert shown.data.to_dict()["license_link"] == "https://example.org/l"
@@ -254,7 +254,7 @@ def test_cards_of_another_shape(card_says: dict[str, Any]) -> None:
         card(dataclasses.replace(INFO, card=card_says, local_path=local_path))
 
 
-def test_links_of_licences() -> None:
+def test_links_of_licenses() -> None:
     assert web_link("LICENSE.md", "o/n") == "https://huggingface.co/o/n/blob/main/LICENSE.md"
     assert web_link("LICENSE", None) is None
     good = "https://example.org/a/b?c=d#e"

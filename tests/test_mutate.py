@@ -1,4 +1,4 @@
-"""Mutations: neighbours within the budget, nothing left over, what is fixed stays."""
+"""Mutations: neighbors within the budget, nothing left over, what is fixed stays."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_mutations_reach_most_of_a_small_space() -> None:
     assert seen <= full and len(seen) >= 0.9 * len(full)
 
 
-def test_the_largest_file_has_no_neighbour() -> None:
+def test_the_largest_file_has_no_neighbor() -> None:
     space = make_space([[100, 200], [100, 200]])
     child = mutate(space, space.largest, [np.ones(2)] * 2, np.random.default_rng(0), 2)
     assert np.array_equal(child, space.largest)

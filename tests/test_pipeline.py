@@ -63,7 +63,7 @@ def test_report(run: Run) -> None:
     assert report["versions"].keys() >= {"quantkit", "python", "llama-cpp-python", "torch"}
 
 
-def test_baselines_are_the_neighbours_in_size(run: Run) -> None:
+def test_baselines_are_the_neighbors_in_size(run: Run) -> None:
     """The largest stock files of at most our bytes, and the next one."""
     report = run.report
     n_bytes = report["outputs"][0]["n_bytes"]

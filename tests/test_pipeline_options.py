@@ -232,7 +232,7 @@ def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[
 def test_somebody_elses_tensors_compete(
     whole: Run, offline: dict[str, str], tmp_path: Path
 ) -> None:
-    """A file with better Q4_K than ours for one tensor (its neighbour's bytes win nothing): the
+    """A file with better Q4_K than ours for one tensor (its neighbor's bytes win nothing): the
     better tensor is taken, to the bit, and the recipe says whose it is.
     """
     name = "blk.0.ffn_down.weight"

@@ -32,7 +32,7 @@ def test_nothing_steers_a_terminal(text: str) -> None:
 
 
 def test_events_and_plans(capsys: pytest.CaptureFixture[str]) -> None:
-    Printer()(Event(0.0, "fetch", "note", f"licence {STEERING}", {}))
+    Printer()(Event(0.0, "fetch", "note", f"license {STEERING}", {}))
     said = capsys.readouterr().err
     assert "\\u001b]0;owned\\u0007" in said and "\\u009b31m" in said and "\\u202egnp" in said
     assert len(said.splitlines()) == 1 and said.strip().isprintable()
@@ -41,7 +41,7 @@ def test_events_and_plans(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_licence_in_a_plan(tmp_path: Path, offline: dict[str, str]) -> None:
+def test_a_license_in_a_plan(tmp_path: Path, offline: dict[str, str]) -> None:
     folder = tiny_llama(tmp_path / "tiny")
     (folder / "README.md").write_text(f"---\nlicense: {json.dumps(STEERING)}\n---\n")
     answer = quantkit("plan", folder, "--calibration", "docs", env=offline)
@@ -69,7 +69,7 @@ def test_names_that_are_no_text(
         said = capsys.readouterr().err
         assert "Traceback" not in said
         said.encode()
-    (tmp_path / "tiny" / bad).write_text("a licence, perhaps")
+    (tmp_path / "tiny" / bad).write_text("a license, perhaps")
     assert bad not in {file.path for file in sources.inspect(hub.parse_reference(model)).files}
 
 

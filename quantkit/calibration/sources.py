@@ -24,7 +24,7 @@ def python_docs(limit: int) -> Iterator[str]:
 
 
 def python_code(limit: int) -> Iterator[str]:
-    """Modules of the standard library, every file a document, largest packages not favoured."""
+    """Modules of the standard library, every file a document, largest packages not favored."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(
         p for p in root.glob("**/*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)

@@ -25,7 +25,7 @@ _NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")
 
 
 def card_data(info: ModelInfo, report: Report) -> ModelCardData:
-    """The card's YAML: the base card's licence, languages and tags, where the model comes from,
+    """The card's YAML: the base card's license, languages and tags, where the model comes from,
     measured results.
     """
     kept = metadata(info.card, _repo(info))
@@ -151,7 +151,7 @@ def model_card(
         _made(info, report, value, recipes),
         "## Checked before upload",
         reports.bullets(f"{name}: {state}. {about}." for name, state, about in _checks(report)),
-        "## Limits and licence",
+        "## Limits and license",
         _limits(info),
     ]
     groups = tables.fallbacks(report)
@@ -334,7 +334,7 @@ def _limits(info: ModelInfo) -> str:
     lines = [
         "The figures above are for the texts named there; on other text they differ. Speed is that"
         " of the machine that made the file and is good for comparing rows only.",
-        f"The licence is that of the base model{_licence(info)}.",
+        f"The license is that of the base model{_license(info)}.",
     ]
     source = source_of(info.id, info.config, info.base_model)
     if source is not None:
@@ -347,7 +347,7 @@ def _limits(info: ModelInfo) -> str:
     return "\n\n".join(lines)
 
 
-def _licence(info: ModelInfo) -> str:
+def _license(info: ModelInfo) -> str:
     if not info.license:
         return ", which does not state one"
     name = markdown(info.license_name or info.license)

@@ -80,7 +80,7 @@ def is_repo_id(text: str) -> bool:
 
 
 def metadata(card: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
-    """Return what is kept of a card's licence, languages and task, each of its usual shape; the
+    """Return what is kept of a card's license, languages and task, each of its usual shape; the
     rest is left out.
     """
     kept: dict[str, Any] = {}

@@ -234,7 +234,7 @@ def _sweep_cpu(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
     form = state.form
     width, group, n_columns = form.qtype.block_size, form.group, hessian.shape[-1]
     reach = max(1, _WINDOW // width) * width
-    # Transposed, neighbouring rows lie next to each other.
+    # Transposed, neighboring rows lie next to each other.
     fields = (state.codes, state.gradient, state.d, state.dmin, state.scale, state.minimum)
     codes, gradient, d, dmin, scale, minimum = (x.T.contiguous() for x in fields)
     table = np.array(form.table or (), np.float32)

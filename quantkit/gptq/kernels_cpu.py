@@ -1,7 +1,7 @@
 """The column-by-column parts of GPTQ and of the descent on a CPU, compiled by numba.
 
 Rows are independent: a thread owns some rows and walks the columns with everything it needs in its
-caches. Arrays are transposed, so that a column's data of neighbouring rows fill vector registers.
+caches. Arrays are transposed, so that a column's data of neighboring rows fill vector registers.
 The same walks in torch (`quantkit.gptq.solver.walk_columns`, `quantkit.gptq.descent.step_block`)
 are the references; they spend their time on calls and thread barriers.
 """

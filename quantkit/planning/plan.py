@@ -280,11 +280,11 @@ def _by_stage(estimate: dict[str, Any]) -> str:
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
-    licence, n_parameters = model["license"] or "not stated", model["n_parameters"]
+    license, n_parameters = model["license"] or "not stated", model["n_parameters"]
     lines = [
         f"{printable(model['id'], '')} at {model['sha'][:12]}",
         f"  {model['architecture']}, {n_parameters / 1e6:,.0f}M parameters,"
-        f" licence {printable(licence, '')}, {size(model['download_bytes'])} to read",
+        f" license {printable(license, '')}, {size(model['download_bytes'])} to read",
         "",
     ]
     for budget in sizes["budgets"] or ({"target": "every type is given", "limit_bytes": None},):

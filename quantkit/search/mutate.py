@@ -27,7 +27,7 @@ def mutate(
     n_raised: int,
     partners: Mapping[int, tuple[int, int]] | None = None,
 ) -> Choices:
-    """A neighbour of `parent` within the budget: `n_raised` tensors go up a step, others come down
+    """A neighbor of `parent` within the budget: `n_raised` tensors go up a step, others come down
     to pay for it. Each one raised takes its partner along (`learn.Posterior`): up a step too, or
     down.
 

@@ -153,7 +153,7 @@ def _describe(info: ModelInfo) -> str:
     return (
         f"{info.id} at {info.sha[:12]}{onto}: {info.architectures[0]}, "
         f"{info.n_parameters / 1e6:,.0f}M parameters, {size(info.n_download_bytes)}, "
-        f"licence {info.license or 'not stated'}"
+        f"license {info.license or 'not stated'}"
     )
 
 

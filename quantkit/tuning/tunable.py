@@ -100,7 +100,7 @@ class Tunable:
 
 def _cells(form: Format) -> torch.Tensor:
     """float32 (n_codes + 1,): between which levels each code is the nearest; the first and the last
-    cell end where their neighbours' width says.
+    cell end where their neighbors' width says.
     """
     if form.table is None:
         return torch.arange(form.low, form.high + 2) - 0.5

@@ -3,7 +3,7 @@ sandbox, beside the converter's own classes.
 
 **Llama 4 without experts** (MobileLLM-R1). llama.cpp's llama4 refuses a model without experts, and
 where every layer rotates it still leaves the last one unrotated. But that model is Qwen 3 to the
-bit: RoPE of neighbouring pairs is RoPE of halves with a head's rows in another order, and the L2
+bit: RoPE of neighboring pairs is RoPE of halves with a head's rows in another order, and the L2
 norm of queries and keys is an RMS norm with gains of one, which a rotation before or after it does
 not change. So it is written as qwen3, rows in that order, gains of one beside them. Those with
 layers without RoPE in Llama 4's own places (every fourth) stay llama4 and only name one expert that

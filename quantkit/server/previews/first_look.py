@@ -14,7 +14,7 @@ class FirstLook:
 
     architecture: str
     n_parameters: int
-    licence: str | None
+    license: str | None
     gated: bool
     n_download_bytes: int
 

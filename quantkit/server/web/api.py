@@ -51,7 +51,7 @@ def add_endpoints(handlers: Handlers) -> None:
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
-        """Return what a run would take, before anything runs: architecture, licence, sizes, time,
+        """Return what a run would take, before anything runs: architecture, license, sizes, time,
         disk.
 
         Args:

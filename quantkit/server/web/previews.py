@@ -22,7 +22,7 @@ def looked_at(first: FirstLook) -> str:
     """The first facts, while the planner still works out the rest."""
     facts = [
         ("Model", f"{first.architecture}, {parameters(first.n_parameters)} parameters"),
-        ("Licence", _licence(first.licence, first.gated)),
+        ("License", _license(first.license, first.gated)),
     ]
     if first.n_download_bytes:
         facts.append(("To read", size(first.n_download_bytes)))
@@ -68,7 +68,7 @@ def _preview(
     n_parameters = model["n_parameters"]
     facts = [
         ("Model", f"{model['architecture']}, {parameters(n_parameters)} parameters"),
-        ("Licence", _licence(model["license"], model["gated"])),
+        ("License", _license(model["license"], model["gated"])),
         ("File", _budget(sizes["budgets"], n_parameters)),
     ]
     if context is not None:
@@ -99,7 +99,7 @@ def _card(facts: Sequence[tuple[str, str]], rest: str) -> str:
     return f'<div class="qk-preview" role="status"><dl>{items}</dl>{rest}</div>'
 
 
-def _licence(name: Any, gated: bool) -> str:
+def _license(name: Any, gated: bool) -> str:
     return str(name or "not stated") + (", gated: needs a sign-in that may read it" * gated)
 
 
