@@ -44,7 +44,7 @@ from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, read_json
 from quantkit.run.stage import Run
 from quantkit.search.allocation import Choices, SearchSpace, pruned
-from quantkit.search.evopress import Plan, SearchState, begin, evolve
+from quantkit.search.evopress import Schedule, SearchState, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.propose import estimated_costs, knapsack, uniform
 from quantkit.stages.search import make_space
@@ -90,7 +90,7 @@ class Judge:
 def ours(judge: Judge, space: SearchSpace, n_tokens: int, seed: int) -> Iterator[Point]:
     """Without the stock mixes that a run also proposes."""
     costs = estimated_costs(space)
-    plan = Plan.of(n_tokens, judge.n_sequences, judge.n_batch)
+    plan = Schedule.of(n_tokens, judge.n_sequences, judge.n_batch)
     first = [(knapsack(space, costs), "knapsack")]
     first += [(choices, "uniform") for choices in uniform(space, costs)]
     state = begin(judge, plan, first, seed)

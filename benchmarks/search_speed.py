@@ -36,7 +36,7 @@ from quantkit.ggml.types import QuantType
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.row_maps import RowMap
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evopress import Plan, begin, evolve
+from quantkit.search.evopress import Schedule, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.mutate import mutate
 from quantkit.search.propose import knapsack, nearby, uniform
@@ -212,7 +212,7 @@ def measure(clock: Clock, world: World, ids: np.ndarray, n_tokens: int) -> None:
     mutations = clock.seconds(lambda: [child(space, parent, world.costs, rng) for _ in range(12)])
     clock.note("making 12 children", mutations, "s")
 
-    plan = Plan.of(n_tokens, fitness.n_sequences, fitness.n_batch)
+    plan = Schedule.of(n_tokens, fitness.n_sequences, fitness.n_batch)
     proposals = [(parent, "knapsack"), *((c, "uniform") for c in uniform(space, world.costs))]
 
     def search() -> None:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from search_spaces import Toy, make_space, spaces
 
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evopress import Plan, SearchState, begin, evolve, is_over
+from quantkit.search.evopress import Schedule, SearchState, begin, evolve, is_over
 from quantkit.search.propose import Costs, knapsack, uniform
 from quantkit.tensors import to_json
 
-PLAN = Plan.of(n_tokens=20_000, n_sequences=12, batch=1)
+PLAN = Schedule.of(n_tokens=20_000, n_sequences=12, batch=1)
 DECIDING = PLAN.rounds[-1]
 
 
@@ -32,7 +32,7 @@ def problem(seed: int = 0, n: int = 14) -> tuple[SearchSpace, Costs]:
 
 
 def search(
-    space: SearchSpace, costs: Costs, seed: int = 0, plan: Plan = PLAN
+    space: SearchSpace, costs: Costs, seed: int = 0, plan: Schedule = PLAN
 ) -> tuple[SearchState, list[SearchState], Toy]:
     """A whole search: final state, all saved states (generation 0 first), the evaluator."""
     toy = Toy(space, costs)
@@ -117,7 +117,7 @@ def test_a_candidate_clearly_behind_leaves_at_once() -> None:
     space = make_space([[100, 200, 300]] * 2)
     costs = [np.array([5.0, 1.0, 0.9])] * 2
     toy = Toy(space, costs, n_sequences=30)
-    plan = Plan(10**6, (10, 20), (5, 1))
+    plan = Schedule(10**6, (10, 20), (5, 1))
     proposals = [(np.array(c), "p") for c in ([2, 2], [2, 1], [0, 0])]
     begin(toy, plan, proposals, 0)
     assert ((0, 0), 10, 20) not in toy.calls and ((2, 2), 10, 20) in toy.calls
@@ -139,7 +139,7 @@ def test_noise_alone_rarely_moves_the_parent() -> None:
     moved = n = 0
     for seed in range(20):
         toy = Noise(space, costs, n_sequences=24)
-        plan = replace(Plan.of(10**6, 24, 1), patience=2)
+        plan = replace(Schedule.of(10**6, 24, 1), patience=2)
         state = begin(toy, plan, [(knapsack(space, costs), "k")], seed)
         for _ in range(2):
             after = evolve(
@@ -191,7 +191,7 @@ def test_it_learns_what_the_estimates_got_wrong() -> None:
         told = [c * rng.lognormal(0, 0.7) for c in costs]
         toy = Toy(space, costs, seed, n_sequences=24)
         toy.pairs[:] = 0
-        plan = replace(Plan.of(60_000, 24, 1), patience=8)
+        plan = replace(Schedule.of(60_000, 24, 1), patience=8)
         state = begin(toy, plan, [(knapsack(space, told), "knapsack")], seed)
         final = evolve(space, toy, told, plan, state, lambda _: None)
         ideal = float(toy.kl(knapsack(space, costs), 0, 24).mean())
@@ -237,7 +237,7 @@ def test_the_first_population() -> None:
 def test_one_proposal_and_few_sequences() -> None:
     space, costs = problem()
     toy = Toy(space, costs, n_sequences=3)
-    plan = Plan.of(3000, 3, 1)
+    plan = Schedule.of(3000, 3, 1)
     state = begin(toy, plan, [(space.smallest, "smallest")], 0)
     final = evolve(space, toy, costs, plan, state, lambda _: None)
     assert max(n for _, _, n in toy.calls) == plan.rounds[-1] == 3

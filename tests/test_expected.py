@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from search_spaces import Toy, make_space, spaces, total
 
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evopress import Plan, begin, evolve
+from quantkit.search.evopress import Schedule, begin, evolve
 from quantkit.search.expected import LEFT, AfterTuning, costs_after
 from quantkit.search.propose import Costs, knapsack, knapsacks
 
@@ -60,7 +60,7 @@ def problem() -> tuple[SearchSpace, Costs]:
 def test_the_search_spends_where_tuning_does_not_help() -> None:
     space, costs = problem()
     told = costs_after(space, costs)
-    plan = Plan.of(n_tokens=4000, n_sequences=12, batch=1)
+    plan = Schedule.of(n_tokens=4000, n_sequences=12, batch=1)
 
     def found(expects: bool) -> np.ndarray:
         toy = Toy(space, costs)

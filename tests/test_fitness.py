@@ -23,7 +23,7 @@ from quantkit.model.row_maps import RowMap
 from quantkit.model.streaming import open_model
 from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
-from quantkit.search.evopress import Plan, SearchState, begin, evolve
+from quantkit.search.evopress import Schedule, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
 from quantkit.search.optimizer import Evaluator
 from quantkit.search.propose import uniform
@@ -277,7 +277,7 @@ def test_kl_in_16_bits(world: World, device: str) -> None:
 
 def test_a_search_resumed_ends_the_same(untied: World) -> None:
     """From every saved state, with a fresh evaluator, as after kill -9."""
-    plan = Plan(n_tokens=8_000, rounds=(2, 4), n_kept=(1, 1), patience=99)
+    plan = Schedule(n_tokens=8_000, rounds=(2, 4), n_kept=(1, 1), patience=99)
     rng = np.random.default_rng(0)
     costs = [np.sort(rng.random(3))[::-1] for _ in untied.names]
     fitness = untied.fitness()
@@ -293,7 +293,7 @@ def test_a_search_resumed_ends_the_same(untied: World) -> None:
 
 @pytest.mark.parametrize("n_workers", [1, 2, 3])
 def test_the_number_of_workers_does_not_show(untied: World, n_workers: int) -> None:
-    plan = Plan(n_tokens=3_000, rounds=(2, 4), n_kept=(2, 1), patience=99)
+    plan = Schedule(n_tokens=3_000, rounds=(2, 4), n_kept=(2, 1), patience=99)
     costs = [np.array([0.3, 0.2, 0.1]) for _ in untied.names]
     proposals = [(c, "uniform") for c in uniform(untied.space, costs)]
 

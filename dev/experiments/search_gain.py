@@ -24,7 +24,7 @@ from search_efficiency import Judge, judge_of
 
 from quantkit.config import PROFILES
 from quantkit.search.allocation import Choices, SearchSpace
-from quantkit.search.evopress import Plan, begin, evolve
+from quantkit.search.evopress import Schedule, begin, evolve
 from quantkit.search.propose import Costs, estimated_costs, knapsack, uniform
 
 
@@ -41,7 +41,7 @@ def budgets(space: SearchSpace) -> list[tuple[str, int]]:
 
 
 def search(judge: Judge, space: SearchSpace, costs: Costs, n_tokens: int, seed: int) -> Choices:
-    plan = Plan.of(n_tokens, judge.n_sequences, judge.n_batch)
+    plan = Schedule.of(n_tokens, judge.n_sequences, judge.n_batch)
     first = [(knapsack(space, costs), "knapsack")]
     first += [(choices, "uniform") for choices in uniform(space, costs)]
     state = begin(judge, plan, first, seed)

@@ -308,7 +308,8 @@ def _search(search: dict[str, Any]) -> str:
         return f"{budget}; every type was given, nothing was searched."
     return (
         f"{budget} ({search['target']}), used: {search['n_bytes']:,}. Search:"
-        f" {search['generations']} generations over {search['tokens']:,} evaluated tokens, from KL"
+        f" {search['generations']} generation{'s' if search['generations'] != 1 else ''} over"
+        f" {search['tokens']:,} evaluated tokens, from KL"
         f" {text.number(search['proposal_kl'])} to {text.number(search['kl'])} on its own text"
         f"{', as tuning is expected to leave it' if search.get('expects_tuning') else ''}."
         + _tuning(search.get("tuning"))

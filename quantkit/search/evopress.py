@@ -38,9 +38,9 @@ class EvoPress:
     def run(self, problem: Problem, state: Any, on_step: Callable[[Step], None]) -> Step:
         """Begin with the best of the proposals, or go on from a saved state."""
         evaluator = problem.evaluator
-        plan = Plan.of(problem.n_tokens, evaluator.n_sequences, evaluator.n_batch)
+        schedule = Schedule.of(problem.n_tokens, evaluator.n_sequences, evaluator.n_batch)
         if state is None:
-            now = begin(evaluator, plan, problem.proposals(), problem.seed)
+            now = begin(evaluator, schedule, problem.proposals(), problem.seed)
             on_step(_step(now))
         else:
             now = SearchState.from_json(state)
@@ -48,14 +48,14 @@ class EvoPress:
         def said(state: SearchState) -> None:
             on_step(_step(state))
 
-        return _step(evolve(problem.space, evaluator, problem.costs, plan, now, said))
+        return _step(evolve(problem.space, evaluator, problem.costs, schedule, now, said))
 
     def step_of(self, state: Any) -> Step:
         return _step(SearchState.from_json(state))
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How the tokens of the search are spent. Sequences are counted from the first."""
 
     n_tokens: int  # evaluated in all: whole passes and partial ones alike
@@ -67,8 +67,8 @@ class Plan:
     max_raised: int = 3  # tensors raised by one mutation
 
     @classmethod
-    def of(cls, n_tokens: int, n_sequences: int, batch: int) -> Plan:
-        """A plan for so many sequences, in whole batches."""
+    def of(cls, n_tokens: int, n_sequences: int, batch: int) -> Schedule:
+        """A schedule for so many sequences, in whole batches."""
 
         def whole(n: int) -> int:
             return max(batch, n // batch * batch)
@@ -151,7 +151,7 @@ def _mean(samples: np.ndarray) -> tuple[float, float]:
 
 def _race(
     evaluator: Evaluator,
-    plan: Plan,
+    schedule: Schedule,
     candidates: Sequence[tuple[Choices, str]],
     parent: Choices | None,
 ) -> tuple[_Racer, int, list[Outcome]]:
@@ -163,7 +163,7 @@ def _race(
     everyone = left = [_Racer(choices, origin, empty) for choices, origin in candidates]
     defender = None if parent is None else _Racer(parent, "parent", empty)
     met = n_tokens = 0
-    for n, n_kept in zip(plan.rounds, plan.n_kept, strict=True):
+    for n, n_kept in zip(schedule.rounds, schedule.n_kept, strict=True):
         running = left if defender is None else [defender, *left]
         # The parent first and alone: its hidden states serve the others.
         for group in (running[: len(running) - len(left)], left):
@@ -192,11 +192,11 @@ def _member(racer: _Racer, generation: int) -> Member:
 
 
 def begin(
-    evaluator: Evaluator, plan: Plan, proposals: Sequence[tuple[Choices, str]], seed: int
+    evaluator: Evaluator, schedule: Schedule, proposals: Sequence[tuple[Choices, str]], seed: int
 ) -> SearchState:
     """Generation 0: the best of the proposals."""
     unique = {tuple(choices.tolist()): (choices, origin) for choices, origin in reversed(proposals)}
-    winner, n_tokens, outcomes = _race(evaluator, plan, list(reversed(unique.values())), None)
+    winner, n_tokens, outcomes = _race(evaluator, schedule, list(reversed(unique.values())), None)
     best = _member(winner, 0)
     rng = dict(np.random.default_rng(seed).bit_generator.state)
     history = ((0, n_tokens, best.kl, best.stderr),)
@@ -207,25 +207,25 @@ def evolve(
     space: SearchSpace,
     evaluator: Evaluator,
     costs: Costs,
-    plan: Plan,
+    schedule: Schedule,
     state: SearchState,
     on_generation: Callable[[SearchState], None],
 ) -> SearchState:
-    """Run generations until the plan's tokens are used or bring too little; `on_generation` is
+    """Run generations until the schedule's tokens are used or bring too little; `on_generation` is
     called with the state after each.
 
     `costs` are the estimated costs of every choice by itself.
     """
-    while state.n_tokens < plan.n_tokens and not is_over(plan, state):
+    while state.n_tokens < schedule.n_tokens and not is_over(schedule, state):
         parent = np.array(state.best.choices, np.int64)
         evaluator.set_parent(parent)
         rng = np.random.default_rng()
         rng.bit_generator.state = state.rng
         posterior = posterior_of(costs, state.outcomes)
-        offspring = list(_offspring(space, parent, posterior, plan, rng))
+        offspring = list(_offspring(space, parent, posterior, schedule, rng))
         if not offspring:
             return state
-        winner, used, outcomes = _race(evaluator, plan, offspring, parent)
+        winner, used, outcomes = _race(evaluator, schedule, offspring, parent)
         generation, n_tokens = state.generation + 1, state.n_tokens + used
         best = state.best if winner.origin == "parent" else _member(winner, generation)
         row = (generation, n_tokens, best.kl, best.stderr)
@@ -242,28 +242,32 @@ def evolve(
     return state
 
 
-def is_over(plan: Plan, state: SearchState) -> bool:
+def is_over(schedule: Schedule, state: SearchState) -> bool:
     """Return whether the last generations brought too little for their tokens."""
-    if state.generation < plan.patience:
+    if state.generation < schedule.patience:
         return False
-    _, tokens_before, kl_before, _ = state.history[-1 - plan.patience]
+    _, tokens_before, kl_before, _ = state.history[-1 - schedule.patience]
     share = (kl_before - state.best.kl) / max(state.best.kl, 1e-30)
-    return share * 1e6 <= plan.least_gain * (state.n_tokens - tokens_before)
+    return share * 1e6 <= schedule.least_gain * (state.n_tokens - tokens_before)
 
 
 def _offspring(
-    space: SearchSpace, parent: Choices, posterior: Posterior, plan: Plan, rng: np.random.Generator
+    space: SearchSpace,
+    parent: Choices,
+    posterior: Posterior,
+    schedule: Schedule,
+    rng: np.random.Generator,
 ) -> Iterator[tuple[Choices, str]]:
     """Different children: the knapsack at the believed costs, then half by the knapsack near the
     parent at drawn costs, half by mutation.
     """
     seen = {tuple(parent.tolist())}
     n_found = 0
-    for attempt in range(4 * plan.n_offspring):
+    for attempt in range(4 * schedule.n_offspring):
         if attempt == 0:
             child, origin = knapsack(space, posterior.costs), "knapsack"
         elif attempt % 2:
-            n_raised = 1 + min(int(rng.geometric(0.6)) - 1, plan.max_raised - 1)
+            n_raised = 1 + min(int(rng.geometric(0.6)) - 1, schedule.max_raised - 1)
             child = mutate(space, parent, posterior.costs, rng, n_raised, posterior.partners)
             origin = "mutation"
         else:
@@ -275,5 +279,5 @@ def _offspring(
             seen.add(key)
             n_found += 1
             yield child, origin
-        if n_found == plan.n_offspring:
+        if n_found == schedule.n_offspring:
             return
