@@ -23,6 +23,7 @@ import test_app_fixtures as fixtures
 from hub_server import ALICE, BOB, HubServer, running_hub
 from hypothesis import given
 from hypothesis import strategies as st
+from test_app_preview import PLAN
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
@@ -58,8 +59,11 @@ DISPATCH = (
     "sys.exit(dispatch.main(sys.argv))"
 )
 ORDER = Order("hf_jobs", "cpu-upgrade", hours=2, usd_per_hour=0.03)
-PLAN = {
-    "estimates": {"memory_bytes": 12e9, "disk_bytes": 30e9, "multiply_adds": 4e15, "seconds": 33e3}
+NEEDS = {
+    "memory_bytes": 12 * 10**9,
+    "disk_bytes": 30 * 10**9,
+    "multiply_adds": 4 * 10**15,
+    "seconds": 33_000,
 }
 
 
@@ -347,18 +351,19 @@ def test_machines_and_prices(hub: HubServer) -> None:
 
 
 def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
-    def offered(**needs: float) -> tuple[Offer, ...]:
-        return offers({"estimates": {**PLAN["estimates"], **needs}}, jobs.machines(), "hf_jobs")
+    def offered(**needs: int) -> tuple[Offer, ...]:
+        estimates = dataclasses.replace(PLAN.estimates, **{**NEEDS, **needs})
+        return offers(dataclasses.replace(PLAN, estimates=estimates), jobs.machines(), "hf_jobs")
 
     names = [offer.machine for offer in offered()]
     assert "t4-small" in names and names[0] == choose(offered()).machine
     chosen = choose(offered())
     assert chosen.seconds < 3600 * chosen.hours and 0 < chosen.usd <= chosen.most_usd
-    large = offered(memory_bytes=100e9, multiply_adds=1e18)
+    large = offered(memory_bytes=100 * 10**9, multiply_adds=10**18)
     assert choose(large).machine == "h200"
     assert choose(large).device == "cuda"
     with pytest.raises(QuantkitError, match="No machine"):
-        choose(offered(memory_bytes=1e12))
+        choose(offered(memory_bytes=10**12))
     with pytest.raises(QuantkitError, match="does not fit on 'cpu-basic'"):
         choose(large, "cpu-basic")
 
