@@ -12,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio_client
 import pytest
 import test_app_fixtures as fixtures
 from hub_jobs import hardware
 from huggingface_hub import JobHardwareInfo
+from tiny_models import tiny_llama
 
 from quantkit import sandbox
 from quantkit.config import RunConfig
@@ -27,6 +29,7 @@ from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import Coverage
 from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Sizes
 from quantkit.sandbox import api
+from quantkit.sandbox.untrusted import build
 from quantkit.server.executors import local, registry
 from quantkit.server.executors.hf_jobs.executor import HfJobs
 from quantkit.server.previews import talk
@@ -39,6 +42,7 @@ from quantkit.server.web import handlers as handlers_module
 from quantkit.server.web import previews
 from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.visitor import Visitors
+from quantkit.tensors import to_json
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 ME = Client("visitor:me", None, "1.2.3.4")
@@ -205,6 +209,19 @@ def test_all_of_it_is_escaped() -> None:
     )
     html = previews.preview(plan, here=HOSTILE, why_not=HOSTILE)
     assert "onerror" in html and "<img" not in html and "cannot be shown" not in html
+
+
+@pytest.mark.slow
+def test_an_estimate_is_the_plan_in_json(tmp_path: Path) -> None:
+    """Of a real planner in its child, with the keys of `quantkit plan --json`."""
+    model = str(tiny_llama(tmp_path / "llama"))
+    with fixtures.serving(tmp_path / "runs") as (url, _, _):
+        client = gradio_client.Client(url, verbose=False)
+        told = client.predict(model, like="Q4_K_M", profile="demo", api_name="/estimate")
+    plan = build(Plan, told)
+    assert told == to_json(plan)
+    assert [budget.target for budget in plan.sizes.budgets] == ["like Q4_K_M"]
+    assert plan.model.n_parameters > 0 and plan.estimates.seconds > 0
 
 
 # Trying a file.
