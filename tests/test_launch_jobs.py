@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hub_jobs
@@ -44,6 +45,8 @@ from quantkit.server.executors.hf_jobs.wire import (
 from quantkit.server.executors.protocol import Offer, choose
 from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.record import load_record
+from quantkit.server.web import view
+from quantkit.tensors import to_json
 
 OWNER = "hf:alice"
 IN_JOB = (
@@ -256,7 +259,7 @@ def test_the_last_word_on_a_machine_is_the_last(
 
     monkeypatch.setattr(dispatch, "_METRICS_SECONDS", 0.0)
     monkeypatch.setattr(jobs, "look", lambda job, token: at_work)
-    monkeypatch.setattr(jobs, "metrics", ends_meanwhile)
+    monkeypatch.setattr(jobs, "load", ends_meanwhile)
     dispatched._watch_machine()
     assert json.loads((tmp_path / "machine.json").read_text())["stage"] == "COMPLETED"
 
@@ -348,6 +351,36 @@ def test_machines_and_prices(hub: HubServer) -> None:
     assert found["a10g-large"].gpu == "1x A10G"
     assert found["a10g-large"].gpu_bytes == 24_000_000_000
     assert (found["h200"].n_cpu, found["h200"].usd_per_hour) == (23, pytest.approx(5.0, abs=0.01))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (None, ""),
+        ({}, ""),
+        ({"cpu_usage_pct": 87, "rx_bps": 5}, " · processor 87 %"),
+        (
+            {
+                "cpu_usage_pct": 86.6,
+                "memory_used_bytes": 3_100_000_000,
+                "memory_total_bytes": 16_000_000_000,
+                "gpus": {"0": {"utilization": 42, "memory_used_bytes": 1}, "1": {}},
+            },
+            " · processor 87 %, memory 3.1 of 16 GB, GPU 42 %",
+        ),
+        ({"cpu_usage_pct": "much"}, ""),
+        ({"cpu_usage_pct": 1, "gpus": ["0"]}, ""),
+        ([87], ""),
+    ],
+)
+def test_how_busy_a_machine_is(said: Any, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = SimpleNamespace(fetch_job_metrics=lambda job_id, namespace: iter([said]))
+    monkeypatch.setattr(jobs, "hf_api", lambda token: api)
+    job = jobs.RemoteJob("1", "alice", "RUNNING", "", "cpu-upgrade", "https://x", 0.0, 5.0)
+    load = jobs.load(job, ALICE)
+    assert view._load(load) == shown
+    if shown:
+        assert to_json(load).items() >= {k: v for k, v in said.items() if k != "gpus"}.items()
 
 
 def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:

@@ -13,10 +13,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from quantkit.errors import QuantkitError
-from quantkit.hub.jobs import ENDED
+from quantkit.hub.jobs import ENDED, MachineLoad
 from quantkit.planning.nouns import Plan
 from quantkit.run.artifacts import RELATIVE
 
@@ -81,7 +81,7 @@ class RemoteState:
     stage: str  # one of ENDED, or another word while it may be at work
     run_seconds: float
     usd: float
-    metrics: dict[str, Any] | None = None  # how busy the machine is
+    metrics: MachineLoad | None = None  # how busy the machine is
 
     @property
     def has_ended(self) -> bool:
