@@ -173,8 +173,7 @@ def planned(options: argparse.Namespace) -> dict[str, int]:
 
     if options.memory:
         os.environ["QUANTKIT_MEMORY"] = options.memory
-    found: dict[str, int] = make_plan(config_of(options))["estimates"]["memory"]
-    return found
+    return make_plan(config_of(options)).estimates.memory
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:

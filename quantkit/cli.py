@@ -430,7 +430,8 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     made = plan.make_plan(_config(arguments))
     if not arguments.json:
         print(printable(plan.render(made)))
-    return made
+    answer: dict[str, Any] = to_json(made)
+    return answer
 
 
 def _publish(arguments: argparse.Namespace) -> dict[str, Any]:

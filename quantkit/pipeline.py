@@ -80,8 +80,8 @@ def _needs(stage: Stage, config: RunConfig, directory: RunDir) -> int:
 
     base, specs = load_base(directory), load_specs(directory)
     info = load_snapshot(directory).info
-    memory = estimates(config, info, base, plan_levels(specs, config))["memory"]
-    return int(memory.get(stage.name, 0))
+    memory = estimates(config, info, base, plan_levels(specs, config)).memory
+    return memory.get(stage.name, 0)
 
 
 @contextmanager

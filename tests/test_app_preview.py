@@ -12,22 +12,29 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio_client
 import pytest
 import test_app_fixtures as fixtures
 from hub_jobs import hardware
 from huggingface_hub import JobHardwareInfo
+from tiny_models import tiny_llama
 
 from quantkit import sandbox
 from quantkit.config import RunConfig
+from quantkit.config.budgets import Budget
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
+from quantkit.llamacpp.contexts import ContextMemory
+from quantkit.planning.coverage import Coverage
+from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Sizes
 from quantkit.sandbox import api
+from quantkit.sandbox.untrusted import build
 from quantkit.server.executors import local, registry
 from quantkit.server.executors.hf_jobs.executor import HfJobs
 from quantkit.server.previews import talk
 from quantkit.server.previews.estimate import _cache, _key, estimate
-from quantkit.server.previews.sizes import context_bytes, with_sizes
+from quantkit.server.previews.sizes import with_sizes
 from quantkit.server.runs import RunForm, RunStore
 from quantkit.server.runs.record import load_record
 from quantkit.server.runs.request import to_config
@@ -35,45 +42,35 @@ from quantkit.server.web import handlers as handlers_module
 from quantkit.server.web import previews
 from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.visitor import Visitors
+from quantkit.tensors import to_json
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 ME = Client("visitor:me", None, "1.2.3.4")
-PLAN: dict[str, Any] = {
-    "model": {
-        "architecture": "LlamaForCausalLM",
-        "n_parameters": 1_000_000_000,
-        "license": "mit",
-        "gated": True,
-    },
-    "sizes": {
-        "smallest_bytes": 350_000_000,
-        "largest_bytes": 1_100_000_000,
-        "levels": {},
-    },
-    "stock": {"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
-    "context": {
-        "bytes_per_token": 100_000,
-        "window_bytes_per_token": 0,
-        "window_tokens": 0,
-        "buffers": [[2**18, 100_000_000]],
-        "fixed_bytes": 200_000_000,
-        "trained_tokens": 4096,
-    },
-    "coverage": {"share": 0.9996, "apart": {"token_embd": "looked up"}},
-    "fallbacks": [],
-    "warnings": [],
-    "estimates": {
-        "disk_bytes": 9e9,
-        "memory_bytes": 5e9,
-        "multiply_adds": 4e14,
-        "seconds": 3400,
-        "n_files": 1,
-        "per_file": {"disk_bytes": 4e8, "multiply_adds": 1e14, "seconds": 600},
-    },
-}
+PLAN = Plan(
+    model=PlannedModel(
+        "a/b", "0" * 40, "LlamaForCausalLM", 1_000_000_000, "mit", True, 2_000_000_000
+    ),
+    sizes=Sizes((), (), 350_000_000, 1_100_000_000, {}),
+    stock={"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
+    context=ContextMemory(100_000, 0, 0, ((2**18, 100_000_000),), 200_000_000, 4096),
+    levels=("Q3_K", "Q4_K"),
+    coverage=Coverage(0.9996, {"token_embd": "looked up"}),
+    fallbacks=(),
+    sandbox="the kernel",
+    warnings=(),
+    estimates=Estimates(
+        disk_bytes=9_000_000_000,
+        memory_bytes=5_000_000_000,
+        memory={"calibrate": 5_000_000_000},
+        multiply_adds=400_000_000_000_000,
+        seconds=3400,
+        n_files=1,
+        per_file=PerFile(400_000_000, 100_000_000_000_000, 600),
+    ),
+)
 
 
-def ask(config: RunConfig) -> dict[str, Any]:
+def ask(config: RunConfig) -> Plan:
     return with_sizes(PLAN, config)
 
 
@@ -98,14 +95,13 @@ def shown(handlers: Handlers, **fields: Any) -> str:
 
 
 def limits(form: RunForm) -> list[int]:
-    sizes = ask(to_config(form, True))["sizes"]
-    return [budget["limit_bytes"] for budget in sizes["budgets"]]
+    return [budget.limit_bytes for budget in ask(to_config(form, True)).sizes.budgets]
 
 
 def test_what_fits_a_memory() -> None:
     form = RunForm("a/b", "fits", memory="1.4GB", context=4096)
     assert to_config(form, True).targets == (FitsMemory("1.4GB@4096"),)
-    assert limits(form) == [1_400_000_000 - context_bytes(PLAN, 4096)]
+    assert limits(form) == [1_400_000_000 - PLAN.context.n_bytes(4096)]
     assert limits(dataclasses.replace(form, memory="80GB")) == [1_100_000_000]
     with pytest.raises(QuantkitError, match="does not fit in 1 GB with a context of 8,192"):
         limits(dataclasses.replace(form, memory="1GB", context=8192))
@@ -126,11 +122,11 @@ def test_a_family_is_one_run_of_several_sizes(handlers: Handlers) -> None:
     assert handlers.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
     shown_all = shown(handlers, size_kind="family", family=mixes)
     assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown_all
-    assert ask(to_config(form, True))["estimates"]["seconds"] == 3400 + 2 * 600
-    small = dict(PLAN["stock"], Q3_K_M=10)
-    one_less = with_sizes({**PLAN, "stock": small}, to_config(form, True))
-    assert len(one_less["sizes"]["budgets"]) == 2
-    assert "below the smallest" in one_less["sizes"]["refused"][0]["refusal"]
+    assert ask(to_config(form, True)).estimates.seconds == 3400 + 2 * 600
+    small = dataclasses.replace(PLAN, stock={**PLAN.stock, "Q3_K_M": 10})
+    one_less = with_sizes(small, to_config(form, True))
+    assert len(one_less.sizes.budgets) == 2
+    assert "below the smallest" in one_less.sizes.refused[0].refusal
 
 
 def test_another_size_is_not_planned_again() -> None:
@@ -138,7 +134,7 @@ def test_another_size_is_not_planned_again() -> None:
     _cache[_key(config, None)] = PLAN
     try:
         other = dataclasses.replace(config, targets=(BitsPerWeight("4.0"),), seed=5)
-        assert estimate(other)["sizes"]["budgets"][0]["limit_bytes"] == 500_000_000
+        assert estimate(other).sizes.budgets[0].limit_bytes == 500_000_000
         with pytest.raises(QuantkitError, match="below the smallest possible file"):
             estimate(dataclasses.replace(config, targets=(BitsPerWeight("1.0"),)))
         assert _key(config, None) != _key(config, "hf_token"), "what a token sees is its own"
@@ -168,7 +164,7 @@ def test_first_facts_come_before_the_planner(
 ) -> None:
     """What the model is, and no guess of what only the planner knows."""
 
-    def late(*_: Any) -> dict[str, Any]:
+    def late(*_: Any) -> Plan:
         raise QuantkitError("the planner was asked before the page was told anything")
 
     monkeypatch.setattr(handlers_module, "known_plan", lambda config, token: None)
@@ -204,19 +200,28 @@ def test_an_order_for_a_job(handlers: Handlers) -> None:
 
 
 def test_all_of_it_is_escaped() -> None:
-    plan = {
-        **PLAN,
-        "model": {**PLAN["model"], "architecture": HOSTILE, "license": HOSTILE},
-        "stock": {"Q4_K_M": 1},
-        "sizes": {
-            **PLAN["sizes"],
-            "budgets": [],
-            "refused": [{"target": HOSTILE, "refusal": HOSTILE}],
-        },
-        "warnings": [HOSTILE],
-    }
+    plan = dataclasses.replace(
+        PLAN,
+        model=dataclasses.replace(PLAN.model, architecture=HOSTILE, license=HOSTILE),
+        stock={"Q4_K_M": 1},
+        sizes=dataclasses.replace(PLAN.sizes, refused=(Budget(HOSTILE, 1, HOSTILE),)),
+        warnings=(HOSTILE,),
+    )
     html = previews.preview(plan, here=HOSTILE, why_not=HOSTILE)
     assert "onerror" in html and "<img" not in html and "cannot be shown" not in html
+
+
+@pytest.mark.slow
+def test_an_estimate_is_the_plan_in_json(tmp_path: Path) -> None:
+    """Of a real planner in its child, with the keys of `quantkit plan --json`."""
+    model = str(tiny_llama(tmp_path / "llama"))
+    with fixtures.serving(tmp_path / "runs") as (url, _, _):
+        client = gradio_client.Client(url, verbose=False)
+        told = client.predict(model, like="Q4_K_M", profile="demo", api_name="/estimate")
+    plan = build(Plan, told)
+    assert told == to_json(plan)
+    assert [budget.target for budget in plan.sizes.budgets] == ["like Q4_K_M"]
+    assert plan.model.n_parameters > 0 and plan.estimates.seconds > 0
 
 
 # Trying a file.

@@ -19,12 +19,14 @@ from tiny_models import tiny_llama
 from quantkit.checkpoint.bounds import check_numbers
 from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.config import RunConfig
-from quantkit.config.budgets import for_files
-from quantkit.config.targets import LikeMix
+from quantkit.config.targets import BitsPerWeight, LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.hub.card_data import read_card
 from quantkit.llamacpp.converter.snapshot import sanitize
-from quantkit.planning.plan import make_plan
+from quantkit.planning.nouns import Plan
+from quantkit.planning.plan import make_plan, render
+from quantkit.sandbox.untrusted import build
+from quantkit.tensors import to_json
 
 TABLE = [StoredTensor("model.embed_tokens.weight", "BF16", (512, 64), 0, 65536)]
 
@@ -135,7 +137,7 @@ def test_any_config_is_refused_or_planned(seed: int, llama: Path, tmp_path: Path
     except QuantkitError as error:
         assert error.message.isprintable() and error.remedy
     else:
-        assert plan["sizes"]["budgets"]
+        assert plan.sizes.budgets
 
 
 # Model cards
@@ -203,12 +205,23 @@ def test_cards() -> None:
 def test_one_file_takes_search_and_tuning(llama: Path) -> None:
     """A Job's limit is made from it."""
     asked = RunConfig(str(llama), targets=(LikeMix("Q4_K_M"),), profile="demo")
-    one = make_plan(asked)["estimates"]
-    assert one["seconds"] >= 60 + one["per_file"]["seconds"]
-    assert one["multiply_adds"] > one["per_file"]["multiply_adds"]
-    more = for_files(one, 2)
-    assert more["seconds"] == one["seconds"] + one["per_file"]["seconds"]
-    assert for_files(more, 1) == one
+    one = make_plan(asked).estimates
+    assert one.seconds >= 60 + one.per_file.seconds
+    assert one.multiply_adds > one.per_file.multiply_adds
+    more = one.for_files(2)
+    assert more.seconds == one.seconds + one.per_file.seconds
+    assert more.for_files(1) == one
+
+
+def test_a_plan_in_json(llama: Path) -> None:
+    """Everything that it says comes back from what `quantkit plan --json` prints."""
+    targets = (BitsPerWeight("0.5"), LikeMix("Q4_K_M"))
+    plan = make_plan(RunConfig(str(llama), targets=targets, profile="demo"))
+    told = json.loads(json.dumps(to_json(plan)))
+    assert build(Plan, told) == plan and told["schema"] == 1
+    assert len(plan.sizes.budgets) == len(plan.sizes.refused) == 1
+    assert list(told)[:4] == ["schema", "model", "sizes", "stock"]
+    assert "0.5" in render(plan) and f"{plan.sizes.budgets[0].limit_bytes:,} bytes" in render(plan)
 
 
 def test_the_tiny_model_is_within_bounds() -> None:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import test_app_fixtures as fixtures
@@ -23,6 +22,7 @@ from test_structure import OURS, imports, module_of, short, tree, walk
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.planning.nouns import Plan
 from quantkit.sandbox.untrusted import Damaged
 from quantkit.server.executors import process, registry
 from quantkit.server.executors.protocol import (
@@ -85,7 +85,7 @@ class Ship(Executor):
     def command(self, order: Order) -> tuple[str, ...]:
         return sys.executable, "-c", WORKER, json.dumps(to_json(order))
 
-    def offers(self, plan: dict[str, Any], token: str | None) -> tuple[Offer, ...]:
+    def offers(self, plan: Plan, token: str | None) -> tuple[Offer, ...]:
         return (Offer(self.name, "cutter", "Voyage: cutter", "cuda", 3600.0, 2, 0.5),)
 
     def end(self, run_id: str, token: str | None) -> None:

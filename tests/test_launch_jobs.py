@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hub_jobs
@@ -23,6 +24,7 @@ import test_app_fixtures as fixtures
 from hub_server import ALICE, BOB, HubServer, running_hub
 from hypothesis import given
 from hypothesis import strategies as st
+from test_app_preview import PLAN
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
@@ -43,6 +45,8 @@ from quantkit.server.executors.hf_jobs.wire import (
 from quantkit.server.executors.protocol import Offer, choose
 from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.record import load_record
+from quantkit.server.web import view
+from quantkit.tensors import to_json
 
 OWNER = "hf:alice"
 IN_JOB = (
@@ -58,8 +62,11 @@ DISPATCH = (
     "sys.exit(dispatch.main(sys.argv))"
 )
 ORDER = Order("hf_jobs", "cpu-upgrade", hours=2, usd_per_hour=0.03)
-PLAN = {
-    "estimates": {"memory_bytes": 12e9, "disk_bytes": 30e9, "multiply_adds": 4e15, "seconds": 33e3}
+NEEDS = {
+    "memory_bytes": 12 * 10**9,
+    "disk_bytes": 30 * 10**9,
+    "multiply_adds": 4 * 10**15,
+    "seconds": 33_000,
 }
 
 
@@ -252,7 +259,7 @@ def test_the_last_word_on_a_machine_is_the_last(
 
     monkeypatch.setattr(dispatch, "_METRICS_SECONDS", 0.0)
     monkeypatch.setattr(jobs, "look", lambda job, token: at_work)
-    monkeypatch.setattr(jobs, "metrics", ends_meanwhile)
+    monkeypatch.setattr(jobs, "load", ends_meanwhile)
     dispatched._watch_machine()
     assert json.loads((tmp_path / "machine.json").read_text())["stage"] == "COMPLETED"
 
@@ -346,19 +353,50 @@ def test_machines_and_prices(hub: HubServer) -> None:
     assert (found["h200"].n_cpu, found["h200"].usd_per_hour) == (23, pytest.approx(5.0, abs=0.01))
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (None, ""),
+        ({}, ""),
+        ({"cpu_usage_pct": 87, "rx_bps": 5}, " · processor 87 %"),
+        (
+            {
+                "cpu_usage_pct": 86.6,
+                "memory_used_bytes": 3_100_000_000,
+                "memory_total_bytes": 16_000_000_000,
+                "gpus": {"0": {"utilization": 42, "memory_used_bytes": 1}, "1": {}},
+            },
+            " · processor 87 %, memory 3.1 of 16 GB, GPU 42 %",
+        ),
+        ({"cpu_usage_pct": "much"}, ""),
+        ({"cpu_usage_pct": 1, "gpus": ["0"]}, ""),
+        ([87], ""),
+    ],
+)
+def test_how_busy_a_machine_is(said: Any, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = SimpleNamespace(fetch_job_metrics=lambda job_id, namespace: iter([said]))
+    monkeypatch.setattr(jobs, "hf_api", lambda token: api)
+    job = jobs.RemoteJob("1", "alice", "RUNNING", "", "cpu-upgrade", "https://x", 0.0, 5.0)
+    load = jobs.load(job, ALICE)
+    assert view._load(load) == shown
+    if shown:
+        assert to_json(load).items() >= {k: v for k, v in said.items() if k != "gpus"}.items()
+
+
 def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
-    def offered(**needs: float) -> tuple[Offer, ...]:
-        return offers({"estimates": {**PLAN["estimates"], **needs}}, jobs.machines(), "hf_jobs")
+    def offered(**needs: int) -> tuple[Offer, ...]:
+        estimates = dataclasses.replace(PLAN.estimates, **{**NEEDS, **needs})
+        return offers(dataclasses.replace(PLAN, estimates=estimates), jobs.machines(), "hf_jobs")
 
     names = [offer.machine for offer in offered()]
     assert "t4-small" in names and names[0] == choose(offered()).machine
     chosen = choose(offered())
     assert chosen.seconds < 3600 * chosen.hours and 0 < chosen.usd <= chosen.most_usd
-    large = offered(memory_bytes=100e9, multiply_adds=1e18)
+    large = offered(memory_bytes=100 * 10**9, multiply_adds=10**18)
     assert choose(large).machine == "h200"
     assert choose(large).device == "cuda"
     with pytest.raises(QuantkitError, match="No machine"):
-        choose(offered(memory_bytes=1e12))
+        choose(offered(memory_bytes=10**12))
     with pytest.raises(QuantkitError, match="does not fit on 'cpu-basic'"):
         choose(large, "cpu-basic")
 

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_app_preview import PLAN
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
+from quantkit.planning.nouns import Plan
 from quantkit.server.previews import keeper
 from quantkit.server.previews.turns import Share, Turns
+from quantkit.tensors import to_json
 
 estimates = importlib.import_module(
     "quantkit.server.previews.estimate"
@@ -139,7 +142,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the planner is asked, with nobody there to answer."""
     found: list[str] = []
 
-    def ask(config: RunConfig, *_: Any) -> dict[str, Any]:
+    def ask(config: RunConfig, *_: Any) -> Plan:
         found.append(config.model)
         raise estimates.CutOff("The preview took too much time.")
 
@@ -166,6 +169,37 @@ def test_what_a_planner_says_is_not_trusted(told: bytes) -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     with child, pytest.raises(QuantkitError, match="could not be made"):
         estimates._answer(child, lambda first: None)
+
+
+def answered(plan: dict[str, Any]) -> Plan:
+    """What the server makes of a planner that says this."""
+    code = f"print({json.dumps({'plan': plan})!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    with child:
+        return estimates._answer(child, None)
+
+
+def test_a_plan_arrives_as_it_was_made() -> None:
+    assert answered(to_json(PLAN)) == PLAN
+    assert answered({**to_json(PLAN), "newer": 1}) == PLAN, "what is unknown is left out"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"schema": 2},
+        {"model": None},
+        {"sizes": {"budgets": []}},
+        {"stock": {"Q4_K_M": "1"}},
+        {"context": {**to_json(PLAN.context), "buffers": [[1, 2, 3]]}},
+        {"coverage": {"share": "all", "apart": {}}},
+        {"fallbacks": ["blk.0"]},
+        {"estimates": {**to_json(PLAN.estimates), "seconds": 1.5}},
+    ],
+)
+def test_a_plan_of_another_shape_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(QuantkitError, match="could not be made"):
+        answered({**to_json(PLAN), **wrong})
 
 
 class Line:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from quantkit.config import RunConfig
 from quantkit.config.targets import DEFAULT_TARGET, Target
@@ -50,13 +49,6 @@ def settle_budgets(
             f"Ask for {smallest:,} to {largest:,} bytes, or allow other types with --levels.",
         )
     return tuple(found[limit] for limit in sorted(found)), tuple(refused)
-
-
-def for_files(estimates: dict[str, Any], n_files: int) -> dict[str, Any]:
-    """A plan's estimates for another number of files: search and disk grow with it."""
-    more = n_files - estimates["n_files"]
-    grown = {key: estimates[key] + more * each for key, each in estimates["per_file"].items()}
-    return {**estimates, **grown, "n_files": n_files}
 
 
 def _default_targets(config: RunConfig) -> tuple[Target, ...]:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from quantkit.errors import QuantkitError
 from quantkit.hub.client import PATIENT, Asked, call, endpoint, hf_api
 from quantkit.hub.errors import CAUGHT, translate
+from quantkit.sandbox.untrusted import build
 
 WAITING, RUNNING, COMPLETED = "SCHEDULING", "RUNNING", "COMPLETED"
 ENDED = ("COMPLETED", "ERROR", "CANCELED", "DELETED")
@@ -61,6 +62,29 @@ class RemoteJob:
     @property
     def has_ended(self) -> bool:
         return self.stage in ENDED
+
+
+@dataclass(frozen=True)
+class GpuLoad:
+    """How busy a GPU is, under the Hub's names; None is what it does not say."""
+
+    utilization: float | None = None  # percent
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MachineLoad:
+    """How busy a Job's machine is, under the Hub's names; None is what it does not say."""
+
+    cpu_usage_pct: float | None = None
+    cpu_millicores: float | None = None
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    rx_bps: float | None = None  # received
+    tx_bps: float | None = None  # sent
+    gpus: dict[str, GpuLoad] | None = None
+    replica: str | None = None
 
 
 @dataclass(frozen=True)
@@ -227,12 +251,13 @@ def lines(job: RemoteJob, token: str) -> Iterator[str]:
         raise translate(error, _asked(job.owner), token) from None
 
 
-def metrics(job: RemoteJob, token: str) -> dict[str, Any] | None:
-    """Return how busy the machine is right now; None when it does not say."""
+def load(job: RemoteJob, token: str) -> MachineLoad | None:
+    """Return how busy the machine is right now; None when the Hub does not say so as it should."""
     api = hf_api(token)
     try:
-        return next(iter(api.fetch_job_metrics(job_id=job.id, namespace=job.owner)), None)
-    except CAUGHT:
+        said = next(iter(api.fetch_job_metrics(job_id=job.id, namespace=job.owner)), None)
+        return build(MachineLoad, said)
+    except CAUGHT:  # Damaged, a ValueError, too
         return None
 
 

@@ -42,7 +42,7 @@ class ContextMemory:
     bytes_per_token: int
     window_bytes_per_token: int
     window_tokens: int
-    buffers: Sequence[Sequence[int]]  # tokens of context, bytes; between them, no more than a line
+    buffers: tuple[tuple[int, int], ...]  # tokens, bytes; between them no more than a line
     fixed_bytes: int  # recurrent states, the program
     trained_tokens: int | None  # the context that the model was trained for
     note: str = ""  # why llama.cpp could not be asked

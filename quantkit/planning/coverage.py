@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from quantkit.tensors import TensorSpec
 
@@ -25,11 +24,11 @@ class Coverage:
     apart: dict[str, str]  # kind of tensor -> why it has no Hessian
 
 
-def in_words(coverage: dict[str, Any]) -> str:
-    """The `coverage` of a plan for people."""
-    apart = "; ".join(f"not {kind}: {reason}" for kind, reason in coverage["apart"].items())
+def in_words(coverage: Coverage) -> str:
+    """A coverage for people."""
+    apart = "; ".join(f"not {kind}: {reason}" for kind, reason in coverage.apart.items())
     # Rounded down: all of it is only said where it is so.
-    share = f"{int(1000 * coverage['share']) / 10:g} % of the linear parameters"
+    share = f"{int(1000 * coverage.share) / 10:g} % of the linear parameters"
     return f"{share} ({apart})" if apart else share
 
 

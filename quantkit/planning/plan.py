@@ -9,8 +9,8 @@ that names nothing and a budget that cannot be met are refused before any weight
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
-from quantkit.config.budgets import Budget, for_files, settle_budgets
+from quantkit.config.budgets import Budget, settle_budgets
 from quantkit.config.levels import LevelPlan, plan_levels
 from quantkit.errors import printable
 from quantkit.gguf_file.read import GgufFile
@@ -33,25 +33,13 @@ from quantkit.markdown import table
 from quantkit.planning import texts
 from quantkit.planning.cost import search_target_bytes, stage_memory
 from quantkit.planning.coverage import foretell, in_words
+from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Sizes
 from quantkit.sizes import size
 from quantkit.sources.fit import copies, kept_notes
 from quantkit.sources.resolve import read_headers, resolve
-from quantkit.tensors import ONE_INPUT, TensorSpec, is_in_block, to_json
+from quantkit.tensors import ONE_INPUT, TensorSpec, is_in_block
 
 _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to the base's header
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of whole files: the budgets that are met, those that cannot be, and what the levels can
-    make. Without budgets every type is given.
-    """
-
-    budgets: tuple[Budget, ...]
-    refused: tuple[Budget, ...]
-    smallest_bytes: int
-    largest_bytes: int
-    levels: dict[str, int]  # uniform file of each asked level
 
 
 def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
@@ -107,9 +95,9 @@ def make_plan(
     config: RunConfig,
     progress: Callable[[int, int], None] | None = None,
     looked: Callable[[ModelInfo], None] | None = None,
-) -> dict[str, Any]:
-    """The plan of a run as JSON values. Downloads a few MB at most. `looked` is called with the
-    first facts, long before the rest is known.
+) -> Plan:
+    """Plan a run. Downloads a few MB at most. `looked` is called with the first facts, long before
+    the rest is known.
 
     Raises QuantkitError for everything that can be refused now.
     """
@@ -142,37 +130,32 @@ def make_plan(
         stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
         context = context_memory(base)
         warnings += [context.note] if context.note else []
-        return {
-            "schema": 1,
-            "model": {
-                "id": info.id,
-                "sha": info.sha,
-                "architecture": info.architectures[0],
-                "n_parameters": base.n_elements,
-                "license": info.license,
-                "gated": info.gated,
-                "download_bytes": info.n_download_bytes,
-            },
-            "sizes": to_json(sizes),
-            "stock": stock,
-            "context": to_json(context),
-            "levels": [str(level) for level in levels.levels],
-            "coverage": to_json(coverage),
-            "fallbacks": to_json(levels.fallbacks),
-            "sandbox": conversion.sandbox,
-            "warnings": [*warnings, *conversion.warnings, *conversion.tokens.notes],
-            "estimates": for_files(
-                estimates(config, info, base, levels), max(1, len(sizes.budgets))
+        one_file = estimates(config, info, base, levels)
+        return Plan(
+            model=PlannedModel(
+                id=info.id,
+                sha=info.sha,
+                architecture=info.architectures[0],
+                n_parameters=base.n_elements,
+                license=info.license,
+                gated=info.gated,
+                download_bytes=info.n_download_bytes,
             ),
-        }
+            sizes=sizes,
+            stock=stock,
+            context=context,
+            levels=tuple(str(level) for level in levels.levels),
+            coverage=coverage,
+            fallbacks=levels.fallbacks,
+            sandbox=conversion.sandbox,
+            warnings=(*warnings, *conversion.warnings, *conversion.tokens.notes),
+            estimates=one_file.for_files(max(1, len(sizes.budgets))),
+        )
 
 
-def estimates(
-    config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelPlan
-) -> dict[str, Any]:
-    """Disk, memory and time that the run is expected to take for one file, from the model's
-    shapes, and what each further size adds. `memory` is the peak of every stage here, where the
-    model is taken whole if it fits; `memory_bytes` is what the run needs anywhere.
+def estimates(config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelPlan) -> Estimates:
+    """Estimate what the run takes for one file, from the model's shapes, and what each further size
+    adds.
 
     Time is counted in multiply-adds over what the device does in a second, measured on two cores of
     a server CPU (bf16) and one H200; it is within a factor of two or so.
@@ -214,19 +197,19 @@ def estimates(
     tuned = 3 * config.tuning_steps * TUNING_BATCH * 512
     tuned += 4 * n_calibrated if config.tuning_steps else 0
     search = round(n_linear) * (profile.search_tokens + tuned)
-    return {
-        "disk_bytes": disk,
-        "memory_bytes": max(stage_memory(config, base, levels, most, 0).values()),
-        "memory": memory,
-        "multiply_adds": forward + gather + solve + search,
-        "seconds": round(60 + 30 + (forward + gather + solve + search) / speed),
-        "n_files": 1,
-        "per_file": {
-            "disk_bytes": base_bytes // 3 * (2 if config.tuning_steps else 1),
-            "multiply_adds": search,
-            "seconds": round(30 + search / speed),
-        },
-    }
+    return Estimates(
+        disk_bytes=disk,
+        memory_bytes=max(stage_memory(config, base, levels, most, 0).values()),
+        memory=memory,
+        multiply_adds=forward + gather + solve + search,
+        seconds=round(60 + 30 + (forward + gather + solve + search) / speed),
+        n_files=1,
+        per_file=PerFile(
+            disk_bytes=base_bytes // 3 * (2 if config.tuning_steps else 1),
+            multiply_adds=search,
+            seconds=round(30 + search / speed),
+        ),
+    )
 
 
 def _free(device: str) -> int:
@@ -265,54 +248,50 @@ def _share(tensor: Any, chosen: int) -> float:
     return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
 
 
-def _context(context: dict[str, Any]) -> str:
-    memory = ContextMemory(**context)
+def _context(memory: ContextMemory) -> str:
     n_tokens = memory.usual_tokens
     return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} beside the file"
 
 
-def _by_stage(estimate: dict[str, Any]) -> str:
+def _by_stage(memory: dict[str, int]) -> str:
     """The largest peak first."""
-    peaks = sorted(estimate["memory"].items(), key=lambda item: -item[1])
+    peaks = sorted(memory.items(), key=lambda item: -item[1])
     return "about " + ", ".join(f"{size(n)} in {stage}" for stage, n in peaks[:5])
 
 
-def render(plan: dict[str, Any]) -> str:
+def render(plan: Plan) -> str:
     """The plan for people."""
-    model, sizes, estimate = plan["model"], plan["sizes"], plan["estimates"]
-    license, n_parameters = model["license"] or "not stated", model["n_parameters"]
+    model, sizes, estimate = plan.model, plan.sizes, plan.estimates
     lines = [
-        f"{printable(model['id'], '')} at {model['sha'][:12]}",
-        f"  {model['architecture']}, {n_parameters / 1e6:,.0f}M parameters,"
-        f" license {printable(license, '')}, {size(model['download_bytes'])} to read",
+        f"{printable(model.id, '')} at {model.sha[:12]}",
+        f"  {model.architecture}, {model.n_parameters / 1e6:,.0f}M parameters,"
+        f" license {printable(model.license or 'not stated', '')},"
+        f" {size(model.download_bytes)} to read",
         "",
     ]
-    for budget in sizes["budgets"] or ({"target": "every type is given", "limit_bytes": None},):
-        limit = budget["limit_bytes"]
-        bpw = "" if limit is None else f": {limit:,} bytes ({8 * limit / n_parameters:.2f} bpw)"
-        lines.append(f"budget    {budget['target']}{bpw}")
-    lines += [f"refused   {budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
+    for budget in sizes.budgets:
+        limit = budget.limit_bytes
+        bpw = 8 * limit / model.n_parameters
+        lines.append(f"budget    {budget.target}: {limit:,} bytes ({bpw:.2f} bpw)")
+    if not sizes.budgets:
+        lines.append("budget    every type is given")
+    lines += [f"refused   {budget.target}: {budget.refusal}" for budget in sizes.refused]
     lines += [
-        f"possible  {sizes['smallest_bytes']:,} to {sizes['largest_bytes']:,} bytes",
-        f"GPTQ      {in_words(plan['coverage'])}",
-        f"time      about {max(1, estimate['seconds'] // 60)} minutes",
-        f"disk      about {size(estimate['disk_bytes'])}",
-        f"memory    {_by_stage(estimate)}",
-        f"context   {_context(plan['context'])}",
+        f"possible  {sizes.smallest_bytes:,} to {sizes.largest_bytes:,} bytes",
+        f"GPTQ      {in_words(plan.coverage)}",
+        f"time      about {max(1, estimate.seconds // 60)} minutes",
+        f"disk      about {size(estimate.disk_bytes)}",
+        f"memory    {_by_stage(estimate.memory)}",
+        f"context   {_context(plan.context)}",
         "",
-        table(
-            ["level, uniform", "bytes"], [[name, f"{n:,}"] for name, n in sizes["levels"].items()]
-        ),
+        table(["level, uniform", "bytes"], [[name, f"{n:,}"] for name, n in sizes.levels.items()]),
         "",
-        table(["llama.cpp mix", "bytes"], [[name, f"{n:,}"] for name, n in plan["stock"].items()]),
+        table(["llama.cpp mix", "bytes"], [[name, f"{n:,}"] for name, n in plan.stock.items()]),
     ]
-    groups: dict[tuple[str, str, str], int] = {}
-    for f in plan["fallbacks"]:
-        key = (f["asked"], f["used"], f["reason"])
-        groups[key] = groups.get(key, 0) + 1
+    groups = Counter((f.asked, f.used, f.reason) for f in plan.fallbacks)
     if groups:
         rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
         lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
-    lines += ["", *(f"note: {printable(warning, '')}" for warning in plan["warnings"])]
-    lines += [f"sandbox of what reads the model: {plan['sandbox']}"]
+    lines += ["", *(f"note: {printable(warning, '')}" for warning in plan.warnings)]
+    lines += [f"sandbox of what reads the model: {plan.sandbox}"]
     return "\n".join(lines).rstrip()

@@ -8,8 +8,8 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from quantkit.planning.nouns import Plan
 from quantkit.server.executors.protocol import Executor, Order
 from quantkit.sizes import size
 
@@ -26,27 +26,27 @@ class Local(Executor):
     def command(self, order: Order) -> tuple[str, ...]:
         return COMMAND
 
-    def why_not(self, plan: dict[str, Any], root: Path, most_seconds: int | None) -> str:
+    def why_not(self, plan: Plan, root: Path, most_seconds: int | None) -> str:
         """Return a sentence when memory, disk under `root` or `most_seconds` are too little."""
-        needs = plan["estimates"]
+        needs = plan.estimates
         memory = memory_here(os.environ)
-        if memory and needs["memory_bytes"] > SHARE * memory:
+        if memory and needs.memory_bytes > SHARE * memory:
             return (
-                f"It needs about {size(needs['memory_bytes'])} of memory and this machine"
+                f"It needs about {size(needs.memory_bytes)} of memory and this machine"
                 f" has {size(memory)}."
             )
         place = root.absolute()
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free
-        if needs["disk_bytes"] > SHARE * free:
+        if needs.disk_bytes > SHARE * free:
             return (
-                f"It needs about {size(needs['disk_bytes'])} of disk and this machine has"
+                f"It needs about {size(needs.disk_bytes)} of disk and this machine has"
                 f" {size(free)} free."
             )
-        if most_seconds is not None and needs["seconds"] > most_seconds:
+        if most_seconds is not None and needs.seconds > most_seconds:
             return (
-                f"It would take about {needs['seconds'] / 3600:.1f} hours here, and a run may take"
+                f"It would take about {needs.seconds / 3600:.1f} hours here, and a run may take"
                 f" {most_seconds / 3600:.0f}."
             )
         return ""

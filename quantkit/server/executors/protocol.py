@@ -13,10 +13,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from quantkit.errors import QuantkitError
-from quantkit.hub.jobs import ENDED
+from quantkit.hub.jobs import ENDED, MachineLoad
+from quantkit.planning.nouns import Plan
 from quantkit.run.artifacts import RELATIVE
 
 LOG_FILE = "log.txt"  # what a worker printed
@@ -80,7 +81,7 @@ class RemoteState:
     stage: str  # one of ENDED, or another word while it may be at work
     run_seconds: float
     usd: float
-    metrics: dict[str, Any] | None = None  # how busy the machine is
+    metrics: MachineLoad | None = None  # how busy the machine is
 
     @property
     def has_ended(self) -> bool:
@@ -119,13 +120,13 @@ class Executor(Protocol):
         """Raise QuantkitError where nothing can be started there, or not for this visitor."""
         return None
 
-    def offers(self, plan: dict[str, Any], token: str | None) -> tuple[Offer, ...]:
+    def offers(self, plan: Plan, token: str | None) -> tuple[Offer, ...]:
         """Return every machine that the planned run fits on, the cheapest run first. Raise
         QuantkitError when that cannot be known.
         """
         return ()
 
-    def why_not(self, plan: dict[str, Any], root: Path, most_seconds: int | None) -> str:
+    def why_not(self, plan: Plan, root: Path, most_seconds: int | None) -> str:
         """Return a sentence when the run is too large to be done there at all, else nothing."""
         return ""
 

@@ -22,6 +22,7 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
+from quantkit.planning.nouns import Plan
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import Damaged, build, parse
 from quantkit.server.executors.process import worker_environment, worker_secrets
@@ -47,7 +48,7 @@ _REMEDY = "Start the run without it, or try again."
 _MOST_TOLD_BYTES = 16_000_000
 _KEPT = 64
 _REFUSED_SECONDS = 600.0  # what was cut off is not tried again for so long
-_cache: dict[str, dict[str, Any]] = {}
+_cache: dict[str, Plan] = {}
 _refused: dict[str, tuple[float, QuantkitError]] = {}
 _locks: dict[str, threading.Lock] = {}
 _locks_lock = threading.Lock()
@@ -64,8 +65,8 @@ def estimate(
     public: bool = False,
     who: str = "",
     looked: Looked | None = None,
-) -> dict[str, Any]:
-    """The plan of a run as JSON values. Raises QuantkitError with the planner's own sentence.
+) -> Plan:
+    """The plan of a run. Raises QuantkitError with the planner's own sentence.
 
     The model is looked at once; another size of it is answered at once. `who` is whose turn is
     taken; `looked` is called with the first facts, when they are known before the rest.
@@ -80,7 +81,7 @@ def estimate(
 
 def _known_or_asked(
     key: str, config: RunConfig, token: str | None, public: bool, looked: Looked | None
-) -> dict[str, Any]:
+) -> Plan:
     with _locks_lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:  # whoever asks the same meanwhile waits for this answer
@@ -107,7 +108,7 @@ def _make_room(kept: dict[str, Any]) -> None:
         _locks.pop(oldest, None)
 
 
-def known_plan(config: RunConfig, token: str | None = None) -> dict[str, Any] | None:
+def known_plan(config: RunConfig, token: str | None = None) -> Plan | None:
     """The plan when the model was looked at before; None when it would have to be."""
     plan = _cache.get(_key(config, token))
     return None if plan is None else with_sizes(plan, config)
@@ -121,9 +122,7 @@ def _key(config: RunConfig, token: str | None) -> str:
     return hashlib.sha256(f"{asked!r} {token or ''}".encode()).hexdigest()
 
 
-def _ask(
-    config: RunConfig, token: str | None, public: bool, looked: Looked | None
-) -> dict[str, Any]:
+def _ask(config: RunConfig, token: str | None, public: bool, looked: Looked | None) -> Plan:
     bounds = _PUBLIC if public else _PRIVATE
     with tempfile.TemporaryDirectory(
         prefix="quantkit-preview-", ignore_cleanup_errors=True
@@ -150,10 +149,10 @@ def _ask(
                 child.stdin.close()
 
 
-def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> dict[str, Any]:
+def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> Plan:
     """The plan that the child tells; what it says is checked like anything from outside."""
     assert child.stdout is not None
-    plan: dict[str, Any] | None = None
+    plan: Plan | None = None
     left = _MOST_TOLD_BYTES
     while line := child.stdout.readline(left + 1):
         left -= len(line)
@@ -163,8 +162,8 @@ def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> dict[str, 
                 break
             if "looked" in told and looked is not None:
                 looked(build(FirstLook, told["looked"]))
-            elif isinstance(told.get("plan"), dict):
-                plan = told["plan"]
+            elif "plan" in told:
+                plan = build(Plan, told["plan"])
             elif "error" in told:
                 message, remedy = told["error"]
                 raise QuantkitError(str(message)[:2000], str(remedy)[:2000])

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from quantkit.config import RunConfig
-from quantkit.config.budgets import for_files, settle_budgets
+from quantkit.config.budgets import settle_budgets
 from quantkit.errors import UsageError
-from quantkit.llamacpp.contexts import ContextMemory
-from quantkit.tensors import to_json
+from quantkit.planning.nouns import Plan
 
 
-def context_bytes(plan: dict[str, Any], n_tokens: int) -> int:
-    """Memory beside the file that llama.cpp takes for a context of so many tokens."""
-    return ContextMemory(**plan["context"]).n_bytes(n_tokens)
-
-
-def with_sizes(plan: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+def with_sizes(plan: Plan, config: RunConfig) -> Plan:
     """The same plan for the sizes of `config`. Raises QuantkitError when no file of the levels has
     any of them.
     """
-    sizes, stock = plan["sizes"], plan["stock"]
+    sizes, stock = plan.sizes, plan.stock
 
     def mix_bytes(label: str) -> int:
         if label not in stock:
@@ -28,16 +22,18 @@ def with_sizes(plan: dict[str, Any], config: RunConfig) -> dict[str, Any]:
                 f"llama.cpp has no mix {label} for this model.",
                 "Use one of " + ", ".join(stock) + ".",
             )
-        return int(stock[label])
+        return stock[label]
 
     budgets, refused = settle_budgets(
         config,
-        plan["model"]["n_parameters"],
+        plan.model.n_parameters,
         mix_bytes,
-        lambda n: context_bytes(plan, n),
-        sizes["smallest_bytes"],
-        sizes["largest_bytes"],
+        plan.context.n_bytes,
+        sizes.smallest_bytes,
+        sizes.largest_bytes,
     )
-    asked = {"budgets": to_json(budgets), "refused": to_json(refused)}
-    grown = for_files(plan["estimates"], max(1, len(budgets)))
-    return {**plan, "sizes": {**sizes, **asked}, "estimates": grown}
+    return replace(
+        plan,
+        sizes=replace(sizes, budgets=budgets, refused=refused),
+        estimates=plan.estimates.for_files(max(1, len(budgets))),
+    )

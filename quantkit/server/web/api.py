@@ -80,7 +80,8 @@ def add_endpoints(handlers: Handlers) -> None:
             to_config(form, handlers.store.public)  # what is wrong is said before it is counted
             client = asker_of("", request, user, token)
             handlers.allow("preview", client)
-            return handlers.estimate(form, secret, client)
+            plan: dict[str, Any] = to_json(handlers.estimate(form, secret, client))
+            return plan
 
         return _told(make)
 

@@ -14,6 +14,7 @@ from typing import Any
 from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.planning.nouns import Plan
 from quantkit.server.executors import registry
 from quantkit.server.executors.protocol import Offer, Order, choose
 from quantkit.server.executors.registry import LOCAL
@@ -150,19 +151,19 @@ class Handlers:
                 f"The run is too large for this page. {why_not}",
                 "Choose " + "".join(f"a {e.noun}, or " for e in self.remote) + "a smaller model.",
             )
-        seconds = found["estimates"]["seconds"]
+        seconds = found.estimates.seconds
         return Order(executor.name, estimate_seconds=seconds), config.device
 
-    def estimate(self, form: RunForm, token: str | None, client: Client) -> dict[str, Any]:
+    def estimate(self, form: RunForm, token: str | None, client: Client) -> Plan:
         """The planner's answer. Raises QuantkitError."""
         return self._plan(to_config(form, self.store.public), token, client)
 
     def _plan(
         self, config: RunConfig, token: str | None, client: Client, looked: Looked | None = None
-    ) -> dict[str, Any]:
+    ) -> Plan:
         return estimate(config, token, self.store.public, client.counted_as, looked)
 
-    def _why_not_here(self, plan: dict[str, Any]) -> str:
+    def _why_not_here(self, plan: Plan) -> str:
         return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
 
     def preview(self, form: RunForm, token: str, client: Client) -> Iterator[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from quantkit.llamacpp.contexts import ContextMemory
+from quantkit.config.budgets import Budget
 from quantkit.planning.coverage import in_words
+from quantkit.planning.nouns import Estimates, Plan
 from quantkit.server.executors.protocol import Offer
 from quantkit.server.previews.first_look import FirstLook
-from quantkit.server.previews.sizes import context_bytes
 from quantkit.server.web.view import duration, notice
 from quantkit.sizes import size
 
@@ -37,7 +36,7 @@ def parameters(n: int) -> str:
 
 
 def preview(
-    plan: dict[str, Any],
+    plan: Plan,
     *,
     context: int | None = None,
     here: str = "",
@@ -52,43 +51,41 @@ def preview(
     """
     try:
         return _preview(plan, context, here, why_not, offers, chosen)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError):
+    except (ArithmeticError, ValueError):  # of numbers that no model has
         return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
 
 
 def _preview(
-    plan: dict[str, Any],
+    plan: Plan,
     context: int | None,
     here: str,
     why_not: str,
     offers: Sequence[Offer],
     chosen: Offer | None,
 ) -> str:
-    model, sizes, needs = plan["model"], plan["sizes"], plan["estimates"]
-    n_parameters = model["n_parameters"]
+    model, sizes, needs = plan.model, plan.sizes, plan.estimates
     facts = [
-        ("Model", f"{model['architecture']}, {parameters(n_parameters)} parameters"),
-        ("License", _license(model["license"], model["gated"])),
-        ("File", _budget(sizes["budgets"], n_parameters)),
+        ("Model", f"{model.architecture}, {parameters(model.n_parameters)} parameters"),
+        ("License", _license(model.license, model.gated)),
+        ("File", _budget(sizes.budgets, model.n_parameters)),
     ]
     if context is not None:
         facts.append(
             (
                 "Context",
-                f"{context:,} tokens take {size(context_bytes(plan, context))} beside it",
+                f"{context:,} tokens take {size(plan.context.n_bytes(context))} beside it",
             )
         )
-    facts.append(("Possible", f"{size(sizes['smallest_bytes'])} to {size(sizes['largest_bytes'])}"))
-    if "coverage" in plan:
-        facts.append(("Under GPTQ", in_words(plan["coverage"])))
+    facts.append(("Possible", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"))
+    facts.append(("Under GPTQ", in_words(plan.coverage)))
     facts.append(("Disk, memory", _both(needs)))
-    n_fallbacks = len({f["tensor"] for f in plan.get("fallbacks", [])})
+    n_fallbacks = len({f.tensor for f in plan.fallbacks})
     if n_fallbacks:
         facts.append(
             ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
         )
-    warnings = [f"{budget['target']}: {budget['refusal']}" for budget in sizes["refused"]]
-    warnings += [str(text) for text in plan.get("warnings", [])][:10]
+    warnings = [f"{budget.target}: {budget.refusal}" for budget in sizes.refused]
+    warnings += plan.warnings[:10]
     notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
     where = _where(needs, here, why_not, offers, chosen)
     return _card(facts, f"{where}{_stock(plan, context)}{notes}")
@@ -99,12 +96,12 @@ def _card(facts: Sequence[tuple[str, str]], rest: str) -> str:
     return f'<div class="qk-preview" role="status"><dl>{items}</dl>{rest}</div>'
 
 
-def _license(name: Any, gated: bool) -> str:
-    return str(name or "not stated") + (", gated: needs a sign-in that may read it" * gated)
+def _license(name: str | None, gated: bool) -> str:
+    return (name or "not stated") + (", gated: needs a sign-in that may read it" * gated)
 
 
-def _budget(budgets: Sequence[dict[str, Any]], n_parameters: int) -> str:
-    limits = [budget["limit_bytes"] for budget in budgets]
+def _budget(budgets: Sequence[Budget], n_parameters: int) -> str:
+    limits = [budget.limit_bytes for budget in budgets]
     if not limits:
         return "given by the types"
     if len(limits) > 1:
@@ -113,12 +110,12 @@ def _budget(budgets: Sequence[dict[str, Any]], n_parameters: int) -> str:
     return f"at most {size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
 
 
-def _both(needs: dict[str, Any]) -> str:
-    return f"about {size(needs['disk_bytes'])}, {size(needs['memory_bytes'])}"
+def _both(needs: Estimates) -> str:
+    return f"about {size(needs.disk_bytes)}, {size(needs.memory_bytes)}"
 
 
 def _where(
-    needs: dict[str, Any],
+    needs: Estimates,
     here: str,
     why_not: str,
     offers: Sequence[Offer],
@@ -127,7 +124,7 @@ def _where(
     """A row for this machine and for every offer worth a look, with time and cost."""
     rows = []
     if here:
-        time, cost = ("—", "too large") if why_not else (_about(needs["seconds"]), "free")
+        time, cost = ("—", "too large") if why_not else (_about(needs.seconds), "free")
         rows.append(_place(here, "", time, cost, chosen is None))
     shown = list(offers[:_SHOWN_OFFERS])
     if chosen is not None and chosen not in shown:
@@ -155,15 +152,15 @@ def _about(seconds: float) -> str:
     return duration(max(60.0, seconds))
 
 
-def _stock(plan: dict[str, Any], context: int | None) -> str:
+def _stock(plan: Plan, context: int | None) -> str:
     """How large llama.cpp's own mixes of this model are, and what each takes in memory."""
-    tokens = context or ContextMemory(**plan["context"]).usual_tokens
-    beside = context_bytes(plan, tokens)
+    tokens = context or plan.context.usual_tokens
+    beside = plan.context.n_bytes(tokens)
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{size(n)}</td>'
-        f"<td>{8 * n / plan['model']['n_parameters']:.2f}</td><td>{size(n + beside)}</td></tr>"
+        f"<td>{8 * n / plan.model.n_parameters:.2f}</td><td>{size(n + beside)}</td></tr>"
         for name in _SHOWN_MIXES
-        if (n := plan["stock"].get(name)) is not None
+        if (n := plan.stock.get(name)) is not None
     )
     if not rows:
         return ""

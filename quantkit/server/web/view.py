@@ -10,6 +10,7 @@ from urllib.parse import quote
 from markdown_it import MarkdownIt
 
 from quantkit.evidence import report as reports
+from quantkit.hub.jobs import MachineLoad
 from quantkit.server.executors.registry import EXECUTORS
 from quantkit.server.runs import RunSummary, RunView, StageView
 from quantkit.sizes import size
@@ -119,19 +120,18 @@ def _machine(run: RunView) -> str:
     return f'<p class="qk-machine">{escape(" · ".join(facts))}{escape(load)}{link}</p>'
 
 
-def _load(metrics: object) -> str:
-    if not isinstance(metrics, dict):
+def _load(load: MachineLoad | None) -> str:
+    if load is None:
         return ""
     said = []
-    if isinstance(metrics.get("cpu_usage_pct"), (int, float)):
-        said.append(f"processor {metrics['cpu_usage_pct']:.0f} %")
-    used, total = metrics.get("memory_used_bytes"), metrics.get("memory_total_bytes")
-    if isinstance(used, (int, float)) and isinstance(total, (int, float)) and total > 0:
+    if load.cpu_usage_pct is not None:
+        said.append(f"processor {load.cpu_usage_pct:.0f} %")
+    used, total = load.memory_used_bytes, load.memory_total_bytes
+    if used is not None and total is not None and total > 0:
         said.append(f"memory {used / 1e9:.1f} of {total / 1e9:.0f} GB")
-    gpus = metrics.get("gpus")
-    for gpu in gpus.values() if isinstance(gpus, dict) else ():
-        if isinstance(gpu, dict) and isinstance(gpu.get("utilization"), (int, float)):
-            said.append(f"GPU {gpu['utilization']:.0f} %")
+    for gpu in (load.gpus or {}).values():
+        if gpu.utilization is not None:
+            said.append(f"GPU {gpu.utilization:.0f} %")
     return " · " + ", ".join(said) if said else ""
 
 

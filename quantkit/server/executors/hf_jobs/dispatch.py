@@ -19,7 +19,6 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
@@ -280,12 +279,12 @@ class Dispatch:
                 job = jobs.look(self._job, self._token)
             except QuantkitError:
                 continue
-            busy = jobs.metrics(job, self._token)
+            load = jobs.load(job, self._token)
             with self._telling:
                 if not self._ended.is_set():
-                    self._tell_machine(job, busy)
+                    self._tell_machine(job, load)
 
-    def _tell_machine(self, job: jobs.RemoteJob, busy: dict[str, Any] | None = None) -> None:
+    def _tell_machine(self, job: jobs.RemoteJob, load: jobs.MachineLoad | None = None) -> None:
         price = self._order.usd_per_hour or 0.0
         state = RemoteState(
             job=job.id,
@@ -294,7 +293,7 @@ class Dispatch:
             stage=job.stage,
             run_seconds=job.run_seconds,
             usd=round(price * job.run_seconds / 3600, 4),
-            metrics=busy,
+            metrics=load,
         )
         write_json(self._dir.path / MACHINE_FILE, state)
 

@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 import time
-from typing import Any
 
 from quantkit import hub
 from quantkit.errors import UsageError
 from quantkit.hub import jobs
+from quantkit.planning.nouns import Plan
 from quantkit.server.executors.hf_jobs import machines
 from quantkit.server.executors.hf_jobs.labels import app_labels
 from quantkit.server.executors.hf_jobs.wheel import can_start_jobs
@@ -51,7 +51,7 @@ class HfJobs(Executor):
             )
         jobs.check_token(token)
 
-    def offers(self, plan: dict[str, Any], token: str | None) -> tuple[Offer, ...]:
+    def offers(self, plan: Plan, token: str | None) -> tuple[Offer, ...]:
         """Return what the Hub offers and charges, asked of it every ten minutes."""
         asked, known = self._machines
         if time.monotonic() > asked + _PRICES_SECONDS:

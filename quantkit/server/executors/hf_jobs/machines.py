@@ -7,9 +7,8 @@ state for dense bf16. So the times are good to a factor of two or so, and are sh
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantkit.hub.jobs import Machine
+from quantkit.planning.nouns import Plan
 from quantkit.server.executors.protocol import Offer
 
 _CPU_SPEED = 6e10  # multiply-adds a second of one virtual core
@@ -22,19 +21,19 @@ _SHARE = 0.9  # of memory and disk that a run may take
 _SHORTEST_HOURS, _LONGEST_HOURS = 1, 24
 
 
-def offers(plan: dict[str, Any], machines: tuple[Machine, ...], executor: str) -> tuple[Offer, ...]:
+def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Offer, ...]:
     """Return every machine that the run fits on, cheapest run first."""
-    needs = plan["estimates"]
+    needs = plan.estimates
     found = []
     for machine in machines:
         if machine.gpu and not machine.gpu.startswith("1x"):
             continue  # a run uses one GPU
         memory = machine.gpu_bytes if machine.gpu else machine.memory_bytes
-        if needs["memory_bytes"] > _SHARE * min(memory, machine.memory_bytes or memory):
+        if needs.memory_bytes > _SHARE * min(memory, machine.memory_bytes or memory):
             continue
-        if machine.disk_bytes and needs["disk_bytes"] > _SHARE * machine.disk_bytes:
+        if machine.disk_bytes and needs.disk_bytes > _SHARE * machine.disk_bytes:
             continue
-        seconds = _STARTING_SECONDS + needs["multiply_adds"] / _speed(machine)
+        seconds = _STARTING_SECONDS + needs.multiply_adds / _speed(machine)
         hours = min(_LONGEST_HOURS, max(_SHORTEST_HOURS, round(3 * seconds / 3600)))
         if seconds < 3600 * hours:
             title = f"Job: {machine.name}" + (f" ({machine.gpu})" if machine.gpu else "")

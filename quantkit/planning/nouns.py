@@ -1,0 +1,89 @@
+"""What a plan says, as types: from where it is made to where people and pages read it.
+
+`quantkit.tensors.to_json` makes JSON of it, `quantkit.sandbox.untrusted.build` a `Plan` of that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from quantkit.config.budgets import Budget
+from quantkit.llamacpp.contexts import ContextMemory
+from quantkit.planning.coverage import Coverage
+from quantkit.tensors import Fallback
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """The model that a plan is of."""
+
+    id: str
+    sha: str
+    architecture: str
+    n_parameters: int
+    license: str | None
+    gated: bool
+    download_bytes: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of whole files: the budgets that are met, those that cannot be, and what the levels can
+    make. Without budgets every type is given.
+    """
+
+    budgets: tuple[Budget, ...]
+    refused: tuple[Budget, ...]
+    smallest_bytes: int
+    largest_bytes: int
+    levels: dict[str, int]  # uniform file of each asked level
+
+
+@dataclass(frozen=True)
+class PerFile:
+    """What each further size adds to a run."""
+
+    disk_bytes: int
+    multiply_adds: int
+    seconds: int
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Disk, memory and time that a run is expected to take for `n_files` sizes."""
+
+    disk_bytes: int
+    memory_bytes: int  # what the run needs anywhere
+    memory: dict[str, int]  # stage -> peak bytes here, where the model is taken whole if it fits
+    multiply_adds: int
+    seconds: int
+    n_files: int
+    per_file: PerFile
+
+    def for_files(self, n_files: int) -> Estimates:
+        """Return the same for another number of files: search and disk grow with it."""
+        more, each = n_files - self.n_files, self.per_file
+        return replace(
+            self,
+            disk_bytes=self.disk_bytes + more * each.disk_bytes,
+            multiply_adds=self.multiply_adds + more * each.multiply_adds,
+            seconds=self.seconds + more * each.seconds,
+            n_files=n_files,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, before it does it."""
+
+    schema: int = field(default=1, init=False)
+    model: PlannedModel
+    sizes: Sizes
+    stock: dict[str, int]  # llama.cpp's mix -> bytes of its file of this model
+    context: ContextMemory
+    levels: tuple[str, ...]
+    coverage: Coverage
+    fallbacks: tuple[Fallback, ...]
+    sandbox: str  # what kept the code that reads the model from the rest
+    warnings: tuple[str, ...]
+    estimates: Estimates
