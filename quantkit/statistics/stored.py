@@ -124,7 +124,8 @@ def save_statistics(
             for part, collector in found.items()
             for group, hessian in collector.means().items()
         }
-        metadata = {"groups": json.dumps(header), "experts": json.dumps(stacked)}
+        # One entry: safetensors writes several in an order that changes from run to run.
+        metadata = {"inputs": json.dumps({"groups": header, "experts": stacked})}
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
     return {
@@ -149,7 +150,7 @@ def load_statistics(path: Path) -> list[InputStatistics]:
     """The inputs of one block (or the head), in the order in which the block meets them."""
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
-        table = json.loads(file.metadata()["groups"])
+        table = json.loads(file.metadata()["inputs"])["groups"]
     return [
         InputStatistics(tuple(modules), n_tokens, f"{group}/heldout" not in stored, path, group)
         for group, (modules, n_tokens) in table.items()
@@ -159,7 +160,7 @@ def load_statistics(path: Path) -> list[InputStatistics]:
 def load_expert_statistics(path: Path) -> list[ExpertStatistics]:
     """Return what is stored of the inputs of a block's experts; empty for a block without any."""
     with safe_open(path, "pt") as file:
-        table = json.loads(file.metadata().get("experts", "{}"))
+        table = json.loads(file.metadata()["inputs"])["experts"]
     return [
         ExpertStatistics(
             tuple(modules),
