@@ -38,7 +38,7 @@ def run(
     Returns the records of all finished stages. Raises QuantkitError; whatever was finished by then
     stays and is taken up by the next call.
     """
-    directory = RunDir(folder)
+    directory = RunDir(folder.absolute())  # what runs in the sandbox runs elsewhere
     with directory.lock():
         _settle_config(directory, config)
         events = EventLog(directory.events_path, echo)

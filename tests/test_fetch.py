@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from hub_server import ALICE, HubServer, look, running_hub
 from hub_store import bf16, safetensors, sharded_model, tiny_model, write
+from tiny_models import tiny_llama
 
+from quantkit import pipeline
 from quantkit.checkpoint import safetensors as stored_headers
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.safetensors import parse_header, read_header, scan
 from quantkit.config import DEMO_MODEL, RunConfig
+from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError
+from quantkit.run.artifacts import RELATIVE
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import RunDir, read_json
 from quantkit.run.stage import Run
@@ -244,3 +248,15 @@ def test_hostile_headers_are_refused(header: object) -> None:
 def test_absurd_header_lengths_are_refused(n_json: int) -> None:
     with pytest.raises(QuantkitError, match="does not start like safetensors"):
         parse_header(n_json.to_bytes(8, "little") + b"{}", "x", 10)
+
+
+def test_names_relative_to_where_the_command_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs in the sandbox stands in another folder."""
+    tiny_llama(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig("model", targets=(LikeMix("Q4_K_M"),), profile="demo", calibration="docs")
+    pipeline.run(config, Path("runs/one"), until="convert")
+    assert (tmp_path / "runs/one" / RELATIVE.base).is_file()
+    assert load_snapshot(RunDir(Path("runs/one"))).folder == tmp_path / "model"

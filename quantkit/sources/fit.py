@@ -76,7 +76,7 @@ def check_fit(folder: Path) -> Fit:
     try:
         report = sandbox.call(
             "quantkit.sources.expected:compare",
-            {"folder": str(folder)},
+            {"folder": str(folder.absolute())},
             limits=_LIMITS,
             readable=(folder,),
             shape=Report,
