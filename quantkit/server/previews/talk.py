@@ -40,7 +40,7 @@ def _say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
     limits = sandbox.Limits(
         _CPU_SECONDS, _WALL_SECONDS, path.stat().st_size + _EXTRA_BYTES, n_processes=256
     )
-    arguments = {"path": str(path), "messages": list(messages)}
+    arguments = {"path": str(path.absolute()), "messages": list(messages)}
     text = ""
     try:
         parts = sandbox.stream(ANSWER, arguments, limits=limits, readable=[path], shape=str)
