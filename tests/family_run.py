@@ -36,6 +36,7 @@ _PROFILE = config.Profile(
     eval_windows=2,
     n_sweeps=0,
     tuning_steps=3,
+    effort=config.PROFILES["demo"].effort,
     levels=("Q4_K", "Q6_K"),
     about="families",
 )

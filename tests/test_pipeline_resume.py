@@ -283,7 +283,7 @@ def test_what_is_missing_is_made_again_and_results_stay(
     (run.dir.artifacts.tokens).unlink()
     log = EventLog(run.dir.events_path)
     done = list(run.dir.records().values())
-    assert NAMES[pipeline._n_whole(done, NAMES, run.dir, log)] == "calibrate"
+    assert NAMES[pipeline._n_whole(done, STAGES, run.dir, log)] == "calibrate"
     assert run.output.exists() and run.report and list(run.levels.glob("*.gguf"))
     assert quantkit("resume", run.folder, env=offline).code == 0
     assert run.hashes == expected.hashes

@@ -196,7 +196,7 @@ def test_a_template_that_answers_itself(monkeypatch: pytest.MonkeyPatch, said: b
             os.close(self._requests)
             return "lied"
 
-    monkeypatch.setattr(chat, "Sandboxed", Said)
+    monkeypatch.setattr("quantkit.llamacpp.answering.Sandboxed", Said)
     tokenizer = SimpleNamespace(special_tokens_map={}, get_chat_template=lambda: "")
     try:
         template = chat.ChatTemplate(tokenizer)

@@ -5,6 +5,7 @@ same bytes for the same plot.
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 from xml.etree import ElementTree
 
@@ -34,6 +35,7 @@ COLORS = THEMES["light"]  # of every specification
 _VEGA_LITE = "5.21"  # of those that vl-convert has the nearest to the one in Gradio's page
 _SVG = "http://www.w3.org/2000/svg"
 _SPOKEN = ("role", "aria-label", "aria-roledescription", "aria-hidden")
+_DESCRIPTORS = 32  # that Vega's engine may want
 _SCALE = 2  # pixels of a PNG to one of the plot
 
 
@@ -43,11 +45,12 @@ def pictures(plot: Spec) -> tuple[str, bytes]:
     The SVG is a file of its own or a part of a page. It is light, and dark for readers who prefer
     that; what pointing at a mark tells is the mark's title. The PNG is light.
 
-    Raises ValueError when Vega cannot draw the plot.
+    Raise ValueError when Vega cannot draw the plot, OSError where too few files may be open.
     """
     import vl_convert
     from PIL import Image
 
+    _check_descriptors()
     drawn = _told(vl_convert.vegalite_to_svg(plot, _VEGA_LITE), plot["description"])
     small = io.BytesIO()  # a tenth of vl-convert's own
     with Image.open(io.BytesIO(vl_convert.svg_to_png(drawn, scale=_SCALE))) as image:
@@ -56,6 +59,17 @@ def pictures(plot: Spec) -> tuple[str, bytes]:
         )
         flat.save(small, "PNG", optimize=True)
     return drawn, small.getvalue()
+
+
+def _check_descriptors() -> None:
+    """Raise OSError where no file can be opened: Vega's engine would end the process."""
+    opened: list[int] = []
+    try:
+        for _ in range(_DESCRIPTORS):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _told(drawn: str, about: str) -> str:
