@@ -82,5 +82,5 @@ def test_too_few_files_may_be_open(
     whole_run: tuple[Run, Answer], tmp_path: Path, offline: dict[str, str]
 ) -> None:
     run = whole_run[0].fork(tmp_path / "run", "quantize")
-    done = quantkit_under("-n 12", "resume", run.folder, env=offline)
+    done = quantkit_under("-n 10", "resume", run.folder, env=offline)
     assert done.code == 1 and "ulimit -n" in sentence(done.err)
