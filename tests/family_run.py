@@ -132,7 +132,7 @@ def run_family(family: Family, folder: Path) -> Row:
         swap = agreement.measure(f16, ids, wrong)
     as_it_is = agreement.measure(stitched, ids, logits)
     errors = read_json(directory.artifacts.levels / "errors.json")["errors"]
-    tuning = directory.records()["search"].summary["budgets"][0]["tuning"]
+    (tuning,) = directory.records()["tune"].summary["budgets"].values()
     apart = {name: why for name in errors if (why := _apart(maps.get(name)))}
     sizes = {n: math.prod(file.tensors[n].shape) for n in errors if n not in apart}
     kinds = sorted({f"{name.split('.')[-2]}: {why}" for name, why in apart.items()})
