@@ -71,7 +71,8 @@ def _wrong_counts(file: GgufFile, settings: Mapping[str, Field]) -> Iterator[str
             yield f"it says that it has {n_blocks:,} blocks, and has tensors of {most:,}"
     n_experts = _number(settings, "expert_count") or 0
     of_experts = any("exp" in name or "ffn_gate_inp" in name for name in file.tensors)
-    if n_experts > _MOST_EXPERTS or (n_experts and is_whole and not of_experts):
+    # One expert is written by a Llama 4 without any.
+    if n_experts > _MOST_EXPERTS or (n_experts > 1 and is_whole and not of_experts):
         yield f"it says that it has {n_experts:,} experts, and has no tensors for them"
     width, embedding = _number(settings, "embedding_length"), file.tensors.get(_EMBEDDING)
     if width is not None and embedding is not None and embedding.shape[-1] != width:
