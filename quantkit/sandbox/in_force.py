@@ -79,4 +79,4 @@ class Protection:
 
 
 def nothing() -> None:
-    """Return what a child does that is only asked for its protection."""
+    """Do nothing: for a child that is only asked for its protection."""

@@ -130,7 +130,7 @@ class Child:
         self.close()
 
     def messages(self) -> Iterator[dict[str, Any] | None]:
-        """Return what the worker says, as it says it; None a few times a second, for the caller to
+        """Yield what the worker says, as it says it; None a few times a second, for the caller to
         look around. After the last, `ended` is filled in.
         """
         spoken = time.monotonic()

@@ -102,7 +102,7 @@ class Search(Stage):
         return StageResult(outputs, {"budgets": summaries, "n_refused": len(refused)})
 
     def last_reader(self, path: str) -> str:
-        """Return what was found stands in the report."""
+        """What was found stands in the report."""
         return "validate"
 
 

@@ -5,7 +5,7 @@ answers, speed and memory, on text that no earlier stage has seen. Beside the ou
 files made here with the same imatrix, the uniform files of our own levels, and whatever the user
 names; each is tested against the output, window by window. Before that the file must be what it
 should be (`evidence.integrity`). Writes `report.json`, `report.md`, `report.html` and `plots/`.
-Only this stage, with `meter`, imports `evaluators`; the search never grades itself.
+It measures with `evaluators`, which the search never looks at: it does not grade itself.
 """
 
 from __future__ import annotations

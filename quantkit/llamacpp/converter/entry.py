@@ -119,9 +119,9 @@ class Checked:
 
 
 def accept_pre_tokenizer(job: dict[str, Any]) -> None:
-    """Return where the converter does not know a tokenizer, use `job["pre"]` for it. If that is not
-    given, tell the parent how the tokenizer splits the probes, and go on to a skeleton, in whose
-    vocabulary the right one can be looked for.
+    """Use `job["pre"]` for a tokenizer that the converter does not know. If that is not given, tell
+    the parent how the tokenizer splits the probes, and go on to a skeleton, in whose vocabulary the
+    right one can be looked for.
     """
     from conversion.base import TextModel
 

@@ -70,7 +70,7 @@ def check_prompt(prompt: object) -> str:
 
 
 def answer(path: str, messages: list[dict[str, str]]) -> Iterator[str]:
-    """Return what llama.cpp says, piece by piece. Runs in the sandbox."""
+    """Yield what llama.cpp says, piece by piece. Runs in the sandbox."""
     from llama_cpp import Llama
 
     model: Any = Llama(

@@ -167,7 +167,7 @@ class Handlers:
         return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
 
     def preview(self, form: RunForm, token: str, client: Client) -> Iterator[str]:
-        """Return what the run would take, as HTML: first facts at once, all of it when it is known.
+        """Yield what the run would take, as HTML: first facts at once, all of it when it is known.
 
         Empty when no model was named yet.
         """
@@ -301,7 +301,7 @@ class Handlers:
         return checked if checked or self.store.public else hub.resolve_token()
 
     def talk(self, run_id: Any, prompt: str, original: bool, client: Client) -> Iterator[str]:
-        """Return what the finished file, or the original, answers; it grows. Raises
+        """Yield what the finished file, or the original, answers; it grows. Raise
         QuantkitError.
         """
         text = check_prompt(prompt)
