@@ -105,6 +105,7 @@ class _Server:
         source = self._opened.chat_template()
         if source is None:
             return None
+        _import_the_rest()
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -175,6 +176,17 @@ def _import_bindings_alone() -> None:
     package.__path__ = list(found.submodule_search_locations)
     package.__spec__ = found
     sys.modules["llama_cpp"] = package
+
+
+def _import_the_rest() -> None:
+    """Have it be the whole package again: chat formats need what its front door imports."""
+    package = importlib.import_module("llama_cpp")
+    if not hasattr(package, "Llama"):
+        assert package.__spec__ is not None and package.__spec__.loader is not None
+        package.__spec__.loader.exec_module(package)
+        from evaluators.llama_native import LOG
+
+        LOG.start()  # the package has taken llama.cpp's log over
 
 
 def serve(requests: int, answers: int, logits: int) -> None:

@@ -113,17 +113,32 @@ TEMPLATES = {
 }
 
 
+def with_template(template: str, whole: Path, path: Path) -> Path:
+    source = broken_ggufs.text(template.encode())
+    made = broken_ggufs.Whole(whole.read_bytes())
+    path.write_bytes(made.with_keys((b"tokenizer.chat_template", 8, source)))
+    return path
+
+
+@pytest.mark.parametrize("runtime", [Runtime(1), place.runtime(1)], ids=["plain", "sandbox"])
+def test_a_template_that_can_be_used(runtime: Runtime, whole: Path, tmp_path: Path) -> None:
+    turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    path = with_template(turn, whole, tmp_path / "template.gguf")
+    with Model(path, runtime) as model:
+        assert model.chat_prompt([{"role": "user", "content": "Hello"}]) == "user: Hello"
+    said = generation.answer(path, "Hello", 2, runtime)
+    assert said["asked"] == "chat template" and "template" not in said
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_that_cannot_be_used(
     name: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file answers plain text, and why is said."""
     monkeypatch.setattr("evaluators.llama_runtime._RENDER_SECONDS", 3.0)
-    path = tmp_path / "template.gguf"
-    source = broken_ggufs.text(TEMPLATES[name].encode())
-    made = broken_ggufs.Whole(whole.read_bytes())
-    path.write_bytes(made.with_keys((b"tokenizer.chat_template", 8, source)))
+    path = with_template(TEMPLATES[name], whole, tmp_path / "template.gguf")
     said = generation.answer(path, "Hello", 2, Runtime(1))
+    assert "cannot be rendered" in said["template"] or "within 3 seconds" in said["template"]
     assert said["asked"] == "plain text" and "text" in said
     assert said["template"] and len(said["template"]) < 2100 and said["template"].isprintable()
 
