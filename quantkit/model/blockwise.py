@@ -45,6 +45,19 @@ def load_model(
 
     Raises QuantkitError when transformers cannot load it, or would draw a weight at random.
     """
+    model = from_checkpoint(folder, dtype)
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def from_checkpoint(
+    folder: Path, dtype: torch.dtype | str = "auto", **placing: Any
+) -> PreTrainedModel:
+    """The model as transformers loads it from the checkpoint in `folder`: safetensors only, no
+    remote code, no network, and every weight from the files. `placing` goes to `from_pretrained`.
+
+    Raises QuantkitError when transformers cannot load it, or would draw a weight at random.
+    """
     with refusals_told(), codeless(folder) as plain:
         kind, config = class_of(plain)
         model, report = kind.from_pretrained(
@@ -55,10 +68,11 @@ def load_model(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **placing,
         )
     check_loaded(report["missing_keys"], [name for name, *_ in report["mismatched_keys"]])
-    model.requires_grad_(False)
-    return model.eval().to(device)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

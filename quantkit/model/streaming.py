@@ -26,7 +26,6 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from quantkit.checkpoint.codeless import codeless
 from quantkit.checkpoint.safetensors import read_header
 from quantkit.checkpoint.weight_files import few, in_folder, tensors_of
 from quantkit.errors import QuantkitError
@@ -34,8 +33,8 @@ from quantkit.machine.memory import free_memory
 from quantkit.model.blockwise import (
     BlockwiseModel,
     check_loaded,
-    class_of,
     find_blocks,
+    from_checkpoint,
     load_model,
     refusals_told,
 )
@@ -74,20 +73,8 @@ class StreamedWeights:
         """Brings what lies outside of blocks. Raises QuantkitError for what cannot be loaded."""
         logging.disable_progress_bar()  # a bar for every block
         self._device = device
-        with refusals_told(), codeless(folder) as plain:
-            kind, config = class_of(plain)
-            model, report = kind.from_pretrained(
-                plain,
-                config=config,
-                trust_remote_code=False,
-                dtype=dtype,
-                device_map={"": "meta"},
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            check_loaded(report["missing_keys"], [name for name, *_ in report["mismatched_keys"]])
-            self.model: PreTrainedModel = model.eval()
+        self.model = from_checkpoint(folder, dtype, device_map={"": "meta"}).eval()
+        with refusals_told():
             self._prefix, blocks = find_blocks(self.model)
             self._of_block = [list(_slots(block)) for block in blocks]
             self._parts = self._split(folder)
