@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.planning.nouns import Plan
-from quantkit.server.executors.protocol import Executor, Order
+from quantkit.server.executors.protocol import SHARE, Executor, Order
 from quantkit.sizes import size
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
-SHARE = 0.9  # of memory and disk that a run may take
 
 
 class Local(Executor):

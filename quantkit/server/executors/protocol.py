@@ -30,6 +30,7 @@ RESULTS = (
     str(RELATIVE.report),
     str(RELATIVE.upload / "README.md"),
 )
+SHARE = 0.9  # of a machine's memory and disk that a run may take
 _PATIENCE_SECONDS = 8 * 3600
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from quantkit.hub.jobs import Machine
 from quantkit.planning.nouns import Plan
-from quantkit.server.executors.protocol import Offer
+from quantkit.server.executors.protocol import SHARE, Offer
 
 _CPU_SPEED = 6e10  # multiply-adds a second of one virtual core
 _GPU_SPEEDS = {
@@ -17,7 +17,6 @@ _GPU_SPEEDS = {
     **{"RTX PRO 6000": 1e14, "H200": 2e14, "H100": 2e14},
 }
 _STARTING_SECONDS = 420  # image, packages, converter, and getting a machine at all
-_SHARE = 0.9  # of memory and disk that a run may take
 _SHORTEST_HOURS, _LONGEST_HOURS = 1, 24
 
 
@@ -29,9 +28,9 @@ def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Of
         if machine.gpu and not machine.gpu.startswith("1x"):
             continue  # a run uses one GPU
         memory = machine.gpu_bytes if machine.gpu else machine.memory_bytes
-        if needs.memory_bytes > _SHARE * min(memory, machine.memory_bytes or memory):
+        if needs.memory_bytes > SHARE * min(memory, machine.memory_bytes or memory):
             continue
-        if machine.disk_bytes and needs.disk_bytes > _SHARE * machine.disk_bytes:
+        if machine.disk_bytes and needs.disk_bytes > SHARE * machine.disk_bytes:
             continue
         seconds = _STARTING_SECONDS + needs.multiply_adds / _speed(machine)
         hours = min(_LONGEST_HOURS, max(_SHORTEST_HOURS, round(3 * seconds / 3600)))
