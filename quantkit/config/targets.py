@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES
@@ -25,8 +25,6 @@ class _Asked(ABC):
 
     kind: str = field(init=False)
     value: str
-
-    option: ClassVar[str]  # of the command line
 
     @abstractmethod
     def limit_bytes(
@@ -65,7 +63,6 @@ class BitsPerWeight(_Asked):
     """So many bits for each weight of the model."""
 
     kind: str = field(default="bpw", init=False)
-    option = "target-bpw"
 
     def __post_init__(self) -> None:
         try:
@@ -92,7 +89,6 @@ class FileSize(_Asked):
     """So many bytes, as in 5.5GB."""
 
     kind: str = field(default="size", init=False)
-    option = "target-size"
 
     def __post_init__(self) -> None:
         parse_bytes(self.value)
@@ -111,7 +107,6 @@ class LikeMix(_Asked):
     """The size of llama.cpp's own file of a mix of types, as in Q4_K_M."""
 
     kind: str = field(default="like", init=False)
-    option = "like"
 
     def __post_init__(self) -> None:
         if self.value not in FILE_TYPES:
@@ -140,7 +135,6 @@ class FitsMemory(_Asked):
     """
 
     kind: str = field(default="fits", init=False)
-    option = "fits"
 
     def __post_init__(self) -> None:
         self.memory_and_context()
@@ -186,10 +180,7 @@ class FitsMemory(_Asked):
 Target = BitsPerWeight | FileSize | LikeMix | FitsMemory
 
 TARGETS: dict[str, type[Target]] = {
-    "bpw": BitsPerWeight,
-    "size": FileSize,
-    "like": LikeMix,
-    "fits": FitsMemory,
+    made.kind: made for made in (BitsPerWeight, FileSize, LikeMix, FitsMemory)
 }
 
 
