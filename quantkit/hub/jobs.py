@@ -18,7 +18,7 @@ from huggingface_hub import JobInfo, Volume
 from huggingface_hub.errors import HfHubHTTPError
 
 from quantkit.errors import QuantkitError
-from quantkit.hub.client import PATIENT, Asked, call, endpoint, hf_api
+from quantkit.hub.client import PATIENT, Asked, call, hf_api
 from quantkit.hub.errors import CAUGHT, translate
 from quantkit.sandbox.untrusted import build
 
@@ -278,11 +278,6 @@ def make_bucket(name: str, token: str) -> str | None:
         return bucket
 
     return call(make, _asked(owner), token)
-
-
-def bucket_url(bucket: str, path: str) -> str:
-    """Return where a file of a bucket is downloaded from by whoever may read it."""
-    return f"{endpoint()}/buckets/{bucket}/resolve/{path}"
 
 
 def check_token(token: str | None) -> str:
