@@ -84,8 +84,12 @@ def _once(value: Any, use: str, make: Callable[[], T]) -> T:
 
 
 def _read(run: RunView) -> Report | None:
+    return _once(run.report, "rows", lambda: _parsed(run.report))
+
+
+def _parsed(report: dict[str, Any] | None) -> Report | None:
     try:
-        return reports.read(run.report) if run.report else None
+        return reports.read(report) if report else None
     except QuantkitError:
         return None
 
