@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
+from quantkit.checkpoint.weight_files import few
 from quantkit.config.levels import plan_levels
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
@@ -171,10 +172,9 @@ def _check_unmapped(run: Run, base: GgufFile, unmapped: list[str]) -> None:
     reasons = {name: reason_of(base.metadata, name) for name in unmapped}
     lost = [name for name, reason in reasons.items() if reason is None]
     if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise QuantkitError(
             f"Linear layers of base.gguf are not found in the model that transformers loads:"
-            f" {', '.join(lost[:3])}{more}.",
+            f" {few(lost)}.",
             "The model's files may not belong together; else its architecture is not supported"
             " yet: please open an issue with its id.",
         )

@@ -81,7 +81,7 @@ class Search(Stage):
             run.events.emit(NAME, "note", f"the files will not be tuned: {reason}")
         choices = answers.fingerprint(space)
         if known.get("choices", choices) != choices:  # levels were made anew: numbers mean others
-            for left in path.parent.glob("*/*.json"):
+            for left in run.artifacts.folder(NAME).glob("*/*.json"):
                 left.unlink()
         table = {
             "budgets": asked,
@@ -102,7 +102,7 @@ class Search(Stage):
         return StageResult(outputs, {"budgets": summaries, "n_refused": len(refused)})
 
     def last_reader(self, path: str) -> str:
-        """What was found stands in the report."""
+        """Return validate: what was found stands in the report."""
         return "validate"
 
 
@@ -186,9 +186,8 @@ class _Searcher:
     ) -> None:
         self._run, self._base, self._space = run, base, space
         self._expects_tuning = expects_tuning
-        self._costs = (
-            costs_after(space, estimated_costs(space)) if expects_tuning else estimated_costs(space)
-        )
+        costs = estimated_costs(space)
+        self._costs = costs_after(space, costs) if expects_tuning else costs
         self._budgets = budgets
         self._evaluator: Evaluator | None = None
 
@@ -318,5 +317,5 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
             "There are too few held-out tokens to search with.",
             "Use a larger --profile or more text.",
         )
-    targets = run.artifacts.budgets.parent / f"targets-{device.replace(':', '-')}.partial"
+    targets = run.artifacts.folder(NAME) / f"targets-{device.replace(':', '-')}.partial"
     return Fitness(model, space, maps, run.artifacts.levels, ids, targets)
