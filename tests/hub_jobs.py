@@ -196,7 +196,7 @@ def _logs(hub: HubServer, job: Job):
     """Every line from the first on, then new ones until the job has ended."""
     n = 0
     while not hub.stopping.is_set():
-        is_over = job.ended > 0 or (job.stage != "RUNNING" and job.process is None)
+        is_over = job.ended > 0
         while n < len(job.lines):
             moment, text = job.lines[n]
             n += 1
