@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -277,6 +277,26 @@ def alive(folder: Path, owner: str, pid: int) -> Path:
     return own(folder, owner, "started", pid=pid, pid_started=process.started_at(pid))
 
 
+def patience(seconds: float, pause: float = 0.05) -> Callable[..., None]:
+    """A function that waits until a check is true, and fails after so many seconds."""
+
+    def until(check: Callable[[], bool], seconds: float = seconds) -> None:
+        deadline = time.monotonic() + seconds
+        while not check():
+            assert time.monotonic() < deadline, "it did not come to that in time"
+            time.sleep(pause)
+
+    return until
+
+
+def kill_workers(root: Path) -> None:
+    """End what still works on the runs of a store."""
+    for folder in root.glob("*/"):
+        record = load_record(folder)
+        if record is not None and record.pid is not None:
+            process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
+
+
 @contextmanager
 def serving(
     root: Path, *, public: bool = False, schedule: bool = True
@@ -297,10 +317,8 @@ def serving(
     finally:
         app.close(verbose=False)
         store.close()
-        for folder in root.glob("*/"):
-            record = load_record(folder)
-            if schedule and record is not None and record.pid is not None:
-                process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
+        if schedule:
+            kill_workers(root)
         local.COMMAND = command
         if path is None:
             del os.environ["PYTHONPATH"]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_app_fixtures as fixtures
 from gradio_client import Client
 from test_app import ROOT, _app, get
 from tiny_models import tiny_llama
@@ -22,14 +21,9 @@ from quantkit.server.runs import RunStore
 from quantkit.server.runs.record import load_record
 from quantkit.server.web.visitor import Visitors
 
+until = fixtures.patience(600.0, pause=0.3)
+
 OPTIONS = {"profile": "demo", "calibration": "builtin"}
-
-
-def until(check: Callable[[], bool], seconds: float = 600.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.3)
 
 
 @pytest.mark.slow

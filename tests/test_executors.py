@@ -11,8 +11,7 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.planning.nouns import Plan
 from quantkit.sandbox.untrusted import Damaged
-from quantkit.server.executors import process, registry
+from quantkit.server.executors import registry
 from quantkit.server.executors.protocol import (
     MACHINE_FILE,
     Executor,
@@ -42,6 +41,8 @@ from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
+
+until = fixtures.patience(90.0)
 
 OWNER = "visitor:alice"
 ME = Client(OWNER, None, "1.2.3.4")
@@ -112,17 +113,7 @@ def store(tmp_path: Path, ship: Ship) -> Iterator[RunStore]:
     made = RunStore(tmp_path / "runs", Limits(workers=0))
     yield made
     made.close()
-    for folder in made.root.glob("*/"):
-        record = load_record(folder)
-        if record is not None and record.pid is not None:
-            process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-
-
-def until(check: Callable[[], bool], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.05)
+    fixtures.kill_workers(made.root)
 
 
 def state(store: RunStore, run: str) -> str:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hub_server
@@ -35,6 +35,8 @@ from quantkit.server.runs import (
 )
 from quantkit.server.runs.record import load_record, new_run_id, run_folder
 
+until = fixtures.patience(90.0)
+
 ALICE, MALLORY = "visitor:alice", "visitor:mallory"
 WORKER = (sys.executable, fixtures.__file__)
 
@@ -48,17 +50,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunStore]
     made = RunStore(tmp_path / "runs")
     yield made
     made.close()
-    for folder in made.root.glob("*"):
-        record = load_record(folder) if folder.is_dir() else None
-        if record is not None and record.pid is not None:
-            process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-
-
-def until(check: Callable[[], bool], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.05)
+    fixtures.kill_workers(made.root)
 
 
 def state(store: RunStore, run_id: str) -> str:

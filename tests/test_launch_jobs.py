@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,6 @@ from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import RunDir
-from quantkit.server.executors import process
 from quantkit.server.executors.hf_jobs import dispatch, executor, in_job, wheel
 from quantkit.server.executors.hf_jobs.in_job import keep, restore
 from quantkit.server.executors.hf_jobs.machines import offers
@@ -47,6 +46,8 @@ from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.record import load_record
 from quantkit.server.web import view
 from quantkit.tensors import to_json
+
+until = fixtures.patience(180.0)
 
 OWNER = "hf:alice"
 IN_JOB = (
@@ -88,17 +89,7 @@ def store(tmp_path: Path, hub: HubServer) -> Iterator[RunStore]:
     made = RunStore(tmp_path / "runs", public=True)
     yield made
     made.close()
-    for folder in made.root.glob("*/"):
-        record = load_record(folder)
-        if record is not None and record.pid is not None:
-            process.kill_group(record.pid, record.pid_started, signal.SIGKILL)
-
-
-def until(check: Callable[[], bool], seconds: float = 180.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.05)
+    fixtures.kill_workers(made.root)
 
 
 def state(store: RunStore, run: str) -> str:

@@ -13,13 +13,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_app_fixtures as fixtures
 from test_app_preview import PLAN
 
 from quantkit.config import RunConfig
@@ -28,6 +28,8 @@ from quantkit.planning.nouns import Plan
 from quantkit.server.previews import keeper
 from quantkit.server.previews.turns import Share, Turns
 from quantkit.tensors import to_json
+
+until = fixtures.patience(60.0)
 
 estimates = importlib.import_module(
     "quantkit.server.previews.estimate"
@@ -65,13 +67,6 @@ def running(mark: str) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def until(check: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.05)
 
 
 def test_memory_is_bounded() -> None:
