@@ -152,7 +152,7 @@ def test_patterns_that_never_end(site: tuple[str, RunStore, Visitors, str], patt
     began = time.monotonic()
     with pytest.raises(QuantkitError):
         to_config(RunForm("a/b", types=json.dumps({pattern: "Q4_K"})), public=True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -221,7 +221,7 @@ def test_an_answer_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path.touch()
     started = time.monotonic()
     *_, last = talk.say(path, [])
-    assert len(last) <= 100 * talk.MAX_TOKENS and time.monotonic() - started < 5
+    assert len(last) <= 100 * talk.MAX_TOKENS and time.monotonic() - started < 30
 
 
 def test_links_of_a_model_show_nothing(tmp_path: Path) -> None:

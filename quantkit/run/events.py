@@ -50,7 +50,7 @@ class EventLog:
     def __init__(self, path: Path, echo: Any = None) -> None:
         self._path = path
         self._echo = echo  # called with each Event that is written: the command line prints it
-        self._last_progress = 0.0
+        self._last_progress = ("", 0.0)  # a stage and when
 
     def emit(self, stage: str | None, kind: str, message: str = "", **data: Any) -> None:
         self.append(Event(round(time.time(), 3), stage, kind, message, data))
@@ -69,13 +69,14 @@ class EventLog:
             self._echo(event)
 
     def progress(self, stage: str, done: int, total: int, message: str = "", **data: Any) -> None:
-        """`done` of `total` units of this stage; dropped when the last one is fresh, never when it
-        completes the stage.
+        """Tell `done` of `total` units of this stage; dropped when the stage's last one is fresh,
+        never when it completes the stage.
         """
         now = time.monotonic()
-        if done < total and now - self._last_progress < 0.5:
+        before, when = self._last_progress
+        if done < total and stage == before and now - when < 0.5:
             return
-        self._last_progress = now
+        self._last_progress = (stage, now)
         self.emit(stage, "progress", message, done=done, total=total, **data)
 
 

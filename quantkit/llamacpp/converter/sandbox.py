@@ -124,6 +124,10 @@ def run(
                     progress(n_written, total)
     if made is not None and output is not None:
         _check(output, made)
+        if done and progress is not None and output.is_file():
+            # A small file is written between two looks at it: its end is told in any case.
+            n_bytes = output.stat().st_size
+            progress(n_bytes, n_bytes)
     return Outcome(child.ended, limits, status, done)
 
 
