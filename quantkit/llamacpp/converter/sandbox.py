@@ -127,7 +127,8 @@ def run(
         if done and progress is not None and output.is_file():
             # A small file is written between two looks at it: its end is told in any case.
             n_bytes = output.stat().st_size
-            progress(n_bytes, n_bytes)
+            if n_written < n_bytes:
+                progress(n_bytes, n_bytes)
     return Outcome(child.ended, limits, status, done)
 
 
