@@ -27,9 +27,9 @@ from quantkit.errors import QuantkitError, UsageError, check_writable_name, prin
 from quantkit.machine import faults
 from quantkit.planning import compare_options
 from quantkit.run import terminal
+from quantkit.run.artifacts import NAMES
 from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
-from quantkit.run.names import NAMES
 from quantkit.run.terminal import Printer
 from quantkit.sandbox import secrets
 from quantkit.tensors import METHODS, to_json

@@ -1,12 +1,27 @@
-"""The files that stages leave for one another, by name. No other module types a stage's folder or
-a file's name in it.
+"""The names of the nine stages in their order, and of the files that they leave for one another. No
+other module types a stage's folder or a file's name in it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from quantkit.run.names import stage_folder
+NAMES = (
+    "fetch",
+    "convert",
+    "calibrate",
+    "quantize",
+    "search",
+    "tune",
+    "stitch",
+    "validate",
+    "publish",
+)
+
+
+def stage_folder(stage: str) -> str:
+    """The name of a stage's folder, `4-quantize`."""
+    return f"{NAMES.index(stage) + 1}-{stage}"
 
 
 class Artifacts:

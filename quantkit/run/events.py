@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantkit.files import json_line
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 from quantkit.sandbox import untrusted
 
 KINDS = ("started", "progress", "note", "finished", "skipped", "failed")  # of events

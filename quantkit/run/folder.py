@@ -24,8 +24,7 @@ from typing import IO, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file, write_json
-from quantkit.run.artifacts import Artifacts
-from quantkit.run.names import NAMES, stage_folder
+from quantkit.run.artifacts import NAMES, Artifacts
 from quantkit.sandbox import untrusted
 from quantkit.tensors import to_json
 
@@ -120,7 +119,7 @@ class RunDir:
         self.path = path
 
     def stage_dir(self, stage: str) -> Path:
-        return self.path / stage_folder(stage)
+        return self.artifacts.folder(stage)
 
     @property
     def artifacts(self) -> Artifacts:

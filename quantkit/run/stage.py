@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from quantkit.config import PROFILES, Profile, RunConfig
-from quantkit.run.artifacts import Artifacts
+from quantkit.run.artifacts import NAMES, Artifacts
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord
-from quantkit.run.names import NAMES
 
 
 @dataclass(frozen=True)

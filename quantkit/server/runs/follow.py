@@ -11,10 +11,9 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import PublishedFile
-from quantkit.run.artifacts import RELATIVE, Artifacts
+from quantkit.run.artifacts import NAMES, RELATIVE, Artifacts, stage_folder
 from quantkit.run.events import MOST_EVENT_BYTES, read_some_events
 from quantkit.run.folder import RunDir
-from quantkit.run.names import NAMES, stage_folder
 from quantkit.sandbox.untrusted import (
     Damaged,
     build,
