@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from quantkit.sizes import size
 
@@ -243,7 +242,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all GPUs")
 
 
-def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+def _compare(arguments: argparse.Namespace) -> object:
     from quantkit.evidence import compare, report
 
     options = compare_options.chosen(arguments)
@@ -310,45 +309,56 @@ def _given_file(option: str, name: str) -> str:
     return str(path)
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace) -> object:
     check_writable_name(str(arguments.out.absolute()))
     return _execute(_config(arguments), arguments.out)
 
 
-def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
+def _resume(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
+    config = pipeline.load_config(_directory(arguments))
+    return _execute(_measured_on(config, arguments), arguments.folder)
+
+
+def _directory(arguments: argparse.Namespace) -> RunDir:
+    """The folder of a run. Raises UsageError for one that holds none."""
     directory = RunDir(arguments.folder)
     if not directory.config_path.exists():
         raise UsageError(
             f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
         )
-    config = pipeline.load_config(directory)
-    return _execute(dataclasses.replace(config, **_measured_on(arguments)), arguments.folder)
+    return directory
 
 
-def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a RunConfig that `resume` was asked to change. Raises UsageError."""
+def _measured_on(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
+    """The config with what `resume` was asked to change. Raises UsageError."""
     from quantkit.hub import given
 
-    found: dict[str, Any] = {}
-    for name in RunConfig.MEASURED_ON:
-        option, asked = "--" + name.replace("_", "-"), getattr(arguments, name)
-        if asked is None:
-            continue
-        files = tuple(_given_file(option, file) for file in asked if file != "none")
-        if name == "compare":
-            for file in files:
-                given.check_name(file)
-            found[name] = files
-        elif len(files) > 1:
-            raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
-        else:
-            found[name] = files[0] if files else None
-    return found
+    if arguments.eval_text is not None:
+        config = dataclasses.replace(config, eval_text=_one("--eval-text", arguments.eval_text))
+    if arguments.tasks is not None:
+        config = dataclasses.replace(config, tasks=_one("--tasks", arguments.tasks))
+    if arguments.compare is not None:
+        files = _all("--compare", arguments.compare)
+        for file in files:
+            given.check_name(file)
+        config = dataclasses.replace(config, compare=files)
+    return config
 
 
-def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
+def _all(option: str, asked: Sequence[str]) -> tuple[str, ...]:
+    return tuple(_given_file(option, name) for name in asked if name != "none")
+
+
+def _one(option: str, asked: Sequence[str]) -> str | None:
+    files = _all(option, asked)
+    if len(files) > 1:
+        raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
+    return files[0] if files else None
+
+
+def _execute(config: RunConfig, folder: Path) -> object:
     from quantkit import pipeline
 
     shown = Printer()
@@ -364,28 +374,20 @@ def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+def _status(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
-    directory = RunDir(arguments.folder)
-    if not directory.config_path.exists():
-        raise UsageError(
-            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
-        )
+    directory = _directory(arguments)
     records = directory.records()
     events, _ = read_events(directory.events_path)
     running = directory.is_locked()
     last = events[-1] if events else None
     failed = last is not None and last.kind == "failed"
-    state = (
-        "running"
-        if running
-        else "done"
-        if len(records) == len(NAMES)
-        else "failed"
-        if failed
-        else "interrupted"
-    )
+    state = "failed" if failed else "interrupted"
+    if running:
+        state = "running"
+    elif len(records) == len(NAMES):
+        state = "done"
     likely = pipeline.last_end(directory) if state == "interrupted" else ""
     if not arguments.json:
         folder = printable(str(arguments.folder))
@@ -415,7 +417,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
+def _clean(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
     freed = pipeline.clean(arguments.folder)
@@ -424,17 +426,16 @@ def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(arguments.folder), "freed_bytes": freed}
 
 
-def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+def _plan(arguments: argparse.Namespace) -> object:
     from quantkit.planning import plan
 
     made = plan.make_plan(_config(arguments))
     if not arguments.json:
         print(printable(plan.render(made)))
-    answer: dict[str, Any] = to_json(made)
-    return answer
+    return made
 
 
-def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
+def _publish(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
     return pipeline.publish(
@@ -442,7 +443,7 @@ def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _rebuild(arguments: argparse.Namespace) -> dict[str, Any]:
+def _rebuild(arguments: argparse.Namespace) -> object:
     from quantkit import rebuild
 
     return rebuild.rebuild(arguments.recipe, arguments.base, arguments.levels, arguments.out)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
@@ -24,6 +23,7 @@ from quantkit.machine import faults, room
 from quantkit.run.events import Event, EventLog, read_events
 from quantkit.run.folder import Damaged, OutputFile, RunDir, StageRecord, fingerprint, read_json
 from quantkit.run.stage import Run, Stage
+from quantkit.sandbox import untrusted
 from quantkit.stages import STAGES
 from quantkit.tensors import to_json
 
@@ -132,7 +132,7 @@ def _tell(events: EventLog, at: _Progress, error: QuantkitError) -> None:
 
 def publish(
     folder: Path, repo: str, private: bool, echo: Echo | None = None, public: bool = False
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Upload a finished run to `repo`, privately when that is asked for or the model is private or
     gated and `public` is not. Returns the summary of its publish stage.
 
@@ -153,7 +153,7 @@ def load_config(directory: RunDir) -> RunConfig:
     """Return what a run was asked for. Raises Damaged."""
     try:
         return RunConfig.from_json(read_json(directory.config_path))
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
+    except (untrusted.Damaged, UsageError) as error:
         raise Damaged(directory.config_path, f"it is no run's config ({error})") from None
 
 
@@ -189,11 +189,11 @@ def _shown(config: RunConfig, name: str) -> str:
     return str(value) if value is not None else "(not given)"
 
 
-def stage_inputs(stage: Stage, config: RunConfig, directory: RunDir) -> dict[str, Any]:
+def stage_inputs(stage: Stage, config: RunConfig, directory: RunDir) -> dict[str, object]:
     """Return all that a stage's result depends on: its version, its config fields, files named
     there, and the stage before.
     """
-    inputs: dict[str, Any] = {"version": stage.version}
+    inputs: dict[str, object] = {"version": stage.version}
     inputs |= {name: to_json(getattr(config, name)) for name in stage.fields}
     inputs |= stage.extra_inputs(config)
     position = STAGES.index(stage)

@@ -20,8 +20,9 @@ from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.contexts import context_memory
-from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.llamacpp.output import lay_out_output
 from quantkit.planning.plan import budgets_of, check_sizes, specs_of
+from quantkit.run.recipe import Provenance
 from quantkit.search.allocation import SearchSpace, choices_of, prune, pruned
 from quantkit.tensors import Candidate, CandidateKey
 

@@ -21,6 +21,7 @@ from quantkit.model import precision
 from quantkit.model.blockwise import BlockwiseModel, load_model
 from quantkit.model.row_maps import RowMap
 from quantkit.model.streaming import open_model
+from quantkit.sandbox.untrusted import build
 from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.evopress import Schedule, SearchState, begin, evolve
@@ -286,7 +287,7 @@ def test_a_search_resumed_ends_the_same(untied: World) -> None:
     final = evolve(untied.space, fitness, costs, plan, saved[0], saved.append)
     assert len(saved) > 6
     for state in saved[1:-1:2]:
-        loaded = SearchState.from_json(json.loads(json.dumps(to_json(state))))
+        loaded = build(SearchState, json.loads(json.dumps(to_json(state))))
         end = evolve(untied.space, untied.fitness(), costs, plan, loaded, lambda _: None)
         assert to_json(end) == to_json(final)
 

@@ -7,12 +7,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit.config.calibration import parse_spec
-from quantkit.config.targets import DEFAULT_TARGET, Target, target_of
+from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.errors import UsageError
 from quantkit.ggml.types import QuantType, askable
+from quantkit.sandbox.untrusted import Damaged, build
 from quantkit.tensors import METHODS
 
 AT_LEAST = ">="  # before a type of `--types`
@@ -204,15 +204,15 @@ class RunConfig:
         return None
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> RunConfig:
-        value = dict(value)
-        value["targets"] = tuple(map(target_of, value["targets"]))
-        value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
-        value["methods"] = tuple(value["methods"])
-        value["levels_from"] = tuple(value.get("levels_from", ()))
-        value["compare"] = tuple(value.get("compare", ()))
-        value["levels"] = None if value["levels"] is None else tuple(value["levels"])
-        return cls(**value)
+    def from_json(cls, value: object) -> RunConfig:
+        """Return the config of its JSON. Raise Damaged for what is none, or has options that are
+        another version's; UsageError as for what a user types.
+        """
+        config = build(cls, value)
+        unknown = value.keys() - vars(config).keys() if isinstance(value, dict) else ()
+        if unknown:
+            raise Damaged(f"there is no option {min(unknown)}")
+        return config
 
     # What may differ when a run is started again in the same folder: where it is published, and
     # what it is only measured on and beside (the measuring is done again then).

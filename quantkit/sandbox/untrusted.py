@@ -151,7 +151,7 @@ def typed(hint: Any, value: Any) -> Any:
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint in (Any, object):
         return value
     if origin in (typing.Union, types.UnionType):
         return _one_of(arguments, value, name)

@@ -6,15 +6,16 @@ falls back to the same other type at two levels is indexed once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from quantkit.files import write_json
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
+from quantkit.gptq.errors import Errors
 from quantkit.run.artifacts import Artifacts
-from quantkit.run.folder import read_json
-from quantkit.tensors import Candidate, CandidateKey, to_json
+from quantkit.run.folder import read_as
+from quantkit.tensors import Candidate, CandidateKey
 
 
 @dataclass(frozen=True)
@@ -23,42 +24,60 @@ class Database:
 
     candidates: dict[str, tuple[Candidate, ...]]
 
+    @classmethod
+    def of(cls, rows: Iterable[_Row]) -> Database:
+        found: dict[str, list[Candidate]] = {}
+        for row in rows:
+            found.setdefault(row.tensor, []).append(row.candidate)
+        return cls({tensor: tuple(candidates) for tensor, candidates in found.items()})
+
     def find(self, key: CandidateKey) -> Candidate:
         return next(c for c in self.candidates[key.tensor] if c.key == key)
 
 
-def write_database(artifacts: Artifacts) -> Database:
+@dataclass(frozen=True)
+class _Row:
+    """A candidate as it is kept."""
+
+    tensor: str
+    qtype: str
+    method: str
+    file: str
+    offset: int
+    n_bytes: int
+    error: float
+    nats: float | None
+
+    @property
+    def candidate(self) -> Candidate:
+        key = CandidateKey(self.tensor, QuantType(self.qtype), self.method)
+        return Candidate(key, self.file, self.offset, self.n_bytes, self.error, self.nats)
+
+
+@dataclass(frozen=True)
+class _Table:
+    schema: int = field(default=1, init=False)
+    candidates: tuple[_Row, ...]
+
+
+def write_database(artifacts: Artifacts, errors: Errors) -> Database:
     """Index the finished level files. Return what was written."""
-    errors = read_json(artifacts.errors)["errors"]
-    candidates: dict[str, dict[CandidateKey, Candidate]] = {}
+    found: dict[str, dict[tuple[str, str], _Row]] = {}
     for path in sorted(artifacts.levels.glob("*.gguf")):
         for tensor in GgufFile(path).tensors.values():
-            if tensor.name not in errors:
+            if tensor.name not in errors.errors:
                 continue
-            solved = errors[tensor.name][str(tensor.qtype)]
-            key = CandidateKey(tensor.name, tensor.qtype, solved["method"])
-            error = solved["errors"][solved["method"]]
-            found = Candidate(
-                key, path.name, tensor.offset, tensor.n_bytes, error["relative"], error["nats"]
-            )
-            candidates.setdefault(tensor.name, {}).setdefault(key, found)
-    rows = [_row(c) for of_tensor in candidates.values() for c in of_tensor.values()]
-    write_json(artifacts.database, {"schema": 1, "candidates": rows})
-    return Database({name: tuple(own.values()) for name, own in candidates.items()})
-
-
-def _row(candidate: Candidate) -> dict[str, Any]:
-    row = to_json(candidate)
-    return {**row.pop("key"), **row}
+            qtype = str(tensor.qtype)
+            solved = errors.errors[tensor.name][qtype]
+            error = solved.errors[solved.method]
+            place = path.name, tensor.offset, tensor.n_bytes
+            row = _Row(tensor.name, qtype, solved.method, *place, error.relative, error.nats)
+            found.setdefault(tensor.name, {}).setdefault((qtype, solved.method), row)
+    rows = tuple(row for own in found.values() for row in own.values())
+    write_json(artifacts.database, _Table(rows))
+    return Database.of(rows)
 
 
 def load_database(artifacts: Artifacts) -> Database:
     """Return the index of a run whose quantize stage is finished."""
-    found: dict[str, list[Candidate]] = {}
-    for row in read_json(artifacts.database)["candidates"]:
-        key = CandidateKey(row["tensor"], QuantType(row["qtype"]), row["method"])
-        candidate = Candidate(
-            key, row["file"], row["offset"], row["n_bytes"], row["error"], row["nats"]
-        )
-        found.setdefault(key.tensor, []).append(candidate)
-    return Database({tensor: tuple(candidates) for tensor, candidates in found.items()})
+    return Database.of(read_as(_Table, artifacts.database).candidates)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.sandbox.untrusted import build
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.learn import Outcome, Posterior, posterior_of
 from quantkit.search.mutate import mutate
@@ -43,7 +44,7 @@ class EvoPress:
             now = begin(evaluator, schedule, problem.proposals(), problem.seed)
             on_step(_step(now))
         else:
-            now = SearchState.from_json(state)
+            now = build(SearchState, state)
 
         def said(state: SearchState) -> None:
             on_step(_step(state))
@@ -51,7 +52,7 @@ class EvoPress:
         return _step(evolve(problem.space, evaluator, problem.costs, schedule, now, said))
 
     def step_of(self, state: Any) -> Step:
-        return _step(SearchState.from_json(state))
+        return _step(build(SearchState, state))
 
 
 @dataclass(frozen=True)
@@ -90,25 +91,40 @@ class Member:
 
 
 @dataclass(frozen=True)
+class _Position:
+    state: int
+    inc: int
+
+
+@dataclass(frozen=True)
+class _Generator:
+    """NumPy's generator, where it stands."""
+
+    bit_generator: str
+    state: _Position
+    has_uint32: int
+    uinteger: int
+
+    @classmethod
+    def of(cls, rng: np.random.Generator) -> _Generator:
+        return build(cls, rng.bit_generator.state)
+
+    def go_on(self) -> np.random.Generator:
+        rng = np.random.default_rng()
+        rng.bit_generator.state = to_json(self)
+        return rng
+
+
+@dataclass(frozen=True)
 class SearchState:
     """All that the next generation depends on."""
 
     generation: int
     best: Member
     n_tokens: int
-    rng: dict[str, Any]
+    rng: _Generator
     history: tuple[tuple[int, int, float, float], ...]  # generation, tokens, KL, stderr
     outcomes: tuple[Outcome, ...] = ()  # of all compared children
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> SearchState:
-        best = Member(**{**value["best"], "choices": tuple(value["best"]["choices"])})
-        history = tuple(tuple(row) for row in value["history"])
-        outcomes = tuple(
-            Outcome(tuple(tuple(m) for m in o["moves"]), o["change"], o["stderr"])
-            for o in value["outcomes"]
-        )
-        return cls(value["generation"], best, value["n_tokens"], value["rng"], history, outcomes)
 
 
 def _step(state: SearchState) -> Step:
@@ -198,7 +214,7 @@ def begin(
     unique = {tuple(choices.tolist()): (choices, origin) for choices, origin in reversed(proposals)}
     winner, n_tokens, outcomes = _race(evaluator, schedule, list(reversed(unique.values())), None)
     best = _member(winner, 0)
-    rng = dict(np.random.default_rng(seed).bit_generator.state)
+    rng = _Generator.of(np.random.default_rng(seed))
     history = ((0, n_tokens, best.kl, best.stderr),)
     return SearchState(0, best, n_tokens, rng, history, tuple(outcomes))
 
@@ -219,8 +235,7 @@ def evolve(
     while state.n_tokens < schedule.n_tokens and not is_over(schedule, state):
         parent = np.array(state.best.choices, np.int64)
         evaluator.set_parent(parent)
-        rng = np.random.default_rng()
-        rng.bit_generator.state = state.rng
+        rng = state.rng.go_on()
         posterior = posterior_of(costs, state.outcomes)
         offspring = list(_offspring(space, parent, posterior, schedule, rng))
         if not offspring:
@@ -234,7 +249,7 @@ def evolve(
             generation=generation,
             best=best,
             n_tokens=n_tokens,
-            rng=dict(rng.bit_generator.state),
+            rng=_Generator.of(rng),
             history=(*state.history, row),
             outcomes=(*state.outcomes, *outcomes),
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit import __version__
 from quantkit.config.budgets import Budget
@@ -22,22 +21,23 @@ from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import Layout
+from quantkit.gptq.errors import Errors
 from quantkit.llamacpp.output import (
-    Provenance,
     file_name,
     lay_out_output,
     load_provenance,
     nearest_label,
 )
 from quantkit.llamacpp.stock import tensor_types
-from quantkit.run.folder import read_json
-from quantkit.run.outputs import Output, load_budgets
+from quantkit.run.folder import read_as, read_json
+from quantkit.run.outputs import Output, Outputs, load_budgets
+from quantkit.run.recipe import Base, Pinned, Provenance, Published, Recipe, Stored
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.answers import load_allocation
 from quantkit.search.database import load_database
 from quantkit.sources.snapshot import load_snapshot, model_name
 from quantkit.stages.tune import load_tuned
-from quantkit.tensors import Candidate, CandidateKey, to_json
+from quantkit.tensors import Candidate, CandidateKey
 
 NAME = "stitch"
 
@@ -75,12 +75,12 @@ class Stitch(Stage):
             stem = (folder / output.recipe).with_suffix("")
             written += [
                 folder / name,
-                write_json(folder / output.recipe, recipe),
-                write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(recipe)),
+                recipe.write(folder / output.recipe),
+                write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(recipe.types)),
             ]
             outputs.append(output)
-        written.append(write_json(run.artifacts.outputs, {"outputs": outputs}))
-        return StageResult(written, {"outputs": outputs})
+        summary = Outputs(tuple(outputs))
+        return StageResult([*written, write_json(run.artifacts.outputs, summary)], summary)
 
 
 def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget, Layout, str, str]]:
@@ -144,33 +144,23 @@ def _stitch(
 
 def _recipe(
     run: Run, path: Path, used: Mapping[str, Source], label: str, made: Provenance
-) -> dict[str, Any]:
+) -> Recipe:
     """Everything that makes this file again: base, calibration, levels, every tensor's choice."""
     info = load_snapshot(run.dir).info
     base = run.records["convert"].outputs[0]
-    onto = info.base and {"model": info.base.id, "revision": info.base.sha}
     outputs = [*run.records["quantize"].outputs, *run.records["tune"].outputs]
     known = {run.dir.path / o.path: o.sha256 for o in outputs}
-    return {
-        "schema": 1,
-        "quantkit": __version__,
-        "model": info.id,
-        "revision": info.sha,
-        **({"adapter_of": onto} if onto else {}),
-        "config": run.config,
-        "base": {"sha256": base.sha256, "n_bytes": base.n_bytes},
-        "output": {
-            "file": path.name,
-            "n_bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-            "label": label,
-        },
-        "provenance": made,
-        "calibration": read_json(run.artifacts.calibration),
-        "levels": {path.name: known[path] for path in sorted({s.path for s in used.values()})},
-        "tensors": {
-            name: {"qtype": str(s.qtype), "method": s.method, "file": s.path.name}
-            for name, s in used.items()
-        },
-        "fallbacks": to_json(read_json(run.artifacts.errors)["fallbacks"]),
-    }
+    return Recipe(
+        __version__,
+        info.id,
+        info.sha,
+        run.config,
+        Base(base.sha256, base.n_bytes),
+        Published(path.name, path.stat().st_size, sha256_file(path), label),
+        made,
+        read_json(run.artifacts.calibration),
+        levels={path.name: known[path] for path in sorted({s.path for s in used.values()})},
+        tensors={n: Stored(str(s.qtype), s.method, s.path.name) for n, s in used.items()},
+        fallbacks=read_as(Errors, run.artifacts.errors).fallbacks,
+        adapter_of=Pinned(info.base.id, info.base.sha) if info.base else None,
+    )
