@@ -94,25 +94,22 @@ def _parser() -> argparse.ArgumentParser:
         "--publish", metavar="REPO", help="upload the result to this repository of the Hub"
     )
     _add_visibility(run)
-    run.add_argument("--json", action="store_true", help="print one JSON object last")
     run.set_defaults(command=_run)
 
     plan = commands.add_parser(
         "plan", help="show what a run would make and cost, without running it"
     )
     _add_model_options(plan)
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(command=_plan)
 
-    for name, help_text, command in (
+    for name, help_text, function in (
         ("status", "show a run's progress", _status),
         ("resume", "continue an interrupted run", _resume),
         ("clean", "delete intermediate files, keep the results", _clean),
     ):
         sub = commands.add_parser(name, help=help_text)
         sub.add_argument("folder", type=Path, metavar="DIR")
-        sub.add_argument("--json", action="store_true", help="print one JSON object last")
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=function)
         if name == "resume":
             for option in ("--compare", "--eval-text", "--tasks"):
                 sub.add_argument(
@@ -126,14 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("folder", type=Path, metavar="DIR")
     publish.add_argument("repo", metavar="REPO")
     _add_visibility(publish)
-    publish.add_argument("--json", action="store_true", help="print one JSON object last")
     publish.set_defaults(command=_publish)
 
     compare = commands.add_parser(
         "compare", help="measure GGUFs of one model, made by any tool, beside each other"
     )
     compare_options.add(compare)
-    compare.add_argument("--json", action="store_true", help="print one JSON object last")
     compare.set_defaults(command=_compare)
 
     rebuild = commands.add_parser("rebuild", help="make a published file again from its recipe")
@@ -146,8 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the level files, or the run's folder; they are made again without it",
     )
     rebuild.add_argument("--out", type=Path, required=True, metavar="FILE")
-    rebuild.add_argument("--json", action="store_true", help="print one JSON object last")
     rebuild.set_defaults(command=_rebuild)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON object last")
     return parser
 
 
@@ -317,18 +313,8 @@ def _run(arguments: argparse.Namespace) -> object:
 def _resume(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
-    config = pipeline.load_config(_directory(arguments))
+    config = pipeline.load_config(pipeline.open_run(arguments.folder))
     return _execute(_measured_on(config, arguments), arguments.folder)
-
-
-def _directory(arguments: argparse.Namespace) -> RunDir:
-    """The folder of a run. Raises UsageError for one that holds none."""
-    directory = RunDir(arguments.folder)
-    if not directory.config_path.exists():
-        raise UsageError(
-            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
-        )
-    return directory
 
 
 def _measured_on(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
@@ -377,14 +363,12 @@ def _execute(config: RunConfig, folder: Path) -> object:
 def _status(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
-    directory = _directory(arguments)
+    directory = pipeline.open_run(arguments.folder)
     records = directory.records()
     events, _ = read_events(directory.events_path)
-    running = directory.is_locked()
     last = events[-1] if events else None
-    failed = last is not None and last.kind == "failed"
-    state = "failed" if failed else "interrupted"
-    if running:
+    state = "failed" if last is not None and last.kind == "failed" else "interrupted"
+    if directory.is_locked():
         state = "running"
     elif len(records) == len(NAMES):
         state = "done"

@@ -132,11 +132,11 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
         )
     types, rows = recipe.types, recipe.tensors
     chosen = {
-        c.key.tensor: c
+        c.tensor: c
         for candidates in index.candidates.values()
         for c in candidates
         # Of a tensor that tuning changed, the recipe does not say what it was changed from.
-        if c.key.qtype == types[c.key.tensor] and rows[c.key.tensor].file in (c.file, path.name)
+        if c.qtype == types[c.tensor] and rows[c.tensor].file in (c.file, path.name)
     }
 
     def progress(done: int, total: int, message: str) -> None:

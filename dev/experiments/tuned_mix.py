@@ -44,7 +44,7 @@ def tuned(
     base, index = load_base(run), load_database(run.artifacts)
     types = stock_types(base.path, recipe)
     chosen = {
-        name: next(c for c in candidates if c.key.qtype == types[name])
+        name: next(c for c in candidates if c.qtype == types[name])
         for name, candidates in index.candidates.items()
     }
     levels = run.artifacts.levels

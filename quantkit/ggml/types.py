@@ -14,6 +14,7 @@ from functools import total_ordering
 import gguf
 
 from quantkit.errors import UsageError
+from quantkit.sandbox.untrusted import Damaged
 
 
 @total_ordering
@@ -26,6 +27,13 @@ class QuantType:
     def __post_init__(self) -> None:
         if self.name not in gguf.GGMLQuantizationType.__members__:
             raise UsageError(f"There is no tensor type {self.name!r}.", _use_askable())
+
+    @classmethod
+    def from_json(cls, value: object) -> QuantType:
+        """The type of this name. Raises Damaged for what is no name, UsageError for no type's."""
+        if not isinstance(value, str):
+            raise Damaged("it has a type that is none")
+        return cls(value)
 
     @classmethod
     def of(cls, ggml: int) -> QuantType:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file, write_json
@@ -63,10 +63,9 @@ def read_as(kind: type[T], path: Path) -> T:
     what is no such, OSError where it is missing.
     """
     try:
-        found: T = untrusted.typed(kind, read_json(path))
+        return cast(T, untrusted.typed(kind, read_json(path)))
     except untrusted.Damaged as error:
         raise Damaged(path, str(error)) from None
-    return found
 
 
 @dataclass(frozen=True)

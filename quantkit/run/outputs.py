@@ -38,13 +38,6 @@ class Output:
         return f"recipes/{self.file.removesuffix('.gguf')}.json"
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """The files of a run whose stitch stage is finished, by rising budget."""
-
-    outputs: tuple[Output, ...]
-
-
 def load_outputs(directory: RunDir) -> tuple[Output, ...]:
     """Return the files of a run whose stitch stage is finished, by rising budget."""
-    return read_as(Outputs, directory.artifacts.outputs).outputs
+    return read_as(dict[str, tuple[Output, ...]], directory.artifacts.outputs)["outputs"]

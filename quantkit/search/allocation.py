@@ -123,7 +123,7 @@ def choices_of(space: SearchSpace, types: Mapping[str, QuantType]) -> Choices | 
     found = []
     for name, candidates in zip(space.tensors, space.candidates, strict=True):
         wanted = types.get(name)
-        at = [k for k, c in enumerate(candidates) if wanted and c.key.qtype.bpw <= wanted.bpw]
+        at = [k for k, c in enumerate(candidates) if wanted and c.qtype.bpw <= wanted.bpw]
         if not at:
             return None
         found.append(at[-1])

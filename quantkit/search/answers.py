@@ -65,14 +65,13 @@ def answer(
 class Choice:
     """How a tensor is stored."""
 
-    qtype: str
+    qtype: QuantType
     method: str
 
 
 def by_name(space: SearchSpace, choices: Choices) -> dict[str, Choice]:
     """The type and the method of every tensor."""
-    keys = space.keys(choices)
-    return {name: Choice(str(key.qtype), key.method) for name, key in keys.items()}
+    return {name: Choice(key.qtype, key.method) for name, key in space.keys(choices).items()}
 
 
 def fingerprint(space: SearchSpace) -> str:
@@ -93,6 +92,4 @@ def write_trace(path: Path, step: Step) -> Path:
 def load_allocation(artifacts: Artifacts, limit_bytes: int) -> dict[str, CandidateKey]:
     """Return the allocation for one budget, of a run whose search stage is finished."""
     table = read_as(dict[str, Choice], artifacts.answer(limit_bytes) / "allocation.json")
-    return {
-        name: CandidateKey(name, QuantType(row.qtype), row.method) for name, row in table.items()
-    }
+    return {name: CandidateKey(name, row.qtype, row.method) for name, row in table.items()}

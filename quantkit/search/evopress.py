@@ -91,38 +91,13 @@ class Member:
 
 
 @dataclass(frozen=True)
-class _Position:
-    state: int
-    inc: int
-
-
-@dataclass(frozen=True)
-class _Generator:
-    """NumPy's generator, where it stands."""
-
-    bit_generator: str
-    state: _Position
-    has_uint32: int
-    uinteger: int
-
-    @classmethod
-    def of(cls, rng: np.random.Generator) -> _Generator:
-        return build(cls, rng.bit_generator.state)
-
-    def go_on(self) -> np.random.Generator:
-        rng = np.random.default_rng()
-        rng.bit_generator.state = to_json(self)
-        return rng
-
-
-@dataclass(frozen=True)
 class SearchState:
     """All that the next generation depends on."""
 
     generation: int
     best: Member
     n_tokens: int
-    rng: _Generator
+    rng: dict[str, object]  # NumPy's own word for where its generator stands
     history: tuple[tuple[int, int, float, float], ...]  # generation, tokens, KL, stderr
     outcomes: tuple[Outcome, ...] = ()  # of all compared children
 
@@ -214,7 +189,7 @@ def begin(
     unique = {tuple(choices.tolist()): (choices, origin) for choices, origin in reversed(proposals)}
     winner, n_tokens, outcomes = _race(evaluator, schedule, list(reversed(unique.values())), None)
     best = _member(winner, 0)
-    rng = _Generator.of(np.random.default_rng(seed))
+    rng = dict(np.random.default_rng(seed).bit_generator.state)
     history = ((0, n_tokens, best.kl, best.stderr),)
     return SearchState(0, best, n_tokens, rng, history, tuple(outcomes))
 
@@ -235,7 +210,8 @@ def evolve(
     while state.n_tokens < schedule.n_tokens and not is_over(schedule, state):
         parent = np.array(state.best.choices, np.int64)
         evaluator.set_parent(parent)
-        rng = state.rng.go_on()
+        rng = np.random.default_rng()
+        rng.bit_generator.state = state.rng
         posterior = posterior_of(costs, state.outcomes)
         offspring = list(_offspring(space, parent, posterior, schedule, rng))
         if not offspring:
@@ -249,7 +225,7 @@ def evolve(
             generation=generation,
             best=best,
             n_tokens=n_tokens,
-            rng=_Generator.of(rng),
+            rng=dict(rng.bit_generator.state),
             history=(*state.history, row),
             outcomes=(*state.outcomes, *outcomes),
         )

@@ -130,12 +130,12 @@ class Weights:
             candidate.offset,
             (candidate.n_bytes,),
         )
-        rows = packed.reshape(-1, candidate.key.qtype.row_bytes(n_columns))
-        form = FORMATS.get(candidate.key.qtype)
+        rows = packed.reshape(-1, candidate.qtype.row_bytes(n_columns))
+        form = FORMATS.get(candidate.qtype)
         device = self._model.device
         if form is not None and device.type == "cuda":
             return _decoded(form, self._on_device(candidate, rows, device), n_columns)
-        return torch.from_numpy(native.dequantize(rows, candidate.key.qtype))
+        return torch.from_numpy(native.dequantize(rows, candidate.qtype))
 
     def _on_device(
         self, candidate: Candidate, rows: native.Bytes, device: torch.device

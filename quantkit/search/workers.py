@@ -15,18 +15,12 @@ class Workers:
     """An evaluator of evaluators, one thread for each.
 
     A candidate's numbers are those of one evaluator alone, and the order of the answers is that of
-    the candidates: how many workers there are does not show. Use it as a context manager.
+    the candidates: how many workers there are does not show.
     """
 
     def __init__(self, evaluators: Sequence[Evaluator]) -> None:
         self._evaluators = list(evaluators)
         self._pool = ThreadPoolExecutor(len(self._evaluators), "worker")
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
 
     @property
     def n_sequences(self) -> int:

@@ -107,7 +107,7 @@ def make_space(run: Run, base: GgufFile) -> SearchSpace:
     index = load_database(run.artifacts)
     tensors = tuple(index.candidates)
     candidates = tuple(in_order(index.candidates[name]) for name in tensors)
-    smallest = {c[0].key.tensor: c[0].key.qtype for c in candidates}
+    smallest = {c[0].tensor: c[0].qtype for c in candidates}
     layout = lay_out_output(base, smallest, load_provenance(run.dir), "Q8_0")
     slots = tuple(tuple(slot_bytes(base, c.n_bytes) for c in of_tensor) for of_tensor in candidates)
     fixed = layout.n_bytes - sum(sizes[0] for sizes in slots)
@@ -126,7 +126,7 @@ def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSp
             f"No {n_types} of the types meet every size.",
             "Allow more with --max-types, or pin fewer tensors.",
         )
-    used = sorted({c.key.qtype for of_tensor in capped.candidates for c in of_tensor})
+    used = sorted({c.qtype for of_tensor in capped.candidates for c in of_tensor})
     run.events.emit(NAME, "note", f"the types are {', '.join(map(str, used))}")
     return capped
 

@@ -135,7 +135,7 @@ def tune(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = load_stored(chosen, run.artifacts.levels)
-    types = {name: candidate.key.qtype for name, candidate in chosen.items()}
+    types = {name: candidate.qtype for name, candidate in chosen.items()}
     layout = lay_out_output(base, types, load_provenance(run.dir), "Q8_0")
 
     def make() -> Tuner:
@@ -167,14 +167,9 @@ def _tuner(
     )
 
 
-def load_tuned(run: Run, limit_bytes: int) -> tuple[Path, tuple[str, ...]] | None:
-    """Return the tuned level file of one budget and the tensors that it changed, where tuning
-    helped.
-    """
+def tuned_tensors(run: Run, limit_bytes: int) -> tuple[str, ...]:
+    """Return the tensors that tuning changed in the file for one budget."""
     said = read_as(Tunings, run.artifacts.tuning).budgets.get(str(limit_bytes))
-    path = run.artifacts.tuned(limit_bytes)
-    outcome = Outcome.load(path.parent)
+    outcome = Outcome.load(run.artifacts.tuned(limit_bytes).parent)
     # An interrupted attempt may have left one behind: the stage's own word counts.
-    if outcome is None or not isinstance(said, Tuned) or not said.n_tensors:
-        return None
-    return path, outcome.tensors
+    return outcome.tensors if outcome and isinstance(said, Tuned) and said.n_tensors else ()

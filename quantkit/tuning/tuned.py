@@ -108,7 +108,7 @@ def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stor
     from quantkit.tuning.tuner import Stored
 
     files = {file: GgufFile(levels / file) for file in sorted({c.file for c in chosen.values()})}
-    return {n: Stored(c.key.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
+    return {n: Stored(c.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
 
 
 def load_tuner(
