@@ -380,14 +380,8 @@ def _status(arguments: argparse.Namespace) -> object:
             record = records.get(stage)
             print(f"  {stage:<10} " + (f"done in {record.seconds:.0f} s" if record else "-"))
         if last is not None and state != "done":
-            words = (
-                "  last:",
-                last.stage or "run",
-                last.kind,
-                last.message,
-                last.data.get("remedy", ""),
-            )
-            print(printable(" ".join(map(str, words)).rstrip(), ""))
+            words = last.stage or "run", last.kind, last.message, last.data.get("remedy", "")
+            print(printable(" ".join(map(str, ("  last:", *words))).rstrip(), ""))
         if likely:
             print(f"  {printable(likely)}")
         if state in ("interrupted", "failed"):

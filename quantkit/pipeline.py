@@ -21,7 +21,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import PARTIAL, write_json
 from quantkit.machine import faults, room
 from quantkit.run.artifacts import NAMES
-from quantkit.run.events import Event, EventLog, read_events
+from quantkit.run.events import Event, EventLog, outcome, read_events
 from quantkit.run.folder import Damaged, OutputFile, RunDir, StageRecord, fingerprint, read_json
 from quantkit.run.stage import Run, Stage
 from quantkit.sandbox import untrusted
@@ -62,9 +62,7 @@ def run(
 def last_end(directory: RunDir) -> str:
     """Return what is likely to have ended an attempt that left no word; else nothing."""
     events, _ = read_events(directory.events_path)
-    if not events or (events[-1].kind in ("failed", "finished") and events[-1].stage is None):
-        return ""
-    if events[-1].kind == "failed":
+    if not events or outcome(events[-1:]) is not None:
         return ""
     begun = next((e for e in reversed(events) if e.stage is None and e.kind == "started"), None)
     kills = begun.data.get("kills") if begun else None

@@ -18,8 +18,6 @@ from quantkit.tensors import METHODS
 AT_LEAST = ">="  # before a type of `--types`
 DEMO_MODEL = "demo:smollm2-135m"
 MOST_STEPS = 10_000  # of tuning a block
-
-
 N_CTX = 512  # tokens of a sequence of calibration, search and tuning
 TUNING_BATCH = 2  # sequences that a step of tuning sees
 
@@ -250,14 +248,11 @@ def load_types_map(path: Path) -> tuple[tuple[str, str], ...]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+            raise ValueError("it is not an object of strings")
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"The type map {path} cannot be read: {error}.",
             'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
         ) from None
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise UsageError(
-            f"The type map {path} is not an object of strings.",
-            'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
-        )
     return tuple(value.items())

@@ -19,11 +19,6 @@ NAMES = (
 )
 
 
-def stage_folder(stage: str) -> str:
-    """The name of a stage's folder, `4-quantize`."""
-    return f"{NAMES.index(stage) + 1}-{stage}"
-
-
 class Artifacts:
     """Paths in a run's folder. With an empty `root` they are relative to it, as the manifest and a
     Job's mirror name them.
@@ -34,7 +29,7 @@ class Artifacts:
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage, `<root>/4-quantize`."""
-        return self._root / stage_folder(stage)
+        return self._root / f"{NAMES.index(stage) + 1}-{stage}"
 
     # fetch
 

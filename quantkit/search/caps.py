@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from quantkit.ggml.types import QuantType
-from quantkit.search.allocation import SearchSpace, pruned
+from quantkit.search.allocation import SearchSpace, keeping, pruned
 from quantkit.search.propose import Costs, knapsack
 
 
@@ -48,15 +48,7 @@ def _only(space: SearchSpace, types: set[QuantType]) -> SearchSpace | None:
     kept = [
         [k for k, c in enumerate(of_tensor) if c.qtype in types] for of_tensor in space.candidates
     ]
-    if not all(kept):
-        return None
-    pairs = list(zip(space.candidates, space.slot_bytes, kept, strict=True))
-    left = replace(
-        space,
-        candidates=tuple(tuple(row[k] for k in ks) for row, _, ks in pairs),
-        slot_bytes=tuple(tuple(row[k] for k in ks) for _, row, ks in pairs),
-    )
-    return pruned(left)
+    return pruned(keeping(space, kept)) if all(kept) else None
 
 
 def _log_damage(space: SearchSpace, costs: Costs, n_bytes: int) -> float:

@@ -46,10 +46,10 @@ class EvoPress:
         else:
             now = build(SearchState, state)
 
-        def said(state: SearchState) -> None:
-            on_step(_step(state))
-
-        return _step(evolve(problem.space, evaluator, problem.costs, schedule, now, said))
+        found = evolve(
+            problem.space, evaluator, problem.costs, schedule, now, lambda s: on_step(_step(s))
+        )
+        return _step(found)
 
     def step_of(self, state: Any) -> Step:
         return _step(build(SearchState, state))

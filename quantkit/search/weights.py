@@ -123,13 +123,8 @@ class Weights:
         assert map_ is not None
         n_columns = map_.n_columns(self._model.model.get_parameter(map_.parameter))
         # Mapped anew every time: pages of the file count as ours for as long as they are mapped.
-        packed = np.memmap(
-            self._folder / candidate.file,
-            np.uint8,
-            "r",
-            candidate.offset,
-            (candidate.n_bytes,),
-        )
+        path, n_bytes = self._folder / candidate.file, candidate.n_bytes
+        packed = np.memmap(path, np.uint8, "r", candidate.offset, (n_bytes,))
         rows = packed.reshape(-1, candidate.qtype.row_bytes(n_columns))
         form = FORMATS.get(candidate.qtype)
         device = self._model.device

@@ -286,13 +286,9 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     maps = load_row_maps(run.artifacts.row_maps)
     unmapped = [name for name in space.tensors if name not in maps]
     if unmapped:
-        run.events.emit(
-            NAME,
-            "note",
-            f"{len(unmapped)} tensors cannot be put into the model: their damage is estimated only",
-        )
-    ids = load_file(run.artifacts.tokens)["heldout"]
-    ids = ids[:MOST_SEQUENCES]
+        text = "tensors cannot be put into the model: their damage is estimated only"
+        run.events.emit(NAME, "note", f"{len(unmapped)} {text}")
+    ids = load_file(run.artifacts.tokens)["heldout"][:MOST_SEQUENCES]
     if len(ids) < _LEAST_SEQUENCES:
         raise QuantkitError(
             "There are too few held-out tokens to search with.",

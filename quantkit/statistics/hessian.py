@@ -79,9 +79,7 @@ class HessianCollector:
 
     def _hook(self, name: str) -> Any:
         def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._inputs[name] = args[
-                0
-            ]  # keeping it alive also keeps its address from being reused
+            self._inputs[name] = args[0]  # its address is not reused as long as it is kept
 
         return note
 
