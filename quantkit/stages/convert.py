@@ -16,7 +16,6 @@ model, or be missing for a reason that is known by name (`model.unmapped`). What
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +132,7 @@ def _check(run: Run, snapshot: Snapshot, base: GgufFile, tokens: Tokens) -> Path
     )
     run.events.emit(NAME, "note", f"{logits.name}: {logits.about}")
     found = {
-        "checks": [asdict(tokens.check), asdict(logits)],
+        "checks": [tokens.check, logits],
         "apart": tokens.apart,
         "text": tokens.text,
         "logits": measured,
