@@ -45,11 +45,8 @@ class EvoPress:
             on_step(_step(now))
         else:
             now = build(SearchState, state)
-
-        found = evolve(
-            problem.space, evaluator, problem.costs, schedule, now, lambda s: on_step(_step(s))
-        )
-        return _step(found)
+        rest = problem.costs, schedule, now, lambda state: on_step(_step(state))
+        return _step(evolve(problem.space, evaluator, *rest))
 
     def step_of(self, state: Any) -> Step:
         return _step(build(SearchState, state))

@@ -69,11 +69,8 @@ class Convert(Stage):
             left_out=snapshot.left_out,
             progress=progress,
         )
-        run.events.emit(NAME, "note", f"sandbox: {result.sandbox}")
-        for note in (
-            *(f"converter: {warning}" for warning in result.warnings),
-            *result.tokens.notes,
-        ):
+        warnings = [f"converter: {warning}" for warning in result.warnings]
+        for note in (f"sandbox: {result.sandbox}", *warnings, *result.tokens.notes):
             run.events.emit(NAME, "note", note)
         base = GgufFile(base_path)
         specs = specs_of(base)
@@ -95,8 +92,7 @@ class Convert(Stage):
                 "This architecture is not supported yet: please open an issue with the model's id.",
             )
         _check_unmapped(run, base, unmapped)
-        rowmaps_path = run.artifacts.row_maps
-        save_row_maps(maps, rowmaps_path)
+        save_row_maps(maps, run.artifacts.row_maps)
         n_mapped = sum(specs[name].n_elements for name in maps)
         n_all = sum(specs[name].n_elements for name in quantizable)
         tensors = {
@@ -104,10 +100,14 @@ class Convert(Stage):
             "unmapped": unmapped,
             "conversion": result.to_json(),
         }
-        outputs = [base_path, write_json(run.artifacts.specs, tensors), rowmaps_path, checks]
-        projector = run.artifacts.projector
-        if _make_projector(run, snapshot, projector):
-            outputs.append(projector)
+        outputs = [
+            base_path,
+            write_json(run.artifacts.specs, tensors),
+            run.artifacts.row_maps,
+            checks,
+        ]
+        if _make_projector(run, snapshot, run.artifacts.projector):
+            outputs.append(run.artifacts.projector)
         summary = {
             "n_bytes": result.n_bytes,
             "mapped_share": round(n_mapped / n_all, 4),
