@@ -41,9 +41,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from quantkit import config as settings  # noqa: E402
 from quantkit.config import RunConfig  # noqa: E402
 from quantkit.files import write_json  # noqa: E402
+from quantkit.run.artifacts import NAMES  # noqa: E402
 from quantkit.run.events import Event  # noqa: E402
 from quantkit.run.folder import read_json  # noqa: E402
-from quantkit.run.names import NAMES  # noqa: E402
 
 WIDTH, INNER, HEADS, KV_HEADS = 4096, 14_336, 32, 8
 SPREAD = 3.0  # standard deviation of logits

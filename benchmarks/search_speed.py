@@ -40,7 +40,7 @@ from quantkit.search.evopress import Schedule, begin, evolve
 from quantkit.search.fitness import Fitness
 from quantkit.search.mutate import mutate
 from quantkit.search.propose import knapsack, nearby, uniform
-from quantkit.tensors import Candidate, CandidateKey
+from quantkit.tensors import Candidate
 
 N_CTX, N_SEQUENCES, TILE = 512, 32, 64  # as many sequences as a search decides by
 
@@ -109,9 +109,8 @@ def make_world(name: str, device: str, folder: Path, n_layers: int | None) -> Wo
         own = []
         for qtype, file in files.items():
             packed = np.tile(native.quantize(tile, qtype), (repeats, 1))[:n_rows]
-            key = CandidateKey(parameter, qtype, "rtn")
             place = file.name.rsplit("/", 1)[-1], offsets[qtype], packed.nbytes
-            own.append(Candidate(key, *place, 4.0**-qtype.bpw, None))
+            own.append(Candidate(parameter, qtype, "rtn", *place, 4.0**-qtype.bpw, None))
             file.write(packed)
             offsets[qtype] += packed.nbytes
         tensors.append(parameter)

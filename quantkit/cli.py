@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from quantkit.sizes import size
 
@@ -27,9 +26,9 @@ from quantkit.errors import QuantkitError, UsageError, check_writable_name, prin
 from quantkit.machine import faults
 from quantkit.planning import compare_options
 from quantkit.run import terminal
+from quantkit.run.artifacts import NAMES
 from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
-from quantkit.run.names import NAMES
 from quantkit.run.terminal import Printer
 from quantkit.sandbox import secrets
 from quantkit.tensors import METHODS, to_json
@@ -95,25 +94,22 @@ def _parser() -> argparse.ArgumentParser:
         "--publish", metavar="REPO", help="upload the result to this repository of the Hub"
     )
     _add_visibility(run)
-    run.add_argument("--json", action="store_true", help="print one JSON object last")
     run.set_defaults(command=_run)
 
     plan = commands.add_parser(
         "plan", help="show what a run would make and cost, without running it"
     )
     _add_model_options(plan)
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(command=_plan)
 
-    for name, help_text, command in (
+    for name, help_text, function in (
         ("status", "show a run's progress", _status),
         ("resume", "continue an interrupted run", _resume),
         ("clean", "delete intermediate files, keep the results", _clean),
     ):
         sub = commands.add_parser(name, help=help_text)
         sub.add_argument("folder", type=Path, metavar="DIR")
-        sub.add_argument("--json", action="store_true", help="print one JSON object last")
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=function)
         if name == "resume":
             for option in ("--compare", "--eval-text", "--tasks"):
                 sub.add_argument(
@@ -127,14 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("folder", type=Path, metavar="DIR")
     publish.add_argument("repo", metavar="REPO")
     _add_visibility(publish)
-    publish.add_argument("--json", action="store_true", help="print one JSON object last")
     publish.set_defaults(command=_publish)
 
     compare = commands.add_parser(
         "compare", help="measure GGUFs of one model, made by any tool, beside each other"
     )
     compare_options.add(compare)
-    compare.add_argument("--json", action="store_true", help="print one JSON object last")
     compare.set_defaults(command=_compare)
 
     rebuild = commands.add_parser("rebuild", help="make a published file again from its recipe")
@@ -147,8 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the level files, or the run's folder; they are made again without it",
     )
     rebuild.add_argument("--out", type=Path, required=True, metavar="FILE")
-    rebuild.add_argument("--json", action="store_true", help="print one JSON object last")
     rebuild.set_defaults(command=_rebuild)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON object last")
     return parser
 
 
@@ -243,7 +238,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all GPUs")
 
 
-def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+def _compare(arguments: argparse.Namespace) -> object:
     from quantkit.evidence import compare, report
 
     options = compare_options.chosen(arguments)
@@ -310,45 +305,46 @@ def _given_file(option: str, name: str) -> str:
     return str(path)
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace) -> object:
     check_writable_name(str(arguments.out.absolute()))
     return _execute(_config(arguments), arguments.out)
 
 
-def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
+def _resume(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
-    directory = RunDir(arguments.folder)
-    if not directory.config_path.exists():
-        raise UsageError(
-            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
-        )
-    config = pipeline.load_config(directory)
-    return _execute(dataclasses.replace(config, **_measured_on(arguments)), arguments.folder)
+    config = pipeline.load_config(pipeline.open_run(arguments.folder))
+    return _execute(_measured_on(config, arguments), arguments.folder)
 
 
-def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a RunConfig that `resume` was asked to change. Raises UsageError."""
+def _measured_on(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
+    """The config with what `resume` was asked to change. Raises UsageError."""
     from quantkit.hub import given
 
-    found: dict[str, Any] = {}
-    for name in RunConfig.MEASURED_ON:
-        option, asked = "--" + name.replace("_", "-"), getattr(arguments, name)
-        if asked is None:
-            continue
-        files = tuple(_given_file(option, file) for file in asked if file != "none")
-        if name == "compare":
-            for file in files:
-                given.check_name(file)
-            found[name] = files
-        elif len(files) > 1:
-            raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
-        else:
-            found[name] = files[0] if files else None
-    return found
+    if arguments.eval_text is not None:
+        config = dataclasses.replace(config, eval_text=_one("--eval-text", arguments.eval_text))
+    if arguments.tasks is not None:
+        config = dataclasses.replace(config, tasks=_one("--tasks", arguments.tasks))
+    if arguments.compare is not None:
+        files = _all("--compare", arguments.compare)
+        for file in files:
+            given.check_name(file)
+        config = dataclasses.replace(config, compare=files)
+    return config
 
 
-def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
+def _all(option: str, asked: Sequence[str]) -> tuple[str, ...]:
+    return tuple(_given_file(option, name) for name in asked if name != "none")
+
+
+def _one(option: str, asked: Sequence[str]) -> str | None:
+    files = _all(option, asked)
+    if len(files) > 1:
+        raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
+    return files[0] if files else None
+
+
+def _execute(config: RunConfig, folder: Path) -> object:
     from quantkit import pipeline
 
     shown = Printer()
@@ -364,28 +360,18 @@ def _execute(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+def _status(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
-    directory = RunDir(arguments.folder)
-    if not directory.config_path.exists():
-        raise UsageError(
-            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
-        )
+    directory = pipeline.open_run(arguments.folder)
     records = directory.records()
     events, _ = read_events(directory.events_path)
-    running = directory.is_locked()
     last = events[-1] if events else None
-    failed = last is not None and last.kind == "failed"
-    state = (
-        "running"
-        if running
-        else "done"
-        if len(records) == len(NAMES)
-        else "failed"
-        if failed
-        else "interrupted"
-    )
+    state = "failed" if last is not None and last.kind == "failed" else "interrupted"
+    if directory.is_locked():
+        state = "running"
+    elif len(records) == len(NAMES):
+        state = "done"
     likely = pipeline.last_end(directory) if state == "interrupted" else ""
     if not arguments.json:
         folder = printable(str(arguments.folder))
@@ -394,14 +380,8 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
             record = records.get(stage)
             print(f"  {stage:<10} " + (f"done in {record.seconds:.0f} s" if record else "-"))
         if last is not None and state != "done":
-            words = (
-                "  last:",
-                last.stage or "run",
-                last.kind,
-                last.message,
-                last.data.get("remedy", ""),
-            )
-            print(printable(" ".join(map(str, words)).rstrip(), ""))
+            words = last.stage or "run", last.kind, last.message, last.data.get("remedy", "")
+            print(printable(" ".join(map(str, ("  last:", *words))).rstrip(), ""))
         if likely:
             print(f"  {printable(likely)}")
         if state in ("interrupted", "failed"):
@@ -415,7 +395,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
+def _clean(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
     freed = pipeline.clean(arguments.folder)
@@ -424,17 +404,16 @@ def _clean(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(arguments.folder), "freed_bytes": freed}
 
 
-def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+def _plan(arguments: argparse.Namespace) -> object:
     from quantkit.planning import plan
 
     made = plan.make_plan(_config(arguments))
     if not arguments.json:
         print(printable(plan.render(made)))
-    answer: dict[str, Any] = to_json(made)
-    return answer
+    return made
 
 
-def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
+def _publish(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
     return pipeline.publish(
@@ -442,7 +421,7 @@ def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _rebuild(arguments: argparse.Namespace) -> dict[str, Any]:
+def _rebuild(arguments: argparse.Namespace) -> object:
     from quantkit import rebuild
 
     return rebuild.rebuild(arguments.recipe, arguments.base, arguments.levels, arguments.out)

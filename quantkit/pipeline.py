@@ -14,20 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import PARTIAL, write_json
 from quantkit.machine import faults, room
-from quantkit.run.events import Event, EventLog, read_events
+from quantkit.run.artifacts import NAMES
+from quantkit.run.events import Event, EventLog, outcome, read_events
 from quantkit.run.folder import Damaged, OutputFile, RunDir, StageRecord, fingerprint, read_json
 from quantkit.run.stage import Run, Stage
+from quantkit.sandbox import untrusted
 from quantkit.stages import STAGES
 from quantkit.tensors import to_json
 
 Echo = Callable[[Event], None]
+_OF_RESULTS = {"validate", "publish"}  # stages that read the finished files
 
 
 def run(
@@ -60,9 +62,7 @@ def run(
 def last_end(directory: RunDir) -> str:
     """Return what is likely to have ended an attempt that left no word; else nothing."""
     events, _ = read_events(directory.events_path)
-    if not events or (events[-1].kind in ("failed", "finished") and events[-1].stage is None):
-        return ""
-    if events[-1].kind == "failed":
+    if not events or outcome(events[-1:]) is not None:
         return ""
     begun = next((e for e in reversed(events) if e.stage is None and e.kind == "started"), None)
     kills = begun.data.get("kills") if begun else None
@@ -132,7 +132,7 @@ def _tell(events: EventLog, at: _Progress, error: QuantkitError) -> None:
 
 def publish(
     folder: Path, repo: str, private: bool, echo: Echo | None = None, public: bool = False
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Upload a finished run to `repo`, privately when that is asked for or the model is private or
     gated and `public` is not. Returns the summary of its publish stage.
 
@@ -149,11 +149,21 @@ def publish(
     return run(config, folder, echo)["publish"].summary
 
 
+def open_run(folder: Path) -> RunDir:
+    """Return the folder of a run. Raises UsageError for one that holds none."""
+    directory = RunDir(folder)
+    if not directory.config_path.exists():
+        raise UsageError(
+            f"{folder} holds no run.", "Give the folder that was --out of `quantkit run`."
+        )
+    return directory
+
+
 def load_config(directory: RunDir) -> RunConfig:
     """Return what a run was asked for. Raises Damaged."""
     try:
         return RunConfig.from_json(read_json(directory.config_path))
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
+    except (untrusted.Damaged, UsageError) as error:
         raise Damaged(directory.config_path, f"it is no run's config ({error})") from None
 
 
@@ -189,11 +199,11 @@ def _shown(config: RunConfig, name: str) -> str:
     return str(value) if value is not None else "(not given)"
 
 
-def stage_inputs(stage: Stage, config: RunConfig, directory: RunDir) -> dict[str, Any]:
+def stage_inputs(stage: Stage, config: RunConfig, directory: RunDir) -> dict[str, object]:
     """Return all that a stage's result depends on: its version, its config fields, files named
     there, and the stage before.
     """
-    inputs: dict[str, Any] = {"version": stage.version}
+    inputs: dict[str, object] = {"version": stage.version}
     inputs |= {name: to_json(getattr(config, name)) for name in stage.fields}
     inputs |= stage.extra_inputs(config)
     position = STAGES.index(stage)
@@ -211,7 +221,7 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
     on or beside may differ, and is measured again.
     """
     records = directory.records()
-    stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+    stages = STAGES[: NAMES.index(until) + 1]
     done = 0
     for stage in stages:
         record = records.get(stage.name)
@@ -236,7 +246,7 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
     done = _n_whole([records[s.name] for s in stages[:done]], stages, directory, events)
     records = directory.records()
     # Neither publishing nor measuring needs a dropped file.
-    if {stage.name for stage in stages[done:]} - {"validate", "publish"}:
+    if {stage.name for stage in stages[done:]} - _OF_RESULTS:
         cleaned = (i for i, stage in enumerate(stages[:done]) if records[stage.name].cleaned)
         done = min(done, next(cleaned, done))
     for stage in stages[:done]:
@@ -291,17 +301,13 @@ def _kept(record: StageRecord) -> list[OutputFile]:
 
 
 def _stage_of(record: StageRecord) -> Stage:
-    return next(stage for stage in STAGES if stage.name == record.stage)
+    return STAGES[NAMES.index(record.stage)]
 
 
 def _is_read(record: StageRecord, output: OutputFile, left: Sequence[Stage]) -> bool:
     """Return whether a stage that is left to do reads a finished file."""
-    names = [stage.name for stage in STAGES]
-    last = names.index(_stage_of(record).last_reader(output.path))
-    return any(STAGES.index(stage) <= last for stage in left)
-
-
-_HASHED_BEFORE = ("validate", "publish")
+    last = NAMES.index(_stage_of(record).last_reader(output.path))
+    return any(NAMES.index(stage.name) <= last for stage in left)
 
 
 def _check_outputs(directory: RunDir) -> None:
@@ -325,7 +331,7 @@ def _execute(
     little = faults.little_memory(needs, name)
     if little:
         events.emit(name, "note", little)
-    if name in _HASHED_BEFORE:
+    if name in _OF_RESULTS:
         _check_outputs(directory)
     folder = directory.stage_dir(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -352,9 +358,7 @@ def clean(folder: Path) -> int:
 
     Returns the bytes freed.
     """
-    directory = RunDir(folder)
-    if not directory.config_path.exists():
-        raise UsageError(f"{folder} holds no run.", "Give the folder that was --out of a run.")
+    directory = open_run(folder)
     with directory.lock():
         freed = 0
         for record in directory.records().values():

@@ -13,94 +13,35 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file
-from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
-from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.llamacpp.output import lay_out_output
 from quantkit.run.events import EventLog
-from quantkit.run.folder import RunDir, read_json
+from quantkit.run.folder import RunDir
+from quantkit.run.recipe import Recipe
 from quantkit.run.stage import Run
 from quantkit.search.database import load_database
 from quantkit.tuning.tuned import is_tuned
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a `recipe says of how its file is made."""
+class Rebuilt:
+    """A file that was made again; `equal`: to the published one."""
 
-    quantkit: str
-    model: str
-    revision: str
-    config: RunConfig
-    base_sha256: str
-    label: str
-    sha256: str  # of the published file
-    provenance: Provenance
-    levels: dict[str, str]  # level file -> sha256
-    types: dict[str, QuantType]  # tensor -> type
-    files: dict[str, str]  # tensor -> level file
-
-    @classmethod
-    def load(cls, path: Path) -> Recipe:
-        """Raise QuantkitError for what is no recipe; it may come from anywhere."""
-        try:
-            return cls._from_json(read_json(path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise QuantkitError(
-                f"{path} is not a recipe ({error}).",
-                "Give the file of the GGUF's name under recipes/.",
-            ) from None
-
-    @classmethod
-    def _from_json(cls, value: dict[str, Any]) -> Recipe:
-        if value["schema"] != 1:
-            raise QuantkitError("The recipe is of another version.", "Use a newer quantkit.")
-        made, output, tensors = value["provenance"], value["output"], value["tensors"]
-        recipe = cls(
-            value["quantkit"],
-            value["model"],
-            value["revision"],
-            RunConfig.from_json(value["config"]),
-            value["base"]["sha256"],
-            output["label"],
-            output["sha256"],
-            Provenance(**{**made, "datasets": tuple(made["datasets"])}),
-            dict(value["levels"]),
-            {name: QuantType(row["qtype"]) for name, row in tensors.items()},
-            {name: row["file"] for name, row in tensors.items()},
-        )
-        if recipe.label not in FILE_TYPES:
-            raise ValueError(f"there is no stock mix {recipe.label!r}")
-        for file in recipe.levels:
-            if Path(file).name != file:
-                raise ValueError(f"{file!r} is not the name of a file")
-        for name, file in recipe.files.items():
-            if file not in recipe.levels:
-                raise ValueError(f"{name} comes from {file!r}, which is not a level file")
-        return recipe
-
-    @property
-    def pinned_config(self) -> RunConfig:
-        """The config that makes the levels again: of a model on the Hub the very commit, and
-        nothing published.
-        """
-        config = dataclasses.replace(self.config, publish=None, private=False)
-        reference = hub.parse_reference(config.model, config.revision)
-        if not reference.is_on_hub:
-            return config
-        return dataclasses.replace(config, model=reference.id, revision=self.revision)
+    file: str
+    n_bytes: int
+    sha256: str
+    equal: bool
 
 
-def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) -> dict[str, Any]:
-    """Write the recipe's file to `out`. Returns its size, sha256 and whether it equals the
-    published one.
+def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) -> Rebuilt:
+    """Write the recipe's file to `out`.
 
     Raises QuantkitError when the recipe, the base or a level file is not what the recipe says, and
     when `out` is one of them.
@@ -139,10 +80,10 @@ def _kept(recipe: Recipe, levels: Path) -> dict[str, Path]:
 def _check_base(recipe: Recipe, base: GgufFile) -> None:
     """Raises QuantkitError when `base` is another file than the recipe's, or lacks its tensors."""
     found = sha256_file(base.path)
-    if found != recipe.base_sha256:
+    if found != recipe.base.sha256:
         raise QuantkitError(
             f"{base.path.name} is not the base of this recipe: its sha256 is {found[:12]}…, not"
-            f" {recipe.base_sha256[:12]}….",
+            f" {recipe.base.sha256[:12]}….",
             f"Convert {recipe.model} at revision {recipe.revision[:12]}"
             f" with quantkit {recipe.quantkit}.",
         )
@@ -154,13 +95,24 @@ def _check_base(recipe: Recipe, base: GgufFile) -> None:
             )
 
 
+def _pinned(recipe: Recipe) -> RunConfig:
+    """The config that makes the levels again: of a model on the Hub the very commit, and nothing
+    published.
+    """
+    config = dataclasses.replace(recipe.config, publish=None, private=False)
+    reference = hub.parse_reference(config.model, config.revision)
+    if not reference.is_on_hub:
+        return config
+    return dataclasses.replace(config, model=reference.id, revision=recipe.revision)
+
+
 def _make_levels(recipe: Recipe, folder: Path) -> dict[str, Path]:
     """Run the stages up to the levels again, at the recipe's revision and settings; a tuned file is
     the recipe's allocation, tuned again.
     """
     from quantkit import pipeline
 
-    config, tuned = recipe.pinned_config, [name for name in recipe.levels if is_tuned(name)]
+    config, tuned = _pinned(recipe), [name for name in recipe.levels if is_tuned(name)]
     pipeline.run(config, folder, until="quantize")
     run = Run(config, RunDir(folder), EventLog(RunDir(folder).events_path))
     for name in tuned:
@@ -178,13 +130,13 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
         raise QuantkitError(
             f"The file is tuned, and {reason}.", "Use a machine with more memory, or --levels."
         )
-    types, files = recipe.types, recipe.files
+    types, rows = recipe.types, recipe.tensors
     chosen = {
-        c.key.tensor: c
+        c.tensor: c
         for candidates in index.candidates.values()
         for c in candidates
         # Of a tensor that tuning changed, the recipe does not say what it was changed from.
-        if c.key.qtype == types[c.key.tensor] and files[c.key.tensor] in (c.file, path.name)
+        if c.qtype == types[c.tensor] and rows[c.tensor].file in (c.file, path.name)
     }
 
     def progress(done: int, total: int, message: str) -> None:
@@ -198,15 +150,8 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
         )
 
 
-def _stitch(
-    recipe: Recipe, base: GgufFile, levels: Mapping[str, Path], out: Path
-) -> dict[str, Any]:
-    layout = lay_out_output(base, recipe.types, recipe.provenance, recipe.label)
-    stitch(out, layout, base, {name: levels[file] for name, file in recipe.files.items()})
+def _stitch(recipe: Recipe, base: GgufFile, levels: Mapping[str, Path], out: Path) -> Rebuilt:
+    layout = lay_out_output(base, recipe.types, recipe.provenance, recipe.output.label)
+    stitch(out, layout, base, {name: levels[t.file] for name, t in recipe.tensors.items()})
     sha256 = sha256_file(out)
-    return {
-        "file": str(out),
-        "n_bytes": out.stat().st_size,
-        "sha256": sha256,
-        "equal": sha256 == recipe.sha256,
-    }
+    return Rebuilt(str(out), out.stat().st_size, sha256, sha256 == recipe.output.sha256)

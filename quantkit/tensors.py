@@ -68,12 +68,18 @@ class CandidateKey:
 class Candidate:
     """Where the bytes of one candidate lie, and how far they are from the original."""
 
-    key: CandidateKey
+    tensor: str
+    qtype: QuantType
+    method: str
     file: str  # name of the level file, relative to the quantize stage's folder
     offset: int
     n_bytes: int
     error: float  # squared error of the layer's output over its power, on held-out inputs
     nats: float | None  # the KL divergence per token that it is estimated to cost, where known
+
+    @property
+    def key(self) -> CandidateKey:
+        return CandidateKey(self.tensor, self.qtype, self.method)
 
 
 @dataclass(frozen=True)

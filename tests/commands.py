@@ -25,9 +25,9 @@ import pytest
 from quantkit.config import RunConfig
 from quantkit.files import sha256_file, write_json
 from quantkit.gguf_file.read import GgufFile
+from quantkit.run.artifacts import NAMES
 from quantkit.run.events import Event, read_events
 from quantkit.run.folder import RunDir, read_json
-from quantkit.run.names import NAMES
 from quantkit.tensors import to_json
 
 ROOT = Path(__file__).parent.parent
@@ -56,11 +56,11 @@ class Answer:
         return json.loads(self.out.splitlines()[-1])
 
 
-def quantkit(*arguments: str | Path, env: Mapping[str, str]) -> Answer:
-    """Run `python -m quantkit` to its end."""
+def quantkit(*arguments: str | Path, env: Mapping[str, str], root: Path = ROOT) -> Answer:
+    """Run `python -m quantkit` of the sources in a folder to its end."""
     done = subprocess.run(
         [sys.executable, "-m", "quantkit", *map(str, arguments)],
-        cwd=ROOT,
+        cwd=root,
         env=dict(env),
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quantkit.ggml.types import QUANTIZED
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.propose import Costs
-from quantkit.tensors import Candidate, CandidateKey
+from quantkit.tensors import Candidate
 
 ALIGNMENT = 32
 
@@ -27,7 +27,9 @@ def make_space(
     candidates = tuple(
         tuple(
             Candidate(
-                CandidateKey(f"t{i}", QUANTIZED[k], "gptq"),
+                f"t{i}",
+                QUANTIZED[k],
+                "gptq",
                 f"{QUANTIZED[k]}.gguf",
                 0,
                 n_bytes,

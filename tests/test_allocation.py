@@ -20,10 +20,11 @@ from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.contexts import context_memory
-from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.llamacpp.output import lay_out_output
 from quantkit.planning.plan import budgets_of, check_sizes, specs_of
+from quantkit.run.recipe import Provenance
 from quantkit.search.allocation import SearchSpace, choices_of, prune, pruned
-from quantkit.tensors import Candidate, CandidateKey
+from quantkit.tensors import Candidate
 
 
 @given(spaces(), st.integers(0, 2**32 - 1))
@@ -34,7 +35,6 @@ def test_sizes_add_up(drawn: tuple, seed: int) -> None:
     assert space.n_bytes(choices) == space.fixed_bytes + sum(slots)
     assert type(space.n_bytes(choices)) is int
     assert space.fits(choices) == (space.n_bytes(choices) <= space.limit_bytes)
-    assert space.free_bytes(choices) == space.limit_bytes - space.n_bytes(choices)
     keys = space.keys(choices)
     assert [keys[name] for name in space.tensors] == [
         row[k].key for row, k in zip(space.candidates, choices.tolist(), strict=True)
@@ -72,7 +72,7 @@ def test_sizes_beyond_32_bits() -> None:
 
 
 def candidate(name: str, n_bytes: int, error: float, method: str = "gptq") -> Candidate:
-    return Candidate(CandidateKey("t", QuantType(name), method), "f", 0, n_bytes, error, None)
+    return Candidate("t", QuantType(name), method, "f", 0, n_bytes, error, None)
 
 
 def test_prune_keeps_what_is_not_beaten() -> None:
@@ -102,7 +102,7 @@ def test_prune_is_the_lower_left_hull(rows: list[tuple[int, float, str]]) -> Non
 
 def test_choices_of_types() -> None:
     space = make_space([[10, 20, 30], [10, 20]])
-    qtypes = [[c.key.qtype for c in row] for row in space.candidates]
+    qtypes = [[c.qtype for c in row] for row in space.candidates]
     found = choices_of(space, {"t0": qtypes[0][2], "t1": qtypes[1][0], "other": "x"})
     assert found is not None and found.tolist() == [2, 0]
     assert choices_of(space, {"t0": qtypes[0][2]}) is None
@@ -131,7 +131,7 @@ def test_a_type_that_is_beaten_is_replaced_by_what_beats_it() -> None:
     plain = make_space([[10, 20, 30], [10, 20, 30]])
     named = [
         tuple(
-            replace(c, key=replace(c.key, qtype=QuantType(name)))
+            replace(c, qtype=QuantType(name))
             for c, name in zip(row, ("Q4_0", "Q4_1", "Q5_0"), strict=True)
         )
         for row in plain.candidates

@@ -27,7 +27,7 @@ from gradio_client.exceptions import AppError
 
 from quantkit.evidence import report as reports
 from quantkit.evidence.report.render import THEMES
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 from quantkit.server.runs import RunStore, RunSummary
 from quantkit.server.runs.progress import KlPoint, LogLine
 from quantkit.server.web import charts, results, theme, view, visitor

@@ -26,9 +26,9 @@ from quantkit.config import RunConfig
 from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
+from quantkit.run.artifacts import NAMES
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
-from quantkit.run.names import NAMES
 from quantkit.sandbox import secrets
 from quantkit.server.executors import local, process
 from quantkit.server.runs import RunStore

@@ -24,7 +24,7 @@ def errors(space: SearchSpace) -> Costs:
 
 
 def types_of(space: SearchSpace) -> set[QuantType]:
-    return {c.key.qtype for of_tensor in space.candidates for c in of_tensor}
+    return {c.qtype for of_tensor in space.candidates for c in of_tensor}
 
 
 @given(spaces(), st.integers(1, 5))
@@ -66,8 +66,7 @@ def test_several_budgets_share_the_types() -> None:
 
 def test_too_few_for_the_pins() -> None:
     space = make_space([[100], [100, 200]])
-    other = replace(space.candidates[0][0].key, qtype=QUANTIZED[3])
-    pinned = replace(space.candidates[0][0], key=other)
+    pinned = replace(space.candidates[0][0], qtype=QUANTIZED[3])
     space = replace(space, candidates=((pinned,), space.candidates[1]))
     assert cap_types(space, errors, [space.limit_bytes], 1) is None
     assert cap_types(space, errors, [space.limit_bytes], 2) is not None
@@ -89,6 +88,6 @@ def test_a_type_that_a_left_out_one_beats_is_a_choice() -> None:
     space = replace(space, candidates=(space.candidates[0], (first, beaten, third)))
     capped = cap_types(space, errors, [space.limit_bytes], 1)
     assert capped is not None
-    assert types_of(capped) == {second.key.qtype}
+    assert types_of(capped) == {second.qtype}
     uncapped = cap_types(space, errors, [space.limit_bytes], 3)
     assert uncapped is not None and len(uncapped.candidates[1]) == 2

@@ -12,9 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quantkit.config import PROFILES, Profile, RunConfig, compile_pattern, load_types_map
-from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix, target_of
+from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.sandbox.untrusted import Damaged
 from quantkit.sizes import parse_bytes
 from quantkit.tensors import METHODS, to_json
 
@@ -77,12 +78,11 @@ def test_bits_per_weight(value: str) -> None:
         *(("like", v) for v in ("", "Q4_K", "q4_k_m", "Q4_K_L", "4")),
         *(("size", v) for v in ("", "big", "-1")),
         *(("fits", v) for v in ("8GB", "@8192", "8GB@", "8GB@0", "8GB@x", "big@4096", "8GB@-1")),
-        ("bits", "4"),
     ],
 )
 def test_what_is_no_target(kind: str, value: str) -> None:
     with pytest.raises(UsageError) as error:
-        target_of({"kind": kind, "value": value})
+        RunConfig.from_json({"model": "m", "targets": [{"kind": kind, "value": value}]})
     assert error.value.message and error.value.remedy
 
 
@@ -148,6 +148,23 @@ CONFIGS = st.builds(
 def test_a_config_survives_json(config: RunConfig) -> None:
     again = RunConfig.from_json(json.loads(json.dumps(to_json(config))))
     assert again == config and not config.changed_fields(again)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"targets": [{"kind": "bits", "value": "4"}]},
+        {"targets": "4"},
+        {"seed": "0"},
+        {"an_option_of_tomorrow": 1},
+    ],
+)
+def test_what_is_no_config(change: dict[str, object]) -> None:
+    """An option that is not known is not left out: it may decide what is made."""
+    with pytest.raises(Damaged):
+        RunConfig.from_json(to_json(RunConfig("m")) | change)
+    with pytest.raises(Damaged):
+        RunConfig.from_json([])
 
 
 def test_every_field_is_compared_but_where_it_is_published_and_what_it_is_measured_on() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.cli import _parser
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from search_spaces import Toy, make_space, spaces
 
+from quantkit.sandbox.untrusted import build
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.evopress import Schedule, SearchState, begin, evolve, is_over
 from quantkit.search.propose import Costs, knapsack, uniform
@@ -211,7 +212,7 @@ def test_resumed_from_any_state_it_ends_the_same(seed: int) -> None:
     final, saved, _ = search(space, costs, seed)
     assert len(saved) > 6
     for at, state in enumerate(saved):
-        loaded = SearchState.from_json(json.loads(json.dumps(to_json(state))))
+        loaded = build(SearchState, json.loads(json.dumps(to_json(state))))
         assert same(loaded, state)
         again: list[SearchState] = []
         end = evolve(space, Toy(space, costs), estimated(costs), PLAN, loaded, again.append)

@@ -21,6 +21,7 @@ from quantkit.model import precision
 from quantkit.model.blockwise import BlockwiseModel, load_model
 from quantkit.model.row_maps import RowMap
 from quantkit.model.streaming import open_model
+from quantkit.sandbox.untrusted import build
 from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.evopress import Schedule, SearchState, begin, evolve
@@ -29,7 +30,7 @@ from quantkit.search.optimizer import Evaluator
 from quantkit.search.propose import uniform
 from quantkit.search.targets import Targets
 from quantkit.search.workers import Workers
-from quantkit.tensors import Candidate, CandidateKey, to_json
+from quantkit.tensors import Candidate, to_json
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q5_0", "Q8_0")))
 N_CTX, N_SEQUENCES, N_VOCAB = 24, 8, 96
@@ -75,8 +76,8 @@ class World:
             own, values = [], []
             for q in TYPES:
                 packed = native.quantize(stored.numpy(), q)
-                key = CandidateKey(name, q, "rtn")
-                own.append(Candidate(key, f"{q}.bin", len(blobs[q]), packed.nbytes, 1.0, None))
+                place = f"{q}.bin", len(blobs[q]), packed.nbytes
+                own.append(Candidate(name, q, "rtn", *place, 1.0, None))
                 blobs[q] += packed.tobytes()
                 dequantized = torch.from_numpy(native.dequantize(packed, q))
                 back = torch.empty_like(dequantized)
@@ -286,7 +287,7 @@ def test_a_search_resumed_ends_the_same(untied: World) -> None:
     final = evolve(untied.space, fitness, costs, plan, saved[0], saved.append)
     assert len(saved) > 6
     for state in saved[1:-1:2]:
-        loaded = SearchState.from_json(json.loads(json.dumps(to_json(state))))
+        loaded = build(SearchState, json.loads(json.dumps(to_json(state))))
         end = evolve(untied.space, untied.fitness(), costs, plan, loaded, lambda _: None)
         assert to_json(end) == to_json(final)
 
@@ -303,8 +304,8 @@ def test_the_number_of_workers_does_not_show(untied: World, n_workers: int) -> N
 
     alone = search(untied.fitness())
     assert alone.generation > 2
-    with Workers([untied.fitness(f"targets-{i}") for i in range(n_workers)]) as workers:
-        assert to_json(search(workers)) == to_json(alone)
+    workers = Workers([untied.fitness(f"targets-{i}") for i in range(n_workers)])
+    assert to_json(search(workers)) == to_json(alone)
 
 
 def test_tensors_that_cannot_be_put_into_the_model(world: World) -> None:

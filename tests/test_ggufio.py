@@ -126,7 +126,7 @@ def test_metadata_is_carried_whole(base: GgufFile, tmp_path: Path) -> None:
     added = (
         KeyValue.uint32("general.file_type", 15),
         KeyValue.string("quantkit.note", "zwei Wörter"),
-        KeyValue.uint64("quantkit.large", 2**40),
+        KeyValue("quantkit.large", 2**40, GGUFValueType.UINT64),
         KeyValue("quantkit.list", ["a", "b"], GGUFValueType.ARRAY),
     )
     path = fill(tmp_path / "out.gguf", base, {}, *added)

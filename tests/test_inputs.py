@@ -57,7 +57,7 @@ def test_inputs_are_forgotten_after_their_last_tensor(known: KnownInputs) -> Non
     assert known.has("o") and not known.has("norm")
     with known.borrowed("norm") as nothing:
         assert nothing is None
-    assert known.dampings() == []
+    assert known.dampings() == ()
 
 
 def hessians(path: Path, module: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from quantkit.files import sha256_file
 from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp.stock import StockRecipe, stock_bytes, stock_types
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import Answer, Run, disk_of, quantkit, quantkit_under
 
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from hub_server import ALICE, BOB, SECRETS, HubServer
 from huggingface_hub import ModelCard, snapshot_download
 
 from quantkit.files import sha256_file
+from quantkit.run.artifacts import NAMES
 from quantkit.run.folder import read_json
-from quantkit.run.names import NAMES
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from commands import CHEAP, Answer, Run, kill, quantkit, start, wait_for
 from quantkit import pipeline
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file
+from quantkit.run.artifacts import NAMES
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir
-from quantkit.run.names import NAMES
 from quantkit.stages import STAGES
 
 pytestmark = pytest.mark.slow

@@ -151,7 +151,7 @@ def test_from_the_base_alone_nothing_is_searched(
 
     monkeypatch.setattr(Search, "execute", searched_again)
     for path in sorted((tuned.dir.stage_dir("stitch") / "recipes").glob("*.json")):
-        assert rebuild(path, tuned.base, None, tmp_path / f"{path.stem}.gguf")["equal"]
+        assert rebuild(path, tuned.base, None, tmp_path / f"{path.stem}.gguf").equal
 
 
 def test_clean_drops_tuned_levels(

@@ -16,7 +16,7 @@ from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
 from quantkit.planning.cost import stage_memory
 from quantkit.planning.plan import specs_of
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q4_K", "Q5_K", "Q6_K")))
 

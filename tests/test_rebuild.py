@@ -20,7 +20,8 @@ from quantkit.ggml import native
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
-from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.llamacpp.output import lay_out_output
+from quantkit.run.recipe import Provenance
 from quantkit.tensors import to_json
 
 Q40, Q80 = QuantType("Q4_0"), QuantType("Q8_0")
@@ -53,9 +54,11 @@ class Published:
             "model": "owner/model",
             "revision": "c" * 40,
             "config": to_json(RunConfig("owner/model", **config)),
-            "base": {"sha256": sha256_file(self.base)},
-            "output": {"label": "Q4_K_M", "sha256": ""},
+            "base": {"sha256": sha256_file(self.base), "n_bytes": self.base.stat().st_size},
+            "output": {"file": "x.gguf", "n_bytes": 1, "label": "Q4_K_M", "sha256": ""},
             "provenance": to_json(MADE),
+            "calibration": {},
+            "fallbacks": [],
             "levels": {f"{q}.gguf": sha256_file(self.levels / f"{q}.gguf") for q in (Q40, Q80)},
             "tensors": {
                 name: {"qtype": str(q), "method": "rtn", "file": f"{q}.gguf"}
@@ -63,7 +66,7 @@ class Published:
             },
         }
 
-    def rebuild(self, levels: Path | None, out: str = "out.gguf") -> dict[str, Any]:
+    def rebuild(self, levels: Path | None, out: str = "out.gguf") -> rebuild.Rebuilt:
         path = self.folder / "recipe.json"
         path.write_text(json.dumps(self.recipe), "utf-8")
         return rebuild.rebuild(path, self.base, levels, self.folder / out)
@@ -77,16 +80,16 @@ def published(tmp_path: Path) -> Published:
 def test_every_tensor_comes_from_its_own_level(published: Published) -> None:
     answer = published.rebuild(published.levels)
     made, base = GgufFile(published.folder / "out.gguf"), GgufFile(published.base)
-    assert answer["n_bytes"] == lay_out_output(base, published.types, MADE, "Q4_K_M").n_bytes
+    assert answer.n_bytes == lay_out_output(base, published.types, MADE, "Q4_K_M").n_bytes
     for name, tensor in base.tensors.items():
         qtype = published.types.get(name)
         wanted = base.packed(name) if qtype is None else native.quantize(base.values(name), qtype)
         assert made.tensors[name].qtype == (qtype or tensor.qtype)
         assert np.array_equal(made.packed(name), wanted)
-    assert answer["sha256"] == sha256_file(published.folder / "out.gguf")
-    assert answer["equal"] is False
-    published.recipe["output"]["sha256"] = answer["sha256"]
-    assert published.rebuild(published.levels)["equal"] is True
+    assert answer.sha256 == sha256_file(published.folder / "out.gguf")
+    assert answer.equal is False
+    published.recipe["output"]["sha256"] = answer.sha256
+    assert published.rebuild(published.levels).equal is True
 
 
 def test_another_base_is_refused(published: Published) -> None:

@@ -22,9 +22,9 @@ from quantkit.config import RunConfig
 from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import replacing, sha256_file, write_json
+from quantkit.run.artifacts import NAMES
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import OutputFile, RunDir, StageRecord, fingerprint, read_json
-from quantkit.run.names import NAMES
 
 
 def test_nine_stages_in_order(tmp_path: Path) -> None:

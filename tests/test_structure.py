@@ -21,7 +21,7 @@ import datasets
 import pytest
 
 from quantkit.config import RunConfig
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 from quantkit.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -371,5 +371,5 @@ def test_artifacts_have_names() -> None:
     """No module but one types the folder of a stage, or its number."""
     pattern = re.compile(r"\b[1-9]-(" + "|".join(NINE) + r")\b|stage_dir\([\"\']")
     for path in OURS:
-        if path.name not in ("artifacts.py", "names.py", "folder.py"):
+        if path.name not in ("artifacts.py", "folder.py"):
             assert not pattern.search(path.read_text("utf-8")), short(path)

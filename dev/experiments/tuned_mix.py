@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from quantkit.gguf_file.stitch import stitch
-from quantkit.llamacpp.output import Provenance, lay_out_output
+from quantkit.llamacpp.output import lay_out_output
 from quantkit.llamacpp.stock import StockRecipe, stock_types
 from quantkit.model.streaming import open_model
 from quantkit.run.folder import RunDir
+from quantkit.run.recipe import Provenance
 from quantkit.tuning.tuned import load_stored, load_tuner, tune_file
 from quantkit.tuning.tuner import Tuner
 
@@ -43,7 +44,7 @@ def tuned(
     base, index = load_base(run), load_database(run.artifacts)
     types = stock_types(base.path, recipe)
     chosen = {
-        name: next(c for c in candidates if c.key.qtype == types[name])
+        name: next(c for c in candidates if c.qtype == types[name])
         for name, candidates in index.candidates.items()
     }
     levels = run.artifacts.levels

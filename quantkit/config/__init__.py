@@ -7,19 +7,17 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit.config.calibration import parse_spec
-from quantkit.config.targets import DEFAULT_TARGET, Target, target_of
+from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.errors import UsageError
 from quantkit.ggml.types import QuantType, askable
+from quantkit.sandbox.untrusted import Damaged, build
 from quantkit.tensors import METHODS
 
 AT_LEAST = ">="  # before a type of `--types`
 DEMO_MODEL = "demo:smollm2-135m"
 MOST_STEPS = 10_000  # of tuning a block
-
-
 N_CTX = 512  # tokens of a sequence of calibration, search and tuning
 TUNING_BATCH = 2  # sequences that a step of tuning sees
 
@@ -204,15 +202,15 @@ class RunConfig:
         return None
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> RunConfig:
-        value = dict(value)
-        value["targets"] = tuple(map(target_of, value["targets"]))
-        value["types"] = tuple((pattern, qtype) for pattern, qtype in value["types"])
-        value["methods"] = tuple(value["methods"])
-        value["levels_from"] = tuple(value.get("levels_from", ()))
-        value["compare"] = tuple(value.get("compare", ()))
-        value["levels"] = None if value["levels"] is None else tuple(value["levels"])
-        return cls(**value)
+    def from_json(cls, value: object) -> RunConfig:
+        """Return the config of its JSON. Raise Damaged for what is none, or has options that are
+        another version's; UsageError as for what a user types.
+        """
+        config = build(cls, value)
+        unknown = value.keys() - vars(config).keys() if isinstance(value, dict) else ()
+        if unknown:
+            raise Damaged(f"there is no option {min(unknown)}")
+        return config
 
     # What may differ when a run is started again in the same folder: where it is published, and
     # what it is only measured on and beside (the measuring is done again then).
@@ -250,14 +248,11 @@ def load_types_map(path: Path) -> tuple[tuple[str, str], ...]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+            raise ValueError("it is not an object of strings")
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"The type map {path} cannot be read: {error}.",
             'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
         ) from None
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise UsageError(
-            f"The type map {path} is not an object of strings.",
-            'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
-        )
     return tuple(value.items())

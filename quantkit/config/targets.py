@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES
@@ -178,20 +177,5 @@ class FitsMemory(_Asked):
 
 
 Target = BitsPerWeight | FileSize | LikeMix | FitsMemory
-
-TARGETS: dict[str, type[Target]] = {
-    made.kind: made for made in (BitsPerWeight, FileSize, LikeMix, FitsMemory)
-}
-
-
-def target_of(value: Mapping[str, Any]) -> Target:
-    """Return a target of its JSON. Raise UsageError for a kind that there is not."""
-    if value["kind"] not in TARGETS:
-        raise UsageError(
-            f"Unknown kind of target {value['kind']!r}.", "Use bpw, size, like or fits."
-        )
-    return TARGETS[value["kind"]](value["value"])
-
-
 DEFAULT_TARGET = LikeMix("Q4_K_M")
 FAMILY = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")  # the sizes of --family

@@ -28,6 +28,11 @@ class QuantType:
             raise UsageError(f"There is no tensor type {self.name!r}.", _use_askable())
 
     @classmethod
+    def from_json(cls, value: object) -> QuantType:
+        """The type of this name. Raises UsageError for what is none."""
+        return cls(str(value))
+
+    @classmethod
     def of(cls, ggml: int) -> QuantType:
         """The type with ggml's number `ggml`."""
         return cls(gguf.GGMLQuantizationType(int(ggml)).name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
-from quantkit.run.folder import RunDir, read_json
+from quantkit.run.folder import RunDir, read_as
 from quantkit.tensors import TensorSpec
 
 
@@ -25,12 +25,11 @@ def _opened(path: Path, _version: object) -> GgufFile:
     return GgufFile(path)
 
 
+@dataclass(frozen=True)
+class _Specs:
+    specs: tuple[TensorSpec, ...]
+
+
 def load_specs(directory: RunDir) -> dict[str, TensorSpec]:
     """Return the tensors of `base.gguf` by name, in file order."""
-    table = read_json(directory.artifacts.specs)["specs"]
-    return {
-        row["name"]: TensorSpec(
-            row["name"], tuple(row["shape"]), QuantType(row["qtype"]), row["quantizable"]
-        )
-        for row in table
-    }
+    return {spec.name: spec for spec in read_as(_Specs, directory.artifacts.specs).specs}

@@ -39,10 +39,6 @@ class KeyValue:
     def uint32(cls, key: str, value: int) -> KeyValue:
         return cls(key, value, GGUFValueType.UINT32)
 
-    @classmethod
-    def uint64(cls, key: str, value: int) -> KeyValue:
-        return cls(key, value, GGUFValueType.UINT64)
-
 
 @dataclass(frozen=True)
 class Layout:

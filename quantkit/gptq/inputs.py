@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 
 from quantkit.config import RunConfig
+from quantkit.gptq.errors import Damping
 from quantkit.gptq.select import Inputs
 from quantkit.gptq.solver import Factor, factorize
 from quantkit.model.row_maps import RowMap
@@ -118,13 +118,12 @@ class KnownInputs:
             return statistics.train
         return prices[0].sum() * statistics.train + self._gradients.lookups.train
 
-    def dampings(self) -> list[dict[str, Any]]:
+    def dampings(self) -> tuple[Damping, ...]:
         """Return the dampings of Hessians that were not positive definite at the usual one."""
-        return [
-            {"modules": list(statistics.modules), "damping": self._escalated[i]}
-            for i, (statistics, _) in enumerate(self.groups)
-            if i in self._escalated
-        ]
+        return tuple(
+            Damping(self.groups[i][0].modules, damping)
+            for i, damping in sorted(self._escalated.items())
+        )
 
 
 def _reordered(inputs: Inputs, columns: torch.Tensor, methods: tuple[str, ...]) -> Inputs:

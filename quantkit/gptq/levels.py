@@ -20,6 +20,7 @@ from quantkit.gguf_file.base import load_base, load_specs
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
 from quantkit.gptq.donors import PREFIX, Donor, open_donors, rows_of
+from quantkit.gptq.errors import Errors, ExpertErrors, TypeErrors
 from quantkit.gptq.inputs import KnownInputs, make_inputs, modules_of, sibling_of
 from quantkit.gptq.select import (
     Part,
@@ -30,8 +31,8 @@ from quantkit.gptq.select import (
     solve_tensor,
 )
 from quantkit.model.row_maps import RowMap, load_row_maps
-from quantkit.run.folder import read_json
-from quantkit.run.stage import Run, StageResult
+from quantkit.run.folder import read_as
+from quantkit.run.stage import Run
 from quantkit.statistics.sensitivity import Sensitivity
 from quantkit.statistics.stored import (
     ExpertStatistics,
@@ -41,7 +42,7 @@ from quantkit.statistics.stored import (
     load_statistics,
     sensitivity_of,
 )
-from quantkit.tensors import Fallback, to_json
+from quantkit.tensors import Fallback
 
 STAGE = "quantize"
 
@@ -57,9 +58,9 @@ class Unit:
     statistics: Path | None
 
 
-def make_levels(run: Run) -> StageResult:
-    """Write the level files and `errors.json`. Raise QuantkitError when activations or weights are
-    not finite.
+def make_levels(run: Run) -> tuple[list[Path], Errors]:
+    """Write the level files and `errors.json`, and return them and what that says. Raise
+    QuantkitError when activations or weights are not finite.
     """
     made, specs = run.artifacts, load_specs(run.dir)
     base, plan = load_base(run.dir), plan_levels(specs, run.config)
@@ -67,9 +68,8 @@ def make_levels(run: Run) -> StageResult:
     done_path = made.levels / f"done.json{PARTIAL}"
     again = done_path.exists()
     files = {level: _open(made.level(level), base, plan, level, again) for level in plan.levels}
-    done: dict[str, Any] = (
-        read_json(done_path) if again and all(f.resumed for f in files.values()) else {}
-    )
+    goes_on = again and all(f.resumed for f in files.values())
+    done = read_as(dict[str, Errors], done_path) if goes_on else {}
     donors = open_donors(run.config.levels_from, specs)
     maps = load_row_maps(made.row_maps)
     gradients = load_gradients(made.folder("calibrate"))
@@ -90,22 +90,12 @@ def make_levels(run: Run) -> StageResult:
                 file.write(name, base.packed(name))
     for file in files.values():
         file.finish()
-    errors = {t: e for unit in done.values() for t, e in unit["errors"].items()}
-    fallbacks = [
-        *to_json(plan.fallbacks),
-        *(f for unit in done.values() for f in unit["fallbacks"]),
-    ]
-    report = {
-        "errors": errors,
-        "fallbacks": fallbacks,
-        "dampings": [d for u in done.values() for d in u["dampings"]],
-    }
-    winners = [level["method"] for types in errors.values() for level in types.values()]
-    outputs = [*(f.path for f in files.values()), write_json(made.errors, report)]
-    return StageResult(
-        outputs,
-        {"n_fallbacks": len(fallbacks), "winners": {m: winners.count(m) for m in set(winners)}},
+    found = Errors(
+        {tensor: types for unit in done.values() for tensor, types in unit.errors.items()},
+        (*plan.fallbacks, *(f for unit in done.values() for f in unit.fallbacks)),
+        tuple(d for unit in done.values() for d in unit.dampings),
     )
+    return [*(f.path for f in files.values()), write_json(made.errors, found)], found
 
 
 def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType, again: bool) -> SlotFile:
@@ -155,13 +145,13 @@ class _Work:
         return sensitivity_of(self.gradients, self.maps.get(tensor), self.run.config.device)
 
 
-def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
+def _solve_unit(unit: Unit, work: _Work) -> Errors:
     """Solve a unit's tensors and fill their slots in every file. Returns what `errors.json` will
     say of them.
     """
     run, base, plan, maps = work.run, work.base, work.plan, work.maps
     methods = run.config.methods
-    errors: dict[str, Any] = {}
+    errors: dict[str, dict[str, ExpertErrors | TypeErrors]] = {}
     fallbacks: list[Fallback] = []
     known = KnownInputs(unit.statistics, unit.tensors, maps, run.config, work.gradients)
     for statistics, tensors in known.groups:
@@ -186,7 +176,7 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
     def keep(name: str, solved: dict[QuantType, Solved]) -> None:
         for level, file in work.files.items():
             file.write(name, solved[plan.types[name][level]].packed)
-        errors[name] = {str(q): _errors(s) for q, s in solved.items()}
+        errors[name] = {str(q): s.found for q, s in solved.items()}
 
     stacked = load_expert_statistics(unit.statistics) if unit.statistics else []
     modules = modules_of(unit.tensors, maps)
@@ -214,13 +204,7 @@ def _solve_unit(unit: Unit, work: _Work) -> dict[str, Any]:
                 keep(name, solved)
                 fallbacks.extend(_method_fallbacks(name, solved, methods, True))
                 fallbacks.extend(_borrowed(name, experts))
-    return {"errors": errors, "fallbacks": to_json(fallbacks), "dampings": known.dampings()}
-
-
-def _errors(solved: Solved) -> dict[str, Any]:
-    """What `errors.json` says of a tensor in one type."""
-    said = {"method": solved.method, "errors": to_json(solved.errors)}
-    return said if solved.n_experts is None else {**said, "experts": solved.n_experts}
+    return Errors(errors, tuple(fallbacks), known.dampings())
 
 
 @dataclass(frozen=True)

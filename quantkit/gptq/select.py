@@ -17,6 +17,7 @@ from quantkit.ggml import native
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.gptq.descent import N_SWEEPS, descend, row_errors
+from quantkit.gptq.errors import Error, ExpertErrors, TypeErrors
 from quantkit.gptq.solver import Factor, Rows, gptq_experts, output_error
 from quantkit.machine.memory import free_memory
 from quantkit.statistics.sensitivity import Sensitivity
@@ -24,25 +25,6 @@ from quantkit.statistics.sensitivity import Sensitivity
 STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at work
 _STACKED_WEIGHTS_CUDA = 1 << 29  # a GPU needs many rows to be busy
 _STACKED_BYTES = 40  # that a GPU holds for each of them at most
-
-
-@dataclass(frozen=True)
-class Error:
-    """How far one quantized tensor is from the original.
-
-    `relative` is the output's squared error over its power, on held-out inputs (without statistics:
-    that of the weights).
-    `nats` estimates the KL divergence per token that it causes, None where the Fisher information
-    is not known.
-    """
-
-    relative: float
-    nats: float | None
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """The smaller the better; an expert that no gradient reached is ranked by its output."""
-        return self.relative if self.nats is None else self.nats, self.relative
 
 
 @dataclass(frozen=True)
@@ -54,6 +36,13 @@ class Solved:
     packed: native.Bytes  # uint8 (n_rows, row_bytes)
     errors: dict[str, Error]
     n_experts: dict[str, int] | None = None  # of stacked experts: how many each method made
+
+    @property
+    def found(self) -> TypeErrors:
+        """Return what `errors.json` says of it."""
+        if self.n_experts is None:
+            return TypeErrors(self.method, self.errors)
+        return ExpertErrors(self.method, self.errors, self.n_experts)
 
 
 @dataclass(frozen=True)

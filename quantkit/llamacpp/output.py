@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from quantkit import __version__
 from quantkit.ggml.types import FILE_TYPES, QuantType
@@ -12,19 +11,8 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import KeyValue, Layout, lay_out
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_bytes
 from quantkit.run.folder import RunDir, read_json
+from quantkit.run.recipe import Provenance
 from quantkit.sources.snapshot import load_snapshot
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the output's metadata says of how it was made. Known before the search, so that sizes
-    are exact.
-    """
-
-    revision: str  # of the model, a commit or a hash of the folder
-    datasets: tuple[str, ...]
-    n_imatrix_entries: int
-    n_imatrix_chunks: int
 
 
 def load_provenance(directory: RunDir) -> Provenance:

@@ -226,10 +226,8 @@ def make_override(
         _run(base, partial, params)
 
 
-def tensor_types(recipe: dict[str, Any]) -> str:
-    """Return the types of a recipe's tensors as llama-quantize reads them. It quantizes by
+def tensor_types(types: Mapping[str, QuantType]) -> str:
+    """Return the types of tensors as llama-quantize reads them. It quantizes by
     rounding: the types are the same, the weights are not.
     """
-    return "".join(
-        f"^{re.escape(name)}$={row['qtype'].lower()}\n" for name, row in recipe["tensors"].items()
-    )
+    return "".join(f"^{re.escape(name)}$={str(q).lower()}\n" for name, q in types.items())

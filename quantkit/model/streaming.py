@@ -94,10 +94,9 @@ class StreamedWeights:
         """Load the weights of a block, or those outside of blocks."""
         dtype = self.model.dtype
         with ExitStack() as stack:
-            slices: dict[str, Any] = {}
-            for path, names in self._parts.get(block, {}).items():
-                file = stack.enter_context(safe_open(path, "pt"))
-                slices |= {name: file.get_slice(name) for name in names}
+            parts = self._parts.get(block, {})
+            files = {path: stack.enter_context(safe_open(path, "pt")) for path in parts}
+            slices = {n: files[path].get_slice(n) for path, names in parts.items() for n in names}
             found, _ = convert_and_load_state_dict_in_model(
                 self.model,
                 slices,

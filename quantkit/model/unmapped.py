@@ -12,17 +12,11 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def reason_of(metadata: Mapping[str, Any], tensor: str) -> str | None:
-    """Return why a tensor is not in the model that transformers loads; None where it should be.
+    """Return why a tensor of a GGUF with these keys is not in the model that transformers loads;
+    None where it should be.
 
-    Args:
-        metadata: the GGUF's keys.
-    """
-    return _prediction_head(metadata, tensor)
-
-
-def _prediction_head(metadata: Mapping[str, Any], tensor: str) -> str | None:
-    """DeepSeek-V3, GLM-4.5, Qwen3-Next and others ship blocks that guess a token further on.
-    llama.cpp counts them as its last blocks; transformers leaves them in the checkpoint.
+    DeepSeek-V3, GLM-4.5, Qwen3-Next and others ship blocks that guess a token further on: llama.cpp
+    counts them as its last blocks, transformers leaves them in the checkpoint.
     """
     architecture = metadata["general.architecture"]
     n_heads = int(metadata.get(f"{architecture}.nextn_predict_layers", 0))

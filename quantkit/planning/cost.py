@@ -14,6 +14,7 @@ from math import prod
 from quantkit.config import N_CTX, PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.levels import LevelPlan
 from quantkit.gguf_file.read import GgufFile, StoredTensor
+from quantkit.run.artifacts import NAMES
 from quantkit.search.optimizer import MOST_SEQUENCES
 from quantkit.tensors import is_in_block
 from quantkit.tuning.tuned import HELDOUT
@@ -121,8 +122,7 @@ def stage_memory(
     batch = min(n_tokens, BATCH_TOKENS) * (6 * shapes.widest + 16 * shapes.width)
     n_sequences = max(1, min(MOST_SEQUENCES, profile.heldout_tokens // N_CTX))
     states = 4 * N_CTX * n_sequences * shapes.width * (len(shapes.blocks) + 1)
-    return {
-        "fetch": _PROGRAM,
+    return dict.fromkeys(NAMES, _PROGRAM) | {
         "convert": max(2 * _PROGRAM + 8 * shapes.largest, _TORCH + model(2, 2)),
         "calibrate": _TORCH
         + max(
@@ -135,10 +135,9 @@ def stage_memory(
         + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
         + 4 * logits
         + min(states, int(STATES_SHARE * free)),
-        "tune": _TORCH + _tuning(config, shapes, free) if config.tuning_steps else _PROGRAM,
+        "tune": _tuning(config, shapes, free),
         "stitch": _PROGRAM + 2 * shapes.largest,
         "validate": _TORCH + model(4, 4) + 2 * logits + min(2 * shapes.n_all, free),  # base.gguf
-        "publish": _PROGRAM,
     }
 
 
@@ -174,11 +173,11 @@ def tuning_bytes_beside_model(config: RunConfig, base: GgufFile, free: int) -> i
 def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
     """What tuning holds, and the file's tensors and their pages."""
     if not config.tuning_steps:
-        return 0
+        return _PROGRAM
     beside = _tuned_block(config, shapes, free)
     model = _tuned_model(shapes, beside, free)
     block = 4 * shapes.n_block if model < 4 * shapes.n_all else 0
-    return model + block + beside + shapes.n_all
+    return _TORCH + model + block + beside + shapes.n_all
 
 
 def _tuned_model(shapes: _Shapes, beside: int, free: int) -> int:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
@@ -22,7 +21,7 @@ from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
 from quantkit.config.levels import LevelPlan, plan_levels
 from quantkit.errors import printable
-from quantkit.gguf_file.read import GgufFile
+from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.gguf_file.sound import check_sound
 from quantkit.gguf_file.write import data_bytes
 from quantkit.llamacpp.contexts import ContextMemory, context_memory
@@ -221,20 +220,20 @@ def _free(device: str) -> int:
         return free_memory()
 
 
-def _blocks(base: GgufFile) -> list[Any]:
+def _blocks(base: GgufFile) -> list[StoredTensor]:
     return [t for t in base.tensors.values() if len(t.shape) > 1 and is_in_block(t.name)]
 
 
-def _inputs(base: GgufFile) -> list[Any]:
+def _inputs(base: GgufFile) -> list[StoredTensor]:
     """A tensor of every distinct input of a block: q, k and v share one, gate and up another."""
     shared = {kind for kinds in ONE_INPUT for kind in kinds[1:]} | {"ffn_up_exps"}
     return [t for t in _blocks(base) if t.name.split(".")[2] not in shared]
 
 
-def _hessian_bytes(tensor: Any) -> int:
+def _hessian_bytes(tensor: StoredTensor) -> int:
     """Train and held-out, of every expert."""
     n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-    return int(2 * 4 * n_experts * tensor.shape[-1] ** 2)
+    return 2 * 4 * n_experts * tensor.shape[-1] ** 2
 
 
 def _experts_used(base: GgufFile) -> int:
@@ -243,7 +242,7 @@ def _experts_used(base: GgufFile) -> int:
     return int(base.metadata.get(f"{name}.expert_used_count", 0))
 
 
-def _share(tensor: Any, chosen: int) -> float:
+def _share(tensor: StoredTensor, chosen: int) -> float:
     """The part of a tensor that a token is multiplied with."""
     return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
 

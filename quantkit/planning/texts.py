@@ -15,32 +15,21 @@ def look(config: RunConfig) -> list[str]:
     Raises QuantkitError for what a stage would refuse hours later.
     """
     said = files.look(config.calibration)
-    if config.eval_text:
-        check_text(Path(config.eval_text))
-    if config.tasks:
-        check_items(Path(config.tasks))
+    if config.eval_text or config.tasks:
+        _check(config.eval_text, config.tasks)
     return said
 
 
-def check_text(path: Path) -> None:
-    """Raise QuantkitError when validate could not measure on this text."""
+def _check(text: str | None, items: str | None) -> None:
+    """Raises QuantkitError when validate could not measure on this text, or ask these questions."""
+    from evaluators import tasks
     from evaluators.errors import EvaluationError
     from evaluators.texts import read_text
 
     try:
-        text = read_text(path)
-    except EvaluationError as error:
-        raise QuantkitError(error.message, error.remedy) from None
-    if not text.strip():
-        raise QuantkitError(f"The text {path} is empty.", "Give another --eval-text.")
-
-
-def check_items(path: Path) -> None:
-    """Raise QuantkitError when validate could not ask these questions."""
-    from evaluators import tasks
-    from evaluators.errors import EvaluationError
-
-    try:
-        tasks.load("choices", data=path)
+        if text and not read_text(Path(text)).strip():
+            raise QuantkitError(f"The text {text} is empty.", "Give another --eval-text.")
+        if items:
+            tasks.load("choices", data=Path(items))
     except EvaluationError as error:
         raise QuantkitError(error.message, error.remedy) from None

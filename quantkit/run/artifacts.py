@@ -1,12 +1,22 @@
-"""The files that stages leave for one another, by name. No other module types a stage's folder or
-a file's name in it.
+"""The names of the nine stages in their order, and of the files that they leave for one another. No
+other module types a stage's folder or a file's name in it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from quantkit.run.names import stage_folder
+NAMES = (
+    "fetch",
+    "convert",
+    "calibrate",
+    "quantize",
+    "search",
+    "tune",
+    "stitch",
+    "validate",
+    "publish",
+)
 
 
 class Artifacts:
@@ -19,7 +29,7 @@ class Artifacts:
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage, `<root>/4-quantize`."""
-        return self._root / stage_folder(stage)
+        return self._root / f"{NAMES.index(stage) + 1}-{stage}"
 
     # fetch
 

@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantkit.files import json_line
-from quantkit.run.names import NAMES
+from quantkit.run.artifacts import NAMES
 from quantkit.sandbox import untrusted
 
 KINDS = ("started", "progress", "note", "finished", "skipped", "failed")  # of events
-
-
 _MOST_LINE_BYTES = 2**20
-
-
 _MOST_MESSAGE = 4000  # characters
-
-
 _CHUNK_BYTES, _SOME_BYTES = 2**22, 2**16
 _MOST_EVENT_ITEMS = 10_000
 MOST_EVENT_BYTES = 64_000_000  # of a run: three days of what is told twice a second

@@ -16,18 +16,19 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar, cast
 
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file, write_json
-from quantkit.run.artifacts import Artifacts
-from quantkit.run.names import NAMES, stage_folder
+from quantkit.run.artifacts import NAMES, Artifacts
 from quantkit.sandbox import untrusted
 from quantkit.tensors import to_json
+
+T = TypeVar("T")
 
 _MOST_MANIFEST_BYTES, _MOST_MANIFEST_ITEMS = 64_000_000, 250_000
 
@@ -57,6 +58,16 @@ def read_json(path: Path) -> Any:
         raise Damaged(path, f"it is not JSON ({error})") from None
 
 
+def read_as(kind: type[T], path: Path) -> T:
+    """The value in a JSON file as a dataclass, or as a table or list of them. Raises Damaged for
+    what is no such, OSError where it is missing.
+    """
+    try:
+        return cast(T, untrusted.typed(kind, read_json(path)))
+    except untrusted.Damaged as error:
+        raise Damaged(path, str(error)) from None
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """A finished file of a stage, relative to the run's folder."""
@@ -72,10 +83,10 @@ class StageRecord:
     """What the manifest knows of a finished stage."""
 
     stage: str
-    inputs: dict[str, Any]
+    inputs: dict[str, object]
     outputs: tuple[OutputFile, ...]
     seconds: float
-    summary: dict[str, Any]
+    summary: dict[str, object]
     cleaned: bool = False  # `quantkit clean` dropped its files on purpose
 
     @property
@@ -86,7 +97,7 @@ class StageRecord:
 _SCHEMA = 2  # 1 had a stage `database`, and tuned within the search
 
 
-def _record(stage: str, value: dict[str, Any]) -> StageRecord:
+def _record(stage: str, value: object) -> StageRecord:
     """A record of the manifest. Raises what a value of another shape raises."""
     record = untrusted.build(StageRecord, value)
     if stage not in NAMES:
@@ -97,7 +108,7 @@ def _record(stage: str, value: dict[str, Any]) -> StageRecord:
     return record
 
 
-def fingerprint(inputs: dict[str, Any]) -> str:
+def fingerprint(inputs: Mapping[str, object]) -> str:
     """sha256 of the canonical JSON of a stage's inputs."""
     return hashlib.sha256(json.dumps(to_json(inputs), sort_keys=True).encode()).hexdigest()
 
@@ -120,7 +131,7 @@ class RunDir:
         self.path = path
 
     def stage_dir(self, stage: str) -> Path:
-        return self.path / stage_folder(stage)
+        return self.artifacts.folder(stage)
 
     @property
     def artifacts(self) -> Artifacts:

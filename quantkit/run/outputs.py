@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantkit.config.budgets import Budget
-from quantkit.run.folder import RunDir, read_json
+from quantkit.run.folder import RunDir, read_as
 
 
-def load_budgets(directory: RunDir) -> list[Budget]:
+@dataclass(frozen=True)
+class Budgets:
+    """What the search is after, smallest first, and what it may count on."""
+
+    budgets: tuple[Budget, ...]
+    refused: tuple[Budget, ...]
+    expects_tuning: bool
+    not_tuned: str  # why not, where that was asked for
+    choices: str  # a hash of all that the numbers of choices stand for
+
+
+def load_budgets(directory: RunDir) -> tuple[Budget, ...]:
     """Return the budgets of a run whose search stage is finished, smallest first."""
-    table = read_json(directory.artifacts.budgets)["budgets"]
-    return [Budget(**row) for row in table]
+    return read_as(Budgets, directory.artifacts.budgets).budgets
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,6 @@ class Output:
         return f"recipes/{self.file.removesuffix('.gguf')}.json"
 
 
-def load_outputs(directory: RunDir) -> list[Output]:
+def load_outputs(directory: RunDir) -> tuple[Output, ...]:
     """Return the files of a run whose stitch stage is finished, by rising budget."""
-    table = read_json(directory.artifacts.outputs)["outputs"]
-    return [Output(**{**row, "budget": Budget(**row["budget"])}) for row in table]
+    return read_as(dict[str, tuple[Output, ...]], directory.artifacts.outputs)["outputs"]

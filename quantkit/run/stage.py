@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from quantkit.config import PROFILES, Profile, RunConfig
-from quantkit.run.artifacts import Artifacts
+from quantkit.run.artifacts import NAMES, Artifacts
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord
-from quantkit.run.names import NAMES
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StageResult:
     """What a stage made: finished files in its folder, and a few facts for status and report."""
 
     outputs: Sequence[Path]
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: object = field(default_factory=dict)  # a dataclass or a table
 
 
 class Stage(ABC):
@@ -66,8 +65,8 @@ class Stage(ABC):
         was finished by then is taken up by the next attempt.
         """
 
-    def extra_inputs(self, config: RunConfig) -> dict[str, Any]:
-        """Return what else the result depends on, such as a file's hash."""
+    def extra_inputs(self, config: RunConfig) -> dict[str, str]:
+        """Return the hashes of the files that the config names, by what they are named for."""
         return {}
 
     def is_intermediate(self, path: str) -> bool:

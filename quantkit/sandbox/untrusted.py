@@ -144,14 +144,14 @@ def _tags(cls: Any) -> dict[str, Any]:
 
 def typed(hint: Any, value: Any) -> Any:
     """`value` as a variable of type `hint` has it: a list may become a tuple, an object a
-    dataclass. Raises Damaged where it is something else.
+    dataclass; a class with `from_json` makes itself. Raises Damaged where it is something else.
     """
     return _typed(hint, value, "value")
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint in (Any, object):
         return value
     if origin in (typing.Union, types.UnionType):
         return _one_of(arguments, value, name)
@@ -168,6 +168,8 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         hints = typing.get_type_hints(hint)
         if hint.__required_keys__ <= value.keys() <= hints.keys():
             return {key: _typed(hints[key], item, key) for key, item in value.items()}
+    elif hasattr(hint, "from_json"):
+        return hint.from_json(value)
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return build(hint, value)
     elif hint is float and type(value) in (int, float):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from quantkit.ggml.types import QuantType
 from quantkit.tensors import Candidate, CandidateKey
 
+T = TypeVar("T")
 Choices = npt.NDArray[np.int64]
 """One choice number per tensor: an allocation."""
 
@@ -69,12 +71,9 @@ class SearchSpace:
         """Return how much the file grows when a tensor goes from one choice to another."""
         return self.slot_bytes[tensor][new] - self.slot_bytes[tensor][old]
 
-    def free_bytes(self, choices: Choices) -> int:
-        return self.limit_bytes - self.n_bytes(choices)
-
     def upgrades(self, choices: Choices) -> Iterator[tuple[int, int]]:
         """(tensor, next larger choice) for every tensor that can still grow within the budget."""
-        free = self.free_bytes(choices)
+        free = self.limit_bytes - self.n_bytes(choices)
         for tensor, choice in enumerate(choices.tolist()):
             for larger in range(choice + 1, len(self.candidates[tensor])):
                 if self.step_bytes(tensor, choice, larger) <= free:
@@ -106,13 +105,16 @@ def prune(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 
 def pruned(space: SearchSpace) -> SearchSpace:
     """The space without choices that others of their tensor beat."""
-    sizes = [
-        dict(zip(candidates, slots, strict=True))
-        for candidates, slots in zip(space.candidates, space.slot_bytes, strict=True)
-    ]
-    kept = tuple(prune(candidates) for candidates in space.candidates)
-    slots = tuple(tuple(of[c] for c in row) for row, of in zip(kept, sizes, strict=True))
-    return replace(space, candidates=kept, slot_bytes=slots)
+    return keeping(space, [[row.index(c) for c in prune(row)] for row in space.candidates])
+
+
+def keeping(space: SearchSpace, kept: Sequence[Sequence[int]]) -> SearchSpace:
+    """The space with these choices of its tensors alone."""
+
+    def of(table: Sequence[Sequence[T]]) -> tuple[tuple[T, ...], ...]:
+        return tuple(tuple(row[k] for k in ks) for row, ks in zip(table, kept, strict=True))
+
+    return replace(space, candidates=of(space.candidates), slot_bytes=of(space.slot_bytes))
 
 
 def choices_of(space: SearchSpace, types: Mapping[str, QuantType]) -> Choices | None:
@@ -123,7 +125,7 @@ def choices_of(space: SearchSpace, types: Mapping[str, QuantType]) -> Choices | 
     found = []
     for name, candidates in zip(space.tensors, space.candidates, strict=True):
         wanted = types.get(name)
-        at = [k for k, c in enumerate(candidates) if wanted and c.key.qtype.bpw <= wanted.bpw]
+        at = [k for k, c in enumerate(candidates) if wanted and c.qtype.bpw <= wanted.bpw]
         if not at:
             return None
         found.append(at[-1])

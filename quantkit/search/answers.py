@@ -4,34 +4,74 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from quantkit.config.budgets import Budget
 from quantkit.files import replacing
 from quantkit.ggml.types import QuantType
 from quantkit.run.artifacts import Artifacts
-from quantkit.run.folder import read_json
+from quantkit.run.folder import read_as
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.optimizer import Step
 from quantkit.tensors import CandidateKey, to_json
 
 
-def summary(step: Step) -> dict[str, Any]:
-    """Return what the report says of a search."""
-    return {
-        "searched": True,
-        "generations": step.number,
-        "tokens": step.n_tokens,
-        "proposal_kl": step.trace[0][2],
-        "kl": step.kl,
-        "kl_stderr": step.stderr,
-    }
+@dataclass(frozen=True)
+class Answer:
+    """What the report says of the file for a budget, and of what the types could make."""
+
+    target: str
+    limit_bytes: int
+    n_bytes: int
+    smallest_bytes: int
+    largest_bytes: int
 
 
-def by_name(space: SearchSpace, choices: Choices) -> dict[str, dict[str, str]]:
+@dataclass(frozen=True)
+class Given(Answer):
+    """Nothing was left to search."""
+
+    searched: bool = field(default=False, init=False)
+    reason: str = field(default="every tensor's type is given", init=False)
+
+
+@dataclass(frozen=True)
+class Searched(Answer):
+    """What a search came to."""
+
+    searched: bool = field(default=True, init=False)
+    generations: int
+    tokens: int
+    proposal_kl: float
+    kl: float
+    kl_stderr: float
+    expects_tuning: bool
+
+
+def answer(
+    budget: Budget, space: SearchSpace, choices: Choices, step: Step | None, expects_tuning: bool
+) -> Given | Searched:
+    """Sum up what was chosen within a budget, and the last step of the search, if there was one."""
+    least, most = space.n_bytes(space.smallest), space.n_bytes(space.largest)
+    sizes = budget.target, budget.limit_bytes, space.n_bytes(choices), least, most
+    if step is None:
+        return Given(*sizes)
+    kl = step.trace[0][2], step.kl, step.stderr
+    return Searched(*sizes, step.number, step.n_tokens, *kl, expects_tuning)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a tensor is stored."""
+
+    qtype: QuantType
+    method: str
+
+
+def by_name(space: SearchSpace, choices: Choices) -> dict[str, Choice]:
     """The type and the method of every tensor."""
-    keys = space.keys(choices)
-    return {name: {"qtype": str(k.qtype), "method": k.method} for name, k in keys.items()}
+    return {name: Choice(key.qtype, key.method) for name, key in space.keys(choices).items()}
 
 
 def fingerprint(space: SearchSpace) -> str:
@@ -51,8 +91,5 @@ def write_trace(path: Path, step: Step) -> Path:
 
 def load_allocation(artifacts: Artifacts, limit_bytes: int) -> dict[str, CandidateKey]:
     """Return the allocation for one budget, of a run whose search stage is finished."""
-    table = read_json(artifacts.answer(limit_bytes) / "allocation.json")
-    return {
-        name: CandidateKey(name, QuantType(row["qtype"]), row["method"])
-        for name, row in table.items()
-    }
+    table = read_as(dict[str, Choice], artifacts.answer(limit_bytes) / "allocation.json")
+    return {name: CandidateKey(name, row.qtype, row.method) for name, row in table.items()}

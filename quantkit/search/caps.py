@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from quantkit.ggml.types import QuantType
-from quantkit.search.allocation import SearchSpace, pruned
+from quantkit.search.allocation import SearchSpace, keeping, pruned
 from quantkit.search.propose import Costs, knapsack
 
 
@@ -24,7 +24,7 @@ def cap_types(
     budgets `limits` (bytes); types of tensors without a choice count. None when no such set meets
     every budget.
     """
-    choices = [{c.key.qtype for c in of_tensor} for of_tensor in space.candidates]
+    choices = [{c.qtype for c in of_tensor} for of_tensor in space.candidates]
     needed = {next(iter(types)) for types in choices if len(types) == 1}
     free = sorted(set().union(*choices) - needed)
     if len(needed) + len(free) <= n_types:
@@ -46,18 +46,9 @@ def cap_types(
 def _only(space: SearchSpace, types: set[QuantType]) -> SearchSpace | None:
     """The space of these types alone, pruned; None when a tensor has none left."""
     kept = [
-        [k for k, c in enumerate(of_tensor) if c.key.qtype in types]
-        for of_tensor in space.candidates
+        [k for k, c in enumerate(of_tensor) if c.qtype in types] for of_tensor in space.candidates
     ]
-    if not all(kept):
-        return None
-    pairs = list(zip(space.candidates, space.slot_bytes, kept, strict=True))
-    left = replace(
-        space,
-        candidates=tuple(tuple(row[k] for k in ks) for row, _, ks in pairs),
-        slot_bytes=tuple(tuple(row[k] for k in ks) for _, row, ks in pairs),
-    )
-    return pruned(left)
+    return pruned(keeping(space, kept)) if all(kept) else None
 
 
 def _log_damage(space: SearchSpace, costs: Costs, n_bytes: int) -> float:

@@ -6,15 +6,15 @@ falls back to the same other type at two levels is indexed once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from quantkit.files import write_json
-from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
+from quantkit.gptq.errors import Errors
 from quantkit.run.artifacts import Artifacts
-from quantkit.run.folder import read_json
-from quantkit.tensors import Candidate, CandidateKey, to_json
+from quantkit.run.folder import read_as
+from quantkit.tensors import Candidate, CandidateKey
 
 
 @dataclass(frozen=True)
@@ -23,42 +23,42 @@ class Database:
 
     candidates: dict[str, tuple[Candidate, ...]]
 
+    @classmethod
+    def of(cls, candidates: Iterable[Candidate]) -> Database:
+        found: dict[str, list[Candidate]] = {}
+        for candidate in candidates:
+            found.setdefault(candidate.tensor, []).append(candidate)
+        return cls({tensor: tuple(own) for tensor, own in found.items()})
+
     def find(self, key: CandidateKey) -> Candidate:
         return next(c for c in self.candidates[key.tensor] if c.key == key)
 
 
-def write_database(artifacts: Artifacts) -> Database:
+@dataclass(frozen=True)
+class _Table:
+    schema: int = field(default=1, init=False)
+    candidates: tuple[Candidate, ...]
+
+
+def write_database(artifacts: Artifacts, errors: Errors) -> Database:
     """Index the finished level files. Return what was written."""
-    errors = read_json(artifacts.errors)["errors"]
-    candidates: dict[str, dict[CandidateKey, Candidate]] = {}
+    found: dict[str, dict[CandidateKey, Candidate]] = {}
     for path in sorted(artifacts.levels.glob("*.gguf")):
         for tensor in GgufFile(path).tensors.values():
-            if tensor.name not in errors:
+            if tensor.name not in errors.errors:
                 continue
-            solved = errors[tensor.name][str(tensor.qtype)]
-            key = CandidateKey(tensor.name, tensor.qtype, solved["method"])
-            error = solved["errors"][solved["method"]]
-            found = Candidate(
-                key, path.name, tensor.offset, tensor.n_bytes, error["relative"], error["nats"]
+            solved = errors.errors[tensor.name][str(tensor.qtype)]
+            key = CandidateKey(tensor.name, tensor.qtype, solved.method)
+            place, error = (path.name, tensor.offset, tensor.n_bytes), solved.errors[solved.method]
+            candidate = Candidate(
+                tensor.name, tensor.qtype, solved.method, *place, error.relative, error.nats
             )
-            candidates.setdefault(tensor.name, {}).setdefault(key, found)
-    rows = [_row(c) for of_tensor in candidates.values() for c in of_tensor.values()]
-    write_json(artifacts.database, {"schema": 1, "candidates": rows})
-    return Database({name: tuple(own.values()) for name, own in candidates.items()})
-
-
-def _row(candidate: Candidate) -> dict[str, Any]:
-    row = to_json(candidate)
-    return {**row.pop("key"), **row}
+            found.setdefault(tensor.name, {}).setdefault(key, candidate)
+    candidates = tuple(candidate for own in found.values() for candidate in own.values())
+    write_json(artifacts.database, _Table(candidates))
+    return Database.of(candidates)
 
 
 def load_database(artifacts: Artifacts) -> Database:
     """Return the index of a run whose quantize stage is finished."""
-    found: dict[str, list[Candidate]] = {}
-    for row in read_json(artifacts.database)["candidates"]:
-        key = CandidateKey(row["tensor"], QuantType(row["qtype"]), row["method"])
-        candidate = Candidate(
-            key, row["file"], row["offset"], row["n_bytes"], row["error"], row["nats"]
-        )
-        found.setdefault(key.tensor, []).append(candidate)
-    return Database({tensor: tuple(candidates) for tensor, candidates in found.items()})
+    return Database.of(read_as(_Table, artifacts.database).candidates)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.sandbox.untrusted import build
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.learn import Outcome, Posterior, posterior_of
 from quantkit.search.mutate import mutate
@@ -43,15 +44,12 @@ class EvoPress:
             now = begin(evaluator, schedule, problem.proposals(), problem.seed)
             on_step(_step(now))
         else:
-            now = SearchState.from_json(state)
-
-        def said(state: SearchState) -> None:
-            on_step(_step(state))
-
-        return _step(evolve(problem.space, evaluator, problem.costs, schedule, now, said))
+            now = build(SearchState, state)
+        rest = problem.costs, schedule, now, lambda state: on_step(_step(state))
+        return _step(evolve(problem.space, evaluator, *rest))
 
     def step_of(self, state: Any) -> Step:
-        return _step(SearchState.from_json(state))
+        return _step(build(SearchState, state))
 
 
 @dataclass(frozen=True)
@@ -96,19 +94,9 @@ class SearchState:
     generation: int
     best: Member
     n_tokens: int
-    rng: dict[str, Any]
+    rng: dict[str, object]  # NumPy's own word for where its generator stands
     history: tuple[tuple[int, int, float, float], ...]  # generation, tokens, KL, stderr
     outcomes: tuple[Outcome, ...] = ()  # of all compared children
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> SearchState:
-        best = Member(**{**value["best"], "choices": tuple(value["best"]["choices"])})
-        history = tuple(tuple(row) for row in value["history"])
-        outcomes = tuple(
-            Outcome(tuple(tuple(m) for m in o["moves"]), o["change"], o["stderr"])
-            for o in value["outcomes"]
-        )
-        return cls(value["generation"], best, value["n_tokens"], value["rng"], history, outcomes)
 
 
 def _step(state: SearchState) -> Step:

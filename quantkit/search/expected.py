@@ -24,22 +24,11 @@ class AfterTuning:
     """
 
     def __init__(self, evaluator: Evaluator, space: SearchSpace, costs: Costs) -> None:
-        self._evaluator = evaluator
+        self._evaluator, self.n_batch = evaluator, evaluator.n_batch
+        self.n_sequences, self.n_ctx = evaluator.n_sequences, evaluator.n_ctx
         self._outside = [
             (i, costs[i]) for i, name in enumerate(space.tensors) if not is_in_block(name)
         ]
-
-    @property
-    def n_sequences(self) -> int:
-        return self._evaluator.n_sequences
-
-    @property
-    def n_ctx(self) -> int:
-        return self._evaluator.n_ctx
-
-    @property
-    def n_batch(self) -> int:
-        return self._evaluator.n_batch
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
         """The expected KL of each candidate on the sequences first..last."""

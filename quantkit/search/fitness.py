@@ -62,6 +62,7 @@ class Fitness:
         self._weights = Weights(model, space, maps, levels_folder)
         device = model.device
         self._ids = torch.from_numpy(ids).to(device)
+        self.n_sequences, self.n_ctx = ids.shape
         self.n_batch = min(_SEQUENCES_PER_BATCH[device.type], max(1, len(ids) // 2))
         self._parent: Choices | None = None
         self._targets = self._make_targets(targets_path)
@@ -72,14 +73,6 @@ class Fitness:
         # Of the parent's passes, by first sequence and block: what the block reads, and after the
         # last block what the head reads.
         self._states = SpillFile(targets_path.with_name(f"states-{targets_path.name}"), int(room))
-
-    @property
-    def n_sequences(self) -> int:
-        return len(self._ids)
-
-    @property
-    def n_ctx(self) -> int:
-        return self._ids.shape[1]
 
     def kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
         """Mean KL of every eighth of the sequences first..last: float64 (last - first, CHUNKS).

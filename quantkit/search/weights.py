@@ -123,19 +123,14 @@ class Weights:
         assert map_ is not None
         n_columns = map_.n_columns(self._model.model.get_parameter(map_.parameter))
         # Mapped anew every time: pages of the file count as ours for as long as they are mapped.
-        packed = np.memmap(
-            self._folder / candidate.file,
-            np.uint8,
-            "r",
-            candidate.offset,
-            (candidate.n_bytes,),
-        )
-        rows = packed.reshape(-1, candidate.key.qtype.row_bytes(n_columns))
-        form = FORMATS.get(candidate.key.qtype)
+        path, n_bytes = self._folder / candidate.file, candidate.n_bytes
+        packed = np.memmap(path, np.uint8, "r", candidate.offset, (n_bytes,))
+        rows = packed.reshape(-1, candidate.qtype.row_bytes(n_columns))
+        form = FORMATS.get(candidate.qtype)
         device = self._model.device
         if form is not None and device.type == "cuda":
             return _decoded(form, self._on_device(candidate, rows, device), n_columns)
-        return torch.from_numpy(native.dequantize(rows, candidate.key.qtype))
+        return torch.from_numpy(native.dequantize(rows, candidate.qtype))
 
     def _on_device(
         self, candidate: Candidate, rows: native.Bytes, device: torch.device

@@ -15,30 +15,14 @@ class Workers:
     """An evaluator of evaluators, one thread for each.
 
     A candidate's numbers are those of one evaluator alone, and the order of the answers is that of
-    the candidates: how many workers there are does not show. Use it as a context manager.
+    the candidates: how many workers there are does not show.
     """
 
     def __init__(self, evaluators: Sequence[Evaluator]) -> None:
         self._evaluators = list(evaluators)
         self._pool = ThreadPoolExecutor(len(self._evaluators), "worker")
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    @property
-    def n_sequences(self) -> int:
-        return self._evaluators[0].n_sequences
-
-    @property
-    def n_ctx(self) -> int:
-        return self._evaluators[0].n_ctx
-
-    @property
-    def n_batch(self) -> int:
-        return self._evaluators[0].n_batch
+        one = self._evaluators[0]
+        self.n_sequences, self.n_ctx, self.n_batch = one.n_sequences, one.n_ctx, one.n_batch
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
         """KL of each candidate on the sequences first..last. One by itself is judged by every

@@ -16,7 +16,6 @@ model, or be missing for a reason that is known by name (`model.unmapped`). What
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,11 +69,8 @@ class Convert(Stage):
             left_out=snapshot.left_out,
             progress=progress,
         )
-        run.events.emit(NAME, "note", f"sandbox: {result.sandbox}")
-        for note in (
-            *(f"converter: {warning}" for warning in result.warnings),
-            *result.tokens.notes,
-        ):
+        warnings = [f"converter: {warning}" for warning in result.warnings]
+        for note in (f"sandbox: {result.sandbox}", *warnings, *result.tokens.notes):
             run.events.emit(NAME, "note", note)
         base = GgufFile(base_path)
         specs = specs_of(base)
@@ -96,8 +92,7 @@ class Convert(Stage):
                 "This architecture is not supported yet: please open an issue with the model's id.",
             )
         _check_unmapped(run, base, unmapped)
-        rowmaps_path = run.artifacts.row_maps
-        save_row_maps(maps, rowmaps_path)
+        save_row_maps(maps, run.artifacts.row_maps)
         n_mapped = sum(specs[name].n_elements for name in maps)
         n_all = sum(specs[name].n_elements for name in quantizable)
         tensors = {
@@ -105,10 +100,14 @@ class Convert(Stage):
             "unmapped": unmapped,
             "conversion": result.to_json(),
         }
-        outputs = [base_path, write_json(run.artifacts.specs, tensors), rowmaps_path, checks]
-        projector = run.artifacts.projector
-        if _make_projector(run, snapshot, projector):
-            outputs.append(projector)
+        outputs = [
+            base_path,
+            write_json(run.artifacts.specs, tensors),
+            run.artifacts.row_maps,
+            checks,
+        ]
+        if _make_projector(run, snapshot, run.artifacts.projector):
+            outputs.append(run.artifacts.projector)
         summary = {
             "n_bytes": result.n_bytes,
             "mapped_share": round(n_mapped / n_all, 4),
@@ -133,7 +132,7 @@ def _check(run: Run, snapshot: Snapshot, base: GgufFile, tokens: Tokens) -> Path
     )
     run.events.emit(NAME, "note", f"{logits.name}: {logits.about}")
     found = {
-        "checks": [asdict(tokens.check), asdict(logits)],
+        "checks": [tokens.check, logits],
         "apart": tokens.apart,
         "text": tokens.text,
         "logits": measured,

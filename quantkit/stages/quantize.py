@@ -9,8 +9,8 @@ the search reads. The unit of work is one block.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from quantkit.config import RunConfig
 from quantkit.files import sha256_file
@@ -30,12 +30,18 @@ class Quantize(Stage):
         """Raise QuantkitError when activations or weights are not finite."""
         from quantkit.gptq.levels import make_levels
 
-        made = make_levels(run)
-        found = write_database(run.artifacts).candidates
-        counts = {"n_candidates": sum(map(len, found.values())), "n_tensors": len(found)}
-        return StageResult([*made.outputs, run.artifacts.database], {**made.summary, **counts})
+        outputs, errors = make_levels(run)
+        found = write_database(run.artifacts, errors).candidates
+        winners = [won.method for types in errors.errors.values() for won in types.values()]
+        summary = {
+            "n_fallbacks": len(errors.fallbacks),
+            "winners": Counter(winners),
+            "n_candidates": sum(map(len, found.values())),
+            "n_tensors": len(found),
+        }
+        return StageResult([*outputs, run.artifacts.database], summary)
 
-    def extra_inputs(self, config: RunConfig) -> dict[str, Any]:
+    def extra_inputs(self, config: RunConfig) -> dict[str, str]:
         """Return the hashes of the files of others that compete."""
         files = [path for name in config.levels_from if (path := Path(name)).is_file()]
         return {f"levels_from {path}": sha256_file(path) for path in files}

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,7 +30,8 @@ from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.output import lay_out_output, load_provenance
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
 from quantkit.planning.plan import budgets_of
-from quantkit.run.folder import read_json
+from quantkit.run.folder import read_as, read_json
+from quantkit.run.outputs import Budgets
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search import answers
 from quantkit.search.allocation import Choices, SearchSpace, choices_of, in_order, pruned
@@ -73,33 +74,26 @@ class Search(Stage):
         asked = budgets or (Budget("what the types come to", largest),)
         space = _capped(run, space, asked)
         path = run.artifacts.budgets
-        known = read_json(path) if path.exists() else {}
+        known = read_as(Budgets, path) if path.exists() else None
         # Free memory may be another after an interruption: the first attempt decides what counts.
-        reason = known["not_tuned"] if known else reason_not_to_tune(run, base)
+        reason = known.not_tuned if known else reason_not_to_tune(run, base)
         expects = run.config.tuning_steps > 0 and not reason
         if reason:
             run.events.emit(NAME, "note", f"the files will not be tuned: {reason}")
         choices = answers.fingerprint(space)
-        if known.get("choices", choices) != choices:  # levels were made anew: numbers mean others
+        if known and known.choices != choices:  # levels were made anew: numbers mean others
             for left in run.artifacts.folder(NAME).glob("*/*.json"):
                 left.unlink()
-        table = {
-            "budgets": asked,
-            "refused": refused,
-            "expects_tuning": expects,
-            "not_tuned": reason,
-            "choices": choices,
-        }
-        outputs = [write_json(path, table)]
+        outputs = [write_json(path, Budgets(asked, refused, expects, reason, choices))]
         searcher = _Searcher(run, base, space, asked, expects)
         found: list[_Found] = []
         for budget in asked:
             found.append(searcher.search(budget, found[-1].choices if found else None))
         for answer in found:
-            about = run.artifacts.answer(answer.budget.limit_bytes) / "budget.json"
+            about = run.artifacts.answer(answer.about.limit_bytes) / "budget.json"
             outputs += [*answer.outputs, write_json(about, answer.about)]
-        summaries = [answer.about for answer in found]
-        return StageResult(outputs, {"budgets": summaries, "n_refused": len(refused)})
+        summary = {"budgets": [answer.about for answer in found], "n_refused": len(refused)}
+        return StageResult(outputs, summary)
 
     def last_reader(self, path: str) -> str:
         """Return validate: what was found stands in the report."""
@@ -113,7 +107,7 @@ def make_space(run: Run, base: GgufFile) -> SearchSpace:
     index = load_database(run.artifacts)
     tensors = tuple(index.candidates)
     candidates = tuple(in_order(index.candidates[name]) for name in tensors)
-    smallest = {c[0].key.tensor: c[0].key.qtype for c in candidates}
+    smallest = {c[0].tensor: c[0].qtype for c in candidates}
     layout = lay_out_output(base, smallest, load_provenance(run.dir), "Q8_0")
     slots = tuple(tuple(slot_bytes(base, c.n_bytes) for c in of_tensor) for of_tensor in candidates)
     fixed = layout.n_bytes - sum(sizes[0] for sizes in slots)
@@ -132,7 +126,7 @@ def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSp
             f"No {n_types} of the types meet every size.",
             "Allow more with --max-types, or pin fewer tensors.",
         )
-    used = sorted({c.key.qtype for of_tensor in capped.candidates for c in of_tensor})
+    used = sorted({c.qtype for of_tensor in capped.candidates for c in of_tensor})
     run.events.emit(NAME, "note", f"the types are {', '.join(map(str, used))}")
     return capped
 
@@ -165,10 +159,9 @@ def proposals(
 class _Found:
     """The answer for one budget: the files written, and what to say of it."""
 
-    budget: Budget
     choices: Choices
     outputs: list[Path]
-    about: dict[str, Any]
+    about: answers.Given | answers.Searched
 
 
 class _Searcher:
@@ -210,24 +203,12 @@ class _Searcher:
                 step = OPTIMIZER.step_of(read_json(state_path))
             else:
                 step = self._optimize(budget, space, before, state_path)
-        if step is None:
-            chosen = space.smallest
-            report: dict[str, Any] = {"searched": False, "reason": "every tensor's type is given"}
-        else:
-            chosen = np.array(step.choices, np.int64)
-            report = answers.summary(step) | {"expects_tuning": self._expects_tuning}
-        about = {
-            "target": budget.target,
-            "limit_bytes": budget.limit_bytes,
-            "n_bytes": space.n_bytes(chosen),
-            "smallest_bytes": space.n_bytes(space.smallest),
-            "largest_bytes": space.n_bytes(space.largest),
-            **report,
-        }
+        chosen = space.smallest if step is None else np.array(step.choices, np.int64)
+        about = answers.answer(budget, space, chosen, step, self._expects_tuning)
         outputs = [write_json(allocation_path, answers.by_name(space, chosen))]
         if step is not None:
             outputs += [state_path, answers.write_trace(folder / "trace.jsonl", step)]
-        return _Found(budget, chosen, outputs, about)
+        return _Found(chosen, outputs, about)
 
     def _optimize(
         self, budget: Budget, space: SearchSpace, before: Choices | None, path: Path
@@ -305,13 +286,9 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     maps = load_row_maps(run.artifacts.row_maps)
     unmapped = [name for name in space.tensors if name not in maps]
     if unmapped:
-        run.events.emit(
-            NAME,
-            "note",
-            f"{len(unmapped)} tensors cannot be put into the model: their damage is estimated only",
-        )
-    ids = load_file(run.artifacts.tokens)["heldout"]
-    ids = ids[:MOST_SEQUENCES]
+        text = "tensors cannot be put into the model: their damage is estimated only"
+        run.events.emit(NAME, "note", f"{len(unmapped)} {text}")
+    ids = load_file(run.artifacts.tokens)["heldout"][:MOST_SEQUENCES]
     if len(ids) < _LEAST_SEQUENCES:
         raise QuantkitError(
             "There are too few held-out tokens to search with.",

@@ -9,46 +9,35 @@ do with the file. `outputs.json` lists the files by their budgets.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit import __version__
 from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file, write_json, write_text
-from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import Layout
+from quantkit.gptq.errors import Errors
 from quantkit.llamacpp.output import (
-    Provenance,
     file_name,
     lay_out_output,
     load_provenance,
     nearest_label,
 )
 from quantkit.llamacpp.stock import tensor_types
-from quantkit.run.folder import read_json
+from quantkit.run.folder import OutputFile, read_as, read_json
 from quantkit.run.outputs import Output, load_budgets
+from quantkit.run.recipe import Base, Pinned, Provenance, Published, Recipe, Stored
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.answers import load_allocation
 from quantkit.search.database import load_database
 from quantkit.sources.snapshot import load_snapshot, model_name
-from quantkit.stages.tune import load_tuned
-from quantkit.tensors import Candidate, CandidateKey, to_json
+from quantkit.stages.tune import tuned_tensors
+from quantkit.tensors import Candidate, CandidateKey
 
 NAME = "stitch"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor's bytes lie: a level file, or the tuned file of its budget."""
-
-    qtype: QuantType
-    method: str
-    path: Path
 
 
 class Stitch(Stage):
@@ -68,19 +57,19 @@ class Stitch(Stage):
         written, outputs = [], []
         for budget, layout, label, name in _named(run, base, made):
             allocation = load_allocation(run.artifacts, budget.limit_bytes)
-            used = _sources(run, budget, {t: index.find(key) for t, key in allocation.items()})
+            used = _stored(run, budget, {t: index.find(key) for t, key in allocation.items()})
             output = Output(name, layout.n_bytes, label, budget)
             _stitch(run, folder / name, layout, base, used)
             recipe = _recipe(run, folder / name, used, label, made)
             stem = (folder / output.recipe).with_suffix("")
             written += [
                 folder / name,
-                write_json(folder / output.recipe, recipe),
-                write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(recipe)),
+                recipe.write(folder / output.recipe),
+                write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(recipe.types)),
             ]
             outputs.append(output)
-        written.append(write_json(run.artifacts.outputs, {"outputs": outputs}))
-        return StageResult(written, {"outputs": outputs})
+        summary = {"outputs": outputs}
+        return StageResult([*written, write_json(run.artifacts.outputs, summary)], summary)
 
 
 def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget, Layout, str, str]]:
@@ -116,61 +105,55 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
         yield budget, layout, label, name
 
 
-def _sources(run: Run, budget: Budget, chosen: Mapping[str, Candidate]) -> dict[str, Source]:
-    """The source of every tensor of an allocation."""
-    levels = run.artifacts.levels
-    tuned = load_tuned(run, budget.limit_bytes)
-    found = {}
-    for name, candidate in chosen.items():
-        key = candidate.key
-        found[name] = Source(key.qtype, key.method, levels / candidate.file)
-        if tuned is not None and name in tuned[1]:
-            found[name] = Source(key.qtype, f"{key.method}+tuned", tuned[0])
-    return found
+def _stored(run: Run, budget: Budget, chosen: Mapping[str, Candidate]) -> dict[str, Stored]:
+    """How every tensor of an allocation is stored: as tuned for its budget, where that helped."""
+    tuned, file = tuned_tensors(run, budget.limit_bytes), run.artifacts.tuned(budget.limit_bytes)
+    return {
+        name: Stored(c.qtype, f"{c.method}+tuned", file.name)
+        if name in tuned
+        else Stored(c.qtype, c.method, c.file)
+        for name, c in chosen.items()
+    }
+
+
+def _level_files(run: Run) -> dict[str, OutputFile]:
+    """The level files by name, tuned ones too."""
+    outputs = (*run.records["quantize"].outputs, *run.records["tune"].outputs)
+    return {Path(output.path).name: output for output in outputs}
 
 
 def _stitch(
-    run: Run, path: Path, layout: Layout, base: GgufFile, used: Mapping[str, Source]
+    run: Run, path: Path, layout: Layout, base: GgufFile, used: Mapping[str, Stored]
 ) -> None:
+    files = _level_files(run)
+    sources = {name: run.dir.path / files[stored.file].path for name, stored in used.items()}
+
     def progress(done: int, total: int) -> None:
         run.events.progress(NAME, done, total, path.name)
 
-    stitch(path, layout, base, {name: source.path for name, source in used.items()}, progress)
+    stitch(path, layout, base, sources, progress)
     if path.stat().st_size != layout.n_bytes:
         raise QuantkitError(
             f"{path.name} has another size than was computed.", "This is a bug: please report it."
         )
 
 
-def _recipe(
-    run: Run, path: Path, used: Mapping[str, Source], label: str, made: Provenance
-) -> dict[str, Any]:
+def _recipe(run: Run, path: Path, used: dict[str, Stored], label: str, made: Provenance) -> Recipe:
     """Everything that makes this file again: base, calibration, levels, every tensor's choice."""
     info = load_snapshot(run.dir).info
     base = run.records["convert"].outputs[0]
-    onto = info.base and {"model": info.base.id, "revision": info.base.sha}
-    outputs = [*run.records["quantize"].outputs, *run.records["tune"].outputs]
-    known = {run.dir.path / o.path: o.sha256 for o in outputs}
-    return {
-        "schema": 1,
-        "quantkit": __version__,
-        "model": info.id,
-        "revision": info.sha,
-        **({"adapter_of": onto} if onto else {}),
-        "config": run.config,
-        "base": {"sha256": base.sha256, "n_bytes": base.n_bytes},
-        "output": {
-            "file": path.name,
-            "n_bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-            "label": label,
-        },
-        "provenance": made,
-        "calibration": read_json(run.artifacts.calibration),
-        "levels": {path.name: known[path] for path in sorted({s.path for s in used.values()})},
-        "tensors": {
-            name: {"qtype": str(s.qtype), "method": s.method, "file": s.path.name}
-            for name, s in used.items()
-        },
-        "fallbacks": to_json(read_json(run.artifacts.errors)["fallbacks"]),
-    }
+    files = _level_files(run)
+    return Recipe(
+        __version__,
+        info.id,
+        info.sha,
+        run.config,
+        Base(base.sha256, base.n_bytes),
+        Published(path.name, path.stat().st_size, sha256_file(path), label),
+        made,
+        read_json(run.artifacts.calibration),
+        levels={file: files[file].sha256 for file in sorted({s.file for s in used.values()})},
+        tensors=used,
+        fallbacks=read_as(Errors, run.artifacts.errors).fallbacks,
+        adapter_of=Pinned(info.base.id, info.base.sha) if info.base else None,
+    )

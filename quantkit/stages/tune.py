@@ -11,11 +11,12 @@ assumed, or stops.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.gguf_file.base import load_base
@@ -23,8 +24,8 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout
 from quantkit.llamacpp.output import lay_out_output, load_provenance
 from quantkit.planning.cost import tuning_bytes, tuning_bytes_beside_model
-from quantkit.run.folder import read_json
-from quantkit.run.outputs import load_budgets
+from quantkit.run.folder import read_as
+from quantkit.run.outputs import Budgets
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.answers import load_allocation
 from quantkit.search.database import load_database
@@ -32,8 +33,11 @@ from quantkit.sources.snapshot import load_snapshot
 from quantkit.tensors import Candidate, CandidateKey
 from quantkit.tuning.tuned import (
     FLOAT32_ABOVE_BPW,
+    NotTuned,
     Outcome,
     Progress,
+    Tuned,
+    Tunings,
     lack_of_memory,
     load_stored,
     load_tuner,
@@ -56,16 +60,15 @@ class Tune(Stage):
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError where the search counted on tuning that is not possible now."""
-        searched = read_json(run.artifacts.budgets)
-        outcomes: dict[int, dict[str, Any]] = {}
+        searched = read_as(Budgets, run.artifacts.budgets)
+        found: dict[str, Tuned | NotTuned] = {}
         outputs: list[Path] = []
-        if searched["expects_tuning"]:
-            outputs = _tune_all(run, outcomes)
-        elif searched["not_tuned"]:
-            row = {"steps": 0, "reason": searched["not_tuned"]}
-            outcomes = {budget.limit_bytes: row for budget in load_budgets(run.dir)}
-        outputs.append(write_json(run.artifacts.tuning, {"schema": 1, "budgets": outcomes}))
-        return StageResult(outputs, {"budgets": outcomes})
+        if searched.expects_tuning:
+            outputs = _tune_all(run, searched.budgets, found)
+        elif searched.not_tuned:
+            found |= {str(b.limit_bytes): NotTuned(searched.not_tuned) for b in searched.budgets}
+        outputs.append(write_json(run.artifacts.tuning, Tunings(found)))
+        return StageResult(outputs, {"budgets": found})
 
     def is_intermediate(self, path: str) -> bool:
         """Tuned level files are dropped by `clean`."""
@@ -76,8 +79,10 @@ class Tune(Stage):
         return "stitch" if self.is_intermediate(path) else "validate"
 
 
-def _tune_all(run: Run, outcomes: dict[int, dict[str, Any]]) -> list[Path]:
-    """Tune the file of every allocation once. Fill `outcomes` by budget; return the files."""
+def _tune_all(
+    run: Run, budgets: Sequence[Budget], found: dict[str, Tuned | NotTuned]
+) -> list[Path]:
+    """Tune the file of every allocation once. Fill `found` by budget; return the files."""
     base, index = load_base(run.dir), load_database(run.artifacts)
     reason = reason_not_to_tune(run, base)
     if reason:
@@ -85,7 +90,6 @@ def _tune_all(run: Run, outcomes: dict[int, dict[str, Any]]) -> list[Path]:
             f"The search counted on tuning, and {reason}.",
             "Free that memory and resume, or start again with --tuning 0 and another --out.",
         )
-    budgets = load_budgets(run.dir)
     seen: list[dict[str, CandidateKey]] = []
     outputs: list[Path] = []
     for position, budget in enumerate(budgets):
@@ -101,7 +105,7 @@ def _tune_all(run: Run, outcomes: dict[int, dict[str, Any]]) -> list[Path]:
         said = f"{what}KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
         run.events.emit(NAME, "note", said if outcome.tensors else f"{said}: not taken")
         outputs += files
-        outcomes[budget.limit_bytes] = outcome.in_short
+        found[str(budget.limit_bytes)] = outcome.in_short
     return outputs
 
 
@@ -131,7 +135,7 @@ def tune(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = load_stored(chosen, run.artifacts.levels)
-    types = {name: candidate.key.qtype for name, candidate in chosen.items()}
+    types = {name: candidate.qtype for name, candidate in chosen.items()}
     layout = lay_out_output(base, types, load_provenance(run.dir), "Q8_0")
 
     def make() -> Tuner:
@@ -163,14 +167,9 @@ def _tuner(
     )
 
 
-def load_tuned(run: Run, limit_bytes: int) -> tuple[Path, tuple[str, ...]] | None:
-    """Return the tuned level file of one budget and the tensors that it changed, where tuning
-    helped.
-    """
-    said = read_json(run.artifacts.tuning)["budgets"].get(str(limit_bytes), {})
-    path = run.artifacts.tuned(limit_bytes)
-    outcome = Outcome.load(path.parent)
+def tuned_tensors(run: Run, limit_bytes: int) -> tuple[str, ...]:
+    """Return the tensors that tuning changed in the file for one budget."""
+    said = read_as(Tunings, run.artifacts.tuning).budgets.get(str(limit_bytes))
+    outcome = Outcome.load(run.artifacts.tuned(limit_bytes).parent)
     # An interrupted attempt may have left one behind: the stage's own word counts.
-    if outcome is None or not said.get("n_tensors"):
-        return None
-    return path, outcome.tensors
+    return outcome.tensors if outcome and isinstance(said, Tuned) and said.n_tensors else ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from quantkit.model.offload import States
 from quantkit.run.stage import Run
 from quantkit.statistics.experts import ExpertCollector
 from quantkit.statistics.hessian import HessianCollector, is_linear
-from quantkit.statistics.stored import block_file, head_file, save_statistics
+from quantkit.statistics.stored import InputDiagonal, block_file, head_file, save_statistics
 
 STAGE = "calibrate"
 BATCH_TOKENS = 4096  # per forward call
@@ -26,7 +25,7 @@ ACTIVATIONS_SHARE = 0.25  # of the free memory; what is more lies in a file
 
 def collect(
     run: Run, model: BlockwiseModel, tokens: dict[str, np.ndarray], folder: Path
-) -> dict[str, Any]:
+) -> dict[str, InputDiagonal]:
     """Run all blocks over all tokens; write each block's Hessians. Return the diagonals by
     module.
     """
@@ -40,7 +39,7 @@ def collect(
     states = States(folder / f"activations{PARTIAL}", room, "cpu")
     for i, (_, ids) in enumerate(batches):
         states.put(i, model.trace(ids)[0], {})
-    summary: dict[str, Any] = {}
+    summary: dict[str, InputDiagonal] = {}
     n_blocks = len(model.blocks)
     for index in range(n_blocks):
         path = block_file(folder, index)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -68,7 +68,8 @@ class HessianCollector:
     def watching(self) -> Iterator[None]:
         """Record the inputs of one forward call; sums are updated when it ends."""
         handles = [
-            m.register_forward_pre_hook(self._hook(name)) for name, m in self._linears.items()
+            module.register_forward_pre_hook(partial(self._note, name))
+            for name, module in self._linears.items()
         ]
         try:
             yield
@@ -77,13 +78,8 @@ class HessianCollector:
                 handle.remove()
         self._accumulate()
 
-    def _hook(self, name: str) -> Any:
-        def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._inputs[name] = args[
-                0
-            ]  # keeping it alive also keeps its address from being reused
-
-        return note
+    def _note(self, name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._inputs[name] = args[0]  # its address is not reused as long as it is kept
 
     def _accumulate(self) -> None:
         groups: dict[tuple[int, ...], list[str]] = {}

@@ -8,15 +8,15 @@ noted in `tuning.partial.json`. `outcome.json` says what came of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkit.config import TUNING_BATCH
 from quantkit.files import PARTIAL, write_json
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout, SlotFile
-from quantkit.run.folder import read_json
+from quantkit.run.folder import read_as
 from quantkit.sizes import size
 from quantkit.tensors import Candidate
 
@@ -52,24 +52,48 @@ class Outcome:
     tensors: tuple[str, ...]
 
     @property
-    def in_short(self) -> dict[str, Any]:
-        """Return what the report says of it."""
-        return {
-            "steps": self.n_steps,
-            "kl_before": self.kl_before,
-            "kl_after": self.kl_after,
-            "n_tensors": len(self.tensors),
-        }
+    def in_short(self) -> Tuned:
+        return Tuned(self.n_steps, self.kl_before, self.kl_after, len(self.tensors))
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
         """Return what `tune_file` wrote beside its file, None where nothing was tuned."""
-        if not (folder / _OUTCOME).exists():
-            return None
-        value = read_json(folder / _OUTCOME)
-        value["errors"] = tuple(tuple(pair) for pair in value["errors"])
-        value["tensors"] = tuple(value["tensors"])
-        return cls(**value)
+        path = folder / _OUTCOME
+        return read_as(cls, path) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the report says of an outcome."""
+
+    steps: int
+    kl_before: float
+    kl_after: float
+    n_tensors: int
+
+
+@dataclass(frozen=True)
+class NotTuned:
+    """Why a file was not tuned although that was asked for."""
+
+    steps: int = field(default=0, init=False)
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tunings:
+    """`tuning.json`, by the bytes of the budget; of budgets with one file the smallest."""
+
+    schema: int = field(default=1, init=False)
+    budgets: dict[str, Tuned | NotTuned]
+
+
+@dataclass(frozen=True)
+class _DoneBlock:
+    """A block that is finished: its error before and after, and the tensors that changed."""
+
+    errors: tuple[float, float]
+    tensors: tuple[str, ...]
 
 
 def lack_of_memory(needed: int, free: int) -> str:
@@ -84,7 +108,7 @@ def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stor
     from quantkit.tuning.tuner import Stored
 
     files = {file: GgufFile(levels / file) for file in sorted({c.file for c in chosen.values()})}
-    return {n: Stored(c.key.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
+    return {n: Stored(c.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
 
 
 def load_tuner(
@@ -125,9 +149,9 @@ def tune_file(
     if known is not None and path.exists() == bool(known.tensors):
         return known, _files(path, known)
     file, done_path = SlotFile(path, layout), path.with_name(_DONE)
-    done: list[dict[str, Any]] = []
+    done: list[_DoneBlock] = []
     if file.resumed and done_path.exists():
-        done = read_json(done_path)
+        done = read_as(list[_DoneBlock], done_path)
     else:
         for name in base.tensors:
             file.write(name, stored[name].packed if name in stored else base.packed(name))
@@ -139,15 +163,14 @@ def tune_file(
             for name, rows in block.rows.items():
                 file.write(name, rows)
             file.flush()
-            done.append({"errors": [block.before, block.after], "tensors": list(block.rows)})
+            done.append(_DoneBlock((block.before, block.after), tuple(block.rows)))
             write_json(done_path, done)
         said = f"block {index + 1} of {tuner.n_blocks}: error {block.before:.2e}"
         said += f" -> {block.after:.2e}" if block.rows else ", kept as it was"
         progress(index + 1, tuner.n_blocks, said)
     before, after = tuner.kl()
-    tensors = tuple(name for row in done for name in row["tensors"]) if after < before else ()
-    errors = tuple((row["errors"][0], row["errors"][1]) for row in done)
-    outcome = Outcome(n_steps, before, after, errors, tensors)
+    tensors = tuple(name for row in done for name in row.tensors) if after < before else ()
+    outcome = Outcome(n_steps, before, after, tuple(row.errors for row in done), tensors)
     if tensors:
         file.finish()
     else:
@@ -162,10 +185,9 @@ def _files(path: Path, outcome: Outcome) -> list[Path]:
     return [path.with_name(_OUTCOME), *([path] if outcome.tensors else [])]
 
 
-def _read(row: dict[str, Any], file: SlotFile, stored: Mapping[str, Stored]) -> TunedBlock:
+def _read(row: _DoneBlock, file: SlotFile, stored: Mapping[str, Stored]) -> TunedBlock:
     """What an earlier run made of a block."""
     from quantkit.tuning.tuner import TunedBlock
 
-    before, after = row["errors"]
-    rows = {n: file.read(n).reshape(stored[n].packed.shape) for n in row["tensors"]}
-    return TunedBlock(before, after, rows)
+    rows = {n: file.read(n).reshape(stored[n].packed.shape) for n in row.tensors}
+    return TunedBlock(*row.errors, rows)

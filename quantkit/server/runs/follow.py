@@ -11,10 +11,9 @@ from typing import Any
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import PublishedFile
-from quantkit.run.artifacts import RELATIVE, Artifacts
+from quantkit.run.artifacts import NAMES, RELATIVE, Artifacts
 from quantkit.run.events import MOST_EVENT_BYTES, read_some_events
 from quantkit.run.folder import RunDir
-from quantkit.run.names import NAMES, stage_folder
 from quantkit.sandbox.untrusted import (
     Damaged,
     build,
@@ -427,8 +426,8 @@ def _file_order(name: str) -> tuple[int, str]:
 
 def _is_result(path: Path) -> bool:
     """Whether a path of the manifest lies in the folder of a stage."""
-    folders = set(map(stage_folder, NAMES))
-    return len(path.parts) > 1 and path.parts[0] in folders and ".." not in path.parts
+    folders = map(RELATIVE.folder, NAMES)
+    return any(f in path.parents for f in folders) and ".." not in path.parts
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:

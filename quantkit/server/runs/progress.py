@@ -10,8 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.run.artifacts import NAMES
 from quantkit.run.events import Event
-from quantkit.run.names import NAMES
 from quantkit.sandbox.untrusted import shortened
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
