@@ -5,6 +5,7 @@
     outcome.py     how it ended, in a sentence
     in_force.py    what of all this the kernel granted
     process.py     the parent's side: start, listen, end
+    told.py        what goes between its processes
     start.py       how every process is started
     child.py       what is started: the keeper and the init around the worker
     usage.py       what the worker takes, as its keeper sees it
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from quantkit.sandbox.process import Child as Child
     from quantkit.sandbox.process import Ended as Ended
     from quantkit.sandbox.process import Job as Job
+    from quantkit.sandbox.process import Message as Message
 
 _WHERE = {
     "call": "api",
@@ -46,6 +48,7 @@ _WHERE = {
     "Child": "process",
     "Ended": "process",
     "Job": "process",
+    "Message": "process",
     "Protection": "in_force",
 }
 

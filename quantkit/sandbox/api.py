@@ -11,7 +11,7 @@ from quantkit.sandbox import untrusted
 from quantkit.sandbox.in_force import Protection
 from quantkit.sandbox.limits import Crashed, Limits
 from quantkit.sandbox.outcome import check
-from quantkit.sandbox.process import Child, Job
+from quantkit.sandbox.process import Child, Job, Message
 
 
 def call(
@@ -83,14 +83,14 @@ def _job(
 
 def listen(job: Job, kind: str, shape: Any = Any) -> Iterator[Any]:
     """The `value` or the `part`s of a job. Raises as `call` does."""
-    last: dict[str, Any] = {}
+    last = Message()
     with Child(job) as child:
-        for message in child.messages():
-            if message is not None and not {"facts", "part"} & message.keys():
+        for message in filter(None, child.messages()):
+            if message.kind not in ("facts", "part"):
                 last = message
-            if message is not None and kind in message:
+            if message.kind == kind:
                 try:
-                    value = untrusted.typed(shape, message[kind])
+                    value = untrusted.typed(shape, message.content)
                 except untrusted.Damaged:
                     raise Crashed("answered with something that was not asked for") from None
                 yield value

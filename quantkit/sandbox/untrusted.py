@@ -116,28 +116,37 @@ def build(cls: type[T], value: Any) -> T:
     """
     if not isinstance(value, dict):
         raise Damaged("it is no object")
-    hints: dict[str, Any] = _hints(typing.cast(Any, cls))
     for name, tag in _tags(typing.cast(Any, cls)).items():
         if value.get(name) != tag:
             raise Damaged(f"its {name} is another")
-    fields = {
-        name: _typed(hints[name], item, name) for name, item in value.items() if name in hints
-    }
+    fields = _fields(cls, value)
     try:
         return cls(**fields)
     except TypeError:
-        missing = sorted(hints.keys() - fields.keys())
+        missing = sorted(_hints(typing.cast(Any, cls)).keys() - fields.keys())
         raise Damaged(f"it has no {' or '.join(missing)[:100]}") from None
 
 
+def updated(record: T, value: Any) -> T:
+    """`record` with those of its fields that a JSON object has. Raises Damaged as `build` does."""
+    return dataclasses.replace(typing.cast(Any, record), **_fields(type(record), value))
+
+
+def _fields(cls: Any, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Damaged("it is no object")
+    hints = _hints(cls)
+    return {name: _typed(hints[name], item, name) for name, item in value.items() if name in hints}
+
+
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, object]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 @cache
-def _tags(cls: Any) -> dict[str, Any]:
+def _tags(cls: Any) -> dict[str, object]:
     """Fields that say which class of several this is: what all of its objects have."""
     return {field.name: field.default for field in dataclasses.fields(cls) if not field.init}
 
