@@ -125,13 +125,15 @@ def test_nothing_of_the_model_is_fetched_or_run(
 def test_the_bare_converter_would_run_it(malicious: Path, tmp_path: Path):
     """The control: without the sanitized copy the same model does run its code."""
     canary = malicious.parent / "canary"
+    tree = install.ensure_converter()
     outcome = sandbox.run(
         "convert",
-        install.ensure_converter(),
+        tree,
         tmp_path / "convert.log",
-        sandbox.Limits.for_weights(0, 2**30),
+        sandbox.limits_for(0, 2**30),
         readable=[malicious],
         output=tmp_path / "base.gguf",
+        script=str(tree / "convert_hf_to_gguf.py"),
         arguments=[str(malicious), "--outfile", str(tmp_path / "base.gguf")],
         skeleton=True,
         pre=None,

@@ -11,6 +11,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from quantkit.llamacpp.converter.install import (
     install_dir,
 )
 from quantkit.run.folder import read_json
+from quantkit.sandbox import untrusted
 
 # GGUF architectures that do not predict the next token: encoders, encoder-decoders, diffusion
 # models, codecs, and drafts that only work beside another model.
@@ -41,32 +43,43 @@ NOT_CAUSAL = frozenset(
 BEYOND_REACH = {"gemma3n": "its blocks hand on four hidden states side by side (AltUp)"}
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What the converter has with the installed transformers: of text models the GGUF architecture
+    by Hugging Face's, of projectors Hugging Face's, and what did not load.
+    """
+
+    made_with: str
+    text: dict[str, str]
+    mmproj: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
 @functools.cache
-def _tables(tree: Path, versions: str) -> dict[str, Any]:
+def _tables(tree: Path, versions: str) -> Tables:
     """The converter's tables; kept beside the pinned tree for the next process."""
     kept = install_dir() / "architectures.json"
     pinned = not os.environ.get("QUANTKIT_CONVERTER")
     if pinned and kept.exists():
-        tables = read_json(kept)
-        if tables.get("made_with") == versions:
+        tables = untrusted.build(Tables, read_json(kept))
+        if tables.made_with == versions:
             return tables
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
         log = Path(scratch) / "list.log"
-        outcome = sandbox.run("list", tree, log, sandbox.Limits.for_weights(0, 0))
+        outcome = sandbox.run("list_architectures", tree, log, sandbox.limits_for(0, 0))
     if not outcome.ok:
         raise QuantkitError(
-            f"The converter does not start: {outcome.status.get('message') or outcome.log[-300:]}.",
+            f"The converter does not start: {outcome.end.message or outcome.log[-300:]}.",
             "Run `make install` again: its packages are pinned.",
         )
-    tables = {"made_with": versions, **{k: outcome.status[k] for k in ("text", "mmproj", "failed")}}
+    tables = Tables(versions, outcome.said.text, outcome.said.mmproj, outcome.said.failed)
     if pinned:
         write_json(kept, tables)
     return tables
 
 
-def tables() -> dict[str, Any]:
-    """`{"text": {architecture: GGUF architecture}, "mmproj": [...], "failed": [...]}` of the
-    converter with the installed transformers. Takes seconds once, then milliseconds.
+def tables() -> Tables:
+    """The tables of the converter. Takes seconds once, then milliseconds.
 
     Raises QuantkitError when the converter cannot be set up or does not start.
     """
@@ -79,7 +92,7 @@ def tables() -> dict[str, Any]:
 def supported_architectures() -> frozenset[str]:
     """Hugging Face architectures of causal language models that are converted and quantized."""
     out = NOT_CAUSAL | set(BEYOND_REACH)
-    return frozenset(hf for hf, gguf in tables()["text"].items() if gguf not in out)
+    return frozenset(hf for hf, gguf in tables().text.items() if gguf not in out)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
@@ -115,7 +128,7 @@ def check_architecture(config: Mapping[str, Any]) -> str:
             "The model's config.json names no architecture.",
             "Name a transformers checkpoint of a language model.",
         )
-    known = tables()["text"]
+    known = tables().text
     if name not in known:
         raise unsupported(name)
     if known[name] in NOT_CAUSAL:

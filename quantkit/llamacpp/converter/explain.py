@@ -17,6 +17,8 @@ from quantkit.llamacpp.converter.architectures import unsupported
 from quantkit.llamacpp.converter.sandbox import Outcome
 from quantkit.sandbox.outcome import plain
 
+_MOST_WORDS = 4000
+
 
 def tokenizer_hash(outcome: Outcome) -> str:
     """The converter's hash (`chkhsh`) of a tokenizer that it does not know."""
@@ -39,9 +41,9 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
     """The error for a child that did not finish; `removed` is what its model was stripped of."""
     error = _killed(outcome) or _recognized(outcome)
     if error is None:
-        words = plain(f"{outcome.status.get('error', '')} {outcome.status.get('message', '')}")
-        if not outcome.status.get("message") or outcome.status.get("error") == "SystemExit":
-            words = plain(_last_line(outcome.log))
+        end = outcome.end
+        words = f"{end.content} {end.message}" if _has_raised(outcome) else _last_line(outcome.log)
+        words = plain(words)
         error = QuantkitError(f"The conversion failed: {words[:500]}.")
     if error.message == _NO_TOKENIZER and "auto_map removed from tokenizer_config.json" in removed:
         error = QuantkitError(
@@ -85,7 +87,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     if (
         outcome.ended.why == "memory"
-        or outcome.status.get("error") == "MemoryError"
+        or (outcome.end.kind == "error" and outcome.end.content == "MemoryError")
         or re.search(
             r"\bMemoryError|std::bad_alloc|Cannot allocate memory|failed to map segment"
             r"|can't allocate memory|memory allocation of \d+ bytes failed|Unable to allocate",
@@ -106,9 +108,8 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
 
 def _recognized(outcome: Outcome) -> QuantkitError | None:
     """Something that the converter or transformers said."""
-    error, message = outcome.status.get("error"), outcome.status.get("message")
-    if message and error != "SystemExit":
-        said = f"{error}: {message}"  # not the log: it also holds errors that were survived
+    if _has_raised(outcome):  # not the log: it also holds errors that were survived
+        said = f"{outcome.end.content}: {outcome.end.message}"[:_MOST_WORDS]
     else:
         said = outcome.log[-2000:]
     for pattern, make in _KNOWN:
@@ -116,6 +117,11 @@ def _recognized(outcome: Outcome) -> QuantkitError | None:
         if found:
             return make(found)
     return None
+
+
+def _has_raised(outcome: Outcome) -> bool:
+    """Return whether it ended by an exception that says something."""
+    return outcome.end.kind == "error" and bool(outcome.end.message)
 
 
 def _last_line(text: str) -> str:

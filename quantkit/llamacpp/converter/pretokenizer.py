@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit.llamacpp.converter import sandbox
 
@@ -53,9 +52,9 @@ class PreTokenizer:
     same_special: bool  # whether it also puts the same special tokens before and after
 
 
-def find(tree: Path, skeleton: Path, status: dict[str, Any], log: Path) -> PreTokenizer | None:
+def find(tree: Path, skeleton: Path, said: sandbox.Said, log: Path) -> PreTokenizer | None:
     """The pre-tokenizer with which llama.cpp splits every probe as the original tokenizer does, or
-    None. `skeleton` holds the vocabulary, `status` the original's tokens. Tries a name in a tenth
+    None. `skeleton` holds the vocabulary, `said` the original's tokens. Tries a name in a tenth
     of a second.
     """
     names = candidates(tree)
@@ -63,15 +62,15 @@ def find(tree: Path, skeleton: Path, status: dict[str, Any], log: Path) -> PreTo
         "match",
         tree,
         log,
-        sandbox.Limits.for_weights(0, 0),
+        sandbox.limits_for(0, 0),
         readable=[skeleton],
         gguf=str(skeleton),
         candidates=names,
-        probes=status.get("probes"),
-        plain=status.get("plain"),
-        special=status.get("special"),
+        probes=said.probes,
+        plain=said.plain,
+        special=said.special,
     )
-    name = outcome.status.get("matching")
+    name = outcome.said.matching
     if not outcome.ok or name not in names:
         return None
-    return PreTokenizer(name, outcome.status.get("same_special") is True)
+    return PreTokenizer(name, outcome.said.same_special)
