@@ -72,11 +72,12 @@ class Stitch(Stage):
             output = Output(name, layout.n_bytes, label, budget)
             _stitch(run, folder / name, layout, base, used)
             recipe = _recipe(run, folder / name, used, label, made)
+            types = {tensor: source.qtype for tensor, source in used.items()}
             stem = (folder / output.recipe).with_suffix("")
             written += [
                 folder / name,
                 write_json(folder / output.recipe, recipe),
-                write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(recipe)),
+                write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(types)),
             ]
             outputs.append(output)
         written.append(write_json(run.artifacts.outputs, {"outputs": outputs}))
