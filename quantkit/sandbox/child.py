@@ -57,7 +57,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _names(flags: int) -> list[str]:
+def _names(flags: int) -> tuple[str, ...]:
     known = {
         "user": kernel.NEW_USER,
         "pid": kernel.NEW_PID,
@@ -65,7 +65,7 @@ def _names(flags: int) -> list[str]:
         "ipc": kernel.NEW_IPC,
         "mount": kernel.NEW_MOUNTS,
     }
-    return [name for name, flag in known.items() if flags & flag]
+    return tuple(name for name, flag in known.items() if flags & flag)
 
 
 def _start(job: Told) -> tuple[int, int, int]:

@@ -50,7 +50,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Message:
-    """What the worker says: `facts` and `part`s while it works, then `value`, `exit` or `error`."""
+    """What the worker says: first what is `in force`, then `facts` and `part`s while it works, at
+    the end `value`, `exit` or `error`.
+    """
 
     kind: str = ""  # nothing was said
     content: Any = None  # an exit's status, an error's name; else plain JSON, of whatever shape
@@ -114,8 +116,8 @@ class Child:
             folders=[os.path.abspath(path) for path in job.writable if path.is_dir()],
             mapped_bytes=sum(_size(Path(path)) for path in readable),
             address_bytes=job.address_bytes,
-            without=job.without,
-            inherited=job.inherited,
+            without=list(job.without),
+            inherited=list(job.inherited),
             result=result_w,
             verdict=verdict_w,
             lifeline=lifeline,
@@ -179,11 +181,10 @@ class Child:
         *lines, self._partial = self._partial.split(b"\n")
         for line in lines:
             try:
-                said = json.loads(line)
+                message = untrusted.build(Message, json.loads(line))
                 if self._protection is None:  # said before anything strange was seen
-                    self._protection = untrusted.build(Protection, said)
+                    self._protection = untrusted.build(Protection, message.content)
                     continue
-                message = untrusted.build(Message, said)
             except (ValueError, RecursionError):
                 return self._refuse()
             yield message

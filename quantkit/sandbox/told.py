@@ -6,30 +6,25 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
-
 
 class Told(NamedTuple):
     """A job as its processes get it: limits (of `limits.Limits`), paths, and descriptors."""
 
     function: str
-    arguments: Mapping[str, Any]
+    arguments: dict[str, object]
     cpu_seconds: int
     wall_seconds: int
     memory_bytes: int
     file_bytes: int
     n_processes: int
-    path: Sequence[str]
-    readable: Sequence[str]
-    writable: Sequence[str]
-    folders: Sequence[str]  # those of `writable`
+    path: list[str]
+    readable: list[str]
+    writable: list[str]
+    folders: list[str]  # those of `writable`
     mapped_bytes: int
     address_bytes: int | None
-    without: Sequence[str]
-    inherited: Sequence[int]
+    without: list[str]
+    inherited: list[int]
     result: int
     verdict: int
     lifeline: int
@@ -45,4 +40,4 @@ class Verdict(NamedTuple):
     why: str | None = None
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
-    namespaces: Sequence[str] = ()
+    namespaces: tuple[str, ...] = ()

@@ -34,11 +34,8 @@ def tell(**facts: Any) -> None:
 
 def _say(kind: str, content: object, **more: object) -> None:
     """Send a `process.Message`, in which dataclasses are objects."""
-    _write({"kind": kind, "content": content, **more})
-
-
-def _write(value: object) -> None:
-    data = memoryview(json.dumps(value, default=vars).encode() + b"\n")
+    message = {"kind": kind, "content": content, **more}
+    data = memoryview(json.dumps(message, default=vars).encode() + b"\n")
     while data:
         data = data[os.write(_result, data) :]
 
@@ -53,7 +50,7 @@ def run(job: Told, flags: int) -> None:
         os.chdir("/")
     set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
     _close_others({1, 2, _result, *job.inherited})
-    _write(restrict(job, flags))
+    _say("in force", restrict(job, flags))
     sys.path[:] = job.path
     _know_temporary_folder(job.home)
     try:
