@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_sandbox_ends import gone, session
 
-from quantkit.checkpoint.shell import write_shell
+from quantkit.checkpoint.safetensors import write_shell_of
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.converter.convert import ConversionResult, convert
 from quantkit.sandbox import Limits
@@ -40,7 +40,7 @@ def run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    write_shell(model / "model.safetensors", {"w": ("F16", (4, 4))})
+    write_shell_of(model / "model.safetensors", {"w": ("F16", (4, 4))})
     tree = tmp_path / "checkout"
     (tree / "gguf-py" / "gguf").mkdir(parents=True)
     (tree / "gguf-py" / "gguf" / "__init__.py").write_text(

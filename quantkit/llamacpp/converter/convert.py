@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.info import name_of
 from quantkit.checkpoint.weight_files import few
 from quantkit.files import PARTIAL, replacing
 from quantkit.llamacpp.converter import pretokenizer, sandbox
@@ -21,7 +22,7 @@ from quantkit.llamacpp.converter.explain import explain, tokenizer_hash, unknown
 from quantkit.llamacpp.converter.floor import check_floor
 from quantkit.llamacpp.converter.install import describe, ensure_converter
 from quantkit.llamacpp.converter.sandbox import Progress, limits_for
-from quantkit.llamacpp.converter.snapshot import Snapshot, model_name_of, sanitize
+from quantkit.llamacpp.converter.snapshot import Snapshot, sanitize
 from quantkit.llamacpp.tokens import Tokens, judged
 from quantkit.sandbox import Limits
 from quantkit.sandbox.outcome import plain
@@ -71,7 +72,7 @@ def convert(
 
     outtype     f32, f16, bf16, or auto: the 16-bit type that the weights have
     skeleton    only the header is real, the tensor data is a hole. Works on shells
-                (checkpoint.write_shell), takes seconds and no disk
+                (safetensors.write_shell), takes seconds and no disk
     projector   not the language model but what it sees or hears with (`mmproj`)
     model_name  `owner/name`; where general.name, size label and the like come from. By default the
                 name of the folder, or of the repository for a folder in the Hub's cache
@@ -90,7 +91,7 @@ def convert(
     check_floor()
     tree = ensure_converter()
     with _work_folder(out_path) as work:
-        name = model_name or model_name_of(snapshot_dir)
+        name = model_name or name_of(snapshot_dir)
         model = sanitize(snapshot_dir, work / "model", name, left_out)
         limits = limits or _limits(model, skeleton)
         overrides = work / "metadata.json"
@@ -127,7 +128,7 @@ def convert(
                     raise unknown_tokenizer(outcome, log_path)
                 notes.append(
                     f"The converter does not know the tokenizer (hash {tokenizer_hash(outcome)}); "
-                    f"pre-tokenizer {pre.name} is used because llama.cpp then gives the same "
+                    f"pre-tokenizer {pre.matching} is used because llama.cpp then gives the same "
                     f"tokens for all {len(pretokenizer.PROBES)} probe texts."
                 )
                 if not pre.same_special:
@@ -140,7 +141,7 @@ def convert(
                         "The tokenizer composes accents that are written as letter and mark (NFC), "
                         "llama.cpp does not: such texts get other tokens."
                     )
-                outcome = attempt(pre.name)
+                outcome = attempt(pre.matching)
             if not outcome.ok or partial.stat().st_size == 0:
                 raise explain(outcome, log_path, model.removed)
             tokens = judged(outcome.said.tokens or {"error": "the file has no tokens"})
@@ -155,9 +156,9 @@ def convert(
         seconds=round(time.monotonic() - started, 2),
         peak_bytes=outcome.ended.peak_bytes,
         converter=describe(tree),
-        network=outcome.protection.network,
-        sandbox=str(outcome.protection),
-        warnings=(*notes, *_warnings(outcome.log), *outcome.protection.missing),
+        network=outcome.ended.protection.network,
+        sandbox=str(outcome.ended.protection),
+        warnings=(*notes, *_warnings(outcome.ended.log), *outcome.ended.protection.missing),
         removed=model.removed,
         tokens=tokens,
     )

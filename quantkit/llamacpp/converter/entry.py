@@ -13,7 +13,6 @@ The converter's own folder and its own `gguf` come before the environment's in s
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import runpy
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.llamacpp.converter import added, vocabulary
+from quantkit.sandbox.untrusted import Settings
 from quantkit.sandbox.worker import tell
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def add_models(job: Conversion) -> None:
         return {name: tensor for name, tensor in enter(self).items() if name not in left_out}
 
     gguf.utility.SafetensorsLocal.__enter__ = of_the_model  # type: ignore[method-assign]
-    config = json.loads((job.folder / "config.json").read_text(encoding="utf-8"))
+    config = Settings.parse((job.folder / "config.json").read_bytes(), "config.json")
     get_model_class = conversion.get_model_class
 
     def get(name: str, mmproj: bool = False) -> Any:
@@ -237,20 +237,16 @@ def list_architectures() -> None:
     import conversion
     import gguf
 
-    failed: list[str] = []
-    conversion.logger.warning = lambda message, *_: failed.append(str(message))
     conversion.load_all_models()
     kinds = conversion.ModelBase._model_classes
     text, mmproj = kinds[conversion.ModelType.TEXT], kinds[conversion.ModelType.MMPROJ]
-    tell(
-        text={
-            name: gguf.MODEL_ARCH_NAMES[text[name].model_arch]
-            for name in conversion.TEXT_MODEL_MAP
-            if name in text
-        },
-        mmproj=sorted(name for name in conversion.MMPROJ_MODEL_MAP if name in mmproj),
-        failed=failed,
-    )
+    found = {
+        name: gguf.MODEL_ARCH_NAMES[text[name].model_arch]
+        for name in conversion.TEXT_MODEL_MAP
+        if name in text
+    }
+    encoders = sorted(name for name in conversion.MMPROJ_MODEL_MAP if name in mmproj)
+    tell(tables={"text": found, "mmproj": encoders})
 
 
 def match(

@@ -22,7 +22,7 @@ _MOST_WORDS = 4000
 
 def tokenizer_hash(outcome: Outcome) -> str:
     """The converter's hash (`chkhsh`) of a tokenizer that it does not know."""
-    found = re.search(r"chkhsh:\s+([0-9a-f]{64})", outcome.log)
+    found = re.search(r"chkhsh:\s+([0-9a-f]{64})", outcome.ended.log)
     return found[1] if found else "unknown"
 
 
@@ -41,9 +41,8 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
     """The error for a child that did not finish; `removed` is what its model was stripped of."""
     error = _killed(outcome) or _recognized(outcome)
     if error is None:
-        end = outcome.end
-        words = f"{end.content} {end.message}" if _has_raised(outcome) else _last_line(outcome.log)
-        words = plain(words)
+        words = f"{outcome.error} {outcome.end.message}"
+        words = plain(words if _says_why(outcome) else _last_line(outcome.ended.log))
         error = QuantkitError(f"The conversion failed: {words[:500]}.")
     if error.message == _NO_TOKENIZER and "auto_map removed from tokenizer_config.json" in removed:
         error = QuantkitError(
@@ -55,7 +54,7 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
 
 def _killed(outcome: Outcome) -> QuantkitError | None:
     """A limit or a signal."""
-    limits, code = outcome.limits, outcome.ended.signal
+    limits, code, log = outcome.limits, outcome.ended.signal, outcome.ended.log
     if outcome.ended.why == "wall":
         return QuantkitError(
             f"The conversion was stopped after {limits.wall_seconds:,} seconds.",
@@ -79,7 +78,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     if (
         outcome.ended.why == "bytes"
         or code == signal.SIGXFSZ
-        or re.search(r"Errno 27\b|File too large", outcome.log)
+        or re.search(r"Errno 27\b|File too large", log)
     ):
         return QuantkitError(
             f"The conversion tried to write a file above its limit of {limits.file_bytes:,} bytes.",
@@ -87,11 +86,11 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     if (
         outcome.ended.why == "memory"
-        or (outcome.end.kind == "error" and outcome.end.content == "MemoryError")
+        or outcome.error == "MemoryError"
         or re.search(
             r"\bMemoryError|std::bad_alloc|Cannot allocate memory|failed to map segment"
             r"|can't allocate memory|memory allocation of \d+ bytes failed|Unable to allocate",
-            outcome.log,
+            log,
         )
     ):
         return QuantkitError(
@@ -100,7 +99,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     if code > 0:
         return QuantkitError(
-            f"The converter crashed ({signal.Signals(code).name}): {_last_line(outcome.log)}.",
+            f"The converter crashed ({signal.Signals(code).name}): {_last_line(log)}.",
             "The model's files may be broken; download them again.",
         )
     return None
@@ -108,10 +107,9 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
 
 def _recognized(outcome: Outcome) -> QuantkitError | None:
     """Something that the converter or transformers said."""
-    if _has_raised(outcome):  # not the log: it also holds errors that were survived
-        said = f"{outcome.end.content}: {outcome.end.message}"[:_MOST_WORDS]
-    else:
-        said = outcome.log[-2000:]
+    said = outcome.ended.log[-2000:]
+    if _says_why(outcome):  # not the log: it also holds errors that were survived
+        said = f"{outcome.error}: {outcome.end.message}"[:_MOST_WORDS]
     for pattern, make in _KNOWN:
         found = re.search(pattern, said)
         if found:
@@ -119,9 +117,8 @@ def _recognized(outcome: Outcome) -> QuantkitError | None:
     return None
 
 
-def _has_raised(outcome: Outcome) -> bool:
-    """Return whether it ended by an exception that says something."""
-    return outcome.end.kind == "error" and bool(outcome.end.message)
+def _says_why(outcome: Outcome) -> bool:
+    return bool(outcome.error and outcome.end.message)
 
 
 def _last_line(text: str) -> str:

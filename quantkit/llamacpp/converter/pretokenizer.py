@@ -12,7 +12,6 @@ that says so, and one more where the special tokens around a text would differ.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.llamacpp.converter import sandbox
@@ -44,15 +43,7 @@ def candidates(tree: Path) -> list[str]:
     return [name for name in common if name in names] + sorted(names - set(common))
 
 
-@dataclass(frozen=True)
-class PreTokenizer:
-    """A name of llama.cpp's that splits as the original does."""
-
-    name: str
-    same_special: bool  # whether it also puts the same special tokens before and after
-
-
-def find(tree: Path, skeleton: Path, said: sandbox.Said, log: Path) -> PreTokenizer | None:
+def find(tree: Path, skeleton: Path, said: sandbox.Said, log: Path) -> sandbox.Said | None:
     """The pre-tokenizer with which llama.cpp splits every probe as the original tokenizer does, or
     None. `skeleton` holds the vocabulary, `said` the original's tokens. Tries a name in a tenth
     of a second.
@@ -70,7 +61,4 @@ def find(tree: Path, skeleton: Path, said: sandbox.Said, log: Path) -> PreTokeni
         plain=said.plain,
         special=said.special,
     )
-    name = outcome.said.matching
-    if not outcome.ok or name not in names:
-        return None
-    return PreTokenizer(name, outcome.said.same_special)
+    return outcome.said if outcome.ok and outcome.said.matching in names else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,17 @@ def limits_for(
 
 
 @dataclass(frozen=True)
+class Tables:
+    """What the converter has: of text models the GGUF architecture by Hugging Face's, of projectors
+    Hugging Face's.
+    """
+
+    text: dict[str, str]
+    mmproj: tuple[str, ...]
+    made_with: str = ""  # versions
+
+
+@dataclass(frozen=True)
 class Said:
     """What the jobs of entry.py report, each a part of it: a stranger's words of these types."""
 
@@ -57,10 +68,7 @@ class Said:
     # the pre-tokenizer that splits as it does
     matching: str | None = None
     same_special: bool = False
-    # architectures
-    text: dict[str, str] = field(default_factory=dict)
-    mmproj: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
+    tables: Tables | None = None
 
 
 @dataclass(frozen=True)
@@ -77,16 +85,13 @@ class Outcome:
         return self.end.kind == "value" or (self.end.kind == "exit" and self.end.content == 0)
 
     @property
+    def error(self) -> str:
+        """Return the name of the exception that it ended by."""
+        return str(self.end.content)[:100] if self.end.kind == "error" else ""
+
+    @property
     def ok(self) -> bool:
         return self.is_done and self.ended.why is None and self.ended.status == 0
-
-    @property
-    def log(self) -> str:
-        return self.ended.log
-
-    @property
-    def protection(self) -> sandbox.Protection:
-        return self.ended.protection
 
 
 def run(

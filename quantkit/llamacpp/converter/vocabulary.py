@@ -26,6 +26,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.sandbox.untrusted import Settings
+
 _TOKENS, _KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 _SCORES, _MODEL = "tokenizer.ggml.scores", "tokenizer.ggml.model"
 _PREFIX = "tokenizer.ggml.add_space_prefix"
@@ -127,12 +129,10 @@ def ends_of(folder: Path) -> list[int]:
         path = folder / name
         if not path.is_file():
             continue
-        config = json.loads(path.read_text(encoding="utf-8"))
-        text = config.get("text_config")
-        for part in (config, text if isinstance(text, dict) else {}):
-            found = part.get("eos_token_id")
-            ids = found if isinstance(found, list) else [found]
-            ids = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+        for part in Settings.parse(path.read_bytes(), name).parts:
+            said = part.get("eos_token_id")
+            said = said if isinstance(said, list) else [said]
+            ids = [i for i in said if type(i) is int and i >= 0]
             if ids:
                 return list(dict.fromkeys(ids))
     return []
