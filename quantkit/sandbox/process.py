@@ -150,7 +150,7 @@ class Child:
         """
         spoken = time.monotonic()
         deadline = spoken + self.job.limits.wall_seconds + _GRACE_SECONDS
-        while self._selector.get_map():
+        while self._why is None and self._selector.get_map():
             if time.monotonic() > deadline:
                 self._why = "wall"
                 break
@@ -168,13 +168,16 @@ class Child:
                     self._verdict += data[: 2**16]
                 else:
                     yield from self._parse(data)
+                if self._why is not None:  # whatever else is ready
+                    break
         self.close()
 
     def _parse(self, data: bytes) -> Iterator[Message]:
         self._n_said += len(data)
         self._n_messages += data.count(b"\n")
         if self._n_said > _MOST_SAID or self._n_messages > _MOST_MESSAGES:
-            return self._refuse()
+            self._why = "answer"
+            return
         self._partial += data
         if b"\n" not in data:
             return
@@ -186,14 +189,9 @@ class Child:
                     self._protection = untrusted.build(Protection, message.content)
                     continue
             except (ValueError, RecursionError):
-                return self._refuse()
+                self._why = "answer"
+                return
             yield message
-
-    def _refuse(self) -> None:
-        self._why = "answer"
-        self._partial.clear()
-        for key in list(self._selector.get_map().values()):
-            self._selector.unregister(key.fd)
 
     def _keep_log(self, data: bytes) -> None:
         room = _MOST_LOG - len(self._log)
