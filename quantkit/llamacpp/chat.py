@@ -64,7 +64,7 @@ class ChatTemplate:
         return str(answer.text)[:_MOST_BYTES]
 
 
-def serve(requests: int, answers: int, template: str, special: Mapping[str, Any]) -> None:
+def serve(requests: int, answers: int, template: str, special: dict[str, Any]) -> None:
     """Render one conversation for each line of `requests`. Runs in the sandbox."""
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -7,7 +7,7 @@ Runs in a limited process (`quantkit.sources.fit`): every number here is a stran
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,7 @@ def _activation(model: PreTrainedModel) -> tuple[str, str, str] | None:
     return None
 
 
-def _targets(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
+def _targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """The model's name of every stored tensor, as transformers' loader finds it."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

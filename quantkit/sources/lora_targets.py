@@ -69,7 +69,7 @@ def _match(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Str
     }
 
 
-def _by_pattern(values: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+def _by_pattern(values: Mapping[str, float]) -> list[tuple[re.Pattern[str], float]]:
     return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in values.items()]
 
 
