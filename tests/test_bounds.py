@@ -157,7 +157,7 @@ def test_a_card_of_aliases_takes_nothing(tmp_path: Path) -> None:
         "import resource, sys; sys.path[:0] = ['tests']\n"
         "from hub_server import look\n"
         "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = most(); print(look(sys.argv[1]).card, most() < before + 100_000)"
+        "before = most(); print(dict(look(sys.argv[1]).card), most() < before + 100_000)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, folder],

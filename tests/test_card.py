@@ -13,6 +13,7 @@ from test_report import family, losing, values
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.evidence.card import model_card
 from quantkit.evidence.escaping import web_link
+from quantkit.sandbox.untrusted import Settings
 
 INFO = ModelInfo(
     kind="hub",
@@ -27,7 +28,7 @@ INFO = ModelInfo(
     n_parameters=2_000_000,
     n_by_dtype={"BF16": 2_000_000},
     dtype="bfloat16",
-    config={},
+    config=Settings(),
     quantization=None,
     license="apache-2.0",
     license_name=None,
@@ -39,7 +40,9 @@ INFO = ModelInfo(
     base_model=(),
     languages=("en", "de"),
     tags=(),
-    card={"license": "apache-2.0", "language": ["en", "de"], "tags": ["chat", "safetensors"]},
+    card=Settings(
+        {"license": "apache-2.0", "language": ["en", "de"], "tags": ["chat", "safetensors"]}
+    ),
     local_path=None,
 )
 
@@ -89,7 +92,7 @@ def test_the_yaml_is_the_base_cards_and_ours() -> None:
 
 def test_a_license_of_its_own_is_carried() -> None:
     own = {"license": "other", "license_name": "tiny", "license_link": "https://example.org/l"}
-    shown = card(dataclasses.replace(INFO, card=own, **own))
+    shown = card(dataclasses.replace(INFO, card=Settings(own), **own))
     assert shown.data.to_dict()["license_link"] == "https://example.org/l"
     assert "[tiny](https://example.org/l)" in shown.text
 
@@ -165,7 +168,9 @@ def test_a_gated_base_says_so() -> None:
 
 
 def test_a_local_folder_names_no_address() -> None:
-    info = dataclasses.replace(INFO, local_path="/home/me/Tiny", id="/home/me/Tiny", card={})
+    info = dataclasses.replace(
+        INFO, local_path="/home/me/Tiny", id="/home/me/Tiny", card=Settings()
+    )
     shown = card(info, repo=None)
     assert "/home/me" not in shown.content
     assert shown.data.to_dict().get("base_model") is None
@@ -214,7 +219,7 @@ def test_strangers_words_are_data(words: str, where: str) -> None:
         info = dataclasses.replace(
             INFO,
             id=text if where == "folder" else INFO.id,
-            card=own,
+            card=Settings(own),
             license=text,
             license_name=text,
             license_link=text,
@@ -251,7 +256,7 @@ def test_strangers_words_are_data(words: str, where: str) -> None:
 )
 def test_cards_of_another_shape(card_says: dict[str, Any]) -> None:
     for local_path in (None, "/models/x"):
-        card(dataclasses.replace(INFO, card=card_says, local_path=local_path))
+        card(dataclasses.replace(INFO, card=Settings(card_says), local_path=local_path))
 
 
 def test_links_of_licenses() -> None:

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import N_TOKENS, save_model, tiny_llama, write_tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from quantkit.checkpoint.safetensors import read_header
-from quantkit.checkpoint.shell import write_shell
+from quantkit.checkpoint.safetensors import read_header, write_shell_of
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.converter import install, sandbox
 from quantkit.llamacpp.converter.architectures import (
@@ -25,6 +24,7 @@ from quantkit.llamacpp.converter.architectures import (
     supported_architectures,
 )
 from quantkit.llamacpp.converter.convert import ConversionResult, convert
+from quantkit.sandbox.untrusted import Settings
 from quantkit.sources.fit import check_fit, copies_in
 
 
@@ -125,13 +125,15 @@ def test_nothing_of_the_model_is_fetched_or_run(
 def test_the_bare_converter_would_run_it(malicious: Path, tmp_path: Path):
     """The control: without the sanitized copy the same model does run its code."""
     canary = malicious.parent / "canary"
+    tree = install.ensure_converter()
     outcome = sandbox.run(
         "convert",
-        install.ensure_converter(),
+        tree,
         tmp_path / "convert.log",
-        sandbox.Limits.for_weights(0, 2**30),
+        sandbox.limits_for(0, 2**30),
         readable=[malicious],
         output=tmp_path / "base.gguf",
+        script=str(tree / "convert_hf_to_gguf.py"),
         arguments=[str(malicious), "--outfile", str(tmp_path / "base.gguf")],
         skeleton=True,
         pre=None,
@@ -221,7 +223,7 @@ def test_a_skeleton_of_shells_has_the_header_of_the_real_file(
     shells = tmp_path / malicious.name
     shutil.copytree(malicious, shells)
     tensors = read_header(malicious / "model.safetensors").tensors
-    write_shell(shells / "model.safetensors", {t.name: (t.dtype, t.shape) for t in tensors})
+    write_shell_of(shells / "model.safetensors", {t.name: (t.dtype, t.shape) for t in tensors})
     skeleton = convert(
         shells,
         tmp_path / "skeleton.gguf",
@@ -239,17 +241,21 @@ def test_what_the_converter_supports():
     supported = supported_architectures()
     assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForConditionalGeneration"} < supported
     assert not {"BertModel", "T5ForConditionalGeneration", "FooForCausalLM"} & supported
-    assert check_architecture({"architectures": ["LlamaForCausalLM"]}) == "LlamaForCausalLM"
-    inner = {"architectures": ["Foo"], "text_config": {"architectures": ["Qwen3ForCausalLM"]}}
+    assert (
+        check_architecture(Settings({"architectures": ["LlamaForCausalLM"]})) == "LlamaForCausalLM"
+    )
+    inner = Settings(
+        {"architectures": ["Foo"], "text_config": {"architectures": ["Qwen3ForCausalLM"]}}
+    )
     assert architecture_of(inner) == "Qwen3ForCausalLM"
     with pytest.raises(QuantkitError, match="does not know the architecture FooForCausalLM"):
-        check_architecture({"architectures": ["FooForCausalLM"]})
+        check_architecture(Settings({"architectures": ["FooForCausalLM"]}))
     with pytest.raises(QuantkitError, match="does not predict the next token"):
-        check_architecture({"architectures": ["BertModel"]})
+        check_architecture(Settings({"architectures": ["BertModel"]}))
     with pytest.raises(QuantkitError, match="four hidden states side by side"):
-        check_architecture({"architectures": ["Gemma3nForConditionalGeneration"]})
+        check_architecture(Settings({"architectures": ["Gemma3nForConditionalGeneration"]}))
     with pytest.raises(QuantkitError, match="names no architecture"):
-        check_architecture({})
+        check_architecture(Settings({}))
 
 
 @pytest.mark.slow

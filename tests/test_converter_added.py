@@ -12,14 +12,18 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit.llamacpp.converter.added import class_for, dense_llama4, unread, with_older_names
+from quantkit.sandbox.untrusted import Settings
 
 
-def llama4(**changes: Any) -> dict[str, Any]:
-    return {"architectures": ["Llama4ForCausalLM"], "num_hidden_layers": 8, **changes}
+def llama4(**changes: Any) -> Settings:
+    return Settings({"architectures": ["Llama4ForCausalLM"], "num_hidden_layers": 8, **changes})
 
 
 def test_other_models_keep_the_converters_class() -> None:
-    assert dense_llama4({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}) is None
+    assert (
+        dense_llama4(Settings({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}))
+        is None
+    )
     assert dense_llama4(llama4(num_local_experts=16)) is None
 
 
@@ -61,7 +65,7 @@ def test_a_prediction_head_counts_only_when_it_is_there(
         no_mtp = False
 
     save_file({name: torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert class_for(tmp_path, {"num_hidden_layers": 2}, Converter) is Converter
+    assert class_for(tmp_path, Settings({"num_hidden_layers": 2}), Converter) is Converter
     assert Converter.no_mtp is left_out
 
 

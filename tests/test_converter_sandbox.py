@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from test_sandbox_ends import gone, session
 
-from quantkit.checkpoint.shell import write_shell
+from quantkit.checkpoint.safetensors import write_shell_of
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.converter.convert import ConversionResult, convert
-from quantkit.llamacpp.converter.sandbox import Limits
+from quantkit.sandbox import Limits
 from quantkit.sandbox.start import environment as environment_of
 
 # Small enough to be hit at once, large enough for Python itself.
@@ -40,7 +40,7 @@ def run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    write_shell(model / "model.safetensors", {"w": ("F16", (4, 4))})
+    write_shell_of(model / "model.safetensors", {"w": ("F16", (4, 4))})
     tree = tmp_path / "checkout"
     (tree / "gguf-py" / "gguf").mkdir(parents=True)
     (tree / "gguf-py" / "gguf" / "__init__.py").write_text(
@@ -134,9 +134,9 @@ HOSTILE = "from quantkit.sandbox.worker import tell, _result\nimport os, sys, ti
     [
         "tell(total='x', error=[1], message={'a': 'b' * 10**6}, ok=True, done=True)",
         "tell(error='SystemExit', message='gguf ' * 10**5); raise ValueError('Model ' * 10**5)",
-        'os.write(_result, b\'{"error": [], "message": {"a": 1}}\\n\'); os._exit(1)',
-        "os.write(_result, b'{\"value\": null}\\n'); os._exit(1)",
-        'os.write(_result, b\'{"exit": "0", "message": null}\\n\'); os.abort()',
+        'os.write(_result, b\'{"kind": "error", "message": {"a": 1}}\\n\'); os._exit(1)',
+        'os.write(_result, b\'{"kind": "value", "content": null}\\n\'); os._exit(1)',
+        'os.write(_result, b\'{"kind": "exit", "content": "0", "message": ""}\\n\'); os.abort()',
         "tell(total=-5); time.sleep(0.5); tell(total=2**70); time.sleep(0.5); sys.exit(3)",
         "print('\\x1b[2J WARNING:hf-to-gguf:' + ' ' * 10**6); sys.exit('\\x1b[31m')",
         "os.rename(out, out + '2')",
@@ -158,7 +158,7 @@ def test_what_it_says_is_not_believed(run_code, tmp_path: Path, source: str):
 def test_a_check_that_cannot_be_read_has_failed(run_code, tokens: str):
     source = (
         f"{HOSTILE}tell(tokens={tokens})\nopen(out, 'w').write('x')\n"
-        "os.write(_result, b'{\"value\": 1}\\n')\nos._exit(0)"
+        'os.write(_result, b\'{"kind": "value", "content": 1}\\n\')\nos._exit(0)'
     )
     result = run_code(source)
     assert not result.tokens.check.passed

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.checkpoint.shell import write_shell
+from quantkit.checkpoint.info import name_of
+from quantkit.checkpoint.safetensors import write_shell_of
 from quantkit.errors import QuantkitError
-from quantkit.llamacpp.converter.snapshot import model_name_of, sanitize
+from quantkit.llamacpp.converter.snapshot import sanitize
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def plain_model(tmp_path: Path) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    write_shell(model / "model.safetensors", {"w": ("F16", (4, 4))})
+    write_shell_of(model / "model.safetensors", {"w": ("F16", (4, 4))})
     return model
 
 
@@ -32,8 +33,8 @@ def test_a_snapshot_in_the_hub_cache(plain_model: Path, tmp_path: Path):
     for path in plain_model.iterdir():
         shutil.move(path, blobs / path.name)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
-    assert model_name_of(snapshot) == "owner/The-Model-7B"
-    result = sanitize(snapshot, tmp_path / "copy", model_name_of(snapshot))
+    assert name_of(snapshot) == "owner/The-Model-7B"
+    result = sanitize(snapshot, tmp_path / "copy", name_of(snapshot))
     assert result.folder.name == "The-Model-7B"
     assert result.tensors["w"].shape == (4, 4)
     assert (result.folder / "model.safetensors").resolve() == blobs / "model.safetensors"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_llama
 
-from quantkit.checkpoint.shell import write_shell
+from quantkit.checkpoint.safetensors import write_shell_of
 from quantkit.errors import QuantkitError
 from quantkit.ggml.types import BF16
 from quantkit.planning.coverage import foretell
@@ -64,6 +64,6 @@ def test_what_is_left_out_is_named(model: list[dict[int, int]]) -> None:
 
 def test_a_model_that_transformers_cannot_make(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["X"]}')
-    write_shell(tmp_path / "model.safetensors", {"w": ("BF16", (2, 2))})
+    write_shell_of(tmp_path / "model.safetensors", {"w": ("BF16", (2, 2))})
     with pytest.raises(QuantkitError, match="transformers cannot load"):
         widths_of(tmp_path)

@@ -24,6 +24,7 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp.converter.convert import convert
 from quantkit.model.blockwise import load_model
 from quantkit.planning.plan import specs_of
+from quantkit.sandbox.untrusted import Settings
 from quantkit.sources.dequantize import dequantize
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch
@@ -140,7 +141,7 @@ def write(folder: Path, kind: str, n_files: int = 1) -> tuple[Path, Tensors]:
 
 
 def source(kind: str) -> Source:
-    found = source_of("x/y", {"quantization_config": KINDS[kind][1]}, ())
+    found = source_of("x/y", Settings({"quantization_config": KINDS[kind][1]}), ())
     assert found is not None
     return found
 
@@ -170,7 +171,7 @@ def test_gptq_of_other_widths(tmp_path: Path, bits: int) -> None:
     stored, wanted = gptq(torch.zeros(64, 96), bits)
     save_file({f"a.{n}": t for n, t in stored.items()}, tmp_path / "model.safetensors")
     settings = {"quant_method": "gptq", "bits": bits, "group_size": 32}
-    known = source_of("x/y", {"quantization_config": settings}, ())
+    known = source_of("x/y", Settings({"quantization_config": settings}), ())
     assert known is not None
     made = dequantize(tmp_path, ["model.safetensors"], known, tmp_path / "out")
     (path,) = (path for path in made if path.suffix == ".safetensors")
@@ -181,7 +182,7 @@ def test_zeros_of_the_second_gptq_format() -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     for form, offset in ((None, 1), ("gptq", 1), ("gptq_v2", 0)):
         settings = config | ({"checkpoint_format": form} if form else {})
-        found = source_of("x/y", {"quantization_config": settings}, ())
+        found = source_of("x/y", Settings({"quantization_config": settings}), ())
         assert found is not None and found.zero_offset == offset
 
 
@@ -227,7 +228,7 @@ def test_what_cannot_be_undone_is_refused(settings: dict, sentence: str) -> None
         {"text_config": {"quantization_config": settings}},
     ):
         with pytest.raises(QuantkitError, match=sentence) as error:
-            source_of("x/y", config, ("meta/original",))
+            source_of("x/y", Settings(config), ("meta/original",))
         assert error.value.remedy == "Give the original instead: meta/original."
 
 
@@ -244,8 +245,8 @@ def test_refused_before_the_download(server: HubServer, tmp_path: Path) -> None:
 
 
 def test_nothing_is_said_of_an_ordinary_model() -> None:
-    assert source_of("x/y", {"quantization_config": None}, ()) is None
-    mxfp4 = source_of("x/y", {"quantization_config": {"quant_method": "mxfp4"}}, ())
+    assert source_of("x/y", Settings({"quantization_config": None}), ()) is None
+    mxfp4 = source_of("x/y", Settings({"quantization_config": {"quant_method": "mxfp4"}}), ())
     assert mxfp4 is not None and not mxfp4.is_expanded
     assert "MXFP4: those tensors keep their type" in mxfp4.sentence(())
 

@@ -21,6 +21,7 @@ from quantkit.config.calibration import (
 )
 from quantkit.config.languages import LANGUAGES
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.tensors import to_json
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=200)
 documents = st.lists(texts, min_size=3, max_size=30, unique=True).map(tuple)
@@ -243,8 +244,7 @@ def test_the_builtin_texts_are_there_and_do_not_overlap() -> None:
 
 def test_the_description_of_a_mix() -> None:
     domain = Domain("d", "somewhere", ("ab", "c"))
-    (row,) = sources.describe([(domain, 1 / 3)])
-    assert row == {
+    assert to_json(sources.Described.of(domain, 1 / 3)) == {
         "name": "d",
         "source": "somewhere",
         "weight": 0.3333,

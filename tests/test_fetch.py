@@ -25,6 +25,7 @@ from quantkit.run.artifacts import RELATIVE
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import RunDir, read_json
 from quantkit.run.stage import Run
+from quantkit.sandbox import untrusted
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch
 
@@ -131,7 +132,7 @@ def test_snapshot_json(tmp_path: Path) -> None:
     value = read_json(run.dir.path / "1-fetch/snapshot.json")
     assert value["folder"] == str(folder)
     assert value["info"]["architectures"] == ["LlamaForCausalLM"]
-    assert ModelInfo.from_json(value["info"]) == load_snapshot(run.dir).info
+    assert untrusted.build(ModelInfo, value["info"]) == load_snapshot(run.dir).info
 
 
 # Weights

@@ -67,8 +67,8 @@ def run(tmp_path: Path) -> Callable[..., Any]:
         job = Job(f"stranger:{name}", arguments, Limits(20, 60), path=[tmp_path], preload=True)
         with Child(job) as child:
             (*_, last) = [m for m in child.messages() if m]
-        assert "value" in last, child.ended
-        return last["value"], child.ended.forked
+        assert last.kind == "value", child.ended
+        return last.content, child.ended.forked
 
     return call
 
@@ -244,7 +244,7 @@ def value(n):
     with Child(Job("stranger:count", {"n": n}, path=[sys.argv[1]], preload=True)) as child:
         (*_, last) = [m for m in child.messages() if m]
     assert child.ended.forked
-    return last["value"]
+    return last.content
 assert value(1) == 1
 first = fork_client._client.server._process.pid
 pid = os.fork()

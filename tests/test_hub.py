@@ -17,6 +17,7 @@ from hub_store import CONFIG, bf16, safetensors, sharded_model, tiny_model, writ
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo, known_model_types
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.sandbox import untrusted
 from quantkit.tensors import to_json
 
 
@@ -131,7 +132,7 @@ def test_inspect_learns_everything_without_weights(server: HubServer) -> None:
     assert info.n_download_bytes == sum(len(tiny_model()[name]) for name in names)
     weights = next(file for file in info.files if file.path == "model.safetensors")
     assert weights.sha256 == hashlib.sha256(tiny_model()["model.safetensors"]).hexdigest()
-    assert ModelInfo.from_json(json.loads(json.dumps(to_json(info)))) == info
+    assert untrusted.build(ModelInfo, json.loads(json.dumps(to_json(info)))) == info
 
 
 def test_inspect_reads_long_headers_by_range(server: HubServer) -> None:

@@ -24,6 +24,7 @@ from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.errors import QuantkitError
 from quantkit.evidence.card import card_data
 from quantkit.gguf_file.read import GgufFile
+from quantkit.sandbox import untrusted
 from quantkit.sources.adapted import Base, changes
 from quantkit.sources.lora import merge
 from quantkit.sources.snapshot import load_snapshot
@@ -290,7 +291,7 @@ def test_a_plan_sees_the_base_with_the_adapters_tokenizer(
         info.base.n_parameters,
     )
     assert info.n_download_bytes > info.base.n_download_bytes > 0
-    assert ModelInfo.from_json(json.loads(json.dumps(_json(info)))) == info
+    assert untrusted.build(ModelInfo, json.loads(json.dumps(_json(info)))) == info
     folder = sources.fetch_metadata(info, None, tmp_path / "metadata")
     assert (folder / "chat_template.jinja").read_text() == TEMPLATE
     assert (folder / "config.json").exists() and (folder / "model.safetensors").exists()

@@ -15,7 +15,8 @@ import torch
 from tiny_models import tiny_llama
 from transformers import GenerationConfig
 
-from quantkit.calibration import knowledge, mix, sampling, sources
+from quantkit import hub
+from quantkit.calibration import knowledge, mix, sampling
 from quantkit.calibration.documents import Domain
 from quantkit.calibration.mix import Reader
 from quantkit.config.languages import LANGUAGES, sentences
@@ -178,7 +179,7 @@ def _documents(self: Reader, name: str, n_tokens: int) -> Domain:
 def test_auto_is_a_mix(
     reader: Reader, monkeypatch: pytest.MonkeyPatch, reason: str | None, first: str
 ) -> None:
-    monkeypatch.setattr(sources, "hub_answers", lambda token: reason)
+    monkeypatch.setattr(hub, "why_offline", lambda token: reason)
     monkeypatch.setattr(Reader, "read", _documents)
     _needs(monkeypatch, knowledge.MOST_BITS)
     made = reader.mix("auto", 1000, 100)

@@ -26,7 +26,7 @@ from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import lay_out
-from quantkit.llamacpp.stock import StockRecipe, make_override, make_stock
+from quantkit.llamacpp.stock import StockRecipe, make_stock
 from quantkit.model.row_maps import RowMap, RowMatcher
 from quantkit.run.folder import read_json
 from quantkit.statistics.stored import head_file, load_statistics
@@ -109,7 +109,7 @@ def test_types_for_some_tensors(
     assert fallback["tensor"] == "blk.0.ffn_gate.weight"
     assert (fallback["asked"], fallback["used"]) == ("Q6_K", "Q8_0")
     out = tmp_path / "llama.gguf"
-    make_override(run.base, out, StockRecipe("Q8_0"), {}, {**kept, **expected})
+    make_stock(run.base, out, StockRecipe("Q8_0"), {}, {**kept, **expected})
     theirs = packed_tensors(out)
     ours = packed_tensors(run.output)
     assert [name for name in expected if ours[name] != theirs[name]] == []
@@ -160,7 +160,7 @@ def test_an_allocation_without_gptq_is_llama_cpps(
     types = {name: QuantType(row["qtype"]) for name, row in run.recipe["tensors"].items()}
     assert len(set(types.values())) > 2
     out = tmp_path / "llama.gguf"
-    make_override(run.base, out, StockRecipe("Q4_K_M"), importances(run), types)
+    make_stock(run.base, out, StockRecipe("Q4_K_M"), importances(run), types)
     ours, theirs = packed_tensors(run.output), packed_tensors(out)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []

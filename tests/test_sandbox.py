@@ -58,7 +58,7 @@ def attacked(without):
         (*_, last) = [m for m in child.messages() if m]
     ended = child.ended
     assert ended.forked == {preload!r}
-    return [last, str(ended), ended.log[-3000:], str(ended.protection)]
+    return [vars(last), str(ended), ended.log[-3000:], str(ended.protection)]
 print(json.dumps({{name: attacked(without) for name, without in {layers!r}.items()}}))
 """
 
@@ -100,8 +100,8 @@ def outcomes(who: str, kind: str) -> dict[str, tuple[dict[str, str | None], str]
     assert child.returncode == 0, err.decode()
     found = {}
     for layers, (last, ended, log, protection) in json.loads(out).items():
-        assert "value" in last, (last, ended, log)
-        found[layers] = (last["value"], protection)
+        assert last["kind"] == "value", (last, ended, log)
+        found[layers] = (last["content"], protection)
     return found
 
 

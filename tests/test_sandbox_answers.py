@@ -24,7 +24,8 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence import parity
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp import chat, contexts, templates, tokens
-from quantkit.llamacpp.converter import convert, floor
+from quantkit.llamacpp.converter import floor
+from quantkit.llamacpp.converter import sandbox as converter_sandbox
 from quantkit.planning import plan
 from quantkit.server.previews import talk
 from quantkit.sources import fit
@@ -65,9 +66,8 @@ def test_words_of_tokens_are_plain() -> None:
 
 @pytest.mark.parametrize("said", [5, [5], {"a": 1}, "</s>"])
 def test_ends_that_are_none(said: Any) -> None:
-    outcome: Any = SimpleNamespace(status={"missed_ends": said})
     with pytest.raises(QuantkitError, match="that was not asked for"):
-        convert._missed_ends(outcome)
+        converter_sandbox._updated(converter_sandbox.Said(), {"missed_ends": said})
 
 
 def test_a_number_of_blocks_costs_nothing() -> None:

@@ -24,7 +24,6 @@ from quantkit.llamacpp.output import nearest_label
 from quantkit.llamacpp.stock import (
     STOCK_MIXES,
     StockRecipe,
-    make_override,
     make_stock,
     quantizable_tensors,
     stock_bytes,
@@ -140,7 +139,7 @@ def test_a_stitched_file_without_gptq_is_llama_cpps_own(
     """Tensor for tensor, byte for byte."""
     types, importances = solved_types(base, seed), imatrix(base)
     theirs = tmp_path / "theirs.gguf"
-    make_override(base.path, theirs, StockRecipe("Q4_K_M"), importances, types)
+    make_stock(base.path, theirs, StockRecipe("Q4_K_M"), importances, types)
     path = tmp_path / "ours.gguf"
     layout = lay_out(base, types, [KeyValue.uint32("general.file_type", FILE_TYPES["Q4_K_M"])])
     file = SlotFile(path, layout)

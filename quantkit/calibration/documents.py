@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,17 @@ class Domain:
     def sha256(self) -> str:
         """Return that of the documents joined by blank lines, as UTF-8."""
         return hashlib.sha256("\n\n".join(self.documents).encode()).hexdigest()
+
+
+def up_to(limit: int, texts: Iterable[str | None]) -> Iterator[str]:
+    """Yield texts until they hold `limit` characters; what is null is left out."""
+    n = 0
+    for text in texts:
+        if text is not None:
+            yield text
+            n += len(text)
+        if n >= limit:
+            return
 
 
 def without(domain: Domain, known: Container[str]) -> Domain:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import sandbox
+from quantkit.calibration.documents import up_to
 from quantkit.config.calibration import parse_spec
 from quantkit.errors import QuantkitError
 
@@ -66,9 +67,9 @@ def read(path: Path, limit: int) -> LocalText:
     remarks: list[str] = []
     try:
         if kind == ".parquet":
-            texts = _up_to(limit, _parquet(path, limit))
+            texts = up_to(limit, _parquet(path, limit))
         elif kind in (".jsonl", ".ndjson", ".json"):
-            texts = _up_to(limit, _json_texts(_decoded(path, limit, remarks), kind == ".json"))
+            texts = up_to(limit, _json_texts(_decoded(path, limit, remarks), kind == ".json"))
         else:
             texts = _pieces(_decoded(path, limit, remarks), PIECE)
         found = _documents(texts, remarks)
@@ -190,17 +191,6 @@ def parquet_texts(path: str, limit: int) -> Iterator[list[str | None]]:
         raise QuantkitError("it takes too much memory") from None
     except (pa.ArrowException, ValueError, OSError) as error:
         raise QuantkitError(str(error).split("\n")[0].rstrip(".")) from None
-
-
-def _up_to(limit: int, texts: Iterable[str | None]) -> Iterator[str]:
-    """Texts until they hold `limit` characters; what is null is left out."""
-    n = 0
-    for text in texts:
-        if text is not None:
-            yield text
-            n += len(text)
-        if n >= limit:
-            return
 
 
 def _documents(texts: Iterable[str], remarks: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from quantkit import hub
 from quantkit.calibration import files, knowledge, sampling, sources
 from quantkit.calibration.documents import EVAL_TOKENS, N_CTX, PARTS, Domain, pack, split, without
 from quantkit.config.calibration import (
@@ -128,7 +129,7 @@ class Reader:
         requests = parse_spec(spec)
         if requests[0].name != AUTO:
             return requests, f"calibration text as asked: {shown(spec)}"
-        reason = sources.hub_answers(self.token)
+        reason = hub.why_offline(self.token)
         if reason:
             return tuple(parts_of("builtin")), f"built-in text, because {reason}"
         return tuple(parts_of("hub")), "the Hub mix, because the Hub answers"

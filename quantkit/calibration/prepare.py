@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,42 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from quantkit import hub
-from quantkit.calibration import sources
 from quantkit.calibration.documents import EVAL_TOKENS, Domain, interleave, pack, split
 from quantkit.calibration.mix import Mix, Reader
+from quantkit.calibration.sources import Described
 from quantkit.config import N_CTX
 from quantkit.errors import QuantkitError
 from quantkit.files import replacing, write_json
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.run.folder import read_json
 from quantkit.run.stage import Run
+from quantkit.sandbox import untrusted
 
 STAGE = "calibrate"
 _MIX = "mix.json"
 
 
-def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Texts:
+    """What the text is, and the names of what is held out of it to validate on."""
+
+    note: str
+    domains: tuple[Described, ...]
+    languages: dict[str, float]
+    eval: tuple[str, ...]
+
+
+def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
     """Write the tokens and the texts to validate on; return what the report says of them. Once: a
     killed stage goes on with the text that it began with, for neither the Hub nor a model gives the
     same text again everywhere.
     """
     path = run.artifacts.calibration.with_name(_MIX)
-    known: dict[str, Any] = read_json(path) if path.exists() else {}
-    texts_there = all((run.artifacts.eval_texts / name).exists() for name in known.get("eval", ()))
-    if known and texts_there and (run.artifacts.tokens).exists():
-        run.events.emit(STAGE, "note", f"going on with the text that was read: {known['note']}")
-        return known
+    if path.exists() and run.artifacts.tokens.exists():
+        known = untrusted.build(Texts, read_json(path))
+        if all((run.artifacts.eval_texts / name).exists() for name in known.eval):
+            run.events.emit(STAGE, "note", f"going on with the text that was read: {known.note}")
+            return known
     mix = _read_mix(run, model, tokenizer)
     tokens = _tokens(run, mix.domains, tokenizer)
     with replacing(run.artifacts.tokens) as partial:
@@ -43,12 +55,12 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> dict[str, An
     for name, text in texts.items():
         with replacing(run.artifacts.eval_texts / f"{name}.txt") as partial:
             partial.write_text(text, "utf-8", newline="")
-    about = {
-        "note": mix.note,
-        "domains": sources.describe(mix.domains),
-        "languages": {code: round(bits, 3) for code, bits in mix.languages.items()},
-        "eval": [f"{name}.txt" for name in texts],
-    }
+    about = Texts(
+        mix.note,
+        tuple(Described.of(domain, weight) for domain, weight in mix.domains),
+        {code: round(bits, 3) for code, bits in mix.languages.items()},
+        tuple(f"{name}.txt" for name in texts),
+    )
     write_json(path, about)
     return about
 

@@ -4,12 +4,13 @@ documents, from CPython itself and datasets on the Hub. `quantkit.calibration.fi
 
 from __future__ import annotations
 
+import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from quantkit.calibration.documents import Domain
+from quantkit.calibration.documents import Domain, up_to
 from quantkit.config.calibration import HUB_TEXTS
 from quantkit.errors import QuantkitError
 
@@ -20,7 +21,7 @@ def python_docs(limit: int) -> Iterator[str]:
     """
     from pydoc_data.topics import topics
 
-    return _up_to(limit, (text for _, text in sorted(topics.items())))
+    return up_to(limit, (text for _, text in sorted(topics.items())))
 
 
 def python_code(limit: int) -> Iterator[str]:
@@ -32,7 +33,7 @@ def python_code(limit: int) -> Iterator[str]:
     step = 7919  # a prime: walks all files in an order that mixes packages
     order = (paths[i * step % len(paths)] for i in range(len(paths)))
     texts = (path.read_text("utf-8", "replace") for path in order)
-    return _up_to(limit, (text[:20_000] for text in texts if len(text) > 500))
+    return up_to(limit, (text[:20_000] for text in texts if len(text) > 500))
 
 
 _SKIPPED = {
@@ -45,16 +46,6 @@ _SKIPPED = {
     "pydoc_data",
     "__pycache__",
 }
-
-
-def _up_to(limit: int, texts: Iterable[str]) -> Iterator[str]:
-    """Texts until they hold `limit` characters."""
-    n = 0
-    for text in texts:
-        yield text
-        n += len(text)
-        if n >= limit:
-            return
 
 
 def hub_text(
@@ -81,7 +72,7 @@ def hub_text(
             source.repo, source.config, split=source.split, streaming=True, token=token
         )
         values = (row[source.column] for row in rows)
-        yield from _up_to(limit, (v if isinstance(v, str) else rendered(v) for v in values if v))
+        yield from up_to(limit, (v if isinstance(v, str) else rendered(v) for v in values if v))
     except QuantkitError:
         raise
     except Exception as error:  # datasets raises many kinds for one thing: the data did not come
@@ -89,13 +80,6 @@ def hub_text(
             f"The dataset {source.repo} cannot be read from the Hub: {str(error).splitlines()[0]}",
             "Check the network, or use --calibration builtin.",
         ) from error
-
-
-def hub_answers(token: str | None) -> str | None:
-    """None when the Hub answers, else the reason why not."""
-    from quantkit import hub
-
-    return hub.why_offline(token)
 
 
 def domain(name: str, source: str, documents: Iterable[str]) -> Domain:
@@ -106,29 +90,27 @@ def domain(name: str, source: str, documents: Iterable[str]) -> Domain:
 
 def builtin_text(name: str, limit: int) -> Domain | None:
     """The parts of the built-in mix that need no model; None for the others."""
-    import platform
-
-    if name == "docs":
-        return domain(
-            name, f"documentation of CPython {platform.python_version()}", python_docs(limit)
-        )
-    if name == "code":
-        return domain(
-            name, f"standard library of CPython {platform.python_version()}", python_code(limit)
-        )
-    return None
+    if name not in _BUILTIN:
+        return None
+    what, read = _BUILTIN[name]
+    return domain(name, f"{what} of CPython {platform.python_version()}", read(limit))
 
 
-def describe(domains: Iterable[tuple[Domain, float]]) -> list[dict[str, Any]]:
-    """Return what the report says about the calibration text."""
-    return [
-        {
-            "name": d.name,
-            "source": d.source,
-            "weight": round(weight, 4),
-            "n_documents": len(d.documents),
-            "n_characters": sum(map(len, d.documents)),
-            "sha256": d.sha256,
-        }
-        for d, weight in domains
-    ]
+_BUILTIN = {"docs": ("documentation", python_docs), "code": ("standard library", python_code)}
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the report says about a domain of the calibration text."""
+
+    name: str
+    source: str
+    weight: float
+    n_documents: int
+    n_characters: int
+    sha256: str
+
+    @classmethod
+    def of(cls, d: Domain, weight: float) -> Described:
+        n_characters = sum(map(len, d.documents))
+        return cls(d.name, d.source, round(weight, 4), len(d.documents), n_characters, d.sha256)

@@ -12,6 +12,7 @@ from quantkit import sandbox
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.answering import Answering
 from quantkit.llamacpp.templates import readable
+from quantkit.sandbox import untrusted
 from quantkit.sandbox.outcome import plain
 
 _LIMITS = sandbox.Limits(cpu_seconds=86_400, wall_seconds=7 * 86_400, memory_bytes=4 * 2**30)
@@ -25,6 +26,19 @@ class Encoded:
     input_ids: Any
 
 
+@dataclass(frozen=True)
+class _Facts:
+    chat_template: str | None
+    eos_token_id: int | None
+    special_tokens_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: str
+    remedy: str
+
+
 class Tokenizer:
     """What is used of transformers' tokenizer, by the same names."""
 
@@ -33,11 +47,10 @@ class Tokenizer:
         given = {"folder": str(folder.absolute())}
         function, shown = f"{__name__}:serve", readable(folder)
         self._process = Answering(function, given, _LIMITS, _MOST_BYTES, shown, preload=True)
-        facts = self._ask("facts")
-        self.chat_template = _text(facts.get("chat_template"))
-        self.eos_token_id = facts.get("eos_token_id") if _is_id(facts.get("eos_token_id")) else None
-        special = facts.get("special_tokens_map")
-        self.special_tokens_map: dict[str, Any] = special if isinstance(special, dict) else {}
+        facts: _Facts = self._ask(_Facts, "facts")
+        self.chat_template = facts.chat_template
+        self.eos_token_id = facts.eos_token_id if _is_id(facts.eos_token_id) else None
+        self.special_tokens_map = facts.special_tokens_map
 
     def get_chat_template(self) -> str:
         """Return the chat template. Raise ValueError without one."""
@@ -53,35 +66,31 @@ class Tokenizer:
         return_tensors: str | None = None,
     ) -> Encoded:
         """Return the ids of a text."""
-        ids = self._ask("ids", text, add_special_tokens).get("ids")
-        if not isinstance(ids, list) or not all(map(_is_id, ids)):
+        ids = self._ask(list[int], "ids", text, add_special_tokens)
+        if not all(map(_is_id, ids)):
             raise QuantkitError("The tokenizer gives what are no token ids.")
         return Encoded(torch.tensor([ids]) if return_tensors == "pt" else ids)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """Return the text of token ids."""
-        return _text(self._ask("text", ids, skip_special_tokens).get("text")) or ""
+        return str(self._ask(str, "text", ids, skip_special_tokens))
 
-    def _ask(self, *question: Any) -> dict[str, Any]:
+    def _ask(self, shape: Any, *question: Any) -> Any:
         try:
-            answer = self._process.ask(question)
+            answer = self._process.ask(question, shape | _Failed)
+        except untrusted.Damaged:
+            raise QuantkitError("The tokenizer answers what was not asked for.") from None
         except (OSError, ValueError, RecursionError):
             why = f"its process {self._process.close()}"
             raise QuantkitError(f"The tokenizer cannot be used: {why}.") from None
-        if "error" in answer:
-            raise QuantkitError(
-                plain(answer.get("error")) or "The tokenizer cannot be used.",
-                plain(answer.get("remedy") or ""),
-            )
+        if isinstance(answer, _Failed):
+            message = plain(answer.error) or "The tokenizer cannot be used."
+            raise QuantkitError(message, plain(answer.remedy))
         return answer
 
 
 def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def serve(requests: int, answers: int, folder: str) -> None:
@@ -98,23 +107,18 @@ def serve(requests: int, answers: int, folder: str) -> None:
                 answer = _answer(tokenizer, *json.loads(line))
             except Exception as error:  # a tokenizer can raise anything
                 said = getattr(error, "message", f"{type(error).__name__}: {str(error)[:300]}")
-                answer = {"error": said, "remedy": getattr(error, "remedy", "")}
-            told.write(json.dumps(answer).encode() + b"\n")
+                answer = _Failed(said, getattr(error, "remedy", ""))
+            told.write(json.dumps(answer, default=vars).encode() + b"\n")
             told.flush()
 
 
-def _answer(tokenizer: Any, what: str, *given: Any) -> dict[str, Any]:
+def _answer(tokenizer: Any, what: str, *given: Any) -> Any:
     if what == "ids":
         text, add_special_tokens = given
-        found = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return {"ids": found.input_ids}
+        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
     if what == "text":
         ids, skip_special_tokens = given
-        return {"text": tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)}
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
     template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return {
-        "chat_template": template,
-        "eos_token_id": tokenizer.eos_token_id,
-        "special_tokens_map": special,
-    }
+    return _Facts(template, tokenizer.eos_token_id, special)

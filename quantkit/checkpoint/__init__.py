@@ -1,7 +1,7 @@
 """What a checkpoint's own files say, before any weight is read: config.json, headers, adapters.
 
-weight_files   which files transformers reads         safetensors   their headers
+weight_files   which files transformers reads         safetensors   headers, and shells of them
 info           ModelInfo: all that is known            quantized     stored in fewer bits
 adapter        a LoRA's settings                      bounds        numbers no model has
-shell          a checkpoint of headers alone          codeless      without its own code
+codeless       without its own code
 """

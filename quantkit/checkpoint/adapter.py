@@ -69,7 +69,7 @@ class Adapter:
     layer_names: tuple[str, ...]
 
 
-def read_adapter(model: str, paths: Iterable[str], config: dict[str, Any]) -> Adapter:
+def read_adapter(model: str, paths: Iterable[str], config: Mapping[str, object]) -> Adapter:
     """Raise QuantkitError for adapters that are not plain LoRA in safetensors."""
     present = set(paths)
     if WEIGHTS not in present:
@@ -89,7 +89,7 @@ def read_adapter(model: str, paths: Iterable[str], config: dict[str, Any]) -> Ad
     return Adapter(
         base=base,
         revision=read.text("revision"),
-        alpha=read.number("lora_alpha"),
+        alpha=read.positive("lora_alpha", config.get("lora_alpha")),
         alphas={k: read.positive("alpha_pattern", v) for k, v in read.map("alpha_pattern")},
         rank=None if config.get("r") is None else read.whole_number("r", config["r"]),
         ranks={k: read.whole_number("rank_pattern", v) for k, v in read.map("rank_pattern")},
@@ -104,7 +104,7 @@ def read_adapter(model: str, paths: Iterable[str], config: dict[str, Any]) -> Ad
     )
 
 
-def _why_not(config: Mapping[str, Any]) -> str | None:
+def _why_not(config: Mapping[str, object]) -> str | None:
     """A clause that names the first setting that is not understood; None where all are."""
     kind = str(config.get("peft_type") or "LORA").upper()
     if kind != "LORA":
@@ -132,7 +132,7 @@ def _matters(value: Any) -> bool:
 class _Settings:
     """Values of the settings, of the kinds that PEFT writes. Raises QuantkitError for others."""
 
-    def __init__(self, model: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, config: Mapping[str, object]) -> None:
         self._model, self._config = model, config
 
     def _refusal(self, name: str) -> QuantkitError:
@@ -148,9 +148,6 @@ class _Settings:
         if value not in (None, True, False):
             raise self._refusal(name)
         return bool(value)
-
-    def number(self, name: str) -> float:
-        return self.positive(name, self._config.get(name))
 
     def positive(self, name: str, value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value < math.inf:

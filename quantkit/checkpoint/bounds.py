@@ -30,7 +30,9 @@ _MOST_POSITIONS = 2**40
 _DEEPEST = 16
 
 
-def check_numbers(model: str, config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
+def check_numbers(
+    model: str, config: Mapping[str, object], tensors: Iterable[StoredTensor]
+) -> None:
     """Raise QuantkitError for a size in config.json that is no number, negative, or far beyond
     anything that the headers show.
     """
@@ -70,7 +72,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _settings(
-    config: Mapping[str, Any], where: str = "", depth: int = 0
+    config: Mapping[str, object], where: str = "", depth: int = 0
 ) -> Iterator[tuple[str, str, Any]]:
     """Every setting of the config and of those inside it."""
     if depth > _DEEPEST:

@@ -52,7 +52,7 @@ def _cleaned(path: Path) -> tuple[str, Any] | None:
         return None
     found: list[str] = []
 
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def keep(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found.extend(key for key, _ in pairs if key == _KEY)
         return {key: value for key, value in pairs if key != _KEY}
 

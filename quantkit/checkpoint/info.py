@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
-import json
 import math
 import re
 from collections import Counter
@@ -16,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from quantkit.checkpoint.quantized import Expanded
 from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.checkpoint.weight_files import INDEX, SINGLE, shown
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.untrusted import Settings
 
 _MAX_SMALL_BYTES = 200_000_000  # tokenizers reach 40 MB; more is data that happens to lie there
 _SMALL = re.compile(
@@ -57,8 +56,8 @@ class ModelInfo:
     n_parameters: int
     n_by_dtype: dict[str, int]  # stored dtype (BF16, F8_E4M3, ...) -> parameters
     dtype: str | None  # that of most weights, whatever the config says
-    config: dict[str, Any]
-    quantization: dict[str, Any] | None  # quantization_config of the config
+    config: Settings
+    quantization: Settings | None  # quantization_config of the config
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
@@ -69,40 +68,19 @@ class ModelInfo:
     base_model: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    card: dict[str, Any] = field(default_factory=dict)  # the YAML at the top of README.md
+    card: Settings = field(default_factory=Settings)  # the YAML at the top of README.md
     local_path: str | None = None
     base: ModelInfo | None = None  # of an adapter: the model that it is merged onto
     notes: tuple[str, ...] = ()  # where weights and config disagree and the weights decided
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ModelInfo:
-        value = dict(value)
-        if value.get("base") is not None:
-            value["base"] = cls.from_json(value["base"])
-        value["files"] = tuple(RepoFile(**file) for file in value["files"])
-        for name in ("weights", "architectures", "base_model", "languages", "tags", "notes"):
-            value[name] = tuple(value.get(name, ()))
-        return cls(**value)
 
-
-def strings(value: Any) -> tuple[str, ...]:
-    """A card's field that may be one string or a list of them."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(str(item) for item in value) if isinstance(value, (list, tuple)) else ()
-
-
-def parse_object(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object of the model. Raises QuantkitError for anything else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise QuantkitError(
-            f"{name} is not a JSON object.", "Tell the model's author, or use another revision."
-        )
-    return value
+def name_of(folder: Path) -> str:
+    """Return what the model in a folder is called; in the Hub's cache it is `owner/name`."""
+    folder = folder.absolute()
+    repo = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/", 1)
+    return folder.resolve().name
 
 
 def is_small_file(file: RepoFile) -> bool:
@@ -181,15 +159,15 @@ _CAUSAL = re.compile(
 _OTHER_HEAD = re.compile(r"For[A-Z]\w*$|(Encoder|Model|Discriminator|Tower)$")
 
 
-def refuse_by_config(model: str, config: dict[str, Any]) -> None:
+def refuse_by_config(model: str, config: Settings) -> None:
     """Raise QuantkitError when config.json names something else than a causal language model that
     transformers loads by itself.
 
     Multimodal models (...ForConditionalGeneration around a text model) pass: the converter takes
     their text model or refuses with its own list of architectures.
     """
-    architectures = [shown(name) for name in strings(config.get("architectures"))]
-    model_type = shown(str(config.get("model_type") or ""))
+    architectures = list(map(shown, config.texts("architectures")))
+    model_type = shown(config.text("model_type"))
     if not architectures:
         raise QuantkitError(
             f"The config.json of {model} names no architecture.",

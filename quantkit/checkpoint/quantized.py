@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.checkpoint.weight_files import shown
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.untrusted import Settings
 
 FP8, GPTQ, AWQ, MXFP4 = "FP8", "GPTQ", "AWQ", "MXFP4"
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -71,12 +71,12 @@ class Expanded:
     sources: tuple[str, ...]  # the first holds the weights
 
 
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantization_of(config: Settings) -> Settings | None:
     """The quantization_config of a model or of its text model. Raises QuantkitError for one that is
     no object.
     """
-    for part in (config, config.get("text_config")):
-        settings = part.get("quantization_config") if isinstance(part, dict) else None
+    for part in config.parts:
+        settings = part.get("quantization_config")
         if settings is None:
             continue
         if not isinstance(settings, dict):
@@ -84,7 +84,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
                 "quantization_config in config.json is no object of settings.",
                 "If the weights are not quantized, remove it in a local copy.",
             )
-        return dict(settings)
+        return Settings(settings)
     return None
 
 
@@ -97,22 +97,23 @@ def is_packed(tensors: Mapping[str, StoredTensor]) -> bool:
     )
 
 
-def is_stale(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
+def is_stale(config: Settings, tensors: Mapping[str, StoredTensor]) -> bool:
     """Return whether config.json speaks of quantized weights, and none are: a fine-tune was saved
     with the settings that its base was loaded with.
     """
     settings = quantization_of(config)
     if settings is None or is_packed(tensors):
         return False
-    return str(settings.get("quant_method") or "").lower() in _STORAGE
+    return settings.text("quant_method").lower() in _STORAGE
 
 
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(config: Settings) -> Settings:
     """config.json without what says that the weights are quantized."""
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    if isinstance(kept.get("text_config"), dict):
-        kept["text_config"] = without_quantization(kept["text_config"])
-    return kept
+    own, text = (
+        {key: value for key, value in part.items() if key != "quantization_config"}
+        for part in config.parts
+    )
+    return Settings({**own, "text_config": text} if config.parts[1] else own)
 
 
 STALE = (
@@ -125,14 +126,14 @@ class CannotExpand(QuantkitError):
     """A model is quantized in a way that is not undone here."""
 
 
-def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> Source | None:
+def source_of(model: str, config: Settings, bases: Sequence[str]) -> Source | None:
     """Return how the model is quantized, None if it is not. Raises QuantkitError, with the
     alternative, for what cannot be expanded exactly as its own runtime would.
     """
     settings = quantization_of(config)
     if settings is None:
         return None
-    method = shown(str(settings.get("quant_method") or "unknown").lower())
+    method = shown(settings.text("quant_method", "unknown").lower())
     if method == "mxfp4":
         return Source(MXFP4)
     is_fp8 = (
@@ -142,24 +143,23 @@ def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> So
     )
     if is_fp8:
         return Source(FP8, _block(model, settings.get("weight_block_size")))
-    bits: Any = settings.get("bits")
-    group: Any = settings.get("group_size")
-    if type(group) is not int or type(bits) is not int or not (group == -1 or 0 < group < 2**20):
-        bits = shown(str(bits))
+    bits, group = settings.integer("bits"), settings.integer("group_size")
+    if not (group == -1 or 0 < group < 2**20):
+        bits = 0
     if method == "gptq" and bits in (2, 4, 8):
         offset = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
         return Source(GPTQ, bits=bits, group=group, zero_offset=offset)
-    version = str(settings.get("version") or "gemm").lower()
+    version = settings.text("version", "gemm").lower()
     if method == "awq" and bits == 4 and version == "gemm":
         return Source(AWQ, bits=4, group=group)
-    name = {"bitsandbytes": "bitsandbytes", "gptq": f"GPTQ at {bits} bits"}.get(method, method)
+    name = f"GPTQ at {shown(str(settings.get('bits')))} bits" if method == "gptq" else method
     raise CannotExpand(
         f"{model} is quantized already ({name}), in a way that is not undone here.",
         f"Give the original instead: {bases[0] if bases else 'the model it was made from'}.",
     )
 
 
-def _block(model: str, block: Any) -> tuple[int, int] | None:
+def _block(model: str, block: object) -> tuple[int, int] | None:
     if block is None:
         return None
     if isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) > 0:
@@ -171,12 +171,12 @@ def _block(model: str, block: Any) -> tuple[int, int] | None:
 
 
 def unpacked_shapes(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[str, tuple[int, ...]]]
+    config: Settings, shapes: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Types and shapes as transformers has them: MXFP4's blocks (experts, out, in / 32, 16) and
     their scales are one tensor (experts, in, out).
     """
-    if str((quantization_of(config) or {}).get("quant_method")).lower() != "mxfp4":
+    if (quantization_of(config) or Settings()).text("quant_method").lower() != "mxfp4":
         return dict(shapes)
     made = {}
     for name, (dtype, shape) in shapes.items():

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,14 @@ def parse_header(data: bytes, name: str, n_file_bytes: int) -> Header:
     return header
 
 
-def _entries(text: bytes) -> dict[str, Any]:
+def _entries(text: bytes) -> dict[str, object]:
     """The JSON of a header. Raises Damaged before it is parsed when it has more lists, objects or
     values than MAX_TENSORS tensors have, and ValueError for what is no JSON.
     """
     counts = (text.count(b"{"), text.count(b"[") // 2, text.count(b",") // _COMMAS)
     if max(counts) > MAX_TENSORS + 2:  # the header itself and its metadata
         raise Damaged(f"more than {MAX_TENSORS:,} tensors in one file, or long lists")
-    entries: dict[str, Any] = json.loads(
+    entries: dict[str, object] = json.loads(
         text.decode("utf-8"),
         parse_int=integer,
         parse_float=_no_float,
@@ -184,7 +184,7 @@ def _no_float(text: str) -> float:
     raise Damaged("a number that is not whole")
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The one reader takes the first of two tensors of a name, the next reader the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -192,7 +192,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _stored_tensor(name: str, entry: dict[str, Any]) -> StoredTensor:
+def _stored_tensor(name: str, entry: Any) -> StoredTensor:
     """Raises ValueError, KeyError or TypeError when `entry` is not one tensor's description."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if len(name) > MAX_NAME or not name.isprintable():  # it would be shown to the user
@@ -246,10 +246,24 @@ def header_bytes(path: Path) -> bytes:
 
 
 def write_shell(path: Path, header: bytes, n_file_bytes: int) -> None:
-    """A file of the right name, header and size whose weights are a hole: it takes no disk."""
+    """A file of the right name, header and size whose weights are a hole: it takes no disk, and
+    reads as zeros. The converter makes a skeleton of a model from it that was never downloaded.
+    """
     with path.open("wb") as file:
         file.write(header)
         file.truncate(n_file_bytes)
+
+
+def write_shell_of(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Write the shell of `{name: (dtype, shape)}`."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the library aligns the data to 8 bytes
+    header_bytes = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    write_shell(path, header_bytes, len(header_bytes) + end)
 
 
 def scan(

@@ -7,21 +7,20 @@ index names files, and all of each is read, whatever tensors the index lists.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from quantkit.checkpoint.safetensors import StoredTensor, read_header
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.untrusted import Settings
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def choose(
-    model: str, present: Collection[str], read_index: Callable[[], dict[str, Any]]
+    model: str, present: Collection[str], read_index: Callable[[], Settings]
 ) -> tuple[str, ...]:
     """The files among those `present` that hold the model's weights, in the order they are read.
 
@@ -32,8 +31,8 @@ def choose(
     if SINGLE in present:
         return (SINGLE,)
     index = read_index()
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = index.section("weight_map")
+    if not weight_map:
         raise QuantkitError(
             f"{INDEX} of {model} lists no weights.", "Tell its author, or use another revision."
         )
@@ -64,17 +63,14 @@ def choose(
 def in_folder(folder: Path) -> tuple[Path, ...]:
     """The weight files of the checkpoint in `folder`. Raises QuantkitError."""
 
-    def read_index() -> dict[str, Any]:
+    def read_index() -> Settings:
         try:
-            value = json.loads((folder / INDEX).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
+            return Settings.parse((folder / INDEX).read_bytes(), INDEX)
+        except (OSError, QuantkitError):
             raise QuantkitError(
                 f"{folder.name} has no {SINGLE} and no {INDEX} that can be read.",
                 "Give a model with safetensors weights, as transformers lays them out.",
-            )
-        return value
+            ) from None
 
     present = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
     return tuple(folder / name for name in choose(folder.name, present, read_index))

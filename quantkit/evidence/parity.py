@@ -119,7 +119,7 @@ def check_logits(
                 },
                 limits=_limits(base, kept),
                 readable=(base.path, *(path for o in originals for path in o.readable())),
-                writable=Path(scratch),
+                writable=[Path(scratch)],
                 log=folder / "parity.log",
                 shape=Found,
                 preload=True,

@@ -25,33 +25,6 @@ from quantkit.hub.errors import ModelNotFound, scrub
 from quantkit.hub.reference import ModelRef, parse_reference
 from quantkit.hub.upload import PublishedFile, PublishedRepo, check_write, is_open, publish
 
-__all__ = [
-    "Change",
-    "ModelHit",
-    "ModelNotFound",
-    "ModelRef",
-    "Progress",
-    "PublishedFile",
-    "PublishedRepo",
-    "RepoChanges",
-    "add_to_collection",
-    "cache_dir",
-    "cached_folder",
-    "check_disk",
-    "check_write",
-    "compare",
-    "damaged_files",
-    "download",
-    "endpoint",
-    "is_open",
-    "parse_reference",
-    "publish",
-    "resolve_token",
-    "scrub",
-    "search_models",
-    "why_offline",
-]
-
 
 @dataclass(frozen=True)
 class ModelHit:

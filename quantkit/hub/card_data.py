@@ -5,11 +5,11 @@ become gigabytes, and of a bounded length.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import yaml
 
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.untrusted import Settings
 
 _MAX_BYTES = 2_000_000  # cards with thousands of results of evaluations have 500 kB
 _DEEPEST = 50
@@ -42,7 +42,7 @@ def _check_events(text: bytes) -> None:
             raise yaml.YAMLError
 
 
-def read_card(card: bytes) -> dict[str, Any]:
+def read_card(card: bytes) -> Settings:
     """The settings at the top of a card, as JSON values. Raises QuantkitError for what is no plain
     YAML.
     """
@@ -56,4 +56,4 @@ def read_card(card: bytes) -> dict[str, Any]:
         raise QuantkitError(
             f"The top of the card is no plain YAML ({type(error).__name__}).", _REMEDY
         ) from None
-    return value if isinstance(value, dict) else {}
+    return Settings(value if isinstance(value, dict) else None)

@@ -95,8 +95,4 @@ def add_to_collection(slug: str, repo_id: str, token: str | None) -> None:
     """Put a model into a collection; once is enough. Raises QuantkitError."""
     api = hf_api(token)
     asked = Asked(thing=f"the collection {slug}", writing=True)
-    call(
-        lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True),
-        asked,
-        token,
-    )
+    call(lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True), asked, token)

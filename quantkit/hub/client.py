@@ -29,8 +29,6 @@ from quantkit.hub.errors import (
 )
 from quantkit.sandbox import secrets
 
-__all__ = ["PATIENT", "QUICK", "Asked", "call", "hf_api", "endpoint", "read_start", "resolve_token"]
-
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 

@@ -34,13 +34,8 @@ def locate(name: str) -> Path:
         return path
     repo_id, revision, file = _parts(name)
     token = hub.resolve_token()
-    fetch = partial(
-        hf_api(token).hf_hub_download,
-        repo_id,
-        file,
-        revision=revision,
-        cache_dir=hub.cache_dir(),
-    )
+    where = {"revision": revision, "cache_dir": hub.cache_dir()}
+    fetch = partial(hf_api(token).hf_hub_download, repo_id, file, **where)
     return Path(call(fetch, Asked(repo_id, revision), token, PATIENT))
 
 

@@ -183,11 +183,14 @@ def start(order: JobOrder, run_id: str, token: str) -> RemoteJob:
 
 def find(run_id: str, token: str) -> tuple[RemoteJob, ...]:
     """The Jobs of a run, newest first, whatever became of them. Raises QuantkitError."""
+    found = map(_remote, _listed({LABEL: run_id}, token))
+    return tuple(sorted(found, key=lambda job: -job.created))
+
+
+def _listed(labels: Mapping[str, str], token: str) -> list[JobInfo]:
     api, owner = hf_api(token), account(token)
-    found = call(
-        lambda: list(api.list_jobs(labels={LABEL: run_id}, namespace=owner)), _asked(owner), token
-    )
-    return tuple(sorted(map(_remote, found), key=lambda job: -job.created))
+    ask = partial(api.list_jobs, labels=dict(labels), namespace=owner)
+    return call(lambda: list(ask()), _asked(owner), token)
 
 
 @dataclass(frozen=True)
@@ -203,12 +206,8 @@ def runs(labels: Mapping[str, str], token: str) -> tuple[FoundRun, ...]:
     """The runs of an account whose Jobs carry `labels`, each by its newest Job. Raises
     QuantkitError.
     """
-    api, owner = hf_api(token), account(token)
-    listed = call(
-        lambda: list(api.list_jobs(labels=dict(labels), namespace=owner)), _asked(owner), token
-    )
     found: dict[str, FoundRun] = {}
-    for info in listed:
+    for info in _listed(labels, token):
         run_id = (info.labels or {}).get(LABEL)
         config = (info.environment or {}).get("QUANTKIT_CONFIG")
         job = _remote(info)

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile as RemoteFile
@@ -29,6 +28,7 @@ from quantkit.files import PARTIAL, sha256_file
 from quantkit.hub.client import PATIENT, Asked, call, hf_api
 from quantkit.hub.errors import ModelNotFound
 from quantkit.hub.reference import parse_reference
+from quantkit.sandbox.untrusted import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
             f"The token belongs to {account['name']}, who may not publish under {namespace}.",
             f"Publish to {account['name']}/{full_id.split('/')[1]}, or use another token.",
         )
-    if not _token_writes(account.get("auth") or {}, full_id):
+    if not _token_writes(Settings(account).section("auth"), full_id):
         raise QuantkitError(
             f"This token may only read, and publishing to {full_id} writes.",
             "Make a token with write permission for it on the Hub's settings page.",
@@ -111,19 +111,18 @@ def _full_id(repo_id: str, account: str) -> str:
     return ref.id if "/" in ref.id else f"{account}/{ref.id}"
 
 
-def _token_writes(auth: dict[str, Any], repo_id: str) -> bool:
+def _token_writes(auth: Settings, repo_id: str) -> bool:
     """What whoami says of the token. Unknown kinds of token pass: the Hub has the last word."""
-    token = auth.get("accessToken") or {}
+    token = auth.section("accessToken")
     if token.get("role") == "read":
         return False
-    scopes = (token.get("fineGrained") or {}).get("scoped")
-    if token.get("role") != "fineGrained" or scopes is None:
+    scopes = token.section("fineGrained").get("scoped")
+    if token.get("role") != "fineGrained" or not isinstance(scopes, list):
         return True
     mine = (repo_id, repo_id.split("/")[0])
     return any(
-        "repo.write" in scope.get("permissions", [])
-        and (scope.get("entity") or {}).get("name") in mine
-        for scope in scopes
+        "repo.write" in scope.texts("permissions") and scope.section("entity").get("name") in mine
+        for scope in map(Settings, scopes)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from quantkit import sandbox
 from quantkit.llamacpp.place import Sandboxed
+from quantkit.sandbox import untrusted
 
 SECONDS = 90.0  # for an answer, with the start of the process
 
@@ -21,7 +22,7 @@ class Answering:
     """The process and the two pipes to it. It ends with this object.
 
     `function` ("package.module:name") is called with `arguments` and the descriptors `requests` and
-    `answers`; an answer is an object of at most `most_bytes` as JSON.
+    `answers`; an answer has at most `most_bytes` as JSON.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Answering:
         self._end = process.end
         self._close = weakref.finalize(self, _close, self._requests, self._answers)
 
-    def ask(self, question: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer. Raise OSError or ValueError when there is none."""
+    def ask(self, question: Sequence[Any], shape: Any) -> Any:
+        """Return the answer, of type `shape` (`untrusted.typed`). Raise Damaged for one of another
+        type, OSError or ValueError when there is none.
+        """
         deadline = time.monotonic() + SECONDS
         left = memoryview(json.dumps(list(question)).encode() + b"\n")
         while left:
@@ -62,10 +65,7 @@ class Answering:
             said += data
             if not data or len(said) > self._most_bytes:
                 raise ValueError("no answer")
-        answer = json.loads(said)
-        if not isinstance(answer, dict):
-            raise ValueError("no answer")
-        return answer
+        return untrusted.typed(shape, json.loads(said))
 
     def close(self) -> str:
         """End it. Return how it did, as a clause."""

@@ -6,7 +6,8 @@ A template is a program that a stranger wrote: it may loop for ever, or make a t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit import sandbox
@@ -17,6 +18,14 @@ from quantkit.sandbox.outcome import plain
 
 _MOST_BYTES = 8 * 2**20  # of one rendered conversation
 _LIMITS = sandbox.Limits(cpu_seconds=86_400, wall_seconds=7 * 86_400, memory_bytes=2 * 2**30)
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """An answer: a text, or why there is none."""
+
+    text: str | None = None
+    error: str = ""
 
 
 class ChatTemplate:
@@ -31,7 +40,7 @@ class ChatTemplate:
         return bool(getattr(self._tokenizer, "chat_template", None))
 
     def render(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
     ) -> str:
         """Raise QuantkitError for a template that cannot be used on these messages."""
         if self._process is None:
@@ -43,17 +52,16 @@ class ChatTemplate:
             most = 2 * _MOST_BYTES
             self._process = Answering(f"{__name__}:serve", arguments, _LIMITS, most)
         try:
-            answer = self._process.ask([list(messages), add_generation_prompt])
+            answer = self._process.ask([list(messages), add_generation_prompt], _Rendered)
         except (OSError, ValueError, RecursionError) as error:
             why = f"its process {self._process.close()}"
             self._process = None
             if isinstance(error, TimeoutError):
                 why = "it takes too long"
             raise QuantkitError(f"The chat template cannot be rendered: {why}.") from None
-        if "text" not in answer:
-            why = plain(answer.get("error"))
-            raise QuantkitError(f"The chat template cannot be rendered: {why}.")
-        return str(answer["text"])[:_MOST_BYTES]
+        if answer.text is None:
+            raise QuantkitError(f"The chat template cannot be rendered: {plain(answer.error)}.")
+        return str(answer.text)[:_MOST_BYTES]
 
 
 def serve(requests: int, answers: int, template: str, special: dict[str, Any]) -> None:
@@ -72,10 +80,11 @@ def serve(requests: int, answers: int, template: str, special: dict[str, Any]) -
                         **special,
                     )
                 text = made[0][0]
-                answer = {"text": text}
-                if len(text) > _MOST_BYTES // 8:
-                    answer = {"error": "it makes too long a text"}
+                too_long = len(text) > _MOST_BYTES // 8
+                answer = (
+                    _Rendered(error="it makes too long a text") if too_long else _Rendered(text)
+                )
             except Exception as error:  # a template can raise anything
-                answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-            told.write(json.dumps(answer).encode() + b"\n")
+                answer = _Rendered(error=f"{type(error).__name__}: {str(error)[:300]}")
+            told.write(json.dumps(vars(answer)).encode() + b"\n")
             told.flush()

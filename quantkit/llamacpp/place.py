@@ -80,4 +80,4 @@ class Sandboxed:
         self._is_over.set()
         self._listener.join()
         ended = self._child.ended
-        return reason(self._child.job.limits, ended, {}) + last_words(ended.log)
+        return reason(self._child.job.limits, ended, sandbox.Message()) + last_words(ended.log)

@@ -93,17 +93,10 @@ def _run(base: Path, out: Path, params: Any) -> str:
         )
     log = "".join(parts)
     if failed:
-        reason = next(
-            (
-                line
-                for line in reversed(log.splitlines())
-                if "fail" in line or "error" in line.lower()
-            ),
-            "",
-        )
+        lines = [line for line in log.splitlines() if "fail" in line or "error" in line.lower()]
+        reason = lines[-1].split(": ", 1)[-1].strip() if lines else ""
         raise QuantkitError(
-            f"llama.cpp cannot quantize {base.name}:"
-            f" {reason.split(': ', 1)[-1].strip() or 'no reason given'}.",
+            f"llama.cpp cannot quantize {base.name}: {reason or 'no reason given'}.",
             "The architecture or the file is not one that this llama.cpp supports.",
         )
     return log
@@ -125,9 +118,8 @@ class _Imatrix:
             entry.size = vector.size
 
 
-_NO_IMATRIX = {
-    "(none)": np.ones(1, np.float32)
-}  # llama.cpp only asks whether there is one when it picks types
+# llama.cpp only asks whether there is one when it picks types.
+_NO_IMATRIX = {"(none)": np.ones(1, np.float32)}
 
 
 def stock_types(base: Path, recipe: StockRecipe) -> dict[str, QuantType]:
@@ -137,14 +129,19 @@ def stock_types(base: Path, recipe: StockRecipe) -> dict[str, QuantType]:
     A dry run: nothing is written and no weight is read. Raises QuantkitError where llama.cpp
     refuses the model.
     """
+    imatrix = _Imatrix(_NO_IMATRIX)
+    return _dry_run(base, _params(recipe, imatrix))
+
+
+def _params(recipe: StockRecipe, imatrix: _Imatrix) -> Any:
+    """llama-quantize's own; they point into `imatrix`, which has to outlive them."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[recipe.label]
     params.pure = recipe.pure
-    imatrix = _Imatrix(_NO_IMATRIX)
     params.imatrix = ctypes.cast(imatrix.array, type(params.imatrix))
-    return _dry_run(base, params)
+    return params
 
 
 def _dry_run(base: Path, params: Any) -> dict[str, QuantType]:
@@ -152,16 +149,12 @@ def _dry_run(base: Path, params: Any) -> dict[str, QuantType]:
     params.dry_run = True
     log = _run(base, base, params)
     params.dry_run = False
-    types = {m["name"]: _type(m["new"] or m["old"]) for m in _LINE.finditer(log)}
+    types = {m["name"]: QuantType((m["new"] or m["old"]).upper()) for m in _LINE.finditer(log)}
     if not types:
         raise QuantkitError(
             "llama.cpp's dry run named no tensors.", "Report this with the model's id."
         )
     return types
-
-
-def _type(name: str) -> QuantType:
-    return QuantType(name.upper())
 
 
 def quantizable_tensors(base: Path) -> frozenset[str]:
@@ -181,33 +174,24 @@ def stock_bytes(base: GgufFile, recipe: StockRecipe) -> int:
     return header + data_bytes(base, stock_types(base.path, recipe))
 
 
-def make_stock(base: Path, out: Path, recipe: StockRecipe, imatrix: Mapping[str, Floats]) -> None:
-    """Make the stock file with llama.cpp itself: what a user would download instead of ours.
+def make_stock(
+    base: Path,
+    out: Path,
+    recipe: StockRecipe,
+    imatrix: Mapping[str, Floats],
+    types: Mapping[str, QuantType] | None = None,
+) -> None:
+    """Make the stock file with llama.cpp itself: what a user would download instead of ours. With
+    `types` those of single tensors are others, as with `llama-quantize --tensor-type`.
 
     `imatrix` holds mean squared inputs per tensor, float32 (n_columns,) or (n_experts, n_columns).
     Raises QuantkitError when llama.cpp refuses, as it does types of about 2 bits for tensors that
     are not in `imatrix`.
     """
-    make_override(base, out, recipe, imatrix, {})
-
-
-def make_override(
-    base: Path,
-    out: Path,
-    recipe: StockRecipe,
-    imatrix: Mapping[str, Floats],
-    types: Mapping[str, QuantType],
-) -> None:
-    """`make_stock`, with the types of single tensors given as `llama-quantize --tensor-type`
-    would.
-    """
     import llama_cpp
 
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = FILE_TYPES[recipe.label]
-    params.pure = recipe.pure
-    importance = _Imatrix(imatrix)
-    params.imatrix = ctypes.cast(importance.array, type(params.imatrix))
+    types, importance = types or {}, _Imatrix(imatrix)
+    params = _params(recipe, importance)
     overrides = (llama_cpp.llama_model_tensor_override * (len(types) + 1))()
     for entry, (name, qtype) in zip(overrides, types.items(), strict=False):
         entry.pattern = f"^{re.escape(name)}$".encode()
@@ -227,7 +211,7 @@ def make_override(
 
 
 def tensor_types(types: Mapping[str, QuantType]) -> str:
-    """Return the types of tensors as llama-quantize reads them. It quantizes by
-    rounding: the types are the same, the weights are not.
+    """Return the types of tensors as llama-quantize reads them. It quantizes by rounding: the types
+    are the same, the weights are not.
     """
-    return "".join(f"^{re.escape(name)}$={str(q).lower()}\n" for name, q in types.items())
+    return "".join(f"^{re.escape(name)}$={str(t).lower()}\n" for name, t in types.items())

@@ -81,7 +81,7 @@ def judged(said: Any) -> Tokens:
     return Tokens(check, apart, ids, plain(found["text"]))
 
 
-def compare_in(folder: str, gguf: str) -> dict[str, Any]:
+def compare_in(folder: str, gguf: str) -> Found | NotFound:
     """Return what a GGUF's tokens and the tokenizer in `folder` differ in, as JSON values; for a
     sandboxed process.
     """

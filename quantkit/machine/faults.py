@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,7 @@ def little_memory(needs: int, stage: str) -> str:
 _MAPPED = 1_000_000_000  # address space of libraries, stacks and arenas, beside what is resident
 
 
-def ended_for_memory(last: dict[str, Any]) -> str:
+def ended_for_memory(last: Mapping[str, object]) -> str:
     """Return whether the process whose last words hold these counts of `room.kills` was likely
     ended by the kernel for want of memory: a sentence, or nothing.
     """

@@ -33,6 +33,7 @@ from quantkit.checkpoint.codeless import codeless
 from quantkit.checkpoint.quantized import is_stale
 from quantkit.checkpoint.weight_files import few, main_dtype, shown, tensors_of
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.untrusted import Settings
 
 if TYPE_CHECKING:
     from quantkit.model.streaming import StreamedWeights
@@ -104,7 +105,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     quantized the config does not say otherwise.
     """
     tensors = {name: tensor for name, (_, tensor) in tensors_of(folder).items()}
-    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    settings = Settings.parse((folder / "config.json").read_bytes(), "config.json")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):

@@ -5,6 +5,7 @@
     outcome.py     how it ended, in a sentence
     in_force.py    what of all this the kernel granted
     process.py     the parent's side: start, listen, end
+    told.py        what goes between its processes
     start.py       how every process is started
     child.py       what is started: the keeper and the init around the worker
     usage.py       what the worker takes, as its keeper sees it
@@ -31,21 +32,15 @@ if TYPE_CHECKING:
     from quantkit.sandbox.in_force import Protection as Protection
     from quantkit.sandbox.limits import Crashed as Crashed
     from quantkit.sandbox.limits import Limits as Limits
-    from quantkit.sandbox.outcome import check as check
     from quantkit.sandbox.process import Child as Child
     from quantkit.sandbox.process import Ended as Ended
     from quantkit.sandbox.process import Job as Job
+    from quantkit.sandbox.process import Message as Message
 
 _WHERE = {
-    "call": "api",
-    "protection": "api",
-    "stream": "api",
-    "Crashed": "limits",
-    "Limits": "limits",
-    "check": "outcome",
-    "Child": "process",
-    "Ended": "process",
-    "Job": "process",
+    **dict.fromkeys(("call", "protection", "stream"), "api"),
+    **dict.fromkeys(("Crashed", "Limits"), "limits"),
+    **dict.fromkeys(("Child", "Ended", "Job", "Message"), "process"),
     "Protection": "in_force",
 }
 

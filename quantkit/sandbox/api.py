@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from quantkit.sandbox import untrusted
 from quantkit.sandbox.in_force import Protection
 from quantkit.sandbox.limits import Crashed, Limits
 from quantkit.sandbox.outcome import check
-from quantkit.sandbox.process import Child, Job
+from quantkit.sandbox.process import Child, Job, Message
+
+
+class Options(TypedDict, total=False):
+    """What else a call may be given, as `call` says."""
+
+    limits: Limits
+    readable: Sequence[Path]
+    writable: Sequence[Path]
+    log: Path
+    preload: bool
 
 
 def call(
-    function: str,
-    arguments: Mapping[str, Any],
-    *,
-    limits: Limits | None = None,
-    readable: Sequence[Path] = (),
-    writable: Path | None = None,
-    log: Path | None = None,
-    shape: Any = Any,
-    preload: bool = False,
+    function: str, arguments: Mapping[str, Any], *, shape: Any = Any, **options: Unpack[Options]
 ) -> Any:
     """Run `function` ("package.module:name", a plain function of quantkit or evaluators) in a
     sandboxed child: JSON-able keyword arguments in, JSON-able value out. It reads only `readable`,
@@ -36,25 +38,15 @@ def call(
     Raises the QuantkitError that the child raised, or Crashed when it died of a signal, time,
     memory or another exception, or answered with something of another shape.
     """
-    job = _job(function, arguments, limits, readable, writable, log, preload)
-    (value,) = listen(job, "value", shape)
+    (value,) = listen(_job(function, arguments, options), "value", shape)
     return value
 
 
 def stream(
-    function: str,
-    arguments: Mapping[str, Any],
-    *,
-    limits: Limits | None = None,
-    readable: Sequence[Path] = (),
-    writable: Path | None = None,
-    log: Path | None = None,
-    shape: Any = Any,
-    preload: bool = False,
+    function: str, arguments: Mapping[str, Any], *, shape: Any = Any, **options: Unpack[Options]
 ) -> Iterator[Any]:
     """The same for a generator: its values as they come. Closing the iterator ends the child."""
-    job = _job(function, arguments, limits, readable, writable, log, preload)
-    return listen(job, "part", shape)
+    return listen(_job(function, arguments, options), "part", shape)
 
 
 @cache
@@ -66,31 +58,22 @@ def protection() -> Protection:
     return child.ended.protection
 
 
-def _job(
-    function: str,
-    arguments: Mapping[str, Any],
-    limits: Limits | None,
-    readable: Sequence[Path],
-    writable: Path | None,
-    log: Path | None,
-    preload: bool,
-) -> Job:
+def _job(function: str, arguments: Mapping[str, Any], options: Options) -> Job:
     if not function.startswith(("quantkit.", "evaluators.")):
         raise ValueError(f"{function} is not a function of this project")
-    folders = () if writable is None else (writable,)
-    return Job(function, arguments, limits or Limits(), readable, folders, log=log, preload=preload)
+    return Job(function, arguments, **options)
 
 
 def listen(job: Job, kind: str, shape: Any = Any) -> Iterator[Any]:
     """The `value` or the `part`s of a job. Raises as `call` does."""
-    last: dict[str, Any] = {}
+    last = Message()
     with Child(job) as child:
-        for message in child.messages():
-            if message is not None and not {"facts", "part"} & message.keys():
+        for message in filter(None, child.messages()):
+            if message.kind not in ("facts", "part"):
                 last = message
-            if message is not None and kind in message:
+            if message.kind == kind:
                 try:
-                    value = untrusted.typed(shape, message[kind])
+                    value = untrusted.typed(shape, message.content)
                 except untrusted.Damaged:
                     raise Crashed("answered with something that was not asked for") from None
                 yield value

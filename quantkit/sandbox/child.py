@@ -23,10 +23,7 @@ from select import POLLHUP, POLLIN, poll
 from time import monotonic
 
 from quantkit.sandbox import kernel, mounts, usage, worker
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from quantkit.sandbox.told import Told, Verdict
 
 _POLL_SECONDS = 0.05
 
@@ -43,25 +40,24 @@ _LADDER = (
 def main() -> None:
     """Never returns."""
     with open(0, "rb", closefd=False) as file:
-        job = json.load(file)
+        job = Told(**json.load(file))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    there = sum(usage.bytes_below(folder) or 0 for folder in job["folders"])
-    job["limits"]["total_bytes"] = there + job["limits"]["file_bytes"]
+    there = sum(usage.bytes_below(folder) or 0 for folder in job.folders)
+    job = job._replace(total_bytes=there + job.file_bytes)
     init, told, flags = _start(job)
     kernel.set_not_dumpable()
-    os.close(job["result"])
-    facts = _keep(job, init, told)
-    facts["namespaces"] = _names(flags)
-    if job["owns_home"]:
+    os.close(job.result)
+    verdict = _keep(job, init, told)._replace(namespaces=_names(flags))
+    if job.owns_home:
         try:
-            os.rmdir(job["home"])  # the parent may be gone
+            os.rmdir(job.home)  # the parent may be gone
         except OSError:
             pass
-    os.write(job["verdict"], json.dumps(facts).encode())
+    os.write(job.verdict, json.dumps(verdict._asdict()).encode())
     os._exit(0)
 
 
-def _names(flags: int) -> list[str]:
+def _names(flags: int) -> tuple[str, ...]:
     known = {
         "user": kernel.NEW_USER,
         "pid": kernel.NEW_PID,
@@ -69,16 +65,16 @@ def _names(flags: int) -> list[str]:
         "ipc": kernel.NEW_IPC,
         "mount": kernel.NEW_MOUNTS,
     }
-    return [name for name, flag in known.items() if flags & flag]
+    return tuple(name for name, flag in known.items() if flags & flag)
 
 
-def _start(job: dict[str, Any]) -> tuple[int, int, int]:
+def _start(job: Told) -> tuple[int, int, int]:
     """Fork an init. Returns its number, a pipe that tells of its worker, and its namespaces."""
-    possible = kernel.KNOWN_MACHINE and "namespaces" not in job["without"]
+    possible = kernel.KNOWN_MACHINE and "namespaces" not in job.without
     for needs_root, flags in _LADDER if possible else ():
         if needs_root and os.geteuid() != 0:
             continue
-        if flags & kernel.NEW_MOUNTS and "mounts" in job["without"]:
+        if flags & kernel.NEW_MOUNTS and "mounts" in job.without:
             continue
         try:
             started = _attempt(job, flags)
@@ -92,7 +88,7 @@ def _start(job: dict[str, Any]) -> tuple[int, int, int]:
     return *started, 0
 
 
-def _attempt(job: dict[str, Any], flags: int) -> tuple[int, int] | None:
+def _attempt(job: Told, flags: int) -> tuple[int, int] | None:
     """An init in these namespaces, or None when they cannot be set up."""
     ids, keeper = (os.getuid(), os.getgid()), os.getpid()
     reading, writing = os.pipe()
@@ -111,7 +107,7 @@ def _attempt(job: dict[str, Any], flags: int) -> tuple[int, int] | None:
     return None
 
 
-def _init(job: dict[str, Any], flags: int, ids: tuple[int, int], keeper: int, writing: int) -> None:
+def _init(job: Told, flags: int, ids: tuple[int, int], keeper: int, writing: int) -> None:
     """Set the namespaces up, start the worker, wait for it, and tell how it ended."""
     alone = bool(flags & kernel.NEW_PID)  # its parent is out of sight then
     if not kernel.die_with_parent(0 if alone else keeper):
@@ -119,7 +115,7 @@ def _init(job: dict[str, Any], flags: int, ids: tuple[int, int], keeper: int, wr
     if flags & kernel.NEW_USER:
         kernel.map_user(*ids)
     if flags & kernel.NEW_MOUNTS:
-        mounts.make_root(job["readable"], job["writable"], job["home"], worker.SCRATCH_BYTES)
+        mounts.make_root(job.readable, job.writable, job.home, worker.SCRATCH_BYTES)
     kernel.set_not_dumpable()
     own = os.getpid()
     child = os.fork()
@@ -129,23 +125,22 @@ def _init(job: dict[str, Any], flags: int, ids: tuple[int, int], keeper: int, wr
                 worker.run(job, flags)
         finally:
             os._exit(1)
-    os.close(job["result"])
+    os.close(job.result)
     os.write(writing, b"+")  # fails when the keeper is gone
     _, status, used = os.wait4(child, 0)
-    facts = {
-        "status": status,
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 3),
-        "peak_bytes": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
-    }
-    os.write(writing, json.dumps(facts).encode())
+    seen = Verdict(
+        status,
+        cpu_seconds=round(used.ru_utime + used.ru_stime, 3),
+        peak_bytes=used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
+    )
+    os.write(writing, json.dumps(seen._asdict()).encode())
 
 
-def _keep(job: dict[str, Any], init: int, told: int) -> dict[str, Any]:
+def _keep(job: Told, init: int, told: int) -> Verdict:
     """Wait for the end of the worker, or bring it about. Returns what is known about it."""
-    limits = job["limits"]
-    deadline = monotonic() + limits["wall_seconds"]
+    deadline = monotonic() + job.wall_seconds
     events = poll()
-    events.register(job["lifeline"], POLLIN | POLLHUP)
+    events.register(job.lifeline, POLLIN | POLLHUP)
     events.register(told, POLLIN | POLLHUP)
     number: int | None = None
     why: str | None = None
@@ -153,7 +148,7 @@ def _keep(job: dict[str, Any], init: int, told: int) -> dict[str, Any]:
         ready = {descriptor for descriptor, _ in events.poll(1000 * _POLL_SECONDS)}
         if told in ready:
             break
-        if job["lifeline"] in ready:
+        if job.lifeline in ready:
             why = "parent"
         elif monotonic() > deadline:
             why = "wall"
@@ -166,8 +161,8 @@ def _keep(job: dict[str, Any], init: int, told: int) -> dict[str, Any]:
         why = "bytes"  # all of it was written since the last look
     text = b"" if why is not None else os.read(told, 2**16)
     os.waitpid(init, 0)
-    facts: dict[str, Any] = json.loads(text) if text else {}
-    return {**facts, "why": why}
+    seen = Verdict(**json.loads(text)) if text else Verdict()
+    return seen._replace(why=why)
 
 
 if __name__ == "__main__":

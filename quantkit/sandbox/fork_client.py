@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from quantkit.sandbox.places import import_path
 from quantkit.sandbox.start import empty_folder, environment, in_memory, remove_empty, start
+from quantkit.sandbox.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -94,33 +94,32 @@ class _Server:
                 self._process = start(
                     _SERVER, told, self.home, [theirs.fileno()], subprocess.DEVNULL
                 )
-            facts, _ = self._answer(_START_SECONDS)
+            n_bytes, _ = self._answer(_START_SECONDS)
         except BaseException:
             self.end()
             raise
         logger.info(
             "A fork server was started in %.1f s; idle it takes %.0f MB.",
             time.monotonic() - began,
-            facts["n_bytes"] / 1e6,
+            n_bytes / 1e6,
         )
 
-    def fork(self, told: Mapping[str, Any], descriptors: Mapping[int, int]) -> Forked:
+    def fork(self, told: Told, descriptors: Mapping[int, int]) -> Forked:
         """Have a keeper forked that gets `descriptors` by these numbers, and `told` as its job."""
-        with in_memory({**told, "home": self.home, "owns_home": False}) as job:
+        with in_memory(told._replace(home=self.home)._asdict()) as job:
             given = {0: job, **descriptors}
             socket.send_fds(self._control, [json.dumps([*given]).encode()], [*given.values()])
-            facts, (descriptor,) = self._answer(_FORK_SECONDS)
-        return Forked(facts["pid"], descriptor)
+            pid, (descriptor,) = self._answer(_FORK_SECONDS)
+        return Forked(pid, descriptor)
 
-    def _answer(self, seconds: float) -> tuple[dict[str, Any], list[int]]:
+    def _answer(self, seconds: float) -> tuple[int, list[int]]:
+        """Return what it says (its bytes, or a process's number) and descriptors."""
         self._control.settimeout(seconds)
         data, descriptors, _, _ = socket.recv_fds(self._control, 2**16, 1)
-        facts: dict[str, Any] = json.loads(data) if data else {"failed": "it has ended"}
-        if "refused" in facts:
-            raise _Refused(facts["refused"])
-        if "failed" in facts:
-            raise OSError(facts["failed"])
-        return facts, descriptors
+        kind, said = json.loads(data or b'["failed", "it has ended"]')
+        if kind != "done":
+            raise _Refused(said) if kind == "refused" else OSError(said)
+        return int(said), descriptors
 
     def close(self) -> int | None:
         """Have it end as soon as what it has forked has. Returns its status if it has ended."""
@@ -156,7 +155,7 @@ class _Client:
         self.server: _Server | None = None
         self._n_failures = 0
 
-    def fork(self, told: Mapping[str, Any], descriptors: Mapping[int, int]) -> Forked | None:
+    def fork(self, told: Told, descriptors: Mapping[int, int]) -> Forked | None:
         """As `fork` below."""
         with self._lock:
             while self._n_failures < _MOST_FAILURES:
@@ -202,7 +201,7 @@ class _Client:
 _client = _Client()
 
 
-def fork(told: Mapping[str, Any], descriptors: Mapping[int, int]) -> Forked | None:
+def fork(told: Told, descriptors: Mapping[int, int]) -> Forked | None:
     """Have a process forked that goes on as child.py does with the job `told`. Starts a server if
     there is none.
 

@@ -47,11 +47,11 @@ def main() -> None:
         for name in told["modules"]:
             import_module(name)
     except Exception as error:
-        _answer(control, failed=f"{type(error).__name__}: {error}"[:2000])
+        _answer(control, "failed", f"{type(error).__name__}: {error}"[:2000])
         os._exit(1)
     gc.collect()
     gc.freeze()  # what a collection looks at would be copied for every fork
-    _answer(control, n_bytes=_resident_bytes())
+    _answer(control, "done", _resident_bytes())
     is_idle = _serve(control, parent, told["idle_seconds"])
     try:
         os.rmdir(os.environ["HOME"])  # the parent may be gone
@@ -91,7 +91,7 @@ def _fork(control: socket.socket, numbers: Sequence[int], received: Sequence[int
     """Fork a keeper, which gets the received descriptors by these numbers."""
     n_threads = len(os.listdir("/proc/self/task"))
     if n_threads != 1:
-        _answer(control, refused=f"{n_threads} threads run in it")
+        _answer(control, "refused", f"{n_threads} threads run in it")
         return set()
     pid = os.fork()
     if pid:
@@ -99,7 +99,7 @@ def _fork(control: socket.socket, numbers: Sequence[int], received: Sequence[int
     try:
         # The keeper answers itself: without an answer no job runs.
         descriptor = os.pidfd_open(os.getpid())
-        socket.send_fds(control, [json.dumps({"pid": os.getpid()}).encode()], [descriptor])
+        socket.send_fds(control, [json.dumps(["done", os.getpid()]).encode()], [descriptor])
         os.close(descriptor)
         _take(numbers, received)
         os.setsid()
@@ -125,8 +125,8 @@ def _take(numbers: Sequence[int], received: Sequence[int]) -> None:
         os.close(descriptor)
 
 
-def _answer(control: socket.socket, **facts: object) -> None:
-    control.send(json.dumps(facts).encode())
+def _answer(control: socket.socket, kind: str, said: object) -> None:
+    control.send(json.dumps([kind, said]).encode())
 
 
 def _resident_bytes() -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,16 +13,6 @@ class Protection:
     landlock: int = 0  # the version of its interface; 0: none
     namespaces: tuple[str, ...] = ()
     capabilities: bool = False  # whether they were dropped
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any], namespaces: tuple[str, ...]) -> Protection:
-        """From what the child told of itself before it saw anything strange."""
-        return cls(
-            seccomp=told.get("seccomp") is True,
-            landlock=int(told.get("landlock", 0)),
-            namespaces=namespaces,
-            capabilities=told.get("capabilities") is True,
-        )
 
     @property
     def files(self) -> bool:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
-from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.sandbox.limits import Crashed, Limits
-from quantkit.sandbox.process import Ended, Job
+from quantkit.sandbox.process import Ended, Job, Message
 
 _MOST_WORDS = 2000
 
@@ -19,16 +17,16 @@ def plain(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in cut).split())
 
 
-def check(job: Job, ended: Ended, last: Mapping[str, Any]) -> None:
+def check(job: Job, ended: Ended, last: Message) -> None:
     """Return when the function returned. Raises QuantkitError or Crashed otherwise."""
-    if ended.why is None and ended.status == 0 and "value" in last:
+    if ended.why is None and ended.status == 0 and last.kind == "value":
         return
-    if ended.why is None and last.get("ours") is True:
-        raise QuantkitError(plain(last.get("message")), plain(last.get("remedy", "")))
+    if ended.why is None and last.ours:
+        raise QuantkitError(plain(last.message), plain(last.remedy))
     raise Crashed(reason(job.limits, ended, last))
 
 
-def reason(limits: Limits, ended: Ended, last: Mapping[str, Any]) -> str:
+def reason(limits: Limits, ended: Ended, last: Message) -> str:
     """Return why there is no answer, as a clause."""
     memory = f"needed more than its {limits.memory_bytes:,} bytes of memory"
     by_limit = {
@@ -48,12 +46,12 @@ def reason(limits: Limits, ended: Ended, last: Mapping[str, Any]) -> str:
         return used_up if spent else "was killed, most likely because the machine ran out of memory"
     if ended.signal == signal.SIGXFSZ:
         return by_limit["bytes"]
-    if last.get("error") == "MemoryError":
+    if last.kind == "error" and last.content == "MemoryError":
         return memory
-    if "error" in last:
-        return f"failed with {plain(last['error'])}: {plain(last.get('message'))}".rstrip(". :")
-    if "exit" in last:
-        return f"ended early: {plain(last.get('message'))}".rstrip(". :")
+    if last.kind == "error":
+        return f"failed with {plain(last.content)}: {plain(last.message)}".rstrip(". :")
+    if last.kind == "exit":
+        return f"ended early: {plain(last.message)}".rstrip(". :")
     if ended.signal:
         return f"crashed ({signal.Signals(ended.signal).name})"
     if ended.status is None:  # the keeper has nothing to say of a worker

@@ -11,16 +11,17 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.sandbox import fork_client
+from quantkit.sandbox import fork_client, untrusted
 from quantkit.sandbox.fork_client import Forked
 from quantkit.sandbox.in_force import Protection
 from quantkit.sandbox.limits import Limits
 from quantkit.sandbox.places import always_readable, import_path
 from quantkit.sandbox.start import empty_folder, remove_empty, start
+from quantkit.sandbox.told import Told, Verdict
 
 _CHILD = Path(__file__).with_name("child.py")
 _MOST_LOG = 4 * 2**20
@@ -47,7 +48,20 @@ class Job:
     without: Sequence[str] = ()  # for tests: "mounts", "namespaces", "landlock", "seccomp"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Message:
+    """What the worker says: first what is `in force`, then `facts` and `part`s while it works, at
+    the end `value`, `exit` or `error`.
+    """
+
+    kind: str = ""  # nothing was said
+    content: Any = None  # an exit's status, an error's name; else plain JSON, of whatever shape
+    message: str = ""
+    remedy: str = ""
+    ours: bool = False  # a QuantkitError
+
+
+@dataclass(frozen=True)
 class Ended:
     """How the child ended. `why` names the limit that it was ended for."""
 
@@ -75,7 +89,8 @@ class Child:
         self._log = bytearray()
         self._partial = bytearray()
         self._verdict = bytearray()
-        self._first: dict[str, Any] | None = None
+        self._why: str | None = None
+        self._protection: Protection | None = None
         self._n_said = self._n_messages = 0
         try:
             self._start()
@@ -91,31 +106,31 @@ class Child:
         theirs = (result_w, verdict_w, lifeline)  # closed here; `inherited` are the caller's
         self._pipes = [result, verdict, log, self._lifeline]
         readable = [os.path.abspath(path) for path in job.readable]
-        told = {
-            "function": job.function,
-            "arguments": dict(job.arguments),
-            "limits": asdict(job.limits),
-            "path": [*map(str, job.path), *import_path()],
-            "readable": [*always_readable(), *readable, *map(str, job.path)],
-            "writable": [os.path.abspath(path) for path in job.writable],
-            "folders": [os.path.abspath(path) for path in job.writable if path.is_dir()],
-            "mapped_bytes": sum(_size(Path(path)) for path in readable),
-            "address_bytes": job.address_bytes,
-            "without": list(job.without),
-            "inherited": list(job.inherited),
-            "result": result_w,
-            "verdict": verdict_w,
-            "lifeline": lifeline,
-        }
+        told = Told(
+            job.function,
+            dict(job.arguments),
+            **asdict(job.limits),
+            path=[*map(str, job.path), *import_path()],
+            readable=[*always_readable(), *readable, *map(str, job.path)],
+            writable=[os.path.abspath(path) for path in job.writable],
+            folders=[os.path.abspath(path) for path in job.writable if path.is_dir()],
+            mapped_bytes=sum(_size(Path(path)) for path in readable),
+            address_bytes=job.address_bytes,
+            without=list(job.without),
+            inherited=list(job.inherited),
+            result=result_w,
+            verdict=verdict_w,
+            lifeline=lifeline,
+        )
         try:
             if job.preload:
                 same = {number: number for number in (*theirs, *job.inherited)}
                 self._process = fork_client.fork(told, {1: log_w, 2: log_w, **same})
-                self.ended.forked = self._process is not None
             if self._process is None:
                 self._home = empty_folder()
-                told |= {"home": self._home, "owns_home": True}
-                self._process = start(_CHILD, told, self._home, [*theirs, *job.inherited], log_w)
+                told = told._replace(home=self._home, owns_home=True)
+                given = [*theirs, *job.inherited]
+                self._process = start(_CHILD, told._asdict(), self._home, given, log_w)
         finally:
             for descriptor in (*theirs, log_w):
                 os.close(descriptor)
@@ -129,15 +144,15 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def messages(self) -> Iterator[dict[str, Any] | None]:
+    def messages(self) -> Iterator[Message | None]:
         """Yield what the worker says, as it says it; None a few times a second, for the caller to
         look around. After the last, `ended` is filled in.
         """
         spoken = time.monotonic()
         deadline = spoken + self.job.limits.wall_seconds + _GRACE_SECONDS
-        while self._selector.get_map():
+        while self._why is None and self._selector.get_map():
             if time.monotonic() > deadline:
-                self.ended.why = "wall"
+                self._why = "wall"
                 break
             ready = self._selector.select(_TICK_SECONDS)
             if time.monotonic() - spoken >= _TICK_SECONDS:  # also while nothing but its log comes
@@ -153,34 +168,30 @@ class Child:
                     self._verdict += data[: 2**16]
                 else:
                     yield from self._parse(data)
+                if self._why is not None:  # whatever else is ready
+                    break
         self.close()
 
-    def _parse(self, data: bytes) -> Iterator[dict[str, Any]]:
+    def _parse(self, data: bytes) -> Iterator[Message]:
         self._n_said += len(data)
         self._n_messages += data.count(b"\n")
         if self._n_said > _MOST_SAID or self._n_messages > _MOST_MESSAGES:
-            return self._refuse("answer")
+            self._why = "answer"
+            return
         self._partial += data
         if b"\n" not in data:
             return
         *lines, self._partial = self._partial.split(b"\n")
         for line in lines:
             try:
-                message = json.loads(line)
+                message = untrusted.build(Message, json.loads(line))
+                if self._protection is None:  # said before anything strange was seen
+                    self._protection = untrusted.build(Protection, message.content)
+                    continue
             except (ValueError, RecursionError):
-                message = None
-            if not isinstance(message, dict):
-                return self._refuse("answer")
-            if self._first is None:  # said before anything strange was seen
-                self._first = message
-            else:
-                yield message
-
-    def _refuse(self, why: str) -> None:
-        self.ended.why = why
-        self._partial.clear()
-        for key in list(self._selector.get_map().values()):
-            self._selector.unregister(key.fd)
+                self._why = "answer"
+                return
+            yield message
 
     def _keep_log(self, data: bytes) -> None:
         room = _MOST_LOG - len(self._log)
@@ -214,18 +225,18 @@ class Child:
 
     def _settle(self) -> None:
         try:
-            facts = json.loads(self._verdict)
-        except ValueError:
-            facts = {}
-        ended = self.ended
-        ended.status = facts.get("status")
-        ended.why = ended.why or facts.get("why")
-        ended.cpu_seconds, ended.peak_bytes = (
-            facts.get("cpu_seconds", 0.0),
-            facts.get("peak_bytes", 0),
+            verdict = Verdict(**json.loads(self._verdict))
+        except ValueError:  # the keeper was killed
+            verdict = Verdict()
+        self.ended = Ended(
+            verdict.status,
+            self._why or verdict.why,
+            verdict.cpu_seconds,
+            verdict.peak_bytes,
+            isinstance(self._process, Forked),
+            replace(self._protection or Protection(), namespaces=tuple(verdict.namespaces)),
+            self._log[-(2**20) :].decode("utf-8", errors="replace"),
         )
-        ended.protection = Protection.of(self._first or {}, tuple(facts.get("namespaces", ())))
-        ended.log = self._log[-(2**20) :].decode("utf-8", errors="replace")
         if self.job.log is not None:
             self.job.log.write_bytes(self._log)
 

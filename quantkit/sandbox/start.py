@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 def environment(home: str) -> dict[str, str]:
@@ -42,7 +41,7 @@ def environment(home: str) -> dict[str, str]:
 
 
 def start(
-    script: Path, told: Mapping[str, Any], home: str, descriptors: Iterable[int], output: int
+    script: Path, told: Mapping[str, object], home: str, descriptors: Iterable[int], output: int
 ) -> subprocess.Popen[bytes]:
     """Run a script of this package in a session of its own, with `told` as JSON on its stdin."""
     with in_memory(told) as stdin:
@@ -61,7 +60,7 @@ def start(
 
 
 @contextmanager
-def in_memory(told: Mapping[str, Any]) -> Iterator[int]:
+def in_memory(told: Mapping[str, object]) -> Iterator[int]:
     """A file without a name that holds `told` as JSON, to be read from its beginning."""
     named = not hasattr(os, "memfd_create")
     with tempfile.TemporaryFile() if named else os.fdopen(os.memfd_create("job"), "w+b") as file:

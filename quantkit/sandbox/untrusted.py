@@ -15,10 +15,12 @@ import re
 import stat
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+
+from quantkit.errors import QuantkitError
 
 T = TypeVar("T")
 
@@ -31,6 +33,63 @@ _SURROGATE = re.compile(r"\\u[dD][89abAB]")
 
 class Damaged(ValueError):
     """What is wrong with a value, as a clause: "it is no object"."""
+
+
+class Settings(Mapping[str, object]):
+    """An object of JSON that somebody wrote for other programs: a model's config.json, the top of
+    its card. It is kept whole, and asked by name for what may be there, or of another type.
+    """
+
+    def __init__(self, values: Mapping[str, object] | None = None) -> None:
+        self._values = dict(values or {})
+
+    def __getitem__(self, name: str) -> object:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @classmethod
+    def parse(cls, data: bytes, name: str) -> Settings:
+        """Return those of a file of the model. Raises QuantkitError for what is no object."""
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise QuantkitError(
+                f"{name} is not a JSON object.", "Tell the model's author, or use another revision."
+            )
+        return cls(value)
+
+    @property
+    def parts(self) -> tuple[Settings, Settings]:
+        """Return a model's own and its text model's, if there are any."""
+        return self, self.section("text_config")
+
+    def section(self, name: str) -> Settings:
+        """Return the settings within these; empty where there are none."""
+        value = self.get(name)
+        return Settings(value if isinstance(value, dict) else None)
+
+    def text(self, name: str, otherwise: str = "") -> str:
+        """Return a value as text, whatever it is; `otherwise` where it is missing or empty."""
+        return str(self.get(name) or otherwise)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Return what may be one text or a list of them."""
+        value = self.get(name)
+        if isinstance(value, str):
+            return (value,)
+        return tuple(map(str, value)) if isinstance(value, (list, tuple)) else ()
+
+    def integer(self, name: str) -> int:
+        """Return a whole number, 0 where there is none."""
+        value = self.get(name)
+        return value if type(value) is int else 0
 
 
 def read_json(path: Path, most_bytes: int, most_items: int = MOST_ITEMS) -> Any:
@@ -116,28 +175,37 @@ def build(cls: type[T], value: Any) -> T:
     """
     if not isinstance(value, dict):
         raise Damaged("it is no object")
-    hints: dict[str, Any] = _hints(typing.cast(Any, cls))
     for name, tag in _tags(typing.cast(Any, cls)).items():
         if value.get(name) != tag:
             raise Damaged(f"its {name} is another")
-    fields = {
-        name: _typed(hints[name], item, name) for name, item in value.items() if name in hints
-    }
+    fields = _fields(cls, value)
     try:
         return cls(**fields)
     except TypeError:
-        missing = sorted(hints.keys() - fields.keys())
+        missing = sorted(_hints(typing.cast(Any, cls)).keys() - fields.keys())
         raise Damaged(f"it has no {' or '.join(missing)[:100]}") from None
 
 
+def updated(record: T, value: Any) -> T:
+    """`record` with those of its fields that a JSON object has. Raises Damaged as `build` does."""
+    return dataclasses.replace(typing.cast(Any, record), **_fields(type(record), value))
+
+
+def _fields(cls: Any, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Damaged("it is no object")
+    hints = _hints(cls)
+    return {name: _typed(hints[name], item, name) for name, item in value.items() if name in hints}
+
+
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, object]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 @cache
-def _tags(cls: Any) -> dict[str, Any]:
+def _tags(cls: Any) -> dict[str, object]:
     """Fields that say which class of several this is: what all of its objects have."""
     return {field.name: field.default for field in dataclasses.fields(cls) if not field.init}
 
@@ -150,9 +218,11 @@ def typed(hint: Any, value: Any) -> Any:
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in (Any, object):
         return value
+    if type(value) is hint and hint in (int, str, bool, types.NoneType):
+        return value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _one_of(arguments, value, name)
     if origin is tuple and isinstance(value, list):
@@ -168,14 +238,14 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         hints = typing.get_type_hints(hint)
         if hint.__required_keys__ <= value.keys() <= hints.keys():
             return {key: _typed(hints[key], item, key) for key, item in value.items()}
+    elif hint is Settings and isinstance(value, dict):
+        return Settings(value)
     elif hasattr(hint, "from_json"):
         return hint.from_json(value)
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return build(hint, value)
     elif hint is float and type(value) in (int, float):
         return float(value)
-    elif hint in (int, str, bool, types.NoneType) and type(value) is hint:
-        return value
     raise Damaged(f"its {name} is of a wrong type")
 
 

@@ -11,7 +11,8 @@ from itertools import islice
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Any
+
+    from quantkit.sandbox.told import Told
 
 # Of a folder that is written into; an empty file takes a place on the disk, too.
 _MOST_FILES, _MOST_DEPTH, _LEAST_BYTES = 50_000, 8, 4096
@@ -27,16 +28,16 @@ def only_child(init: int) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
-def too_much(number: int, job: dict[str, Any]) -> str | None:
+def too_much(number: int, job: Told) -> str | None:
     """The name of a limit that the worker is above."""
     facts = _facts(number)
     # Shared memory that it was given need not be in its sight.
-    given = [os.fstat(descriptor) for descriptor in job["inherited"]]
+    given = [os.fstat(descriptor) for descriptor in job.inherited]
     shared = sum(512 * found.st_blocks for found in given if stat.S_ISREG(found.st_mode))
     taken = sum(facts.get(name, 0) for name in ("RssAnon", "RssShmem", "VmSwap"))
-    if 1024 * taken + shared > job["limits"]["memory_bytes"]:
+    if 1024 * taken + shared > job.memory_bytes:
         return "memory"
-    if facts.get("Threads", 0) > job["limits"]["n_processes"]:
+    if facts.get("Threads", 0) > job.n_processes:
         return "processes"
     return "bytes" if writes_too_much(job) else None
 
@@ -70,10 +71,10 @@ def _status(path: str) -> dict[str, int]:
     return facts
 
 
-def writes_too_much(job: dict[str, Any]) -> bool:
+def writes_too_much(job: Told) -> bool:
     """Return whether its folders hold more than they may, or what cannot be counted."""
-    taken = [bytes_below(folder) for folder in job["folders"]]
-    return None in taken or sum(filter(None, taken)) > job["limits"]["total_bytes"]
+    taken = [bytes_below(folder) for folder in job.folders]
+    return None in taken or sum(filter(None, taken)) > job.total_bytes
 
 
 def bytes_below(folder: str) -> int | None:

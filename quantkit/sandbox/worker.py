@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from quantkit.sandbox.told import Told
+
 _SPARE_BYTES = 16 * 2**30  # of address space that is reserved and not used: stacks, libraries
 SCRATCH_BYTES = 64 * 2**20
 _result = -1
@@ -27,55 +29,52 @@ _result = -1
 def tell(**facts: Any) -> None:
     """Send facts to the parent while the function still works."""
     if _result >= 0:
-        data = memoryview(json.dumps({"facts": facts}).encode() + b"\n")
-        _write(data)
+        _say("facts", facts)
 
 
-def _write(data: memoryview) -> None:
+def _say(kind: str, content: object, **more: object) -> None:
+    """Send a `process.Message`, in which dataclasses are objects."""
+    message = {"kind": kind, "content": content, **more}
+    data = memoryview(json.dumps(message, default=vars).encode() + b"\n")
     while data:
         data = data[os.write(_result, data) :]
 
 
-def run(job: dict[str, Any], flags: int) -> None:
+def run(job: Told, flags: int) -> None:
     """Never returns."""
     global _result
-    _result = job["result"]
+    _result = job.result
     try:
-        os.chdir(job["home"])
+        os.chdir(job.home)
     except OSError:  # there was no place to make one
         os.chdir("/")
     set_limits(job, namespaces=bool(flags & kernel.NEW_USER))
-    _close_others({1, 2, _result, *job["inherited"]})
-    _write(memoryview(json.dumps(restrict(job, flags)).encode() + b"\n"))
-    sys.path[:] = job["path"]
-    _know_temporary_folder(job["home"])
+    _close_others({1, 2, _result, *job.inherited})
+    _say("in force", restrict(job, flags))
+    sys.path[:] = job.path
+    _know_temporary_folder(job.home)
     try:
-        module, _, name = job["function"].partition(":")
-        value = getattr(importlib.import_module(module), name)(**job["arguments"])
+        module, _, name = job.function.partition(":")
+        value = getattr(importlib.import_module(module), name)(**job.arguments)
         if isinstance(value, GeneratorType):
             for part in value:
-                _write(memoryview(json.dumps({"part": part}).encode() + b"\n"))
+                _say("part", part)
             value = None
-        answer = json.dumps({"value": value})
+        _say("value", value)
     except SystemExit as error:
         code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
-        answer = json.dumps({"exit": code, "message": str(error.code)[:4000]})
+        _say("exit", code, message=str(error.code)[:4000])
     except BaseException as error:
-        answer = json.dumps(
-            {
-                "error": type(error).__name__,
-                "message": str(getattr(error, "message", error))[:4000],
-                "remedy": str(getattr(error, "remedy", ""))[:4000],
-                "ours": any(c.__name__ == "QuantkitError" for c in type(error).__mro__),
-            }
+        _say(  # first: MemoryError leaves little room
+            "error",
+            type(error).__name__,
+            message=str(getattr(error, "message", error))[:4000],
+            remedy=str(getattr(error, "remedy", ""))[:4000],
+            ours=any(c.__name__ == "QuantkitError" for c in type(error).__mro__),
         )
-        _write(memoryview(answer.encode() + b"\n"))  # first: MemoryError leaves little room
         import traceback
 
         traceback.print_exc()
-        answer = ""
-    if answer:
-        _write(memoryview(answer.encode() + b"\n"))
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -95,21 +94,20 @@ def _know_temporary_folder(home: str) -> None:
     tempfile.tempdir = home
 
 
-def set_limits(job: dict[str, Any], namespaces: bool) -> None:
+def set_limits(job: Told, namespaces: bool) -> None:
     """Hard limits of the kernel, only ever lowered. A second after the soft limit of processor time
     (SIGXCPU, which tells the parent what happened) comes the hard one (SIGKILL).
     """
-    limits = job["limits"]
-    memory = limits["memory_bytes"] + job["mapped_bytes"]
+    memory = job.memory_bytes + job.mapped_bytes
     _lower(resource.RLIMIT_CORE, 0)
-    _lower(resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1)
+    _lower(resource.RLIMIT_CPU, job.cpu_seconds, job.cpu_seconds + 1)
     # One file; the keeper sums them up. What writes nowhere still has its folder in memory.
-    _lower(resource.RLIMIT_FSIZE, limits["file_bytes"] if job["writable"] else SCRATCH_BYTES)
+    _lower(resource.RLIMIT_FSIZE, job.file_bytes if job.writable else SCRATCH_BYTES)
     _lower(resource.RLIMIT_DATA, memory)
-    _lower(resource.RLIMIT_AS, job["address_bytes"] or memory + _SPARE_BYTES)
+    _lower(resource.RLIMIT_AS, job.address_bytes or memory + _SPARE_BYTES)
     _lower(resource.RLIMIT_NOFILE, 1024)
     if namespaces and sys.platform == "linux":  # elsewhere it would count the user's other programs
-        _lower(resource.RLIMIT_NPROC, limits["n_processes"])
+        _lower(resource.RLIMIT_NPROC, job.n_processes)
 
 
 def _lower(which: int, soft: int, hard: int | None = None) -> None:
@@ -131,36 +129,38 @@ def _close_others(kept: set[int]) -> None:
     os.open(os.devnull, os.O_RDONLY)  # stdin
 
 
-def restrict(job: dict[str, Any], flags: int) -> dict[str, Any]:
-    """Give up files, rights, sockets, programs and processes. Says by which means."""
-    found: dict[str, Any] = {"landlock": 0, "seccomp": False, "capabilities": False}
+def restrict(job: Told, flags: int) -> dict[str, int]:
+    """Give up files, rights, sockets, programs and processes. Return by which means, as
+    `in_force.Protection` has it.
+    """
+    found: dict[str, int] = {"landlock": 0, "seccomp": False, "capabilities": False}
     if kernel.LINUX:
         kernel.set_no_new_privileges()
         if kernel.KNOWN_MACHINE:
             kernel.drop_capabilities()
             found["capabilities"] = True
         version = kernel.landlock_version()
-        if version and "landlock" not in job["without"]:
+        if version and "landlock" not in job.without:
             kernel.restrict_files(_granted(job, flags), version)
             found["landlock"] = version
     sys.addaudithook(_refuse)
-    if "seccomp" in job["without"]:
+    if "seccomp" in job.without:
         return found
     try:
         # A file without a name is not counted.
-        seccomp.install(keeps_names=bool(job["folders"]) and not found["landlock"])
+        seccomp.install(keeps_names=bool(job.folders) and not found["landlock"])
         found["seccomp"] = True
-    except OSError as error:
-        found["seccomp_error"] = str(error)
+    except OSError:  # then it is not said to be in force
+        pass
     return found
 
 
-def _granted(job: dict[str, Any], flags: int) -> list[tuple[str, int]]:
-    granted = [(path, kernel.WRITE) for path in job["writable"]]
+def _granted(job: Told, flags: int) -> list[tuple[str, int]]:
+    granted = [(path, kernel.WRITE) for path in job.writable]
     if flags & kernel.NEW_MOUNTS:  # nothing else can be named anyway, but for the kernel's own
         granted += [(f"/{name}", kernel.READ) for name in os.listdir("/") if name != "proc"]
-        granted.append((job["home"], kernel.SCRATCH))
-    granted += [(path, kernel.READ) for path in job["readable"]]
+        granted.append((job.home, kernel.SCRATCH))
+    granted += [(path, kernel.READ) for path in job.readable]
     granted += [(f"/proc/{os.getpid()}", kernel.READ), ("/proc/self", kernel.READ)]
     granted += [("/dev/null", kernel.READ | kernel.WRITE)]
     for device in ("random", "urandom"):

@@ -9,6 +9,6 @@ adapted, lora_targets   where PEFT puts an adapter  demo        the demo's model
 from __future__ import annotations
 
 from quantkit.sources.inspect import inspect
-from quantkit.sources.metadata import fetch_adapter, fetch_metadata, stored_values
+from quantkit.sources.metadata import fetch_adapter, fetch_metadata
 
-__all__ = ["fetch_adapter", "fetch_metadata", "inspect", "stored_values"]
+__all__ = ["fetch_adapter", "fetch_metadata", "inspect"]

@@ -88,17 +88,15 @@ def _make(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = packaged_gguf()
-    where: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(path.parent),
-        "gguf_file": path.name,
-    }
-    tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False
+    )
     # What transformers reads from the GGUF lacks SmolLM2's splitting of digits.
     digits = pre_tokenizers.Digits(individual_digits=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, trust_remote_code=False
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
     ).eval()
     ids = tokenizer(
         "The capital of France is Paris, and the capital of Germany is", return_tensors="pt"

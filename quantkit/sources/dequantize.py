@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quantkit.checkpoint.quantized import AWQ, FP8, GPTQ, Expanded, Source, expanded
-from quantkit.checkpoint.safetensors import StoredTensor, read_header
+from quantkit.checkpoint.safetensors import read_header
 from quantkit.checkpoint.weight_files import INDEX, stored
 from quantkit.errors import QuantkitError
 from quantkit.sources.metadata import strip_config
@@ -27,12 +27,13 @@ def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) ->
     """Write the model of `files` in `folder` to `out` in 16 bits. Returns the files."""
     files = list(files)
     weights = [file for file in files if file.endswith(".safetensors")]
-    tensors, homes = _headers(folder, weights)
+    headers = ((file, read_header(folder / file).tensors) for file in weights)
+    found = stored(folder.name, headers)
     _copy_rest(folder, [file for file in files if file not in weights], out)
     opened = {file: safe_open(folder / file, "pt") for file in weights}
 
     def read(name: str) -> torch.Tensor:
-        return opened[homes[name]].get_tensor(name)
+        return opened[found[name][0]].get_tensor(name)
 
     shards: dict[str, str] = {}
     waiting: dict[str, torch.Tensor] = {}
@@ -44,7 +45,7 @@ def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) ->
         shards.update(dict.fromkeys(waiting, paths[-1].name))
         waiting.clear()
 
-    for name, made in expanded(source, tensors).items():
+    for name, made in expanded(source, {name: t for name, (_, t) in found.items()}).items():
         waiting[name] = _expand([read(part) for part in made.sources], made, source).contiguous()
         if sum(t.nbytes for t in waiting.values()) > _SHARD_BYTES:
             flush()
@@ -52,15 +53,6 @@ def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) ->
         flush()
     (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def _headers(
-    folder: Path, weights: Iterable[str]
-) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """All stored tensors, and the file of each."""
-    headers = ((file, read_header(folder / file).tensors) for file in weights)
-    found = stored(folder.name, headers)
-    return {n: t for n, (_, t) in found.items()}, {n: file for n, (file, _) in found.items()}
 
 
 def _copy_rest(folder: Path, files: Iterable[str], out: Path) -> None:

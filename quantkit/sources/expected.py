@@ -6,11 +6,10 @@ Runs in a limited process (`quantkit.sources.fit`): every number here is a stran
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,11 +26,15 @@ from transformers.utils import logging
 from quantkit.checkpoint.quantized import unpacked_shapes
 from quantkit.checkpoint.weight_files import tensors_of
 from quantkit.model.blockwise import empty_model, find_blocks, refusals_told
+from quantkit.sandbox.untrusted import Settings
+
+if TYPE_CHECKING:
+    from quantkit.sources.fit import Report
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def compare(folder: str) -> dict[str, Any]:
+def compare(folder: str) -> Report:
     """transformers' report on the checkpoint (or its shell) in `folder`, as JSON values.
 
     `missing` and `mismatched` are named as the model does, `unread` as the files do: those that no
@@ -40,7 +43,7 @@ def compare(folder: str) -> dict[str, Any]:
     QuantkitError when transformers cannot make the model, or its blocks are not found.
     """
     stored = {name: (t.dtype, t.shape) for name, (_, t) in tensors_of(Path(folder)).items()}
-    config = json.loads(Path(folder, "config.json").read_text("utf-8"))
+    config = Settings.parse(Path(folder, "config.json").read_bytes(), "config.json")
     shapes = unpacked_shapes(config, stored)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -74,7 +77,7 @@ def compare(folder: str) -> dict[str, Any]:
         "model": type(model).__name__,
         "missing": sorted(found.missing_keys),
         "mismatched": sorted(
-            [name, list(stored), list(made)] for name, stored, made in found.mismatched_keys
+            (name, list(stored), list(made)) for name, stored, made in found.mismatched_keys
         ),
         "failed": sorted(found.conversion_errors),
         "odd_types": [
@@ -102,7 +105,7 @@ _SAME_ACTIVATION = (
 )
 
 
-def _activation(model: PreTrainedModel) -> list[str] | None:
+def _activation(model: PreTrainedModel) -> tuple[str, str, str] | None:
     """The activation that the config asks for and the architecture's own, where they are not one
     function: llama.cpp has one for every architecture, and its converter does not look.
     """
@@ -113,11 +116,11 @@ def _activation(model: PreTrainedModel) -> list[str] | None:
         if not isinstance(own, str) or asked == own:
             continue
         if not any({own, asked} <= same for same in _SAME_ACTIVATION):
-            return [key, str(asked), own]
+            return key, str(asked), own
     return None
 
 
-def _targets(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
+def _targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """The model's name of every stored tensor, as transformers' loader finds it."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -132,11 +135,11 @@ def _targets(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]
     return found
 
 
-def _tied_pairs(model: PreTrainedModel, targets: Mapping[str, str]) -> list[list[str]]:
+def _tied_pairs(model: PreTrainedModel, targets: Mapping[str, str]) -> list[tuple[str, str]]:
     """Stored tensors that the config says are one: [the copy, what it is a copy of]."""
     stored = {target: name for name, target in targets.items()}
     pairs = (model.all_tied_weights_keys or {}).items()
-    return [[stored[copy], stored[of]] for copy, of in pairs if copy in stored and of in stored]
+    return [(stored[copy], stored[of]) for copy, of in pairs if copy in stored and of in stored]
 
 
 def _ignored(model: PreTrainedModel) -> re.Pattern[str] | None:
@@ -154,12 +157,12 @@ def _name_of(model: PreTrainedModel, wanted: Any) -> str:
     return next(found, "") if wanted is not None else ""
 
 
-def block_widths(folder: str) -> list[list[list[int]]]:
+def block_widths(folder: str) -> list[list[tuple[int, int]]]:
     """`widths` alone, from config.json alone."""
     return _widths(find_blocks(empty_model(Path(folder)))[1])
 
 
-def _widths(blocks: Any) -> list[list[list[int]]]:
+def _widths(blocks: Any) -> list[list[tuple[int, int]]]:
     found = []
     for block in blocks:
         widths: dict[int, int] = {}
@@ -167,5 +170,5 @@ def _widths(blocks: Any) -> list[list[list[int]]]:
             if weight.dim() in (2, 3):
                 for columns in weight.shape[-2:]:
                     widths[columns] = max(widths.get(columns, 0), weight.numel() // columns)
-        found.append([[columns, rows] for columns, rows in widths.items()])
+        found.append([*widths.items()])
     return found

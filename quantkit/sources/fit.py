@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
-from quantkit import sandbox, sources
+from quantkit import sandbox
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import PACKED_PARTS
-from quantkit.checkpoint.safetensors import StoredTensor, read_header
+from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.checkpoint.weight_files import few, shown, tensors_of
 from quantkit.errors import QuantkitError
+from quantkit.sources.metadata import Stored, stored_values, values_in
 
 _OTHER_REVISION = "Use another revision, or tell the model's author."
 # Settings that give the sizes of the tensors that end so.
@@ -31,9 +32,6 @@ _SIZED_BY = {
 _CHUNK = 1 << 20
 _N_SAMPLES = 8  # places of a matrix that are read where all of it would be a download
 _SAMPLE = 1 << 16
-
-ReadBytes = Callable[[str, int, int], bytes]
-"""Bytes of a stored tensor: its name, where they begin in it, and how many."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,7 @@ _LIMITS = sandbox.Limits(
 )
 
 
-def judge(
-    report: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
-) -> Fit:
+def judge(report: Report, config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) -> Fit:
     """Return what `quantkit.sources.expected.compare` found, as a Fit. Raises QuantkitError."""
     for refusal in _refusals(report, config, tensors):
         raise refusal
@@ -120,7 +116,7 @@ def judge(
 
 
 def _refusals(
-    report: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+    report: Report, config: Mapping[str, object], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[QuantkitError]:
     """The most telling first."""
     missing, unread = list(report["missing"]), list(report["unread"])
@@ -179,14 +175,14 @@ def _wrong_number(stored: int, said: int) -> QuantkitError:
     )
 
 
-def _n_blocks(report: Mapping[str, Any], names: Sequence[str]) -> int:
+def _n_blocks(report: Report, names: Sequence[str]) -> int:
     """One more than the highest number of a block among names."""
     number = re.compile(re.escape(report["blocks"]) + r"\.(\d+)\.")
     found = (number.match(name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def _first_lacking_block(report: Mapping[str, Any], missing: Sequence[str]) -> int | None:
+def _first_lacking_block(report: Report, missing: Sequence[str]) -> int | None:
     """How many blocks are there, when all that lacks is everything of the last ones."""
     number = re.compile(re.escape(report["blocks"]) + r"\.(\d+)\.")
     matches = [number.match(name) for name in missing]
@@ -203,13 +199,13 @@ def _first_lacking_block(report: Mapping[str, Any], missing: Sequence[str]) -> i
 
 
 def _mismatch(
-    name: str, stored: Sequence[int], made: Sequence[int], config: Mapping[str, Any]
+    name: str, stored: Sequence[int], made: Sequence[int], config: Mapping[str, object]
 ) -> QuantkitError:
     axis = next((i for i, (a, b) in enumerate(zip(stored, made, strict=False)) if a != b), 0)
-    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
+    inner = [value for value in config.values() if isinstance(value, dict)]
     wrong = made[axis] if axis < len(made) else None
     for key, pattern in _SIZED_BY.items():
-        if any(part.get(key) == wrong for part in parts) and re.search(pattern, name):
+        if any(part.get(key) == wrong for part in [config, *inner]) and re.search(pattern, name):
             what = ("rows", "columns")[axis] if axis < 2 and len(made) > 1 else "values"
             short = name.removesuffix(".weight").rpartition(".")[2]
             sentence = f"{shown(short)} has {stored[axis]} {what}, config.json says {key} {wrong}."
@@ -233,8 +229,8 @@ def copies(tied: Sequence[tuple[str, str]], info: ModelInfo, token: str | None) 
     """
     if not tied:
         return []
-    tensors, read = sources.stored_values(info, token)
-    return [copy for copy, of in tied if _is_copy(tensors, copy, of, read, bool(info.local_path))]
+    values = stored_values(info, token)
+    return [copy for copy, of in tied if _is_copy(values, copy, of, bool(info.local_path))]
 
 
 def kept_notes(tied: Sequence[tuple[str, str]], copied: Collection[str]) -> list[str]:
@@ -251,22 +247,12 @@ def copies_in(folder: Path, tied: Sequence[tuple[str, str]]) -> list[str]:
     """The same of the checkpoint in `folder`, every byte."""
     if not tied:
         return []
-    found = tensors_of(folder)
-    starts = {path: read_header(path).n_bytes for path, _ in found.values()}
-
-    def read(name: str, at: int, n_bytes: int) -> bytes:
-        path, tensor = found[name]
-        with path.open("rb") as file:
-            file.seek(starts[path] + tensor.start + at)
-            return file.read(n_bytes)
-
-    tensors = {name: tensor for name, (_, tensor) in found.items()}
-    return [copy for copy, of in tied if _is_copy(tensors, copy, of, read, True)]
+    values = values_in(folder)
+    return [copy for copy, of in tied if _is_copy(values, copy, of, whole=True)]
 
 
-def _is_copy(
-    tensors: Mapping[str, StoredTensor], name: str, of: str, read: ReadBytes, whole: bool
-) -> bool:
+def _is_copy(values: Stored, name: str, of: str, whole: bool) -> bool:
+    tensors, read = values
     one, other = tensors.get(name), tensors.get(of)
     if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False

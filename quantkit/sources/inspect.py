@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelInfo as RemoteModel
 
@@ -23,10 +22,9 @@ from quantkit.checkpoint.info import (
     count_parameters,
     is_adapter,
     is_small_file,
-    parse_object,
+    name_of,
     refuse_by_config,
     refuse_by_files,
-    strings,
 )
 from quantkit.checkpoint.quantized import (
     STALE,
@@ -51,6 +49,7 @@ from quantkit.hub.card_data import read_card
 from quantkit.hub.client import Asked, call, hf_api, read_start
 from quantkit.hub.errors import CAUGHT, ModelNotFound
 from quantkit.hub.reference import ModelRef, parse_reference
+from quantkit.sandbox.untrusted import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def inspect(ref: ModelRef, token: str | None = None) -> ModelInfo:
         RepoFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None)
         for s in remote.siblings or []
     ]
-    card = remote.card_data.to_dict() if remote.card_data is not None else {}
+    card = Settings(remote.card_data.to_dict() if remote.card_data is not None else None)
 
     def read_file(path: str, limit: int) -> bytes:
         return read_start(name, sha, path, limit, token)
@@ -180,10 +179,10 @@ def _inspect_folder(folder: Path, token: str | None) -> ModelInfo:
 
     return _describe(
         kind="local",
-        name=_folder_name(folder),
+        name=name_of(folder),
         revision=None,
         files=files,
-        card=_card(readme) if readme.is_file() else {},
+        card=_card(readme) if readme.is_file() else Settings(),
         read_file=read_file,
         read_headers=read_headers,
         content_sha=_content_sha,
@@ -192,21 +191,13 @@ def _inspect_folder(folder: Path, token: str | None) -> ModelInfo:
     )
 
 
-def _folder_name(folder: Path) -> str:
-    """The model's name: the folder's, or owner/name for a snapshot in huggingface_hub's cache."""
-    repo = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/", 1)
-    return folder.name
-
-
-def _card(readme: Path) -> dict[str, Any]:
+def _card(readme: Path) -> Settings:
     """The YAML at the top of a local README; a card that cannot be read describes nothing."""
     try:
         return read_card(readme.read_bytes())
     except QuantkitError as error:  # nothing of the model depends on it
         logger.warning("%s of %s is not read: %s", readme.name, readme.parent, error.message)
-        return {}
+        return Settings()
 
 
 def _content_sha(files: Sequence[RepoFile]) -> str:
@@ -220,7 +211,7 @@ def _describe(
     name: str,
     revision: str | None,
     files: Sequence[RepoFile],
-    card: dict[str, Any],
+    card: Settings,
     read_file: Callable[[str, int], bytes],
     read_headers: Callable[[Sequence[RepoFile]], list[Header]],
     content_sha: Callable[[Sequence[RepoFile]], str],
@@ -234,33 +225,34 @@ def _describe(
 ) -> ModelInfo:
     """The part that is the same for the Hub and a folder. Raises QuantkitError for refusals."""
     by_path = {file.path: file for file in files}
-    bases = strings(card.get("base_model"))
+    bases = card.texts("base_model")
     notes: list[str] = []
     base, dtype = None, ""
     if is_adapter(by_path):
-        settings = parse_object(read_file(CONFIG, _MAX_CONFIG_BYTES), f"{CONFIG} of {name}")
+        settings = Settings.parse(read_file(CONFIG, _MAX_CONFIG_BYTES), f"{CONFIG} of {name}")
         base = inspect_base(read_adapter(name, by_path, settings))
         config, bases, dtype = base.config, (base.id,), base.dtype or ""
         notes += base.notes
         weights: tuple[str, ...] = (WEIGHTS,)
         read_headers([by_path[WEIGHTS]])
         n_by_dtype = base.n_by_dtype
-        card = {**{key: base.card[key] for key in _OF_BASE if base.card.get(key)}, **card}
+        card = Settings({**{k: base.card[k] for k in _OF_BASE if base.card.get(k)}, **card})
         gated = gated or base.gated
     else:
         refuse_by_files(name, list(by_path), library, bases)
-        config = parse_object(read_file("config.json", _MAX_CONFIG_BYTES), f"config.json of {name}")
+        data = read_file("config.json", _MAX_CONFIG_BYTES)
+        config = Settings.parse(data, f"config.json of {name}")
         refuse_by_config(name, config)
         weights = choose(
             name,
             by_path,
-            lambda: parse_object(read_file(INDEX, _MAX_INDEX_BYTES), f"{INDEX} of {name}"),
+            lambda: Settings.parse(read_file(INDEX, _MAX_INDEX_BYTES), f"{INDEX} of {name}"),
         )
         headers = read_headers([by_path[path] for path in weights])
         found = stored(name, zip(weights, (header.tensors for header in headers), strict=True))
         tensors = {tensor_name: tensor for tensor_name, (_, tensor) in found.items()}
         if is_stale(config, tensors):
-            method = shown(str((quantization_of(config) or {}).get("quant_method")))
+            method = shown((quantization_of(config) or Settings()).text("quant_method"))
             notes.append(STALE.format(method=method))
             config = without_quantization(config)
         check_numbers(name, config, tensors.values())
@@ -287,23 +279,23 @@ def _describe(
         weights=weights,
         n_download_bytes=sum(file.n_bytes for file in wanted)
         + (base.n_download_bytes if base is not None and not base.local_path else 0),
-        architectures=strings(config.get("architectures")),
-        model_type=str(config.get("model_type") or ""),
+        architectures=config.texts("architectures"),
+        model_type=config.text("model_type"),
         n_parameters=sum(n_by_dtype.values()),
         n_by_dtype=n_by_dtype,
         dtype=dtype or next(iter(n_by_dtype), ""),
         config=config,
         quantization=quantization_of(config),
-        license=next(iter(strings(card.get("license"))), None),
-        license_name=next(iter(strings(card.get("license_name"))), None),
-        license_link=next(iter(strings(card.get("license_link"))), None),
+        license=next(iter(card.texts("license")), None),
+        license_name=next(iter(card.texts("license_name")), None),
+        license_link=next(iter(card.texts("license_link")), None),
         gated=gated,
         private=private,
         is_adapter=base is not None,
-        pipeline_tag=pipeline_tag or next(iter(strings(card.get("pipeline_tag"))), None),
+        pipeline_tag=pipeline_tag or next(iter(card.texts("pipeline_tag")), None),
         base_model=bases,
-        languages=strings(card.get("language")),
-        tags=tags or strings(card.get("tags")),
+        languages=card.texts("language"),
+        tags=tags or card.texts("tags"),
         card=card,
         local_path=local_path,
         base=base,

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.adapter import CONFIG, MERGE, WEIGHTS, overlay, read_adapter
 from quantkit.checkpoint.codeless import strip
-from quantkit.checkpoint.info import parse_object, shown
-from quantkit.checkpoint.safetensors import StoredTensor, read_header
-from quantkit.checkpoint.shell import write_shell
+from quantkit.checkpoint.info import shown
+from quantkit.checkpoint.safetensors import StoredTensor, read_header, write_shell_of
 from quantkit.checkpoint.weight_files import INDEX, in_folder
 from quantkit.errors import QuantkitError
+from quantkit.sandbox.untrusted import Settings
 from quantkit.sources.adapted import Change, Changes, base_of, changes
 
 
@@ -77,13 +77,13 @@ def merge_shell(folder: Path, adapter: Path) -> bool:
     for file in weights:
         stored = {t.name: (t.dtype, t.shape) for t in read_header(folder / file).tensors}
         if table in stored:
-            write_shell(folder / file, {**stored, name: stored[table]})
+            write_shell_of(folder / file, {**stored, name: stored[table]})
             _add_to_index(folder, name, file)
     return True
 
 
 def _changes(base: Path, weights: Iterable[str], adapter: Path) -> Changes:
-    settings = parse_object((adapter / CONFIG).read_bytes(), CONFIG)
+    settings = Settings.parse((adapter / CONFIG).read_bytes(), CONFIG)
     config = read_adapter(adapter.name, [WEIGHTS], settings)
     stored: dict[str, StoredTensor] = {}
     for file in weights:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import sandbox
 from quantkit.errors import QuantkitError
+from quantkit.sandbox import untrusted
 
 if TYPE_CHECKING:  # what follows is done in a process that starts for it: few imports
     from quantkit.checkpoint.adapter import Adapter
@@ -30,35 +31,45 @@ class Strength:
 
 def strengths(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Strength]:
     """By module. Raises QuantkitError when the adapter's patterns take too long."""
-    arguments: dict[str, Any] = {
-        "settings": dataclasses.asdict(adapter),
-        "modules": list(modules),
-        "head": head,
-    }
     patterns = [*adapter.alphas, *adapter.ranks, *adapter.whole, *adapter.layer_names]
     for names in (adapter.targets, adapter.excluded):
         patterns += [names] if isinstance(names, str) else []
     if all(_NAME.fullmatch(pattern) for pattern in patterns):
-        found = match(**arguments)
-    else:
-        found = _apart(arguments)
-    return {name: Strength(*found[name]) for name in modules}
+        return _match(adapter, modules, head)
+    limits = sandbox.Limits(cpu_seconds=3, wall_seconds=60, memory_bytes=2**30)
+    told = {"adapter": dataclasses.asdict(adapter), "modules": list(modules), "head": head}
+    try:
+        found: dict[str, Strength] = sandbox.call(
+            f"{__name__}:match", told, limits=limits, shape=dict[str, Strength]
+        )
+    except sandbox.Crashed as error:
+        raise QuantkitError(
+            f"The adapter's patterns of module names cannot be used: the process {error.reason}.",
+            "Write simpler ones in adapter_config.json of a local copy, or merge it yourself.",
+        ) from None
+    return {name: found[name] for name in modules}
 
 
-def match(settings: Mapping[str, Any], modules: Sequence[str], head: str) -> dict[str, list[Any]]:
-    """The fields of `Strength` by module; plain values in, plain values out."""
-    alphas, ranks = (_by_pattern(settings[name]) for name in ("alphas", "ranks"))
+def match(adapter: Any, modules: Sequence[str], head: str) -> dict[str, Strength]:
+    """Do the same with an Adapter as JSON. Runs in the sandbox."""
+    from quantkit.checkpoint.adapter import Adapter
+
+    return _match(untrusted.build(Adapter, adapter), modules, head)
+
+
+def _match(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Strength]:
+    alphas, ranks = _by_pattern(adapter.alphas), _by_pattern(adapter.ranks)
     return {
-        name: [
-            _is_target(settings, name, head),
-            _first(alphas, name, settings["alpha"]),
-            _first(ranks, name, settings["rank"]),
-        ]
+        name: Strength(
+            _is_target(adapter, name, head),
+            _first(alphas, name, adapter.alpha),
+            _first(ranks, name, adapter.rank),
+        )
         for name in modules
     }
 
 
-def _by_pattern(values: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+def _by_pattern(values: Mapping[str, float]) -> list[tuple[re.Pattern[str], float]]:
     return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in values.items()]
 
 
@@ -66,22 +77,22 @@ def _first(values: Sequence[tuple[re.Pattern[str], Any]], name: str, otherwise: 
     return next((value for pattern, value in values if pattern.match(name)), otherwise)
 
 
-def _is_target(settings: Mapping[str, Any], name: str, head: str) -> bool:
-    if _is_named(settings["excluded"], name):
+def _is_target(adapter: Adapter, name: str, head: str) -> bool:
+    if _is_named(adapter.excluded, name):
         return False
-    if any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in settings["whole"]):
+    if any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in adapter.whole):
         return False
-    targets = settings["targets"]
+    targets = adapter.targets
     if targets is None:  # PEFT's own list of the architecture
         return True
     if targets == ALL_LINEAR:
         return name != head
     if not _is_named(targets, name):
         return False
-    if isinstance(targets, str) or settings["layers"] is None:
+    if isinstance(targets, str) or adapter.layers is None:
         return True
-    index = _layer(name, settings["layer_names"])
-    return index is not None and index in settings["layers"]
+    index = _layer(name, adapter.layer_names)
+    return index is not None and index in adapter.layers
 
 
 def _is_named(names: str | Sequence[str], name: str) -> bool:
@@ -95,17 +106,3 @@ def _layer(name: str, layer_names: Sequence[str]) -> int | None:
     patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in layer_names] or [r".*?\.[^.]*\.(\d+)\."]
     found = next((m for p in patterns if (m := re.match(p, name))), None)
     return None if found is None else int(found[1])
-
-
-def _apart(arguments: dict[str, Any]) -> dict[str, list[Any]]:
-    limits = sandbox.Limits(cpu_seconds=3, wall_seconds=60, memory_bytes=2**30)
-    try:
-        found: dict[str, list[Any]] = sandbox.call(
-            f"{__name__}:match", arguments, limits=limits, shape=dict[str, list[Any]]
-        )
-    except sandbox.Crashed as error:
-        raise QuantkitError(
-            f"The adapter's patterns of module names cannot be used: the process {error.reason}.",
-            "Write simpler ones in adapter_config.json of a local copy, or merge it yourself.",
-        ) from None
-    return found

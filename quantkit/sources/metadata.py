@@ -10,18 +10,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from quantkit.checkpoint import shell
 from quantkit.checkpoint.adapter import CONFIG, overlay
 from quantkit.checkpoint.codeless import strip
 from quantkit.checkpoint.info import ModelInfo, RepoFile
 from quantkit.checkpoint.quantized import Source, expanded, source_of, without_quantization
-from quantkit.checkpoint.safetensors import StoredTensor, header_bytes, parse_header, write_shell
+from quantkit.checkpoint.safetensors import (
+    StoredTensor,
+    header_bytes,
+    parse_header,
+    read_header,
+    write_shell,
+    write_shell_of,
+)
 from quantkit.checkpoint.weight_files import INDEX, SINGLE, in_folder, stored, tensors_of
 from quantkit.hub.client import read_start
 from quantkit.hub.download import snapshot
+from quantkit.sandbox.untrusted import Settings
 from quantkit.sources.inspect import N_WORKERS, remote_header
 
 Stored = tuple[dict[str, StoredTensor], Callable[[str, int, int], bytes]]
+"""Tensors, and what reads of one: by its name, where to begin in it, and how many bytes."""
 
 
 def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
@@ -91,34 +99,45 @@ def _expand_shell(folder: Path, source: Source) -> None:
     for path in (*in_folder(folder), folder / INDEX):
         path.unlink(missing_ok=True)
     strip_config(folder / "config.json", folder / "config.json")
-    shell.write_shell(folder / SINGLE, {n: (e.dtype, e.shape) for n, e in made.items()})
+    write_shell_of(folder / SINGLE, {n: (e.dtype, e.shape) for n, e in made.items()})
 
 
 def strip_config(path: Path, target: Path) -> None:
     """config.json without what says that the weights are quantized."""
-    config = json.loads(path.read_text("utf-8"))
-    target.write_text(json.dumps(without_quantization(config)), "utf-8")
+    config = without_quantization(Settings.parse(path.read_bytes(), path.name))
+    target.write_text(json.dumps(dict(config)), "utf-8")
 
 
 def stored_values(info: ModelInfo, token: str | None) -> Stored:
     """The model's stored tensors, where it lies, and a function that reads bytes of one."""
-    files = [file for file in info.files if file.path in info.weights]
-
-    def header(file: RepoFile) -> bytes:
-        if info.local_path:
-            return header_bytes(Path(info.local_path, file.path))
-        return remote_header(info.id, info.sha, file, token)
-
-    headers = {file.path: parse_header(header(file), file.path, file.n_bytes) for file in files}
+    if info.local_path is not None:
+        return values_in(Path(info.local_path))
+    headers = {
+        file.path: parse_header(
+            remote_header(info.id, info.sha, file, token), file.path, file.n_bytes
+        )
+        for file in info.files
+        if file.path in info.weights
+    }
     found = stored(info.id, ((path, h.tensors) for path, h in headers.items()))
 
     def read(name: str, at: int, n_bytes: int) -> bytes:
         path, tensor = found[name]
         start = headers[path].n_bytes + tensor.start + at
-        if info.local_path is None:
-            return read_start(info.id, info.sha, path, n_bytes, token, skip=start)
-        with Path(info.local_path, path).open("rb") as file:
-            file.seek(start)
+        return read_start(info.id, info.sha, path, n_bytes, token, skip=start)
+
+    return {name: tensor for name, (_, tensor) in found.items()}, read
+
+
+def values_in(folder: Path) -> Stored:
+    """The same of the checkpoint in `folder`."""
+    found = tensors_of(folder)
+    starts = {path: read_header(path).n_bytes for path in {path for path, _ in found.values()}}
+
+    def read(name: str, at: int, n_bytes: int) -> bytes:
+        path, tensor = found[name]
+        with path.open("rb") as file:
+            file.seek(starts[path] + tensor.start + at)
             return file.read(n_bytes)
 
     return {name: tensor for name, (_, tensor) in found.items()}, read

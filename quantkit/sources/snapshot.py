@@ -8,6 +8,7 @@ from pathlib import Path
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.run.folder import RunDir, read_json
+from quantkit.sandbox import untrusted
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def load_snapshot(directory: RunDir) -> Snapshot:
     at the same commit. Raises QuantkitError when a local folder has changed.
     """
     value = read_json(directory.artifacts.snapshot)
-    info, folder = ModelInfo.from_json(value["info"]), directory.path / value["folder"]
+    info, folder = untrusted.build(ModelInfo, value["info"]), directory.path / value["folder"]
     is_made = not Path(value["folder"]).is_absolute()  # and looked after by the manifest
     if not is_made and hub.damaged_files(info, folder):
         folder = hub.download(info, hub.resolve_token())

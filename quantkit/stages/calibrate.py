@@ -61,7 +61,7 @@ class Calibrate(Stage):
         about = write_texts(run, model, tokenizer)
         stored = load_file(made.tokens)
         tokens = {part: stored[part] for part in ("train", "heldout")}
-        outputs = [made.tokens, *(made.eval_texts / name for name in about["eval"])]
+        outputs = [made.tokens, *(made.eval_texts / name for name in about.eval)]
         statistics = collect(run, model, tokens, folder)
         if not fisher_file(folder).exists():
             ids = torch.from_numpy(tokens["heldout"][: max(1, _FISHER_TOKENS // N_CTX)])
@@ -75,11 +75,13 @@ class Calibrate(Stage):
             for name, m in maps.items()
             if m.module in statistics and statistics[m.module].in_blocks
         }
-        names = [f"{row['name']} ({row['source']})" for row in about["domains"]]
+        names = [f"{domain.name} ({domain.source})" for domain in about.domains]
         write_imatrix(made.imatrix, importances, names, len(tokens["train"]), N_CTX)
         report = {
             "spec": shown(run.config.calibration),
-            **{key: about[key] for key in ("note", "domains", "languages")},
+            "note": about.note,
+            "domains": about.domains,
+            "languages": about.languages,
             "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
             "n_ctx": N_CTX,
             "n_imatrix_entries": len(importances),
@@ -91,7 +93,7 @@ class Calibrate(Stage):
             made.imatrix,
             *sorted(made.statistics.glob("*.safetensors")),
         ]
-        return StageResult(outputs, {"n_tokens": report["n_tokens"], "note": about["note"]})
+        return StageResult(outputs, {"n_tokens": report["n_tokens"], "note": about.note})
 
     def is_intermediate(self, path: str) -> bool:
         """Hessians are only needed by the quantize stage."""

@@ -187,7 +187,7 @@ def _make_projector(run: Run, snapshot: Snapshot, path: Path) -> bool:
     without it.
     """
     info = snapshot.info
-    if info.architectures[0] not in tables()["mmproj"]:
+    if info.architectures[0] not in tables().mmproj:
         return False
     try:
         convert(

@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.sandbox.untrusted import Settings
 
-def class_for(folder: Path, config: dict[str, Any], converters: type) -> type:
+
+def class_for(folder: Path, config: Settings, converters: type) -> type:
     """The class to convert the text model in `folder` with: the converter's own or one from here.
 
     Raises ValueError for a model that llama.cpp does not compute.
@@ -27,13 +29,13 @@ def class_for(folder: Path, config: dict[str, Any], converters: type) -> type:
     if found is not None:
         return found
     if getattr(converters, "supports_mtp_export", False) and not _has_prediction_head(
-        folder, config.get("text_config", config).get("num_hidden_layers")
+        folder, (config.section("text_config") or config).get("num_hidden_layers")
     ):
         converters.no_mtp = True  # type: ignore[attr-defined]
     return converters
 
 
-def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+def with_older_names(config: Mapping[str, object]) -> dict[str, object]:
     """A config that also has the names that its settings had before transformers 5."""
     rope = config.get("rope_parameters")
     older = {
@@ -77,7 +79,7 @@ def projector_class_for(found: Any) -> type:
     return Projector
 
 
-def _has_prediction_head(folder: Path, n_layers: int | None) -> bool:
+def _has_prediction_head(folder: Path, n_layers: object) -> bool:
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -87,17 +89,20 @@ def _has_prediction_head(folder: Path, n_layers: int | None) -> bool:
     return any(".mtp." in f".{name}" or f".layers.{n_layers}." in name for name in names)
 
 
-def dense_llama4(config: dict[str, Any]) -> type | None:
+def dense_llama4(config: Settings) -> type | None:
     """The converter's class for a Llama 4 without experts; None for any other model.
 
     Raises ValueError where llama.cpp computes no such model.
     """
     if config.get("architectures") != ["Llama4ForCausalLM"] or config.get("num_local_experts"):
         return None
-    n_layers = config["num_hidden_layers"]
-    interval = config.get("no_rope_layer_interval") or 4
+    n_layers = config.integer("num_hidden_layers")
+    interval = config.integer("no_rope_layer_interval") or 4
     by_interval = [int((i + 1) % interval != 0) for i in range(n_layers)]
-    rotated = (config.get("no_rope_layers") or by_interval)[:n_layers]
+    rotated = config.get("no_rope_layers") or by_interval
+    if not isinstance(rotated, list):
+        raise ValueError("no_rope_layers is no list")
+    rotated = rotated[:n_layers]
     if all(rotated) and config.get("use_qk_norm", True):
         return _as_qwen3()
     if rotated == [int((i + 1) % 4 != 0) for i in range(n_layers)]:

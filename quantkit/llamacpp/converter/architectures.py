@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
@@ -26,6 +25,8 @@ from quantkit.llamacpp.converter.install import (
     install_dir,
 )
 from quantkit.run.folder import read_json
+from quantkit.sandbox import untrusted
+from quantkit.sandbox.untrusted import Settings
 
 # GGUF architectures that do not predict the next token: encoders, encoder-decoders, diffusion
 # models, codecs, and drafts that only work beside another model.
@@ -42,31 +43,30 @@ BEYOND_REACH = {"gemma3n": "its blocks hand on four hidden states side by side (
 
 
 @functools.cache
-def _tables(tree: Path, versions: str) -> dict[str, Any]:
+def _tables(tree: Path, versions: str) -> sandbox.Tables:
     """The converter's tables; kept beside the pinned tree for the next process."""
     kept = install_dir() / "architectures.json"
     pinned = not os.environ.get("QUANTKIT_CONVERTER")
     if pinned and kept.exists():
-        tables = read_json(kept)
-        if tables.get("made_with") == versions:
+        tables = untrusted.build(sandbox.Tables, read_json(kept))
+        if tables.made_with == versions:
             return tables
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
         log = Path(scratch) / "list.log"
-        outcome = sandbox.run("list", tree, log, sandbox.Limits.for_weights(0, 0))
-    if not outcome.ok:
+        outcome = sandbox.run("list_architectures", tree, log, sandbox.limits_for(0, 0))
+    if not outcome.ok or outcome.said.tables is None:
         raise QuantkitError(
-            f"The converter does not start: {outcome.status.get('message') or outcome.log[-300:]}.",
+            f"The converter does not start: {outcome.end.message or outcome.ended.log[-300:]}.",
             "Run `make install` again: its packages are pinned.",
         )
-    tables = {"made_with": versions, **{k: outcome.status[k] for k in ("text", "mmproj", "failed")}}
+    tables = replace(outcome.said.tables, made_with=versions)
     if pinned:
         write_json(kept, tables)
     return tables
 
 
-def tables() -> dict[str, Any]:
-    """`{"text": {architecture: GGUF architecture}, "mmproj": [...], "failed": [...]}` of the
-    converter with the installed transformers. Takes seconds once, then milliseconds.
+def tables() -> sandbox.Tables:
+    """The converter's, with the installed transformers. Takes seconds once, then milliseconds.
 
     Raises QuantkitError when the converter cannot be set up or does not start.
     """
@@ -79,19 +79,18 @@ def tables() -> dict[str, Any]:
 def supported_architectures() -> frozenset[str]:
     """Hugging Face architectures of causal language models that are converted and quantized."""
     out = NOT_CAUSAL | set(BEYOND_REACH)
-    return frozenset(hf for hf, gguf in tables()["text"].items() if gguf not in out)
+    return frozenset(hf for hf, gguf in tables().text.items() if gguf not in out)
 
 
-def architecture_of(config: Mapping[str, Any]) -> str | None:
+def architecture_of(config: Settings) -> str | None:
     """The architecture whose text model a `config.json` describes, as the converter reads it."""
-    names = config.get("architectures") or []
-    own = names[0] if isinstance(names, list) and names else None
-    text_config = config.get("text_config")
-    inner = (
-        (text_config.get("architectures") or [None]) if isinstance(text_config, dict) else [None]
-    )
+    own, inner = (_first(part.get("architectures")) for part in config.parts)
     # A few multimodal models have a class of their own even when the inner one is known.
-    return inner[0] if inner[0] is not None and own not in _OWN_TEXT_CLASS else own
+    return inner if inner is not None and own not in _OWN_TEXT_CLASS else own
+
+
+def _first(names: object) -> str | None:
+    return str(names[0]) if isinstance(names, list) and names else None
 
 
 # From get_model_architecture of the converter's conversion/base.py.
@@ -104,7 +103,7 @@ _OWN_TEXT_CLASS = {
 }
 
 
-def check_architecture(config: Mapping[str, Any]) -> str:
+def check_architecture(config: Settings) -> str:
     """The architecture of a `config.json`, when it can be converted and predicts text.
 
     Raises QuantkitError otherwise: before anything large is downloaded.
@@ -115,7 +114,7 @@ def check_architecture(config: Mapping[str, Any]) -> str:
             "The model's config.json names no architecture.",
             "Name a transformers checkpoint of a language model.",
         )
-    known = tables()["text"]
+    known = tables().text
     if name not in known:
         raise unsupported(name)
     if known[name] in NOT_CAUSAL:

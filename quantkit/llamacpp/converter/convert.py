@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.info import name_of
 from quantkit.checkpoint.weight_files import few
-from quantkit.errors import QuantkitError
 from quantkit.files import PARTIAL, replacing
 from quantkit.llamacpp.converter import pretokenizer, sandbox
 from quantkit.llamacpp.converter.explain import explain, tokenizer_hash, unknown_tokenizer
 from quantkit.llamacpp.converter.floor import check_floor
 from quantkit.llamacpp.converter.install import describe, ensure_converter
-from quantkit.llamacpp.converter.sandbox import Limits, Progress
-from quantkit.llamacpp.converter.snapshot import Snapshot, model_name_of, sanitize
+from quantkit.llamacpp.converter.sandbox import Progress, limits_for
+from quantkit.llamacpp.converter.snapshot import Snapshot, sanitize
 from quantkit.llamacpp.tokens import Tokens, judged
-from quantkit.sandbox import untrusted
+from quantkit.sandbox import Limits
 from quantkit.sandbox.outcome import plain
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ConversionResult:
     removed: tuple[str, ...]  # what the sanitized copy of the model did not have
     tokens: Tokens  # whether they are the original tokenizer's
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         facts = {name: value for name, value in self.__dict__.items() if name != "tokens"}
         return {**facts, "path": str(self.path)}
 
@@ -72,7 +72,7 @@ def convert(
 
     outtype     f32, f16, bf16, or auto: the 16-bit type that the weights have
     skeleton    only the header is real, the tensor data is a hole. Works on shells
-                (checkpoint.write_shell), takes seconds and no disk
+                (safetensors.write_shell), takes seconds and no disk
     projector   not the language model but what it sees or hears with (`mmproj`)
     model_name  `owner/name`; where general.name, size label and the like come from. By default the
                 name of the folder, or of the repository for a folder in the Hub's cache
@@ -91,7 +91,7 @@ def convert(
     check_floor()
     tree = ensure_converter()
     with _work_folder(out_path) as work:
-        name = model_name or model_name_of(snapshot_dir)
+        name = model_name or name_of(snapshot_dir)
         model = sanitize(snapshot_dir, work / "model", name, left_out)
         limits = limits or _limits(model, skeleton)
         overrides = work / "metadata.json"
@@ -112,6 +112,7 @@ def convert(
                     readable=model.readable + (overrides,),
                     output=partial,
                     progress=None if skeleton else progress,
+                    script=str(tree / "convert_hf_to_gguf.py"),
                     arguments=arguments,
                     skeleton=skeleton,
                     left_out=sorted(left_out),
@@ -120,14 +121,14 @@ def convert(
                 )
 
             outcome = attempt(None)
-            if outcome.ok and "plain" in outcome.status:  # a tokenizer the converter does not know
+            if outcome.ok and outcome.said.plain:  # a tokenizer the converter does not know
                 log.info("Unknown tokenizer: looking for a pre-tokenizer that splits as it does.")
-                pre = pretokenizer.find(tree, partial, outcome.status, work / "match.log")
+                pre = pretokenizer.find(tree, partial, outcome.said, work / "match.log")
                 if pre is None:
                     raise unknown_tokenizer(outcome, log_path)
                 notes.append(
                     f"The converter does not know the tokenizer (hash {tokenizer_hash(outcome)}); "
-                    f"pre-tokenizer {pre.name} is used because llama.cpp then gives the same "
+                    f"pre-tokenizer {pre.matching} is used because llama.cpp then gives the same "
                     f"tokens for all {len(pretokenizer.PROBES)} probe texts."
                 )
                 if not pre.same_special:
@@ -135,20 +136,19 @@ def convert(
                         "llama.cpp puts other special tokens before or after a text than the "
                         "original tokenizer does: check add_bos_token in the result."
                     )
-                if outcome.status.get("composes"):
+                if outcome.said.composes:
                     notes.append(
                         "The tokenizer composes accents that are written as letter and mark (NFC), "
                         "llama.cpp does not: such texts get other tokens."
                     )
-                outcome = attempt(pre.name)
+                outcome = attempt(pre.matching)
             if not outcome.ok or partial.stat().st_size == 0:
                 raise explain(outcome, log_path, model.removed)
-            tokens = judged(outcome.status.get("tokens", {"error": "the file has no tokens"}))
-            missed = _missed_ends(outcome)
-            if missed:
+            tokens = judged(outcome.said.tokens or {"error": "the file has no tokens"})
+            if outcome.said.missed_ends:
                 notes.append(
                     "The GGUF has no key left for all ends of a turn: llama.cpp does not stop at "
-                    f"{few(missed)}."
+                    f"{few(outcome.said.missed_ends)}."
                 )
     return ConversionResult(
         path=out_path,
@@ -156,23 +156,12 @@ def convert(
         seconds=round(time.monotonic() - started, 2),
         peak_bytes=outcome.ended.peak_bytes,
         converter=describe(tree),
-        network=outcome.protection.network,
-        sandbox=str(outcome.protection),
-        warnings=(*notes, *_warnings(outcome.log), *outcome.protection.missing),
+        network=outcome.ended.protection.network,
+        sandbox=str(outcome.ended.protection),
+        warnings=(*notes, *_warnings(outcome.ended.log), *outcome.ended.protection.missing),
         removed=model.removed,
         tokens=tokens,
     )
-
-
-def _missed_ends(outcome: sandbox.Outcome) -> list[str]:
-    """Raises QuantkitError where the child said something else of them."""
-    try:
-        return untrusted.typed(list[str] | None, outcome.status.get("missed_ends")) or []
-    except untrusted.Damaged:
-        raise QuantkitError(
-            "The converter answered with something that was not asked for.",
-            "Check where the model came from; it may try to attack the converter.",
-        ) from None
 
 
 @contextmanager
@@ -198,7 +187,7 @@ def _limits(model: Snapshot, skeleton: bool) -> Limits:
     for name, tensor in model.tensors.items():
         counts[re.sub(r"\bexperts\.\d+\.", "experts.", name)] += tensor.n_elements
     largest = 0 if skeleton else max(counts.values(), default=0)
-    return Limits.for_weights(model.weight_bytes, _output_bytes(model), largest, free_memory())
+    return limits_for(model.weight_bytes, _output_bytes(model), largest, free_memory())
 
 
 def _output_bytes(model: Snapshot) -> int:

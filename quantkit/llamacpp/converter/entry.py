@@ -13,47 +13,71 @@ The converter's own folder and its own `gguf` come before the environment's in s
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import runpy
 import sys
 import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from quantkit.llamacpp.converter import added, vocabulary
+from quantkit.sandbox.untrusted import Settings
 from quantkit.sandbox.worker import tell
 
+if TYPE_CHECKING:
+    from gguf.gguf_writer import GGUFValue
 
-def convert(job: dict[str, Any]) -> None:
-    """Run the converter's main program with `job["arguments"]`."""
+    from quantkit.llamacpp.tokens import Found, NotFound
+
+
+@dataclass
+class Conversion:
+    """What is asked for, and whether it has become a probe of an unknown tokenizer."""
+
+    script: str  # the converter's main program
+    arguments: Sequence[str]  # its own; the first is the model's folder
+    skeleton: bool
+    left_out: Collection[str]
+    pre: str | None
+    probes: Sequence[str]
+    is_probe: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.arguments[0])
+
+
+def convert(**asked: Any) -> None:
+    """Run the converter's main program, as a `Conversion` says."""
+    job = Conversion(**asked)
     logging.basicConfig(level=logging.INFO)
     wrap_writer(job)
-    if (Path(job["tree"]) / "conversion" / "base.py").is_file():
+    if (Path(job.script).parent / "conversion" / "base.py").is_file():
         accept_pre_tokenizer(job)
         add_models(job)
         complete_vocabulary(job)
-    script = str(Path(job["tree"]) / "convert_hf_to_gguf.py")
-    sys.argv = [script, *job["arguments"]]
+    sys.argv = [job.script, *job.arguments]
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(job.script, run_name="__main__")
     except SystemExit as error:
         if error.code not in (None, 0):
             raise
-    if "--mmproj" not in job["arguments"] and not job.get("is_probe"):
+    if "--mmproj" not in job.arguments and not job.is_probe:
         tell(tokens=compare_tokens(job))
 
 
-def compare_tokens(job: dict[str, Any]) -> dict[str, Any]:
+def compare_tokens(job: Conversion) -> Found | NotFound:
     """Compare the tokens of the file that was written with the tokenizer's."""
     try:
         from quantkit.llamacpp.tokens import compare_in
     except AttributeError as error:  # a converter of one's own with another `gguf`
         return {"error": str(error)}
-    arguments = job["arguments"]
-    return compare_in(arguments[0], arguments[arguments.index("--outfile") + 1])
+    return compare_in(job.arguments[0], job.arguments[job.arguments.index("--outfile") + 1])
 
 
-def wrap_writer(job: dict[str, Any]) -> None:
+def wrap_writer(job: Conversion) -> None:
     """Replace the last step of the converter's GGUF writer: check that every block is there, report
     the bytes to come, then write them as always but for a look at every number, or only make the
     file as long as it would be.
@@ -68,7 +92,7 @@ def wrap_writer(job: dict[str, Any]) -> None:
         check_blocks(self.arch, self.kv_data[0], tensors)
         sizes = [tensor.nbytes for tensor in tensors.values()]
         tell(total=sum(sizes))
-        if not job["skeleton"]:
+        if not job.skeleton:
             for name, info in tensors.items():
                 if isinstance(info.tensor, gguf.LazyNumpyTensor):
                     info.tensor = Checked(name, info.dtype.name, info.tensor)
@@ -83,7 +107,7 @@ def wrap_writer(job: dict[str, Any]) -> None:
     gguf.GGUFWriter.write_tensors_to_file = write  # type: ignore[method-assign]
 
 
-def check_blocks(arch: str, keys: dict[str, Any], tensors: dict[str, Any]) -> None:
+def check_blocks(arch: str, keys: Mapping[str, GGUFValue], tensors: Collection[str]) -> None:
     """Raise ValueError when the file would lack a whole block, which nothing else notices until the
     model is loaded. Prediction heads (NextN) count as blocks and may be left out; deci has blocks
     that do nothing.
@@ -118,8 +142,8 @@ class Checked:
         data.tofile(file)
 
 
-def accept_pre_tokenizer(job: dict[str, Any]) -> None:
-    """Use `job["pre"]` for a tokenizer that the converter does not know. If that is not given, tell
+def accept_pre_tokenizer(job: Conversion) -> None:
+    """Use `job.pre` for a tokenizer that the converter does not know. If that is not given, tell
     the parent how the tokenizer splits the probes, and go on to a skeleton, in whose vocabulary the
     right one can be looked for.
     """
@@ -131,9 +155,9 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
         try:
             return recognize(self, tokenizer)
         except NotImplementedError:
-            if job["pre"] is not None:
-                return job["pre"]
-        probes = job["probes"]
+            if job.pre is not None:
+                return job.pre
+        probes = job.probes
         plain = [tokenizer.encode(text, add_special_tokens=False) for text in probes]
         # A tokenizer that composes accents first (NFC) is asked for texts where there are none to
         # compose: llama.cpp does not.
@@ -145,22 +169,20 @@ def accept_pre_tokenizer(job: dict[str, Any]) -> None:
             # transformers makes an empty tokenizer where the vocabulary is missing
             raise ValueError("the tokenizer has no vocabulary")
         tell(probes=probes, composes=same, plain=plain, special=special)
-        job["skeleton"] = job["is_probe"] = True
+        job.skeleton = job.is_probe = True
         return "default"
 
     TextModel.get_vocab_base_pre = get_vocab_base_pre
 
 
-def complete_vocabulary(job: dict[str, Any]) -> None:
+def complete_vocabulary(job: Conversion) -> None:
     """Put what `vocabulary.py` knows into the keys before the header is written, and tell the
     parent which ends llama.cpp will miss.
     """
     import gguf
     from conversion.base import TextModel
 
-    completing = runpy.run_path(str(Path(__file__).with_name("vocabulary.py")))["complete"]
     write_header = gguf.GGUFWriter.write_header_to_file
-    folder = Path(job["arguments"][0])
 
     def looks_special(text: str) -> bool:
         return bool(TextModel.does_token_look_special(None, text))
@@ -168,75 +190,75 @@ def complete_vocabulary(job: dict[str, Any]) -> None:
     def write(self: Any, path: Path | None = None) -> None:
         gguf.GGUFWriter.write_header_to_file = write_header  # type: ignore[method-assign]
         target = Path(path or self.path)  # the one file that may be written
-        tell(missed_ends=completing(self, folder, target, looks_special))
+        tell(missed_ends=vocabulary.complete(self, job.folder, target, looks_special))
         write_header(self, path)
 
     gguf.GGUFWriter.write_header_to_file = write  # type: ignore[method-assign]
 
 
-def add_models(job: dict[str, Any]) -> None:
+def add_models(job: Conversion) -> None:
     """Have the converter take the class that `added.py` names for this model."""
     import conversion
     import gguf
 
-    left_out = set(job["left_out"])
+    left_out = set(job.left_out)
     enter = gguf.utility.SafetensorsLocal.__enter__
 
-    def of_the_model(self: Any) -> dict[str, Any]:
+    def of_the_model(self: Any) -> dict[str, object]:
         return {name: tensor for name, tensor in enter(self).items() if name not in left_out}
 
     gguf.utility.SafetensorsLocal.__enter__ = of_the_model  # type: ignore[method-assign]
-    added = runpy.run_path(str(Path(__file__).with_name("added.py")))
-    folder = Path(job["arguments"][0])
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = Settings.parse((job.folder / "config.json").read_bytes(), "config.json")
     get_model_class = conversion.get_model_class
 
     def get(name: str, mmproj: bool = False) -> Any:
         found = get_model_class(name, mmproj=mmproj)
         if mmproj:
-            return added["projector_class_for"](found)
-        return added["class_for"](folder, config, found)
+            return added.projector_class_for(found)
+        return added.class_for(job.folder, config, found)
 
     conversion.get_model_class = get
     index_tensors = conversion.ModelBase.index_tensors
 
     def index(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = index_tensors(self, *args, **kwargs)
-        unread = added["unread"](tensors, self.hparams)
+        unread = added.unread(tensors, self.hparams)
         return {name: tensor for name, tensor in tensors.items() if name not in unread}
 
     conversion.ModelBase.index_tensors = index
     load_hparams = conversion.ModelBase.load_hparams
     conversion.ModelBase.load_hparams = staticmethod(
-        lambda *args, **kwargs: added["with_older_names"](load_hparams(*args, **kwargs))
+        lambda *args, **kwargs: added.with_older_names(load_hparams(*args, **kwargs))
     )
 
 
-def list_architectures(job: dict[str, Any]) -> None:
+def list_architectures() -> None:
     """Report `{Hugging Face architecture: GGUF architecture}` of what loads, per kind of model."""
     import conversion
     import gguf
 
-    failed: list[str] = []
-    conversion.logger.warning = lambda message, *_: failed.append(str(message))
     conversion.load_all_models()
     kinds = conversion.ModelBase._model_classes
     text, mmproj = kinds[conversion.ModelType.TEXT], kinds[conversion.ModelType.MMPROJ]
-    tell(
-        text={
-            name: gguf.MODEL_ARCH_NAMES[text[name].model_arch]
-            for name in conversion.TEXT_MODEL_MAP
-            if name in text
-        },
-        mmproj=sorted(name for name in conversion.MMPROJ_MODEL_MAP if name in mmproj),
-        failed=failed,
-    )
+    found = {
+        name: gguf.MODEL_ARCH_NAMES[text[name].model_arch]
+        for name in conversion.TEXT_MODEL_MAP
+        if name in text
+    }
+    encoders = sorted(name for name in conversion.MMPROJ_MODEL_MAP if name in mmproj)
+    tell(tables={"text": found, "mmproj": encoders})
 
 
-def match(job: dict[str, Any]) -> None:
-    """Report the first of `job["candidates"]` that, put in place of the file's pre-tokenizer, makes
-    llama.cpp give the tokens `job["plain"]` for the probes, preferably also `job["special"]`, those
-    with special tokens around them.
+def match(
+    gguf: str,
+    candidates: Sequence[str],
+    probes: Sequence[str],
+    plain: Sequence[Sequence[int]],
+    special: Sequence[Sequence[int]],
+) -> None:
+    """Report the first of `candidates` that, put in place of the file's pre-tokenizer, makes
+    llama.cpp give the tokens `plain` for the probes, preferably also `special`, those with special
+    tokens around them.
     """
     import llama_cpp
 
@@ -247,23 +269,23 @@ def match(job: dict[str, Any]) -> None:
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     found = None
-    for candidate in job["candidates"]:
+    for candidate in candidates:
         override = (llama_cpp.llama_model_kv_override * 2)()  # the second, empty, ends the list
         override[0].tag, override[0].key = 3, b"tokenizer.ggml.pre"  # 3: a string
         override[0].value.val_str = candidate.encode()  # type: ignore[union-attr]
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
         parameters.kv_overrides = override
-        model = llama_cpp.llama_model_load_from_file(job["gguf"].encode(), parameters)
+        model = llama_cpp.llama_model_load_from_file(gguf.encode(), parameters)
         if not model:  # llama.cpp does not know this name
             continue
         vocab = llama_cpp.llama_model_get_vocab(model)
         same = {
-            special: all(
-                tokenize(llama_cpp, vocab, text, special) == tokens
-                for text, tokens in zip(job["probes"], wanted, strict=True)
+            is_special: all(
+                tokenize(llama_cpp, vocab, text, is_special) == tokens
+                for text, tokens in zip(probes, wanted, strict=True)
             )
-            for special, wanted in ((False, job["plain"]), (True, job["special"]))
+            for is_special, wanted in ((False, plain), (True, special))
         }
         llama_cpp.llama_model_free(model)
         if same[False] and (same[True] or found is None):

@@ -17,10 +17,12 @@ from quantkit.llamacpp.converter.architectures import unsupported
 from quantkit.llamacpp.converter.sandbox import Outcome
 from quantkit.sandbox.outcome import plain
 
+_MOST_WORDS = 4000
+
 
 def tokenizer_hash(outcome: Outcome) -> str:
     """The converter's hash (`chkhsh`) of a tokenizer that it does not know."""
-    found = re.search(r"chkhsh:\s+([0-9a-f]{64})", outcome.log)
+    found = re.search(r"chkhsh:\s+([0-9a-f]{64})", outcome.ended.log)
     return found[1] if found else "unknown"
 
 
@@ -39,9 +41,8 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
     """The error for a child that did not finish; `removed` is what its model was stripped of."""
     error = _killed(outcome) or _recognized(outcome)
     if error is None:
-        words = plain(f"{outcome.status.get('error', '')} {outcome.status.get('message', '')}")
-        if not outcome.status.get("message") or outcome.status.get("error") == "SystemExit":
-            words = plain(_last_line(outcome.log))
+        words = f"{outcome.error} {outcome.end.message}"
+        words = plain(words if _says_why(outcome) else _last_line(outcome.ended.log))
         error = QuantkitError(f"The conversion failed: {words[:500]}.")
     if error.message == _NO_TOKENIZER and "auto_map removed from tokenizer_config.json" in removed:
         error = QuantkitError(
@@ -53,7 +54,7 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
 
 def _killed(outcome: Outcome) -> QuantkitError | None:
     """A limit or a signal."""
-    limits, code = outcome.limits, outcome.ended.signal
+    limits, code, log = outcome.limits, outcome.ended.signal, outcome.ended.log
     if outcome.ended.why == "wall":
         return QuantkitError(
             f"The conversion was stopped after {limits.wall_seconds:,} seconds.",
@@ -77,7 +78,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     if (
         outcome.ended.why == "bytes"
         or code == signal.SIGXFSZ
-        or re.search(r"Errno 27\b|File too large", outcome.log)
+        or re.search(r"Errno 27\b|File too large", log)
     ):
         return QuantkitError(
             f"The conversion tried to write a file above its limit of {limits.file_bytes:,} bytes.",
@@ -85,11 +86,11 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     if (
         outcome.ended.why == "memory"
-        or outcome.status.get("error") == "MemoryError"
+        or outcome.error == "MemoryError"
         or re.search(
             r"\bMemoryError|std::bad_alloc|Cannot allocate memory|failed to map segment"
             r"|can't allocate memory|memory allocation of \d+ bytes failed|Unable to allocate",
-            outcome.log,
+            log,
         )
     ):
         return QuantkitError(
@@ -98,7 +99,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     if code > 0:
         return QuantkitError(
-            f"The converter crashed ({signal.Signals(code).name}): {_last_line(outcome.log)}.",
+            f"The converter crashed ({signal.Signals(code).name}): {_last_line(log)}.",
             "The model's files may be broken; download them again.",
         )
     return None
@@ -106,16 +107,18 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
 
 def _recognized(outcome: Outcome) -> QuantkitError | None:
     """Something that the converter or transformers said."""
-    error, message = outcome.status.get("error"), outcome.status.get("message")
-    if message and error != "SystemExit":
-        said = f"{error}: {message}"  # not the log: it also holds errors that were survived
-    else:
-        said = outcome.log[-2000:]
+    said = outcome.ended.log[-2000:]
+    if _says_why(outcome):  # not the log: it also holds errors that were survived
+        said = f"{outcome.error}: {outcome.end.message}"[:_MOST_WORDS]
     for pattern, make in _KNOWN:
         found = re.search(pattern, said)
         if found:
             return make(found)
     return None
+
+
+def _says_why(outcome: Outcome) -> bool:
+    return bool(outcome.error and outcome.end.message)
 
 
 def _last_line(text: str) -> str:

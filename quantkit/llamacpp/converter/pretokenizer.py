@@ -12,9 +12,7 @@ that says so, and one more where the special tokens around a text would differ.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit.llamacpp.converter import sandbox
 
@@ -45,17 +43,9 @@ def candidates(tree: Path) -> list[str]:
     return [name for name in common if name in names] + sorted(names - set(common))
 
 
-@dataclass(frozen=True)
-class PreTokenizer:
-    """A name of llama.cpp's that splits as the original does."""
-
-    name: str
-    same_special: bool  # whether it also puts the same special tokens before and after
-
-
-def find(tree: Path, skeleton: Path, status: dict[str, Any], log: Path) -> PreTokenizer | None:
+def find(tree: Path, skeleton: Path, said: sandbox.Said, log: Path) -> sandbox.Said | None:
     """The pre-tokenizer with which llama.cpp splits every probe as the original tokenizer does, or
-    None. `skeleton` holds the vocabulary, `status` the original's tokens. Tries a name in a tenth
+    None. `skeleton` holds the vocabulary, `said` the original's tokens. Tries a name in a tenth
     of a second.
     """
     names = candidates(tree)
@@ -63,15 +53,12 @@ def find(tree: Path, skeleton: Path, status: dict[str, Any], log: Path) -> PreTo
         "match",
         tree,
         log,
-        sandbox.Limits.for_weights(0, 0),
+        sandbox.limits_for(0, 0),
         readable=[skeleton],
         gguf=str(skeleton),
         candidates=names,
-        probes=status.get("probes"),
-        plain=status.get("plain"),
-        special=status.get("special"),
+        probes=said.probes,
+        plain=said.plain,
+        special=said.special,
     )
-    name = outcome.status.get("matching")
-    if not outcome.ok or name not in names:
-        return None
-    return PreTokenizer(name, outcome.status.get("same_special") is True)
+    return outcome.said if outcome.ok and outcome.said.matching in names else None

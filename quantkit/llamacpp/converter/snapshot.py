@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit.checkpoint.quantized import is_stale, without_quantization
 from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.checkpoint.weight_files import INDEX, tensors_of
 from quantkit.errors import QuantkitError
 from quantkit.hub.card_data import read_card
+from quantkit.sandbox.untrusted import Settings
 
 # Kinds of files that the converter reads, with the largest that is accepted. Anything else stays
 # behind. Tokenizers of 260k entries are JSON files of 33 MB; an index of 100k tensors has 9 MB.
@@ -61,17 +61,6 @@ class Snapshot:
     @property
     def weight_bytes(self) -> int:
         return sum(tensor.n_bytes for tensor in self.tensors.values())
-
-
-def model_name_of(snapshot_dir: Path) -> str:
-    """The name of the model that lies in a folder: `owner/name` in the Hub's cache, else the name
-    of the folder.
-    """
-    snapshot_dir = snapshot_dir.absolute()
-    repo = snapshot_dir.parent.parent.name
-    if snapshot_dir.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/", 1)
-    return snapshot_dir.resolve().name
 
 
 def sanitize(
@@ -156,7 +145,7 @@ def _copy_json(path: Path, target: Path, removed: list[str], config: dict[str, s
     """
     dropped: list[str] = []
 
-    def clean(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def clean(pairs: list[tuple[str, object]]) -> dict[str, object]:
         kept = {}
         for key, value in pairs:  # sees repeated keys too
             # "vocab_file": "/home/me/secret" would end up in a published GGUF
@@ -211,9 +200,9 @@ def _link_weights(source: Path, folder: Path, left_out: set[str]) -> dict[str, S
 
 def _drop_stale_settings(path: Path, tensors: dict[str, StoredTensor], removed: list[str]) -> None:
     """Have config.json not say that weights are quantized when none is."""
-    config = json.loads(path.read_text("utf-8"))
+    config = Settings.parse(path.read_bytes(), path.name)
     if is_stale(config, tensors):
-        path.write_text(json.dumps(without_quantization(config)), "utf-8")
+        path.write_text(json.dumps(dict(without_quantization(config))), "utf-8")
         removed.append("quantization_config removed from config.json (no weight is quantized)")
 
 

@@ -24,7 +24,12 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from quantkit.sandbox.untrusted import Settings
+
+if TYPE_CHECKING:
+    from gguf.gguf_writer import GGUFValue
 
 _TOKENS, _KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 _SCORES, _MODEL = "tokenizer.ggml.scores", "tokenizer.ggml.model"
@@ -72,7 +77,7 @@ def _tokenizer(folder: Path) -> Any:
         return None
 
 
-def name_added(keys: Mapping[str, Any], tokenizer: Any, looks_special: Any) -> None:
+def name_added(keys: Mapping[str, GGUFValue], tokenizer: Any, looks_special: Any) -> None:
     """Give ids that the converter left without a name the added tokens of the tokenizer."""
     tokens, kinds = keys[_TOKENS].value, keys[_KINDS].value
     for i, token in tokenizer.added_tokens_decoder.items():
@@ -99,7 +104,7 @@ def _is_filler(token: str | bytes, i: int) -> bool:
     return token in (f"[PAD{i}]", f"[PAD{i}]".encode())
 
 
-def rank_merges(keys: Mapping[str, Any], folder: Path) -> None:
+def rank_merges(keys: Mapping[str, GGUFValue], folder: Path) -> None:
     """Give the tokens of a SentencePiece BPE without scores their places in the list of merges."""
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -127,12 +132,10 @@ def ends_of(folder: Path) -> list[int]:
         path = folder / name
         if not path.is_file():
             continue
-        config = json.loads(path.read_text(encoding="utf-8"))
-        text = config.get("text_config")
-        for part in (config, text if isinstance(text, dict) else {}):
-            found = part.get("eos_token_id")
-            ids = found if isinstance(found, list) else [found]
-            ids = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+        for part in Settings.parse(path.read_bytes(), name).parts:
+            said = part.get("eos_token_id")
+            said = said if isinstance(said, list) else [said]
+            ids = [i for i in said if type(i) is int and i >= 0]
             if ids:
                 return list(dict.fromkeys(ids))
     return []
