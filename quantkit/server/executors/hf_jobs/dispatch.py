@@ -25,16 +25,10 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import replacing, write_json
 from quantkit.hub import jobs
-from quantkit.run.events import (
-    MOST_EVENT_BYTES,
-    EventLog,
-    checked_event,
-    outcome,
-    read_events,
-)
+from quantkit.run.events import MOST_EVENT_BYTES, EventLog, outcome, read_events
 from quantkit.run.folder import RunDir, read_json
 from quantkit.sandbox import secrets
-from quantkit.sandbox.untrusted import Damaged, build, shortened
+from quantkit.sandbox.untrusted import build, shortened
 from quantkit.server.executors.hf_jobs.executor import HfJobs
 from quantkit.server.executors.hf_jobs.labels import app_labels
 from quantkit.server.executors.hf_jobs.wheel import job_requirement
@@ -254,17 +248,11 @@ class Dispatch:
                     log.flush()
 
     def _take(self, job: jobs.RemoteJob, said: SentEvent) -> None:
-        """Write down what a Job says has happened. What is no event, and what comes after more than
-        any run says, is left out.
+        """Write down what a Job says has happened, but for what comes after more than any run
+        says.
         """
-        try:
-            event = checked_event(said.value)
-            at = [job.id, said.number]
-            self._events.append(
-                dataclasses.replace(event, data={**event.data, "at": at}), MOST_EVENT_BYTES
-            )
-        except (Damaged, ValueError, RecursionError):
-            return
+        data = {**said.event.data, "at": [job.id, said.number]}
+        self._events.append(dataclasses.replace(said.event, data=data), MOST_EVENT_BYTES)
 
     def _save(self, said: SentFile) -> None:
         assert said.path in RESULTS
