@@ -253,20 +253,15 @@ class Handlers:
 
     # A run.
 
-    def act(self, action: str, run_id: Any, client: Client, token: str = "") -> str:
-        """Cancel, resume or delete. Returns a notice as HTML, empty when it worked."""
+    def act(self, action: Callable[[], None], client: Client) -> str:
+        """Do something with a run. Returns a notice as HTML, empty when it worked."""
 
         def do() -> str:
             self.allow("act", client)
-            if action == "cancel":
-                self.store.cancel(run_id, client.owner, checked_token(token))
-            elif action == "resume":
-                self.store.resume(run_id, client.owner, checked_token(token))
-            elif action == "delete":
-                self.store.delete(run_id, client.owner)
+            action()
             return ""
 
-        return answered(do)
+        return told(do)[0]
 
     def compare(self, run_id: Any, repo: str, visibility: str, client: Client, token: str) -> str:
         """Return what publishing would change, as HTML. Raises QuantkitError."""
@@ -342,7 +337,7 @@ class Handlers:
         }
 
     def run_list(self, owner: str | None) -> str:
-        return answered(lambda: view.run_list(self.store.runs(owner)))
+        return told(lambda: view.run_list(self.store.runs(owner)))[0]
 
 
 def _rendered(run: RunView) -> dict[str, Any]:
@@ -381,12 +376,14 @@ def checked_token(token: Any) -> str | None:
     return text
 
 
-def answered(action: Callable[[], str]) -> str:
-    """The action's HTML, or what went wrong as a notice: a page never shows a traceback."""
+def told(action: Callable[[], str]) -> tuple[str, bool]:
+    """Return the action's text and True, or what went wrong as a notice and False: a page never
+    shows a traceback.
+    """
     try:
-        return action()
+        return action(), True
     except QuantkitError as error:
-        return view.notice(error.message, error.remedy)
+        return view.notice(error.message, error.remedy), False
     except Exception:
         logger.exception("a page event failed")
-        return view.notice(_BUG, _BUG_REMEDY)
+        return view.notice(_BUG, _BUG_REMEDY), False
