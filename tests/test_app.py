@@ -241,13 +241,13 @@ def test_all_text_is_escaped() -> None:
         files=(_file(HOSTILE),),
         published_url=f"https://x/{HOSTILE}",
     )
-    summary = RunSummary("id", HOSTILE, HOSTILE, HOSTILE, "running", 1.0, False, stage=HOSTILE)
+    summary = RunSummary("id", HOSTILE, HOSTILE, HOSTILE, "running", 1.0, current=HOSTILE)
     report = fixtures.make_report()
     report["baselines"][0]["name"] = HOSTILE
     report["outputs"][0]["name"] = HOSTILE
     report["calibration"]["note"] = report["versions"] = {HOSTILE: HOSTILE}
     report["texts"], report["protocol"] = [HOSTILE], HOSTILE
-    allocation = {f"blk.0.{HOSTILE}": {"qtype": HOSTILE}, HOSTILE: {"qtype": "Q4_K"}}
+    allocation = {f"blk.0.{HOSTILE}": HOSTILE, HOSTILE: "Q4_K"}
     finished = _replace(job, state="finished", report=report, allocation=allocation)
     for html in (
         view.head(job),
@@ -290,12 +290,13 @@ def test_charts_of_little_data() -> None:
     made = json.loads(charts.kl_curve(flat))
     assert made["width"] == "container" and made["usermeta"]["embedOptions"]["renderer"] == "svg"
     assert [datum["kl"] for datum in made["data"]["values"]] == [0.01] * 3
-    assert charts.tensor_map({"x": 3, "y": {"qtype": None}}) == ""
+    assert charts.tensor_map({}) == ""
 
 
 def test_the_plots_of_a_page() -> None:
     """Those of the report; before there is one those of the search, each made once."""
-    job = _replace(_view(), report=fixtures.make_report(), allocation=fixtures.make_allocation())
+    best = {name: choice["qtype"] for name, choice in fixtures.make_allocation().items()}
+    job = _replace(_view(), report=fixtures.make_report(), allocation=best)
     whole = results.plots(job)
     assert list(whole) == list(charts.PLOTS) and all(whole.values())
     assert results.plots(job)["tensor-map"] is whole["tensor-map"]
@@ -342,7 +343,7 @@ def _view() -> Any:
     from quantkit.server.runs import RunView, StageView
 
     stages = tuple(StageView(name) for name in NAMES)
-    return RunView("id", "a/b", None, "like Q4_K_M", "demo", 0, "queued", 1.0, stages)
+    return RunView("id", "a/b", "like Q4_K_M", "demo", "queued", 1.0, stages=stages)
 
 
 def _replace(job: Any, **fields: Any) -> Any:

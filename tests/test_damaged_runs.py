@@ -363,7 +363,7 @@ def test_reports_of_strangers_are_drawn_or_refused(seed: int) -> None:
                 break
             place = place[key]
     began = time.process_time()
-    run = RunView("a", "m", None, "t", "p", 0, "finished", 1.0, (), report=report)
+    run = RunView("a", "m", "t", "p", "finished", 1.0, stages=(), report=report)
     html = results.results(run) + results.report(run)
     html.encode()
     assert time.process_time() - began < 20

@@ -236,6 +236,13 @@ def test_a_run_of_the_command_line_is_seen_running(store: RunStore) -> None:
     assert store.view("cli", ALICE).state == "interrupted"
 
 
+def test_of_a_mix_only_types_are_taken(store: RunStore) -> None:
+    best = fixtures.write_run(store.root / "cli") / "5-search" / "best.json"
+    assert "Q6_K" in (store.view("cli", ALICE).allocation or {}).values()
+    best.write_text('{"x": 3, "y": {"qtype": null}, "z": {"qtype": "Q4_K"}}')
+    assert store.view("cli", ALICE).allocation == {"z": "Q4_K"}
+
+
 def test_a_worker_that_dies_before_its_first_event_tells_why(store: RunStore) -> None:
     run_id = store.submit(fixtures.CONFIG, ALICE)
     config = store.root / run_id / "config.json"

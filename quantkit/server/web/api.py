@@ -160,8 +160,8 @@ def add_endpoints(handlers: Handlers) -> None:
         owner = asker_of(key, request, user, token).owner
         job = to_json(handlers.store.view(job_id, owner))
         job["job"] = job.pop("remote")  # as clients have known it
-        for long in ("log", "allocation", "card", "curve"):
-            job.pop(long)
+        for left_out in ("log", "allocation", "card", "curve", "percent"):
+            job.pop(left_out)
         return _without_paths(job)
 
     @_told

@@ -333,8 +333,8 @@ def _run_line(run: RunSummary) -> str:
     if run.is_local:
         detail += " · command line"
     now = ""
-    if run.state == "running" and run.stage:
-        now = run.stage + ("" if run.percent is None else f" {run.percent} %")
+    if run.state == "running" and run.current:
+        now = run.current + ("" if run.percent is None else f" {run.percent} %")
     elif run.state == "queued" and run.position:
         now = f"number {run.position} in line"
     name = escape(model_name(run.model))
