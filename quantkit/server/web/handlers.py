@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from quantkit.server.executors.registry import LOCAL
 from quantkit.server.previews.estimate import Looked, estimate, known_plan
 from quantkit.server.previews.first_look import DEMO, FirstLook
 from quantkit.server.previews.talk import check_prompt, say
-from quantkit.server.runs import RunForm, RunStore, RunView, check_repo, to_config
+from quantkit.server.runs import RunForm, RunStore, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.request import check_collection, check_machine, check_visibility
 from quantkit.server.web import previews, publishing, results, view
@@ -70,24 +70,15 @@ class Handlers:
         self._welcomed: dict[str, float] = {}
         self._no_search_until = 0.0
 
-    def owner(self, cookies: Mapping[str, Any], username: str | None) -> str | None:
-        """The visitor's id; None for a visitor without a cookie."""
-        if username is not None:
-            return f"hf:{username}"
-        visitor = self.visitors.of_cookies(cookies)
-        return None if visitor is None else f"visitor:{visitor}"
-
     def client(self, request: Any, user: Any) -> Client:
-        """Who sent a request of the page: the signed-in user, else the holder of its cookie.
-
-        On a Space requests come through the Hub's proxy, which appends the address that it saw.
+        """Who sent a request of the page: the signed-in user, else the holder of its cookie. The
+        gate has found out the address.
         """
-        username = user.username if user else None
         address = request.client.host if request.client else ""
-        if self.on_space:
-            seen = request.headers.get("x-forwarded-for", "").split(",")[-1].strip()
-            address = seen or address
-        return Client(self.owner(request.cookies, username), username, address)
+        if user:
+            return Client(f"hf:{user.username}", user.username, address)
+        visitor = self.visitors.of_cookies(request.cookies)
+        return Client(None if visitor is None else f"visitor:{visitor}", None, address)
 
     def allow(self, action: str, client: Client) -> None:
         """Raise QuantkitError when a stranger does this too often."""
@@ -314,18 +305,25 @@ class Handlers:
 
     # What is shown.
 
-    def shown(self, run_id: Any, owner: str | None) -> dict[str, Any]:
+    def shown(self, run_id: Any, owner: str | None) -> dict[str, str | bool]:
         """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
         try:
             run = self.store.view(run_id, owner)
             raw = self.store.log_tail(run_id, owner)
         except QuantkitError as error:
-            nothing: dict[str, Any] = dict.fromkeys((*CHUNKS, *SWITCHES), "")
             lost = view.notice(error.message, error.remedy)
-            return {**nothing, **dict.fromkeys(SWITCHES, False), "head": lost}
+            return {**dict.fromkeys(CHUNKS, ""), **dict.fromkeys(SWITCHES, False), "head": lost}
         return {
-            **_rendered(run),
+            "head": view.head(run),
+            "stages": view.stages(run),
+            "curve": view.curve(run),
+            "files": view.files(run) + view.strip(run),
+            "results": results.results(run),
+            "report": results.report(run),
+            "card": view.card(run),
+            "log": view.log(run),
             "raw": view.raw_log(raw),
+            **results.plots(run),
             "can_cancel": run.can_cancel,
             "can_resume": run.can_resume,
             "can_delete": run.can_delete,
@@ -338,20 +336,6 @@ class Handlers:
 
     def run_list(self, owner: str | None) -> str:
         return told(lambda: view.run_list(self.store.runs(owner)))[0]
-
-
-def _rendered(run: RunView) -> dict[str, Any]:
-    return {
-        "head": view.head(run),
-        "stages": view.stages(run),
-        "curve": view.curve(run),
-        "files": view.files(run) + view.strip(run),
-        "results": results.results(run),
-        "report": results.report(run),
-        "card": view.card(run),
-        "log": view.log(run),
-        **results.plots(run),
-    }
 
 
 def known(owner: str | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
         gr.HTML('<nav class="qk-back"><a href="./">← All runs and a new one</a></nav>')
-        self.chunks: dict[str, Any] = {"head": gr.HTML(elem_id="job-head")}
+        self.chunks: dict[str, gr.HTML | gr.Plot] = {"head": gr.HTML(elem_id="job-head")}
         with gr.Row(elem_classes="qk-buttons"):
             self.cancel = gr.Button("Cancel", elem_id="cancel", visible=False, size="sm")
             self.resume = gr.Button(
@@ -278,23 +278,22 @@ class Watch:
         answer(first.then, True, self.base_answer)
 
 
-def short_hash(value: Any) -> str:
+def short_hash(value: str | bool) -> str:
     """Tells one content of a part from another; a text, because a script rounds long numbers."""
     return f"{hash(value):x}"
 
 
-def updates(shown: dict[str, Any], known: dict[str, str], names: tuple[str, ...]) -> list[Any]:
+def updates(
+    shown: Mapping[str, str | bool], known: Mapping[str, str], names: Sequence[str]
+) -> list[Any]:
     """An update for every name: skipped where nothing changed since `known`."""
-    made: list[Any] = []
-    for name in names:
-        if name not in shown or known.get(name) == short_hash(shown[name]):
-            made.append(gr.skip())
-        elif name in SWITCHES:
-            made.append(gr.update(visible=shown[name]))
-        elif name in PLOTS:
-            # Vega-Lite's JSON is what Gradio makes of an Altair chart.
-            plot = PlotData(type="altair", plot=shown[name]) if shown[name] else None
-            made.append(gr.update(value=plot, visible=plot is not None))
-        else:
-            made.append(gr.update(value=shown[name], visible=bool(shown[name])))
-    return made
+    changed = {name for name in shown if known.get(name) != short_hash(shown[name])}
+    return [_update(name, shown[name]) if name in changed else gr.skip() for name in names]
+
+
+def _update(name: str, value: str | bool) -> Any:
+    if name not in PLOTS:
+        return gr.update(visible=value) if isinstance(value, bool) else said(value)
+    # Vega-Lite's JSON is what Gradio makes of an Altair chart.
+    plot = PlotData(type="altair", plot=str(value)) if value else None
+    return gr.update(value=plot, visible=plot is not None)
