@@ -49,20 +49,17 @@ def preview(
     `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
     the run cannot be done on it; `offers`: of machines elsewhere.
     """
+    warnings = [f"{budget.target}: {budget.refusal}" for budget in plan.sizes.refused]
+    warnings += plan.warnings[:10]
+    notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
     try:
-        return _preview(plan, context, here, why_not, offers, chosen)
+        where = _where(plan.estimates, here, why_not, offers, chosen)
+        return _card(_facts(plan, context), f"{where}{_stock(plan, context)}{notes}")
     except (ArithmeticError, ValueError):  # of numbers that no model has
         return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
 
 
-def _preview(
-    plan: Plan,
-    context: int | None,
-    here: str,
-    why_not: str,
-    offers: Sequence[Offer],
-    chosen: Offer | None,
-) -> str:
+def _facts(plan: Plan, context: int | None) -> list[tuple[str, str]]:
     model, sizes, needs = plan.model, plan.sizes, plan.estimates
     facts = [
         ("Model", f"{model.architecture}, {parameters(model.n_parameters)} parameters"),
@@ -70,25 +67,17 @@ def _preview(
         ("File", _budget(sizes.budgets, model.n_parameters)),
     ]
     if context is not None:
-        facts.append(
-            (
-                "Context",
-                f"{context:,} tokens take {size(plan.context.n_bytes(context))} beside it",
-            )
-        )
+        beside = size(plan.context.n_bytes(context))
+        facts.append(("Context", f"{context:,} tokens take {beside} beside it"))
     facts.append(("Possible", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"))
     facts.append(("Under GPTQ", in_words(plan.coverage)))
-    facts.append(("Disk, memory", _both(needs)))
+    disk, memory = size(needs.disk_bytes), size(needs.memory_bytes)
+    facts.append(("Disk, memory", f"about {disk}, {memory}"))
     n_fallbacks = len({f.tensor for f in plan.fallbacks})
     if n_fallbacks:
-        facts.append(
-            ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
-        )
-    warnings = [f"{budget.target}: {budget.refusal}" for budget in sizes.refused]
-    warnings += plan.warnings[:10]
-    notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
-    where = _where(needs, here, why_not, offers, chosen)
-    return _card(facts, f"{where}{_stock(plan, context)}{notes}")
+        said = f"{n_fallbacks} tensors need another type; the report lists them"
+        facts.append(("Fallbacks", said))
+    return facts
 
 
 def _card(facts: Sequence[tuple[str, str]], rest: str) -> str:
@@ -108,10 +97,6 @@ def _budget(budgets: Sequence[Budget], n_parameters: int) -> str:
         return f"{len(limits)} files: " + ", ".join(size(n) for n in limits)
     (limit,) = limits
     return f"at most {size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
-
-
-def _both(needs: Estimates) -> str:
-    return f"about {size(needs.disk_bytes)}, {size(needs.memory_bytes)}"
 
 
 def _where(
