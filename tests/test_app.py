@@ -55,7 +55,7 @@ def get(url: str, cookie: str = "", **headers: str) -> tuple[int, dict[str, str]
         url, headers={k.replace("_", "-"): v for k, v in headers.items()}
     )
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
@@ -145,13 +145,12 @@ def test_downloads_stream_in_ranges_to_their_owner_only(
 def test_api_runs_a_job(page: tuple[str, RunStore, Visitors]) -> None:
     client = Client(page[0], verbose=False)
     job = client.predict("demo:smollm2-135m", profile="demo", api_name="/start_job")
-    deadline = time.monotonic() + 60
     while True:
         status = client.predict(job["job_id"], job["key"], api_name="/job_status")
-        if status["state"] == "finished":
+        if status["state"] not in ("queued", "running"):
             break
-        assert time.monotonic() < deadline and status["state"] in ("queued", "running")
         time.sleep(0.3)
+    assert (status["state"], status["error"]) == ("finished", "")
     assert [stage["name"] for stage in status["stages"]] == list(NAMES)
     assert status["report"]["outputs"][0]["n_bytes"] > 0
     assert status["files"][0]["name"] == fixtures.GGUF
@@ -211,7 +210,7 @@ def test_a_poll_that_finds_nothing_new_opens_nothing(
             json.dumps(body).encode(),
             fixtures.page_headers(url, visitors, key),
         )
-        answered.append(len(urllib.request.urlopen(request, timeout=60).read()))
+        answered.append(len(urllib.request.urlopen(request, timeout=120).read()))
 
     with fixtures.opened_files(store.root) as opened:
         poll(0)
@@ -366,7 +365,7 @@ def test_the_front_end_is_light() -> None:
         "heavy = {'torch', 'transformers', 'llama_cpp', 'datasets', 'accelerate'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)
 
 
 @pytest.mark.slow
@@ -387,7 +386,7 @@ def test_app_starts_in_the_clone_itself(tmp_path: Path, on_space: bool) -> None:
 def test_a_wrong_setting_is_a_sentence(tmp_path: Path) -> None:
     environment = {**os.environ, "QUANTKIT_WORKERS": "many", "QUANTKIT_RUNS": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, timeout=120
+        [sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, timeout=600
     )
     assert done.returncode == 2 and done.stderr.startswith(b"quantkit: QUANTKIT_WORKERS=many")
 
@@ -422,7 +421,7 @@ class _app:
 
     def __enter__(self) -> str:
         url = f"http://127.0.0.1:{self._port}/"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while True:
             try:
                 get(url)
@@ -436,7 +435,7 @@ class _app:
 
     def __exit__(self, *_: object) -> None:
         self._child.terminate()
-        self._child.wait(20)
+        self._child.wait(120)
 
 
 @pytest.mark.slow
@@ -449,7 +448,7 @@ def test_api_runs_the_real_pipeline(tmp_path: Path) -> None:
         client = Client(url, verbose=False)
         options = {"profile": "demo", "calibration": "builtin"}
         job = client.predict(str(model), api_name="/start_job", **options)
-        deadline = time.monotonic() + 480
+        deadline = time.monotonic() + 1800
         while True:
             status = client.predict(job["job_id"], job["key"], api_name="/job_status")
             if status["state"] not in ("queued", "running"):

@@ -347,7 +347,7 @@ def ask(
     url: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Send exactly this; status, headers (lower case) and body of the answer."""
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=300)
     try:
         given = dict(headers or {})
         if body is not None:

@@ -277,7 +277,7 @@ def test_a_file_answers_without_secrets(
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("import time; time.sleep(60)", "too long"),
+        ("import time; time.sleep(600)", "too long"),
         ("yield bytes(1)", "not JSON serializable"),
         ("raise SystemExit(3)", "ended early: 3"),
         ("raise ValueError('a bad template')", "a bad template"),
@@ -292,7 +292,7 @@ def test_a_file_that_does_not_answer(
     words: str,
 ) -> None:
     answering(f"def answer(path, messages):\n    {code}\n    yield 'x'\n")
-    monkeypatch.setattr(talk, "_WALL_SECONDS", 1 if "sleep" in code else 60)
+    monkeypatch.setattr(talk, "_WALL_SECONDS", 1 if "sleep" in code else 600)
     with pytest.raises(QuantkitError, match=words):
         list(talk.say(tmp_path, [{"role": "user", "content": "hello"}]))
 

@@ -206,7 +206,7 @@ def test_from_the_button_to_the_repository(
         hub.cut_next(r"/lfs-upload/")
         hub.lose_next(r"/commit/")
         page.locator("#publish").click()
-        expect(page.locator("#job-head")).to_contain_text("Published:", timeout=90_000)
+        expect(page.locator("#job-head")).to_contain_text("Published:", timeout=300_000)
         assert page.locator("#publish-token input").input_value() == ""
 
         repo = hub.repos["model", REPO]

@@ -52,7 +52,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
         assert status(job)["state"] == "running"
         until(lambda: status(job)["current"] in ("quantize", "search", "stitch", "validate"))
         os.killpg(record.pid, signal.SIGKILL)
-        until(lambda: status(job)["state"] == "interrupted", 60)
+        until(lambda: status(job)["state"] == "interrupted")
         store.resume(job["job_id"], owner)
         until(lambda: status(job)["state"] in ("finished", "failed"))
         assert (status(job)["state"], status(job)["error"]) == ("finished", "")

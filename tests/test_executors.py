@@ -42,7 +42,7 @@ from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
 
-until = fixtures.patience(90.0)
+until = fixtures.patience(300.0)
 
 OWNER = "visitor:alice"
 ME = Client(OWNER, None, "1.2.3.4")

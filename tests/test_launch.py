@@ -34,7 +34,7 @@ from quantkit.server.runs import (
 )
 from quantkit.server.runs.record import load_record, new_run_id, run_folder
 
-until = fixtures.patience(90.0)
+until = fixtures.patience(300.0)
 
 ALICE, MALLORY = "visitor:alice", "visitor:mallory"
 WORKER = (sys.executable, fixtures.__file__)
@@ -87,7 +87,7 @@ def test_a_visitor_takes_no_more_places_by_resuming(tmp_path: Path) -> None:
 def test_the_queue_runs_one_after_the_other(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.15")
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.5")
     first, second, third = (store.submit(fixtures.CONFIG, ALICE) for _ in range(3))
     store.tick()
     assert state(store, first) == "running"
@@ -109,7 +109,7 @@ def test_cancel_ends_the_worker_and_resume_goes_on(
     record = load_record(store.root / run_id)
     assert record is not None and record.pid is not None
     store.cancel(run_id, ALICE)
-    assert process.wait_until_gone(record.pid, record.pid_started, 10)
+    until(lambda: not process.is_alive(record.pid, record.pid_started))
     assert state(store, run_id) == "cancelled"
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.01")
     store.resume(run_id, ALICE)
@@ -147,7 +147,7 @@ def test_another_server_takes_over(store: RunStore, monkeypatch: pytest.MonkeyPa
     assert other.view(waiting, ALICE).state == "queued"
     store.close()
     assert other.view(running, ALICE).state == "running"
-    until(lambda: state(other, waiting) == "finished", 60)
+    until(lambda: state(other, waiting) == "finished")
     assert other.view(running, ALICE).state == "finished"
     until(lambda: state(other, with_token) == "interrupted")
     assert "sign" in other.view(with_token, ALICE).error
@@ -225,7 +225,7 @@ def test_a_run_of_the_command_line_is_seen_running(store: RunStore) -> None:
     folder = fixtures.write_run(store.root / "cli", until="search", share=0.5, outcome=None)
     assert store.view("cli", ALICE).state == "interrupted"
     hold = "import sys,time;from pathlib import Path;from quantkit.run.folder import RunDir\n"
-    hold += "with RunDir(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
+    hold += "with RunDir(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", hold, folder], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline()

@@ -47,7 +47,7 @@ from quantkit.server.runs.record import load_record
 from quantkit.server.web import view
 from quantkit.tensors import to_json
 
-until = fixtures.patience(180.0)
+until = fixtures.patience(300.0)
 
 OWNER = "hf:alice"
 IN_JOB = (
@@ -144,7 +144,9 @@ def test_a_killed_listener_takes_up_where_it_was(
     """The server's machine dies; the Job does not, and is not started twice."""
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.6")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
-    until(lambda: state(store, run) == "running" and store.view(run, OWNER).current == "convert")
+    until(
+        lambda: state(store, run) == "running" and store.view(run, OWNER).stages[0].state == "done"
+    )
     record = load_record(store.root / run)
     assert record is not None and record.pid is not None
     os.killpg(record.pid, signal.SIGKILL)

@@ -196,7 +196,7 @@ def test_runs_are_found_again_by_their_jobs(hub: HubServer, tmp_path: Path) -> N
 
 def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path: Path) -> None:
     """It is paid for; and what was deleted does not come back, whatever the Hub still lists."""
-    hub.jobs.command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    hub.jobs.command = [sys.executable, "-c", "import time; time.sleep(600)"]
     labels = app_labels({})
     environment = {"QUANTKIT_CONFIG": json.dumps(to_json(fixtures.CONFIG))}
     order = jobs.JobOrder("x", ("true",), "cpu-basic", 60, labels, environment)
@@ -250,11 +250,12 @@ def test_a_run_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "20")
     store = RunStore(tmp_path, Limits(seconds=1), public=True)
     run = store.submit(fixtures.CONFIG, ALICE_OWNS)
-    deadline = time.monotonic() + 60
-    while store.view(run, ALICE_OWNS).state != "interrupted":
+
+    def is_ended() -> bool:
         store.tick()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        return store.view(run, ALICE_OWNS).state == "interrupted"
+
+    fixtures.patience(300.0)(is_ended)
     assert "longer than" in store.view(run, ALICE_OWNS).error
     store.close()
 
@@ -348,7 +349,7 @@ def test_the_way_to_the_sign_in(hub: HubServer, tmp_path: Path) -> None:
     def step(url: str, cookies: dict[str, str]) -> tuple[int, str]:
         """Status and target of a request; takes in the cookies that the answer sets."""
         parts = urlsplit(url)
-        connection = HTTPConnection(parts.netloc, timeout=20)
+        connection = HTTPConnection(parts.netloc, timeout=120)
         sent = "; ".join(f"{name}={value}" for name, value in cookies.items())
         connection.request("GET", f"{parts.path}?{parts.query}", headers={"Cookie": sent})
         answer = connection.getresponse()
@@ -379,6 +380,6 @@ def call(url: str, name: str, data: dict[str, Any]) -> str:
         json.dumps(data).encode(),
         {"Content-Type": "application/json"},
     )
-    event = json.loads(urllib.request.urlopen(request, timeout=20).read())["event_id"]
-    answer = urllib.request.urlopen(f"{url}gradio_api/call/{name}/{event}", timeout=60)
+    event = json.loads(urllib.request.urlopen(request, timeout=120).read())["event_id"]
+    answer = urllib.request.urlopen(f"{url}gradio_api/call/{name}/{event}", timeout=300)
     return answer.read().decode()
