@@ -24,7 +24,7 @@ from quantkit.server.previews.talk import check_prompt, say
 from quantkit.server.runs import RunForm, RunStore, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.request import check_collection, check_machine, check_visibility
-from quantkit.server.web import previews, publishing, results, view
+from quantkit.server.web import previews, results, view
 from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.rate_limit import RateLimit
 from quantkit.server.web.visitor import Visitors
@@ -263,7 +263,7 @@ class Handlers:
         closed = self.store.closed(run_id, client.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, check_repo(repo), secret, private)
-        return publishing.changes(changes, closed)
+        return previews.changes(changes, closed)
 
     def publish(
         self, run_id: Any, repo: str, visibility: str, collection: str, client: Client, token: str
