@@ -206,42 +206,30 @@ class Form:
             )
 
     @property
-    def fields(self) -> list[Any]:
-        """The inputs, in the order of `read`. The token comes last."""
-        return [
-            *(self.model, self.kind, self.like, self.size, self.bpw, self.memory, self.context),
-            *(self.family, self.profile, self.where, self.machine),
-            *(self.revision, self.levels, self.methods, self.calibration, self.types),
-            *(self.seed, self.device, self.repo, self.visibility, self.token),
-        ]
+    def _by_name(self) -> dict[str, gr.components.Component]:
+        """The inputs by the names of `RunForm`; where and on which machine are one thing there."""
+        return {
+            **{"model": self.model, "size_kind": self.kind, "like": self.like, "size": self.size},
+            **{"bpw": self.bpw, "memory": self.memory, "context": self.context},
+            **{"family": self.family, "profile": self.profile},
+            **{"where": self.where, "machine": self.machine},
+            **{"revision": self.revision, "levels": self.levels, "methods": self.methods},
+            **{"calibration": self.calibration, "types": self.types, "seed": self.seed},
+            **{"device": self.device, "publish": self.repo, "visibility": self.visibility},
+        }
 
-    @staticmethod
-    def read(values: Sequence[Any]) -> RunForm:
+    @property
+    def fields(self) -> list[gr.components.Component]:
+        """The inputs, in the order of `read`. The token comes last."""
+        return [*self._by_name.values(), self.token]
+
+    def read(self, values: Sequence[Any]) -> RunForm:
         """The form's values without the token, as a run is asked for with."""
-        model, kind, like, size, bpw, memory, context, family, profile, *rest = values
-        where, machine, revision, levels, methods, calibration, types, *rest = rest
-        seed, device, repo, seen_by = rest
-        return RunForm(
-            model=model or "",
-            size_kind=kind,
-            like=like or "",
-            size=size or "",
-            bpw=bpw,
-            memory=memory or "",
-            context=_number(context),
-            family=tuple(family or ()),
-            profile=profile,
-            revision=revision or "",
-            levels=tuple(levels or ()),
-            methods=tuple(methods or ()),
-            calibration=calibration or "",
-            types=types or "",
-            seed=seed,
-            device=device,
-            publish=repo or "",
-            visibility=seen_by or "model",
-            machine=HERE if where == HERE else f"{where}:{machine or AUTO}",
-        )
+        given = dict(zip(self._by_name, values, strict=True))
+        where, machine = given.pop("where"), given.pop("machine")
+        given["context"] = _number(given["context"])
+        given["machine"] = HERE if where == HERE else f"{where}:{machine or AUTO}"
+        return RunForm(**given)
 
     def _wire(self) -> None:
         handlers = self._handlers
