@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 from quantkit.config import RunConfig
@@ -30,7 +31,7 @@ from quantkit.server.runs.record import (
     run_folder,
     save_record,
 )
-from quantkit.server.runs.scheduler import Scheduler, guarded
+from quantkit.server.runs.scheduler import Scheduler, guarded, told
 from quantkit.server.runs.view import RunSummary, RunView
 
 
@@ -48,7 +49,7 @@ class RunStore(Scheduler):
                 summary
                 for run_id, follower in followers.items()
                 if self._may_see(follower.record, owner)
-                and (summary := _summary(follower, places.get(run_id))) is not None
+                and (summary := told(follower, partial(follower.summary, places.get(run_id))))
             ]
         return tuple(sorted(found, key=lambda run: -run.created))
 
@@ -61,9 +62,7 @@ class RunStore(Scheduler):
             followers = self._scan() if waits else {}
             places = positions(followers)
             place = places.get(follower.folder.name)
-            found = guarded(follower, lambda: follower.view(place))
-            if found is None and follower.fault:
-                found = follower.view(place)  # that it is damaged can always be told
+            found = told(follower, lambda: follower.view(place))
             if found is not None and waits:
                 seconds = wait_seconds(followers, follower, self.limits.workers)
                 found = dataclasses.replace(found, wait_seconds=seconds)
@@ -260,14 +259,6 @@ class RunStore(Scheduler):
             return
         check_disk(self.root, self.limits)
         check_limits(self._scan().values(), owner, place, self.limits, self.public)
-
-
-def _summary(follower: Follower, place: int | None) -> RunSummary | None:
-    """One line of the list, also where a run is damaged in a way that nobody foresaw."""
-    found = guarded(follower, lambda: follower.summary(place))
-    if found is None and follower.fault:
-        found = follower.summary(place)
-    return found
 
 
 def _check_whole(follower: Follower) -> None:
