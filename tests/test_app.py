@@ -28,8 +28,9 @@ from gradio_client.exceptions import AppError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report.render import THEMES
 from quantkit.run.names import NAMES
-from quantkit.server.runs import RunStore, RunSummary
 from quantkit.server.runs.progress import KlPoint, LogLine
+from quantkit.server.runs.store import RunStore
+from quantkit.server.runs.view import RunSummary
 from quantkit.server.web import charts, results, theme, view, visitor
 from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import COOKIE, Visitors
@@ -339,7 +340,8 @@ def test_a_curve_says_whether_its_kl_is_expected(expected: bool) -> None:
 
 
 def _view() -> Any:
-    from quantkit.server.runs import RunView, StageView
+    from quantkit.server.runs.progress import StageView
+    from quantkit.server.runs.view import RunView
 
     stages = tuple(StageView(name) for name in NAMES)
     return RunView("id", "a/b", "like Q4_K_M", "demo", "queued", 1.0, stages=stages)
@@ -350,7 +352,7 @@ def _replace(job: Any, **fields: Any) -> Any:
 
 
 def _file(name: str) -> Any:
-    from quantkit.server.runs import ResultFile
+    from quantkit.server.runs.view import ResultFile
 
     return ResultFile(name, 5, name)
 

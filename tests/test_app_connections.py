@@ -20,7 +20,7 @@ import pytest
 import test_app_fixtures as fixtures
 from test_app_fixtures import ask, event_number
 
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import bodies, gate, listen
 from quantkit.server.web.listen import Connections, raise_files
 from quantkit.server.web.origin import Places

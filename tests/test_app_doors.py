@@ -19,7 +19,7 @@ import test_app_fixtures as fixtures
 from gradio.state_holder import StateHolder
 from test_app_fixtures import ask, event_number
 
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import doors
 from quantkit.server.web.page import build_app
 from quantkit.server.web.server import launch

@@ -31,8 +31,8 @@ from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.names import NAMES
 from quantkit.sandbox import secrets
 from quantkit.server.executors import local, process
-from quantkit.server.runs import RunStore
 from quantkit.server.runs.record import RunRecord, load_record, owner_hash, save_record
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(LikeMix("Q4_K_M"),))

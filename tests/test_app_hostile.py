@@ -24,7 +24,7 @@ from test_app import get
 from test_space import call
 
 from quantkit.errors import QuantkitError
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.rate_limit import ALLOWED, RateLimit
 from quantkit.server.web.visitor import Visitors
 
@@ -148,7 +148,7 @@ def test_the_page_does_not_act_for_others(
 
 @pytest.mark.parametrize("pattern", BOMBS)
 def test_patterns_that_never_end(site: tuple[str, RunStore, Visitors, str], pattern: str) -> None:
-    from quantkit.server.runs import RunForm, to_config
+    from quantkit.server.runs.request import RunForm, to_config
 
     began = time.process_time()
     with pytest.raises(QuantkitError):

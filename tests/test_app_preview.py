@@ -35,9 +35,9 @@ from quantkit.server.executors.hf_jobs.executor import HfJobs
 from quantkit.server.previews import talk
 from quantkit.server.previews.estimate import _key, _Known, _known, estimate
 from quantkit.server.previews.sizes import with_sizes
-from quantkit.server.runs import RunForm, RunStore
 from quantkit.server.runs.record import load_record
-from quantkit.server.runs.request import to_config
+from quantkit.server.runs.request import RunForm, to_config
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import handlers as handlers_module
 from quantkit.server.web import previews
 from quantkit.server.web.handlers import Client, Handlers

@@ -21,7 +21,7 @@ from test_app_browser import browser, open_page, shots  # noqa: F401
 
 from quantkit.errors import QuantkitError
 from quantkit.run.folder import RunDir
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import previews
 from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.visitor import Visitors

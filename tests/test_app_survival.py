@@ -17,8 +17,8 @@ from test_app import ROOT, _app, get
 from tiny_models import tiny_llama
 
 from quantkit.server.executors import process
-from quantkit.server.runs import RunStore
 from quantkit.server.runs.record import load_record
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.visitor import Visitors
 
 until = fixtures.patience(600.0, pause=0.3)

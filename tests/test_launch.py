@@ -23,16 +23,10 @@ import test_app_fixtures as fixtures
 from quantkit.errors import UsageError
 from quantkit.run.events import EventLog
 from quantkit.server.executors import local, process
-from quantkit.server.runs import (
-    Limits,
-    NoSuchRun,
-    RunForm,
-    RunStore,
-    is_public,
-    open_store,
-    to_config,
-)
-from quantkit.server.runs.record import load_record, new_run_id, run_folder
+from quantkit.server.runs.limits import Limits
+from quantkit.server.runs.record import NoSuchRun, load_record, new_run_id, run_folder
+from quantkit.server.runs.request import RunForm, to_config
+from quantkit.server.runs.store import RunStore, is_public, open_store
 
 until = fixtures.patience(300.0)
 

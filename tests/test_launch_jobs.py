@@ -41,9 +41,10 @@ from quantkit.server.executors.hf_jobs.wire import (
     event_line,
     file_lines,
 )
-from quantkit.server.executors.protocol import Offer, choose
-from quantkit.server.runs import Limits, Order, RunStore
+from quantkit.server.executors.protocol import Offer, Order, choose
+from quantkit.server.runs.limits import Limits
 from quantkit.server.runs.record import load_record
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import view
 from quantkit.tensors import to_json
 

@@ -30,13 +30,14 @@ from itsdangerous import TimestampSigner
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
 from quantkit.server.executors import local
-from quantkit.server.executors.hf_jobs.labels import app_labels
+from quantkit.server.executors.hf_jobs.executor import app_labels
+from quantkit.server.executors.protocol import Order
 from quantkit.server.executors.registry import HF_JOBS
-from quantkit.server.runs import Limits, Order, RunStore
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.limits import CLEAN, DELETE, what_is_due
+from quantkit.server.runs.limits import CLEAN, DELETE, Limits, what_is_due
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.runs.record import load_record
+from quantkit.server.runs.store import RunStore
 from quantkit.tensors import to_json
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,9 @@ back scans the folder and goes on, with the workers that ran meanwhile.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,14 @@ from quantkit.server.executors import process
 from quantkit.server.executors.protocol import LOG_FILE, REMOTE_LOG_FILE, Order
 from quantkit.server.runs import view
 from quantkit.server.runs.follow import Follower, tail
-from quantkit.server.runs.limits import check_disk, check_limits, positions, wait_seconds
+from quantkit.server.runs.limits import (
+    PUBLIC_LIMITS,
+    Limits,
+    check_disk,
+    check_limits,
+    positions,
+    wait_seconds,
+)
 from quantkit.server.runs.record import (
     CANCELLED,
     QUEUED,
@@ -259,6 +268,27 @@ class RunStore(Scheduler):
             return
         check_disk(self.root, self.limits)
         check_limits(self._scan().values(), owner, place, self.limits, self.public)
+
+
+def is_public(environment: Mapping[str, str] | None = None) -> bool:
+    """Return whether strangers use this page: on a Space, or when QUANTKIT_PUBLIC=1 says so."""
+    environment = os.environ if environment is None else environment
+    return environment.get("SYSTEM") == "spaces" or environment.get("QUANTKIT_PUBLIC", "") == "1"
+
+
+def open_store(environment: Mapping[str, str] | None = None) -> RunStore:
+    """The store that the environment describes: QUANTKIT_RUNS, QUANTKIT_WORKERS.
+
+    Raises UsageError for a number that is none.
+    """
+    environment = os.environ if environment is None else environment
+    text = environment.get("QUANTKIT_WORKERS", "1")
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise UsageError(f"QUANTKIT_WORKERS={text} is not a number of runs.", "Use 1 to 64.")
+    root = Path(environment.get("QUANTKIT_RUNS") or "runs").absolute()
+    public = is_public(environment)
+    limits = PUBLIC_LIMITS if public else Limits()
+    return RunStore(root, dataclasses.replace(limits, workers=int(text)), public)
 
 
 def _check_whole(follower: Follower) -> None:

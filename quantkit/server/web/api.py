@@ -16,7 +16,7 @@ import gradio as gr
 
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.server.runs import RunForm, to_config
+from quantkit.server.runs.request import RunForm, to_config
 from quantkit.server.web.handlers import Client, Handlers, known
 from quantkit.tensors import to_json
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from quantkit.evidence.report import plots
 from quantkit.evidence.report.render import Spec
 from quantkit.evidence.report.schema import Report, TracePoint
-from quantkit.server.runs import KlPoint
+from quantkit.server.runs.progress import KlPoint
 
 PLOTS = ("frontier", "domains", "convergence", "tensor-map", "bits-by-kind")
 

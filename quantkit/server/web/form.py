@@ -13,8 +13,7 @@ import gradio as gr
 from quantkit.config import DEMO_MODEL, PROFILES
 from quantkit.ggml.types import FILE_TYPES, QUANTIZED
 from quantkit.server.executors.registry import AUTO, HERE
-from quantkit.server.runs import RunForm
-from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES
+from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
 from quantkit.server.web.events import asked, growing, quietly, said
 from quantkit.server.web.handlers import Client, Handlers
 from quantkit.tensors import METHODS

@@ -21,9 +21,16 @@ from quantkit.server.executors.registry import LOCAL
 from quantkit.server.previews.estimate import Looked, estimate, known_plan
 from quantkit.server.previews.first_look import DEMO, FirstLook
 from quantkit.server.previews.talk import check_prompt, say
-from quantkit.server.runs import RunForm, RunStore, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.request import check_collection, check_machine, check_visibility
+from quantkit.server.runs.request import (
+    RunForm,
+    check_collection,
+    check_machine,
+    check_repo,
+    check_visibility,
+    to_config,
+)
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import previews, results, view
 from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.rate_limit import RateLimit

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_space
 
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.api import add_endpoints
 from quantkit.server.web.events import asked, quietly, said
 from quantkit.server.web.form import Form

@@ -10,7 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report import text
 from quantkit.evidence.report.schema import Report, Row
-from quantkit.server.runs import RunView
+from quantkit.server.runs.view import RunView
 from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
 from quantkit.server.web.view import macro, notice
 from quantkit.sizes import size

@@ -14,7 +14,8 @@ from markdown_it import MarkdownIt
 from quantkit.evidence import report as reports
 from quantkit.hub.jobs import MachineLoad
 from quantkit.server.executors.registry import EXECUTORS
-from quantkit.server.runs import KlPoint, LogLine, RunView, StageView
+from quantkit.server.runs.progress import KlPoint, LogLine, StageView
+from quantkit.server.runs.view import RunView
 from quantkit.sizes import size
 from quantkit.stages import STAGES
 

@@ -29,8 +29,7 @@ from quantkit.run.events import MOST_EVENT_BYTES, EventLog, outcome, read_events
 from quantkit.run.folder import RunDir, read_json
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import build, shortened
-from quantkit.server.executors.hf_jobs.executor import HfJobs
-from quantkit.server.executors.hf_jobs.labels import app_labels
+from quantkit.server.executors.hf_jobs.executor import HfJobs, app_labels
 from quantkit.server.executors.hf_jobs.wheel import job_requirement
 from quantkit.server.executors.hf_jobs.wire import Listener, SentEvent, SentFile
 from quantkit.server.executors.protocol import (
