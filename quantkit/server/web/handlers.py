@@ -266,7 +266,9 @@ class Handlers:
         visibility = check_visibility(visibility)
         files, places = self.store.staged(run_id, client.owner)
         self.allow("compare", client)
-        secret = self._token_to_publish(token)
+        secret = checked_token(token)
+        if secret is None and not self.store.public:
+            secret = hub.resolve_token()  # one's own machine is logged in with it
         closed = self.store.closed(run_id, client.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, check_repo(repo), secret, private)
@@ -276,22 +278,11 @@ class Handlers:
         self, run_id: Any, repo: str, visibility: str, collection: str, client: Client, token: str
     ) -> None:
         """Queue the upload of a validated run. Raises QuantkitError."""
-        checked = checked_token(token)  # none on one's own machine: what it is logged in with
+        secret = checked_token(token)  # none on one's own machine: what it is logged in with
         self.allow("publish", client)
-        slug = check_collection(collection)
-        self.store.publish(
-            run_id,
-            client.owner,
-            check_repo(repo),
-            check_visibility(visibility),
-            checked,
-            slug,
-        )
-
-    def _token_to_publish(self, token: str) -> str | None:
-        """The visitor's token; on one's own machine the one it is logged in with will do."""
-        checked = checked_token(token)
-        return checked if checked or self.store.public else hub.resolve_token()
+        slug, repo = check_collection(collection), check_repo(repo)
+        seen_by = check_visibility(visibility)
+        self.store.publish(run_id, client.owner, repo, seen_by, secret, slug)
 
     def talk(self, run_id: Any, prompt: str, original: bool, client: Client) -> Iterator[str]:
         """Yield what the finished file, or the original, answers; it grows. Raise
