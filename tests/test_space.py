@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from http.cookies import SimpleCookie
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import test_app_fixtures as fixtures
+from hub_jobs import Job
 from hub_server import ALICE, BOB, HubServer, running_hub
 from itsdangerous import TimestampSigner
 
@@ -38,6 +40,8 @@ from quantkit.server.runs.limits import CLEAN, DELETE, Limits, what_is_due
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.runs.record import load_record
 from quantkit.server.runs.store import RunStore
+from quantkit.server.web.page import build_app
+from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
 
 ROOT = Path(__file__).parent.parent
@@ -195,16 +199,32 @@ def test_runs_are_found_again_by_their_jobs(hub: HubServer, tmp_path: Path) -> N
     assert adopt(tmp_path, ALICE_OWNS, HF_JOBS, found) == ()
 
 
-def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path: Path) -> None:
-    """It is paid for; and what was deleted does not come back, whatever the Hub still lists."""
+def lost_job(hub: HubServer, root: Path) -> tuple[RunStore, Job]:
+    """A Job that nobody here listens to any more, and its run."""
     hub.jobs.command = [sys.executable, "-c", "import time; time.sleep(600)"]
     labels = app_labels({})
     environment = {"QUANTKIT_CONFIG": json.dumps(to_json(fixtures.CONFIG))}
-    order = jobs.JobOrder("x", ("true",), "cpu-basic", 60, labels, environment)
-    jobs.start(order, "lost", ALICE)
+    jobs.start(jobs.JobOrder("x", ("true",), "cpu-basic", 60, labels, environment), "lost", ALICE)
     (job,) = hub.jobs.all.values()
-    store, mirror = RunStore(tmp_path / "a", public=True), Mirror(tmp_path / "a", tmp_path / "b")
+    store = RunStore(root, public=True)
     assert adopt(store.root, ALICE_OWNS, HF_JOBS, HF_JOBS.found(ALICE)) == ("lost",)
+    return store, job
+
+
+def test_the_page_cancels_a_lost_job_with_the_sign_in(hub: HubServer, tmp_path: Path) -> None:
+    store, job = lost_job(hub, tmp_path)
+    app = build_app(store, Visitors(b"k"))
+    button = next(b._id for b in app.blocks.values() if getattr(b, "elem_id", "") == "cancel")
+    (cancel,) = [f for f in app.fns.values() if (button, "click") in f.targets]
+    asks = SimpleNamespace(client=None, cookies={})
+    cancel.fn(asks, SimpleNamespace(username="alice"), SimpleNamespace(token=ALICE), "lost", "")
+    assert job.stage == "CANCELED" and store.view("lost", ALICE_OWNS).state == "cancelled"
+
+
+def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path: Path) -> None:
+    """It is paid for; and what was deleted does not come back, whatever the Hub still lists."""
+    store, job = lost_job(hub, tmp_path / "a")
+    mirror = Mirror(tmp_path / "a", tmp_path / "b")
     run = store.view("lost", ALICE_OWNS)
     assert run.can_cancel and run.can_resume and not run.can_delete
     with pytest.raises(UsageError, match="may still be at work"):
