@@ -28,8 +28,9 @@ from gradio_client.exceptions import AppError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report.render import THEMES
 from quantkit.run.artifacts import NAMES
-from quantkit.server.runs import RunStore, RunSummary
 from quantkit.server.runs.progress import KlPoint, LogLine
+from quantkit.server.runs.store import RunStore
+from quantkit.server.runs.view import RunSummary
 from quantkit.server.web import charts, results, theme, view, visitor
 from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import COOKIE, Visitors
@@ -55,7 +56,7 @@ def get(url: str, cookie: str = "", **headers: str) -> tuple[int, dict[str, str]
         url, headers={k.replace("_", "-"): v for k, v in headers.items()}
     )
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
@@ -145,13 +146,12 @@ def test_downloads_stream_in_ranges_to_their_owner_only(
 def test_api_runs_a_job(page: tuple[str, RunStore, Visitors]) -> None:
     client = Client(page[0], verbose=False)
     job = client.predict("demo:smollm2-135m", profile="demo", api_name="/start_job")
-    deadline = time.monotonic() + 60
     while True:
         status = client.predict(job["job_id"], job["key"], api_name="/job_status")
-        if status["state"] == "finished":
+        if status["state"] not in ("queued", "running"):
             break
-        assert time.monotonic() < deadline and status["state"] in ("queued", "running")
         time.sleep(0.3)
+    assert (status["state"], status["error"]) == ("finished", "")
     assert [stage["name"] for stage in status["stages"]] == list(NAMES)
     assert status["report"]["outputs"][0]["n_bytes"] > 0
     assert status["files"][0]["name"] == fixtures.GGUF
@@ -211,7 +211,7 @@ def test_a_poll_that_finds_nothing_new_opens_nothing(
             json.dumps(body).encode(),
             fixtures.page_headers(url, visitors, key),
         )
-        answered.append(len(urllib.request.urlopen(request, timeout=60).read()))
+        answered.append(len(urllib.request.urlopen(request, timeout=120).read()))
 
     with fixtures.opened_files(store.root) as opened:
         poll(0)
@@ -241,13 +241,13 @@ def test_all_text_is_escaped() -> None:
         files=(_file(HOSTILE),),
         published_url=f"https://x/{HOSTILE}",
     )
-    summary = RunSummary("id", HOSTILE, HOSTILE, HOSTILE, "running", 1.0, False, stage=HOSTILE)
+    summary = RunSummary("id", HOSTILE, HOSTILE, HOSTILE, "running", 1.0, current=HOSTILE)
     report = fixtures.make_report()
     report["baselines"][0]["name"] = HOSTILE
     report["outputs"][0]["name"] = HOSTILE
     report["calibration"]["note"] = report["versions"] = {HOSTILE: HOSTILE}
     report["texts"], report["protocol"] = [HOSTILE], HOSTILE
-    allocation = {f"blk.0.{HOSTILE}": {"qtype": HOSTILE}, HOSTILE: {"qtype": "Q4_K"}}
+    allocation = {f"blk.0.{HOSTILE}": HOSTILE, HOSTILE: "Q4_K"}
     finished = _replace(job, state="finished", report=report, allocation=allocation)
     for html in (
         view.head(job),
@@ -290,12 +290,13 @@ def test_charts_of_little_data() -> None:
     made = json.loads(charts.kl_curve(flat))
     assert made["width"] == "container" and made["usermeta"]["embedOptions"]["renderer"] == "svg"
     assert [datum["kl"] for datum in made["data"]["values"]] == [0.01] * 3
-    assert charts.tensor_map({"x": 3, "y": {"qtype": None}}) == ""
+    assert charts.tensor_map({}) == ""
 
 
 def test_the_plots_of_a_page() -> None:
     """Those of the report; before there is one those of the search, each made once."""
-    job = _replace(_view(), report=fixtures.make_report(), allocation=fixtures.make_allocation())
+    best = {name: choice["qtype"] for name, choice in fixtures.make_allocation().items()}
+    job = _replace(_view(), report=fixtures.make_report(), allocation=best)
     whole = results.plots(job)
     assert list(whole) == list(charts.PLOTS) and all(whole.values())
     assert results.plots(job)["tensor-map"] is whole["tensor-map"]
@@ -339,10 +340,11 @@ def test_a_curve_says_whether_its_kl_is_expected(expected: bool) -> None:
 
 
 def _view() -> Any:
-    from quantkit.server.runs import RunView, StageView
+    from quantkit.server.runs.progress import StageView
+    from quantkit.server.runs.view import RunView
 
     stages = tuple(StageView(name) for name in NAMES)
-    return RunView("id", "a/b", None, "like Q4_K_M", "demo", 0, "queued", 1.0, stages)
+    return RunView("id", "a/b", "like Q4_K_M", "demo", "queued", 1.0, stages=stages)
 
 
 def _replace(job: Any, **fields: Any) -> Any:
@@ -350,7 +352,7 @@ def _replace(job: Any, **fields: Any) -> Any:
 
 
 def _file(name: str) -> Any:
-    from quantkit.server.runs import ResultFile
+    from quantkit.server.runs.view import ResultFile
 
     return ResultFile(name, 5, name)
 
@@ -365,7 +367,7 @@ def test_the_front_end_is_light() -> None:
         "heavy = {'torch', 'transformers', 'llama_cpp', 'datasets', 'accelerate'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)
 
 
 @pytest.mark.slow
@@ -386,7 +388,7 @@ def test_app_starts_in_the_clone_itself(tmp_path: Path, on_space: bool) -> None:
 def test_a_wrong_setting_is_a_sentence(tmp_path: Path) -> None:
     environment = {**os.environ, "QUANTKIT_WORKERS": "many", "QUANTKIT_RUNS": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, timeout=120
+        [sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, timeout=600
     )
     assert done.returncode == 2 and done.stderr.startswith(b"quantkit: QUANTKIT_WORKERS=many")
 
@@ -421,7 +423,7 @@ class _app:
 
     def __enter__(self) -> str:
         url = f"http://127.0.0.1:{self._port}/"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while True:
             try:
                 get(url)
@@ -435,7 +437,7 @@ class _app:
 
     def __exit__(self, *_: object) -> None:
         self._child.terminate()
-        self._child.wait(20)
+        self._child.wait(120)
 
 
 @pytest.mark.slow
@@ -448,7 +450,7 @@ def test_api_runs_the_real_pipeline(tmp_path: Path) -> None:
         client = Client(url, verbose=False)
         options = {"profile": "demo", "calibration": "builtin"}
         job = client.predict(str(model), api_name="/start_job", **options)
-        deadline = time.monotonic() + 480
+        deadline = time.monotonic() + 1800
         while True:
             status = client.predict(job["job_id"], job["key"], api_name="/job_status")
             if status["state"] not in ("queued", "running"):

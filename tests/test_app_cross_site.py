@@ -18,7 +18,7 @@ from gradio import oauth
 from test_app_fixtures import ask, event_number
 from test_space import session
 
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors, cookie_name
 
 Site = tuple[str, RunStore, Visitors]

@@ -19,7 +19,7 @@ import test_app_fixtures as fixtures
 from gradio.state_holder import StateHolder
 from test_app_fixtures import ask, event_number
 
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import doors
 from quantkit.server.web.page import build_app
 from quantkit.server.web.server import launch
@@ -119,7 +119,7 @@ def test_a_shut_door_is_one_line(site: tuple[str, RunStore, Visitors], path: str
     """Before a byte of the body is read: it need not even come."""
     for method in ("GET", "POST"):
         host, port = urlsplit(site[0]).netloc.split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection((host, int(port)), timeout=120) as connection:
             head = f"{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\n"
             length = "Content-Length: 900\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}{length if method == 'POST' else ''}\r\n".encode("latin-1"))

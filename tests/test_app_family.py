@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_app import ROOT, _app
-from test_app_browser import browser, open_advanced, open_page, pytestmark  # noqa: F401
+from test_app_browser import browser, fill_advanced, open_page, pytestmark  # noqa: F401
 
 
 @pytest.mark.slow
@@ -22,11 +22,10 @@ def test_a_family(browser, tiny_checkpoint: Path, tmp_path: Path) -> None:  # no
         model.press("Enter")
         page.get_by_text("Several sizes").click()
         page.locator("#profile").get_by_label("demo: minutes").check()
-        open_advanced(page)
-        page.get_by_label("Calibration text").fill("docs,code")
+        fill_advanced(page, "Calibration text", "docs,code")
         page.get_by_role("button", name="Start").click()
         page.wait_for_url(re.compile(r"\?job=[\w-]{20,}"))
-        expect(page.locator("#job-head")).to_contain_text("Finished", timeout=400_000)
+        expect(page.locator("#job-head")).to_contain_text("Finished", timeout=1_800_000)
         expect(page.locator(".qk-download")).to_have_count(3)
         for label in ("Q3_K_M", "Q4_K_M", "Q5_K_M"):
             name = f"Tiny-Llama-EVO-{label}.gguf"

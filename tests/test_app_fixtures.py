@@ -31,8 +31,8 @@ from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.sandbox import secrets
 from quantkit.server.executors import local, process
-from quantkit.server.runs import RunStore
 from quantkit.server.runs.record import RunRecord, load_record, owner_hash, save_record
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.visitor import COOKIE, TOKEN, Visitors
 
 CONFIG = RunConfig("HuggingFaceTB/SmolLM2-135M-Instruct", targets=(LikeMix("Q4_K_M"),))
@@ -347,7 +347,7 @@ def ask(
     url: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Send exactly this; status, headers (lower case) and body of the answer."""
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=300)
     try:
         given = dict(headers or {})
         if body is not None:

@@ -24,7 +24,7 @@ from test_app import get
 from test_space import call
 
 from quantkit.errors import QuantkitError
-from quantkit.server.runs import RunStore
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.rate_limit import ALLOWED, RateLimit
 from quantkit.server.web.visitor import Visitors
 
@@ -96,7 +96,7 @@ def event(site: tuple[str, RunStore, Visitors, str], name: str, data: list[Any])
         fixtures.page_headers(url, visitors, key),
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -138,6 +138,7 @@ def test_the_page_does_not_act_for_others(
     site: tuple[str, RunStore, Visitors, str], name: str
 ) -> None:
     data: dict[str, list[Any]] = {
+        "cancel": ["hers", ""],
         "resume": ["hers", ""],
         "publish": ["hers", "evil/repo", "model", "", "hf_aliceSecretToken01"],
     }
@@ -147,12 +148,12 @@ def test_the_page_does_not_act_for_others(
 
 @pytest.mark.parametrize("pattern", BOMBS)
 def test_patterns_that_never_end(site: tuple[str, RunStore, Visitors, str], pattern: str) -> None:
-    from quantkit.server.runs import RunForm, to_config
+    from quantkit.server.runs.request import RunForm, to_config
 
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(QuantkitError):
         to_config(RunForm("a/b", types=json.dumps({pattern: "Q4_K"})), public=True)
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -207,7 +208,7 @@ def test_large_and_endless_requests(site: tuple[str, RunStore, Visitors, str]) -
         (urllib.request.Request(f"{url}gradio_api/upload", b"x" * 100), 404),
     ):
         try:
-            urllib.request.urlopen(request, timeout=20)
+            urllib.request.urlopen(request, timeout=120)
         except urllib.error.HTTPError as error:
             assert error.code == status
         except (urllib.error.URLError, ConnectionError):

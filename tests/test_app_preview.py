@@ -33,11 +33,11 @@ from quantkit.sandbox.untrusted import build
 from quantkit.server.executors import local, registry
 from quantkit.server.executors.hf_jobs.executor import HfJobs
 from quantkit.server.previews import talk
-from quantkit.server.previews.estimate import _cache, _key, estimate
+from quantkit.server.previews.estimate import _key, _Known, _known, estimate
 from quantkit.server.previews.sizes import with_sizes
-from quantkit.server.runs import RunForm, RunStore
 from quantkit.server.runs.record import load_record
-from quantkit.server.runs.request import to_config
+from quantkit.server.runs.request import RunForm, to_config
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import handlers as handlers_module
 from quantkit.server.web import previews
 from quantkit.server.web.handlers import Client, Handlers
@@ -131,7 +131,7 @@ def test_a_family_is_one_run_of_several_sizes(handlers: Handlers) -> None:
 
 def test_another_size_is_not_planned_again() -> None:
     config = RunConfig("a/b", targets=(LikeMix("Q4_K_M"),))
-    _cache[_key(config, None)] = PLAN
+    _known[_key(config, None)] = _Known(plan=PLAN)
     try:
         other = dataclasses.replace(config, targets=(BitsPerWeight("4.0"),), seed=5)
         assert estimate(other).sizes.budgets[0].limit_bytes == 500_000_000
@@ -139,7 +139,7 @@ def test_another_size_is_not_planned_again() -> None:
             estimate(dataclasses.replace(config, targets=(BitsPerWeight("1.0"),)))
         assert _key(config, None) != _key(config, "hf_token"), "what a token sees is its own"
     finally:
-        _cache.clear()
+        _known.clear()
 
 
 def test_the_preview_says_what_is_to_be_known(handlers: Handlers) -> None:
@@ -277,7 +277,7 @@ def test_a_file_answers_without_secrets(
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("import time; time.sleep(60)", "too long"),
+        ("import time; time.sleep(600)", "too long"),
         ("yield bytes(1)", "not JSON serializable"),
         ("raise SystemExit(3)", "ended early: 3"),
         ("raise ValueError('a bad template')", "a bad template"),
@@ -292,7 +292,7 @@ def test_a_file_that_does_not_answer(
     words: str,
 ) -> None:
     answering(f"def answer(path, messages):\n    {code}\n    yield 'x'\n")
-    monkeypatch.setattr(talk, "_WALL_SECONDS", 1 if "sleep" in code else 60)
+    monkeypatch.setattr(talk, "_WALL_SECONDS", 1 if "sleep" in code else 600)
     with pytest.raises(QuantkitError, match=words):
         list(talk.say(tmp_path, [{"role": "user", "content": "hello"}]))
 

@@ -21,8 +21,8 @@ from test_app_browser import browser, open_page, shots  # noqa: F401
 
 from quantkit.errors import QuantkitError
 from quantkit.run.folder import RunDir
-from quantkit.server.runs import RunStore
-from quantkit.server.web import publishing
+from quantkit.server.runs.store import RunStore
+from quantkit.server.web import previews
 from quantkit.server.web.handlers import Client, Handlers
 from quantkit.server.web.visitor import Visitors
 
@@ -163,7 +163,7 @@ def test_all_of_it_is_escaped() -> None:
 
     evil = "<img src=x onerror=alert(1)>"
     made = RepoChanges(evil, True, False, (Change(evil, 1, "new"),), ("---", "+++", f"+{evil}"))
-    assert "<img" not in publishing.changes(made)
+    assert "<img" not in previews.changes(made)
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_from_the_button_to_the_repository(
         hub.cut_next(r"/lfs-upload/")
         hub.lose_next(r"/commit/")
         page.locator("#publish").click()
-        expect(page.locator("#job-head")).to_contain_text("Published:", timeout=90_000)
+        expect(page.locator("#job-head")).to_contain_text("Published:", timeout=300_000)
         assert page.locator("#publish-token input").input_value() == ""
 
         repo = hub.repos["model", REPO]

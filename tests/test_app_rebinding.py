@@ -88,7 +88,7 @@ def test_headers_that_decide_come_once(private: Site) -> None:
         f"Host: {host}:{port}\r\nSec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site",
         f"Host: {host}:{port}\r\n{TOKEN}: a\r\n{TOKEN}: b",
     ):
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection((host, int(port)), timeout=120) as connection:
             connection.sendall(f"GET /config HTTP/1.1\r\n{twice}\r\n\r\n".encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
@@ -141,7 +141,7 @@ def test_each_of_several_in_one_packet_is_judged(private: Site) -> None:
     host, port = private[0].removeprefix("http://").rstrip("/").split(":")
     head = f" HTTP/1.1\r\nHost: {host}:{port}\r\n"
     evil = f"GET /session{head}Origin: {EVIL}\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(f"GET /robots.txt{head}\r\n{evil}".encode())
         said = b""
         while more := connection.recv(65536):

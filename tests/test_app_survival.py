@@ -17,8 +17,8 @@ from test_app import ROOT, _app, get
 from tiny_models import tiny_llama
 
 from quantkit.server.executors import process
-from quantkit.server.runs import RunStore
 from quantkit.server.runs.record import load_record
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.visitor import Visitors
 
 until = fixtures.patience(600.0, pause=0.3)
@@ -52,7 +52,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
         assert status(job)["state"] == "running"
         until(lambda: status(job)["current"] in ("quantize", "search", "stitch", "validate"))
         os.killpg(record.pid, signal.SIGKILL)
-        until(lambda: status(job)["state"] == "interrupted", 60)
+        until(lambda: status(job)["state"] == "interrupted")
         store.resume(job["job_id"], owner)
         until(lambda: status(job)["state"] in ("finished", "failed"))
         assert (status(job)["state"], status(job)["error"]) == ("finished", "")

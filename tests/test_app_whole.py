@@ -17,7 +17,7 @@ import pytest
 from hub_server import ALICE, SECRETS, HubServer
 from huggingface_hub import ModelCard
 from test_app import ROOT, _app
-from test_app_browser import browser, open_advanced, open_page, pytestmark, shots  # noqa: F401
+from test_app_browser import browser, fill_advanced, open_page, pytestmark, shots  # noqa: F401
 
 from quantkit.gguf_file.read import GgufFile
 
@@ -61,16 +61,15 @@ def test_from_the_name_to_the_published_repository(
         # Before anything runs: what it is, what it takes.
         expect(page.locator("#plan")).to_contain_text("LlamaForCausalLM")
         expect(page.locator("#plan")).to_contain_text("apache-2.0")
-        expect(page.locator("#plan")).to_contain_text("Sizes of this model", timeout=90_000)
+        expect(page.locator("#plan")).to_contain_text("Sizes of this model", timeout=300_000)
         page.get_by_text("Sizes of this model").click()
         page.screenshot(path=shots / "preview-1280-light.png", full_page=True)
         page.locator("#profile").get_by_label("demo: minutes").check()
-        open_advanced(page)
-        page.get_by_label("Calibration text").fill("builtin")
+        fill_advanced(page, "Calibration text", "builtin")
         page.get_by_role("button", name="Start").click()
 
         page.wait_for_url(re.compile(r"\?job=[\w-]{20,}"))
-        expect(page.locator("#job-head")).to_contain_text("Finished", timeout=400_000)
+        expect(page.locator("#job-head")).to_contain_text("Finished", timeout=1_800_000)
         expect(page.locator("#job-results")).to_contain_text("mean KL divergence")
         expect(page.locator("#job-report")).to_contain_text("full precision")
         with page.expect_download() as caught:
@@ -84,7 +83,7 @@ def test_from_the_name_to_the_published_repository(
         page.get_by_role("button", name="Show what would change").click()
         expect(page.locator("#changes")).to_contain_text("will be made")
         page.locator("#publish").click()
-        expect(page.locator("#job-head")).to_contain_text("Published:", timeout=120_000)
+        expect(page.locator("#job-head")).to_contain_text("Published:", timeout=300_000)
 
     repo = hub.repos["model", REPO]
     assert len(repo.commits) == 2  # the Hub's own first one, and everything

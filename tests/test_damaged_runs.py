@@ -22,10 +22,11 @@ import test_app_fixtures as fixtures
 from quantkit.run.events import EventLog, read_events
 from quantkit.sandbox.untrusted import Damaged
 from quantkit.server.executors import local
-from quantkit.server.runs import Limits, NoSuchRun, RunStore, RunView
 from quantkit.server.runs.clock import Clock
-from quantkit.server.runs.limits import PUBLIC_LIMITS
-from quantkit.server.runs.record import load_record
+from quantkit.server.runs.limits import PUBLIC_LIMITS, Limits
+from quantkit.server.runs.record import NoSuchRun, load_record
+from quantkit.server.runs.store import RunStore
+from quantkit.server.runs.view import RunView
 from quantkit.server.web import results
 from quantkit.server.web.handlers import Handlers
 from quantkit.server.web.visitor import Visitors
@@ -363,7 +364,7 @@ def test_reports_of_strangers_are_drawn_or_refused(seed: int) -> None:
                 break
             place = place[key]
     began = time.process_time()
-    run = RunView("a", "m", None, "t", "p", 0, "finished", 1.0, (), report=report)
+    run = RunView("a", "m", "t", "p", "finished", 1.0, stages=(), report=report)
     html = results.results(run) + results.report(run)
     html.encode()
     assert time.process_time() - began < 20

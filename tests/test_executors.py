@@ -32,9 +32,11 @@ from quantkit.server.executors.protocol import (
     Order,
     RemoteState,
 )
-from quantkit.server.runs import Limits, RunForm, RunStore
 from quantkit.server.runs.adopt import adopt
+from quantkit.server.runs.limits import Limits
 from quantkit.server.runs.record import RunRecord, load_record, owner_hash
+from quantkit.server.runs.request import RunForm
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import handlers as handlers_module
 from quantkit.server.web import view
 from quantkit.server.web.handlers import Client, Handlers
@@ -42,7 +44,7 @@ from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
 
-until = fixtures.patience(90.0)
+until = fixtures.patience(300.0)
 
 OWNER = "visitor:alice"
 ME = Client(OWNER, None, "1.2.3.4")

@@ -23,18 +23,12 @@ import test_app_fixtures as fixtures
 from quantkit.errors import UsageError
 from quantkit.run.events import EventLog
 from quantkit.server.executors import local, process
-from quantkit.server.runs import (
-    Limits,
-    NoSuchRun,
-    RunForm,
-    RunStore,
-    is_public,
-    open_store,
-    to_config,
-)
-from quantkit.server.runs.record import load_record, new_run_id, run_folder
+from quantkit.server.runs.limits import Limits
+from quantkit.server.runs.record import NoSuchRun, load_record, new_run_id, run_folder
+from quantkit.server.runs.request import RunForm, to_config
+from quantkit.server.runs.store import RunStore, is_public, open_store
 
-until = fixtures.patience(90.0)
+until = fixtures.patience(300.0)
 
 ALICE, MALLORY = "visitor:alice", "visitor:mallory"
 WORKER = (sys.executable, fixtures.__file__)
@@ -87,7 +81,7 @@ def test_a_visitor_takes_no_more_places_by_resuming(tmp_path: Path) -> None:
 def test_the_queue_runs_one_after_the_other(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.15")
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.5")
     first, second, third = (store.submit(fixtures.CONFIG, ALICE) for _ in range(3))
     store.tick()
     assert state(store, first) == "running"
@@ -109,7 +103,7 @@ def test_cancel_ends_the_worker_and_resume_goes_on(
     record = load_record(store.root / run_id)
     assert record is not None and record.pid is not None
     store.cancel(run_id, ALICE)
-    assert process.wait_until_gone(record.pid, record.pid_started, 10)
+    until(lambda: not process.is_alive(record.pid, record.pid_started))
     assert state(store, run_id) == "cancelled"
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.01")
     store.resume(run_id, ALICE)
@@ -147,7 +141,7 @@ def test_another_server_takes_over(store: RunStore, monkeypatch: pytest.MonkeyPa
     assert other.view(waiting, ALICE).state == "queued"
     store.close()
     assert other.view(running, ALICE).state == "running"
-    until(lambda: state(other, waiting) == "finished", 60)
+    until(lambda: state(other, waiting) == "finished")
     assert other.view(running, ALICE).state == "finished"
     until(lambda: state(other, with_token) == "interrupted")
     assert "sign" in other.view(with_token, ALICE).error
@@ -225,7 +219,7 @@ def test_a_run_of_the_command_line_is_seen_running(store: RunStore) -> None:
     folder = fixtures.write_run(store.root / "cli", until="search", share=0.5, outcome=None)
     assert store.view("cli", ALICE).state == "interrupted"
     hold = "import sys,time;from pathlib import Path;from quantkit.run.folder import RunDir\n"
-    hold += "with RunDir(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
+    hold += "with RunDir(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", hold, folder], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline()
@@ -234,6 +228,13 @@ def test_a_run_of_the_command_line_is_seen_running(store: RunStore) -> None:
         child.kill()
         child.wait()
     assert store.view("cli", ALICE).state == "interrupted"
+
+
+def test_of_a_mix_only_types_are_taken(store: RunStore) -> None:
+    best = fixtures.write_run(store.root / "cli") / "5-search" / "best.json"
+    assert "Q6_K" in (store.view("cli", ALICE).allocation or {}).values()
+    best.write_text('{"x": 3, "y": {"qtype": null}, "z": {"qtype": "Q4_K"}}')
+    assert store.view("cli", ALICE).allocation == {"z": "Q4_K"}
 
 
 def test_a_worker_that_dies_before_its_first_event_tells_why(store: RunStore) -> None:

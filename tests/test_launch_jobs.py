@@ -29,7 +29,7 @@ from test_app_preview import PLAN
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.run.events import EventLog, read_events
+from quantkit.run.events import Event, EventLog, read_events
 from quantkit.run.folder import RunDir
 from quantkit.server.executors.hf_jobs import dispatch, executor, in_job, wheel
 from quantkit.server.executors.hf_jobs.in_job import keep, restore
@@ -41,13 +41,14 @@ from quantkit.server.executors.hf_jobs.wire import (
     event_line,
     file_lines,
 )
-from quantkit.server.executors.protocol import Offer, choose
-from quantkit.server.runs import Limits, Order, RunStore
+from quantkit.server.executors.protocol import Offer, Order, choose
+from quantkit.server.runs.limits import Limits
 from quantkit.server.runs.record import load_record
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web import view
 from quantkit.tensors import to_json
 
-until = fixtures.patience(180.0)
+until = fixtures.patience(300.0)
 
 OWNER = "hf:alice"
 IN_JOB = (
@@ -144,7 +145,9 @@ def test_a_killed_listener_takes_up_where_it_was(
     """The server's machine dies; the Job does not, and is not started twice."""
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.6")
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
-    until(lambda: state(store, run) == "running" and store.view(run, OWNER).current == "convert")
+    until(
+        lambda: state(store, run) == "running" and store.view(run, OWNER).stages[0].state == "done"
+    )
     record = load_record(store.root / run)
     assert record is not None and record.pid is not None
     os.killpg(record.pid, signal.SIGKILL)
@@ -409,7 +412,7 @@ def test_the_wheel_is_pinned_by_its_hash(tmp_path: Path) -> None:
     st.dictionaries(st.text(), st.text() | st.integers(-(2**63), 2**63)), st.binary(max_size=40_000)
 )
 def test_what_is_told_arrives(value: dict[str, Any], data: bytes) -> None:
-    listener, event = Listener(), {**value, "kind": "note"}
+    listener, event = Listener(), Event(1.0, "search", "note", "", value)
     assert listener.hear(event_line(7, event)) == SentEvent(7, event)
     heard = [listener.hear(line) for line in file_lines("manifest.json", data)]
     assert heard[:-1] == [None] * (len(heard) - 1)
@@ -421,6 +424,19 @@ def test_any_other_line_is_text(line: str) -> None:
     for start in ("", "@quantkit event ", "@quantkit file ", "@quantkit file manifest.json "):
         said = Listener().hear(start + line)
         assert isinstance(said, (str, SentEvent)) or said is None
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["", "3", "[]", '{"kind": "note"}', '{"time": 1, "stage": "search", "kind": "boast"}']
+    + [
+        '{"time": 1e999, "stage": null, "kind": "note"}',
+        '{"time": 1, "stage": "x", "kind": "note"}',
+    ],
+)
+def test_what_is_no_event_is_text(event: str) -> None:
+    line = f"@quantkit event 3 {event}"
+    assert Listener().hear(line) == line
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "job.json", "7-stitch/a.gguf", "lock"])

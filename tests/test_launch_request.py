@@ -10,8 +10,7 @@ import pytest
 from quantkit.config import RunConfig
 from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.server.runs import RunForm, check_repo, to_config
-from quantkit.server.runs.request import check_pattern
+from quantkit.server.runs.request import RunForm, check_pattern, check_repo, to_config
 
 
 class TestForm:

@@ -226,7 +226,7 @@ LIGHT = (
     "quantkit.cli",
     "quantkit.config",
     "quantkit.run.folder",
-    "quantkit.server.runs",
+    "quantkit.server.runs.store",
 )
 
 

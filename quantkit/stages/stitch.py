@@ -61,7 +61,6 @@ class Stitch(Stage):
             output = Output(name, layout.n_bytes, label, budget)
             _stitch(run, folder / name, layout, base, used)
             recipe = _recipe(run, folder / name, used, label, made)
-            types = {tensor: source.qtype for tensor, source in used.items()}
             stem = (folder / output.recipe).with_suffix("")
             written += [
                 folder / name,

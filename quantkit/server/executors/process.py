@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,13 +110,3 @@ def kill_group(pid: int, pid_started: str | None, number: signal.Signals) -> Non
             os.killpg(pid, number)
         except ProcessLookupError:
             pass
-
-
-def wait_until_gone(pid: int, pid_started: str | None, seconds: float) -> bool:
-    """Return whether the process ended within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while is_alive(pid, pid_started):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
@@ -48,15 +47,25 @@ _REMEDY = "Start the run without it, or try again."
 _MOST_TOLD_BYTES = 16_000_000
 _KEPT = 64
 _REFUSED_SECONDS = 600.0  # what was cut off is not tried again for so long
-_cache: dict[str, Plan] = {}
-_refused: dict[str, tuple[float, QuantkitError]] = {}
-_locks: dict[str, threading.Lock] = {}
-_locks_lock = threading.Lock()
 _turns = Turns()
 
 
 class CutOff(QuantkitError):
     """A preview took more than it may have."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Known:
+    """The answer to one question; whoever asks the same meanwhile waits at its lock."""
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    plan: Plan | None = None
+    refusal: CutOff | None = None
+    until: float = 0.0  # so long it is refused
+
+
+_known: dict[str, _Known] = {}
+_known_lock = threading.Lock()
 
 
 def estimate(
@@ -71,47 +80,44 @@ def estimate(
     The model is looked at once; another size of it is answered at once. `who` is whose turn is
     taken; `looked` is called with the first facts, when they are known before the rest.
     """
-    key = _key(config, token)
-    plan = _cache.get(key)
+    plan = _plan(config, token)
     if plan is None:
         with _turns.turn(who):
-            plan = _known_or_asked(key, config, token, public, looked)
+            plan = _known_or_asked(config, token, public, looked)
     return with_sizes(plan, config)
 
 
 def _known_or_asked(
-    key: str, config: RunConfig, token: str | None, public: bool, looked: Looked | None
+    config: RunConfig, token: str | None, public: bool, looked: Looked | None
 ) -> Plan:
-    with _locks_lock:
-        lock = _locks.setdefault(key, threading.Lock())
-    with lock:  # whoever asks the same meanwhile waits for this answer
-        refused = _refused.get(key)
-        if refused is not None and time.monotonic() < refused[0] + _REFUSED_SECONDS:
-            raise refused[1]
-        plan = _cache.get(key)
-        if plan is None:
-            try:
-                plan = _ask(config, token, public, looked)
-            except CutOff as error:
-                _make_room(_refused)
-                _refused[key] = time.monotonic(), error
-                raise
-            _make_room(_cache)
-            _cache[key] = plan
-    return plan
-
-
-def _make_room(kept: dict[str, Any]) -> None:
-    while len(kept) >= _KEPT:
-        oldest = next(iter(kept))
-        kept.pop(oldest, None)
-        _locks.pop(oldest, None)
+    key = _key(config, token)
+    with _known_lock:
+        known = _known.setdefault(key, _Known())
+        while len(_known) > _KEPT:
+            _known.pop(next(iter(_known)))
+    with known.lock:
+        if known.refusal is not None and time.monotonic() < known.until:
+            raise known.refusal
+        try:
+            known.plan = known.plan or _ask(config, token, public, looked)
+        except CutOff as error:
+            known.refusal, known.until = error, time.monotonic() + _REFUSED_SECONDS
+            raise
+        except BaseException:
+            _known.pop(key, None)  # what was not answered takes no place
+            raise
+        return known.plan
 
 
 def known_plan(config: RunConfig, token: str | None = None) -> Plan | None:
     """The plan when the model was looked at before; None when it would have to be."""
-    plan = _cache.get(_key(config, token))
+    plan = _plan(config, token)
     return None if plan is None else with_sizes(plan, config)
+
+
+def _plan(config: RunConfig, token: str | None) -> Plan | None:
+    known = _known.get(_key(config, token))
+    return None if known is None else known.plan
 
 
 def _key(config: RunConfig, token: str | None) -> str:

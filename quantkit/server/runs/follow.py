@@ -24,7 +24,6 @@ from quantkit.sandbox.untrusted import (
 )
 from quantkit.server.executors.process import is_alive, started_at
 from quantkit.server.executors.protocol import LOG_FILE, MACHINE_FILE, RemoteState
-from quantkit.server.executors.registry import LOCAL
 from quantkit.server.runs import view as views
 from quantkit.server.runs.progress import Progress
 from quantkit.server.runs.record import (
@@ -191,10 +190,10 @@ class Follower:
             config.profile,
             self.state(),
             self.created,
-            is_local=record is None or record.owner is None,
-            position=position,
-            stage=current.name if current else None,
-            percent=current.percent if current else None,
+            record is None or record.owner is None,
+            position,
+            current.name if current else None,
+            current.percent if current else None,
         )
         is_settled = summary.state not in (views.QUEUED, views.RUNNING) and not self.is_behind
         if record is not None and is_settled:
@@ -204,9 +203,8 @@ class Follower:
     def _damaged_summary(self) -> RunSummary:
         """Of a run whose own files cannot be read: there, and to be deleted."""
         state = views.RUNNING if self.is_running() else views.DAMAGED
-        return RunSummary(
-            self.folder.name, self.folder.name, "damaged", "", state, self.created, False
-        )
+        name = self.folder.name
+        return RunSummary(name, name, "damaged", "", state, self.created)
 
     @property
     def owner(self) -> str | None:
@@ -240,44 +238,37 @@ class Follower:
     def view(self, position: int | None) -> RunView | None:
         """Everything about the run; None for a folder that holds no run."""
         summary = self.summary(position)
-        config, record, progress = self.config, self.record, self.progress
         if summary is None:
             return None
+        config, progress = self.config, self.progress
         if self.damage or config is None:
             return self._damaged_view(summary)
+        record = self.record or RunRecord(None, self.created)
         running = summary.state == views.RUNNING
         rest = _REST if running else 0.0
         files = self.files()
         current = progress.current
         error, remedy = self._error(summary.state)
         return RunView(
-            id=summary.id,
-            model=summary.model,
+            **vars(summary),
             revision=config.revision,
-            target=summary.target,
-            profile=config.profile,
             seed=config.seed,
-            state=summary.state,
-            created=summary.created,
             stages=tuple(progress.stages.values()),
-            is_local=summary.is_local,
-            position=position,
-            current=summary.stage,
             message=current.message if current else "",
             eta_seconds=progress.eta_seconds(time.time()) if running else None,
-            machine=record.machine if record else None,
-            usd_per_hour=record.usd_per_hour if record else None,
-            hours=record.hours if record else None,
-            executor=record.executor if record else LOCAL.name,
-            is_remote=record is not None and record.is_remote,
+            machine=record.machine,
+            usd_per_hour=record.usd_per_hour,
+            hours=record.hours,
+            executor=record.executor,
+            is_remote=record.is_remote,
             remote=self._read(MACHINE_FILE, _read_machine),
-            stopping=running and record is not None and record.phase == CANCELLED,
+            stopping=running and record.phase == CANCELLED,
             error=error,
             remedy=remedy,
             curve=tuple(progress.curve),
             log=tuple(progress.log),
             report=self._read(str(RELATIVE.report), _read_report, rest),
-            allocation=self._read(str(RELATIVE.best), _read_report, rest),
+            allocation=self._read(str(RELATIVE.best), _read_allocation, rest),
             files=files,
             card=self._read(str(RELATIVE.upload / "README.md"), _read_card) or "",
             publish_to=config.publish,
@@ -289,14 +280,7 @@ class Follower:
 
     def _damaged_view(self, summary: RunSummary) -> RunView:
         return RunView(
-            id=summary.id,
-            model=summary.model,
-            revision=None,
-            target=summary.target,
-            profile=summary.profile,
-            seed=0,
-            state=summary.state,
-            created=summary.created,
+            **vars(summary),
             stages=tuple(Progress().stages.values()),
             error=self.damage or "The config.json of this run cannot be read.",
             remedy="Delete it, or put the file back from a copy.",
@@ -433,6 +417,14 @@ def _is_result(path: Path) -> bool:
 def _read_report(path: Path) -> dict[str, Any] | None:
     value = read_json(path, _MAX_REPORT_BYTES, _MAX_REPORT_ITEMS)
     return value if isinstance(value, dict) else None
+
+
+def _read_allocation(path: Path) -> dict[str, str]:
+    return {
+        tensor: choice["qtype"]
+        for tensor, choice in (_read_report(path) or {}).items()
+        if isinstance(choice, dict) and isinstance(choice.get("qtype"), str)
+    }
 
 
 def _read_machine(path: Path) -> RemoteState:

@@ -7,7 +7,7 @@ from them, so a restarted server knows as much as one that has watched from the 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.run.artifacts import NAMES
@@ -144,7 +144,7 @@ class Progress:
             seconds = _number(event.data.get("seconds"))
             if seconds is None or not 0 <= seconds <= _LONGEST_SECONDS:
                 seconds = stage.seconds
-            self.stages[name] = StageView(name, DONE, 100, "", seconds, stage.started)
+            self.stages[name] = replace(stage, state=DONE, percent=100, message="", seconds=seconds)
             url = event.data.get("url")
             if name == "publish" and isinstance(url, str) and len(url) <= _LONGEST_URL:
                 self.published_url = url
@@ -160,9 +160,8 @@ class Progress:
             if self._eta is None or self._eta.starts_over(done, total):
                 self._eta = _Eta(event.time, done, total)
             self._eta.feed(event.time, done)
-        self.stages[stage.name] = StageView(
-            stage.name, RUNNING, percent, event.message, stage.seconds, stage.started
-        )
+        now = replace(stage, state=RUNNING, percent=percent, message=event.message)
+        self.stages[stage.name] = now
         kl = _number(event.data.get("kl"))
         fits = kl is not None and 0 <= kl <= _MOST_NATS and len(self.curve) < _CURVE_POINTS
         if stage.name == "search" and kl is not None and fits:
@@ -184,10 +183,7 @@ class Progress:
         self.error = event.message
         self.remedy = shortened(remedy, _LONGEST_URL) if isinstance(remedy, str) else ""
         if event.stage in self.stages:
-            stage = self.stages[event.stage]
-            self.stages[stage.name] = StageView(
-                stage.name, FAILED, stage.percent, stage.message, stage.seconds, stage.started
-            )
+            self.stages[event.stage] = replace(self.stages[event.stage], state=FAILED)
 
 
 def _number(value: Any) -> float | None:

@@ -260,3 +260,9 @@ def guarded(follower: Follower, action: Callable[[], T]) -> T | None:
             logger.exception("run %s is damaged", follower.folder.name)
         follower.fault = "The files of this run cannot be read."
         return None
+
+
+def told(follower: Follower, action: Callable[[], T]) -> T | None:
+    """Return what `action` tells of a run, also of one that is damaged as nobody foresaw."""
+    found = guarded(follower, action)
+    return action() if found is None and follower.fault else found

@@ -7,7 +7,10 @@ back scans the folder and goes on, with the workers that ran meanwhile.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from quantkit.config import RunConfig
@@ -19,7 +22,14 @@ from quantkit.server.executors import process
 from quantkit.server.executors.protocol import LOG_FILE, REMOTE_LOG_FILE, Order
 from quantkit.server.runs import view
 from quantkit.server.runs.follow import Follower, tail
-from quantkit.server.runs.limits import check_disk, check_limits, positions, wait_seconds
+from quantkit.server.runs.limits import (
+    PUBLIC_LIMITS,
+    Limits,
+    check_disk,
+    check_limits,
+    positions,
+    wait_seconds,
+)
 from quantkit.server.runs.record import (
     CANCELLED,
     QUEUED,
@@ -30,7 +40,7 @@ from quantkit.server.runs.record import (
     run_folder,
     save_record,
 )
-from quantkit.server.runs.scheduler import Scheduler, guarded
+from quantkit.server.runs.scheduler import Scheduler, guarded, told
 from quantkit.server.runs.view import RunSummary, RunView
 
 
@@ -48,7 +58,7 @@ class RunStore(Scheduler):
                 summary
                 for run_id, follower in followers.items()
                 if self._may_see(follower.record, owner)
-                and (summary := _summary(follower, places.get(run_id))) is not None
+                and (summary := told(follower, partial(follower.summary, places.get(run_id))))
             ]
         return tuple(sorted(found, key=lambda run: -run.created))
 
@@ -61,9 +71,7 @@ class RunStore(Scheduler):
             followers = self._scan() if waits else {}
             places = positions(followers)
             place = places.get(follower.folder.name)
-            found = guarded(follower, lambda: follower.view(place))
-            if found is None and follower.fault:
-                found = follower.view(place)  # that it is damaged can always be told
+            found = told(follower, lambda: follower.view(place))
             if found is not None and waits:
                 seconds = wait_seconds(followers, follower, self.limits.workers)
                 found = dataclasses.replace(found, wait_seconds=seconds)
@@ -262,12 +270,25 @@ class RunStore(Scheduler):
         check_limits(self._scan().values(), owner, place, self.limits, self.public)
 
 
-def _summary(follower: Follower, place: int | None) -> RunSummary | None:
-    """One line of the list, also where a run is damaged in a way that nobody foresaw."""
-    found = guarded(follower, lambda: follower.summary(place))
-    if found is None and follower.fault:
-        found = follower.summary(place)
-    return found
+def is_public(environment: Mapping[str, str] | None = None) -> bool:
+    """Return whether strangers use this page: on a Space, or when QUANTKIT_PUBLIC=1 says so."""
+    environment = os.environ if environment is None else environment
+    return environment.get("SYSTEM") == "spaces" or environment.get("QUANTKIT_PUBLIC", "") == "1"
+
+
+def open_store(environment: Mapping[str, str] | None = None) -> RunStore:
+    """The store that the environment describes: QUANTKIT_RUNS, QUANTKIT_WORKERS.
+
+    Raises UsageError for a number that is none.
+    """
+    environment = os.environ if environment is None else environment
+    text = environment.get("QUANTKIT_WORKERS", "1")
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise UsageError(f"QUANTKIT_WORKERS={text} is not a number of runs.", "Use 1 to 64.")
+    root = Path(environment.get("QUANTKIT_RUNS") or "runs").absolute()
+    public = is_public(environment)
+    limits = PUBLIC_LIMITS if public else Limits()
+    return RunStore(root, dataclasses.replace(limits, workers=int(text)), public)
 
 
 def _check_whole(follower: Follower) -> None:

@@ -23,10 +23,10 @@ class RunSummary:
     profile: str
     state: str
     created: float
-    is_local: bool  # started from this machine's command line
+    is_local: bool = False  # started from this machine's command line
     position: int | None = None  # in the queue, 1 is next
-    stage: str | None = None  # the one at work
-    percent: int | None = None
+    current: str | None = None  # the stage at work, or the one that failed
+    percent: int | None = None  # of that stage
 
 
 def is_model(name: str) -> bool:
@@ -50,22 +50,13 @@ class ResultFile:
         return is_model(self.name)
 
 
-@dataclass(frozen=True)
-class RunView:
+@dataclass(frozen=True, kw_only=True)
+class RunView(RunSummary):
     """Everything about one run."""
 
-    id: str
-    model: str
-    revision: str | None
-    target: str
-    profile: str
-    seed: int
-    state: str
-    created: float
     stages: tuple[StageView, ...]
-    is_local: bool = False
-    position: int | None = None
-    current: str | None = None  # the stage at work, or the one that failed
+    revision: str | None = None
+    seed: int = 0
     message: str = ""
     eta_seconds: float | None = None  # of the current stage
     wait_seconds: float | None = None  # until a queued run starts
@@ -81,7 +72,7 @@ class RunView:
     curve: tuple[KlPoint, ...] = ()
     log: tuple[LogLine, ...] = ()
     report: dict[str, Any] | None = None
-    allocation: dict[str, Any] | None = None  # tensor -> {qtype, method}
+    allocation: dict[str, str] | None = None  # the type of every tensor of the best mix so far
     files: tuple[ResultFile, ...] = ()
     card: str = ""  # the model card, Markdown
     publish_to: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from starlette.types import Message, Send
 
 from quantkit.server.web.origin import HUB
 
@@ -17,7 +17,7 @@ _POLICY = (
 class Answer:
     """One answer on its way out: `send` for the application behind, the rest for the gate."""
 
-    def __init__(self, send: Any, framed: bool) -> None:
+    def __init__(self, send: Send, framed: bool) -> None:
         self._send = send
         self.started = self.complete = False
         # On a Space the page lives in a frame of the Hub's, and of nobody else's.
@@ -43,7 +43,7 @@ class Answer:
     def set_cookie(self, cookie: str) -> None:
         self._headers += [(b"set-cookie", cookie.encode()), (b"cache-control", b"no-store")]
 
-    async def send(self, message: Any) -> None:
+    async def send(self, message: Message) -> None:
         """Pass on what the application sends. A failure of its own is one line, not its page."""
         if message["type"] == "http.response.start":
             self.started = True

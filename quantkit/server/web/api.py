@@ -7,6 +7,7 @@ and it is given to the other calls. On a Space a caller signs in with its Hub to
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import gradio as gr
 
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
-from quantkit.server.runs import RunForm, to_config
+from quantkit.server.runs.request import RunForm, to_config
 from quantkit.server.web.handlers import Client, Handlers, known
 from quantkit.tensors import to_json
 
@@ -38,6 +39,7 @@ def add_endpoints(handlers: Handlers) -> None:
             return Client(f"visitor:{visitor}", None, client.address)
         return client
 
+    @_told
     def estimate(
         request: gr.Request,
         model: str,
@@ -64,27 +66,23 @@ def add_endpoints(handlers: Handlers) -> None:
             memory: what the file has to fit in with its context, such as 8GB; empty for no limit.
             context: tokens of context that have to fit beside it.
         """
-        form = _form(
+        form = RunForm(
             model,
-            size,
+            _kind(memory, size, bpw),
             like,
+            size,
             bpw,
+            memory,
+            context,
             profile=profile,
             revision=revision,
-            memory=memory,
-            context=context,
         )
-        secret = token.token if token is not None else None
+        to_config(form, handlers.store.public)  # what is wrong is said before it is counted
+        client = asker_of("", request, user, token)
+        handlers.allow("preview", client)
+        return to_json(handlers.estimate(form, token.token if token else None, client))
 
-        def make() -> dict[str, Any]:
-            to_config(form, handlers.store.public)  # what is wrong is said before it is counted
-            client = asker_of("", request, user, token)
-            handlers.allow("preview", client)
-            plan: dict[str, Any] = to_json(handlers.estimate(form, secret, client))
-            return plan
-
-        return _told(make)
-
+    @_told
     def start_job(
         request: gr.Request,
         model: str,
@@ -123,33 +121,29 @@ def add_endpoints(handlers: Handlers) -> None:
                 or public.
             key: the key of an earlier answer, to keep jobs together; empty for a new one.
         """
-        form = _form(
+        form = RunForm(
             model,
-            size,
+            _kind(memory, size, bpw),
             like,
+            size,
             bpw,
+            memory,
+            context,
             profile=profile,
             revision=revision,
             calibration=calibration,
             seed=seed,
-            memory=memory,
-            context=context,
-            machine=machine,
             publish=publish,
             visibility=visibility,
+            machine=machine,
         )
+        client = asker_of(key, request, user, token)
+        if client.username is None and (not key or client.owner is None):
+            key = handlers.visitors.new_key()
+            client = Client(f"visitor:{handlers.visitors.check(key)}", None, client.address)
+        return {"job_id": handlers.start(form, token.token if token else "", client), "key": key}
 
-        def start() -> dict[str, Any]:
-            client, own_key = asker_of(key, request, user, token), key
-            if client.username is None and (not key or client.owner is None):
-                own_key = handlers.visitors.new_key()
-                owner = f"visitor:{handlers.visitors.check(own_key)}"
-                client = Client(owner, None, client.address)
-            secret = token.token if token is not None else ""
-            return {"job_id": handlers.start(form, secret, client), "key": own_key}
-
-        return _told(start)
-
+    @_told
     def job_status(
         request: gr.Request,
         job_id: str,
@@ -163,17 +157,14 @@ def add_endpoints(handlers: Handlers) -> None:
             job_id: as `start_job` returned it.
             key: as `start_job` returned it.
         """
+        owner = asker_of(key, request, user, token).owner
+        job = to_json(handlers.store.view(job_id, owner))
+        job["job"] = job.pop("remote")  # as clients have known it
+        for left_out in ("log", "allocation", "card", "curve", "percent"):
+            job.pop(left_out)
+        return _without_paths(job)
 
-        def status() -> dict[str, Any]:
-            owner = asker_of(key, request, user, token).owner
-            job = to_json(handlers.store.view(job_id, owner))
-            job["job"] = job.pop("remote")  # as clients have known it
-            for long in ("log", "allocation", "card", "curve"):
-                job.pop(long)
-            return _without_paths(job)
-
-        return _told(status)
-
+    @_told
     def cancel_job(
         request: gr.Request,
         job_id: str,
@@ -187,14 +178,9 @@ def add_endpoints(handlers: Handlers) -> None:
             job_id: as `start_job` returned it.
             key: as `start_job` returned it.
         """
-
-        def cancel() -> dict[str, Any]:
-            owner = asker_of(key, request, user, token).owner
-            secret = token.token if token is not None else None
-            handlers.store.cancel(job_id, known(owner), secret)
-            return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
-
-        return _told(cancel)
+        owner = known(asker_of(key, request, user, token).owner)
+        handlers.store.cancel(job_id, owner, token.token if token else None)
+        return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
 
     gr.api(estimate, api_name="estimate", concurrency_limit=16, concurrency_id="preview")
     gr.api(start_job, api_name="start_job", concurrency_limit=8)
@@ -202,11 +188,10 @@ def add_endpoints(handlers: Handlers) -> None:
     gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)
 
 
-def _form(model: str, size: str, like: str, bpw: float, **rest: Any) -> RunForm:
-    """The first that is given of memory, size and bits per weight is the size asked for."""
-    given = {"fits": rest.get("memory"), "size": size, "bpw": bpw}
-    kind = next((name for name, value in given.items() if value), "like")
-    return RunForm(model, kind, like, size, bpw, **rest)
+def _kind(memory: str, size: str, bpw: float) -> str:
+    """What the size is given as: the first of these that is."""
+    given = {"fits": memory, "size": size, "bpw": bpw}
+    return next((kind for kind, value in given.items() if value), "like")
 
 
 def _without_paths(value: Any) -> Any:
@@ -218,12 +203,17 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _told(action: Callable[[], T]) -> T:
-    """The action's value; what went wrong becomes one sentence for the caller."""
-    try:
-        return action()
-    except QuantkitError as error:
-        raise gr.Error(str(error), print_exception=False) from None
-    except Exception:
-        logger.exception("an API call failed")
-        raise gr.Error("Something went wrong here. Try again.", print_exception=False) from None
+def _told(endpoint: Callable[..., T]) -> Callable[..., T]:
+    """The endpoint, with its signature and its words; what goes wrong becomes one sentence."""
+
+    @functools.wraps(endpoint)
+    def call(*values: Any) -> T:
+        try:
+            return endpoint(*values)
+        except QuantkitError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        except Exception:
+            logger.exception("an API call failed")
+            raise gr.Error("Something went wrong here. Try again.", print_exception=False) from None
+
+    return call

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from starlette.types import Receive
 
 BODY_SECONDS = 20.0  # for the whole body, however it trickles in
 MAX_DEPTH = 32
@@ -62,7 +63,7 @@ class Events:
         return cls(inputs, queued, arguments, pending, called)
 
 
-async def read_body(receive: Any, length: int) -> bytes:
+async def read_body(receive: Receive, length: int) -> bytes:
     """All of it. Raises Refused when it does not come in time."""
     body = bytearray()
     try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from quantkit.evidence.report import plots
 from quantkit.evidence.report.render import Spec
 from quantkit.evidence.report.schema import Report, TracePoint
-from quantkit.server.runs import KlPoint
+from quantkit.server.runs.progress import KlPoint
 
 PLOTS = ("frontier", "domains", "convergence", "tensor-map", "bits-by-kind")
 
@@ -31,15 +30,8 @@ def kl_curve(points: Sequence[KlPoint]) -> str:
     return _as_wide_as_the_page(plots.convergence({"": trace}))
 
 
-def tensor_map(allocation: dict[str, Any]) -> str:
-    """Return the plot of the type of every tensor; empty for an allocation that holds nothing of
-    that form.
-    """
-    types = {
-        str(name): value["qtype"]
-        for name, value in allocation.items()
-        if isinstance(value, dict) and isinstance(value.get("qtype"), str)
-    }
+def tensor_map(types: Mapping[str, str]) -> str:
+    """Return the plot of the type of every tensor; empty where there is none."""
     return _as_wide_as_the_page(plots.tensor_map({"": types}))
 
 

@@ -10,6 +10,8 @@ import json
 from collections import Counter
 from typing import Any
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from quantkit.errors import QuantkitError
 from quantkit.sandbox.untrusted import Damaged, parse
 
@@ -25,13 +27,13 @@ class FairQueue:
     whatever finds out the address: `scope["client"]` is believed.
     """
 
-    def __init__(self, app: Any, blocks: Any, waiting_each: int = WAITING_EACH) -> None:
+    def __init__(self, app: ASGIApp, blocks: Any, waiting_each: int = WAITING_EACH) -> None:
         self._app = app
         self._blocks = blocks
         self._waiting_each = waiting_each
         self._asked: dict[str, list[str]] = {}  # address -> its events, oldest first
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         joins = scope["type"] == "http" and scope["method"] == "POST"
         if not joins or not scope["path"].startswith(_QUEUES):
             await self._app(scope, receive, send)
@@ -45,10 +47,10 @@ class FairQueue:
         body = json.dumps({"detail": _SAID}).encode()
         await send({"type": "http.response.body", "body": body})
 
-    def _noting(self, address: str, send: Any) -> Any:
+    def _noting(self, address: str, send: Send) -> Send:
         """A `send` that notes which event the application has made."""
 
-        async def noting(message: Any) -> None:
+        async def noting(message: Message) -> None:
             body = message.get("body", b"")
             if message["type"] == "http.response.body" and len(body) < 200:
                 self._note(address, body)

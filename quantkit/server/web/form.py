@@ -5,7 +5,7 @@ enough.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -13,16 +13,11 @@ import gradio as gr
 from quantkit.config import DEMO_MODEL, PROFILES
 from quantkit.ggml.types import FILE_TYPES, QUANTIZED
 from quantkit.server.executors.registry import AUTO, HERE
-from quantkit.server.runs import RunForm
-from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES
-from quantkit.server.web.handlers import Handlers
+from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
+from quantkit.server.web.events import asked, growing, quietly, said
+from quantkit.server.web.handlers import Client, Handlers
 from quantkit.tensors import METHODS
 
-QUIET: dict[str, Any] = {
-    "queue": False,
-    "show_progress": "hidden",
-    "api_visibility": "private",
-}
 _SUGGESTIONS: list[Any] = [
     ("demo:smollm2-135m (small, needs no network)", DEMO_MODEL),
     "HuggingFaceTB/SmolLM2-360M-Instruct",
@@ -210,73 +205,55 @@ class Form:
             )
 
     @property
-    def fields(self) -> list[Any]:
-        """The inputs, in the order of `read`. The token comes last."""
-        return [
-            *(self.model, self.kind, self.like, self.size, self.bpw, self.memory, self.context),
-            *(self.family, self.profile, self.where, self.machine),
-            *(self.revision, self.levels, self.methods, self.calibration, self.types),
-            *(self.seed, self.device, self.repo, self.visibility, self.token),
-        ]
+    def _by_name(self) -> dict[str, gr.components.Component]:
+        """The inputs by the names of `RunForm`; where and on which machine are one thing there."""
+        return {
+            **{"model": self.model, "size_kind": self.kind, "like": self.like, "size": self.size},
+            **{"bpw": self.bpw, "memory": self.memory, "context": self.context},
+            **{"family": self.family, "profile": self.profile},
+            **{"where": self.where, "machine": self.machine},
+            **{"revision": self.revision, "levels": self.levels, "methods": self.methods},
+            **{"calibration": self.calibration, "types": self.types, "seed": self.seed},
+            **{"device": self.device, "publish": self.repo, "visibility": self.visibility},
+        }
 
-    @staticmethod
-    def read(values: tuple[Any, ...]) -> RunForm:
+    @property
+    def fields(self) -> list[gr.components.Component]:
+        """The inputs, in the order of `read`. The token comes last."""
+        return [*self._by_name.values(), self.token]
+
+    def read(self, values: Sequence[Any]) -> RunForm:
         """The form's values without the token, as a run is asked for with."""
-        model, kind, like, size, bpw, memory, context, family, profile, *rest = values
-        where, machine, revision, levels, methods, calibration, types, *rest = rest
-        seed, device, repo, seen_by = rest
-        return RunForm(
-            model=model or "",
-            size_kind=kind,
-            like=like or "",
-            size=size or "",
-            bpw=bpw,
-            memory=memory or "",
-            context=_number(context),
-            family=tuple(family or ()),
-            profile=profile,
-            revision=revision or "",
-            levels=tuple(levels or ()),
-            methods=tuple(methods or ()),
-            calibration=calibration or "",
-            types=types or "",
-            seed=seed,
-            device=device,
-            publish=repo or "",
-            visibility=seen_by or "model",
-            machine=HERE if where == HERE else f"{where}:{machine or AUTO}",
-        )
+        given = dict(zip(self._by_name, values, strict=True))
+        where, machine = given.pop("where"), given.pop("machine")
+        given["context"] = _number(given["context"])
+        given["machine"] = HERE if where == HERE else f"{where}:{machine or AUTO}"
+        return RunForm(**given)
 
     def _wire(self) -> None:
         handlers = self._handlers
 
         def sizes(kind: str) -> list[Any]:
-            return [gr.update(visible=kind == n) for n in ("like", "fits", "size", "bpw", "family")]
+            return [gr.update(visible=kind == name) for _, name in _KINDS]
 
-        def search(typed: str, request: gr.Request) -> Any:
-            found = handlers.search(str(typed)[:100], handlers.client(request, None))
+        def search(client: Client, token: str, typed: object) -> Any:
+            found = handlers.search(str(typed)[:100], client)
             return gr.update(choices=found) if found else gr.skip()
 
-        def preview(
-            request: gr.Request,
-            user: gr.OAuthProfile | None,
-            oauth: gr.OAuthToken | None,
-            *values: Any,
-        ) -> Iterator[Any]:
+        def preview(client: Client, token: str, *values: Any) -> Iterator[Any]:
             *fields, typed = values
-            token = oauth.token if oauth else typed
-            client = handlers.client(request, user)
-            for made in handlers.preview(self.read(tuple(fields)), token, client):
-                yield gr.update(value=made, visible=bool(made))
+            return map(said, handlers.preview(self.read(fields), token or typed, client))
 
-        self.kind.change(
-            sizes, self.kind, [self.like, self.fits, self.size, self.bpw, self.family], **QUIET
-        )
-        self.where.change(
-            lambda where: gr.update(visible=where != HERE), self.where, self.machine, **QUIET
+        by_kind = [self.like, self.fits, self.size, self.bpw, self.family]
+        quietly(self.kind.change, sizes, self.kind, by_kind)
+        quietly(
+            self.where.change,
+            lambda where: gr.update(visible=where != HERE),
+            self.where,
+            self.machine,
         )
         self.model.key_up(
-            search,
+            asked(handlers, search),
             self.typed,
             self.model,
             js=_TYPED,
@@ -290,7 +267,7 @@ class Form:
         shown += [self.levels, self.types]
         gr.on(
             [component.change for component in shown],
-            preview,
+            growing(handlers, preview),
             self.fields,
             self.plan,
             trigger_mode="always_last",

@@ -12,10 +12,10 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import parse_qs, parse_qsl
 
 import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantkit.errors import QuantkitError
 from quantkit.server.web import bodies, doors
@@ -46,7 +46,7 @@ _SETTLED = {
 class Gate:
     """ASGI application in front of Gradio's."""
 
-    def __init__(self, app: Any, visitors: Visitors, places: Places, events: Events) -> None:
+    def __init__(self, app: ASGIApp, visitors: Visitors, places: Places, events: Events) -> None:
         self._app = app
         self._visitors = visitors
         self._places = places
@@ -54,7 +54,7 @@ class Gate:
         self._rate_limit = RateLimit(allowed=doors.RATES)
         self._open: Counter[tuple[bool, str]] = Counter()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         if scope["type"] != "http":  # nothing here speaks WebSocket
@@ -98,7 +98,7 @@ class Gate:
 class _Request:
     """One request on its way in."""
 
-    def __init__(self, gate: Gate, scope: Any, receive: Any, answer: Answer) -> None:
+    def __init__(self, gate: Gate, scope: Scope, receive: Receive, answer: Answer) -> None:
         self._gate = gate
         self._places = gate._places
         self._scope = scope
@@ -258,7 +258,7 @@ class _Request:
         return self._headers.get(f"x-forwarded-{what}", "").partition(",")[0].strip().lower()
 
 
-def _headers(scope: Any) -> dict[str, str]:
+def _headers(scope: Scope) -> dict[str, str]:
     """By name. Raises Refused where one comes twice that decides something."""
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
@@ -277,11 +277,11 @@ def _names(query: bytes) -> set[str]:
         raise Refused(400, "The address asks for too much.") from None
 
 
-def _replay(body: bytes, receive: Any) -> Any:
+def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body once and then waits for the end of the connection."""
-    left = [{"type": "http.request", "body": body, "more_body": False}]
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Any:
+    async def again() -> Message:
         return left.pop() if left else await receive()
 
     return again

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,17 @@ from quantkit.server.executors.registry import LOCAL
 from quantkit.server.previews.estimate import Looked, estimate, known_plan
 from quantkit.server.previews.first_look import DEMO, FirstLook
 from quantkit.server.previews.talk import check_prompt, say
-from quantkit.server.runs import RunForm, RunStore, RunView, check_repo, to_config
 from quantkit.server.runs.adopt import adopt
-from quantkit.server.runs.request import check_collection, check_machine, check_visibility
-from quantkit.server.web import previews, publishing, results, view
+from quantkit.server.runs.request import (
+    RunForm,
+    check_collection,
+    check_machine,
+    check_repo,
+    check_visibility,
+    to_config,
+)
+from quantkit.server.runs.store import RunStore
+from quantkit.server.web import previews, results, view
 from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.rate_limit import RateLimit
 from quantkit.server.web.visitor import Visitors
@@ -70,24 +77,15 @@ class Handlers:
         self._welcomed: dict[str, float] = {}
         self._no_search_until = 0.0
 
-    def owner(self, cookies: Mapping[str, Any], username: str | None) -> str | None:
-        """The visitor's id; None for a visitor without a cookie."""
-        if username is not None:
-            return f"hf:{username}"
-        visitor = self.visitors.of_cookies(cookies)
-        return None if visitor is None else f"visitor:{visitor}"
-
     def client(self, request: Any, user: Any) -> Client:
-        """Who sent a request of the page: the signed-in user, else the holder of its cookie.
-
-        On a Space requests come through the Hub's proxy, which appends the address that it saw.
+        """Who sent a request of the page: the signed-in user, else the holder of its cookie. The
+        gate has found out the address.
         """
-        username = user.username if user else None
         address = request.client.host if request.client else ""
-        if self.on_space:
-            seen = request.headers.get("x-forwarded-for", "").split(",")[-1].strip()
-            address = seen or address
-        return Client(self.owner(request.cookies, username), username, address)
+        if user:
+            return Client(f"hf:{user.username}", user.username, address)
+        visitor = self.visitors.of_cookies(request.cookies)
+        return Client(None if visitor is None else f"visitor:{visitor}", None, address)
 
     def allow(self, action: str, client: Client) -> None:
         """Raise QuantkitError when a stranger does this too often."""
@@ -253,52 +251,38 @@ class Handlers:
 
     # A run.
 
-    def act(self, action: str, run_id: Any, client: Client, token: str = "") -> str:
-        """Cancel, resume or delete. Returns a notice as HTML, empty when it worked."""
+    def act(self, action: Callable[[], None], client: Client) -> str:
+        """Do something with a run. Returns a notice as HTML, empty when it worked."""
 
         def do() -> str:
             self.allow("act", client)
-            if action == "cancel":
-                self.store.cancel(run_id, client.owner, checked_token(token))
-            elif action == "resume":
-                self.store.resume(run_id, client.owner, checked_token(token))
-            elif action == "delete":
-                self.store.delete(run_id, client.owner)
+            action()
             return ""
 
-        return answered(do)
+        return told(do)[0]
 
     def compare(self, run_id: Any, repo: str, visibility: str, client: Client, token: str) -> str:
         """Return what publishing would change, as HTML. Raises QuantkitError."""
         visibility = check_visibility(visibility)
         files, places = self.store.staged(run_id, client.owner)
         self.allow("compare", client)
-        secret = self._token_to_publish(token)
+        secret = checked_token(token)
+        if secret is None and not self.store.public:
+            secret = hub.resolve_token()  # one's own machine is logged in with it
         closed = self.store.closed(run_id, client.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, check_repo(repo), secret, private)
-        return publishing.changes(changes, closed)
+        return previews.changes(changes, closed)
 
     def publish(
         self, run_id: Any, repo: str, visibility: str, collection: str, client: Client, token: str
     ) -> None:
         """Queue the upload of a validated run. Raises QuantkitError."""
-        checked = checked_token(token)  # none on one's own machine: what it is logged in with
+        secret = checked_token(token)  # none on one's own machine: what it is logged in with
         self.allow("publish", client)
-        slug = check_collection(collection)
-        self.store.publish(
-            run_id,
-            client.owner,
-            check_repo(repo),
-            check_visibility(visibility),
-            checked,
-            slug,
-        )
-
-    def _token_to_publish(self, token: str) -> str | None:
-        """The visitor's token; on one's own machine the one it is logged in with will do."""
-        checked = checked_token(token)
-        return checked if checked or self.store.public else hub.resolve_token()
+        slug, repo = check_collection(collection), check_repo(repo)
+        seen_by = check_visibility(visibility)
+        self.store.publish(run_id, client.owner, repo, seen_by, secret, slug)
 
     def talk(self, run_id: Any, prompt: str, original: bool, client: Client) -> Iterator[str]:
         """Yield what the finished file, or the original, answers; it grows. Raise
@@ -319,18 +303,25 @@ class Handlers:
 
     # What is shown.
 
-    def shown(self, run_id: Any, owner: str | None) -> dict[str, Any]:
+    def shown(self, run_id: Any, owner: str | None) -> dict[str, str | bool]:
         """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
         try:
             run = self.store.view(run_id, owner)
             raw = self.store.log_tail(run_id, owner)
         except QuantkitError as error:
-            nothing: dict[str, Any] = dict.fromkeys((*CHUNKS, *SWITCHES), "")
             lost = view.notice(error.message, error.remedy)
-            return {**nothing, **dict.fromkeys(SWITCHES, False), "head": lost}
+            return {**dict.fromkeys(CHUNKS, ""), **dict.fromkeys(SWITCHES, False), "head": lost}
         return {
-            **_rendered(run),
+            "head": view.head(run),
+            "stages": view.stages(run),
+            "curve": view.curve(run),
+            "files": view.files(run) + view.strip(run),
+            "results": results.results(run),
+            "report": results.report(run),
+            "card": view.card(run),
+            "log": view.log(run),
             "raw": view.raw_log(raw),
+            **results.plots(run),
             "can_cancel": run.can_cancel,
             "can_resume": run.can_resume,
             "can_delete": run.can_delete,
@@ -342,21 +333,7 @@ class Handlers:
         }
 
     def run_list(self, owner: str | None) -> str:
-        return answered(lambda: view.run_list(self.store.runs(owner)))
-
-
-def _rendered(run: RunView) -> dict[str, Any]:
-    return {
-        "head": view.head(run),
-        "stages": view.stages(run),
-        "curve": view.curve(run),
-        "files": view.files(run) + view.strip(run),
-        "results": results.results(run),
-        "report": results.report(run),
-        "card": view.card(run),
-        "log": view.log(run),
-        **results.plots(run),
-    }
+        return told(lambda: view.run_list(self.store.runs(owner)))[0]
 
 
 def known(owner: str | None) -> str:
@@ -381,12 +358,14 @@ def checked_token(token: Any) -> str | None:
     return text
 
 
-def answered(action: Callable[[], str]) -> str:
-    """The action's HTML, or what went wrong as a notice: a page never shows a traceback."""
+def told(action: Callable[[], str]) -> tuple[str, bool]:
+    """Return the action's text and True, or what went wrong as a notice and False: a page never
+    shows a traceback.
+    """
     try:
-        return action()
+        return action(), True
     except QuantkitError as error:
-        return view.notice(error.message, error.remedy)
+        return view.notice(error.message, error.remedy), False
     except Exception:
         logger.exception("a page event failed")
-        return view.notice(_BUG, _BUG_REMEDY)
+        return view.notice(_BUG, _BUG_REMEDY), False

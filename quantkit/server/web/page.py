@@ -8,12 +8,11 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_space
 
-from quantkit.errors import QuantkitError
-from quantkit.server.runs import RunStore
-from quantkit.server.web import view
+from quantkit.server.runs.store import RunStore
 from quantkit.server.web.api import add_endpoints
-from quantkit.server.web.form import QUIET, Form
-from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
+from quantkit.server.web.events import asked, quietly, said
+from quantkit.server.web.form import Form
+from quantkit.server.web.handlers import CHUNKS, SWITCHES, Client, Handlers, told
 from quantkit.server.web.visitor import Visitors
 from quantkit.server.web.watch import Watch, short_hash, updates
 
@@ -61,18 +60,16 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
         known = known if isinstance(known, dict) else {}
         return [] if hashes == known else [*updates(shown, known, _NAMES), hashes]
 
-    def poll(current: str, known: Any, request: gr.Request, user: gr.OAuthProfile | None) -> Any:
-        owner = handlers.owner(request.cookies, user.username if user else None)
-        return refresh(current, owner, known) or gr.skip()
+    def poll(client: Client, token: str, current: str, known: Any) -> Any:
+        return refresh(current, client.owner, known) or gr.skip()
 
     def load(
         request: gr.Request, user: gr.OAuthProfile | None, oauth: gr.OAuthToken | None
     ) -> list[Any]:
         current = str(request.query_params.get("job", ""))[:100]
         client = handlers.client(request, user)
-        owner = client.owner
         handlers.welcome(client, oauth.token if oauth else None)
-        return [current, *opened(current), *refresh(current, owner, {})]
+        return [current, *opened(current), *refresh(current, client.owner, {})]
 
     with Page(title="quantkit", analytics_enabled=False) as app:
         gr.HTML(_HEADER)
@@ -92,28 +89,17 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
         areas = [new_run, run, run_list]
         parts = [*watch.outputs, runs, sent]
 
-        def start(
-            request: gr.Request,
-            user: gr.OAuthProfile | None,
-            oauth: gr.OAuthToken | None,
-            *values: Any,
-        ) -> list[Any]:
+        def start(client: Client, token: str, *values: Any) -> list[Any]:
             *fields, typed = values
-            client = handlers.client(request, user)
-            owner, token = client.owner, oauth.token if oauth else typed
-            try:
-                new = handlers.start(form.read(tuple(fields)), token, client)
-            except QuantkitError as error:
-                notice = view.notice(error.message, error.remedy)
-                kept = [gr.skip()] * (len(areas) + len(parts))
-                return ["", gr.update(value=notice, visible=True), gr.skip(), *kept]
-            shown = [*opened(new), *refresh(new, owner, {})]
-            return [new, gr.update(value="", visible=False), "", *shown]
+            new, ok = told(lambda: handlers.start(form.read(fields), token or typed, client))
+            if not ok:
+                return ["", said(new), *[gr.skip()] * (1 + len(areas) + len(parts))]
+            return [new, said(""), "", *opened(new), *refresh(new, client.owner, {})]
 
-        app.load(load, None, [run_id, *areas, *parts], **QUIET)
-        gr.Timer(_POLL_SECONDS).tick(poll, [run_id, sent], parts, **QUIET)
+        quietly(app.load, load, None, [run_id, *areas, *parts])
+        quietly(gr.Timer(_POLL_SECONDS).tick, asked(handlers, poll), [run_id, sent], parts)
         form.start_button.click(
-            start,
+            asked(handlers, start),
             form.fields,
             [run_id, form.error, form.token, *areas, *parts],
             show_progress="full",

@@ -1,20 +1,24 @@
-"""What a run would take, as HTML: what the model is, its sizes, where it can run, what it costs."""
+"""As HTML: what a run would take (the model, its sizes, where it can run, what it costs), and
+what publishing would change.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
 from quantkit.config.budgets import Budget
+from quantkit.hub import RepoChanges
 from quantkit.planning.coverage import in_words
 from quantkit.planning.nouns import Estimates, Plan
 from quantkit.server.executors.protocol import Offer
 from quantkit.server.previews.first_look import FirstLook
-from quantkit.server.web.view import duration, notice
+from quantkit.server.web.view import duration, macro, notice
 from quantkit.sizes import size
 
 _SHOWN_MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 _SHOWN_OFFERS = 4
+_looked_at, _preview, _changes = macro("looked_at"), macro("preview"), macro("changes")
 
 
 def looked_at(first: FirstLook) -> str:
@@ -25,7 +29,7 @@ def looked_at(first: FirstLook) -> str:
     ]
     if first.n_download_bytes:
         facts.append(("To read", size(first.n_download_bytes)))
-    return _card(facts, '<p class="qk-help qk-busy">Working out exact sizes and cost …</p>')
+    return _looked_at(facts)
 
 
 def parameters(n: int) -> str:
@@ -49,20 +53,22 @@ def preview(
     `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
     the run cannot be done on it; `offers`: of machines elsewhere.
     """
+    refused = [f"{budget.target}: {budget.refusal}" for budget in plan.sizes.refused]
+    tokens = context or plan.context.usual_tokens
     try:
-        return _preview(plan, context, here, why_not, offers, chosen)
+        return _preview(
+            _facts(plan, context),
+            _places(plan.estimates, here, why_not, offers, chosen),
+            why_not,
+            tokens,
+            _stock(plan, plan.context.n_bytes(tokens)),
+            [*refused, *plan.warnings[:10]],
+        )
     except (ArithmeticError, ValueError):  # of numbers that no model has
         return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
 
 
-def _preview(
-    plan: Plan,
-    context: int | None,
-    here: str,
-    why_not: str,
-    offers: Sequence[Offer],
-    chosen: Offer | None,
-) -> str:
+def _facts(plan: Plan, context: int | None) -> list[tuple[str, str]]:
     model, sizes, needs = plan.model, plan.sizes, plan.estimates
     facts = [
         ("Model", f"{model.architecture}, {parameters(model.n_parameters)} parameters"),
@@ -70,30 +76,17 @@ def _preview(
         ("File", _budget(sizes.budgets, model.n_parameters)),
     ]
     if context is not None:
-        facts.append(
-            (
-                "Context",
-                f"{context:,} tokens take {size(plan.context.n_bytes(context))} beside it",
-            )
-        )
+        beside = size(plan.context.n_bytes(context))
+        facts.append(("Context", f"{context:,} tokens take {beside} beside it"))
     facts.append(("Possible", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"))
     facts.append(("Under GPTQ", in_words(plan.coverage)))
-    facts.append(("Disk, memory", _both(needs)))
+    disk, memory = size(needs.disk_bytes), size(needs.memory_bytes)
+    facts.append(("Disk, memory", f"about {disk}, {memory}"))
     n_fallbacks = len({f.tensor for f in plan.fallbacks})
     if n_fallbacks:
-        facts.append(
-            ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
-        )
-    warnings = [f"{budget.target}: {budget.refusal}" for budget in sizes.refused]
-    warnings += plan.warnings[:10]
-    notes = "".join(f'<p class="qk-help">{escape(text)}</p>' for text in warnings)
-    where = _where(needs, here, why_not, offers, chosen)
-    return _card(facts, f"{where}{_stock(plan, context)}{notes}")
-
-
-def _card(facts: Sequence[tuple[str, str]], rest: str) -> str:
-    items = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in facts)
-    return f'<div class="qk-preview" role="status"><dl>{items}</dl>{rest}</div>'
+        said = f"{n_fallbacks} tensors need another type; the report lists them"
+        facts.append(("Fallbacks", said))
+    return facts
 
 
 def _license(name: str | None, gated: bool) -> str:
@@ -110,72 +103,50 @@ def _budget(budgets: Sequence[Budget], n_parameters: int) -> str:
     return f"at most {size(limit)} ({8 * limit / n_parameters:.2f} bits per weight)"
 
 
-def _both(needs: Estimates) -> str:
-    return f"about {size(needs.disk_bytes)}, {size(needs.memory_bytes)}"
+@dataclass(frozen=True)
+class _Place:
+    """A row: where the run can be done."""
+
+    name: str
+    limit: str
+    time: str
+    cost: str
+    is_chosen: bool
 
 
-def _where(
-    needs: Estimates,
-    here: str,
-    why_not: str,
-    offers: Sequence[Offer],
-    chosen: Offer | None,
-) -> str:
-    """A row for this machine and for every offer worth a look, with time and cost."""
-    rows = []
+def _places(
+    needs: Estimates, here: str, why_not: str, offers: Sequence[Offer], chosen: Offer | None
+) -> list[_Place]:
+    """This machine, and every offer worth a look, with time and cost."""
+    places = []
     if here:
         time, cost = ("—", "too large") if why_not else (_about(needs.seconds), "free")
-        rows.append(_place(here, "", time, cost, chosen is None))
+        places.append(_Place(here, "", time, cost, chosen is None))
     shown = list(offers[:_SHOWN_OFFERS])
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
     for offer in shown:
         limit = f"${offer.most_usd:.2f} at most: ended after {offer.hours} h"
         cost = "under $0.01" if offer.usd < 0.01 else f"${offer.usd:.2f}"
-        rows.append(_place(offer.title, limit, _about(offer.seconds), cost, offer == chosen))
-    if not rows:
-        return ""
-    head = "<tr><th>where</th><th>time, about</th><th>cost, about</th></tr>"
-    said = f'<p class="qk-help">{escape(why_not)}</p>' if why_not else ""
-    return _table(head, "".join(rows)) + said
-
-
-def _place(name: str, limit: str, time: str, cost: str, is_chosen: bool) -> str:
-    small = f"<small>{escape(limit)}</small>" if limit else ""
-    return (
-        f'<tr class="{"ours" if is_chosen else ""}"><th scope="row">{escape(name)}{small}</th>'
-        f"<td>{escape(time)}</td><td>{escape(cost)}</td></tr>"
-    )
+        places.append(_Place(offer.title, limit, _about(offer.seconds), cost, offer == chosen))
+    return places
 
 
 def _about(seconds: float) -> str:
     return duration(max(60.0, seconds))
 
 
-def _stock(plan: Plan, context: int | None) -> str:
+def _stock(plan: Plan, beside: int) -> list[tuple[str, ...]]:
     """How large llama.cpp's own mixes of this model are, and what each takes in memory."""
-    tokens = context or plan.context.usual_tokens
-    beside = plan.context.n_bytes(tokens)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{size(n)}</td>'
-        f"<td>{8 * n / plan.model.n_parameters:.2f}</td><td>{size(n + beside)}</td></tr>"
+    return [
+        (name, size(n), f"{8 * n / plan.model.n_parameters:.2f}", size(n + beside))
         for name in _SHOWN_MIXES
         if (n := plan.stock.get(name)) is not None
-    )
-    if not rows:
-        return ""
-    head = (
-        "<tr><th>as large as</th><th>file</th><th>bits / weight</th>"
-        f"<th>in memory with {tokens:,} tokens</th></tr>"
-    )
-    return (
-        f'<details class="qk-sizes"><summary>Sizes of this model</summary>{_table(head, rows)}'
-        "</details>"
-    )
+    ]
 
 
-def _table(head: str, rows: str) -> str:
-    return (
-        f'<div class="qk-scroll" tabindex="0"><table class="qk-table"><thead>{head}</thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+def changes(found: RepoChanges, closed: str = "") -> str:
+    """The files of a repository, each with what publishing does to it. `closed`: what the model is,
+    "private" or "gated", where this is why the repository is private.
+    """
+    return _changes(found, closed, sum(x.kind in ("new", "changed") for x in found.changes))

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from html import escape
 from typing import Any, TypeVar
 
 from quantkit.errors import QuantkitError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report import text
 from quantkit.evidence.report.schema import Report, Row
-from quantkit.server.runs import RunView
+from quantkit.server.runs.view import RunView
 from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
+from quantkit.server.web.view import macro, notice
 from quantkit.sizes import size
 
 T = TypeVar("T")
+_made_of = macro("tiles")
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE = (
-    '<div class="qk-notice error" role="alert"><strong>The report of this run cannot be read.'
-    "</strong> <span>Download report.json and look into it.</span></div>"
-)
+_UNREADABLE = "The report of this run cannot be read.", "Download report.json and look into it."
 _MOST_MADE = 32
 _made: dict[tuple[int, str], tuple[Any, Any]] = {}  # by identity and use: read, and made of it
 
@@ -43,13 +41,13 @@ def report(run: RunView) -> str:
     def make() -> str:
         found = _read(run)
         if found is None:
-            return _UNREADABLE
+            return notice(*_UNREADABLE)
         try:
             return f'<div class="qk-report">{reports.sections(found)}</div>'
         except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
             # Numbers that no measurement gives: a report from elsewhere.
             logger.warning("a report cannot be drawn: %s", type(error).__name__)
-            return _UNREADABLE
+            return notice(*_UNREADABLE)
 
     return _once(run.report, "report", make) if run.report else ""
 
@@ -104,5 +102,4 @@ def _tiles(report: Report, row: Row) -> str:
     if best is not None and best.kl.value and row.kl.is_known:
         ratio = row.kl.value / best.kl.value
         tiles.insert(1, (f"{ratio:.2f}×", f"the KL of {best.label}"))
-    items = "".join(f"<li><b>{escape(a)}</b><span>{escape(b)}</span></li>" for a, b in tiles)
-    return f'<ul class="qk-tiles" aria-label="{escape(row.name)}">{items}</ul>'
+    return _made_of(row.name, tiles)

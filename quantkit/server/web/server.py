@@ -20,8 +20,8 @@ from starlette.routing import Route
 from quantkit.errors import QuantkitError
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import shortened
-from quantkit.server.runs import RunStore, open_store
 from quantkit.server.runs.mirror import Mirror, state_folder
+from quantkit.server.runs.store import RunStore, open_store
 from quantkit.server.web import listen
 from quantkit.server.web.bodies import Events
 from quantkit.server.web.fairness import FairQueue

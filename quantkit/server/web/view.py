@@ -1,23 +1,26 @@
-"""A run as HTML: pure functions of what is known of it. Everything is escaped here."""
+"""A run as HTML: what `page.html.jinja` fills in, in words. Everything is escaped there."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
 from quantkit.evidence import report as reports
 from quantkit.hub.jobs import MachineLoad
 from quantkit.server.executors.registry import EXECUTORS
-from quantkit.server.runs import RunSummary, RunView, StageView
+from quantkit.server.runs.progress import KlPoint, LogLine, StageView
+from quantkit.server.runs.view import RunView
 from quantkit.sizes import size
 from quantkit.stages import STAGES
 
 STAGE_ABOUT = {stage.name: stage.about for stage in STAGES}
-STATE_TEXT = {
+_STATE_TEXT = {
     "queued": "Waiting",
     "running": "Running",
     "finished": "Finished",
@@ -26,8 +29,48 @@ STATE_TEXT = {
     "cancelled": "Cancelled",
     "damaged": "Damaged",
 }
+# What publishing does with a file.
+_HAPPENS = {
+    "new": ("+", "new"),
+    "changed": ("~", "replaced"),
+    "same": ("=", "unchanged"),
+    "kept": (" ", "stays"),
+}
 _MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-_MARKS = {"done": "✓", "failed": "!", "running": "", "waiting": ""}
+
+
+def macro(name: str) -> Callable[..., str]:
+    """Return a function that gives the HTML of a macro of `page.html.jinja`."""
+
+    def render(*values: object) -> str:
+        return str(getattr(_templates().get_template("page.html.jinja").module, name)(*values))
+
+    return render
+
+
+@cache
+def _templates() -> Environment:
+    folder = FileSystemLoader(Path(__file__).parent)
+    made = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
+    made.globals |= {
+        **{"STATE_TEXT": _STATE_TEXT, "STAGE_ABOUT": STAGE_ABOUT, "EXECUTORS": EXECUTORS},
+        **{"HAPPENS": _HAPPENS, "size": size, "duration": duration, "time_left": time_left},
+        **{"ago": ago, "model_name": model_name, "facts": _facts, "in_line": _in_line},
+        **{"machine": _machine, "took": _took, "with_error": _with_error, "clock": _clock},
+        **{"in_words": _in_words, "last_lines": _last_lines, "file_url": _file_url},
+        **{"web_url": _web_url},
+    }
+    return made
+
+
+# Of a message, a remedy and a kind; empty for no message.
+notice = macro("notice")
+# Of a run: title and state; what it is at, while it is; what each stage took; the search's curve;
+# what happened; what can be downloaded.
+head, stages, strip, curve = macro("head"), macro("stages"), macro("strip"), macro("curve")
+log, files = macro("log"), macro("files")
+# Of the worker's output; of the visitor's runs.
+raw_log, run_list = macro("raw_log"), macro("run_list")
 
 
 def duration(seconds: float) -> str:
@@ -64,60 +107,40 @@ def ago(moment: float, now: float | None = None) -> str:
     return f"{seconds / 86400:.0f} days ago"
 
 
-def notice(message: str, remedy: str = "", kind: str = "error") -> str:
-    """A sentence and what to do about it. Empty for no message."""
-    if not message:
-        return ""
-    role = "alert" if kind == "error" else "status"
-    advice = f" <span>{escape(remedy)}</span>" if remedy else ""
-    text = f"<strong>{escape(message)}</strong>{advice}"
-    return f'<div class="qk-notice {kind}" role="{role}">{text}</div>'
-
-
-def badge(state: str) -> str:
-    return f'<span class="qk-badge {escape(state)}">{STATE_TEXT.get(state, escape(state))}</span>'
-
-
 def model_name(model: str) -> str:
     """The model's name without its owner or folder."""
     return model.rstrip("/").rsplit("/", 1)[-1] or model
 
 
-def head(run: RunView) -> str:
-    """Title, state, and what the state means for the visitor."""
-    facts = [run.target, f"profile {run.profile}", f"started {ago(run.created)}"]
-    if run.revision:
-        facts.insert(0, f"revision {run.revision[:16]}")
-    if run.is_local:
-        facts.append("from the command line")
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    owner = escape(run.model[: -len(model_name(run.model))])
-    title = f"<h2><span>{owner}</span>{escape(model_name(run.model))}</h2>"
-    state = badge("stopping") if run.stopping else badge(run.state)
-    return (
-        f'<div class="qk-head"><div class="qk-title">{title}{state}</div>'
-        f'<ul class="qk-facts">{items}</ul>{_state_note(run)}{_machine(run)}{_downloads(run)}</div>'
-    )
+def _facts(run: RunView) -> list[str]:
+    revision = [f"revision {run.revision[:16]}"] if run.revision else []
+    facts = [*revision, run.target, f"profile {run.profile}", f"started {ago(run.created)}"]
+    return [*facts, "from the command line"] if run.is_local else facts
+
+
+def _in_line(run: RunView) -> str:
+    """What a run waits for."""
+    if run.is_remote:
+        return f"Its {EXECUTORS[run.executor].noun} is about to be started."
+    place = run.position or 1
+    text = "It is next in line." if place == 1 else f"It is number {place} in line."
+    if run.wait_seconds:
+        text += f" It starts in about {duration(60 * max(1, round(run.wait_seconds / 60)))}."
+    return text
 
 
 def _machine(run: RunView) -> str:
-    """Where a run elsewhere is, how busy it is and what it has cost; empty for one done here."""
-    if not run.is_remote:
-        return ""
+    """Where a run elsewhere is, how busy it is and what it has cost."""
     noun = EXECUTORS[run.executor].noun
     facts = [f"{noun} on {run.machine}" if run.machine else noun]
     if run.usd_per_hour:
         facts.append(f"${run.usd_per_hour:.2f} an hour")
     if run.hours:
         facts.append(f"ended after {run.hours} h at the latest")
-    link, load = "", ""
-    if run.remote is not None:
-        facts.append(f"${run.remote.usd:.2f} so far")
-        load = _load(run.remote.metrics) if run.state == "running" else ""
-        url = run.remote.url
-        if url.startswith(("https://", "http://")):
-            link = f' <a href="{escape(url)}" rel="noopener" target="_blank">its page</a>'
-    return f'<p class="qk-machine">{escape(" · ".join(facts))}{escape(load)}{link}</p>'
+    if run.remote is None:
+        return " · ".join(facts)
+    facts.append(f"${run.remote.usd:.2f} so far")
+    return " · ".join(facts) + (_load(run.remote.metrics) if run.state == "running" else "")
 
 
 def _load(load: MachineLoad | None) -> str:
@@ -135,214 +158,37 @@ def _load(load: MachineLoad | None) -> str:
     return " · " + ", ".join(said) if said else ""
 
 
-def _state_note(run: RunView) -> str:
-    if run.stopping:
-        return notice("Stopping the worker.", "What is finished is kept.", "info")
-    if run.state == "queued":
-        place = run.position or 1
-        text = "It is next in line." if place == 1 else f"It is number {place} in line."
-        if run.is_remote:
-            text = f"Its {EXECUTORS[run.executor].noun} is about to be started."
-        elif run.wait_seconds:
-            text += f" It starts in about {duration(60 * max(1, round(run.wait_seconds / 60)))}."
-        return notice(
-            text, "You can close this page: its address and your list find it again.", "info"
-        )
-    if run.state in ("failed", "interrupted", "damaged"):
-        return notice(run.error or "The run ended without saying why.", run.remedy)
-    if run.state == "cancelled":
-        return notice("Cancelled.", "Finished stages are kept: it can be resumed.", "info")
-    if run.published_url and run.state == "finished":
-        url = run.published_url
-        if url.startswith(("https://", "http://")):
-            link = f'<a href="{escape(url)}" rel="noopener" target="_blank">{escape(url)}</a>'
-            return (
-                f'<div class="qk-notice ok" role="status"><strong>Published:</strong> {link}</div>'
-            )
-    return ""
-
-
-def stages(run: RunView) -> str:
-    """The nine stages, while there is something to watch."""
-    if run.state == "finished":
-        return ""
-    items = "".join(_stage(n, stage, run) for n, stage in enumerate(run.stages, 1))
-    return f'<section aria-label="Stages"><ol class="qk-stages">{items}</ol></section>'
-
-
-def strip(run: RunView) -> str:
-    """The nine stages of a finished run, with what each took."""
-    if run.state != "finished":
-        return ""
-    total = sum(stage.seconds or 0 for stage in run.stages)
-    items = "".join(
-        f'<li class="done"><b>✓</b>{stage.name}<small>{_seconds(stage)}</small></li>'
-        for stage in run.stages
-    )
-    return (
-        f'<section class="qk-section" aria-label="Stages"><h3>Nine stages in {duration(total)}</h3>'
-        f'<ol class="qk-strip">{items}</ol></section>'
-    )
-
-
-def _seconds(stage: StageView) -> str:
+def _took(stage: StageView) -> str:
     return "" if stage.seconds is None else duration(stage.seconds)
 
 
-def _stage(number: int, stage: StageView, run: RunView) -> str:
-    state = stage.state
-    if state == "running" and run.state != "running":
-        state = "stopped"  # the process that was at it is gone
-    mark = _MARKS.get(state) or str(number)
-    text = stage.message if state in ("running", "failed", "stopped") else ""
-    about = escape(text or STAGE_ABOUT[stage.name])
-    side, bar = "", ""
-    if state == "running":
-        left = time_left(run.eta_seconds)
-        percent = stage.percent
-        side = "" if percent is None else f"{percent} %"
-        side += f"<small>{left}</small>" if left else ""
-        value = "" if percent is None else f' aria-valuenow="{percent}" style="--p:{percent}%"'
-        kind = "qk-bar" if percent is not None else "qk-bar unknown"
-        bar = (
-            f'<div class="{kind}" role="progressbar" aria-label="{stage.name}" aria-valuemin="0"'
-            f' aria-valuemax="100"{value}></div>'
-        )
-    elif state == "done":
-        side = _seconds(stage)
-    current = ' aria-current="step"' if state == "running" else ""
-    return (
-        f'<li class="{state}"{current}><b class="mark">{mark}</b><div class="body">'
-        f'<div class="line"><span class="name">{stage.name}</span>'
-        f'<span class="side">{side}</span></div>'
-        f'<div class="about">{about}</div>{bar}</div></li>'
-    )
+def _with_error(point: KlPoint) -> str:
+    return reports.with_error(reports.Mean(point.kl, point.stderr))
 
 
-def curve(run: RunView) -> str:
-    """Return what the search's KL curve shows; empty while there is none, and when the report shows
-    it.
-    """
-    if run.report or len(run.curve) < 2:
-        return ""
-    last = run.curve[-1]
-    title = "How the search is doing" if run.is_active else "How the search went"
-    known = reports.with_error(reports.Mean(last.kl, last.stderr))
-    tuned = ", as tuning is expected to leave it" if last.is_expected else ""
-    return (
-        f'<section class="qk-section"><h3>{title}</h3><p class="qk-help">KL divergence to the'
-        f" original, lower is better: {known} after generation {last.generation}{tuned}."
-        "</p></section>"
-    )
+def _clock(moment: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(moment))
 
 
-def log(run: RunView) -> str:
-    """The run in plain words, newest last."""
-    if not run.log:
-        return '<p class="qk-help">Nothing has happened yet.</p>'
-    lines = []
-    for line in run.log[-200:]:
-        text = line.text
-        if line.kind == "started" and line.stage:
-            text = STAGE_ABOUT.get(line.stage, "")
-        elif line.kind == "finished" and line.stage:
-            text = f"done in {text}"
-        moment = time.strftime("%H:%M:%S", time.gmtime(line.time))
-        lines.append(
-            f'<li class="{escape(line.kind)}"><time>{moment}</time>'
-            f"<b>{escape(line.stage or 'run')}</b><span>{escape(text or line.kind)}</span></li>"
-        )
-    left_out = f" {run.n_dropped:,} lines could not be read." if run.n_dropped else ""
-    return (
-        f'<ol class="qk-log">{"".join(lines)}</ol><p class="qk-help">Times are UTC.{left_out}</p>'
-    )
+def _in_words(line: LogLine) -> str:
+    if line.kind == "started" and line.stage:
+        return STAGE_ABOUT.get(line.stage, "")
+    return f"done in {line.text}" if line.kind == "finished" and line.stage else line.text
 
 
-def raw_log(text: str) -> str:
-    if not text:
-        return '<p class="qk-help">The worker has not printed anything.</p>'
+def _last_lines(text: str) -> str:
     # A progress line that rewrote itself: only what it ended as.
     lines = [line.rsplit("\r", 1)[-1].replace("\x1b[K", "") for line in text.splitlines()]
-    return f'<pre class="qk-raw" tabindex="0">{escape(chr(10).join(lines[-150:]))}</pre>'
+    return "\n".join(lines[-150:])
 
 
-def files(run: RunView) -> str:
-    """Return what can be downloaded, with what it weighs and the hash to check it by."""
-    if not run.files:
-        return ""
-    rows = []
-    for file in run.files:
-        url = f"files/{quote(run.id)}/{quote(file.name)}"
-        link = (
-            f'<a href="{escape(url)}" download="{escape(file.name)}">{escape(file.name)}</a>'
-            if file.is_here
-            else f"<b>{escape(file.name)}</b>"
-        )
-        rows.append(
-            f"<li>{link}"
-            f"<span>{size(file.n_bytes)}</span>"
-            f'<code title="sha256">{escape(file.sha256)}</code></li>'
-        )
-    where = "" if any(file.is_here for file in run.files) else _elsewhere(run)
-    return (
-        f'<section class="qk-section"><h3>Files</h3>{where}'
-        f'<ul class="qk-files">{"".join(rows)}</ul></section>'
-    )
+def _file_url(run: RunView, name: str) -> str:
+    return f"files/{quote(run.id)}/{quote(name)}"
 
 
-def _downloads(run: RunView) -> str:
-    """A button for every finished GGUF that lies here: what most people came for."""
-    links = "".join(
-        f'<a class="qk-download" href="{escape(f"files/{quote(run.id)}/{quote(file.name)}")}"'
-        f' download="{escape(file.name)}">Download {escape(file.name)}<small>'
-        f"{size(file.n_bytes)}</small></a>"
-        for file in run.files
-        if file.is_model and file.is_here and run.state == "finished"
-    )
-    return f'<p class="qk-downloads">{links}</p>' if links else ""
-
-
-def _elsewhere(run: RunView) -> str:
-    """Where the files of a run are that was done elsewhere."""
-    if not run.is_remote:
-        return ""
-    text = (
-        "They are in the repository that it was published to."
-        if run.published_url
-        else EXECUTORS[run.executor].results_at
-    )
-    return f'<p class="qk-help">{text}</p>'
-
-
-def run_list(runs: Sequence[RunSummary]) -> str:
-    """The visitor's runs as links; a friendly word where there are none."""
-    if not runs:
-        return (
-            '<section class="qk-section"><h2>Your runs</h2><div class="qk-empty">'
-            "<p>No runs yet.</p><p>Choose a model above and press Start. Not sure? The demo model"
-            " needs no network and takes a few minutes.</p></div></section>"
-        )
-    items = "".join(_run_line(run) for run in runs[:200])
-    return (
-        f'<section class="qk-section"><h2>Your runs</h2><ul class="qk-jobs">{items}</ul></section>'
-    )
-
-
-def _run_line(run: RunSummary) -> str:
-    detail = f"{run.target} · {run.profile} · {ago(run.created)}"
-    if run.is_local:
-        detail += " · command line"
-    now = ""
-    if run.state == "running" and run.stage:
-        now = run.stage + ("" if run.percent is None else f" {run.percent} %")
-    elif run.state == "queued" and run.position:
-        now = f"number {run.position} in line"
-    name = escape(model_name(run.model))
-    return (
-        f'<li><a href="?job={quote(run.id)}"><span class="name">{name}</span>'
-        f'<span class="detail">{escape(detail)}</span><span class="now">{escape(now)}</span>'
-        f"{badge(run.state)}</a></li>"
-    )
+def _web_url(url: str | None) -> str:
+    """An address of the web; nothing for what a script could hide in."""
+    return url if url and url.startswith(("https://", "http://")) else ""
 
 
 def card(run: RunView) -> str:
@@ -357,7 +203,7 @@ def card(run: RunView) -> str:
         if token.type == "link_open":
             token.attrs |= {"rel": "noopener", "target": "_blank"}
         elif token.type == "image" and name in here:
-            token.attrs["src"] = f"files/{quote(run.id)}/{quote(name)}"
+            token.attrs["src"] = _file_url(run, name)
         elif token.type == "image":
             token.type = "text"  # what the picture shows
     return _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -11,8 +12,16 @@ from gradio.components.plot import PlotData
 from quantkit.errors import QuantkitError
 from quantkit.evidence.report.text import CAPTIONS
 from quantkit.server.web.charts import PLOTS
-from quantkit.server.web.form import QUIET, visibility
-from quantkit.server.web.handlers import CHUNKS, SWITCHES, Client, Handlers
+from quantkit.server.web.events import asked, growing, quietly, said
+from quantkit.server.web.form import visibility
+from quantkit.server.web.handlers import (
+    CHUNKS,
+    SWITCHES,
+    Client,
+    Handlers,
+    checked_token,
+    told,
+)
 from quantkit.server.web.view import notice
 
 
@@ -22,7 +31,7 @@ class Watch:
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
         gr.HTML('<nav class="qk-back"><a href="./">← All runs and a new one</a></nav>')
-        self.chunks: dict[str, Any] = {"head": gr.HTML(elem_id="job-head")}
+        self.chunks: dict[str, gr.HTML | gr.Plot] = {"head": gr.HTML(elem_id="job-head")}
         with gr.Row(elem_classes="qk-buttons"):
             self.cancel = gr.Button("Cancel", elem_id="cancel", visible=False, size="sm")
             self.resume = gr.Button(
@@ -156,50 +165,33 @@ class Watch:
         opened: Callable[[str], list[Any]],
     ) -> None:
         """Connect the buttons. `refresh(run, owner, known)` gives the updates of `parts`."""
-        handlers = self._handlers
+        handlers, store = self._handlers, self._handlers.store
 
-        def act(action: str, current: str, client: Client, token: str = "") -> list[Any]:
-            notice = handlers.act(action, current, client, token)
-            return [
-                gr.update(value=notice, visible=bool(notice)),
-                *refresh(current, client.owner, {}),
-            ]
+        def acting(action: Callable[[str, str | None, str | None], None]) -> Callable[..., Any]:
+            """The event of a button: `action(run, owner, token)`, then what is shown."""
 
-        def cancel(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
-            return act("cancel", current, handlers.client(request, user))
+            def act(client: Client, token: str, current: str, typed: str) -> list[Any]:
+                notice = handlers.act(
+                    lambda: action(current, client.owner, checked_token(token or typed)), client
+                )
+                return [said(notice), *refresh(current, client.owner, {})]
 
-        def resume(
-            current: str,
-            typed: str,
-            request: gr.Request,
-            user: gr.OAuthProfile | None,
-            oauth: gr.OAuthToken | None,
-        ) -> list[Any]:
-            token = oauth.token if oauth else typed
-            return act("resume", current, handlers.client(request, user), token)
+            return asked(handlers, act)
 
-        def delete(current: str, request: gr.Request, user: gr.OAuthProfile | None) -> list[Any]:
-            client = handlers.client(request, user)
-            notice = handlers.act("delete", current, client)
+        def delete(client: Client, token: str, current: str) -> list[Any]:
+            notice = handlers.act(lambda: store.delete(current, client.owner), client)
             left = current if notice else ""
-            return [
-                left,
-                gr.update(visible=False),
-                gr.update(value=notice, visible=bool(notice)),
-                *opened(left),
-                *refresh(left, client.owner, {}),
-            ]
+            shown = [*opened(left), *refresh(left, client.owner, {})]
+            return [left, gr.update(visible=False), said(notice), *shown]
 
-        shown = [self.notice, *parts]
-        self.cancel.click(cancel, run_id, shown, **QUIET)
-        self.resume.click(resume, [run_id, self.again], shown, **QUIET).then(
-            lambda: "", None, self.again, **QUIET
-        )
-        self.delete.click(lambda: gr.update(visible=True), None, self.confirm, **QUIET)
-        self.keep.click(lambda: gr.update(visible=False), None, self.confirm, **QUIET)
-        self.delete_now.click(
-            delete, run_id, [run_id, self.confirm, self.notice, *areas, *parts], **QUIET
-        ).then(
+        given, shown = [run_id, self.again], [self.notice, *parts]
+        quietly(self.cancel.click, acting(store.cancel), given, shown)
+        resumed = quietly(self.resume.click, acting(store.resume), given, shown)
+        quietly(resumed.then, lambda: "", None, self.again)
+        quietly(self.delete.click, lambda: gr.update(visible=True), None, self.confirm)
+        quietly(self.keep.click, lambda: gr.update(visible=False), None, self.confirm)
+        deleted = [run_id, self.confirm, self.notice, *areas, *parts]
+        quietly(self.delete_now.click, asked(handlers, delete), run_id, deleted).then(
             None,
             run_id,
             None,
@@ -214,133 +206,94 @@ class Watch:
     ) -> None:
         handlers = self._handlers
 
-        def compare(
-            current: str,
-            repo: str,
-            seen_by: str,
-            typed: str,
-            request: gr.Request,
-            user: gr.OAuthProfile | None,
-            oauth: gr.OAuthToken | None,
-        ) -> list[Any]:
-            token, client = oauth.token if oauth else typed, handlers.client(request, user)
-            found, ok = told(lambda: handlers.compare(current, repo, seen_by, client, token))
-            return [gr.update(value=found, visible=True), gr.update(visible=ok)]
+        def compare(client: Client, token: str, current: str, *fields: str) -> list[Any]:
+            repo, seen_by, typed = fields
+            found, ok = told(
+                lambda: handlers.compare(current, repo, seen_by, client, token or typed)
+            )
+            return [said(found), gr.update(visible=ok)]
 
-        def publish(
-            current: str,
-            repo: str,
-            seen_by: str,
-            collection: str,
-            typed: str,
-            request: gr.Request,
-            user: gr.OAuthProfile | None,
-            oauth: gr.OAuthToken | None,
-        ) -> list[Any]:
-            token, client = oauth.token if oauth else typed, handlers.client(request, user)
+        def publish(client: Client, token: str, current: str, *fields: str) -> list[Any]:
+            repo, seen_by, collection, typed = fields
 
             def do() -> str:
-                handlers.publish(current, repo, seen_by, collection, client, token)
+                handlers.publish(current, repo, seen_by, collection, client, token or typed)
                 return notice("The upload is on its way.", "Its progress is above.", "info")
 
-            said, ok = told(do)
-            return [
-                gr.update(value=said, visible=True),
-                gr.update(visible=not ok),
-                "" if ok else gr.skip(),
-                *refresh(current, client.owner, {}),
-            ]
+            found, ok = told(do)
+            kept = "" if ok else gr.skip()
+            shown = refresh(current, client.owner, {})
+            return [said(found), gr.update(visible=not ok), kept, *shown]
 
-        inputs = [run_id, self.repo, self.visibility]
+        given = [run_id, self.repo, self.visibility]
         self.compare.click(
-            compare,
-            [*inputs, self.token],
+            asked(handlers, compare),
+            [*given, self.token],
             [self.changes, self.publish],
             show_progress="full",
             show_progress_on=self.changes,
             concurrency_limit=4,
             api_visibility="private",
         )
-        self.publish.click(
-            publish,
-            [*inputs, self.collection, self.token],
+        quietly(
+            self.publish.click,
+            asked(handlers, publish),
+            [*given, self.collection, self.token],
             [self.changes, self.publish, self.token, *parts],
-            **QUIET,
         )
         # What was shown is for what was asked: another name has to be looked at again.
-        gr.on(
-            [self.repo.input, self.visibility.input],
-            lambda: [gr.update(visible=False), gr.update(visible=False)],
+        quietly(
+            partial(gr.on, [self.repo.input, self.visibility.input]),
+            lambda: [gr.update(visible=False)] * 2,
             None,
             [self.changes, self.publish],
-            **QUIET,
         )
 
     def _wire_talk(self, run_id: gr.Textbox) -> None:
         handlers = self._handlers
 
-        def talk(
-            current: str, prompt: str, original: bool, client: Client
-        ) -> Iterator[tuple[Any, Any]]:
-            """The growing answer and a notice."""
-            try:
-                yield "", gr.update(visible=False)
-                for text in handlers.talk(current, prompt, original, client):
-                    yield text, gr.skip()
-            except QuantkitError as error:
-                yield gr.skip(), gr.update(value=notice(error.message, error.remedy), visible=True)
+        def answer(trigger: Callable[..., Any], original: bool, box: gr.Textbox) -> Any:
+            """Wire one of the two to what was asked: the growing answer, and a notice."""
 
-        def ask(
-            current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
-        ) -> Iterator[Any]:
-            yield from talk(current, prompt, False, handlers.client(request, user))
+            def talk(client: Client, token: str, current: str, prompt: str) -> Iterator[Any]:
+                try:
+                    yield gr.update(value="", visible=True), said("")
+                    for text in handlers.talk(current, prompt, original, client):
+                        yield gr.update(value=text, visible=True), gr.skip()
+                except QuantkitError as error:
+                    yield gr.skip(), said(notice(error.message, error.remedy))
 
-        def ask_base(
-            current: str, prompt: str, request: gr.Request, user: gr.OAuthProfile | None
-        ) -> Iterator[Any]:
-            for text, said in talk(current, prompt, True, handlers.client(request, user)):
-                if isinstance(text, str):
-                    text = gr.update(value=text, visible=True)
-                yield text, said
+            return trigger(
+                growing(handlers, talk),
+                [run_id, self.prompt],
+                [box, self.talk_notice],
+                concurrency_limit=2,
+                concurrency_id="talk",
+                show_progress="minimal",
+                api_visibility="private",
+            )
 
-        limits: dict[str, Any] = {
-            "concurrency_limit": 2,
-            "concurrency_id": "talk",
-            "show_progress": "minimal",
-            "api_visibility": "private",
-        }
-        inputs = [run_id, self.prompt]
-        for button in (self.ask, self.ask_both):
-            event = button.click(ask, inputs, [self.answer, self.talk_notice], **limits)
-            if button is self.ask_both:
-                event.then(ask_base, inputs, [self.base_answer, self.talk_notice], **limits)
+        answer(self.ask.click, False, self.answer)
+        first = answer(self.ask_both.click, False, self.answer)
+        answer(first.then, True, self.base_answer)
 
 
-def told(action: Callable[[], str]) -> tuple[str, bool]:
-    """The action's HTML, or what went wrong as a notice; and whether it went well."""
-    try:
-        return action(), True
-    except QuantkitError as error:
-        return notice(error.message, error.remedy), False
-
-
-def short_hash(value: Any) -> str:
+def short_hash(value: str | bool) -> str:
     """Tells one content of a part from another; a text, because a script rounds long numbers."""
     return f"{hash(value):x}"
 
 
-def updates(shown: dict[str, Any], known: dict[str, str], names: tuple[str, ...]) -> list[Any]:
+def updates(
+    shown: Mapping[str, str | bool], known: Mapping[str, str], names: Sequence[str]
+) -> list[Any]:
     """An update for every name: skipped where nothing changed since `known`."""
-    made: list[Any] = []
-    for name in names:
-        if name not in shown or known.get(name) == short_hash(shown[name]):
-            made.append(gr.skip())
-        elif name in SWITCHES:
-            made.append(gr.update(visible=shown[name]))
-        elif name in PLOTS:
-            # Vega-Lite's JSON is what Gradio makes of an Altair chart.
-            plot = PlotData(type="altair", plot=shown[name]) if shown[name] else None
-            made.append(gr.update(value=plot, visible=plot is not None))
-        else:
-            made.append(gr.update(value=shown[name], visible=bool(shown[name])))
-    return made
+    changed = {name for name in shown if known.get(name) != short_hash(shown[name])}
+    return [_update(name, shown[name]) if name in changed else gr.skip() for name in names]
+
+
+def _update(name: str, value: str | bool) -> Any:
+    if name not in PLOTS:
+        return gr.update(visible=value) if isinstance(value, bool) else said(value)
+    # Vega-Lite's JSON is what Gradio makes of an Altair chart.
+    plot = PlotData(type="altair", plot=str(value)) if value else None
+    return gr.update(value=plot, visible=plot is not None)

@@ -25,18 +25,11 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import replacing, write_json
 from quantkit.hub import jobs
-from quantkit.run.events import (
-    MOST_EVENT_BYTES,
-    EventLog,
-    checked_event,
-    outcome,
-    read_events,
-)
+from quantkit.run.events import MOST_EVENT_BYTES, EventLog, outcome, read_events
 from quantkit.run.folder import RunDir, read_json
 from quantkit.sandbox import secrets
-from quantkit.sandbox.untrusted import Damaged, build, shortened
-from quantkit.server.executors.hf_jobs.executor import HfJobs
-from quantkit.server.executors.hf_jobs.labels import app_labels
+from quantkit.sandbox.untrusted import build, shortened
+from quantkit.server.executors.hf_jobs.executor import HfJobs, app_labels
 from quantkit.server.executors.hf_jobs.wheel import job_requirement
 from quantkit.server.executors.hf_jobs.wire import Listener, SentEvent, SentFile
 from quantkit.server.executors.protocol import (
@@ -58,6 +51,8 @@ EOF
 unset HF_TOKEN
 {secrets.DESCRIPTOR}=9 exec "$@"
 """
+_UV = ("uv", "run", "--no-project", "--python", "3.12", "--with")
+_RUN = ("python", "-m", "quantkit.server.executors.hf_jobs.in_job")
 MOUNT = "/state"
 _ENDING = (signal.SIGTERM, HfJobs.cancelled_by)
 _METRICS_SECONDS = 15.0
@@ -169,7 +164,7 @@ class Dispatch:
         assert order.machine is not None
         asked = jobs.JobOrder(
             image=IMAGE,
-            command=("sh", "-c", _IN_JOB, "sh", *_uv(job_requirement())),
+            command=("sh", "-c", _IN_JOB, "sh", *_UV, job_requirement(), *_RUN),
             machine=order.machine,
             timeout_seconds=3600 * (order.hours or 6),
             labels=app_labels(os.environ),
@@ -196,11 +191,9 @@ class Dispatch:
 
     def _wait_for_machine(self) -> None:
         assert self._job is not None
-        told = False
+        if self._job.stage == jobs.WAITING:
+            self._events.emit(None, "note", f"waiting for a {self._job.machine} machine")
         while self._job.stage == jobs.WAITING:
-            if not told:
-                self._events.emit(None, "note", f"waiting for a {self._job.machine} machine")
-                told = True
             time.sleep(_POLL_SECONDS)
             self._job = jobs.look(self._job, self._token)
 
@@ -246,7 +239,9 @@ class Dispatch:
                         self._take(job, said)
                         n_heard = self._heard[job.id] = said.number + 1
                 elif isinstance(said, SentFile):
-                    self._save(said)
+                    assert said.path in RESULTS
+                    with replacing(self._dir.path / said.path) as partial:
+                        partial.write_bytes(said.data)
                 elif said is not None and n_left > 0:
                     text = shortened(hub.scrub(said, self._token), _LONGEST_LINE)
                     n_left -= len(text) + 1
@@ -254,22 +249,11 @@ class Dispatch:
                     log.flush()
 
     def _take(self, job: jobs.RemoteJob, said: SentEvent) -> None:
-        """Write down what a Job says has happened. What is no event, and what comes after more than
-        any run says, is left out.
+        """Write down what a Job says has happened, but for what comes after more than any run
+        says.
         """
-        try:
-            event = checked_event(said.value)
-            at = [job.id, said.number]
-            self._events.append(
-                dataclasses.replace(event, data={**event.data, "at": at}), MOST_EVENT_BYTES
-            )
-        except (Damaged, ValueError, RecursionError):
-            return
-
-    def _save(self, said: SentFile) -> None:
-        assert said.path in RESULTS
-        with replacing(self._dir.path / said.path) as partial:
-            partial.write_bytes(said.data)
+        data = {**said.event.data, "at": [job.id, said.number]}
+        self._events.append(dataclasses.replace(said.event, data=data), MOST_EVENT_BYTES)
 
     def _watch_machine(self) -> None:
         """Note how busy the machine is and what it has cost, until the Job has ended."""
@@ -312,14 +296,6 @@ class Dispatch:
                 remedy="Resume it: finished stages are kept if there was a bucket.",
             )
         return 1
-
-
-def _uv(requirement: str) -> tuple[str, ...]:
-    """What a Job runs."""
-    return (
-        *("uv", "run", "--no-project", "--python", "3.12", "--with", requirement),
-        *("python", "-m", "quantkit.server.executors.hf_jobs.in_job"),
-    )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 
 from quantkit import hub
 from quantkit.errors import UsageError
 from quantkit.hub import jobs
 from quantkit.planning.nouns import Plan
 from quantkit.server.executors.hf_jobs import machines
-from quantkit.server.executors.hf_jobs.labels import app_labels
 from quantkit.server.executors.hf_jobs.wheel import can_start_jobs
 from quantkit.server.executors.protocol import Executor, FoundRun, Offer, Order
 from quantkit.tensors import to_json
@@ -67,3 +67,12 @@ class HfJobs(Executor):
             FoundRun(run.run_id, run.config, run.job.machine or "unknown", run.job.created)
             for run in jobs.runs(app_labels(os.environ), token)
         )
+
+
+def app_labels(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what the Jobs of this very server have in common. A label has letters, digits, dashes
+    and underscores, at most 100.
+    """
+    space = environment.get("SPACE_ID", "none")
+    label = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in space)
+    return {"app": "quantkit", "space": label[:100]}

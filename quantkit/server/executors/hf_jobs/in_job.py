@@ -31,7 +31,6 @@ from quantkit.sandbox import secrets
 from quantkit.server.executors import local, process
 from quantkit.server.executors.hf_jobs.wire import event_line, file_lines
 from quantkit.server.executors.protocol import RESULTS
-from quantkit.tensors import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ class _Teller:
         lines = [line for path in RESULTS for line in self._file(path)]
         # Files first: when the end is told, everything that it speaks of has arrived.
         for event in self._new_events():
-            lines.append(event_line(self._n_told, to_json(event)))
+            lines.append(event_line(self._n_told, event))
             self._n_told += 1
         if lines:
             self._out.write("".join(f"{line}\n" for line in lines).encode())

@@ -7,13 +7,12 @@ such a line is the worker's own output.
 from __future__ import annotations
 
 import base64
-import binascii
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from quantkit.files import json_line
+from quantkit.run.events import Event, checked_event
 from quantkit.sandbox.untrusted import integer, parse
 from quantkit.server.executors.protocol import RESULTS
 
@@ -24,10 +23,10 @@ _MOST_BYTES = 20_000_000
 
 @dataclass(frozen=True)
 class SentEvent:
-    """The `number`-th event that a Job told, as a line of events.jsonl has it."""
+    """The `number`-th event that a Job told."""
 
     number: int
-    value: dict[str, Any]
+    event: Event
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class SentFile:
     data: bytes
 
 
-def event_line(number: int, value: dict[str, Any]) -> str:
-    return f"{EVENT}{number} {json.dumps(value, ensure_ascii=False)}"
+def event_line(number: int, event: Event) -> str:
+    return f"{EVENT}{number} {json_line(event).decode().rstrip()}"
 
 
 def file_lines(path: str, data: bytes) -> Iterator[str]:
@@ -59,12 +58,10 @@ class Listener:
         try:
             if line.startswith(EVENT):
                 number, _, text = line.removeprefix(EVENT).partition(" ")
-                value = parse(text.encode("utf-8"))
-                if isinstance(value, dict) and isinstance(value.get("kind"), str):
-                    return SentEvent(integer(number), value)
-            elif line.startswith(FILE):
+                return SentEvent(integer(number), checked_event(parse(text.encode("utf-8"))))
+            if line.startswith(FILE):
                 return self._part(line.removeprefix(FILE))
-        except (ValueError, RecursionError, binascii.Error, zlib.error):
+        except (ValueError, zlib.error):
             pass
         return line
 
