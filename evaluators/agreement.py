@@ -9,34 +9,18 @@ computes another model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.errors import EvaluationError
+from evaluators.figures import Agreement
 from evaluators.llama_runtime import CPU, Context, Model, Runtime
 from evaluators.perplexity import check_finite
 
 _BLOCK = 32  # rows in float64 at once
 _TRIMMED = 50  # one token of so many is left out of the trimmed mean
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """KL(reference || llama.cpp) in nats over `n` tokens, and the share with the same top-1.
-
-    `trimmed_kl` is the mean without the worst fiftieth of the tokens, at least one: where a model
-    routes tokens to experts, a tie within rounding falls either way, and that token then has
-    another output though nothing is wrong.
-    """
-
-    mean_kl: float
-    trimmed_kl: float
-    max_kl: float
-    top1: float
-    n: int
 
 
 def tokens_of(

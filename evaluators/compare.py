@@ -21,9 +21,10 @@ import llama_cpp
 
 from evaluators import command, kl, speed, zeroshot
 from evaluators.base_logits import BaseLogits
+from evaluators.figures import PairedTest
 from evaluators.kl import KLResult
 from evaluators.session import Launch
-from evaluators.stats import PairedTest, paired_difference
+from evaluators.stats import paired_difference
 from evaluators.tasks.items import TaskItems
 from evaluators.zeroshot import ZeroShotResult
 
@@ -53,7 +54,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             base, options.files, options.weight_kl, options.cache, runtime
         )
         for row, result in zip(rows[1:], results[1:], strict=True):
-            row["nll_versus_first"] = paired_nll(result, results[0]).to_json()
+            row["nll_versus_first"] = asdict(paired_nll(result, results[0]))
         base_row = {
             "file": str(options.base),
             "n_bytes": base.n_bytes,
@@ -63,14 +64,15 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if options.speed:
         files = [options.base, *options.files]
         for i, (row, file) in enumerate(zip([base_row, *rows], files, strict=True)):
-            row["speed"] = speed.measure(
+            measured = speed.measure(
                 file,
                 options.speed_ctx,
                 options.prompt,
                 options.generate,
                 options.repeats,
                 runtime,
-            ).to_json()
+            )
+            row["speed"] = asdict(measured)
             command.ProgressLine("speed of files")(i + 1, len(files))
     return {
         "base": base_row,

@@ -26,11 +26,12 @@ from evaluators import command
 from evaluators.base_logits import BaseLogits
 from evaluators.command import Progress
 from evaluators.errors import EvaluationError
+from evaluators.figures import Divergence, MeanNats, PairedTest, Perplexity
 from evaluators.llama_runtime import CPU, Model, Runtime
 from evaluators.logit_store import LogitStore
 from evaluators.logprobs import RowWorkers
-from evaluators.perplexity import MeanNats, Perplexity, check_finite, mean_nats, perplexity_of
-from evaluators.stats import PairedTest, paired_difference
+from evaluators.perplexity import check_finite, mean_nats, perplexity_of
+from evaluators.stats import paired_difference
 from evaluators.texts import text_sha256
 from evaluators.weights import expanded_to_f16
 from evaluators.windows import Windows, scored_logits, window_context
@@ -48,20 +49,6 @@ class TokenScores:
     nll: F64
     base_nll: F64
     same_top: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Mean KL in nats with its errors (see `evaluators.stats`), and where the tokens lie."""
-
-    mean: float
-    stderr: float
-    ci95: tuple[float, float] | None
-    median: float
-    p99: float
-    p999: float
-    max: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -306,10 +293,10 @@ def measure_files(
             of_weights = measure_weights(base, file, folder, runtime, line)
             row |= weight_fields(of_weights)
             if first_weights is not None:
-                row["weight_versus_first"] = paired_test(of_weights, first_weights).to_json()
+                row["weight_versus_first"] = asdict(paired_test(of_weights, first_weights))
             first_weights = first_weights or of_weights
         if results:
-            row["versus_first"] = paired_test(result, results[0]).to_json()
+            row["versus_first"] = asdict(paired_test(result, results[0]))
         results.append(result)
         rows.append(row)
     return rows, results

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from evaluators import command
 from evaluators.command import Progress
 from evaluators.errors import NotFinite
+from evaluators.figures import MeanNats, Perplexity
 from evaluators.llama_runtime import CPU, Model, Runtime
 from evaluators.logprobs import RowWorkers
 from evaluators.stats import mean_stderr, windowed_interval
@@ -30,28 +31,6 @@ from evaluators.texts import DATASETS, load_dataset_text, read_text, text_sha256
 from evaluators.windows import PROTOCOLS, Windows, cut_windows, scored_logits, window_context
 
 F64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean -log p. `stderr` is llama-perplexity's (tokens independent), `ci95` takes
-    windows as the unit (None with a single window), `n` counts scored tokens.
-    """
-
-    value: float
-    stderr: float
-    ci95: tuple[float, float] | None
-    n: int
-
-
-@dataclass(frozen=True)
-class MeanNats:
-    """A mean in nats per token; errors as in `Perplexity`."""
-
-    mean: float
-    stderr: float
-    ci95: tuple[float, float] | None
-    n: int
 
 
 @dataclass(frozen=True)

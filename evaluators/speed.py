@@ -13,35 +13,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from evaluators import command
 from evaluators.errors import EvaluationError
+from evaluators.figures import Rate, SpeedResult
 from evaluators.llama_runtime import CPU, Opened, Runtime, check_gguf
 from evaluators.speed_probe import ProbeRequest, probe
-
-
-@dataclass(frozen=True)
-class SpeedResult:
-    """`prompt` and `generation` hold tokens, tokens_per_second (the best repeat) and repeats;
-    `buffers` bytes by kind: model, kv, compute, output.
-    """
-
-    file: str
-    n_bytes: int
-    n_ctx: int
-    load_seconds: float
-    prompt: dict[str, Any]
-    generation: dict[str, Any]
-    peak_rss_bytes: int
-    buffers: dict[str, int]
-    n_threads: int
-    n_gpu_layers: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure(
@@ -72,12 +52,12 @@ def measure(
             probe,
             n_tokens,
             lambda answer: SpeedResult(
-                str(file),
+                file=str(file),
                 n_bytes=n_bytes,
                 n_ctx=n_ctx,
                 load_seconds=float(answer["load_seconds"]),
-                prompt=_rates(answer["prompt"]),
-                generation=_rates(answer["generation"]),
+                prompt=_rate(answer["prompt"]),
+                generation=_rate(answer["generation"]),
                 peak_rss_bytes=int(answer["peak_rss_bytes"]),
                 buffers={str(kind): int(size) for kind, size in answer["buffers"].items()},
                 n_threads=runtime.threads,
@@ -87,12 +67,9 @@ def measure(
         )
 
 
-def _rates(answer: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "tokens": int(answer["tokens"]),
-        "tokens_per_second": float(answer["tokens_per_second"]),
-        "repeats": [float(rate) for rate in answer["repeats"]],
-    }
+def _rate(answer: dict[str, Any]) -> Rate:
+    repeats = tuple(float(rate) for rate in answer["repeats"])
+    return Rate(int(answer["tokens"]), float(answer["tokens_per_second"]), repeats)
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:
@@ -119,7 +96,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             options.repeats,
             command.runtime_of(options),
         )
-        rows.append(result.to_json())
+        rows.append(asdict(result))
         line(i + 1, len(options.files))
     return rows[0] if len(rows) == 1 else {"files": rows}
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.errors import EvaluationError
+from evaluators.figures import PairedTest
 
 Array = NDArray[np.float64]
 
@@ -35,25 +35,6 @@ class Interval:
     low: float | None
     high: float | None
     dof: int
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """Mean difference of two files on the same windows (a - b; below zero, a is better).
-
-    `stderr` and `ci95` take windows as the unit, `p_value` is two-sided Student t, `significant`
-    says whether the interval excludes zero.
-    """
-
-    difference: float
-    stderr: float
-    ci95: tuple[float, float]
-    p_value: float
-    n_windows: int
-    significant: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def mean_stderr(values: Array) -> float:

@@ -29,32 +29,11 @@ from evaluators import command, tasks
 from evaluators.choice_scores import score_items
 from evaluators.command import Progress
 from evaluators.errors import EvaluationError
+from evaluators.figures import Accuracy, Flips
 from evaluators.llama_runtime import CPU, Model, Runtime, check_gguf, model_sha256
 from evaluators.logprobs import RowWorkers
 from evaluators.stats import sign_test
 from evaluators.tasks.items import TaskItems
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of items answered right; `stderr` is sample deviation / sqrt(n), as lm-eval's."""
-
-    value: float
-    stderr: float
-    n: int
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Items whose pick differs from the base's: of all `n` flips, `gained` became right, `lost`
-    became wrong. `p_value` is that of gains and losses being a coin's work (McNemar, exact).
-    """
-
-    n: int
-    fraction: float
-    gained: int
-    lost: int
-    p_value: float
 
 
 @dataclass(frozen=True)

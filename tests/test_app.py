@@ -245,8 +245,8 @@ def test_all_text_is_escaped() -> None:
     report = fixtures.make_report()
     report["baselines"][0]["name"] = HOSTILE
     report["outputs"][0]["name"] = HOSTILE
-    report["calibration"]["note"] = report["versions"] = {HOSTILE: HOSTILE}
-    report["texts"], report["protocol"] = [HOSTILE], HOSTILE
+    report["calibration"]["note"], report["versions"] = HOSTILE, {HOSTILE: HOSTILE}
+    report["texts"], report["protocol"] = {HOSTILE: HOSTILE}, HOSTILE
     allocation = {f"blk.0.{HOSTILE}": HOSTILE, HOSTILE: "Q4_K"}
     finished = _replace(job, state="finished", report=report, allocation=allocation)
     for html in (

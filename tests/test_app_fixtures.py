@@ -68,11 +68,12 @@ def opened_files(root: Path) -> Iterator[list[str]]:
 
 def scores(kl: float, perplexity: float, top1: float) -> dict[str, Any]:
     """The measured part of a report's row."""
-    domain = {"kl": {"mean": kl, "stderr": kl / 60}}
+    spread = dict.fromkeys(("median", "p99", "p999", "max"), kl)
+    domain = {"kl": {"mean": kl, "stderr": kl / 60, "ci95": None, **spread, "n": 2040}}
     return {
-        "kl": {"mean": kl, "stderr": kl / 60},
+        **domain,
         "top1": top1,
-        "perplexity": {"value": perplexity, "stderr": 0.2},
+        "perplexity": {"value": perplexity, "stderr": 0.2, "ci95": None, "n": 2040},
         "domains": {"code": domain, "docs": domain, "prose": domain},
     }
 
@@ -135,12 +136,12 @@ def make_report() -> dict[str, Any]:
             "path": "2-convert/base.gguf",
             "n_bytes": 270_900_000,
             "n_parameters": n_parameters,
-            "perplexity": {"value": 16.3, "stderr": 0.2},
+            "perplexity": {"value": 16.3, "stderr": 0.2, "ci95": None, "n": 2040},
         },
         "outputs": [{**ours, **row(105_400_000, 0.0147, 16.45, 0.93)}],
         "baselines": [{"kind": "stock", "name": name, **row(*values)} for name, *values in stock],
         "protocol": "llama.cpp: windows of 512 tokens, second half scored, KL in nats",
-        "texts": ["code", "docs", "prose"],
+        "texts": dict.fromkeys(("code", "docs", "prose"), "ab" * 32),
         "calibration": {"note": "calibration text as asked: builtin"},
         "fallbacks": [],
         "unmapped": [],

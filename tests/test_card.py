@@ -11,8 +11,10 @@ from markdown_it import MarkdownIt
 from test_report import family, losing, values
 
 from quantkit.checkpoint.info import ModelInfo
+from quantkit.config import RunConfig
 from quantkit.evidence.card import model_card
 from quantkit.evidence.escaping import web_link
+from quantkit.evidence.report import read
 from quantkit.sandbox.untrusted import Settings
 
 INFO = ModelInfo(
@@ -46,16 +48,13 @@ INFO = ModelInfo(
     local_path=None,
 )
 
-RECIPE = {
-    "revision": INFO.sha,
-    "config": {"seed": 7, "profile": "demo", "levels": None, "methods": ["gptq", "imatrix"]},
-    "output": {"label": "Q4_K_M"},
-    "base": {"sha256": "cd" * 32},
-}
+CONFIG = RunConfig(INFO.id, profile="demo", seed=7)
 
 
 def report_value() -> dict[str, Any]:
     value = values()
+    value["revision"], value["base"]["sha256"] = INFO.sha, "cd" * 32
+    value["outputs"][0]["label"] = "Q4_K_M"
     value["outputs"][0]["search"] = {
         "target": "like Q4_K_M",
         "limit_bytes": 1_050_000,
@@ -75,7 +74,7 @@ def report_value() -> dict[str, Any]:
 def card(
     info: ModelInfo = INFO, value: dict[str, Any] | None = None, repo: str | None = "me/T"
 ) -> ModelCard:
-    return ModelCard(model_card(info, value or report_value(), [RECIPE], repo))
+    return ModelCard(model_card(info, read(value or report_value()), CONFIG, repo))
 
 
 def test_the_yaml_is_the_base_cards_and_ours() -> None:
@@ -139,7 +138,7 @@ def test_the_card_of_a_family() -> None:
     for row in value["outputs"]:
         row["search"] = report_value()["outputs"][0]["search"]
     value["outputs"][1]["sha256"] = "ef" * 32
-    shown = ModelCard(model_card(INFO, value, [RECIPE, RECIPE], "me/T"))
+    shown = ModelCard(model_card(INFO, read(value), CONFIG, "me/T"))
     for part in (
         "# Tiny-EVO-GGUF",
         "2 GGUFs: 1.0 MB",

@@ -23,9 +23,9 @@ def test_figures(tiny: TinyFiles) -> None:
     result = measure(tiny.base, n_ctx=128)
     assert result.n_bytes == tiny.base.stat().st_size
     for rates in (result.prompt, result.generation):
-        assert len(rates["repeats"]) == 2
-        assert rates["tokens_per_second"] == max(rates["repeats"]) > 0
-    assert result.prompt["tokens"] == 32 and result.generation["tokens"] == 8
+        assert len(rates.repeats) == 2
+        assert rates.tokens_per_second == max(rates.repeats) > 0
+    assert result.prompt.tokens == 32 and result.generation.tokens == 8
     assert 0 < result.load_seconds < 60
     assert 20e6 < result.peak_rss_bytes < 2e9
     # two layers of 64 wide keys and values, 16 bit, in llama.cpp's padded context of 256

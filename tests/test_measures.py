@@ -47,9 +47,9 @@ def test_whatever_fails(error: Exception) -> None:
     assert measures.take("speed", lambda: 3) == 3 and not measures.missing
     assert measures.take("weight KL", fail) is None
     (missing,) = measures.missing
-    assert missing["name"] == "weight KL" and missing["reason"]
-    assert "--" not in missing["reason"] and "/home" not in missing["reason"]
-    assert notes == [f"weight KL: not measured: {missing['reason']}"]
+    assert missing.name == "weight KL" and missing.reason
+    assert "--" not in missing.reason and "/home" not in missing.reason
+    assert notes == [f"weight KL: not measured: {missing.reason}"]
 
 
 def test_an_interrupt_is_no_reason() -> None:
@@ -83,12 +83,12 @@ def test_a_report_without_its_main_figure(tmp_path: Path) -> None:
     read = report.read(value)
     assert math.isnan(read.first.kl.value) and not read.first.kl.is_known
     assert "could not be measured" in report.verdict(read)
-    write_report(tmp_path, value)
+    write_report(tmp_path, read)
     for name in ("report.md", "report.html"):
         made = (tmp_path / name).read_text("utf-8")
         assert "not measured" in made and "llama.cpp gives no logits." in made
         assert "nan" not in made.lower().replace("finance", "")
-    assert json.loads((tmp_path / "report.json").read_text("utf-8")) == value
+    assert report.read(json.loads((tmp_path / "report.json").read_text("utf-8"))) == read
     whole = report_value()
     value["outputs"][0]["search"] = whole["outputs"][0]["search"]
     shown = str(card(value={**value, "calibration": whole["calibration"]}))
@@ -100,7 +100,7 @@ def test_a_plot_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise ZeroDivisionError("no spread")
 
     monkeypatch.setattr(plots, "bits_by_kind", fail)
-    written = {path.name for path in write_report(tmp_path, values())}
+    written = {path.name for path in write_report(tmp_path, report.read(values()))}
     assert "frontier.png" in written and "bits-by-kind.png" not in written
     said = json.loads((tmp_path / "report.json").read_text("utf-8"))["not_measured"]
     assert said[-1]["name"] == "the plot bits-by-kind" and "no spread" in said[-1]["reason"]

@@ -61,7 +61,7 @@ def test_a_right_file_passes(made: Made, tmp_path: Path) -> None:
     originals = [Original("transformers", made.model)]
     check, found = check_logits(made.base, made.ids, originals, tmp_path)
     assert check.passed and check.about.endswith("over 128 tokens, by transformers")
-    assert found["agreement"]["mean_kl"] < 5e-4 and found["first"] is None
+    assert found["agreement"].mean_kl < 5e-4 and found["first"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["parity.log"]
 
 

@@ -13,14 +13,28 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence import report
 from quantkit.evidence.report import plots, tables, text
 from quantkit.evidence.report.render import pictures
-from quantkit.evidence.report.schema import Mean
 from quantkit.sizes import size
 
-KL = {"mean": 0.0123, "stderr": 0.0004, "ci95": [0.0115, 0.0131]}
+
+def interval(mean: float, stderr: float, ci95: list[float] | None = None) -> dict[str, Any]:
+    return {"mean": mean, "stderr": stderr, "ci95": ci95, "n": 2040}
+
+
+def divergence(mean: float, stderr: float, ci95: list[float] | None = None) -> dict[str, Any]:
+    spread = dict.fromkeys(("median", "p99", "p999", "max"), mean)
+    return {**interval(mean, stderr, ci95), **spread}
+
+
+def perplexity(value: float) -> dict[str, Any]:
+    return {"value": value, "stderr": 0.1, "ci95": None, "n": 2040}
+
+
+KL = divergence(0.0123, 0.0004, [0.0115, 0.0131])
 
 
 def versus(difference: float, p_value: float) -> dict[str, Any]:
-    test = {"difference": difference, "p_value": p_value, "significant": p_value < 0.05}
+    test = {"difference": difference, "stderr": 0.1, "ci95": [-1.0, 1.0], "p_value": p_value}
+    test["significant"] = p_value < 0.05
     return {"kl": {**test, "n_windows": 20}, "weight_kl": {**test, "n_windows": 8}}
 
 
@@ -32,8 +46,8 @@ def row(**changes: Any) -> dict[str, Any]:
         "bpw": 4.5,
         "kl": KL,
         "top1": 0.912,
-        "perplexity": {"value": 12.3456, "stderr": 0.1},
-        "domains": {"docs": {"kl": KL}, "code": {"kl": {"mean": 0.00002, "stderr": 0.1}}},
+        "perplexity": perplexity(12.3456),
+        "domains": {"docs": {"kl": KL}, "code": {"kl": divergence(0.00002, 0.1)}},
     }
     return {**values, **changes}
 
@@ -55,11 +69,15 @@ def tensors() -> dict[str, Any]:
 
 def speed(rate: float) -> dict[str, Any]:
     return {
-        "prompt": {"tokens_per_second": 10 * rate},
-        "generation": {"tokens_per_second": rate},
-        "load_seconds": 0.25,
-        "peak_rss_bytes": 180_000_000,
+        "n_bytes": 1_000_000,
         "n_ctx": 2048,
+        "load_seconds": 0.25,
+        "prompt": {"tokens": 128, "tokens_per_second": 10 * rate, "repeats": [10 * rate]},
+        "generation": {"tokens": 32, "tokens_per_second": rate, "repeats": [rate]},
+        "peak_rss_bytes": 180_000_000,
+        "buffers": {"model_bytes": 1_000_000},
+        "n_threads": 2,
+        "n_gpu_layers": 0,
     }
 
 
@@ -91,21 +109,22 @@ def values() -> dict[str, Any]:
         "model": "owner/Tiny",
         "outputs": [ours],
         "baselines": [
-            row(name="Q4_K_S", n_bytes=900_000, kl={"mean": 0.05, "stderr": 0.001}),
+            row(name="Q4_K_S", n_bytes=900_000, kl=divergence(0.05, 0.001)),
             row(
                 name="Q5_1 --pure",
                 n_bytes=990_000,
-                kl={"mean": 0.0246, "stderr": 0.001},
+                kl=divergence(0.0246, 0.001),
                 versus={OURS: versus(0.0123, 0.0001)},
             ),
-            row(name="Q4_K_M", n_bytes=1_100_000, kl={"mean": 0.001, "stderr": 0.001}),
+            row(name="Q4_K_M", n_bytes=1_100_000, kl=divergence(0.001, 0.001)),
         ],
         "base": {
             "n_bytes": 4_000_000,
             "n_parameters": 2_000_000,
-            "perplexity": {"value": 11.0, "stderr": 0.1},
+            "perplexity": perplexity(11.0),
         },
         "protocol": "llama.cpp",
+        "n_windows": None,
         "texts": {"docs": "ab", "code": "cd"},
         "calibration": {"note": "built-in text"},
         "fallbacks": [],
@@ -117,7 +136,7 @@ def values() -> dict[str, Any]:
 def losing() -> dict[str, Any]:
     """A smaller stock file is better, and ours fails a check."""
     worse = values()
-    worse["outputs"][0]["kl"] = {"mean": 0.0738, "stderr": 0.001}
+    worse["outputs"][0]["kl"] = divergence(0.0738, 0.001)
     worse["baselines"][0]["domains"]["code"]["kl"]["mean"] = 0.00001
     failed = {"name": "chat turn", "passed": False, "about": "0 characters"}
     worse["outputs"][0]["integrity"][1] = failed
@@ -144,7 +163,7 @@ def test_the_comparison_is_by_size_and_marks_ours() -> None:
 
 def test_weight_kl_is_a_column_where_it_was_measured() -> None:
     changed = values()
-    changed["outputs"][0]["weight_kl"] = {"mean": 0.005, "stderr": 0.0002}
+    changed["outputs"][0]["weight_kl"] = divergence(0.005, 0.0002)
     made = tables.comparison(report.read(changed))
     at = made.headers.index("weight KL")
     assert made.lines[2].cells[at] == "0.00500 ± 0.00020"
@@ -159,14 +178,14 @@ def test_the_verdict_is_against_the_best_file_of_at_most_our_size() -> None:
 
 def test_the_verdict_knows_the_weights_too() -> None:
     changed = values()
-    changed["outputs"][0]["weight_kl"] = {"mean": 0.03, "stderr": 0.0002}
-    changed["baselines"][1]["weight_kl"] = {"mean": 0.02, "stderr": 0.0002}
+    changed["outputs"][0]["weight_kl"] = divergence(0.03, 0.0002)
+    changed["baselines"][1]["weight_kl"] = divergence(0.02, 0.0002)
     assert "weights alone it is 1.50 times (MORE)" in report.verdict(report.read(changed))
 
 
 def test_a_uniform_file_is_no_llama_cpp_file() -> None:
     changed = values()
-    small = {"mean": 0.001, "stderr": 0.0001}
+    small = divergence(0.001, 0.0001)
     changed["baselines"].append(row(kind="uniform", name="Q4_K", n_bytes=980_000, kl=small))
     read = report.read(changed)
     assert "Q5_1 pure" in report.verdict(read)
@@ -198,14 +217,14 @@ def family() -> dict[str, Any]:
     large = {
         **row(kind="ours", name="Tiny-EVO-Q6_K.gguf", n_bytes=2_000_000),
         "tensors": tensors(),
-        "kl": {"mean": 0.002, "stderr": 0.0001},
+        "kl": divergence(0.002, 0.0001),
     }
     value["outputs"].append(large)
     value["baselines"].append(
         row(
             name="Q5_K_M",
             n_bytes=1_200_000,
-            kl={"mean": 0.001, "stderr": 0.0001},
+            kl=divergence(0.001, 0.0001),
             versus={OURS: versus(0.5, 0.0001), large["name"]: versus(-0.001, 0.3)},
         )
     )
@@ -225,7 +244,7 @@ def test_every_file_of_a_family_has_its_verdict_and_its_losses() -> None:
 
 def test_a_row_is_tested_against_the_output_of_nearest_size() -> None:
     read = report.read(family())
-    between = next(r for r in read.others if r.name == "Q5_K_M")
+    between = next(r for r in read.baselines if r.name == "Q5_K_M")
     assert text.tested(read.tests(between).kl) == "worse (p < 0.001)"
     alone = read.about(read.outputs[1])
     assert text.tested(alone.tests(between).kl) == "no difference (p = 0.3)"
@@ -267,7 +286,7 @@ def test_significance_in_words(difference: float, p_value: float, said: str) -> 
     changed = values()
     changed["baselines"][0]["versus"] = {OURS: versus(difference, p_value)}
     read = report.read(changed)
-    assert text.tested(read.tests(read.others[0]).kl) == said
+    assert text.tested(read.tests(read.baselines[0]).kl) == said
 
 
 @pytest.mark.parametrize(
@@ -279,7 +298,7 @@ def test_digits_that_count(value: float, shown: str) -> None:
 
 
 def test_an_error_has_the_digits_of_its_value() -> None:
-    assert report.with_error(Mean(0.01234, 0.00041)) == "0.0123 ± 0.0004"
+    assert report.with_error(report.Mean(0.01234, 0.00041)) == "0.0123 ± 0.0004"
 
 
 def test_sizes_for_people() -> None:
@@ -316,9 +335,10 @@ def test_zero_shot_run_and_not_run() -> None:
     accuracy = {"value": 0.62, "stderr": 0.031, "n": 200}
     done["outputs"][0]["tasks"] = {
         "everyday": {
-            "acc": accuracy,
+            **{"task": "everyday", "n_items": 200, "acc": accuracy},
+            **{"items_sha256": "ab", "seconds": 1.0, "source": "everyday"},
             "base": {"acc": {**accuracy, "value": 0.64}},
-            "flips": {"acc": {"n": 7}},
+            "flips": {"acc": {"n": 7, "fraction": 0.035, "gained": 3, "lost": 4, "p_value": 1.0}},
         }
     }
     assert text.task_lines(report.read(done)) == [
@@ -424,7 +444,7 @@ def test_a_broken_report_is_one_sentence(broken: dict[str, Any]) -> None:
 
 
 def test_all_files_are_written(tmp_path: Path) -> None:
-    written = report.write_report(tmp_path, values())
+    written = report.write_report(tmp_path, report.read(values()))
     names = {path.relative_to(tmp_path).as_posix() for path in written}
     plots = ("frontier", "domains", "tensor-map", "bits-by-kind", "convergence")
     assert names == {"report.json", "report.md", "report.html"} | {
@@ -452,8 +472,8 @@ def test_the_schema_is_documented() -> None:
 def test_long_contexts() -> None:
     assert tables.long_contexts(report.read(values())) is None
     changed = values()
-    changed["outputs"][0]["long"] = {"16384": KL, "4096": {"mean": 0.02, "stderr": 0.001}}
-    changed["baselines"][0]["long"] = {"4096": {"mean": 0.03, "stderr": 0.001}}
+    changed["outputs"][0]["long"] = {"16384": KL, "4096": divergence(0.02, 0.001)}
+    changed["baselines"][0]["long"] = {"4096": divergence(0.03, 0.001)}
     made = tables.long_contexts(report.read(changed))
     assert made is not None
     assert made.headers == ("mean KL in a context of", "4,096 tokens", "16,384 tokens")
@@ -468,7 +488,7 @@ def test_the_tail_of_the_tokens() -> None:
     assert tables.tails(report.read(values())) is None
     changed = values()
     changed["outputs"][0]["kl"] = {**KL, "median": 0.01, "p99": 0.05, "p999": 0.2, "max": 1.25}
-    changed["outputs"][0]["ln_ppl_ratio"] = {"mean": -0.002, "stderr": 0.001}
+    changed["outputs"][0]["ln_ppl_ratio"] = interval(-0.002, 0.001)
     read = report.read(changed)
     made = tables.tails(read)
     assert made is not None

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from eval_fixtures import TEXT, TinyFiles, tiny
 from hub_server import running_hub
+from test_report import divergence, interval, perplexity
 
 from quantkit.cli import main
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evidence import report
-from quantkit.evidence.compare import to_report
+from quantkit.evidence.compare import Measured, to_report
+from quantkit.evidence.report.schema import to_json
 from quantkit.hub import given
+from quantkit.sandbox.untrusted import build
 
 __all__ = ["tiny"]  # a fixture: used by name
 
@@ -41,7 +44,7 @@ def test_two_files_become_a_report(
     assert noisy.weight_kl is not None and found.tests(same).weight_kl is not None
     test = found.tests(same).kl
     assert test is not None and test.significant and test.difference < 0, "the base is better"
-    assert any(t.name == "token_embd.weight" for t in noisy.tensors)
+    assert "token_embd.weight" in (found.first.tensors or {})
     assert list(noisy.domains) == ["cats"]
     for name in ("report.md", "report.html", "plots/tensor-map.svg", "plots/frontier.png"):
         assert (out / name).stat().st_size > 0
@@ -81,27 +84,28 @@ def test_the_command_line_checks_names_first(tmp_path: Path) -> None:
 
 def test_evaluator_json_without_options_is_enough(tiny: TinyFiles) -> None:
     """What kl's fields alone make: no weights, no speed, no tasks, no test."""
-    mean = {"mean": 0.1, "stderr": 0.01, "ci95": None}
-    perplexity = {"value": 9.0, "stderr": 0.1, "ci95": None}
     row = {
         "file": str(tiny.noisy),
         "n_bytes": 1000,
-        "kl": mean,
+        "kl": divergence(0.1, 0.01),
         "top1": 0.9,
         "top1_stderr": 0.01,
-        "perplexity": perplexity,
-        "ln_ppl_ratio": mean,
+        "perplexity": perplexity(9.0),
+        "ln_ppl_ratio": interval(0.1, 0.01),
     }
     domains = {"x": {k: row[k] for k in ("kl", "top1", "top1_stderr", "perplexity")}}
-    domains["x"]["ln_ppl_ratio"] = mean
+    domains["x"]["ln_ppl_ratio"] = row["ln_ppl_ratio"]
     settings = {"protocol": "llama.cpp", "n_ctx": 64, "n_windows": 1, "texts": {"x": "ab"}}
     measured = {
-        "base": {"n_bytes": 2000, "perplexity": perplexity},
+        "base": {"n_bytes": 2000, "perplexity": perplexity(9.0)},
         "files": [{**row, "domains": domains}],
         "settings": {**settings, "llama_cpp_python": "0"},
     }
-    made = report.read(to_report(measured, tiny.base, [tiny.noisy], ["noisy.gguf"]))
-    assert made.first.weight_kl is None and made.first.tasks_not_run == "no --task"
+    read = build(Measured, measured)
+    made = to_report(read, tiny.base, [tiny.noisy], ["noisy.gguf"])
+    assert report.read(to_json(made)) == made
+    assert made.first.weight_kl is None
+    assert made.first.zero_shot == {"status": "not run", "reason": "no --task"}
     assert "closest" in report.verdict(made)
 
 

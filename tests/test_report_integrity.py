@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_gguf import Shape, write_llama
 
-from evaluators.agreement import Agreement
+from evaluators.figures import Agreement
 from quantkit.config import PROFILES
 from quantkit.errors import QuantkitError
 from quantkit.evidence import integrity

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image, ImageChops
-from test_report import family, row, values
+from test_report import divergence, family, row, values
 
 from quantkit.evidence import report
 from quantkit.evidence.report import plots
@@ -52,7 +52,7 @@ def crowd() -> dict[str, Any]:
 
 
 def interval(kl: float) -> dict[str, Any]:
-    return {"mean": kl, "stderr": kl / 10, "ci95": [0.8 * kl, 1.25 * kl]}
+    return divergence(kl, kl / 10, [0.8 * kl, 1.25 * kl])
 
 
 def texts(svg: str) -> dict[str, tuple[float, float, str]]:
@@ -99,7 +99,7 @@ def test_of_several_outputs_each_is_told_by_its_bits() -> None:
 
 def test_the_best_so_far_never_goes_up() -> None:
     value = values()
-    value["baselines"][2]["kl"] = {"mean": 0.04, "stderr": 0.001}  # the largest is not the best
+    value["baselines"][2]["kl"] = divergence(0.04, 0.001)  # the largest is not the best
     steps = [datum["best"] for datum in data(drawn(value)["frontier"]) if "best" in datum]
     assert steps == [0.05, 0.0246, 0.0246]
 
@@ -220,7 +220,7 @@ def test_little_data_is_no_plot() -> None:
     assert plots.convergence({"": [TracePoint(0, 1, 0.1, 0.01)]}) is None
     assert plots.convergence({"": [TracePoint(i, i, 0.0, 0.0) for i in range(3)]}) is None
     assert plots.tensor_map({}) is None and plots.bits_by_kind({}) is None
-    assert plots.tensor_map({"": {}}) is None and plots.bits_by_kind({"": ()}) is None
+    assert plots.tensor_map({"": {}}) is None and plots.bits_by_kind({"": {}}) is None
     assert plots.tensor_map({"": {f"blk.{i}.x": "Q4_K" for i in range(20_001)}}) is None
 
 
@@ -232,7 +232,7 @@ def test_equal_sizes_and_values_are_drawn() -> None:
     made.append(plots.convergence({"": [TracePoint(i, 5, 0.1, 0.0) for i in range(3)]}))
     made.append(plots.tensor_map({"": {"token_embd.weight": "Q4_K"}}))
     made.append(plots.tensor_map({"": {"blk.99999999999.x": "Q4_K"}}))
-    made.append(plots.bits_by_kind({"": [Tensor("x", "Q4_K", 256, 144, "")]}))
+    made.append(plots.bits_by_kind({"": {"x": Tensor(qtype="Q4_K", n_elements=256, n_bytes=144)}}))
     for plot in made:
         assert plot is not None
         svg, _ = pictures(plot)

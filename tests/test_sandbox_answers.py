@@ -19,6 +19,7 @@ import pytest
 from tiny_gguf import write_llama
 
 from evaluators.errors import EvaluationError
+from evaluators.figures import Agreement
 from evaluators.llama_runtime import Context, Model, Runtime
 from quantkit.errors import QuantkitError
 from quantkit.evidence import parity
@@ -82,7 +83,7 @@ def test_a_number_of_blocks_costs_nothing() -> None:
 
 def test_words_of_an_oracle_are_plain() -> None:
     base: Any = SimpleNamespace(metadata={"general.architecture": "llama"})
-    measured = {"mean_kl": 0.0, "trimmed_kl": 0.0, "max_kl": 0.0, "top1": 1.0, "n": 2}
+    measured = Agreement(0.0, 0.0, 0.0, 1.0, 2)
     said = {"oracle": ESCAPE, "passed_over": [ESCAPE]}
     for found in ({**said, "error": ESCAPE}, said, {**said, "agreement": measured}):
         about = parity.judged(base, found).about

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
-from quantkit.config import PROFILES
+from quantkit.config import RunConfig
 from quantkit.evidence import report as reports
 from quantkit.evidence.escaping import all_markdown, markdown, metadata, repo_ids, web_link
 from quantkit.evidence.escaping import tags as tags_of
 from quantkit.evidence.report import tables, text
-from quantkit.evidence.report.schema import OURS, Report, Row
+from quantkit.evidence.report.schema import OURS, Output, Report, Row, Search, Tuning, to_json
 from quantkit.llamacpp.output import safe_name
 from quantkit.markdown import table
 from quantkit.sizes import size
@@ -38,8 +36,8 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
             _result(text_name, "top1_agreement", "Same most likely token", output.top1),
         ]
         results += [
-            _result(t.name + _of_one(report, output), "accuracy", "Accuracy", t.value)
-            for t in output.tasks
+            _result(name + _of_one(report, output), "accuracy", "Accuracy", task.acc.value)
+            for name, task in (output.tasks or {}).items()
         ]
     tags = dict.fromkeys([*_TAGS, *tags_of(info.card.get("tags"))])
     return ModelCardData(
@@ -60,7 +58,7 @@ def _title(info: ModelInfo, report: Report) -> str:
     return f"{safe_name(info.id)}-EVO-GGUF"
 
 
-def _of_one(report: Report, output: Row) -> str:
+def _of_one(report: Report, output: Output) -> str:
     return f" ({output.name})" if len(report.outputs) > 1 else ""
 
 
@@ -92,23 +90,17 @@ def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
     )
 
 
-def model_card(
-    info: ModelInfo, value: dict[str, Any], recipes: Sequence[dict[str, Any]], repo: str | None
-) -> str:
+def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str | None) -> str:
     """The whole card as Markdown with YAML in front.
 
     Args:
-        value: the JSON of report.json.
-        recipes: the JSON of every output's recipe, in the report's order.
+        measured: the report of a run.
+        config: what the run was asked for.
         repo: where it will be published; None leaves a place to fill in.
-
-    Raises:
-        QuantkitError: the report is of another version.
     """
-    raw, value = value, all_markdown(value)
-    report = reports.read(value)
+    report = reports.read(all_markdown(to_json(measured)))
     outputs = report.outputs
-    middle = len(outputs) // 2  # of several sizes the commands name the one in the middle
+    middle = outputs[len(outputs) // 2]  # of several sizes the commands name the one in the middle
     verdicts = text.verdicts(report)
     parts = [
         f"# {_title(info, report)}",
@@ -132,9 +124,7 @@ def model_card(
         *([reports.set_table(long)] if (long := tables.long_contexts(report)) else []),
         *([reports.bullets(lines)] if (lines := text.task_lines(report)) else []),
         "## Run it",
-        _commands(
-            outputs[middle].name, recipes[middle]["output"]["label"], repo or "<owner>/<repo>"
-        ),
+        _commands(middle.name, middle.label, repo or "<owner>/<repo>"),
         "## What is inside",
         *(
             part
@@ -148,9 +138,11 @@ def model_card(
             )
         ),
         "## How it was made",
-        _made(info, report, value, recipes),
+        _made(report, config),
         "## Checked before upload",
-        reports.bullets(f"{name}: {state}. {about}." for name, state, about in _checks(report)),
+        reports.bullets(
+            f"{name}: {state}. {about}." for name, state, about in text.check_lines(report)
+        ),
         "## Limits and license",
         _limits(info),
     ]
@@ -158,7 +150,7 @@ def model_card(
     if groups is not None:
         parts += ["## Fallbacks", reports.set_table(groups)]
     body = "\n\n".join(parts) + "\n"
-    return str(ModelCard(f"---\n{card_data(info, reports.read(raw)).to_yaml()}\n---\n\n{body}"))
+    return str(ModelCard(f"---\n{card_data(info, measured).to_yaml()}\n---\n\n{body}"))
 
 
 def _size(report: Report) -> str:
@@ -204,7 +196,7 @@ def _measured(report: Report, repo: str | None) -> str:
     """Every file with all of its figures; ours are links."""
 
     def name(row: Row) -> str:
-        return _link(row.name, repo) if row.kind == OURS else row.label
+        return _link(row.name, repo) if row.kind == OURS else row.title
 
     return reports.set_table(tables.comparison(report, name, wide=True))
 
@@ -220,11 +212,11 @@ def _losses(report: Report) -> list[str]:
 
 def _missing(report: Report) -> list[str]:
     """What could not be measured, and why."""
-    lines = [f"{name}: {reason}" for name, reason in report.not_measured]
+    lines = text.not_measured(report)
     return ["Not measured:", reports.bullets(lines)] if lines else []
 
 
-def _commands(name: str, label: str, repo: str) -> str:
+def _commands(name: str, label: str | None, repo: str) -> str:
     return f"""llama.cpp:
 
 ```
@@ -254,11 +246,11 @@ print(llm.create_chat_completion(messages)["choices"][0]["message"]["content"])
 ```"""
 
 
-def _inside(output: Row) -> str:
+def _inside(output: Output) -> str:
     """How many tensors have each type, and by which method."""
     counts: dict[tuple[str, str], int] = {}
-    for tensor in output.tensors:
-        key = (tensor.qtype, tensor.method)
+    for tensor in (output.tensors or {}).values():
+        key = (tensor.qtype, tensor.method or "")
         counts[key] = counts.get(key, 0) + 1
     said = [
         f"{n} {qtype}{f' by {method}' if method else ''}"
@@ -267,33 +259,25 @@ def _inside(output: Row) -> str:
     return f"Quantized tensors: {', '.join(said)}. Every one is named in `{_recipe_of(output)}`."
 
 
-def _recipe_of(output: Row) -> str:
+def _recipe_of(output: Output) -> str:
     return f"recipes/{output.name.removesuffix('.gguf')}.json"
 
 
-def _made(
-    info: ModelInfo, report: Report, value: dict[str, Any], recipes: Sequence[dict[str, Any]]
-) -> str:
-    recipe = recipes[0]
-    config = recipe["config"]
-    levels = config["levels"] or PROFILES[config["profile"]].levels
-    calibration = value["calibration"]
-    mix = [
-        [d["name"], d["source"], f"{100 * d['weight']:.0f} %", f"`{d['sha256'][:16]}…`"]
-        for d in calibration["domains"]
-    ]
-    note = calibration["note"]
+def _made(report: Report, config: RunConfig) -> str:
+    texts, note = report.calibration.domains if report.calibration else (), report.calibration_note
+    mix = [[t.name, t.source, f"{100 * t.weight:.0f} %", f"`{t.sha256[:16]}…`"] for t in texts]
     rebuild = "\n".join(
         f"quantkit rebuild {_recipe_of(o)} --base base.gguf --out {o.name}" for o in report.outputs
     )
-    searches = [_search(row["search"]) for row in value["outputs"]]
+    searches = [_search(output.search) for output in report.outputs if output.search]
     lines = [
-        f"Model revision `{recipe['revision']}`, profile {config['profile']}, seed"
-        f" {config['seed']}. {note[0].upper() + note[1:]}.",
-        f"Levels to choose from: {', '.join(levels)}; methods: {', '.join(config['methods'])}.",
+        f"Model revision `{report.revision}`, profile {config.profile}, seed"
+        f" {config.seed}. {note[:1].upper() + note[1:]}.",
+        f"Levels to choose from: {', '.join(config.level_names)}; methods:"
+        f" {', '.join(config.methods)}.",
         searches[0] if len(searches) == 1 else reports.bullets(searches),
         table(["calibration", "source", "share", "sha256"], mix),
-        f"The same again, from the full-precision GGUF (sha256 `{recipe['base']['sha256']}`):",
+        f"The same again, from the full-precision GGUF (sha256 `{report.base.sha256}`):",
         f"```\n{rebuild}\n```",
         "The types alone, for `llama-quantize --tensor-type-file`, lie beside the recipes.",
         "\n".join(f"sha256 of `{o.name}`:\n`{o.sha256}`\n" for o in report.outputs).rstrip(),
@@ -302,33 +286,29 @@ def _made(
     return "\n\n".join(lines)
 
 
-def _search(search: dict[str, Any]) -> str:
-    budget = f"Budget: {search['limit_bytes']:,} bytes" if search.get("limit_bytes") else "Budget"
-    if not search.get("searched"):
+def _search(search: Search) -> str:
+    budget = f"Budget: {search.limit_bytes:,} bytes"
+    if not search.searched:
         return f"{budget}; every type was given, nothing was searched."
     return (
-        f"{budget} ({search['target']}), used: {search['n_bytes']:,}. Search:"
-        f" {search['generations']} generation{'s' if search['generations'] != 1 else ''} over"
-        f" {search['tokens']:,} evaluated tokens, from KL"
-        f" {text.number(search['proposal_kl'])} to {text.number(search['kl'])} on its own text"
-        f"{', as tuning is expected to leave it' if search.get('expects_tuning') else ''}."
-        + _tuning(search.get("tuning"))
+        f"{budget} ({search.target}), used: {search.n_bytes:,}. Search:"
+        f" {search.generations} generation{'s' if search.generations != 1 else ''} over"
+        f" {search.tokens:,} evaluated tokens, from KL"
+        f" {text.number(search.proposal_kl)} to {text.number(search.kl)} on its own text"
+        f"{', as tuning is expected to leave it' if search.expects_tuning else ''}."
+        + _tuning(search.tuning)
     )
 
 
-def _tuning(tuning: dict[str, Any] | None) -> str:
+def _tuning(tuning: Tuning | None) -> str:
     """What tuning came to, as a sentence that follows another."""
     if tuning is None:
         return ""
-    if "reason" in tuning:
-        return f" Not tuned: {tuning['reason']}."
-    before, after = (text.number(tuning[name]) for name in ("kl_before", "kl_after"))
-    said = f" Tuned by {tuning['steps']} gradient steps a block: KL {before} to {after}"
-    return f"{said} on held-out text." if tuning["n_tensors"] else f"{said}, so it was not taken."
-
-
-def _checks(report: Report) -> list[tuple[str, str, str]]:
-    return text.check_lines(report)
+    if tuning.reason is not None:
+        return f" Not tuned: {tuning.reason}."
+    before, after = text.number(tuning.kl_before), text.number(tuning.kl_after)
+    said = f" Tuned by {tuning.steps} gradient steps a block: KL {before} to {after}"
+    return f"{said} on held-out text." if tuning.n_tensors else f"{said}, so it was not taken."
 
 
 def _limits(info: ModelInfo) -> str:

@@ -8,19 +8,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
+from evaluators.figures import PairedTest, Perplexity, SpeedResult
 from quantkit.errors import QuantkitError
-from quantkit.evidence.report import SCHEMA, Report, read, write_report
-from quantkit.evidence.report.schema import GIVEN
+from quantkit.evidence.report import Report, Row, write_report
+from quantkit.evidence.report.schema import GIVEN, Base, Output, Tensor, Tests
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
 from quantkit.hub import given
 from quantkit.llamacpp import place
+from quantkit.sandbox import untrusted
+from quantkit.tensors import to_json
 
-_KEPT = ("kl", "top1", "top1_stderr", "perplexity", "ln_ppl_ratio")
-_MORE = ("weight_kl", "weight_top1", "weight_domains", "tasks", "speed")
+
+@dataclass(frozen=True)
+class _Base:
+    n_bytes: int
+    perplexity: Perplexity
+    speed: SpeedResult | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File(Row):
+    """A row before it has a name."""
+
+    kind: str = GIVEN
+    name: str = ""
+    bpw: float = math.nan
+    versus_first: PairedTest | None = None
+    nll_versus_first: PairedTest | None = None
+    weight_versus_first: PairedTest | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    protocol: str
+    n_ctx: int
+    n_windows: int
+    texts: dict[str, str]
+    llama_cpp_python: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the evaluators' command answers."""
+
+    base: _Base
+    files: tuple[_File, ...]
+    settings: _Settings
 
 
 def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) -> Report:
@@ -39,89 +76,83 @@ def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) 
     for path in (base_path, *paths):
         check_sound(GgufFile(path))
     measured = _measure(base_path, paths, options)
-    value = to_report(measured, base_path, paths, given.short_names(files))
+    report = to_report(measured, base_path, paths, given.short_names(files))
     out.mkdir(parents=True, exist_ok=True)
-    write_report(out, value)
-    return read(value)
+    write_report(out, report)
+    return report
 
 
-def _measure(base: Path, files: Sequence[Path], options: Sequence[str]) -> dict[str, Any]:
-    """What the evaluators' command answers; its progress goes to stderr."""
+def _measure(base: Path, files: Sequence[Path], options: Sequence[str]) -> Measured:
+    """Progress goes to stderr."""
     from evaluators import compare as evaluated
     from evaluators.errors import EvaluationError
 
     arguments = ["--base", str(base), *options, "--", *(str(file) for file in files)]
     try:
-        return evaluated.answer(arguments, place.sandboxed)
+        answer = evaluated.answer(arguments, place.sandboxed)
     except EvaluationError as error:
         raise QuantkitError(error.message, error.remedy) from error
+    return untrusted.build(Measured, to_json(answer))
 
 
 def to_report(
-    measured: dict[str, Any], base: Path, files: Sequence[Path], names: Sequence[str]
-) -> dict[str, Any]:
-    """The JSON of evaluators.compare as the JSON of a report (kind compare); `names` are what the
-    files are called there.
+    measured: Measured, base: Path, files: Sequence[Path], names: Sequence[str]
+) -> Report:
+    """Return the report (kind compare) of what was measured; `names` are what the files are called
+    there.
     """
     opened = GgufFile(base)
-    n_parameters = opened.n_elements
-    about, settings = measured["base"], measured["settings"]
-    shown = zip(measured["files"], names, strict=True)
-    rows = [_row(row, name, n_parameters, names[0]) for row, name in shown]
-    rows[0]["tensors"] = _tensors(GgufFile(files[0]))
-    if "tasks" not in rows[0]:
-        rows[0]["zero_shot"] = {"status": "not run", "reason": "no --task"}
-    name = opened.metadata.get("general.name") or base.stem
-    return {
-        "schema": SCHEMA,
-        "kind": "compare",
-        "model": str(name),
-        "base": {
-            "path": base.name,
-            "n_bytes": about["n_bytes"],
-            "n_parameters": n_parameters,
-            "perplexity": about["perplexity"],
-            "speed": {k: v for k, v in about.get("speed", {}).items() if k != "file"},
-        },
-        "outputs": rows[:1],
-        "baselines": sorted(rows[1:], key=lambda row: row["n_bytes"]),
-        "protocol": f"{settings['protocol']}'s windows of {settings['n_ctx']} tokens, second half"
+    settings = measured.settings
+    first, *others = (
+        _row(file, name, opened.n_elements, names[0])
+        for file, name in zip(measured.files, names, strict=True)
+    )
+    output = Output(
+        **vars(first),
+        tensors=_tensors(GgufFile(files[0])),
+        zero_shot=None if first.tasks else {"status": "not run", "reason": "no --task"},
+    )
+    return Report(
+        kind="compare",
+        model=str(opened.metadata.get("general.name") or base.stem),
+        base=Base(
+            path=base.name,
+            n_bytes=measured.base.n_bytes,
+            n_parameters=opened.n_elements,
+            perplexity=measured.base.perplexity,
+            speed=_nameless(measured.base.speed),
+        ),
+        outputs=(output,),
+        baselines=tuple(sorted(others, key=lambda row: row.n_bytes)),
+        protocol=f"{settings.protocol}'s windows of {settings.n_ctx} tokens, second half"
         " scored, KL(base || file) in nats",
-        "n_windows": settings["n_windows"],
-        "texts": settings["texts"],
-        "versions": {"llama-cpp-python": settings["llama_cpp_python"]},
-    }
+        n_windows=settings.n_windows,
+        texts=settings.texts,
+        versions={"llama-cpp-python": settings.llama_cpp_python},
+    )
 
 
-def _row(row: dict[str, Any], name: str, n_parameters: int, first: str) -> dict[str, Any]:
-    made = {
-        "kind": GIVEN,
-        "name": name,
-        "n_bytes": row["n_bytes"],
-        "bpw": 8 * row["n_bytes"] / n_parameters,
-        **{key: row[key] for key in _KEPT},
-        "domains": {n: {k: d[k] for k in _KEPT} for n, d in row["domains"].items()},
-        **{key: row[key] for key in _MORE if key in row},
-    }
-    if "speed" in made:
-        made["speed"] = {k: v for k, v in made["speed"].items() if k != "file"}
-    tests = {
-        "kl": row.get("versus_first"),
-        "nll": row.get("nll_versus_first"),
-        "weight_kl": row.get("weight_versus_first"),
-    }
-    found = {name: test for name, test in tests.items() if test}
-    return {**made, "versus": {first: found}} if found else made
+def _row(file: _File, name: str, n_parameters: int, first: str) -> Row:
+    tests = Tests(file.versus_first, file.nll_versus_first, file.weight_versus_first)
+    own = Row(**{f.name: getattr(file, f.name) for f in fields(Row)})
+    return replace(
+        own,
+        name=name,
+        bpw=8 * file.n_bytes / n_parameters,
+        versus=None if tests == Tests() else {first: tests},
+        speed=_nameless(file.speed),
+    )
 
 
-def _tensors(file: GgufFile) -> dict[str, dict[str, Any]]:
+def _nameless(speed: SpeedResult | None) -> SpeedResult | None:
+    """Without the file, whose folder is nobody's business."""
+    return speed and replace(speed, file=None)
+
+
+def _tensors(file: GgufFile) -> dict[str, Tensor]:
     """The matrices of a file: what each is stored as."""
     return {
-        t.name: {
-            "qtype": str(t.qtype),
-            "n_elements": math.prod(t.shape),
-            "n_bytes": t.n_bytes,
-        }
+        t.name: Tensor(qtype=str(t.qtype), n_elements=math.prod(t.shape), n_bytes=t.n_bytes)
         for t in file.tensors.values()
         if len(t.shape) > 1
     }

@@ -83,7 +83,7 @@ def metadata(card: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
     """Return what is kept of a card's license, languages and task, each of its usual shape; the
     rest is left out.
     """
-    kept: dict[str, Any] = {}
+    kept: dict[str, str | list[str]] = {}
     for name in ("license", "language", "pipeline_tag"):
         found = [text for text in _strings(card.get(name)) if _SHAPES[name].fullmatch(text)]
         if found:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evaluators.figures import Agreement
 from quantkit.errors import QuantkitError
 from quantkit.ggml import native
 from quantkit.gguf_file.read import GgufFile, StoredTensor
@@ -155,8 +156,8 @@ def torch_logits(
         raise QuantkitError(f"there is too little memory ({type(error).__name__}).", "") from error
 
 
-def agrees(file: GgufFile, agreement: Any, limit: float) -> bool:
-    """Return whether the mean KL of an `evaluators.agreement.Agreement` is within `limit`.
+def agrees(file: GgufFile, agreement: Agreement, limit: float) -> bool:
+    """Return whether the mean KL of an agreement is within `limit`.
 
     In a mixture of experts a router's tie within rounding falls either way: there the trimmed mean
     has to be, and the mean of all tokens within ten times the limit.
@@ -168,8 +169,8 @@ def agrees(file: GgufFile, agreement: Any, limit: float) -> bool:
     return ties and bool(agreement.trimmed_kl <= limit)
 
 
-def logits_check(name: str, file: GgufFile, agreement: Any, limit: float) -> Check:
-    """Judge an `evaluators.agreement.Agreement` of a file, as `agrees` does."""
+def logits_check(name: str, file: GgufFile, agreement: Agreement, limit: float) -> Check:
+    """Judge the agreement of a file, as `agrees` does."""
     passed = agrees(file, agreement, limit)
     about = (
         f"mean KL {agreement.mean_kl:.2g} (at most {limit:g}), same top-1"

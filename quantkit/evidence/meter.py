@@ -5,19 +5,20 @@ file of a run in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkit.evidence.baselines import Baseline
 from quantkit.evidence.report.measures import Measures
-from quantkit.evidence.report.schema import OURS
+from quantkit.evidence.report.schema import OURS, Figures, Row, Task, Tests
 from quantkit.gguf_file.read import GgufFile
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
-    from evaluators.kl import KLResult
+    from evaluators.figures import Divergence, SpeedResult
+    from evaluators.kl import KLResult, KLSummary
     from evaluators.llama_runtime import Runtime
     from evaluators.tasks.items import TaskItems
     from evaluators.zeroshot import ZeroShotResult
@@ -60,17 +61,17 @@ class Meter:
 
         return progress
 
-    def ours(self, logits: BaseLogits | None, file: Baseline) -> dict[str, Any]:
+    def ours(self, logits: BaseLogits | None, file: Baseline) -> Row:
         """Everything that can be measured of an output; what cannot is in `measures`. `logits` are
         None where the base's predictions could not be computed.
         """
         with file.open() as path:
             return self._row(logits, file, path, self._kl(logits, file, path))
 
-    def beside(self, logits: BaseLogits | None, other: Baseline) -> dict[str, Any] | None:
+    def beside(self, logits: BaseLogits | None, other: Baseline) -> Row | None:
         """The same of a file beside ours; None where it cannot even be held against the base."""
 
-        def measure() -> dict[str, Any] | None:
+        def measure() -> Row | None:
             with other.open() as path:
                 result = self._kl(logits, other, path)
                 return None if result is None else self._row(logits, other, path, result)
@@ -88,61 +89,68 @@ class Meter:
 
     def _row(
         self, logits: BaseLogits | None, other: Baseline, path: Path, result: KLResult | None
-    ) -> dict[str, Any]:
-        from evaluators import kl
-
+    ) -> Row:
         take, name = self.measures.take, other.name
-        weights = None
-        progress = self.step(f"weight KL of {name}")
-        if logits is not None:
-            folder, n_windows = self._run.artifacts.folder(_STAGE), self._effort.weight_windows
-            measure = partial(
-                kl.measure_weights, logits, path, folder, self._runtime, progress, n_windows
-            )
-            weights = take(f"weight KL of {name}", measure)
-        row = self._figures(other, path, result, weights)
+        weights = self._weight_kl(logits, other, path)
         progress = self.step(f"speed and answers of {name}")
-        if other.is_rival:
-            row["speed"] = take(f"speed of {name}", lambda: self.speed(path))
-            row["tasks"] = take(f"answers of {name}", lambda: self._tasks(path, progress)) or {}
-            row["long"] = {}
-            for n, long in self.long.items():
-                found = take(
-                    f"KL of {name} in a context of {n:,} tokens",
-                    partial(kl.measure, long, path, self._runtime),
-                )
-                if found is not None:
-                    row["long"][str(n)] = found.to_json()["kl"]
-        return row
+        n_bytes = path.stat().st_size if result is None else result.n_bytes
+        row = Row(
+            kind=other.kind,
+            name=name,
+            n_bytes=n_bytes,
+            bpw=8 * n_bytes / self._base.n_elements,
+            **vars(_figures(result.combined) if result else Figures()),
+            domains={n: _figures(d) for n, d in result.domains.items()} if result else {},
+            weight_kl=weights.combined.kl if weights else None,
+            weight_top1=weights.combined.top1 if weights else None,
+            weight_domains={n: d.kl for n, d in weights.domains.items()} if weights else None,
+            versus=self._tests(other, result, weights),
+        )
+        if not other.is_rival:
+            return row
+        return replace(
+            row,
+            speed=take(f"speed of {name}", lambda: self.speed(path)),
+            tasks=take(f"answers of {name}", lambda: self._tasks(path, progress)) or {},
+            long=self._long(other, path),
+        )
 
-    def _figures(
-        self, other: Baseline, path: Path, result: KLResult | None, weights: KLResult | None
-    ) -> dict[str, Any]:
+    def _weight_kl(self, logits: BaseLogits | None, other: Baseline, path: Path) -> KLResult | None:
         from evaluators import kl
 
-        kept = ("kl", "top1", "top1_stderr", "perplexity", "ln_ppl_ratio")
-        unknown: dict[str, Any] = {**dict.fromkeys(kept), "domains": {}}
-        values = unknown if result is None else result.to_json()
-        n_bytes = path.stat().st_size if result is None else result.n_bytes
-        row = {
-            "kind": other.kind,
-            "name": other.name,
-            "n_bytes": n_bytes,
-            "bpw": 8 * n_bytes / self._base.n_elements,
-            **{k: values[k] for k in kept},
-            "domains": {name: {k: d[k] for k in kept} for name, d in values["domains"].items()},
-            **(kl.weight_fields(weights) if weights else {}),
+        progress = self.step(f"weight KL of {other.name}")
+        if logits is None:
+            return None
+        folder, n_windows = self._run.artifacts.folder(_STAGE), self._effort.weight_windows
+        measure = partial(
+            kl.measure_weights, logits, path, folder, self._runtime, progress, n_windows
+        )
+        return self.measures.take(f"weight KL of {other.name}", measure)
+
+    def _long(self, other: Baseline, path: Path) -> dict[str, Divergence]:
+        from evaluators import kl
+
+        found = {
+            n: self.measures.take(
+                f"KL of {other.name} in a context of {n:,} tokens",
+                partial(kl.measure, logits, path, self._runtime),
+            )
+            for n, logits in self.long.items()
         }
+        return {str(n): result.combined.kl for n, result in found.items() if result is not None}
+
+    def _tests(
+        self, other: Baseline, result: KLResult | None, weights: KLResult | None
+    ) -> dict[str, Tests] | None:
+        """The paired tests by output; of an output none: it is kept for those of the others."""
         self.first = self.first or result
         if weights is not None and not self.n_weight_windows:
             self.n_weight_windows = weights.combined.n_windows
         if other.kind == OURS:
             self._ours[other.name] = result, weights
-        elif result is not None:
-            row["versus"] = {
-                name: self._versus(result, weights, *ours) for name, ours in self._ours.items()
-            }
-        return row
+        if other.kind == OURS or result is None:
+            return None
+        return {name: self._versus(result, weights, *ours) for name, ours in self._ours.items()}
 
     def _versus(
         self,
@@ -150,24 +158,23 @@ class Meter:
         weights: KLResult | None,
         ours: KLResult | None,
         ours_weights: KLResult | None,
-    ) -> dict[str, Any]:
+    ) -> Tests:
         """The paired tests against one of our files; a reason where there are too few windows."""
         from evaluators import kl
         from evaluators.compare import paired_nll
         from evaluators.errors import EvaluationError
 
-        found: dict[str, Any] = {}
+        both = (weights, ours_weights) if weights and ours_weights else None
         try:
-            if ours is not None:
-                found["kl"] = kl.paired_test(result, ours).to_json()
-                found["nll"] = paired_nll(result, ours).to_json()
-            if weights is not None and ours_weights is not None:
-                found["weight_kl"] = kl.paired_test(weights, ours_weights).to_json()
+            return Tests(
+                kl=kl.paired_test(result, ours) if ours else None,
+                nll=paired_nll(result, ours) if ours else None,
+                weight_kl=kl.paired_test(*both) if both else None,
+            )
         except EvaluationError as error:
-            return {"reason": error.message}
-        return found
+            return Tests(reason=error.message)
 
-    def speed(self, path: Path) -> dict[str, Any]:
+    def speed(self, path: Path) -> SpeedResult:
         """Tokens per second and memory, in a process of its own."""
         from evaluators import speed
 
@@ -175,9 +182,9 @@ class Meter:
         n_ctx = min(2048, self._base.context_length)
         n_prompt = min(n_prompt, n_ctx - n_generate)
         result = speed.measure(path, n_ctx, n_prompt, n_generate, n_repeats, self._runtime)
-        return {**result.to_json(), "file": path.name}  # the report is published: no folders
+        return replace(result, file=path.name)  # the report is published: no folders
 
-    def _tasks(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def _tasks(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, Task]:
         """Zero-shot accuracy beside the base's, and the answers that differ."""
         from evaluators import zeroshot
 
@@ -188,12 +195,18 @@ class Meter:
             self._answers[items.name] = zeroshot.run(self._base.path, items, runtime=self._runtime)
         reference = self._answers[items.name]
         result = zeroshot.run(path, items, runtime=self._runtime, progress=progress)
-        flips = zeroshot.answer_flips(result, reference)
-        return {
-            items.name: {
-                **result.to_json(),
-                "source": items.source,
-                "base": {metric: asdict(value) for metric, value in reference.accuracy.items()},
-                "flips": {metric: asdict(value) for metric, value in flips.items()},
-            }
-        }
+        task = Task(
+            task=result.task,
+            n_items=result.n_items,
+            **result.accuracy,
+            items_sha256=result.items_sha256,
+            seconds=result.seconds,
+            source=items.source,
+            base=reference.accuracy,
+            flips=zeroshot.answer_flips(result, reference),
+        )
+        return {items.name: task}
+
+
+def _figures(found: KLSummary) -> Figures:
+    return Figures(found.kl, found.top1, found.top1_stderr, found.perplexity, found.ln_ppl_ratio)

@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import TypedDict
 
+from evaluators.figures import Agreement
 from quantkit import sandbox
 from quantkit.checkpoint.weight_files import few
 from quantkit.errors import QuantkitError
@@ -60,16 +60,6 @@ class Original:
         return tuple(path for folder in folders for path in templates.readable(folder))
 
 
-class Measured(TypedDict):
-    """An `evaluators.agreement.Agreement`."""
-
-    mean_kl: float
-    trimmed_kl: float
-    max_kl: float
-    top1: float
-    n: int
-
-
 class _Tried(TypedDict):
     oracle: str
     passed_over: list[str]
@@ -81,7 +71,7 @@ class Found(_Tried, total=False):
     missing: list[str]
     not_finite: bool
     error: str
-    agreement: Measured
+    agreement: Agreement
     first: int | None
     expanded: str
     not_expanded: str
@@ -89,7 +79,7 @@ class Found(_Tried, total=False):
 
 def check_logits(
     base: GgufFile, ids: Sequence[int], originals: Sequence[Original], folder: Path
-) -> tuple[Check, dict[str, Any]]:
+) -> tuple[Check, Found]:
     """Compare `base` with the first of `originals` that loads: the check, and what was measured.
 
     Args:
@@ -103,7 +93,7 @@ def check_logits(
     fits = whole + _LEFT <= free and whole <= _SHARE * free
     kept = whole if fits else int(_SHARE * free / 2)  # bytes of weights in memory
     with tempfile.TemporaryDirectory(dir=folder, prefix="parity-") as scratch:
-        found: dict[str, Any] = {}
+        found: Found = {"oracle": "", "passed_over": []}
         try:
             for part in sandbox.stream(
                 "evaluators.oracle:compare",
@@ -126,11 +116,11 @@ def check_logits(
             ):
                 found = part
         except QuantkitError as error:
-            found = {"oracle": "", "error": error.message, **found, "not_expanded": error.message}
+            found = {"error": error.message, **found, "not_expanded": error.message}
     return judged(base, found), found
 
 
-def judged(base: GgufFile, found: dict[str, Any]) -> Check:
+def judged(base: GgufFile, found: Found) -> Check:
     """The check that an outcome of `evaluators.oracle.compare` is. Raises QuantkitError where it
     shows that the file is not the model.
     """
@@ -150,9 +140,8 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
     if "agreement" not in found:
         why = plain(found.get("error", "no reason is given"))
         return Check(NAME, False, f"not compared: {why.rstrip('.')}")
-    agreement = SimpleNamespace(**found["agreement"])
     limit = _COARSE_LIMIT if found.get("not_expanded") else LIMIT
-    check = logits_check(NAME, base, agreement, limit)
+    check = logits_check(NAME, base, found["agreement"], limit)
     expanded = f", expanded to {plain(found['expanded'])}" if found.get("expanded") else ""
     said = f"{check.about}, by {by}{expanded}"
     if not check.passed:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.config.calibration import shown
 from quantkit.errors import QuantkitError
 from quantkit.evidence.card import model_card
+from quantkit.evidence.report import read
 from quantkit.evidence.report.text import without_folders
 from quantkit.files import write_json, write_text
 from quantkit.hub.visibility import why_private
@@ -52,20 +53,19 @@ class Publish(Stage):
         if projector.exists():  # by this name llama.cpp finds it in the repository
             _link(projector, folder / f"mmproj-{_name(run)}-F16.gguf")
         (folder / "recipes").mkdir()
-        recipes = []
         for output in outputs:
             _link(stitched / output.file, folder / output.file)
-            recipes.append(_without_folders(read_json(stitched / output.recipe)))
-            write_json(folder / output.recipe, recipes[-1])
+            recipe = read_json(stitched / output.recipe)
+            recipe["config"] = _without_folders(recipe["config"])
+            write_json(folder / output.recipe, recipe)
         for path in sorted((stitched / "recipes").glob("*.txt")):
             _link(path, folder / "recipes" / path.name)
         (folder / "plots").mkdir()
         for path in sorted((validate / "plots").iterdir()):
             _link(path, folder / "plots" / path.name)
-        report = read_json(run.artifacts.report)
-        write_text(
-            folder / "README.md", model_card(snapshot.info, report, recipes, run.config.publish)
-        )
+        report = read(read_json(run.artifacts.report))
+        card = model_card(snapshot.info, report, run.config, run.config.publish)
+        write_text(folder / "README.md", card)
         staged = sorted(path for path in folder.rglob("*") if path.is_file())
         if run.config.publish is None:
             run.events.emit(
@@ -73,19 +73,19 @@ class Publish(Stage):
             )
             names = [path.relative_to(folder).as_posix() for path in staged]
             return StageResult(staged, {"published": False, "files": names})
-        return StageResult(staged, _upload(run, folder))
+        return _upload(run, folder, staged)
 
     def is_current(self, config: RunConfig, record: StageRecord) -> bool:
         """Whoever asks for a repository is answered by the Hub: it may be gone, or changed."""
         return config.publish is None
 
 
-def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe whose config names local files without the folders they are in. Rebuilding from the
+def _without_folders(config: Mapping[str, object]) -> dict[str, object]:
+    """A recipe's config that names local files without the folders they are in. Rebuilding from the
     level files does not need them.
     """
 
-    def strip(value: Any) -> Any:
+    def strip(value: object) -> object:
         if isinstance(value, list):
             return [strip(item) for item in value]
         if not isinstance(value, str):
@@ -93,11 +93,11 @@ def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
         # A folder's name may have spaces in it, which a sentence's parts do not.
         return Path(value).name if value.startswith("/") else without_folders(value)
 
-    config = {name: strip(value) for name, value in recipe["config"].items()}
-    return {**recipe, "config": {**config, "calibration": shown(recipe["config"]["calibration"])}}
+    stripped = {name: strip(value) for name, value in config.items()}
+    return {**stripped, "calibration": shown(str(config["calibration"]))}
 
 
-def _upload(run: Run, folder: Path) -> dict[str, Any]:
+def _upload(run: Run, folder: Path, staged: Sequence[Path]) -> StageResult:
     assert run.config.publish is not None
 
     def progress(done: int, total: int) -> None:
@@ -117,7 +117,7 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
             hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
         except QuantkitError as error:  # what was asked for first is done
             run.events.emit(NAME, "note", f"it was not put into the collection: {error}")
-    return {
+    about = {
         "published": True,
         "asked": run.config.publish,
         "repo": made.repo_id,
@@ -126,6 +126,7 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
         "files": {file.path: file.sha256 for file in made.files},
         "changed": list(made.changed),
     }
+    return StageResult(staged, about)
 
 
 def _known(run: Run, folder: Path) -> dict[str, str]:

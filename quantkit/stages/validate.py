@@ -16,7 +16,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +24,24 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
+from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.evidence import baselines, integrity
 from quantkit.evidence.baselines import Baseline, as_it_is
 from quantkit.evidence.meter import Meter
-from quantkit.evidence.report import SCHEMA, write_report
+from quantkit.evidence.report import Report, Row, write_report
+from quantkit.evidence.report import schema as reported
 from quantkit.evidence.report.measures import Measures, reason_of
-from quantkit.evidence.report.schema import OURS
+from quantkit.evidence.report.schema import (
+    NO_PERPLEXITY,
+    OURS,
+    Base,
+    Calibration,
+    Search,
+    Tensor,
+    TracePoint,
+    to_json,
+)
 from quantkit.evidence.report.text import without_folders
 from quantkit.files import sha256_file
 from quantkit.gguf_file.base import load_base
@@ -42,8 +53,9 @@ from quantkit.run.folder import read_json
 from quantkit.run.outputs import Output, load_outputs
 from quantkit.run.provenance import code_version
 from quantkit.run.stage import Run, Stage, StageResult
+from quantkit.sandbox.untrusted import build, typed
 from quantkit.sources.snapshot import load_snapshot
-from quantkit.tensors import to_json
+from quantkit.tensors import Fallback
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
@@ -78,7 +90,7 @@ class Validate(Stage):
                 error.message, "" if "--" in error.remedy else error.remedy
             ) from error
 
-    def extra_inputs(self, config: RunConfig) -> dict[str, Any]:
+    def extra_inputs(self, config: RunConfig) -> dict[str, str]:
         """The contents of the files that the config names."""
         named = {"eval_text": config.eval_text, "tasks": config.tasks}
         named |= {f"compare {name}": name for name in config.compare}
@@ -125,31 +137,20 @@ def _validate(run: Run) -> StageResult:
                 _check_trained(base, n_ctx)
                 return predictions(joined, n_ctx, 1, kept, runtime)
 
-            found = measures.take(f"KL in a context of {n_ctx:,} tokens", long)
-            if found is not None:
-                meter.long[n_ctx] = found
+            known = measures.take(f"KL in a context of {n_ctx:,} tokens", long)
+            if known is not None:
+                meter.long[n_ctx] = known
         measured = {file.name: meter.ours(logits, file) for file in ours}
         rows = [row for other in others if (row := meter.beside(logits, other))]
     shutil.rmtree(kept, ignore_errors=True)
-    values = _report(run, base, texts, meter)
-    values["outputs"] = [
-        {
-            **measured[output.file],
-            **_made(run, output),
-            "zero_shot": {"status": "not run", "reason": reason} if reason else {"status": "done"},
-            "generation": checks[output.file].generation,
-            "integrity": to_json(checks[output.file].found),
-        }
-        for output in outputs
-    ]
-    values["baselines"] = sorted(rows, key=lambda row: row["n_bytes"])
-    values["not_measured"] = measures.missing
-    kept_facts = ("name", "n_bytes", "top1")
+    found = tuple(_output(run, o, measured[o.file], checks[o.file], reason) for o in outputs)
+    beside = tuple(sorted(rows, key=lambda row: row.n_bytes))
+    report = _report(run, base, texts, meter, found, beside)
     files = [
-        {**{k: row[k] for k in kept_facts}, "kl": row["kl"] and row["kl"]["mean"]}
-        for row in measured.values()
+        {"name": row.name, "n_bytes": row.n_bytes, "top1": row.top1, "kl": row.kl.mean}
+        for row in report.outputs
     ]
-    return StageResult(write_report(folder, values, measures), {"files": files})
+    return StageResult(write_report(folder, report, measures), {"files": to_json(files)})
 
 
 def _check_trained(base: GgufFile, n_ctx: int) -> None:
@@ -308,73 +309,80 @@ def _items(run: Run) -> tuple[TaskItems | None, str]:
 # ---- the report
 
 
-def _report(run: Run, base: GgufFile, texts: Mapping[str, str], meter: Meter) -> dict[str, Any]:
-    """What the report says beside its rows."""
+def _report(
+    run: Run,
+    base: GgufFile,
+    texts: Mapping[str, str],
+    meter: Meter,
+    outputs: tuple[reported.Output, ...],
+    baselines: tuple[Row, ...],
+) -> Report:
     from evaluators.texts import text_sha256
 
-    first = meter.first
+    first = meter.first.combined if meter.first else None
     info = load_snapshot(run.dir).info
-    return {
-        "schema": SCHEMA,
-        "kind": "run",
-        "model": info.id,
-        "revision": info.sha,
-        "base": {
-            "path": str(base.path.relative_to(run.dir.path)),
-            "n_bytes": base.path.stat().st_size,
-            "sha256": run.records["convert"].outputs[0].sha256,
-            "n_parameters": base.n_elements,
-            "perplexity": first and asdict(first.combined.base_perplexity),
-            "speed": meter.measures.take("speed of the base", lambda: meter.speed(base.path)),
-        },
-        "protocol": f"llama.cpp's windows of {N_CTX} tokens, second half scored,"
+    speed = meter.measures.take("speed of the base", lambda: meter.speed(base.path))
+    return Report(
+        kind="run",
+        model=info.id,
+        revision=info.sha,
+        base=Base(
+            path=str(base.path.relative_to(run.dir.path)),
+            n_bytes=base.path.stat().st_size,
+            sha256=run.records["convert"].outputs[0].sha256,
+            n_parameters=base.n_elements,
+            perplexity=first.base_perplexity if first else NO_PERPLEXITY,
+            speed=speed,
+        ),
+        protocol=f"llama.cpp's windows of {N_CTX} tokens, second half scored,"
         " KL(base || file) in nats",
-        "n_windows": first and first.combined.n_windows,
-        "weight_windows": meter.n_weight_windows,
-        "texts": {name: text_sha256(text) for name, text in texts.items()},
-        "calibration": read_json(run.artifacts.calibration),
-        "refused": read_json(run.artifacts.budgets)["refused"],
-        "fallbacks": read_json(run.artifacts.errors)["fallbacks"],
-        "unmapped": run.records["convert"].summary["unmapped"],
-        "versions": _versions(),
-    }
+        n_windows=first.n_windows if first else None,
+        weight_windows=meter.n_weight_windows,
+        texts={name: text_sha256(text) for name, text in texts.items()},
+        calibration=build(Calibration, read_json(run.artifacts.calibration)),
+        refused=typed(tuple[Budget, ...], read_json(run.artifacts.budgets)["refused"]),
+        fallbacks=typed(tuple[Fallback, ...], read_json(run.artifacts.errors)["fallbacks"]),
+        unmapped=tuple(run.records["convert"].summary["unmapped"]),
+        versions=_versions(),
+        outputs=outputs,
+        baselines=baselines,
+        not_measured=tuple(meter.measures.missing),
+    )
 
 
-def _search(run: Run, path: Path, limit_bytes: int) -> dict[str, Any]:
-    """What was found within a budget, and what tuning made of it."""
-    tuned = read_json(run.artifacts.tuning)["budgets"].get(str(limit_bytes))
-    return read_json(path) | ({} if tuned is None else {"tuning": tuned})
-
-
-def _trace(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():  # nothing was searched
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
-
-
-def _made(run: Run, output: Output) -> dict[str, Any]:
-    """How an output came to be, and how every quantizable tensor of it is stored."""
+def _output(run: Run, output: Output, row: Row, checks: _Checks, not_asked: str) -> reported.Output:
+    """What was measured of an output, how it came to be, and how every quantizable tensor of it is
+    stored. `not_asked`: why there are no zero-shot answers.
+    """
     path = run.artifacts.stitched / output.file
     name = str(path.relative_to(run.dir.path))
-    found = run.artifacts.answer(output.budget.limit_bytes)
+    limit_bytes = output.budget.limit_bytes
+    found = run.artifacts.answer(limit_bytes)
+    tuned = read_json(run.artifacts.tuning)["budgets"].get(str(limit_bytes))
     recipe = read_json(run.artifacts.stitched / output.recipe)
     tensors = GgufFile(path).tensors
-    return {
-        "path": name,
-        "sha256": next(o.sha256 for o in run.records["stitch"].outputs if o.path == name),
-        "label": output.label,
-        "search": _search(run, found / "budget.json", output.budget.limit_bytes),
-        "trace": _trace(found / "trace.jsonl"),
-        "tensors": {
-            name: {
-                "qtype": str(tensors[name].qtype),
-                "method": row["method"],
-                "n_elements": math.prod(tensors[name].shape),
-                "n_bytes": tensors[name].n_bytes,
-            }
+    trace = found / "trace.jsonl"
+    lines = trace.read_text("utf-8").splitlines() if trace.exists() else []  # nothing was searched
+    return reported.Output(
+        **vars(row),
+        path=name,
+        sha256=next(o.sha256 for o in run.records["stitch"].outputs if o.path == name),
+        label=output.label,
+        search=build(Search, {**read_json(found / "budget.json"), "tuning": tuned}),
+        trace=tuple(build(TracePoint, json.loads(line)) for line in lines if line),
+        tensors={
+            name: Tensor(
+                qtype=str(tensors[name].qtype),
+                method=row["method"],
+                n_elements=math.prod(tensors[name].shape),
+                n_bytes=tensors[name].n_bytes,
+            )
             for name, row in recipe["tensors"].items()
         },
-    }
+        zero_shot={"status": "not run", "reason": not_asked} if not_asked else {"status": "done"},
+        generation=checks.generation,
+        integrity=tuple(checks.found),
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -12,9 +12,10 @@ Written once, used by the command line, the web page and the model card.
 
 from __future__ import annotations
 
+from evaluators.figures import Mean
 from quantkit.evidence.report.html import html, sections
 from quantkit.evidence.report.markdown import bullets, markdown, plain_table, set_table
-from quantkit.evidence.report.schema import SCHEMA, Mean, Report, Row, read
+from quantkit.evidence.report.schema import SCHEMA, Report, Row, read
 from quantkit.evidence.report.text import losses, number, verdict, verdicts, with_error
 from quantkit.evidence.report.write import write_report
 

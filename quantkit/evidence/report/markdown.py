@@ -35,39 +35,22 @@ def markdown(report: Report) -> str:
         *(text.verdicts(report) if len(report.outputs) == 1 else [bullets(text.verdicts(report))]),
         set_table(tables.comparison(report)),
         text.protocol_line(report),
+        *_sections(
+            (text.losing(report), text.losses(report)),
+            ("Sizes that cannot be made", text.refused(report)),
+            ("Not measured", text.not_measured(report)),
+            ("By domain", tables.domains(report)),
+            ("In other languages", tables.languages(report)),
+            ("By token", tables.tails(report)),
+            ("In long contexts", tables.long_contexts(report)),
+            ("Tasks", text.task_lines(report)),
+            ("Speed and memory", tables.speeds(report)),
+            ("Integrity", tables.checks(report)),
+            ("Fallbacks", tables.fallbacks(report)),
+        ),
     ]
-    lost = text.losses(report)
-    if lost:
-        parts += [f"## {text.losing(report)}", bullets(lost)]
-    if report.refused:
-        parts += ["## Sizes that cannot be made", bullets(report.refused)]
-    if report.not_measured:
-        parts += [
-            "## Not measured",
-            bullets(f"{name}: {reason}" for name, reason in report.not_measured),
-        ]
-    parts += ["## By domain", set_table(tables.domains(report))]
-    languages = tables.languages(report)
-    if languages is not None:
-        parts += ["## In other languages", set_table(languages)]
-    tails = tables.tails(report)
-    if tails is not None:
-        parts += ["## By token", set_table(tails)]
-    long = tables.long_contexts(report)
-    if long is not None:
-        parts += ["## In long contexts", set_table(long)]
-    tasks = text.task_lines(report)
-    if tasks:
-        parts += ["## Tasks", bullets(tasks)]
-    for title, made in (
-        ("Speed and memory", tables.speeds(report)),
-        ("Integrity", tables.checks(report)),
-        ("Fallbacks", tables.fallbacks(report)),
-    ):
-        if made is not None:
-            parts += [f"## {title}", set_table(made)]
     turn = report.first.generation
-    if turn.get("text"):
+    if turn and turn.get("text"):
         said = " ".join(turn["text"].split())
         parts += [
             "## A chat turn",
@@ -84,3 +67,13 @@ def markdown(report: Report) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
         parts.append(f"Versions: {versions}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _sections(*found: tuple[str, Table | list[str] | None]) -> list[str]:
+    """Headings, and what stands under them; those with nothing are left out."""
+    return [
+        part
+        for title, made in found
+        if made
+        for part in (f"## {title}", set_table(made) if isinstance(made, Table) else bullets(made))
+    ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from quantkit.errors import QuantkitError
+from quantkit.evidence.report.schema import Missing
 from quantkit.evidence.report.text import without_folders
 from quantkit.machine import faults
 
@@ -15,12 +16,12 @@ T = TypeVar("T")
 
 
 class Measures:
-    """Takes measures one by one; `missing` are those that could not be taken: name and reason."""
+    """Takes measures one by one; `missing` are those that could not be taken."""
 
     def __init__(self, note: Callable[[str], None] = lambda _: None) -> None:
         """`note` is told of every measure that could not be taken."""
         self._note = note
-        self.missing: list[dict[str, str]] = []
+        self.missing: list[Missing] = []
 
     def take(self, name: str, measure: Callable[[], T]) -> T | None:
         """Return what `measure` returns; None where it fails, of whatever kind the failure is."""
@@ -28,7 +29,7 @@ class Measures:
             return measure()
         except Exception as error:
             reason = without_folders(reason_of(error))
-            self.missing.append({"name": name, "reason": reason})
+            self.missing.append(Missing(name, reason))
             self._note(f"{name}: not measured: {reason}")
             return None
 

@@ -81,11 +81,11 @@ def draw_all(
     take = (measures or Measures()).take
     plots = {"frontier": partial(frontier, report), "domains": partial(domains, report)}
     for files in [report.outputs] if together else [(output,) for output in report.outputs]:
-        types = {row.name: {t.name: t.qtype for t in row.tensors} for row in files}
+        types = {row.name: {n: t.qtype for n, t in (row.tensors or {}).items()} for row in files}
         drawn = {
             "tensor-map": partial(tensor_map, types),
-            "bits-by-kind": partial(bits_by_kind, {row.name: row.tensors for row in files}),
-            "convergence": partial(convergence, {row.name: row.trace for row in files}),
+            "bits-by-kind": partial(bits_by_kind, {row.name: row.tensors or {} for row in files}),
+            "convergence": partial(convergence, {row.name: row.trace or () for row in files}),
         }
         plots |= {k if together else report.numbered(k, files[0]): v for k, v in drawn.items()}
     found = {name: take(f"the plot {name}", make) for name, make in plots.items()}
@@ -165,13 +165,13 @@ def frontier(report: Report) -> Spec | None:
     unit, name = (1e9, "GB") if rows[-1].n_bytes >= 1e9 else (1e6, "MB")
     data: list[Datum] = [
         {
-            "about": f"{row.label}: {size(row.n_bytes)}, KL {number(row.kl.value)}",
+            "about": f"{row.title}: {size(row.n_bytes)}, KL {number(row.kl.value)}",
             "label": _short(row, len(report.outputs) > 1),
             "kind": _KINDS[row.kind][0],
             "size": row.n_bytes / unit,
             "kl": row.kl.value,
-            "low": max(row.kl.low or row.kl.value, row.kl.value / 3),
-            "high": row.kl.high or row.kl.value,
+            "low": max((row.kl.ci95 or (row.kl.value,))[0], row.kl.value / 3),
+            "high": (row.kl.ci95 or (row.kl.value,))[-1],
         }
         for row in sorted(rows, key=lambda row: row.kind == OURS)  # ours above the others
     ]
@@ -238,14 +238,14 @@ def domains(report: Report) -> Spec | None:
     rows = [row for row in report.by_size if all(n in row.domains for n in names)]
     data: list[Datum] = [
         {
-            "about": f"{row.label} on {name}: KL {number(row.domains[name].value)}",
+            "about": f"{row.title} on {name}: KL {number(row.domains[name].kl.value)}",
             "kind": _KINDS[row.kind][0],
             "domain": name,
-            "kl": row.domains[name].value,
+            "kl": row.domains[name].kl.value,
         }
         for row in sorted(rows, key=lambda row: row.kind == OURS)
         for name in names
-        if row.domains[name].value > 0
+        if row.domains[name].kl.value > 0
     ]
     if len(data) < 2:
         return None
@@ -328,14 +328,14 @@ def _ramp(t: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in parts)
 
 
-def bits_by_kind(files: Mapping[str, Sequence[Tensor]]) -> Spec | None:
+def bits_by_kind(files: Mapping[str, Mapping[str, Tensor]]) -> Spec | None:
     """Bits per weight of every kind of tensor of each file, and its share of the file's bytes."""
     data: list[Datum] = []
     for file, tensors in files.items():
         kinds: dict[str, list[Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault(_kind_and_block(tensor.name)[0], []).append(tensor)
-        total = sum(tensor.n_bytes for tensor in tensors)
+        for name, tensor in tensors.items():
+            kinds.setdefault(_kind_and_block(name)[0], []).append(tensor)
+        total = sum(tensor.n_bytes for tensor in tensors.values())
         if not total or len(kinds) > 60:
             return None
         for kind, group in kinds.items():

@@ -1,18 +1,33 @@
-"""What a report holds: frozen dataclasses, read from `report.json` (docs/report.md documents it).
+"""What a report holds: frozen dataclasses whose fields are those of `report.json`, in its order
+(docs/report.md documents it).
 
-Everything that is drawn or written from a report goes through `read`, so that a file of another
-version or with a hole in it is one plain sentence, wherever it is met.
+They are filled where it is measured, written by `to_json` and read by `read`, so that a file
+of another version or with a hole in it is one plain sentence, wherever it is met. What may be
+missing has the default None, and is left out where it is; a figure that could not be measured is
+not a number here, and null there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from evaluators.figures import (
+    Accuracy,
+    Divergence,
+    Flips,
+    Mean,
+    MeanNats,
+    PairedTest,
+    Perplexity,
+    SpeedResult,
+)
+from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.run.check import Check
+from quantkit.sandbox import untrusted
 from quantkit.tensors import Fallback
 
 SCHEMA = 3
@@ -20,54 +35,122 @@ SCHEMA = 3
 OURS, STOCK, UNIFORM, GIVEN = "ours", "stock", "uniform", "given"
 KINDS = (OURS, STOCK, UNIFORM, GIVEN)
 
+_NO_KL = Divergence(math.nan, math.nan, None, math.nan, math.nan, math.nan, math.nan, 0)
+NO_PERPLEXITY = Perplexity(math.nan, math.nan, None, 0)
+
 
 @dataclass(frozen=True)
-class Mean:
-    """A measured value. `stderr` counts tokens as independent; `low` and `high` are the 95 %
-    interval with windows as the unit, None where there is none.
+class Figures:
+    """What is measured on one text, or on all of them. `top1` is the share of tokens with the
+    base's most likely next token.
     """
 
-    value: float
-    stderr: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def is_known(self) -> bool:
-        """False for what could not be measured."""
-        return not math.isnan(self.value)
-
-
-_UNKNOWN = Mean(math.nan, math.nan)
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Where the tokens' KL lies, and ln(perplexity / the base's)."""
-
-    median: float
-    p99: float
-    p999: float
-    largest: float
-    ln_ppl_ratio: Mean
-
-
-@dataclass(frozen=True)
-class Versus:
-    """A paired test on the same windows: this row less an output; above zero, worse."""
-
-    difference: float
-    p_value: float
-    significant: bool
-    n_windows: int
+    kl: Divergence = _NO_KL
+    top1: float = math.nan
+    top1_stderr: float = math.nan
+    perplexity: Perplexity = NO_PERPLEXITY
+    ln_ppl_ratio: MeanNats = MeanNats(math.nan, math.nan, None, 0)
 
 
 @dataclass(frozen=True)
 class Tests:
-    """The paired tests of a row against one output; None where there are too few windows."""
+    """The paired tests of a row against one output, above zero where the row is worse; `reason`:
+    why there are none.
+    """
 
-    kl: Versus | None = None
-    weight_kl: Versus | None = None
+    kl: PairedTest | None = None
+    nll: PairedTest | None = None
+    weight_kl: PairedTest | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One zero-shot task; what is the base's, and what differs from it, by `acc` and `acc_norm`."""
+
+    task: str
+    n_items: int
+    acc: Accuracy
+    acc_norm: Accuracy | None = None
+    items_sha256: str
+    seconds: float
+    source: str
+    base: dict[str, Accuracy] | None = None
+    flips: dict[str, Flips] | None = None
+
+    @property
+    def of_base(self) -> Accuracy | None:
+        """The base's accuracy."""
+        return (self.base or {}).get("acc")
+
+
+@dataclass(frozen=True)
+class _File:
+    kind: str
+    name: str
+    n_bytes: int
+    bpw: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Figures, _File):
+    """One measured file. `kind` is one of KINDS, figures are over all texts. Those of the weights
+    alone have a name of their own; `speed`, `tasks` and `long` are of what is looked at closely.
+    """
+
+    domains: dict[str, Figures]
+    weight_kl: Divergence | None = None
+    weight_top1: float | None = None
+    weight_domains: dict[str, Divergence] | None = None
+    versus: dict[str, Tests] | None = None  # by the output's name
+    speed: SpeedResult | None = None
+    tasks: dict[str, Task] | None = None
+    long: dict[str, Divergence] | None = None  # by the tokens of a context
+
+    @property
+    def short(self) -> str:
+        """The name without options' dashes."""
+        return self.name.replace(" --pure", " pure")
+
+    @property
+    def title(self) -> str:
+        """The name with where the file comes from."""
+        if self.kind == STOCK:
+            return f"llama.cpp {self.short}"
+        return f"uniform {self.name}, our weights" if self.kind == UNIFORM else self.name
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning came to: KL on held-out text; `reason`: why there was none."""
+
+    steps: int
+    reason: str | None = None
+    kl_before: float | None = None
+    kl_after: float | None = None
+    n_tensors: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What an output was asked to be, and what the search came to on its own text; `reason`: why
+    nothing was searched.
+    """
+
+    target: str
+    limit_bytes: int
+    n_bytes: int
+    smallest_bytes: int | None = None
+    largest_bytes: int | None = None
+    searched: bool
+    reason: str | None = None
+    generations: int | None = None
+    tokens: int | None = None
+    proposal_kl: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    expects_tuning: bool | None = None
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True)
@@ -80,300 +163,182 @@ class TracePoint:
     stderr: float
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second, seconds to load, and bytes of memory with a context of `n_ctx`."""
-
-    prompt: float
-    generation: float
-    load_seconds: float
-    peak_bytes: int
-    n_ctx: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """One zero-shot task: accuracy, the base's, and how many answers differ from the base's."""
-
-    name: str
-    value: float
-    stderr: float
-    n: int
-    base: float | None
-    n_flips: int | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """How one tensor is stored. `method` is empty where it is not known."""
+    """How one tensor is stored."""
 
-    name: str
     qtype: str
+    method: str | None = None
     n_elements: int
     n_bytes: int
-    method: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured file. `kind` is one of KINDS; KL in nats by domain and over all of them. Of an
-    output what could not be measured is not a number.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Output(Row):
+    """A file that the report is about, and how it came to be."""
 
-    kind: str
-    name: str
-    n_bytes: int
-    bpw: float
-    kl: Mean
-    top1: float
-    perplexity: Mean
-    domains: dict[str, Mean]
-    tail: Tail | None
-    weight_kl: Mean | None
-    long: dict[int, Mean]  # KL in contexts of so many tokens
-    versus: dict[str, Tests]  # by the output's name
-    speed: Speed | None
-    tasks: tuple[Task, ...]
-    tasks_not_run: str  # the reason, where there are no tasks
-    sha256: str
-    tensors: tuple[Tensor, ...]
-    target: str = ""  # what an output was asked to be
-    checks: tuple[Check, ...] = ()
-    trace: tuple[TracePoint, ...] = ()
-    generation: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def short(self) -> str:
-        """The name without options' dashes."""
-        return self.name.replace(" --pure", " pure")
-
-    @property
-    def label(self) -> str:
-        """The name with where the file comes from."""
-        if self.kind == STOCK:
-            return f"llama.cpp {self.short}"
-        return f"uniform {self.name}, our weights" if self.kind == UNIFORM else self.name
+    path: str | None = None
+    sha256: str | None = None
+    label: str | None = None
+    search: Search | None = None
+    trace: tuple[TracePoint, ...] | None = None
+    tensors: dict[str, Tensor] | None = None
+    zero_shot: dict[str, str] | None = None
+    generation: dict[str, str] | None = None
+    integrity: tuple[Check, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """The full-precision file that everything is compared with."""
 
+    path: str | None = None
     n_bytes: int
+    sha256: str | None = None
     n_parameters: int
-    perplexity: Mean
-    speed: Speed | None
+    perplexity: Perplexity = NO_PERPLEXITY
+    speed: SpeedResult | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationText:
+    """One text that the file was calibrated on, and its share."""
+
+    name: str
+    source: str
+    weight: float
+    n_documents: int | None = None
+    n_characters: int | None = None
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the file was calibrated on. `languages` by code: the base's bits, English 1."""
+
+    spec: str | None = None
+    note: str
+    domains: tuple[CalibrationText, ...] = ()
+    languages: dict[str, float] | None = None
+    n_tokens: dict[str, int] | None = None
+    n_ctx: int | None = None
+    n_imatrix_entries: int | None = None
+    seed: int | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What could not be measured, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole report. `rows` begins with the outputs: the files that it is about."""
+    """A whole report. `kind` is run or compare, `texts` are sha256 by name; `refused` are sizes
+    that were asked for and cannot be made.
+    """
 
-    kind: str  # run or compare
+    schema: int = field(default=SCHEMA, init=False)
+    kind: str = "run"
     model: str
+    revision: str | None = None
     base: Base
-    rows: tuple[Row, ...]
-    n_outputs: int
     protocol: str
-    texts: tuple[str, ...]
-    calibration_note: str
-    refused: tuple[str, ...] = ()  # sizes that were asked for and cannot be made: the reasons
-    not_measured: tuple[tuple[str, str], ...] = ()  # name, reason
-    fallbacks: tuple[Fallback, ...] = ()
-    unmapped: tuple[str, ...] = ()
-    languages: dict[str, float] = field(default_factory=dict)  # by code: the base's bits, English 1
-    versions: dict[str, str] = field(default_factory=dict)
+    n_windows: int | None
     weight_windows: int | None = None
-    n_windows: int | None = None
+    texts: dict[str, str]
+    calibration: Calibration | None = None
+    refused: tuple[Budget, ...] | None = None
+    fallbacks: tuple[Fallback, ...] | None = None
+    unmapped: tuple[str, ...] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    outputs: tuple[Output, ...]
+    baselines: tuple[Row, ...]
+    not_measured: tuple[Missing, ...] | None = None
 
     @property
-    def outputs(self) -> tuple[Row, ...]:
-        return self.rows[: self.n_outputs]
+    def rows(self) -> tuple[Row, ...]:
+        return self.outputs + self.baselines
 
     @property
-    def first(self) -> Row:
-        return self.rows[0]
-
-    @property
-    def others(self) -> tuple[Row, ...]:
-        return self.rows[self.n_outputs :]
+    def first(self) -> Output:
+        return self.outputs[0]
 
     @property
     def by_size(self) -> tuple[Row, ...]:
         return tuple(sorted(self.rows, key=lambda row: row.n_bytes))
 
-    def numbered(self, name: str, output: Row) -> str:
+    @property
+    def calibration_note(self) -> str:
+        return self.calibration.note if self.calibration else ""
+
+    def numbered(self, name: str, output: Output) -> str:
         """The name of something that every output has: of several it ends with the output's number,
         counted from 1.
         """
-        return name if self.n_outputs == 1 else f"{name}-{1 + self.outputs.index(output)}"
+        return name if len(self.outputs) == 1 else f"{name}-{1 + self.outputs.index(output)}"
 
-    def about(self, output: Row) -> Report:
+    def about(self, output: Output) -> Report:
         """The report of one output and everything that it is measured beside."""
-        return replace(self, rows=(output, *self.others), n_outputs=1)
+        return replace(self, outputs=(output,))
 
     def tests(self, row: Row) -> Tests:
         """The tests of a row against the output that is nearest to it in size; empty for an
         output.
         """
         nearest = min(self.outputs, key=lambda output: abs(output.n_bytes - row.n_bytes))
-        return row.versus.get(nearest.name, Tests())
+        return (row.versus or {}).get(nearest.name, Tests())
 
 
-def read(value: Mapping[str, Any]) -> Report:
+def to_json(value: Any) -> Any:
+    """Return a report, or a part of one, as JSON types."""
+    number = value.value if isinstance(value, Mean | Perplexity) else value
+    if isinstance(number, float) and math.isnan(number):
+        return None
+    if is_dataclass(value):
+        there = ((f, getattr(value, f.name)) for f in fields(value))
+        return {f.name: to_json(v) for f, v in there if v is not None or f.default is not None}
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read(value: object) -> Report:
     """A report from the JSON of `report.json`. Raises QuantkitError when it is of another version
     or lacks something.
     """
     schema = value.get("schema") if isinstance(value, Mapping) else None
-    if schema != SCHEMA:
+    if not isinstance(value, Mapping) or schema != SCHEMA:
         raise QuantkitError(
             f"This report has schema {schema}, not {SCHEMA}.",
             "Run `quantkit resume` on its folder with the quantkit that made it, or make it again.",
         )
     try:
-        return _report(value)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        rows = {name: [_row(row) for row in value[name]] for name in ("outputs", "baselines")}
+        base = _known(value["base"])
+        base["speed"] = base.get("speed") or None  # {} of earlier comparisons
+        report = untrusted.build(Report, {**value, **rows, "base": base})
+        if not report.outputs or report.base.n_parameters < 1:
+            raise ValueError("no output, or a base without parameters")
+        for row in report.rows:
+            if row.kind not in KINDS or any(int(n) < 1 for n in row.long or {}):
+                raise ValueError(f"a row of kind {row.kind!r}, or a context of no length")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise QuantkitError(
             f"The report cannot be read ({type(error).__name__}: {error}).",
             "docs/report.md says what a report holds.",
         ) from None
+    return report
 
 
-def _report(value: Mapping[str, Any]) -> Report:
-    base = value["base"]
-    rows = tuple(_row(row) for row in [*value["outputs"], *value["baselines"]])
-    if not value["outputs"] or base["n_parameters"] < 1:
-        raise ValueError("no output, or a base without parameters")
-    return Report(
-        kind=str(value.get("kind", "run")),
-        model=str(value["model"]),
-        base=Base(
-            int(base["n_bytes"]),
-            int(base["n_parameters"]),
-            _mean(base["perplexity"], "value"),
-            _speed(base.get("speed")),
-        ),
-        rows=rows,
-        n_outputs=len(value["outputs"]),
-        protocol=str(value["protocol"]),
-        texts=tuple(str(name) for name in value["texts"]),
-        calibration_note=str((value.get("calibration") or {}).get("note", "")),
-        refused=tuple(f"{row['target']}: {row['refusal']}" for row in value.get("refused", ())),
-        not_measured=tuple(
-            (str(row["name"]), str(row["reason"])) for row in value.get("not_measured", ())
-        ),
-        fallbacks=tuple(
-            Fallback(str(f["tensor"]), str(f["asked"]), str(f["used"]), str(f["reason"]))
-            for f in value.get("fallbacks", ())
-        ),
-        unmapped=tuple(str(name) for name in value.get("unmapped", ())),
-        languages={
-            str(code): float(bits)
-            for code, bits in ((value.get("calibration") or {}).get("languages") or {}).items()
-        },
-        versions={str(k): str(v) for k, v in (value.get("versions") or {}).items()},
-        n_windows=value.get("n_windows"),
-        weight_windows=value.get("weight_windows"),
-    )
+def _row(value: Mapping[str, Any]) -> dict[str, object]:
+    domains = {name: _known(figures) for name, figures in value["domains"].items()}
+    return {**_known(value), "domains": domains}
 
 
-def _row(row: Mapping[str, Any]) -> Row:
-    tasks = row.get("tasks") or {}
-    if row["kind"] not in KINDS:
-        raise ValueError(f"a row of kind {row['kind']!r}")
-    return Row(
-        kind=str(row["kind"]),
-        name=str(row["name"]),
-        n_bytes=int(row["n_bytes"]),
-        bpw=float(row["bpw"]),
-        kl=_mean(row["kl"], "mean"),
-        top1=math.nan if row["top1"] is None else float(row["top1"]),
-        perplexity=_mean(row["perplexity"], "value"),
-        domains={str(name): _mean(d["kl"], "mean") for name, d in row["domains"].items()},
-        tail=_tail(row),
-        weight_kl=_mean(row["weight_kl"], "mean") if row.get("weight_kl") else None,
-        versus={
-            str(name): Tests(_versus(tests.get("kl")), _versus(tests.get("weight_kl")))
-            for name, tests in (row.get("versus") or {}).items()
-        },
-        long={int(n): _mean(kl, "mean") for n, kl in (row.get("long") or {}).items()},
-        speed=_speed(row.get("speed")),
-        tasks=tuple(_task(name, task) for name, task in tasks.items()),
-        tasks_not_run=str((row.get("zero_shot") or {}).get("reason", "")),
-        sha256=str(row.get("sha256", "")),
-        tensors=tuple(
-            Tensor(
-                str(name),
-                str(t["qtype"]),
-                int(t["n_elements"]),
-                int(t["n_bytes"]),
-                str(t.get("method", "")),
-            )
-            for name, t in (row.get("tensors") or {}).items()
-        ),
-        target=str((row.get("search") or {}).get("target", "")),
-        checks=tuple(
-            Check(str(c["name"]), c["passed"], str(c["about"])) for c in row.get("integrity", ())
-        ),
-        trace=tuple(
-            TracePoint(int(p["generation"]), int(p["tokens"]), float(p["kl"]), float(p["stderr"]))
-            for p in row.get("trace", ())
-        ),
-        generation={str(k): str(v) for k, v in (row.get("generation") or {}).items()},
-    )
-
-
-def _mean(value: Mapping[str, Any] | None, key: str) -> Mean:
-    if value is None:
-        return _UNKNOWN
-    low, high = value.get("ci95") or (None, None)
-    return Mean(float(value[key]), float(value["stderr"]), low, high)
-
-
-def _tail(row: Mapping[str, Any]) -> Tail | None:
-    kl, ratio = row["kl"], row.get("ln_ppl_ratio")
-    if kl is None or ratio is None or "median" not in kl:
-        return None
-    return Tail(
-        float(kl["median"]),
-        float(kl["p99"]),
-        float(kl["p999"]),
-        float(kl["max"]),
-        _mean(ratio, "mean"),
-    )
-
-
-def _versus(test: Mapping[str, Any] | None) -> Versus | None:
-    if not test:
-        return None
-    return Versus(
-        float(test["difference"]),
-        float(test["p_value"]),
-        bool(test["significant"]),
-        int(test["n_windows"]),
-    )
-
-
-def _speed(value: Mapping[str, Any] | None) -> Speed | None:
-    if not value:
-        return None
-    return Speed(
-        float(value["prompt"]["tokens_per_second"]),
-        float(value["generation"]["tokens_per_second"]),
-        float(value["load_seconds"]),
-        int(value["peak_rss_bytes"]),
-        int(value["n_ctx"]),
-    )
-
-
-def _task(name: str, task: Mapping[str, Any]) -> Task:
-    """By acc_norm where the task has it and its paper reports it; here always by acc."""
-    base, flips = task.get("base"), task.get("flips")
-    return Task(
-        str(name),
-        float(task["acc"]["value"]),
-        float(task["acc"]["stderr"]),
-        int(task["acc"]["n"]),
-        float(base["acc"]["value"]) if base else None,
-        int(flips["acc"]["n"]) if flips else None,
-    )
+def _known(value: Mapping[str, object]) -> dict[str, object]:
+    """What is known of a file: null is the same as not there."""
+    return {name: item for name, item in value.items() if item is not None}

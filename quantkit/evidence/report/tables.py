@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from evaluators.figures import Mean, Perplexity, SpeedResult
 from quantkit.config.calibration import language_of
 from quantkit.config.languages import LANGUAGES
 from quantkit.evidence.report import text
-from quantkit.evidence.report.schema import OURS, Mean, Report, Row, Speed
+from quantkit.evidence.report.schema import OURS, Report, Row
 from quantkit.sizes import size
 
 
@@ -29,7 +31,7 @@ class Table:
 
 
 def comparison(
-    report: Report, name: Callable[[Row], str] = lambda row: row.label, wide: bool = False
+    report: Report, name: Callable[[Row], str] = lambda row: row.title, wide: bool = False
 ) -> Table:
     """Every measured file and the base, by size. Columns that no file has are left out.
 
@@ -79,8 +81,8 @@ class _Column:
     base: str
 
 
-def _perplexity(mean: Mean) -> str:
-    return f"{mean.value:.3f}" if mean.is_known else text.number(mean.value)
+def _perplexity(found: Perplexity) -> str:
+    return text.number(found.value) if math.isnan(found.value) else f"{found.value:.3f}"
 
 
 def _weight_kl(row: Row) -> str:
@@ -88,21 +90,22 @@ def _weight_kl(row: Row) -> str:
 
 
 def _tasks(row: Row) -> str:
-    return ", ".join(f"{task.name} {text.percent(task.value)}" for task in row.tasks) or "-"
+    tasks = (row.tasks or {}).items()
+    return ", ".join(f"{name} {text.percent(task.acc.value)}" for name, task in tasks) or "-"
 
 
 def _base_tasks(report: Report) -> str:
     """The base's accuracy, which stands beside that of every file."""
-    tasks = next((row.tasks for row in report.rows if row.tasks), ())
-    said = [f"{t.name} {text.percent(t.base)}" for t in tasks if t.base is not None]
+    tasks = next((row.tasks for row in report.rows if row.tasks), {})
+    said = [f"{n} {text.percent(t.of_base.value)}" for n, t in tasks.items() if t.of_base]
     return ", ".join(said) or "-"
 
 
-def _rate(speed: Speed | None) -> str:
-    return f"{speed.generation:,.0f}" if speed else "-"
+def _rate(speed: SpeedResult | None) -> str:
+    return f"{speed.generation.tokens_per_second:,.0f}" if speed else "-"
 
 
-def choice(report: Report, name: Callable[[Row], str] = lambda row: row.label) -> Table:
+def choice(report: Report, name: Callable[[Row], str] = lambda row: row.title) -> Table:
     """Our files by the memory that they need, and the base."""
     rows = [row for row in report.by_size if row.kind == OURS]
     lines = [
@@ -117,8 +120,8 @@ def choice(report: Report, name: Callable[[Row], str] = lambda row: row.label) -
     return Table(("free memory", "file", "size", "mean KL"), (*lines, Line("base", cells)))
 
 
-def _memory(speed: Speed | None) -> str:
-    return size(speed.peak_bytes) if speed else "not measured"
+def _memory(speed: SpeedResult | None) -> str:
+    return size(speed.peak_rss_bytes) if speed else "not measured"
 
 
 def _against(report: Report) -> str:
@@ -136,8 +139,8 @@ def domains(report: Report) -> Table:
         Line(
             row.kind,
             (
-                row.label,
-                *(text.number(row.domains[n].value) if n in row.domains else "-" for n in names),
+                row.title,
+                *(text.number(row.domains[n].kl.value) if n in row.domains else "-" for n in names),
             ),
         )
         for row in report.by_size
@@ -154,6 +157,7 @@ def languages(report: Report) -> Table | None:
     found = {name: code for name in report.first.domains if (code := language_of(name))}
     if not found:
         return None
+    known = (report.calibration and report.calibration.languages) or {}
     best = text.best_of_at_most(report)
     rows = [*report.outputs, *([best] if best else [])]
     lines = tuple(
@@ -161,13 +165,13 @@ def languages(report: Report) -> Table | None:
             "",
             (
                 LANGUAGES[code].name,
-                f"{report.languages[code]:.2f}" if code in report.languages else "-",
-                *(_kl_of(row.domains.get(name)) for row in rows),
+                f"{known[code]:.2f}" if code in known else "-",
+                *(_kl_of(row.domains[name].kl if name in row.domains else None) for row in rows),
             ),
         )
         for name, code in found.items()
     )
-    headers = ("mean KL in", "base's bits, English 1", *(row.label for row in rows))
+    headers = ("mean KL in", "base's bits, English 1", *(row.title for row in rows))
     return Table(headers, lines)
 
 
@@ -177,16 +181,16 @@ def tails(report: Report) -> Table | None:
         Line(
             row.kind,
             (
-                row.label,
-                text.number(row.tail.median),
-                text.number(row.tail.p99),
-                text.number(row.tail.p999),
-                text.number(row.tail.largest),
-                f"{row.tail.ln_ppl_ratio.value:+.4f} ± {row.tail.ln_ppl_ratio.stderr:.4f}",
+                row.title,
+                text.number(row.kl.median),
+                text.number(row.kl.p99),
+                text.number(row.kl.p999),
+                text.number(row.kl.max),
+                f"{row.ln_ppl_ratio.value:+.4f} ± {row.ln_ppl_ratio.stderr:.4f}",
             ),
         )
         for row in report.by_size
-        if row.tail
+        if row.kl.is_known and row.ln_ppl_ratio.is_known
     )
     headers = ("KL of tokens", "median", "99 %", "99.9 %", "largest", "ln perplexity ratio")
     return Table(headers, lines) if lines else None
@@ -194,13 +198,13 @@ def tails(report: Report) -> Table | None:
 
 def long_contexts(report: Report) -> Table | None:
     """Mean KL in long contexts of the files that have it."""
-    lengths = sorted({n for row in report.rows for n in row.long})
+    lengths = sorted({n for row in report.rows for n in row.long or {}}, key=int)
     lines = tuple(
-        Line(row.kind, (row.label, *(_kl_of(row.long.get(n)) for n in lengths)))
+        Line(row.kind, (row.title, *(_kl_of((row.long or {}).get(n)) for n in lengths)))
         for row in report.by_size
         if row.long
     )
-    headers = ("mean KL in a context of", *(f"{n:,} tokens" for n in lengths))
+    headers = ("mean KL in a context of", *(f"{int(n):,} tokens" for n in lengths))
     return Table(headers, lines) if lines else None
 
 
@@ -210,8 +214,8 @@ def _kl_of(mean: Mean | None) -> str:
 
 def speeds(report: Report) -> Table | None:
     """Tokens per second, load time and memory of the files that have them."""
-    found: list[tuple[str, str, Speed]] = [
-        (row.kind, row.label, row.speed) for row in report.by_size if row.speed
+    found: list[tuple[str, str, SpeedResult]] = [
+        (row.kind, row.title, row.speed) for row in report.by_size if row.speed
     ]
     if report.base.speed:
         found.append(("base", "full precision", report.base.speed))
@@ -222,10 +226,10 @@ def speeds(report: Report) -> Table | None:
             kind,
             (
                 name,
-                f"{speed.prompt:,.0f}",
-                f"{speed.generation:,.1f}",
+                f"{speed.prompt.tokens_per_second:,.0f}",
+                f"{speed.generation.tokens_per_second:,.1f}",
                 f"{speed.load_seconds:.2f} s",
-                size(speed.peak_bytes),
+                size(speed.peak_rss_bytes),
             ),
         )
         for kind, name, speed in found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-from quantkit.evidence.report.schema import OURS, STOCK, Mean, Report, Row, Versus
+from evaluators.figures import Mean, PairedTest
+from quantkit.evidence.report.schema import OURS, STOCK, Report, Row
 from quantkit.sizes import size
 
 CAPTIONS = {
@@ -22,9 +23,9 @@ CAPTIONS = {
 _UNKNOWN = "not measured"
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """A KL divergence with three digits that count."""
-    if math.isnan(value):
+    if value is None or math.isnan(value):
         return _UNKNOWN
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
@@ -54,7 +55,7 @@ def chance(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
 
 
-def tested(versus: Versus | None) -> str:
+def tested(versus: PairedTest | None) -> str:
     """A paired test against an output as a cell: which is closer to the base, how surely."""
     if versus is None:
         return "-"
@@ -67,7 +68,7 @@ def tested(versus: Versus | None) -> str:
 def best_of_at_most(report: Report) -> Row | None:
     """The llama.cpp file of at most the first output's size that is closest to the base."""
     size = report.first.n_bytes
-    rows = [r for r in report.others if r.kind == STOCK and r.n_bytes <= size and r.kl.is_known]
+    rows = [r for r in report.baselines if r.kind == STOCK and r.n_bytes <= size and r.kl.is_known]
     return min(rows, key=lambda row: row.kl.value, default=None)
 
 
@@ -103,7 +104,7 @@ def verdict(report: Report) -> str:
     return text
 
 
-def _surely(versus: Versus | None) -> str:
+def _surely(versus: PairedTest | None) -> str:
     if versus is None:
         return ""
     shown = "significant" if versus.significant else "NOT significant"
@@ -112,15 +113,15 @@ def _surely(versus: Versus | None) -> str:
 
 def _compare_verdict(report: Report) -> str:
     best = min(report.rows, key=lambda row: row.kl.value)
-    text = f"{best.label} is closest to the base: mean KL divergence {number(best.kl.value)}."
+    text = f"{best.title} is closest to the base: mean KL divergence {number(best.kl.value)}."
     first = report.first
     unclear = [
-        row.label
-        for row in report.others
+        row.title
+        for row in report.baselines
         if (test := report.tests(row).kl) is not None and not test.significant
     ]
     if unclear:
-        text += f" No difference from {first.label} is shown for {', '.join(unclear)}."
+        text += f" No difference from {first.title} is shown for {', '.join(unclear)}."
     return text
 
 
@@ -135,24 +136,24 @@ def losses(report: Report) -> list[str]:
     if ours.kind != OURS:
         return []
     lines = []
-    for row in report.others:
+    for row in report.baselines:
         if row.n_bytes > ours.n_bytes or not ours.kl.is_known:
             continue
         if row.kl.value < ours.kl.value:
             lines.append(
-                f"{row.label} ({size(row.n_bytes)}) is not larger and closer to the base:"
+                f"{row.title} ({size(row.n_bytes)}) is not larger and closer to the base:"
                 f" {number(row.kl.value)} against {number(ours.kl.value)}"
                 f"{_surely(report.tests(row).kl).replace(';', ',', 1)}."
             )
             continue
         worse = [
-            f"{name} ({number(row.domains[name].value)} against {number(kl.value)})"
-            for name, kl in ours.domains.items()
-            if name in row.domains and row.domains[name].value < kl.value
+            f"{name} ({number(row.domains[name].kl.value)} against {number(own.kl.value)})"
+            for name, own in ours.domains.items()
+            if name in row.domains and row.domains[name].kl.value < own.kl.value
         ]
         if worse:
-            lines.append(f"{row.label} is closer to the base on {', '.join(worse)}.")
-    failed = [check for check in ours.checks if check.passed is False]
+            lines.append(f"{row.title} is closer to the base on {', '.join(worse)}.")
+    failed = [check for check in ours.integrity or () if check.passed is False]
     lines += [f"FAILED: {check.name}: {check.about}." for check in failed]
     return lines
 
@@ -166,19 +167,29 @@ def task_lines(report: Report) -> list[str]:
     """The zero-shot results of every file that has some, a sentence each; or why there are none."""
     lines = []
     for row in report.rows:
-        for task in row.tasks:
+        for name, task in (row.tasks or {}).items():
             text = (
-                f"{row.label}, {task.name} ({task.n} items):"
-                f" {100 * task.value:.1f} ± {100 * task.stderr:.1f} %"
+                f"{row.title}, {name} ({task.acc.n} items):"
+                f" {100 * task.acc.value:.1f} ± {100 * task.acc.stderr:.1f} %"
             )
-            if task.base is not None:
-                text += f", full precision {100 * task.base:.1f} %"
-            if task.n_flips is not None:
-                text += f"; {task.n_flips} answers differ from full precision's"
+            if task.of_base:
+                text += f", full precision {100 * task.of_base.value:.1f} %"
+            if flips := (task.flips or {}).get("acc"):
+                text += f"; {flips.n} answers differ from full precision's"
             lines.append(f"{text}.")
-    if not lines and report.first.tasks_not_run:
-        lines.append(f"Zero-shot: not run ({report.first.tasks_not_run}).")
+    if not lines and (reason := (report.first.zero_shot or {}).get("reason")):
+        lines.append(f"Zero-shot: not run ({reason}).")
     return lines
+
+
+def refused(report: Report) -> list[str]:
+    """Sizes that were asked for and cannot be made, and why."""
+    return [f"{budget.target}: {budget.refusal}" for budget in report.refused or ()]
+
+
+def not_measured(report: Report) -> list[str]:
+    """Return what could not be measured, and why."""
+    return [f"{missing.name}: {missing.reason}" for missing in report.not_measured or ()]
 
 
 def check_lines(report: Report) -> list[tuple[str, str, str]]:
@@ -191,14 +202,14 @@ def check_lines(report: Report) -> list[tuple[str, str, str]]:
             check.about,
         )
         for output in report.outputs
-        for check in output.checks
+        for check in output.integrity or ()
     ]
 
 
 def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
     """Fallbacks grouped: what was asked, what was used, for how many tensors, and why."""
     groups: dict[tuple[str, str, str], int] = {}
-    for f in report.fallbacks:
+    for f in report.fallbacks or ():
         key = (f.asked, f.used, f.reason)
         groups[key] = groups.get(key, 0) + 1
     return [(asked, used, n, reason) for (asked, used, reason), n in groups.items()]

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from quantkit.evidence.report import plots, render
 from quantkit.evidence.report.html import html
 from quantkit.evidence.report.markdown import markdown
 from quantkit.evidence.report.measures import Measures
-from quantkit.evidence.report.schema import read
+from quantkit.evidence.report.schema import Report, to_json
 from quantkit.files import replacing, write_json
 
 
-def write_report(
-    folder: Path, value: dict[str, Any], measures: Measures | None = None
-) -> list[Path]:
+def write_report(folder: Path, report: Report, measures: Measures | None = None) -> list[Path]:
     """Write the JSON of a report and all that is made of it. Returns the files, report.json first.
     `measures` is told of a plot that cannot be drawn, which is left out.
-
-    Raises QuantkitError when `value` is not a report.
     """
     taken = measures or Measures()
     before = len(taken.missing)
     drawn = {}
-    for name, plot in plots.draw_all(read(value), taken).items():
+    for name, plot in plots.draw_all(report, taken).items():
         pictures = taken.take(f"the plot {name} as a picture", partial(render.pictures, plot))
         if pictures is not None:
             drawn[name] = pictures
     if taken.missing[before:]:
-        known = value.get("not_measured", [])
-        value = {**value, "not_measured": [*known, *taken.missing[before:]]}
-    report = read(value)
+        known = report.not_measured or ()
+        report = replace(report, not_measured=(*known, *taken.missing[before:]))
     written = [
-        write_json(folder / "report.json", value),
+        write_json(folder / "report.json", to_json(report)),
         _write(folder / "report.md", markdown(report).encode()),
         _write(
             folder / "report.html",

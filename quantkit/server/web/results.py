@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from quantkit.errors import QuantkitError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report import text
-from quantkit.evidence.report.schema import Report, Row
+from quantkit.evidence.report.schema import Output, Report
 from quantkit.server.runs.view import RunView
 from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
 from quantkit.server.web.view import macro, notice
@@ -92,7 +92,7 @@ def _parsed(report: dict[str, Any] | None) -> Report | None:
         return None
 
 
-def _tiles(report: Report, row: Row) -> str:
+def _tiles(report: Report, row: Output) -> str:
     tiles = [
         (size(row.n_bytes), f"{row.bpw:.2f} bits per weight"),
         (text.number(row.kl.value), "mean KL divergence"),
@@ -101,5 +101,5 @@ def _tiles(report: Report, row: Row) -> str:
     best = text.best_of_at_most(report.about(row))
     if best is not None and best.kl.value and row.kl.is_known:
         ratio = row.kl.value / best.kl.value
-        tiles.insert(1, (f"{ratio:.2f}×", f"the KL of {best.label}"))
+        tiles.insert(1, (f"{ratio:.2f}×", f"the KL of {best.title}"))
     return _made_of(row.name, tiles)

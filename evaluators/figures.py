@@ -1,0 +1,138 @@
+"""What is measured, as values: means with their errors, tests, rates. They are what the commands
+print, and need nothing to be read again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+Interval = tuple[float, float]  # 95 %
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean in nats per token. `stderr` is llama-perplexity's (tokens independent)."""
+
+    mean: float
+    stderr: float
+
+    @property
+    def value(self) -> float:
+        return self.mean
+
+    @property
+    def is_known(self) -> bool:
+        """False for what could not be measured."""
+        return not math.isnan(self.value)
+
+
+@dataclass(frozen=True)
+class MeanNats(Mean):
+    """`ci95` takes windows as the unit (None with a single window), `n` counts scored tokens."""
+
+    ci95: Interval | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Divergence(Mean):
+    """Mean KL in nats with its errors (see `evaluators.stats`), and where the tokens lie."""
+
+    ci95: Interval | None
+    median: float
+    p99: float
+    p999: float
+    max: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean -log p; errors as in `MeanNats`."""
+
+    value: float
+    stderr: float
+    ci95: Interval | None
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Mean difference of two files on the same windows (a - b; below zero, a is better).
+
+    `stderr` and `ci95` take windows as the unit, `p_value` is two-sided Student t, `significant`
+    says whether the interval excludes zero.
+    """
+
+    difference: float
+    stderr: float
+    ci95: Interval
+    p_value: float
+    n_windows: int
+    significant: bool
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """KL(reference || llama.cpp) in nats over `n` tokens, and the share with the same top-1.
+
+    `trimmed_kl` is the mean without the worst fiftieth of the tokens, at least one: where a model
+    routes tokens to experts, a tie within rounding falls either way, and that token then has
+    another output though nothing is wrong.
+    """
+
+    mean_kl: float
+    trimmed_kl: float
+    max_kl: float
+    top1: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`tokens` a repeat; `tokens_per_second` of the best one."""
+
+    tokens: int
+    tokens_per_second: float
+    repeats: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """`peak_rss_bytes` with a context of `n_ctx`; `buffers` are bytes by kind: model, kv, compute,
+    output. A report of many machines' files leaves `file` out.
+    """
+
+    file: str | None = field(default=None, kw_only=True)
+    n_bytes: int
+    n_ctx: int
+    load_seconds: float
+    prompt: Rate
+    generation: Rate
+    peak_rss_bytes: int
+    buffers: dict[str, int]
+    n_threads: int
+    n_gpu_layers: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of items answered right; `stderr` is sample deviation / sqrt(n), as lm-eval's."""
+
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Items whose pick differs from the base's: of all `n` flips, `gained` became right, `lost`
+    became wrong. `p_value` is that of gains and losses being a coin's work (McNemar, exact).
+    """
+
+    n: int
+    fraction: float
+    gained: int
+    lost: int
+    p_value: float
