@@ -342,7 +342,7 @@ def _report(
         calibration=build(Calibration, read_json(run.artifacts.calibration)),
         refused=typed(tuple[Budget, ...], read_json(run.artifacts.budgets)["refused"]),
         fallbacks=typed(tuple[Fallback, ...], read_json(run.artifacts.errors)["fallbacks"]),
-        unmapped=tuple(run.records["convert"].summary["unmapped"]),
+        unmapped=typed(tuple[str, ...], run.records["convert"].summary["unmapped"]),
         versions=_versions(),
         outputs=outputs,
         baselines=baselines,
