@@ -141,7 +141,8 @@ def test_the_bare_converter_would_run_it(malicious: Path, tmp_path: Path):
         left_out=(),
     )
     # It ran, and met the sandbox.
-    assert re.search(rf"Errno \d+\] [^\n]+: '{re.escape(str(canary))}'", outcome.log), outcome.log
+    log = outcome.ended.log
+    assert re.search(rf"Errno \d+\] [^\n]+: '{re.escape(str(canary))}'", log), log
     assert not canary.exists()
 
 

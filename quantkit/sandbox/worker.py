@@ -33,9 +33,8 @@ def tell(**facts: Any) -> None:
 
 
 def _say(kind: str, content: object, **more: object) -> None:
-    """Send a `process.Message`, in which dataclasses are objects."""
-    message = {"kind": kind, "content": content, **more}
-    data = memoryview(json.dumps(message, default=vars).encode() + b"\n")
+    """Send a `process.Message`."""
+    data = memoryview(json.dumps({"kind": kind, "content": content, **more}).encode() + b"\n")
     while data:
         data = data[os.write(_result, data) :]
 

@@ -50,11 +50,12 @@ def strengths(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, 
     return {name: found[name] for name in modules}
 
 
-def match(adapter: Any, modules: Sequence[str], head: str) -> dict[str, Strength]:
-    """Do the same with an Adapter as JSON. Runs in the sandbox."""
+def match(adapter: Any, modules: Sequence[str], head: str) -> dict[str, dict[str, object]]:
+    """Do the same with an Adapter as JSON, and answer in JSON. Runs in the sandbox."""
     from quantkit.checkpoint.adapter import Adapter
 
-    return _match(untrusted.build(Adapter, adapter), modules, head)
+    found = _match(untrusted.build(Adapter, adapter), modules, head)
+    return {name: vars(strength) for name, strength in found.items()}
 
 
 def _match(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Strength]:
