@@ -42,7 +42,8 @@ class Agreement:
 def tokens_of(
     file: Path | str, text: str, n_tokens: int, runtime: Runtime = CPU
 ) -> NDArray[np.int32]:
-    """The first `n_tokens` of `text` (fewer when it has fewer), as llama.cpp cuts it with `file`.
+    """Return the first `n_tokens` of `text` (fewer when it has fewer), as llama.cpp cuts it with
+    `file`.
 
     Raises EvaluationError for a broken file or a text of fewer than two tokens.
     """

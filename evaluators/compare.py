@@ -139,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def answer(argv: Sequence[str], launch: Launch) -> dict[str, Any]:
-    """The JSON of the command with these arguments, as a value; `launch` starts the processes that
-    open files on the CPU. Raises EvaluationError.
+    """Return the JSON of the command with these arguments, as a value; `launch` starts the
+    processes that open files on the CPU. Raises EvaluationError.
     """
     options = _parser().parse_args(argv)
     if not options.gpu_layers:

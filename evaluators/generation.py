@@ -24,8 +24,8 @@ _CONTEXT = 512
 def answer(
     file: Path | str, prompt: str, n_tokens: int = 64, runtime: Runtime = CPU
 ) -> dict[str, str]:
-    """The greedy answer to `prompt`, of at most `n_tokens` tokens, and how it was asked. Where the
-    file's chat template cannot be used, plain text is asked for, and `template` says why.
+    """Return the greedy answer to `prompt`, of at most `n_tokens` tokens, and how it was asked.
+    Where the file's chat template cannot be used, plain text is asked for, and `template` says why.
 
     Raises EvaluationError for a broken file.
     """

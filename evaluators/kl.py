@@ -99,7 +99,7 @@ class KLResult:
     tokens: dict[str, TokenScores] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The combined figures at the top level, each domain's under `domains`."""
+        """Return the combined figures at the top level, each domain's under `domains`."""
         return {
             **asdict(self.combined),
             "domains": {name: asdict(summary) for name, summary in self.domains.items()},
@@ -282,9 +282,9 @@ def measure_files(
     folder: Path | None = None,
     runtime: Runtime = CPU,
 ) -> tuple[list[dict[str, Any]], list[KLResult]]:
-    """The JSON row and the result of every file, progress on stderr: each file but the first is
-    tested against the first (`versus_first`). `weights` adds the figures of the weights alone, and
-    tests them, too.
+    """Return the JSON row and the result of every file, and show progress on stderr. Each file but
+    the first is tested against the first (`versus_first`). `weights` adds the figures of the
+    weights alone, and tests them, too.
 
     Raises EvaluationError, before anything is measured, when two files are to be tested on a domain
     of a single window.
@@ -338,7 +338,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of a command's JSON, one or several."""
+    """Return the files of a command's JSON, one or several."""
     files: list[dict[str, Any]] = result.get("files", [result])
     return files
 

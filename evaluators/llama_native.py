@@ -57,8 +57,8 @@ class LogTail:
         self._errors.clear()
 
     def reason(self) -> str:
-        """The first error since `start` as half a sentence, or nothing. The first names the cause;
-        the ones after it are callers giving up.
+        """Return the first error since `start` as half a sentence, or nothing. The first names the
+        cause; the ones after it are callers giving up.
         """
         if not self._errors:
             return ""
@@ -165,7 +165,7 @@ class Model(Closing):
         return ids[:n].copy()
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """Return the text of tokens, special ones left out."""
         tokens = (lib.llama_token * len(ids))(*ids)
         capacity = 64 + 16 * len(ids)
         while True:
@@ -176,11 +176,11 @@ class Model(Closing):
             capacity = -n
 
     def ends(self) -> list[int]:
-        """The tokens that end an answer."""
+        """Return the tokens that end an answer."""
         return [i for i in range(self.n_vocab) if lib.llama_vocab_is_eog(self._vocab, i)]
 
     def token_text(self, which: str) -> str:
-        """The text of the token "bos" or "eos", nothing where there is none."""
+        """Return the text of the token "bos" or "eos", empty where there is none."""
         token = self.bos if which == "bos" else self.eos
         if not 0 <= token < self.n_vocab:
             return ""
@@ -188,7 +188,7 @@ class Model(Closing):
         return found.decode("utf-8", "replace")
 
     def chat_template(self) -> str | None:
-        """The file's own, None without one."""
+        """Return the file's chat template, None without one."""
         found: bytes | None = lib.llama_model_chat_template(self._model, None)
         return None if found is None else found.decode("utf-8", "replace")
 

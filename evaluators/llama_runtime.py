@@ -59,7 +59,7 @@ CPU = Runtime()
 
 
 def shard_paths(path: Path) -> list[Path]:
-    """Every file of a split model given its first, or the one file itself."""
+    """Return every file of a split model given its first, or the one file itself."""
     match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
     if match is None:
         return [path]
@@ -207,11 +207,11 @@ class Model(Opened):
         return np.array(ids, dtype=np.int32)
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """Return the text of tokens, special ones left out."""
         return self.session.ask("text", _SECONDS, str, ids=list(ids))
 
     def ends(self) -> frozenset[int]:
-        """The tokens that end an answer."""
+        """Return the tokens that end an answer."""
         return frozenset(self.session.ask("ends", _SECONDS, whole_numbers))
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str | None:

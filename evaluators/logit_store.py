@@ -58,8 +58,8 @@ class LogitStore:
         self._file = path.open("rb", buffering=0)
 
     def reader(self, first_row: int) -> Callable[[int, U16], None]:
-        """A function that fills a block of codes from row `first_row + row` on. Threads may call
-        it at once: it reads at a position and moves none.
+        """Return a function that fills a block of codes from row `first_row + row` on. Threads may
+        call it at once: it reads at a position and moves none.
         """
         descriptor = self._file.fileno()
 
@@ -78,7 +78,7 @@ class LogitStore:
         return load
 
     def rows_of(self, first_row: int, n: int) -> BaseRows:
-        """The rows' scalars, n of them from `first_row` on."""
+        """Return the rows' scalars, n of them from `first_row` on."""
         part = slice(first_row, first_row + n)
         rows = self.rows
         return BaseRows(rows.low[part], rows.step[part], rows.argmax[part], rows.nll[part])
@@ -106,7 +106,7 @@ class StoreWriter:
         return self
 
     def writer(self, first_row: int) -> Callable[[int, U16], None]:
-        """A function that writes a block of codes from row `first_row + row` on, from any
+        """Return a function that writes a block of codes from row `first_row + row` on, from any
         thread.
         """
         descriptor = self._file.fileno()

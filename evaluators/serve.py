@@ -101,7 +101,9 @@ class _Server:
             self._model.close()
 
     def render(self, messages: list[dict[str, str]]) -> str | None:
-        """The template is a program of a stranger's: it may loop for ever, or want all memory."""
+        """Render the chat template, a stranger's program: it can loop forever or ask for all
+        memory.
+        """
         source = self._opened.chat_template()
         if source is None:
             return None
@@ -190,7 +192,7 @@ def _import_the_rest() -> None:
 
 
 def serve(requests: int, answers: int, logits: int) -> None:
-    """The same, and the end of this process."""
+    """Answer requests until there are no more, then end this process."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # made by a debugger that it would start
     _import_bindings_alone()
 

@@ -99,7 +99,9 @@ def as_it_is(value: Any) -> Any:
 
 
 def whole_numbers(value: Any) -> list[int]:
-    """A list of 32-bit integers out of JSON. Raises ValueError, TypeError for anything else."""
+    """Return a list of 32-bit integers from JSON. Raises ValueError, TypeError for anything
+    else.
+    """
     if any(type(number) is not int or abs(number) >= 1 << 31 for number in value):
         raise ValueError("they are no whole numbers")
     return list(value)
@@ -187,9 +189,9 @@ class Session:
     def ask(
         self, request: str, seconds: float, read: Callable[[Any], T] = as_it_is, **arguments: Any
     ) -> T:
-        """The answer to a request, as `read` makes it of plain JSON. Raises EvaluationError for one
-        that is refused, and when the process dies, does not answer in `seconds`, or answers with
-        what `read` cannot take.
+        """Return the answer to a request, as `read` makes it of plain JSON. Raises EvaluationError
+        for one that is refused, and when the process dies, does not answer in `seconds`, or answers
+        with what `read` cannot take.
         """
         if self._process is None:
             raise EvaluationError(f"{self._path} is not open any more.", "Open it again.")

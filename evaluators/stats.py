@@ -138,7 +138,7 @@ def _gauss_nodes() -> tuple[Array, Array]:
 
 @cache
 def student_t_quantile(probability: float, dof: int) -> float:
-    """The t with P(T <= t) = probability, for probability > 0.5; by bisection."""
+    """Return the t with P(T <= t) = probability, for probability > 0.5; by bisection."""
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2

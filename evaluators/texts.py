@@ -30,7 +30,9 @@ def text_sha256(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, byte for byte. Raises EvaluationError when it is missing or not UTF-8."""
+    """Return a file's text, byte for byte. Raises EvaluationError when it is missing or not
+    UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:

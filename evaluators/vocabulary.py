@@ -79,7 +79,7 @@ def compare(file: str, tokenizer: Any, texts: Mapping[str, str]) -> Findings:
 
 
 def token_ids(tokenizer: Any, text: str, is_chat: bool) -> list[int]:
-    """The tokenizer's ids; a rendered chat has its special tokens already."""
+    """Return the tokenizer's ids; a rendered chat has its special tokens already."""
     return [int(i) for i in tokenizer.encode(text, add_special_tokens=not is_chat)]
 
 
@@ -147,7 +147,7 @@ class _Both:
         self._is_spm = lib.llama_vocab_type(vocab) == _SPM
 
     def original(self, text: str) -> list[int]:
-        """The tokenizer's ids, none around them."""
+        """Return the tokenizer's ids, none around them."""
         return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def llama(self, text: str, around: bool = False) -> list[int]:

@@ -98,7 +98,9 @@ def cut_windows(
 
 
 def window_context(model: Model, n_ctx: int, first: int) -> Context:
-    """A context that decodes one window at a time, in steps whose logits stay under 320 MiB."""
+    """Return a context that decodes one window at a time, in steps whose logits stay under
+    320 MiB.
+    """
     n_rows = max(32, _OUTPUT_BYTES // (4 * model.n_vocab))
     # Only the scored part of a window leaves logits, so a step may be longer than n_rows as long as
     # the window has no more scored tokens than that.

@@ -215,8 +215,8 @@ def run_with_base(
     runtime: Runtime,
     base_results: dict[str, ZeroShotResult],
 ) -> dict[str, Any]:
-    """Every task's JSON for one file, with the base's accuracy and the flips when there is one.
-    `base_results` keeps the base's answers between files.
+    """Return every task's JSON for one file, with the base's accuracy and the flips when there is
+    one. `base_results` keeps the base's answers between files.
     """
     rows: dict[str, Any] = {}
     for items in sets:
@@ -236,7 +236,7 @@ def run_with_base(
 
 
 def load_sets(options: argparse.Namespace) -> list[TaskItems]:
-    """The tasks that `add_task_options` asked for; none without --task."""
+    """Return the tasks that `add_task_options` asked for; none without --task."""
     names = options.task or []
     if options.data and len(names) != 1:
         raise EvaluationError("--data goes with one --task.", "Run other tasks on their own.")

@@ -45,7 +45,7 @@ def check_writable_name(name: str) -> None:
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from: libraries wrap the one that says what happened in others."""
+    """Yield an error and its causes: libraries wrap the one that says what happened in others."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

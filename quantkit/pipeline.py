@@ -91,7 +91,7 @@ def _failures_told(events: EventLog, folder: Path) -> Iterator[_Progress]:
     before = threading.excepthook
 
     def died(about: threading.ExceptHookArgs) -> None:
-        """A thread's end for want of memory ends the process: see `terminal`."""
+        """End the process when a thread ended for lack of memory: see `terminal`."""
         if isinstance(about.exc_value, MemoryError):
             told = faults.explain(about.exc_value, folder, at.needs, at.stage or "")
             _tell(events, at, told or QuantkitError("There is too little memory."))

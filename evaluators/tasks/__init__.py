@@ -61,7 +61,7 @@ TASKS: dict[str, Task] = {
 def load(
     name: str, data: Path | None = None, labels: Path | None = None, limit: int | None = None
 ) -> TaskItems:
-    """The first `limit` items of a task (all when None).
+    """Return the first `limit` items of a task (all when None).
 
     Args:
         name: one of `TASKS`.

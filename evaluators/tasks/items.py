@@ -50,7 +50,9 @@ class Item:
 
 
 def shared_context(context: str, choices: list[str], gold: int) -> Item:
-    """An item in lm-evaluation-harness's usual form: one context, choices after one space."""
+    """Return an item in lm-evaluation-harness's usual form: one context, choices after one
+    space.
+    """
     return Item(
         contexts=(context,) * len(choices),
         continuations=tuple(f" {choice}" for choice in choices),

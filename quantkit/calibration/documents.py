@@ -41,7 +41,8 @@ class Domain:
 
 
 def without(domain: Domain, known: Container[str]) -> Domain:
-    """The domain without documents that another one has: they could fall into two parts.
+    """Return the domain without documents that another one also has: they could fall into two
+    parts.
 
     Raises QuantkitError when none is left.
     """
@@ -55,7 +56,7 @@ def without(domain: Domain, known: Container[str]) -> Domain:
 
 
 def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
-    """The documents of each part, in their own order.
+    """Return the documents of each part, in their own order.
 
     Documents are ranked by hash and dealt out by characters, so that each part has its share of
     text (of a short one evaluation has more), and every part at least one document. Equal documents

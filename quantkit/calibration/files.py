@@ -55,8 +55,8 @@ class LocalText:
 
 
 def read(path: Path, limit: int) -> LocalText:
-    """The documents of about the first `limit` characters. Raises QuantkitError for a file that is
-    not there or is no text, and for one that has none.
+    """Return the documents of about the first `limit` characters. Raises QuantkitError for a file
+    that is missing, is not text or holds none.
     """
     if not path.is_file():
         raise QuantkitError(
@@ -169,7 +169,7 @@ def _parquet(path: Path, limit: int) -> Iterator[str | None]:
 
 
 def parquet_texts(path: str, limit: int) -> Iterator[list[str | None]]:
-    """The texts of a file, some at a time, until they hold `limit` characters."""
+    """Yield the texts of a file, some at a time, until they hold `limit` characters."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 

@@ -68,9 +68,9 @@ class Reader:
         return sampling.why_no_chat(self._chat)
 
     def mix(self, spec: str, n_tokens: int, n_eval: int) -> Mix:
-        """The texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each text
-        some more to hold `n_eval` out. Raises QuantkitError when a text cannot be read or none is
-        left.
+        """Return the texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each
+        text some more to hold `n_eval` out. Raises QuantkitError when a text cannot be read or none
+        is left.
         """
         requests, note = self._requests(spec)
         requests, known, said = self._in_known_languages(requests)

@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 
 def openings() -> list[str]:
-    """The openings of data/openings.txt, in order."""
+    """Return the openings of data/openings.txt, in order."""
     lines = (Path(__file__).parent.parent / "data" / "openings.txt").read_text("utf-8").splitlines()
     return [line.split("\t", 1)[1] for line in lines if line and not line.startswith("#")]
 

@@ -15,8 +15,8 @@ from quantkit.errors import QuantkitError
 
 
 def python_docs(limit: int) -> Iterator[str]:
-    """The topics of the language reference that ship with CPython (pydoc_data): English technical
-    prose.
+    """Yield the topics of the language reference that ship with CPython (pydoc_data): English
+    technical prose.
     """
     from pydoc_data.topics import topics
 
@@ -105,7 +105,7 @@ def domain(name: str, source: str, documents: Iterable[str]) -> Domain:
 
 
 def builtin_text(name: str, limit: int) -> Domain | None:
-    """The parts of the built-in mix that need no model; None for the others."""
+    """Return the parts of the built-in mix that need no model; None for the others."""
     import platform
 
     if name == "docs":

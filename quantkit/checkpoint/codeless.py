@@ -20,8 +20,8 @@ _KEY = "auto_map"  # names files and repositories to load code from
 
 @contextmanager
 def codeless(folder: Path) -> Iterator[Path]:
-    """The folder itself where nothing names code; else a passing one that lacks it, with links to
-    the files that stay as they are.
+    """Yield the folder itself if nothing in it names code; else a temporary copy without code, with
+    links to the files that stay as they are.
     """
     cleaned = dict(filter(None, map(_cleaned, sorted(folder.glob("*.json")))))
     codes = any(path.suffix == ".py" or path.is_dir() for path in folder.iterdir())

@@ -86,14 +86,14 @@ class ModelInfo:
 
 
 def strings(value: Any) -> tuple[str, ...]:
-    """A card's field that may be one string or a list of them."""
+    """Return the strings of a card's field, which holds one string or a list of them."""
     if isinstance(value, str):
         return (value,)
     return tuple(str(item) for item in value) if isinstance(value, (list, tuple)) else ()
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object of the model. Raises QuantkitError for anything else."""
+    """Parse a JSON object of the model. Raises QuantkitError for anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -229,7 +229,8 @@ def refuse_by_config(model: str, config: dict[str, Any]) -> None:
 
 @cache
 def known_model_types() -> frozenset[str]:
-    """The model types that the installed transformers can load; empty when it is not installed.
+    """Return the model types that the installed transformers can load; empty when it is not
+    installed.
 
     Read from its source: importing it takes seconds and pulls torch in, which a front end that
     only previews a model must not do.

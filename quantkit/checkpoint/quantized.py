@@ -72,8 +72,8 @@ class Expanded:
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config of a model or of its text model. Raises QuantkitError for one that is
-    no object.
+    """Return the quantization_config of a model or of its text model. Raises QuantkitError if it is
+    not an object.
     """
     for part in (config, config.get("text_config")):
         settings = part.get("quantization_config") if isinstance(part, dict) else None
@@ -189,7 +189,7 @@ def unpacked_shapes(
 
 
 def expanded(source: Source, tensors: Mapping[str, StoredTensor]) -> dict[str, Expanded]:
-    """The tensors of the 16-bit checkpoint. Raises QuantkitError where parts are missing."""
+    """Return the tensors of the 16-bit checkpoint. Raises QuantkitError where parts are missing."""
     made: dict[str, Expanded] = {}
     for name, tensor in tensors.items():
         stem, _, last = name.rpartition(".")

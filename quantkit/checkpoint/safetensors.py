@@ -121,7 +121,7 @@ def header_length(start: bytes, name: str) -> int:
 
 
 def parse_header(data: bytes, name: str, n_file_bytes: int) -> Header:
-    """The header at the start of `data`, checked against a file of `n_file_bytes`.
+    """Parse the header at the start of `data`, checked against a file of `n_file_bytes`.
 
     Raises QuantkitError when the header is malformed or does not describe exactly this many bytes.
     """
@@ -219,7 +219,9 @@ class Count:
         self._n_tensors = self._n_bytes = 0
 
     def add(self, header: Header) -> Header:
-        """The header. Raises QuantkitError when all of them are more than any known model has."""
+        """Count the header and return it. Raises QuantkitError when the model has more than any
+        known one.
+        """
         with self._lock:
             self._n_tensors += len(header.tensors)
             self._n_bytes += header.n_bytes
@@ -234,19 +236,25 @@ class Count:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file on disk. Raises QuantkitError when the file is broken or truncated."""
+    """Read the header of a file on disk. Raises QuantkitError when the file is broken or
+    truncated.
+    """
     return parse_header(header_bytes(path), path.name, path.stat().st_size)
 
 
 def header_bytes(path: Path) -> bytes:
-    """The length field and the JSON as they are stored. Raises QuantkitError when cut short."""
+    """Read the length field and the JSON as they are stored. Raises QuantkitError when cut
+    short.
+    """
     with path.open("rb") as file:
         start = file.read(LENGTH_BYTES)
         return start + file.read(header_length(start, path.name) - LENGTH_BYTES)
 
 
 def write_shell(path: Path, header: bytes, n_file_bytes: int) -> None:
-    """A file of the right name, header and size whose weights are a hole: it takes no disk."""
+    """Write a file of the right name, header and size whose weights are a hole: it takes no
+    disk.
+    """
     with path.open("wb") as file:
         file.write(header)
         file.truncate(n_file_bytes)

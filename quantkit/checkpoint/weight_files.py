@@ -23,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 def choose(
     model: str, present: Collection[str], read_index: Callable[[], dict[str, Any]]
 ) -> tuple[str, ...]:
-    """The files among those `present` that hold the model's weights, in the order they are read.
+    """Return the files among those `present` that hold the model's weights, in the order they are
+    read.
 
     `read_index` is only called where the index decides. Raises QuantkitError when it is malformed
     or names files that are not there. A name counts only if the listing has it: an index cannot
@@ -62,7 +63,7 @@ def choose(
 
 
 def in_folder(folder: Path) -> tuple[Path, ...]:
-    """The weight files of the checkpoint in `folder`. Raises QuantkitError."""
+    """Return the weight files of the checkpoint in `folder`. Raises QuantkitError."""
 
     def read_index() -> dict[str, Any]:
         try:
@@ -120,13 +121,13 @@ def main_dtype(tensors: Iterable[StoredTensor]) -> str | None:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three names, and how many there are beside."""
+    """Return the first three names, and how many more there are."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(shown(name) for name in names[:3]) + more
 
 
 def shown(text: str) -> str:
-    """A name that a stranger chose, fit for a sentence: printable and short."""
+    """Return a name that a stranger chose, made printable and short enough for a sentence."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text)
     return clean if len(clean) <= 100 else clean[:99] + "…"
 

@@ -185,8 +185,8 @@ class RunConfig:
         return self.levels or PROFILES[self.profile].levels
 
     def pinned_type(self, tensor: str) -> QuantType | None:
-        """The type that `types` gives to `tensor`: the first pattern found in its name, else the
-        default, else None.
+        """Return the type that `types` gives to `tensor`: the first pattern found in its name, else
+        the default, else None.
         """
         given = [row for row in self.types if not row[1].startswith(AT_LEAST)]
         for pattern, qtype in given:
@@ -195,8 +195,8 @@ class RunConfig:
         return next((QuantType(qtype) for pattern, qtype in given if pattern == "default"), None)
 
     def least_type(self, tensor: str) -> QuantType | None:
-        """The type that `types` wants `tensor` to have at least: of the first `>=` pattern found in
-        its name.
+        """Return the smallest type that `types` allows for `tensor`: that of the first `>=` pattern
+        found in its name.
         """
         for pattern, qtype in self.types:
             if qtype.startswith(AT_LEAST) and compile_pattern(pattern).search(tensor):
@@ -230,7 +230,7 @@ class RunConfig:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A user's tensor-name regex. Raises UsageError when it is not one."""
+    """Compile a user's regex for tensor names. Raises UsageError when it is not one."""
     if len(pattern) > 200:
         raise UsageError(
             "A tensor pattern is longer than 200 characters.", "Write shorter patterns."

@@ -25,11 +25,11 @@ class LevelPlan:
     fallbacks: tuple[Fallback, ...]
 
     def choices(self, tensor: str) -> tuple[QuantType, ...]:
-        """The distinct types of a tensor, smallest first."""
+        """Return the distinct types of a tensor, smallest first."""
         return tuple(sorted(set(self.types[tensor].values())))
 
     def uniform(self, level: QuantType) -> dict[str, QuantType]:
-        """The types of the uniform file of one level, for the tensors that are quantized."""
+        """Return the types of the uniform file of one level, for the tensors that are quantized."""
         return {tensor: types[level] for tensor, types in self.types.items()}
 
 

@@ -66,8 +66,8 @@ def _recipes() -> list[StockRecipe]:
 def stock_around(
     weights: Mapping[StockRecipe, int], n_bytes: int, n_below: int, liked: str | None
 ) -> list[StockRecipe]:
-    """The recipes of `stock_baselines` for one file, by size; the one that it is like last.
-    `weights` are the bytes of every recipe's file.
+    """Return the recipes of `stock_baselines` for one file by size, with the one that it is like
+    last. `weights` are the bytes of every recipe's file.
     """
     # Of two files of one size the mix is the better known name.
     by_size = {
@@ -103,7 +103,7 @@ def given_baselines(names: Sequence[str]) -> list[Baseline]:
 
 @contextmanager
 def as_it_is(path: Path) -> Iterator[Path]:
-    """A file that is there already, and stays."""
+    """Yield a file that exists already, and leave it there."""
     yield path
 
 

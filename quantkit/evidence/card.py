@@ -25,8 +25,8 @@ _NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")
 
 
 def card_data(info: ModelInfo, report: Report) -> ModelCardData:
-    """The card's YAML: the base card's license, languages and tags, where the model comes from,
-    measured results.
+    """Return the card's YAML: the base card's license, languages and tags, where the model comes
+    from, measured results.
     """
     kept = metadata(info.card, _repo(info))
     results = []
@@ -95,7 +95,7 @@ def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
 def model_card(
     info: ModelInfo, value: dict[str, Any], recipes: Sequence[dict[str, Any]], repo: str | None
 ) -> str:
-    """The whole card as Markdown with YAML in front.
+    """Return the whole card as Markdown with YAML in front.
 
     Args:
         value: the JSON of report.json.

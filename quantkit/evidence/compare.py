@@ -60,8 +60,8 @@ def _measure(base: Path, files: Sequence[Path], options: Sequence[str]) -> dict[
 def to_report(
     measured: dict[str, Any], base: Path, files: Sequence[Path], names: Sequence[str]
 ) -> dict[str, Any]:
-    """The JSON of evaluators.compare as the JSON of a report (kind compare); `names` are what the
-    files are called there.
+    """Turn the JSON of evaluators.compare into that of a report (kind compare), where `names` are
+    the names of the files.
     """
     opened = GgufFile(base)
     n_parameters = opened.n_elements

@@ -35,12 +35,12 @@ def plain(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """The text so that Markdown shows it as it is written."""
+    """Escape the text so that Markdown shows it as it is written."""
     return _ACTIVE.sub(lambda found: f"&#{ord(found[0])};", plain(text))
 
 
 def all_markdown(value: Any) -> Any:
-    """A JSON value with every string, names too, fit for Markdown."""
+    """Escape every string of a JSON value for Markdown, names too."""
     if isinstance(value, str):
         return markdown(value)
     if isinstance(value, list):
@@ -51,7 +51,9 @@ def all_markdown(value: Any) -> Any:
 
 
 def web_link(link: Any, repo: str | None) -> str | None:
-    """An address of the web, or of a file beside the model on the Hub; None for anything else."""
+    """Return an address of the web, or of a file next to the model on the Hub; None for anything
+    else.
+    """
     if not isinstance(link, str) or len(link) > 500 or not link.isascii() or not link.isprintable():
         return None
     if repo is not None and _PAGE.fullmatch(link):

@@ -184,8 +184,8 @@ def logits_check(name: str, file: GgufFile, agreement: Any, limit: float) -> Che
 
 
 def chat_check(generation: Mapping[str, str]) -> Check:
-    """A turn through the chat template (or plain text, where there is none) gives text. A template
-    that cannot be used is a failed check, whatever plain text gives.
+    """Check that a turn through the chat template (or plain text, if there is none) gives text. A
+    template that cannot be used fails the check, whatever plain text gives.
     """
     said = generation["text"].strip()
     about = f"{len(said)} characters through the {generation['asked']}"

@@ -51,7 +51,7 @@ class Meter:
         self.n_weight_windows = 0
 
     def step(self, message: str) -> Callable[[int, int], None]:
-        """The progress of the next step; all count alike."""
+        """Return a function that reports the next step's progress; all steps count the same."""
         at, self._at = self._at, self._at + 1
 
         def progress(done: int, total: int) -> None:
@@ -68,7 +68,7 @@ class Meter:
             return self._row(logits, file, path, self._kl(logits, file, path))
 
     def beside(self, logits: BaseLogits | None, other: Baseline) -> dict[str, Any] | None:
-        """The same of a file beside ours; None where it cannot even be held against the base."""
+        """Measure a file to compare ours with; None when it cannot be compared with the base."""
 
         def measure() -> dict[str, Any] | None:
             with other.open() as path:

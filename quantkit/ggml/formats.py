@@ -122,7 +122,7 @@ class Format:
         return self.grid(packed).values(self.codes(packed))
 
     def with_codes(self, packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """A copy of packed rows whose weights have other codes; scales stay."""
+        """Return a copy of packed rows whose weights have other codes; scales stay."""
         blocks = self.blocks(packed).clone()
         stored = (
             (codes + self.offset).to(torch.uint8).view(*blocks.shape[:2], self.qtype.block_size)
@@ -143,7 +143,7 @@ class Format:
         return torch.cat([_half(blocks, at)[..., 0] for at in self._half_at], 1)
 
     def with_scales(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """A copy of packed rows with other `scales`, rounded to float16."""
+        """Return a copy of packed rows with other `scales`, rounded to float16."""
         blocks = self.blocks(packed).clone()
         parts = scales.half().chunk(len(self._half_at), 1)
         for at, values in zip(self._half_at, parts, strict=True):
@@ -157,7 +157,9 @@ class Format:
     def with_multipliers(
         self, packed: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
     ) -> torch.Tensor:
-        """A copy of packed rows with other integer scales and minimums, (n_rows, n_groups) each."""
+        """Return a copy of packed rows with other integer scales and minimums, (n_rows, n_groups)
+        each.
+        """
         blocks = self.blocks(packed).clone()
         shape = (*blocks.shape[:2], -1)
         integers = (x.to(torch.int16).view(shape) for x in (scale, minimum))

@@ -78,7 +78,7 @@ class Header:
 
 
 def shown(name: str) -> str:
-    """A name that a stranger gave, for a sentence: short, and without control characters."""
+    """Return a name that a stranger gave, short and without control characters, for a sentence."""
     cut = name if len(name) <= 100 else f"{name[:100]}..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 

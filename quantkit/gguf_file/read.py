@@ -49,7 +49,7 @@ class GgufFile:
         return mapped.reshape(shape)
 
     def values(self, name: str) -> native.Floats:
-        """A tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""
+        """Return a tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""
         return native.dequantize(self.packed(name), self.tensors[name].qtype)
 
     @cached_property

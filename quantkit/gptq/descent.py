@@ -100,7 +100,7 @@ def descend(
 def take_apart(
     form: Format, packed: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor
 ) -> RowState:
-    """The numbers that packed rows store, and the gradient of their error."""
+    """Take packed rows apart into the numbers that they store, with the gradient of their error."""
     n_rows = len(packed)
     codes = form.codes(packed).to(torch.int8)
     scales = form.scales(packed)
@@ -118,7 +118,7 @@ def per_expert(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 
 def put_together(state: RowState, packed: torch.Tensor) -> torch.Tensor:
-    """The bytes of a state; `packed` gives their layout."""
+    """Return the bytes of a state; `packed` gives their layout."""
     form = state.form
     out = form.with_codes(packed, state.codes)
     if form.scale_range is not None:

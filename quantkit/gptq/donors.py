@@ -26,7 +26,7 @@ class Donor:
 
 
 def open_donors(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[Donor]:
-    """The files that `--levels-from` names: paths or hf://owner/name/file.gguf.
+    """Open the files that `--levels-from` names: paths or hf://owner/name/file.gguf.
 
     Raises UsageError for one that is not there, QuantkitError when a quantizable tensor of the
     model is missing from it or has another shape.

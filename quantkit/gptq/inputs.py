@@ -34,7 +34,9 @@ def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, 
 
 
 def sibling_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
-    """A tensor found in the model that reads the same input as this one, columns in their order."""
+    """Return a tensor found in the model that reads the same input as this one, columns in their
+    order.
+    """
     parts = tensor.split(".")
     for kinds in ONE_INPUT:
         if parts[0] == "blk" and parts[2] in kinds:
@@ -76,7 +78,7 @@ class KnownInputs:
 
     @contextmanager
     def borrowed(self, tensor: str) -> Iterator[Inputs | None]:
-        """The inputs of a tensor; None without statistics. Once for every tensor."""
+        """Yield the inputs of a tensor, None without statistics. Call it once for every tensor."""
         group = self._group_of.get(tensor)
         if group is None:
             yield None

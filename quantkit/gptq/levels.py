@@ -233,7 +233,7 @@ class _Experts:
     sensitivity: Sensitivity | None
 
     def rows(self, expert: int) -> tuple[native.Floats, Sensitivity | None]:
-        """An expert's weight, float32 (n_rows, n_columns), and what its errors cost."""
+        """Return an expert's weight, float32 (n_rows, n_columns), and what its errors cost."""
         stored = self.base.tensors[self.name]
         packed = self.base.packed(self.name)
         n_rows = len(packed) // stored.shape[0]

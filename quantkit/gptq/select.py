@@ -124,8 +124,8 @@ def _decide(qtype: QuantType, parts: Sequence[Part]) -> Solved:
 
 
 def decide_experts(qtype: QuantType, experts: Sequence[Part]) -> Solved:
-    """A tensor of stacked experts, each by the method that is best for it: they share a type, not
-    a method. Named after the method of most, whose error is that of the tensor as it is stored.
+    """Decide the method of each expert of a stacked tensor: experts share a type, not a method. The
+    result has the name of the most frequent method, whose error is that of the tensor as stored.
     """
     methods = [method for (kind, method) in experts[0].packed if kind == qtype]
     chosen = [min(methods, key=lambda m: part.errors[qtype, m].rank) for part in experts]
@@ -162,7 +162,7 @@ def solve_rows(
     n_sweeps: int,
     given: Mapping[tuple[QuantType, str], native.Bytes] = {},
 ) -> Part:
-    """All allowed methods on one piece of a tensor."""
+    """Quantize one piece of a tensor by all allowed methods."""
     device = inputs.heldout.device if inputs else torch.device("cpu")
     original = torch.from_numpy(weight).to(device)
     packed = _by_ggml(weight, original, types, methods, inputs)

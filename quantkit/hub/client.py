@@ -45,7 +45,7 @@ _SECONDS_TO_WRITE = {**_SECONDS, "read": 120.0}  # a commit of large files is an
 
 
 def resolve_token() -> str | None:
-    """The token of the person this process works for; None: anonymous.
+    """Return the token of the person this process works for; None: anonymous.
 
     QUANTKIT_HF_TOKEN first: a launcher sets it in a worker's environment to the token of the
     visitor who started the run (empty: anonymous). On a Space nothing else counts, because
@@ -62,7 +62,9 @@ def resolve_token() -> str | None:
 
 
 def hf_api(token: str | None) -> HfApi:
-    """The API for one token. None is anonymous: huggingface_hub's own fall-backs stay out."""
+    """Return the API for one token. None is anonymous: huggingface_hub's own fallbacks are not
+    used.
+    """
     _limit_waiting()
     return HfApi(
         endpoint=endpoint(),
@@ -98,7 +100,8 @@ def call(
     token: str | None,
     waits: tuple[float, ...] = QUICK,
 ) -> T:
-    """The result of `action`, tried again after each of `waits` while the trouble looks passing.
+    """Return the result of `action`, tried again after each of `waits` while the error looks
+    temporary.
 
     Raises QuantkitError with one sentence and a remedy.
     """

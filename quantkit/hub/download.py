@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """The folder of huggingface_hub's cache, by the environment as it is now."""
+    """Return the folder of huggingface_hub's cache, by the environment as it is now."""
     if os.environ.get("HF_HUB_CACHE"):
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     if os.environ.get("HF_HOME"):
@@ -49,7 +49,8 @@ def check_disk(folder: Path, n_bytes: int, purpose: str = "the download") -> Non
 
 
 def download(info: ModelInfo, token: str | None, progress: Progress | None = None) -> Path:
-    """The folder with the model's files, pinned to `info.sha`, downloading what the cache lacks.
+    """Return the folder with the model's files, pinned to `info.sha`, and download what the cache
+    lacks.
 
     Only `info.files` are fetched: never code, pickles or GGUFs (the folder is the user's cache and
     may hold others that came there some other way). Files that are whole are kept, so a second

@@ -75,7 +75,9 @@ class Asked:
 
 
 def endpoint() -> str:
-    """The Hub's address, read from the environment at each call (huggingface_hub reads it once)."""
+    """Return the Hub's address, read from the environment at each call (huggingface_hub reads it
+    once).
+    """
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
@@ -140,7 +142,7 @@ def _seconds(value: str) -> float | None:
 
 
 def translate(error: BaseException, asked: Asked, token: str | None) -> QuantkitError:
-    """The error as a sentence and a remedy. The caller raises it `from None`."""
+    """Translate an error into a sentence and a remedy. The caller raises it `from None`."""
     for link in chain_of(error):
         if isinstance(link, HfHubHTTPError):
             return _from_answer(link, asked, token)

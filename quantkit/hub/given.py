@@ -22,7 +22,7 @@ def check_name(name: str) -> None:
 
 
 def locate(name: str) -> Path:
-    """The file on this machine; one on the Hub is downloaded into the user's cache.
+    """Return the path of the file; one on the Hub is downloaded into the user's cache.
 
     Raises UsageError when it is not there, QuantkitError for whatever the Hub refuses.
     """

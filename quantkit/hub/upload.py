@@ -59,8 +59,8 @@ class PublishedRepo:
 
 
 def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
-    """The full id of a repository that `token` may write to or create. Creates nothing, so that a
-    run that fails later leaves no empty repository behind.
+    """Return the full id of a repository that `token` may write to or create. Creates nothing, so
+    that a run that fails later leaves no empty repository behind.
 
     `repo_id` may be a bare name: then it is the account's own. Raises QuantkitError when there is
     no token, it may not write, the namespace is someone else's, or a public repository of that
@@ -310,7 +310,7 @@ class _Upload:
                 thread.join()
 
     def differing(self, sha: str) -> list[PublishedFile]:
-        """The local files that the commit `sha` lacks or has with other bytes."""
+        """Return the local files that the commit `sha` lacks or has with other bytes."""
         paths = [file.path for file in self._files]
         found = self._step(lambda: self._api.get_paths_info(self._repo_id, paths, revision=sha))
         remote = {entry.path: entry for entry in found if isinstance(entry, RemoteFile)}

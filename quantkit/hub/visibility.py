@@ -10,7 +10,7 @@ from quantkit.config import RunConfig
 
 
 def why_private(config: RunConfig, info: ModelInfo) -> str | None:
-    """A clause on why the repository of a run is made private; None when it is made public.
+    """Return a clause on why the repository of a run is made private; None if it is made public.
 
     A model of the Hub is asked for again, by nobody in particular: it may have been closed since.
     Raises QuantkitError when the Hub does not answer.

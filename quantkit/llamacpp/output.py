@@ -41,7 +41,7 @@ def load_provenance(directory: RunDir) -> Provenance:
 def lay_out_output(
     base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance, label: str
 ) -> Layout:
-    """The layout of the output: base.gguf's metadata whole, a new file type, and the provenance."""
+    """Lay out the output: base.gguf's metadata whole, a new file type, and the provenance."""
     key_values = [
         KeyValue.uint32("general.file_type", FILE_TYPES[label]),
         KeyValue.uint32("general.quantization_version", 2),
@@ -56,8 +56,8 @@ def lay_out_output(
 
 
 def nearest_label(base: GgufFile, n_bytes: int, types: Iterable[QuantType] = ()) -> str:
-    """The stock mix whose file is nearest in size to `n_bytes`, among those that a file with these
-    `types` may be called after.
+    """Return the stock mix whose file is nearest in size to `n_bytes`, among those that a file with
+    these `types` can be named after.
     """
     sizes = {label: stock_bytes(base, StockRecipe(label)) for label in _labels(set(types))}
     return min(sizes, key=lambda label: (abs(sizes[label] - n_bytes), -STOCK_MIXES.index(label)))
@@ -92,6 +92,6 @@ def file_name(model: str, label: str, bpw: float | None = None, decimals: int = 
 
 
 def safe_name(model: str) -> str:
-    """A model's name as a file name: the part after the owner, no path characters."""
+    """Return a model's name as a file name: the part after the owner, no path characters."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -131,8 +131,8 @@ _NO_IMATRIX = {
 
 
 def stock_types(base: Path, recipe: StockRecipe) -> dict[str, QuantType]:
-    """The type of every tensor in the stock file that llama-quantize with an imatrix would make of
-    `base`.
+    """Return the type of every tensor in the stock file that llama-quantize with an imatrix would
+    make of `base`.
 
     A dry run: nothing is written and no weight is read. Raises QuantkitError where llama.cpp
     refuses the model.

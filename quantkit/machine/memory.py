@@ -88,7 +88,7 @@ class SpillFile:
         return True
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """The tensor, on the device where it was or, from the file, on the CPU."""
+        """Return the tensor, on the device where it was or, from the file, on the CPU."""
         found = self._held.get(key)
         if found is not None:
             return found

@@ -33,7 +33,9 @@ class Free:
 
 
 def free() -> Free:
-    """The least that the machine, our groups and our limits leave; a lot where no system says."""
+    """Return the least that the machine, our control groups and our limits leave; a large number
+    where the system does not say.
+    """
     return min([*_machine(), *_groups(), *limits()], key=lambda x: x.n_bytes, default=_PLENTY)
 
 

@@ -42,22 +42,22 @@ def prepare(model: BlockwiseModel) -> None:
 
 
 def prepare_block(block: nn.Module) -> None:
-    """The same for a block whose weights have just come from the checkpoint."""
+    """Prepare a block whose weights have just come from the checkpoint."""
     for parameter in block.parameters():
         if parameter.dim() < 2:
             parameter.data = parameter.data.float()
 
 
 def products(model: BlockwiseModel) -> AbstractContextManager[object]:
-    """The context in which blocks are run."""
+    """Return the context in which blocks are run."""
     dtype = matrix_dtype(model)
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[BlockCall]]:
-    """A trace whose hidden state, (batch, n_tokens, n_embd), is float32, and whose other arguments
-    of blocks are what products take: rotary tables of 32 bits would make all of attention wide.
-    What blocks leave for later ones is the pass's own.
+    """Start a trace whose hidden state, (batch, n_tokens, n_embd), is float32, and whose other
+    arguments of blocks are what products take: rotary tables of 32 bits would make all of attention
+    wide. What blocks leave for later ones is the pass's own.
     """
     dtype = matrix_dtype(model)
     with _surroundings(model):
@@ -84,7 +84,7 @@ def _surroundings(model: BlockwiseModel) -> AbstractContextManager[object]:
 
 
 def matrix_dtype(model: BlockwiseModel) -> torch.dtype:
-    """The type of the matrices inside blocks."""
+    """Return the type of the matrices inside blocks."""
     return next(p for b in model.blocks for p in b.parameters() if p.dim() >= 2).dtype
 
 

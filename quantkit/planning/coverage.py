@@ -25,7 +25,7 @@ class Coverage:
 
 
 def in_words(coverage: Coverage) -> str:
-    """A coverage for people."""
+    """Return a coverage as a sentence."""
     apart = "; ".join(f"not {kind}: {reason}" for kind, reason in coverage.apart.items())
     # Rounded down: all of it is only said where it is so.
     share = f"{int(1000 * coverage.share) / 10:g} % of the linear parameters"

@@ -43,8 +43,8 @@ _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to
 
 
 def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
-    """The tensors of a GGUF (its header is enough) by name, in file order. What the source has
-    quantized already, as MXFP4, stays as it is.
+    """Return the tensors of a GGUF (its header is enough) by name, in file order. What the source
+    has quantized already, as MXFP4, stays as it is.
 
     Raises QuantkitError for what llama.cpp must not be asked about: the converter wrote the file
     where a stranger's bytes are read.
@@ -260,7 +260,7 @@ def _by_stage(memory: dict[str, int]) -> str:
 
 
 def render(plan: Plan) -> str:
-    """The plan for people."""
+    """Render the plan for people."""
     model, sizes, estimate = plan.model, plan.sizes, plan.estimates
     lines = [
         f"{printable(model.id, '')} at {model.sha[:12]}",

@@ -18,7 +18,7 @@ class Artifacts:
         self._root = root
 
     def folder(self, stage: str) -> Path:
-        """The folder of a stage, `<root>/4-quantize`."""
+        """Return the folder of a stage, `<root>/4-quantize`."""
         return self._root / stage_folder(stage)
 
     # fetch
@@ -90,7 +90,7 @@ class Artifacts:
         return self.folder("quantize")
 
     def level(self, name: object) -> Path:
-        """The level file of a type, by its name."""
+        """Return the level file of a type, by its name."""
         return self.levels / f"{name}.gguf"
 
     @property
@@ -116,7 +116,7 @@ class Artifacts:
         return self.folder("search") / "best.json"
 
     def answer(self, limit_bytes: int) -> Path:
-        """The folder of what was found within a budget."""
+        """Return the folder of what the search found within a budget."""
         return self.folder("search") / str(limit_bytes)
 
     @property
@@ -127,7 +127,7 @@ class Artifacts:
     # tune
 
     def tuned(self, limit_bytes: int) -> Path:
-        """The tuned level file for a budget; it is there where tuning helped."""
+        """Return the path of the tuned level file for a budget; it exists if tuning helped."""
         return self.folder("tune") / str(limit_bytes) / f"tuned-{limit_bytes}.gguf"
 
     @property

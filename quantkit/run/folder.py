@@ -50,7 +50,7 @@ def _mending(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises Damaged for what is none, OSError where it is missing."""
+    """Read the value in a JSON file. Raises Damaged if it is not JSON, OSError if it is missing."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -186,7 +186,7 @@ class RunDir:
         write_json(self._manifest_path, value)
 
     def describe(self, path: Path) -> OutputFile:
-        """The manifest's entry for a finished file."""
+        """Return the manifest's entry for a finished file."""
         stat = path.stat()
         return OutputFile(
             str(path.relative_to(self.path)), stat.st_size, stat.st_mtime_ns, sha256_file(path)

@@ -16,5 +16,5 @@ NAMES = (
 
 
 def stage_folder(stage: str) -> str:
-    """The name of a stage's folder, `4-quantize`."""
+    """Return the name of a stage's folder, `4-quantize`."""
     return f"{NAMES.index(stage) + 1}-{stage}"

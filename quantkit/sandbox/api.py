@@ -52,7 +52,7 @@ def stream(
     shape: Any = Any,
     preload: bool = False,
 ) -> Iterator[Any]:
-    """The same for a generator: its values as they come. Closing the iterator ends the child."""
+    """Call a generator and return its values as they come. Closing the iterator ends the child."""
     job = _job(function, arguments, limits, readable, writable, log, preload)
     return listen(job, "part", shape)
 
@@ -82,7 +82,7 @@ def _job(
 
 
 def listen(job: Job, kind: str, shape: Any = Any) -> Iterator[Any]:
-    """The `value` or the `part`s of a job. Raises as `call` does."""
+    """Yield the `value` or the `part`s of a job. Raises as `call` does."""
     last: dict[str, Any] = {}
     with Child(job) as child:
         for message in child.messages():

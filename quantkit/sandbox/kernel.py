@@ -37,7 +37,7 @@ _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
 
 
 def call_c(function: str, *arguments: object) -> int:
-    """A function of the C library. Raises OSError with its errno."""
+    """Call a function of the C library. Raises OSError with its errno."""
     result = getattr(_libc, function)(*arguments)
     if result < 0:
         number = ctypes.get_errno()
@@ -46,7 +46,7 @@ def call_c(function: str, *arguments: object) -> int:
 
 
 def syscall(number: int, *arguments: object) -> int:
-    """A call that the C library has no function for. Raises OSError."""
+    """Make a system call that the C library has no function for. Raises OSError."""
     return call_c("syscall", ctypes.c_long(number), *arguments)
 
 
@@ -101,7 +101,8 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def make_read_only(target: str, attributes: int = 0) -> None:
-    """A mount and all below it, without setuid bits and devices too. Raises OSError (Linux < 5.12).
+    """Make a mount and all below it read-only and without setuid bits. Raises OSError (Linux <
+    5.12).
 
     mount(2) would have to name every flag that a mount already has; this only adds.
     """
@@ -124,7 +125,7 @@ def enter_root(folder: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """All rights of an administrator, for good: no program started later can get them back."""
+    """Drop all rights of an administrator for good: no program started later can get them back."""
     if os.geteuid() == 0:
         for capability in range(64):
             try:
@@ -154,7 +155,9 @@ SCRATCH = WRITE | _REMOVE_FILE | _REMOVE_FOLDER | _MAKE_LINK
 
 
 def landlock_version() -> int:
-    """The version of Landlock's interface; 0 where the kernel has none or it is switched off."""
+    """Return the version of Landlock's interface; 0 where the kernel has none or it is switched
+    off.
+    """
     if not LINUX:
         return 0
     try:

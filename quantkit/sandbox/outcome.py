@@ -14,7 +14,9 @@ _MOST_WORDS = 2000
 
 
 def plain(text: object) -> str:
-    """A stranger's words on one line, without control characters, cut at what a sentence needs."""
+    """Return a stranger's words on one line, without control characters, cut to what a sentence
+    needs.
+    """
     cut = str(text)[:_MOST_WORDS]
     return " ".join("".join(c if c.isprintable() else " " for c in cut).split())
 

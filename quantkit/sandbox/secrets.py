@@ -42,13 +42,13 @@ def is_secret(name: str) -> bool:
 
 
 def get(name: str) -> str | None:
-    """The secret of that name, wherever it came from."""
+    """Return the secret of that name, wherever it came from."""
     _receive()  # for a program that was not told to hide anything
     return _taken.get(name, os.environ.get(name))
 
 
 def everything() -> dict[str, str]:
-    """The environment as it would be if secrets were kept in it. Never for a child."""
+    """Return the environment as it would be if it held the secrets. Never give it to a child."""
     _receive()
     return {**os.environ, **_taken}
 
@@ -62,7 +62,7 @@ def put_back(name: str) -> None:
 
 
 def without(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment that holds no secret."""
+    """Return an environment without secrets."""
     return {name: v for name, v in environment.items() if not (v and is_secret(name))}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def environment(home: str) -> dict[str, str]:
-    """All that the child sees of the environment: no token, no cache, no proxy."""
+    """Return the environment that the child sees: no token, no cache, no proxy."""
     n_threads = str(min(8, os.cpu_count() or 1))
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return {
@@ -62,7 +62,9 @@ def start(
 
 @contextmanager
 def in_memory(told: Mapping[str, Any]) -> Iterator[int]:
-    """A file without a name that holds `told` as JSON, to be read from its beginning."""
+    """Yield the descriptor of an unnamed file that holds `told` as JSON, to be read from its
+    beginning.
+    """
     named = not hasattr(os, "memfd_create")
     with tempfile.TemporaryFile() if named else os.fdopen(os.memfd_create("job"), "w+b") as file:
         file.write(json.dumps(told).encode())

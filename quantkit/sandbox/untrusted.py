@@ -34,12 +34,12 @@ class Damaged(ValueError):
 
 
 def read_json(path: Path, most_bytes: int, most_items: int = MOST_ITEMS) -> Any:
-    """The JSON of a plain file. Raises Damaged, or OSError where it cannot be opened."""
+    """Read the JSON of a plain file. Raises Damaged, or OSError if it cannot be opened."""
     return parse(read_bytes(path, most_bytes), most_items)
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """All of a plain file. Raises Damaged for anything else, and OSError."""
+    """Read all of a plain file. Raises Damaged for anything else, and OSError."""
     with open_plain(path) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -48,7 +48,9 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A plain file to read. Raises Damaged for anything else: a pipe would be waited for."""
+    """Open a plain file for reading. Raises Damaged for anything else: a pipe could block
+    forever.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -188,7 +190,7 @@ def _one_of(hints: tuple[Any, ...], value: Any, name: str) -> Any:
 
 
 def moment(value: float) -> float:
-    """A time in seconds since 1970. Raises Damaged for one that no clock shows."""
+    """Return a time in seconds since 1970. Raises Damaged for one that no clock shows."""
     if not 0 <= value <= LATEST:
         raise Damaged("it has a time that no clock shows")
     return value

@@ -18,7 +18,7 @@ _MOST_FILES, _MOST_DEPTH, _LEAST_BYTES = 50_000, 8, 4096
 
 
 def only_child(init: int) -> int | None:
-    """The worker's number as it is seen from here."""
+    """Return the worker's process id as seen from here."""
     try:
         with open(f"/proc/{init}/task/{init}/children") as file:
             numbers = file.read().split()
@@ -28,7 +28,7 @@ def only_child(init: int) -> int | None:
 
 
 def too_much(number: int, job: dict[str, Any]) -> str | None:
-    """The name of a limit that the worker is above."""
+    """Return the name of a limit that the worker exceeds, None if it exceeds none."""
     facts = _facts(number)
     # Shared memory that it was given need not be in its sight.
     given = [os.fstat(descriptor) for descriptor in job["inherited"]]

@@ -29,7 +29,7 @@ def summary(step: Step) -> dict[str, Any]:
 
 
 def by_name(space: SearchSpace, choices: Choices) -> dict[str, dict[str, str]]:
-    """The type and the method of every tensor."""
+    """Return the type and the method of every tensor."""
     keys = space.keys(choices)
     return {name: {"qtype": str(k.qtype), "method": k.method} for name, k in keys.items()}
 

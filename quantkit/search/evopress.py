@@ -68,7 +68,7 @@ class Schedule:
 
     @classmethod
     def of(cls, n_tokens: int, n_sequences: int, batch: int) -> Schedule:
-        """A schedule for so many sequences, in whole batches."""
+        """Return a schedule for this many sequences, in whole batches."""
 
         def whole(n: int) -> int:
             return max(batch, n // batch * batch)

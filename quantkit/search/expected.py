@@ -42,7 +42,7 @@ class AfterTuning:
         return self._evaluator.n_batch
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
-        """The expected KL of each candidate on the sequences first..last."""
+        """Return the expected KL of each candidate on the sequences first..last."""
         scores = self._evaluator.kl_of(candidates, first, last)
         return [
             LEFT * score + (1 - LEFT) * sum(cost[choices[i]] for i, cost in self._outside)
@@ -54,7 +54,7 @@ class AfterTuning:
 
 
 def costs_after(space: SearchSpace, costs: Costs) -> Costs:
-    """The estimated costs that tuning leaves."""
+    """Return the estimated costs that are left after tuning."""
     return [
         cost * LEFT if is_in_block(name) else cost
         for name, cost in zip(space.tensors, costs, strict=True)

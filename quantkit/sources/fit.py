@@ -248,7 +248,9 @@ def kept_notes(tied: Sequence[tuple[str, str]], copied: Collection[str]) -> list
 
 
 def copies_in(folder: Path, tied: Sequence[tuple[str, str]]) -> list[str]:
-    """The same of the checkpoint in `folder`, every byte."""
+    """Return the names of `tied` that are copies in the checkpoint in `folder`, comparing every
+    byte.
+    """
     if not tied:
         return []
     found = tensors_of(folder)

@@ -46,7 +46,7 @@ def strengths(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, 
 
 
 def match(settings: Mapping[str, Any], modules: Sequence[str], head: str) -> dict[str, list[Any]]:
-    """The fields of `Strength` by module; plain values in, plain values out."""
+    """Return the fields of `Strength` by module; plain values in, plain values out."""
     alphas, ranks = (_by_pattern(settings[name]) for name in ("alphas", "ranks"))
     return {
         name: [

@@ -101,7 +101,9 @@ def strip_config(path: Path, target: Path) -> None:
 
 
 def stored_values(info: ModelInfo, token: str | None) -> Stored:
-    """The model's stored tensors, where it lies, and a function that reads bytes of one."""
+    """Return the model's stored tensors, and a function that reads bytes of one from where it
+    is.
+    """
     files = [file for file in info.files if file.path in info.weights]
 
     def header(file: RepoFile) -> bytes:

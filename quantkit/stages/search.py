@@ -107,8 +107,8 @@ class Search(Stage):
 
 
 def make_space(run: Run, base: GgufFile) -> SearchSpace:
-    """Every tensor's choices, also those that others beat, and the size of everything else; the
-    budget is the largest file.
+    """Return the space of every tensor's choices, also those that others beat, and the size of
+    everything else; its budget is the largest file.
     """
     index = load_database(run.artifacts)
     tensors = tuple(index.candidates)
@@ -143,8 +143,8 @@ def proposals(
     costs: Costs,
     mixes: Mapping[str, Mapping[str, QuantType]],
 ) -> list[tuple[Choices, str]]:
-    """The first population: the knapsack's answers, uniform levels, and the stock mixes, types of
-    tensors by label, that can be built and fit.
+    """Return the first population: the knapsack's answers, uniform levels, and those of the stock
+    `mixes` (types of tensors by label) that can be built and fit.
     """
     found = [(knapsack(space, costs), "knapsack")]
     found += [(choices, "knapsack") for choices in knapsacks(space, costs)]
@@ -197,7 +197,7 @@ class _Searcher:
         return {label: stock_types(self._base.path, StockRecipe(label)) for label in STOCK_MIXES}
 
     def search(self, budget: Budget, before: Choices | None) -> _Found:
-        """The best allocation found within a budget; `before` is the answer for the next smaller
+        """Find the best allocation within a budget; `before` is the answer for the next smaller
         one.
         """
         folder = self._run.artifacts.answer(budget.limit_bytes)

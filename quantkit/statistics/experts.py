@@ -44,7 +44,7 @@ with three axes is that of all experts from that one on.
 
 
 def stacked_parameters(block: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-    """The 3-D parameters of a block by their names in the model."""
+    """Return the 3-D parameters of a block by their names in the model."""
     return {f"{prefix}.{n}": p for n, p in block.named_parameters() if p.dim() == 3}
 
 
@@ -208,7 +208,7 @@ class ExpertCollector:
                 self.n_tokens[group][index] += len(own)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The Hessians, float32 (n_experts, n, n) by group; the sums are used up.
+        """Return the Hessians, float32 (n_experts, n, n) by group; the sums are used up.
 
         An expert that no token reached gets the mean of its layer.
         """

@@ -35,7 +35,7 @@ def add_outer(hessian: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
-    """The whole matrix from its upper triangle, in place."""
+    """Fill the whole matrix from its upper triangle, in place."""
     n = len(hessian)
     for start in range(0, n, _PANEL):
         end = min(start + _PANEL, n)
@@ -106,7 +106,7 @@ class HessianCollector:
         self.n_tokens[group] += len(x)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The Hessians: float32 (n, n) by group; the sums are used up."""
+        """Return the Hessians: float32 (n, n) by group; the sums are used up."""
         for group, total in self.sums.items():
             self._means[group] = symmetrize(total).div_(max(self.n_tokens[group], 1))
         self.sums = {}

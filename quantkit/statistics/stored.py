@@ -147,7 +147,7 @@ def _diagonals(statistics: ExpertStatistics) -> np.ndarray:
 
 
 def load_statistics(path: Path) -> list[InputStatistics]:
-    """The inputs of one block (or the head), in the order in which the block meets them."""
+    """Load the inputs of one block (or the head), in the order in which the block meets them."""
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
         table = json.loads(file.metadata()["inputs"])["groups"]

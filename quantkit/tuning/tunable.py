@@ -69,7 +69,7 @@ class Tunable:
 
     @torch.no_grad()
     def packed(self) -> torch.Tensor:
-        """The rows as bytes: uint8 (n_rows, row_bytes)."""
+        """Return the rows as bytes: uint8 (n_rows, row_bytes)."""
         d, dmin = self._split(self.stored_halves())
         state = RowState(
             self.form, self.codes(), d, dmin, self.scale, self.minimum, self.level.detach()

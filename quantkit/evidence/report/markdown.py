@@ -29,7 +29,7 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The whole report."""
+    """Return the whole report."""
     parts = [
         f"# {report.model}",
         *(text.verdicts(report) if len(report.outputs) == 1 else [bullets(text.verdicts(report))]),

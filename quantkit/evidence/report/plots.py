@@ -267,8 +267,8 @@ def _kind_and_block(tensor: str) -> tuple[str, int | None]:
 
 
 def tensor_map(files: Mapping[str, Mapping[str, str]]) -> Spec | None:
-    """The type of every tensor of each file as a grid: one row per kind of tensor, one column per
-    block.
+    """Plot the type of every tensor of each file as a grid: one row per kind of tensor, one column
+    per block.
     """
     data: list[Datum] = []
     for file, types in files.items():
@@ -364,8 +364,8 @@ def bits_by_kind(files: Mapping[str, Sequence[Tensor]]) -> Spec | None:
 
 
 def convergence(files: Mapping[str, Sequence[TracePoint]]) -> Spec | None:
-    """The KL that decides (expected after tuning where files are tuned), the best so far over the
-    tokens spent, with its standard error as a band.
+    """Plot the best KL so far (the one expected after tuning if files are tuned) over the tokens
+    spent, with its standard error as a band.
     """
     data: list[Datum] = []
     for file, trace in files.items():

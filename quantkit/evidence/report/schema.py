@@ -203,17 +203,17 @@ class Report:
         return tuple(sorted(self.rows, key=lambda row: row.n_bytes))
 
     def numbered(self, name: str, output: Row) -> str:
-        """The name of something that every output has: of several it ends with the output's number,
-        counted from 1.
+        """Return the name of something that every output has: with several outputs it ends with the
+        output's number, counted from 1.
         """
         return name if self.n_outputs == 1 else f"{name}-{1 + self.outputs.index(output)}"
 
     def about(self, output: Row) -> Report:
-        """The report of one output and everything that it is measured beside."""
+        """Return the report of one output and of everything that it is compared with."""
         return replace(self, rows=(output, *self.others), n_outputs=1)
 
     def tests(self, row: Row) -> Tests:
-        """The tests of a row against the output that is nearest to it in size; empty for an
+        """Return the tests of a row against the output that is nearest to it in size; empty for an
         output.
         """
         nearest = min(self.outputs, key=lambda output: abs(output.n_bytes - row.n_bytes))
@@ -221,8 +221,8 @@ class Report:
 
 
 def read(value: Mapping[str, Any]) -> Report:
-    """A report from the JSON of `report.json`. Raises QuantkitError when it is of another version
-    or lacks something.
+    """Read a report from the JSON of `report.json`. Raises QuantkitError when it has another
+    version or lacks something.
     """
     schema = value.get("schema") if isinstance(value, Mapping) else None
     if schema != SCHEMA:

@@ -31,7 +31,8 @@ class Table:
 def comparison(
     report: Report, name: Callable[[Row], str] = lambda row: row.label, wide: bool = False
 ) -> Table:
-    """Every measured file and the base, by size. Columns that no file has are left out.
+    """Return the table of every measured file and the base, by size. Columns that no file has are
+    left out.
 
     `name` gives a file's first cell; `wide` adds accuracy of tasks and tokens per second.
     """
@@ -235,7 +236,7 @@ def speeds(report: Report) -> Table | None:
 
 
 def checks(report: Report) -> Table | None:
-    """The integrity checks."""
+    """Return the table of the integrity checks, None without any."""
     found = text.check_lines(report)
     if not found:
         return None

@@ -23,7 +23,7 @@ _UNKNOWN = "not measured"
 
 
 def number(value: float) -> str:
-    """A KL divergence with three digits that count."""
+    """Return a KL divergence with three significant digits."""
     if math.isnan(value):
         return _UNKNOWN
     if value == 0 or not math.isfinite(value):
@@ -41,7 +41,7 @@ def with_error(mean: Mean) -> str:
 
 
 def without_folders(said: str) -> str:
-    """A sentence with names of files only: a report is published, folders are not."""
+    """Return a sentence with names of files only: a report is published, folders are not."""
     return re.sub(r"(?<![\w:/.])~?(?:/[^/\s]+)+/(?=[^/\s])", "", said)
 
 
@@ -55,7 +55,9 @@ def chance(p_value: float) -> str:
 
 
 def tested(versus: Versus | None) -> str:
-    """A paired test against an output as a cell: which is closer to the base, how surely."""
+    """Return a paired test against an output as a cell: which is closer to the base, and how
+    surely.
+    """
     if versus is None:
         return "-"
     if not versus.significant:
@@ -65,14 +67,14 @@ def tested(versus: Versus | None) -> str:
 
 
 def best_of_at_most(report: Report) -> Row | None:
-    """The llama.cpp file of at most the first output's size that is closest to the base."""
+    """Return the llama.cpp file of at most the first output's size that is closest to the base."""
     size = report.first.n_bytes
     rows = [r for r in report.others if r.kind == STOCK and r.n_bytes <= size and r.kl.is_known]
     return min(rows, key=lambda row: row.kl.value, default=None)
 
 
 def verdicts(report: Report) -> list[str]:
-    """The verdict on every output; of several each begins with the file's name."""
+    """Return the verdict on every output; with several each begins with the file's name."""
     if len(report.outputs) == 1:
         return [verdict(report)]
     return [f"{o.name} ({size(o.n_bytes)}): {verdict(report.about(o))}" for o in report.outputs]
@@ -158,12 +160,14 @@ def losses(report: Report) -> list[str]:
 
 
 def losing(report: Report) -> str:
-    """The heading over `losses`."""
+    """Return the heading over `losses`."""
     return "Where these files lose" if len(report.outputs) > 1 else "Where this file loses"
 
 
 def task_lines(report: Report) -> list[str]:
-    """The zero-shot results of every file that has some, a sentence each; or why there are none."""
+    """Return the zero-shot results, a sentence for each file that has some; or why there are
+    none.
+    """
     lines = []
     for row in report.rows:
         for task in row.tasks:
@@ -182,7 +186,7 @@ def task_lines(report: Report) -> list[str]:
 
 
 def check_lines(report: Report) -> list[tuple[str, str, str]]:
-    """The integrity checks: name, `passed` / `FAILED` / `not run`, what was found."""
+    """Return the integrity checks: name, `passed` / `FAILED` / `not run`, what was found."""
     words = {True: "passed", False: "FAILED", None: "not run"}
     return [
         (

@@ -19,7 +19,8 @@ from typing import Any
 
 
 def class_for(folder: Path, config: dict[str, Any], converters: type) -> type:
-    """The class to convert the text model in `folder` with: the converter's own or one from here.
+    """Return the class that converts the text model in `folder`: the converter's own or one of
+    ours.
 
     Raises ValueError for a model that llama.cpp does not compute.
     """
@@ -34,7 +35,7 @@ def class_for(folder: Path, config: dict[str, Any], converters: type) -> type:
 
 
 def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
-    """A config that also has the names that its settings had before transformers 5."""
+    """Return a config that also has the names that its settings had before transformers 5."""
     rope = config.get("rope_parameters")
     older = {
         "n_ctx": config.get("n_positions"),
@@ -60,7 +61,9 @@ _KEYS_VALUES = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\
 
 
 def projector_class_for(found: Any) -> type:
-    """The converter's class of an encoder, which then also knows names without `vision_model`."""
+    """Return the converter's class of an encoder, which then also knows names without
+    `vision_model`.
+    """
 
     class Projector(found):
         model_arch = found.model_arch
@@ -88,7 +91,7 @@ def _has_prediction_head(folder: Path, n_layers: int | None) -> bool:
 
 
 def dense_llama4(config: dict[str, Any]) -> type | None:
-    """The converter's class for a Llama 4 without experts; None for any other model.
+    """Return the converter's class for a Llama 4 without experts; None for any other model.
 
     Raises ValueError where llama.cpp computes no such model.
     """

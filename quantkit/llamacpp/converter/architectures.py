@@ -83,7 +83,9 @@ def supported_architectures() -> frozenset[str]:
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The architecture whose text model a `config.json` describes, as the converter reads it."""
+    """Return the architecture whose text model a `config.json` describes, as the converter reads
+    it.
+    """
     names = config.get("architectures") or []
     own = names[0] if isinstance(names, list) and names else None
     text_config = config.get("text_config")
@@ -105,7 +107,7 @@ _OWN_TEXT_CLASS = {
 
 
 def check_architecture(config: Mapping[str, Any]) -> str:
-    """The architecture of a `config.json`, when it can be converted and predicts text.
+    """Return the architecture of a `config.json`, if it can be converted and predicts text.
 
     Raises QuantkitError otherwise: before anything large is downloaded.
     """
@@ -133,7 +135,7 @@ def check_architecture(config: Mapping[str, Any]) -> str:
 
 
 def unsupported(name: str) -> QuantkitError:
-    """The sentence for an architecture that the converter does not have."""
+    """Return the error for an architecture that the converter does not have."""
     return QuantkitError(
         f"llama.cpp's converter does not know the architecture {name}.",
         "Choose a model of a known family, or try a newer llama.cpp through QUANTKIT_CONVERTER.",

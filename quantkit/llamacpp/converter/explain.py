@@ -19,13 +19,15 @@ from quantkit.sandbox.outcome import plain
 
 
 def tokenizer_hash(outcome: Outcome) -> str:
-    """The converter's hash (`chkhsh`) of a tokenizer that it does not know."""
+    """Return the converter's hash (`chkhsh`) of a tokenizer that it does not know."""
     found = re.search(r"chkhsh:\s+([0-9a-f]{64})", outcome.log)
     return found[1] if found else "unknown"
 
 
 def unknown_tokenizer(outcome: Outcome, log: Path) -> QuantkitError:
-    """The error for a tokenizer that the converter does not know and llama.cpp cannot imitate."""
+    """Return the error for a tokenizer that the converter does not know and llama.cpp cannot
+    imitate.
+    """
     return QuantkitError(
         f"The converter does not know this model's tokenizer (hash {tokenizer_hash(outcome)}), and "
         "none of llama.cpp's pre-tokenizers splits text as it does.",
@@ -36,7 +38,9 @@ def unknown_tokenizer(outcome: Outcome, log: Path) -> QuantkitError:
 
 
 def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> QuantkitError:
-    """The error for a child that did not finish; `removed` is what its model was stripped of."""
+    """Return the error for a child that did not finish; `removed` names what was left out of its
+    model.
+    """
     error = _killed(outcome) or _recognized(outcome)
     if error is None:
         words = plain(f"{outcome.status.get('error', '')} {outcome.status.get('message', '')}")

@@ -69,8 +69,8 @@ def _lacking() -> tuple[str, str] | None:
 
 
 def writable_code(trees: list[str], root: str) -> str | None:
-    """A folder in which a file can be made, `root` or one below `trees`, or a file of code there
-    that can be written to. Runs in the sandbox.
+    """Return a folder in which a file can be made, `root` or one below `trees`, or a file of code
+    there that can be written to; None without any. Runs in the sandbox.
     """
     if _takes_files(root):
         return root

@@ -63,7 +63,7 @@ def install_dir() -> Path:
 
 
 def ensure_converter(sdist: Path | None = None) -> Path:
-    """The folder of a converter that is whole and unchanged; sets it up where it is missing.
+    """Return the folder of a converter that is whole and unchanged; set it up if it is missing.
 
     Raises QuantkitError when it cannot be obtained or is not the pinned one.
     """

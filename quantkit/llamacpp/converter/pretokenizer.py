@@ -54,9 +54,9 @@ class PreTokenizer:
 
 
 def find(tree: Path, skeleton: Path, status: dict[str, Any], log: Path) -> PreTokenizer | None:
-    """The pre-tokenizer with which llama.cpp splits every probe as the original tokenizer does, or
-    None. `skeleton` holds the vocabulary, `status` the original's tokens. Tries a name in a tenth
-    of a second.
+    """Return the pre-tokenizer with which llama.cpp splits every probe as the original tokenizer
+    does, or None. `skeleton` holds the vocabulary, `status` the original's tokens. Tries a name in
+    a tenth of a second.
     """
     names = candidates(tree)
     outcome = sandbox.run(

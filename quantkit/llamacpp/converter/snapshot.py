@@ -64,8 +64,8 @@ class Snapshot:
 
 
 def model_name_of(snapshot_dir: Path) -> str:
-    """The name of the model that lies in a folder: `owner/name` in the Hub's cache, else the name
-    of the folder.
+    """Return the name of the model in a folder: `owner/name` in the Hub's cache, else the name of
+    the folder.
     """
     snapshot_dir = snapshot_dir.absolute()
     repo = snapshot_dir.parent.parent.name

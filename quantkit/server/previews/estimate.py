@@ -66,7 +66,7 @@ def estimate(
     who: str = "",
     looked: Looked | None = None,
 ) -> Plan:
-    """The plan of a run. Raises QuantkitError with the planner's own sentence.
+    """Return the plan of a run. Raises QuantkitError with the planner's own sentence.
 
     The model is looked at once; another size of it is answered at once. `who` is whose turn is
     taken; `looked` is called with the first facts, when they are known before the rest.
@@ -109,7 +109,7 @@ def _make_room(kept: dict[str, Any]) -> None:
 
 
 def known_plan(config: RunConfig, token: str | None = None) -> Plan | None:
-    """The plan when the model was looked at before; None when it would have to be."""
+    """Return the plan if the model was planned before, else None."""
     plan = _cache.get(_key(config, token))
     return None if plan is None else with_sizes(plan, config)
 

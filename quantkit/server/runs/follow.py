@@ -304,8 +304,8 @@ class Follower:
         )
 
     def files(self) -> tuple[ResultFile, ...]:
-        """The finished files that a person wants: the GGUF first, never a stage's own working
-        files.
+        """Return the finished files that a person wants: the GGUF first, never a stage's own
+        working files.
         """
         found = self._results()
         return tuple(file for file, _ in found.values())
@@ -316,7 +316,7 @@ class Follower:
         return self.folder / found[name][1] if name in found else None
 
     def staged(self) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
-        """The files under the upload, and where those lie that are here."""
+        """Return the files of the upload, and the paths of those that are on this machine."""
         record = self.dir.records().get("publish")
         outputs = record.outputs if record is not None else ()
         folder = f"{RELATIVE.upload}/"
@@ -329,13 +329,13 @@ class Follower:
         return tuple(files), {name: path for name, path in places.items() if path.is_file()}
 
     def model_path(self) -> Path | None:
-        """The finished GGUF, where it lies here."""
+        """Return the path of the finished GGUF if it is on this machine."""
         name = next((f.name for f in self.files() if views.is_model(f.name)), None)
         path = None if name is None else self.file_path(name)
         return path if path is not None and path.is_file() else None
 
     def base_path(self) -> Path | None:
-        """The original at full precision, until it is cleaned away."""
+        """Return the path of the full-precision original, until it is cleaned up."""
         path = Artifacts(self.folder).base
         return path if path.is_file() else None
 
@@ -407,7 +407,7 @@ class Follower:
 
 
 def tail(path: Path, n_bytes: int) -> str:
-    """The end of a text file, from the first whole line on."""
+    """Return the end of a text file, from the first whole line on."""
     try:
         with open_plain(path) as file:
             size = file.seek(0, 2)

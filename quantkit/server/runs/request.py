@@ -72,7 +72,7 @@ class RunForm:
 
 
 def to_config(form: RunForm, public: bool) -> RunConfig:
-    """The run that the form asks for.
+    """Return the run that the form asks for.
 
     Raises UsageError with what to write instead.
     """
@@ -102,14 +102,14 @@ def check_visibility(word: Any) -> str:
 
 
 def check_machine(name: Any) -> str:
-    """The name of a machine. Raises UsageError when it cannot be one."""
+    """Return the name of a machine. Raises UsageError if it cannot be one."""
     if not isinstance(name, str) or not _MACHINE.fullmatch(name):
         raise UsageError("That is not the name of a machine.", "Use here or auto.")
     return name
 
 
 def check_collection(slug: Any) -> str | None:
-    """A collection as its address names it; None for none. Raises UsageError."""
+    """Return a collection as its URL names it; None for none. Raises UsageError."""
     text = _text(slug, "collection", 300).removeprefix("https://huggingface.co/collections/")
     if not text:
         return None
@@ -122,7 +122,7 @@ def check_collection(slug: Any) -> str | None:
 
 
 def check_repo(repo: str) -> str:
-    """A repository to publish to. Raises UsageError when it is not owner/name."""
+    """Return a repository to publish to. Raises UsageError if it is not owner/name."""
     repo = _text(repo, "repository", 200)
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or repo.endswith((".git", ".")):
         raise UsageError(

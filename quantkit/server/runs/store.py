@@ -40,7 +40,9 @@ class RunStore(Scheduler):
     # What a visitor sees.
 
     def runs(self, owner: str | None) -> tuple[RunSummary, ...]:
-        """The visitor's runs and, on a private page, those of the command line; newest first."""
+        """Return the visitor's runs and, on a private page, those of the command line; newest
+        first.
+        """
         with self._lock:
             followers = self._scan()
             places = positions(followers)
@@ -72,7 +74,7 @@ class RunStore(Scheduler):
         return found
 
     def log_tail(self, run_id: object, owner: str | None, n_bytes: int = 20_000) -> str:
-        """The end of what the worker printed."""
+        """Return the end of what the worker printed."""
         with self._lock:
             folder = self._follower(run_id, owner).folder
             remote = folder / REMOTE_LOG_FILE
@@ -89,7 +91,9 @@ class RunStore(Scheduler):
     def staged(
         self, run_id: object, owner: str | None
     ) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
-        """The files that publishing uploads, and where those lie that are on this machine."""
+        """Return the files that publishing uploads, and the paths of those that are on this
+        machine.
+        """
         with self._lock:
             return self._follower(run_id, owner).staged()
 
@@ -103,7 +107,9 @@ class RunStore(Scheduler):
         return said if said in ("private", "gated") else ""
 
     def models(self, run_id: object, owner: str | None) -> tuple[Path | None, Path | None]:
-        """The finished GGUF and the original, where they lie on this machine."""
+        """Return the paths of the finished GGUF and of the original, if they are on this
+        machine.
+        """
         with self._lock:
             follower = self._follower(run_id, owner)
             return follower.model_path(), follower.base_path()

@@ -29,7 +29,7 @@ def add_endpoints(handlers: Handlers) -> None:
     def asker_of(
         key: str, request: gr.Request, profile: gr.OAuthProfile | None, token: gr.OAuthToken | None
     ) -> Client:
-        """The caller: a signed-in user, whoever a Hub token belongs to, or the holder of a key."""
+        """Return the caller: a signed-in user, the owner of a Hub token, or the holder of a key."""
         client = handlers.client(request, profile)
         if client.username is None and handlers.on_space and token is not None:
             name = jobs.account(token.token)

@@ -63,7 +63,7 @@ class Events:
 
 
 async def read_body(receive: Any, length: int) -> bytes:
-    """All of it. Raises Refused when it does not come in time."""
+    """Read the whole body. Raises Refused if it does not come in time."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -107,7 +107,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def check_event(body: Any, path: str, events: Events) -> None:
-    """A request for an event of the page. Raises Refused for what could not be one."""
+    """Check a request for an event of the page. Raises Refused for what cannot be one."""
     if not isinstance(body, dict):
         raise Refused(400, "The request is not a JSON object.")
     _check_strings(body)
@@ -127,7 +127,7 @@ def check_event(body: Any, path: str, events: Events) -> None:
 
 
 def check_call(body: Any, path: str, events: Events) -> None:
-    """A request to a documented endpoint. Raises Refused."""
+    """Check a request to a documented endpoint. Raises Refused."""
     name = check_name(path, events)
     if not isinstance(body, dict):
         raise Refused(400, "The request is not a JSON object.")
@@ -147,7 +147,7 @@ def check_call(body: Any, path: str, events: Events) -> None:
 
 
 def check_name(path: str, events: Events) -> str:
-    """The endpoint of a path under `call/`. Raises Refused."""
+    """Return the endpoint of a path under `call/`. Raises Refused."""
     name = path.removeprefix("/gradio_api/call/").removeprefix("v2/").partition("/")[0]
     if name not in events.arguments:
         raise Refused(404, "There is no such endpoint.")

@@ -84,7 +84,7 @@ RATES = {
 
 
 def find(method: str, path: str) -> tuple[Door | None, bool]:
-    """The door of a request, and whether there is one for its path with another method."""
+    """Return the door of a request, and whether its path has one for another method."""
     if ".." in path:
         return None, False
     there = [door for door in DOORS if door.path.fullmatch(path)]

@@ -221,7 +221,7 @@ class Form:
 
     @staticmethod
     def read(values: tuple[Any, ...]) -> RunForm:
-        """The form's values without the token, as a run is asked for with."""
+        """Return the form's values without the token, as a run is started with them."""
         model, kind, like, size, bpw, memory, context, family, profile, *rest = values
         where, machine, revision, levels, methods, calibration, types, *rest = rest
         seed, device, repo, seen_by = rest

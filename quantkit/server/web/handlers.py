@@ -71,7 +71,7 @@ class Handlers:
         self._no_search_until = 0.0
 
     def owner(self, cookies: Mapping[str, Any], username: str | None) -> str | None:
-        """The visitor's id; None for a visitor without a cookie."""
+        """Return the visitor's id; None for a visitor without a cookie."""
         if username is not None:
             return f"hf:{username}"
         visitor = self.visitors.of_cookies(cookies)
@@ -155,7 +155,7 @@ class Handlers:
         return Order(executor.name, estimate_seconds=seconds), config.device
 
     def estimate(self, form: RunForm, token: str | None, client: Client) -> Plan:
-        """The planner's answer. Raises QuantkitError."""
+        """Return the planner's answer. Raises QuantkitError."""
         return self._plan(to_config(form, self.store.public), token, client)
 
     def _plan(
@@ -320,7 +320,9 @@ class Handlers:
     # What is shown.
 
     def shown(self, run_id: Any, owner: str | None) -> dict[str, Any]:
-        """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
+        """Return every part of a page by name: HTML, a plot as JSON, or whether a control is
+        shown.
+        """
         try:
             run = self.store.view(run_id, owner)
             raw = self.store.log_tail(run_id, owner)
@@ -360,7 +362,7 @@ def _rendered(run: RunView) -> dict[str, Any]:
 
 
 def known(owner: str | None) -> str:
-    """The visitor. Raises QuantkitError for a browser that sends no cookie."""
+    """Return the visitor. Raises QuantkitError for a browser that sends no cookie."""
     if owner is None:
         raise QuantkitError(
             "This browser keeps no cookies, so its runs could not be found again.",
@@ -370,7 +372,7 @@ def known(owner: str | None) -> str:
 
 
 def checked_token(token: Any) -> str | None:
-    """A token as typed; None for none. Raises QuantkitError without repeating it."""
+    """Return a token as typed; None for none. Raises QuantkitError without repeating it."""
     if not token:
         return None
     text = token.strip() if isinstance(token, str) else ""
@@ -382,7 +384,7 @@ def checked_token(token: Any) -> str | None:
 
 
 def answered(action: Callable[[], str]) -> str:
-    """The action's HTML, or what went wrong as a notice: a page never shows a traceback."""
+    """Return the action's HTML, or what went wrong as a notice: a page never shows a traceback."""
     try:
         return action()
     except QuantkitError as error:

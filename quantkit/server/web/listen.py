@@ -42,7 +42,7 @@ class Connections:
         self._open: Counter[str] = Counter()
 
     def enter(self, peer: str) -> str | None:
-        """The key to leave with; None for one connection too many.
+        """Count a connection and return the key to leave with; None for one connection too many.
 
         A trusted proxy brings everybody's: the gate counts those by whom they are for.
         """

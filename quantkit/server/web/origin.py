@@ -23,7 +23,7 @@ _LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
 def name_of(host: str) -> str | None:
-    """The name in a Host header or an origin, without its port; None for what is no such thing."""
+    """Return the name in a Host header or an origin, without its port; None for anything else."""
     match = _HOST.fullmatch(host.lower())
     return None if match is None else match[1].strip("[]")
 
@@ -120,7 +120,9 @@ class Places:
         )
 
     def address(self, peer: str, headers: Mapping[str, str]) -> str:
-        """The visitor's: what the last trusted proxy saw, else who is connected."""
+        """Return the visitor's address: the one that the last trusted proxy saw, else the
+        peer's.
+        """
         passed = headers.get(FROM, "")
         address, _, signature = passed.rpartition(" ")
         if address and hmac.compare_digest(signature.encode(), self._sign(address).encode()):
@@ -131,7 +133,9 @@ class Places:
         return peer
 
     def passed_on(self, address: str) -> bytes:
-        """The header by which this server knows the address in a request that it sends itself."""
+        """Return the header by which this server knows the address in a request that it sends
+        itself.
+        """
         return f"{address} {self._sign(address)}".encode()
 
     def _sign(self, address: str) -> str:

@@ -24,7 +24,7 @@ class Page(gr.Blocks):
     """
 
     async def preprocess_data(self, *args: Any, **options: Any) -> list[Any]:
-        """The values as the handlers take them. Raises gr.Error."""
+        """Return the values as the handlers take them. Raises gr.Error."""
         try:
             return await super().preprocess_data(*args, **options)
         except Exception:
@@ -42,7 +42,7 @@ _SET_URL = "(id) => { if (id) { history.pushState(null, '', '?job=' + id); scrol
 
 
 def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
-    """The whole page. Does not start the scheduler and does not listen."""
+    """Build the whole page, without starting the scheduler or listening."""
     on_space = get_space() is not None
     sign_in = on_space and bool(os.environ.get("OAUTH_CLIENT_ID"))
     handlers = Handlers(store, visitors, on_space, sign_in)

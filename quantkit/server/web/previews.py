@@ -18,7 +18,7 @@ _SHOWN_OFFERS = 4
 
 
 def looked_at(first: FirstLook) -> str:
-    """The first facts, while the planner still works out the rest."""
+    """Return the first facts as HTML, while the planner still works out the rest."""
     facts = [
         ("Model", f"{first.architecture}, {parameters(first.n_parameters)} parameters"),
         ("License", _license(first.license, first.gated)),
@@ -29,7 +29,7 @@ def looked_at(first: FirstLook) -> str:
 
 
 def parameters(n: int) -> str:
-    """A number of parameters as people say it: 135M, 1.54B."""
+    """Return a number of parameters as people say it: 135M, 1.54B."""
     if n < 1e6:
         return f"{n:,}"
     return f"{n / 1e6:,.0f}M" if n < 1e9 else f"{n / 1e9:,.3g}B"
@@ -44,7 +44,7 @@ def preview(
     offers: Sequence[Offer] = (),
     chosen: Offer | None = None,
 ) -> str:
-    """The planner's answer.
+    """Return the planner's answer as HTML.
 
     `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
     the run cannot be done on it; `offers`: of machines elsewhere.

@@ -13,8 +13,8 @@ _MAX_LINES = 200
 
 
 def changes(found: RepoChanges, closed: str = "") -> str:
-    """The files, each with what happens to it, and the card's changed lines. `closed`: what the
-    model is, "private" or "gated", where this is why the repository is private.
+    """Return the files, each with what happens to it, and the card's changed lines, as HTML.
+    `closed` says "private" or "gated" if that property of the model makes the repository private.
     """
     where = escape(found.repo_id)
     kind = "private" if found.private else "public"

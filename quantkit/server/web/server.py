@@ -43,7 +43,7 @@ class OneLine(logging.Filter):
 
 
 def make_page() -> tuple[gr.Blocks, RunStore, Visitors]:
-    """The page of the store that the environment describes."""
+    """Make the page of the store that the environment describes."""
     store = open_store()
     kept_in = state_folder(os.environ)
     if kept_in is not None:

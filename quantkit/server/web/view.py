@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def time_left(seconds: float | None) -> str:
-    """A remaining time in steps coarse enough not to flicker."""
+    """Return a remaining time in steps coarse enough not to flicker."""
     if seconds is None:
         return ""
     if seconds < 10:
@@ -65,7 +65,7 @@ def ago(moment: float, now: float | None = None) -> str:
 
 
 def notice(message: str, remedy: str = "", kind: str = "error") -> str:
-    """A sentence and what to do about it. Empty for no message."""
+    """Return a sentence and what to do about it as HTML; empty without a message."""
     if not message:
         return ""
     role = "alert" if kind == "error" else "status"
@@ -79,7 +79,7 @@ def badge(state: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """The model's name without its owner or folder."""
+    """Return the model's name without its owner or folder."""
     return model.rstrip("/").rsplit("/", 1)[-1] or model
 
 
@@ -163,7 +163,7 @@ def _state_note(run: RunView) -> str:
 
 
 def stages(run: RunView) -> str:
-    """The nine stages, while there is something to watch."""
+    """Return the nine stages as HTML, while there is something to watch."""
     if run.state == "finished":
         return ""
     items = "".join(_stage(n, stage, run) for n, stage in enumerate(run.stages, 1))
@@ -171,7 +171,7 @@ def stages(run: RunView) -> str:
 
 
 def strip(run: RunView) -> str:
-    """The nine stages of a finished run, with what each took."""
+    """Return the nine stages of a finished run as HTML, with the time each took."""
     if run.state != "finished":
         return ""
     total = sum(stage.seconds or 0 for stage in run.stages)
@@ -237,7 +237,7 @@ def curve(run: RunView) -> str:
 
 
 def log(run: RunView) -> str:
-    """The run in plain words, newest last."""
+    """Return the log of the run in plain words, newest last."""
     if not run.log:
         return '<p class="qk-help">Nothing has happened yet.</p>'
     lines = []
@@ -315,7 +315,7 @@ def _elsewhere(run: RunView) -> str:
 
 
 def run_list(runs: Sequence[RunSummary]) -> str:
-    """The visitor's runs as links; a friendly word where there are none."""
+    """Return the visitor's runs as links; a friendly word if there are none."""
     if not runs:
         return (
             '<section class="qk-section"><h2>Your runs</h2><div class="qk-empty">'
@@ -346,7 +346,9 @@ def _run_line(run: RunSummary) -> str:
 
 
 def card(run: RunView) -> str:
-    """The model card without its YAML header. Its pictures are the run's own; markup is text."""
+    """Return the model card without its YAML header. Its pictures are the run's own; markup is
+    text.
+    """
     text = run.card
     if text.startswith("---\n"):
         text = text[4:].partition("\n---\n")[2]

@@ -46,7 +46,7 @@ class Visitors:
         return f"{visitor}.{self._sign(visitor)}"
 
     def check(self, key: object) -> str | None:
-        """The visitor of a key; None for a forged one."""
+        """Return the visitor of a key; None for a forged one."""
         match = _FORM.fullmatch(key) if isinstance(key, str) else None
         if match is None or not hmac.compare_digest(self._sign(match[1]), match[2]):
             return None
@@ -57,7 +57,7 @@ class Visitors:
         return self.check(cookies.get(cookie_name(True)) or cookies.get(COOKIE))
 
     def cookie(self, https: bool, framed: bool) -> str:
-        """A new visitor's, as a Set-Cookie header."""
+        """Return a new visitor's cookie, as a Set-Cookie header."""
         # A frame of another site sends a cookie only when it says so, and only over https.
         site = "SameSite=None" if framed and https else "SameSite=Lax"
         secure = "; Secure" if https else ""
@@ -82,7 +82,7 @@ class Visitors:
         return self._sign(f"place {address}")
 
     def own(self, visitor: str, session: str) -> str:
-        """The name of a visitor's session that nobody else can ask for."""
+        """Return a name for a visitor's session that nobody else can ask for."""
         return self._sign(f"session {visitor} {session}")[:40]
 
     def _sign(self, visitor: str) -> str:

@@ -282,7 +282,7 @@ class Watch:
         def talk(
             current: str, prompt: str, original: bool, client: Client
         ) -> Iterator[tuple[Any, Any]]:
-            """The growing answer and a notice."""
+            """Yield the growing answer and a notice."""
             try:
                 yield "", gr.update(visible=False)
                 for text in handlers.talk(current, prompt, original, client):
@@ -317,7 +317,7 @@ class Watch:
 
 
 def told(action: Callable[[], str]) -> tuple[str, bool]:
-    """The action's HTML, or what went wrong as a notice; and whether it went well."""
+    """Return the action's HTML, or what went wrong as a notice; and whether it succeeded."""
     try:
         return action(), True
     except QuantkitError as error:
@@ -330,7 +330,7 @@ def short_hash(value: Any) -> str:
 
 
 def updates(shown: dict[str, Any], known: dict[str, str], names: tuple[str, ...]) -> list[Any]:
-    """An update for every name: skipped where nothing changed since `known`."""
+    """Return an update for every name: skipped where nothing changed since `known`."""
     made: list[Any] = []
     for name in names:
         if name not in shown or known.get(name) == short_hash(shown[name]):

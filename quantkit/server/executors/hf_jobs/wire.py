@@ -41,7 +41,7 @@ def event_line(number: int, value: dict[str, Any]) -> str:
 
 
 def file_lines(path: str, data: bytes) -> Iterator[str]:
-    """The lines that carry a file."""
+    """Yield the lines that carry a file."""
     text = base64.b64encode(zlib.compress(data, 9)).decode("ascii")
     parts = [text[i : i + _PART] for i in range(0, len(text), _PART)] or [""]
     for number, part in enumerate(parts, 1):
