@@ -40,11 +40,17 @@ class ProgressLine:
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument("--threads", type=positive, default=0, metavar="N", help="else all cores")
     group.add_argument(
-        "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all"
+        "--threads", type=positive, default=0, metavar="N", help="CPU threads (default: all)"
     )
-    group.add_argument("--table", action="store_true", help="print a table for people, not JSON")
+    group.add_argument(
+        "--gpu-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="layers on the GPU, -1 for all (default: 0)",
+    )
+    group.add_argument("--table", action="store_true", help="print a table instead of JSON")
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -54,13 +60,21 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="UTF-8 text, read byte for byte; several are domains, each reported and all combined",
+        help="UTF-8 text; several are domains, reported one by one and combined",
     )
     parser.add_argument(
-        "--dataset", action="append", default=[], choices=DATASETS, help="a domain from the Hub"
+        "--dataset",
+        action="append",
+        default=[],
+        choices=DATASETS,
+        help="a text from the Hub, also a domain",
     )
-    parser.add_argument("--ctx", type=positive, default=512, metavar="N", help="default: 512")
-    parser.add_argument("--chunks", type=positive, metavar="N", help="windows per text, else all")
+    parser.add_argument(
+        "--ctx", type=positive, default=512, metavar="N", help="default: 512 tokens"
+    )
+    parser.add_argument(
+        "--chunks", type=positive, metavar="N", help="windows of each text (default: all)"
+    )
 
 
 def read_domains(options: argparse.Namespace) -> dict[str, str]:

@@ -67,7 +67,9 @@ def _continued(model: Model, prompt: str, chat: str | None, n_tokens: int) -> st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="evaluators.generation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="evaluators.generation", description="Let a GGUF answer a prompt."
+    )
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     parser.add_argument("--prompt", default="Name three things that float on water.")
     parser.add_argument("--tokens", type=command.positive, default=64, metavar="N")

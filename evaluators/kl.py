@@ -380,7 +380,7 @@ def _versus(test: dict[str, Any] | None) -> str:
 
 def add_kl_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep the base logits here for the next run"
+        "--cache", type=Path, metavar="DIR", help="keep the base's logits here for the next run"
     )
     parser.add_argument(
         "--weight-kl", action="store_true", help="also measure each file expanded to F16"
@@ -389,13 +389,15 @@ def add_kl_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluators.kl", description="KL divergence of GGUF files from their base."
+        prog="evaluators.kl", description="Measure the KL divergence of GGUF files from their base."
     )
-    parser.add_argument("base", type=Path, metavar="BASE.gguf", help="full precision")
+    parser.add_argument("base", type=Path, metavar="BASE.gguf", help="the full-precision GGUF")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     command.add_text_options(parser)
     add_kl_options(parser)
-    parser.add_argument("--save", type=Path, metavar="FILE.npz", help="per-token KL and -log p")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE.npz", help="save per-token KL and -log p"
+    )
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, show, argv)
 

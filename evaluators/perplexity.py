@@ -193,16 +193,18 @@ def _show(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluators.perplexity", description="Perplexity of a GGUF on a text."
+        prog="evaluators.perplexity", description="Measure the perplexity of a GGUF on a text."
     )
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, metavar="FILE", help="UTF-8, read byte for byte")
-    source.add_argument("--dataset", choices=DATASETS, help="from the Hub instead of a file")
+    source.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
+    source.add_argument("--dataset", choices=DATASETS, help="a text from the Hub instead")
     parser.add_argument(
         "--ctx", type=command.positive, metavar="N", help="default: the protocol's, 512 or 2048"
     )
-    parser.add_argument("--chunks", type=command.positive, metavar="N", help="windows, else all")
+    parser.add_argument(
+        "--chunks", type=command.positive, metavar="N", help="windows to score (default: all)"
+    )
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="llama.cpp")
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, _show, argv)

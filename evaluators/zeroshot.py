@@ -250,14 +250,21 @@ def add_task_options(parser: argparse._ActionsContainer, required: bool) -> None
         choices=list(tasks.TASKS),
         required=required,
         default=None,
-        help="may be given several times",
+        help="can be repeated",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FILE.jsonl", help="local items instead of the Hub's"
+        "--data", type=Path, metavar="FILE.jsonl", help="use local items instead of the Hub's"
     )
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels beside --data")
-    parser.add_argument("--limit", type=command.positive, metavar="N", help="first N items only")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="scored items; resumes")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of the items in --data")
+    parser.add_argument(
+        "--limit", type=command.positive, metavar="N", help="use only the first N items"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="file of scored items; a rerun resumes from it",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -300,11 +307,13 @@ def _percent(accuracy: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluators.zeroshot", description="Zero-shot multiple choice of a GGUF."
+        prog="evaluators.zeroshot", description="Score a GGUF on zero-shot multiple-choice tasks."
     )
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     add_task_options(parser, required=True)
-    parser.add_argument("--base", type=Path, metavar="BASE.gguf", help="count flips against it")
+    parser.add_argument(
+        "--base", type=Path, metavar="BASE.gguf", help="count answers that differ from this file's"
+    )
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, lambda result: show(result["tasks"]), argv)
 
