@@ -81,7 +81,7 @@ def compare_logits(
     with Model(file, runtime) as model:
         if reference.shape[0] != n or reference.shape[1] < model.n_vocab:
             raise EvaluationError(
-                f"The reference is {reference.shape}, the file needs ({n}, {model.n_vocab}).",
+                f"The reference is {reference.shape}, but the file needs ({n}, {model.n_vocab}).",
                 "Compute it for the same tokens and vocabulary.",
             )
         model.check_context(n)

@@ -111,7 +111,8 @@ def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
             name, rest = Path(argument).stem, argument
         if name in named:
             raise EvaluationError(
-                f"Two texts are called {name}.", "Name them: --text first=a/x.txt second=b/x.txt."
+                f"Two texts have the name {name}.",
+                "Rename them: --text first=a/x.txt second=b/x.txt.",
             )
         named[name] = Path(rest)
     return named

@@ -162,7 +162,7 @@ def measure(
                 raise EvaluationError(
                     f"{file} has {model.n_vocab} tokens in its vocabulary, the base "
                     f"{base.base} has {store.n_vocab}.",
-                    "Compare files of one base.",
+                    "Compare files of the same model.",
                 )
             model.check_context(store.windows.n_ctx)
             same_tokens &= _cuts_alike(model, base.texts[domain], store.windows)
@@ -242,7 +242,7 @@ def weight_fields(result: KLResult) -> dict[str, Any]:
 
 def _first(n_windows: int, max_windows: int | None) -> int:
     if max_windows is not None and max_windows < 1:
-        raise EvaluationError(f"{max_windows} windows have nothing to score.", "Use 1 or more.")
+        raise EvaluationError(f"{max_windows} windows leave nothing to score.", "Use 1 or more.")
     return n_windows if max_windows is None else min(n_windows, max_windows)
 
 
@@ -319,7 +319,9 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     runtime = command.runtime_of(options)
     texts = command.read_domains(options)
     if options.save and len(options.files) > 1:
-        raise EvaluationError("--save takes one file's tokens.", "Give one FILE, or leave it out.")
+        raise EvaluationError(
+            "--save works with a single file.", "Give one FILE, or leave --save out."
+        )
     with BaseLogits.compute(
         options.base,
         texts,

@@ -118,7 +118,7 @@ class Model(Closing):
             )
         if lib.llama_vocab_type(self._vocab) == _VOCAB_TYPE_NONE:
             raise EvaluationError(
-                f"{self.path} carries no vocabulary.", "Convert the model with its tokenizer."
+                f"{self.path} has no vocabulary.", "Convert the model with its tokenizer."
             )
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         self.n_params: int = lib.llama_model_n_params(self._model)
@@ -263,8 +263,8 @@ class Context(Closing):
             raise ValueError(f"{n} tokens, {n_rows} rows; made for {self.n_step}, {self.n_outputs}")
         if int(tokens.max()) >= self.model.n_vocab or int(tokens.min()) < 0:
             raise EvaluationError(
-                f"A token id lies outside the {self.model.n_vocab} of {self.model.path}.",
-                "The text was tokenized for another model; give files of one base.",
+                f"A token id is not among the {self.model.n_vocab} of {self.model.path}.",
+                "The text was tokenized for another model; give files of the same model.",
             )
         tokens = np.ascontiguousarray(tokens, dtype=np.int32)
         positions = np.ascontiguousarray(positions, dtype=np.int32)
@@ -296,7 +296,7 @@ class Context(Closing):
         rows = lib.llama_get_logits(self._context)
         if not rows:
             raise EvaluationError(
-                f"{self.model.path} gives no logits.", "It is not a causal language model."
+                f"{self.model.path} gives no logits.", "Give a causal language model."
             )
         return np.ctypeslib.as_array(rows, shape=(n_rows, self.model.n_vocab))
 

@@ -180,7 +180,7 @@ class Model(Opened):
             self.is_recurrent = bool(facts["is_recurrent"])
             if not 0 < self.n_vocab <= _MOST_VOCAB:
                 raise EvaluationError(
-                    f"{self.path} has a vocabulary of {self.n_vocab:,} tokens.",
+                    f"{self.path} has an impossible vocabulary of {self.n_vocab:,} tokens.",
                     "Download or write the file again.",
                 )
         except BaseException:
@@ -286,8 +286,8 @@ class Context(Closing):
             raise ValueError(f"{n} tokens, {n_rows} rows; made for {self.n_step}, {self.n_outputs}")
         if int(tokens.max()) >= self.model.n_vocab or int(tokens.min()) < 0:
             raise EvaluationError(
-                f"A token id lies outside the {self.model.n_vocab} of {self.model.path}.",
-                "The text was tokenized for another model; give files of one base.",
+                f"A token id is not among the {self.model.n_vocab} of {self.model.path}.",
+                "The text was tokenized for another model; give files of the same model.",
             )
         self.model.session.ask(
             "decode",

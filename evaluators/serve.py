@@ -134,7 +134,9 @@ class _Server:
             signal.signal(signal.SIGALRM, before)
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         if len(prompt) > _MOST_LETTERS:
-            raise EvaluationError(f"The chat template makes more than {_MOST_LETTERS:,} letters.")
+            raise EvaluationError(
+                f"The chat template makes more than {_MOST_LETTERS:,} characters."
+            )
         return prompt
 
     def call(self, function: str, file: str, arguments: dict[str, Any]) -> Any:

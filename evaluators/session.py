@@ -194,7 +194,7 @@ class Session:
         with what `read` cannot take.
         """
         if self._process is None:
-            raise EvaluationError(f"{self._path} is not open any more.", "Open it again.")
+            raise EvaluationError(f"{self._path} is no longer open.", "Open it again.")
         deadline = time.monotonic() + seconds
         try:
             self._send(json.dumps({"request": request, **arguments}).encode() + b"\n", deadline)

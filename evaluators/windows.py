@@ -75,11 +75,12 @@ def cut_windows(
         )
     if n_ctx < _MIN_CTX:
         raise EvaluationError(
-            f"A context of {n_ctx} tokens has nothing to score.", f"Use --ctx {_MIN_CTX} or more."
+            f"A context of {n_ctx} tokens leaves nothing to score.",
+            f"Use --ctx {_MIN_CTX} or more.",
         )
     if max_windows is not None and max_windows < 1:
         raise EvaluationError(
-            f"{max_windows} windows have nothing to score.", "Use --chunks 1 or more."
+            f"{max_windows} windows leave nothing to score.", "Use --chunks 1 or more."
         )
     model.check_context(n_ctx)
     ids = model.tokenize(text)

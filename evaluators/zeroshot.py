@@ -150,7 +150,8 @@ def answer_flips(result: ZeroShotResult, base: ZeroShotResult) -> dict[str, Flip
     """Flips of a file against the base model on the same items, by metric."""
     if result.items_sha256 != base.items_sha256:
         raise EvaluationError(
-            "File and base did not answer the same items.", "Run both with one task and --limit."
+            "The file and the base did not answer the same items.",
+            "Run both with one task and --limit.",
         )
     flips = {}
     for metric, picked in result.picks.items():
@@ -198,7 +199,7 @@ class _ItemLog:
                     self.scores[entry["item"]] = entry["scores"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise EvaluationError(
-                    f"{path} holds something else than scored items.", "Choose another --out."
+                    f"{path} holds something other than scored items.", "Choose another --out."
                 ) from None
 
     def append(self, task: str, item: str, scores: list[float]) -> None:
@@ -239,7 +240,9 @@ def load_sets(options: argparse.Namespace) -> list[TaskItems]:
     """Return the tasks that `add_task_options` asked for; none without --task."""
     names = options.task or []
     if options.data and len(names) != 1:
-        raise EvaluationError("--data goes with one --task.", "Run other tasks on their own.")
+        raise EvaluationError(
+            "--data works with a single --task.", "Run the other tasks separately."
+        )
     return [tasks.load(name, options.data, options.labels, options.limit) for name in names]
 
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        return terminal.failed(QuantkitError("interrupted; the same command goes on from here"))
+        return terminal.failed(QuantkitError("interrupted; run the same command again to continue"))
     except Exception as error:
         return terminal.failed(faults.explain(error, folder) or terminal.bug(error, folder))
     return 0
@@ -75,7 +75,7 @@ def _readable(arguments: Sequence[str]) -> list[str]:
         except UnicodeEncodeError:
             shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
             raise UsageError(
-                f"The name {shown} is not UTF-8.", "Rename it, or give it by a link."
+                f"The name {shown} is not UTF-8.", "Rename it, or give a link to it that is."
             ) from None
     return list(arguments)
 
@@ -128,9 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--json", action="store_true", help="print one JSON object at the end")
     publish.set_defaults(command=_publish)
 
-    compare = commands.add_parser(
-        "compare", help="measure any GGUFs of the same model and report how they differ"
-    )
+    compare = commands.add_parser("compare", help="compare any GGUFs of the same model")
     compare_options.add(compare)
     compare.add_argument("--json", action="store_true", help="print one JSON object at the end")
     compare.set_defaults(command=_compare)
@@ -324,7 +322,7 @@ def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
     directory = RunDir(arguments.folder)
     if not directory.config_path.exists():
         raise UsageError(
-            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
+            f"{arguments.folder} holds no run.", "Give the --out folder of `quantkit run`."
         )
     config = pipeline.load_config(directory)
     return _execute(dataclasses.replace(config, **_measured_on(arguments)), arguments.folder)
@@ -345,7 +343,7 @@ def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
                 given.check_name(file)
             found[name] = files
         elif len(files) > 1:
-            raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
+            raise UsageError(f"A run takes only one {option}.", "Give one file, or none.")
         else:
             found[name] = files[0] if files else None
     return found
@@ -373,7 +371,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
     directory = RunDir(arguments.folder)
     if not directory.config_path.exists():
         raise UsageError(
-            f"{arguments.folder} holds no run.", "Give the folder that was --out of `quantkit run`."
+            f"{arguments.folder} holds no run.", "Give the --out folder of `quantkit run`."
         )
     records = directory.records()
     events, _ = read_events(directory.events_path)

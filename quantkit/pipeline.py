@@ -171,7 +171,7 @@ def _settle_config(directory: RunDir, config: RunConfig) -> None:
             raise UsageError(
                 f"{directory.path} holds a run with {name} = {_shown(saved, name)},"
                 f" not {_shown(config, name)}.",
-                "Choose another --out, or `quantkit resume` to go on with what is there.",
+                "Choose another --out, or use `quantkit resume` to continue that run.",
             )
     elif not directory.records() and any(
         path.name not in _BEFORE_CONFIG for path in directory.path.iterdir()
@@ -312,7 +312,7 @@ def _check_outputs(directory: RunDir) -> None:
         if not directory.is_whole(output, hashing=True):
             raise QuantkitError(
                 f"{output.path} is not the file that was stitched: its bytes have changed.",
-                "Look at the disk, and resume: the file is made again.",
+                "Check the disk, and resume: the file is made again.",
             )
 
 
@@ -354,7 +354,7 @@ def clean(folder: Path) -> int:
     """
     directory = RunDir(folder)
     if not directory.config_path.exists():
-        raise UsageError(f"{folder} holds no run.", "Give the folder that was --out of a run.")
+        raise UsageError(f"{folder} holds no run.", "Give the --out folder of a run.")
     with directory.lock():
         freed = 0
         for record in directory.records().values():

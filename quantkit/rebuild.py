@@ -55,13 +55,13 @@ class Recipe:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantkitError(
                 f"{path} is not a recipe ({error}).",
-                "Give the file of the GGUF's name under recipes/.",
+                "Give the GGUF's file under recipes/.",
             ) from None
 
     @classmethod
     def _from_json(cls, value: dict[str, Any]) -> Recipe:
         if value["schema"] != 1:
-            raise QuantkitError("The recipe is of another version.", "Use a newer quantkit.")
+            raise QuantkitError("The recipe has another version.", "Use a newer quantkit.")
         made, output, tensors = value["provenance"], value["output"], value["tensors"]
         recipe = cls(
             value["quantkit"],
@@ -108,7 +108,7 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
     recipe = Recipe.load(recipe_path)
     kept = {} if levels is None else _kept(recipe, levels)
     if out.resolve() in {path.resolve() for path in (recipe_path, base_path, *kept.values())}:
-        raise QuantkitError(f"{out} is what the file is made of.", "Choose another --out.")
+        raise QuantkitError(f"{out} is one of the inputs.", "Choose another --out.")
     base = GgufFile(base_path)
     _check_base(recipe, base)
     if levels is None:
@@ -176,7 +176,8 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
     reason = tune.reason_not_to_tune(run, base)
     if reason:
         raise QuantkitError(
-            f"The file is tuned, and {reason}.", "Use a machine with more memory, or --levels."
+            f"The file is tuned, which is not possible here: {reason}.",
+            "Use a machine with more memory, or --levels.",
         )
     types, files = recipe.types, recipe.files
     chosen = {
@@ -194,7 +195,7 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
     if not outcome.tensors:
         raise QuantkitError(
             "Tuning the file again did not bring it nearer to the original on this machine.",
-            "Use the kept tuned file: --levels.",
+            "Give the tuned file that was kept with --levels.",
         )
 
 

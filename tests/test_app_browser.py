@@ -90,7 +90,7 @@ def test_from_the_form_to_the_result(
 
         # What is wrong is said in the page, in a sentence.
         page.get_by_role("button", name="Start").click()
-        expect(page.locator("#form-error [role=alert]")).to_contain_text("No model was given.")
+        expect(page.locator("#form-error [role=alert]")).to_contain_text("Enter a model.")
 
         page.get_by_label("File size", exact=True).check()
         page.locator("#size input, #size textarea").fill("12 apples")

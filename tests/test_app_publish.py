@@ -99,7 +99,7 @@ def test_a_second_time_nothing_changes(handlers: Handlers, hub: HubServer) -> No
     [
         ("hf_wrongSecretToken01", REPO, "does not accept this token"),
         (READER, REPO, "may only read"),
-        (BOB, REPO, "may not publish under alice"),
+        (BOB, REPO, "cannot publish under alice"),
         ("", REPO, "needs a token"),
         (ALICE, "no repo at all", "is not a repository"),
         (ALICE, "alice/../bob", "is not a repository"),
@@ -119,7 +119,7 @@ def test_refusals(handlers: Handlers, hub: HubServer, token: str, repo: str, wor
         (403, "may not"),
         (404, "no model|refused"),
         (409, "changed by someone else"),
-        (429, "limits how many requests"),
+        (429, "rate limit is reached"),
         (500, "problem of its own"),
         (503, "problem of its own"),
     ],

@@ -162,7 +162,7 @@ def test_labels_beside_the_items(tmp_path: Path) -> None:
         tasks.load("piqa", data, labels)
     with pytest.raises(EvaluationError, match="no usable 'label'"):
         tasks.load("piqa", data)
-    with pytest.raises(EvaluationError, match="belong to a file"):
+    with pytest.raises(EvaluationError, match="needs a file of items"):
         tasks.load("piqa", labels=labels)
 
 

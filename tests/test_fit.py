@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a type": (
         lambda t: {**t, K_PROJ: t[K_PROJ].to(torch.int16)},
         {},
-        f"{K_PROJ} is stored as I16, which is no type of weights",
+        f"{K_PROJ} is stored as I16, which is not a type of weights",
     ),
     "bytes": (
         lambda t: {**t, K_PROJ: t[K_PROJ].to(torch.float8_e4m3fn)},
@@ -304,7 +304,7 @@ def test_bitnet_computes_otherwise(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", [[], "4bit", 7, True])
 def test_odd_quantization_settings(setting: Any, llama: Path, tmp_path: Path) -> None:
     folder = changed(llama, tmp_path / "m", quantization_config=setting)
-    with pytest.raises(QuantkitError, match="quantization_config in config.json is no object"):
+    with pytest.raises(QuantkitError, match="quantization_config in config.json is not a JSON object"):
         look(str(folder))
 
 

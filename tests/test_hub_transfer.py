@@ -319,7 +319,7 @@ def test_check_write(server: HubServer) -> None:
     for repo_id, token, private, sentence in [
         ("alice/new", None, False, "Publishing needs a token"),
         ("alice/new", SECRETS[3], False, "does not accept this token"),
-        ("alice/new", BOB, False, "belongs to bob, who may not publish under alice"),
+        ("alice/new", BOB, False, "belongs to bob, who cannot publish under alice"),
         ("alice/new", READER, False, "may only read"),
         ("carol/new", "hf_carolSecretToken2", False, "may only read"),
         ("alice/public", ALICE, True, "exists and is public"),

@@ -181,10 +181,10 @@ def test_modules_that_were_trained_whole(tmp_path: Path) -> None:
     ("tensors", "sentence"),
     [
         (pair("model.layers.7.mlp.up_proj", 128, 64), "has no such tensor"),
-        ({f"{PREFIX}{Q}.lora_A.weight": torch.ones(4, 64)}, "no whole lora_A and lora_B"),
+        ({f"{PREFIX}{Q}.lora_A.weight": torch.ones(4, 64)}, "no complete lora_A and lora_B"),
         ({f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(4)}, "cannot be merged"),
         ({f"{PREFIX}{Q}.lora_diag": torch.ones(4)}, "cannot be merged"),
-        ({f"{PREFIX}embed.lora_embedding_A": torch.ones(4, 4)}, "no whole lora_A and lora_B"),
+        ({f"{PREFIX}embed.lora_embedding_A": torch.ones(4, 4)}, "no complete lora_A and lora_B"),
     ],
 )
 def test_parts_without_a_place(tmp_path: Path, tensors: dict, sentence: str) -> None:

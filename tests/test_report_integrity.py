@@ -116,7 +116,7 @@ def test_another_model_is_no_frame(base: GgufFile, tmp_path: Path) -> None:
 
 def test_tensors_that_are_not_in_the_model_are_a_reason(base: GgufFile, tmp_path: Path) -> None:
     file = stitched(base, tmp_path / "a.gguf")
-    with pytest.raises(QuantkitError, match="2 quantized tensors are not found"):
+    with pytest.raises(QuantkitError, match="2 quantized tensors were not found"):
         integrity.torch_logits(tmp_path, {}, file, np.ones(4, np.int32), "cpu")
 
 

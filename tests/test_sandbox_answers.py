@@ -66,7 +66,7 @@ def test_words_of_tokens_are_plain() -> None:
 @pytest.mark.parametrize("said", [5, [5], {"a": 1}, "</s>"])
 def test_ends_that_are_none(said: Any) -> None:
     outcome: Any = SimpleNamespace(status={"missed_ends": said})
-    with pytest.raises(QuantkitError, match="that was not asked for"):
+    with pytest.raises(QuantkitError, match="another kind than was asked for"):
         convert._missed_ends(outcome)
 
 
@@ -268,6 +268,6 @@ def test_what_the_converter_wrote_is_a_strangers(
             plan.specs_of(base)
         base.metadata[name] = value
         if "context" in name:
-            with pytest.raises(QuantkitError, match="for how many tokens"):
+            with pytest.raises(QuantkitError, match="which context length"):
                 base.context_length  # noqa: B018
     assert len(asked) == 1

@@ -65,7 +65,7 @@ def test_ids_that_are_none(
 ) -> None:
     """A tokenizer that has taken its process over may say anything."""
     monkeypatch.setattr(Answering, "ask", lambda self, question: json.loads(json.dumps(answer)))
-    with pytest.raises(QuantkitError, match="no token ids"):
+    with pytest.raises(QuantkitError, match="not token ids"):
         both[1]("text")
 
 

@@ -35,12 +35,12 @@ class Item:
         for i, continuation in enumerate(self.continuations):
             if not continuation.strip():
                 raise EvaluationError(
-                    f"Choice {i} is empty.", "There is no probability of nothing: remove the item."
+                    f"Choice {i} is empty.", "An empty choice has no probability: remove the item."
                 )
         if not 0 <= self.gold < n:
             raise EvaluationError(
-                f"The gold answer {self.gold} is none of the {n} choices.",
-                "Count choices from 0.",
+                f"The gold answer {self.gold} is not one of the {n} choices.",
+                "Count the choices from 0.",
             )
 
     def digest(self) -> str:

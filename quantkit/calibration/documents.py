@@ -49,8 +49,8 @@ def without(domain: Domain, known: Container[str]) -> Domain:
     kept = tuple(text for text in domain.documents if text not in known)
     if domain.documents and not kept:
         raise QuantkitError(
-            f"All of the calibration text {domain.source} is in another text too.",
-            "Name every text once.",
+            f"All of the calibration text {domain.source} is also in another text.",
+            "List each text only once.",
         )
     return replace(domain, documents=kept)
 
@@ -117,7 +117,7 @@ def _beginning(tokenizer: Any) -> list[int]:
     n = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
     if n is None:
         raise QuantkitError(
-            "The tokenizer reads a text otherwise when it adds its special tokens.",
+            "The tokenizer tokenizes text differently when special tokens are added.",
             "This tokenizer is not supported yet: please open an issue with the model's id.",
         )
     return whole[:n]

@@ -77,7 +77,7 @@ def read(path: Path, limit: int) -> LocalText:
     except ValueError as error:
         raise _unreadable(path, str(error)) from None
     if not found:
-        raise QuantkitError(f"The calibration file {path} holds no text.", "Give another.")
+        raise QuantkitError(f"The calibration file {path} holds no text.", "Give another file.")
     return LocalText(tuple(found), tuple(dict.fromkeys(remarks)))
 
 

@@ -99,7 +99,7 @@ class Reader:
             n, why = len(self.not_rendered), self.not_rendered[0].rstrip(".")
             note += f"; {n:,} conversations are plain text ({why})"
         if not domains:
-            raise QuantkitError("No calibration text is left.", "Give another --calibration.")
+            raise QuantkitError("No calibration text is left.", "Choose another --calibration.")
         if any(request.is_file for request in requests) and not self._is_enough(domains):
             remarks.append(
                 "the given text is too short, so CPython's documentation and code follow"

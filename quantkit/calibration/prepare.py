@@ -33,7 +33,9 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> dict[str, An
     known: dict[str, Any] = read_json(path) if path.exists() else {}
     texts_there = all((run.artifacts.eval_texts / name).exists() for name in known.get("eval", ()))
     if known and texts_there and (run.artifacts.tokens).exists():
-        run.events.emit(STAGE, "note", f"going on with the text that was read: {known['note']}")
+        run.events.emit(
+            STAGE, "note", f"continuing with the text that was read before: {known['note']}"
+        )
         return known
     mix = _read_mix(run, model, tokenizer)
     tokens = _tokens(run, mix.domains, tokenizer)
@@ -90,7 +92,7 @@ def _tokens(
             )
         if not len(tokens[part]):
             raise QuantkitError(
-                f"The calibration text has fewer than {N_CTX} tokens to {part}.", "Give more text."
+                f"The calibration text has fewer than {N_CTX} {part} tokens.", "Give more text."
             )
     return tokens
 
@@ -105,7 +107,9 @@ def _eval_texts(
     for domain, _ in domains:
         text = "\n\n".join(split(domain, run.config.seed)["eval"])
         if len(tokenizer(text, verbose=False).input_ids) < EVAL_TOKENS:
-            run.events.emit(STAGE, "note", f"{domain.name} has too little text to validate on")
+            run.events.emit(
+                STAGE, "note", f"{domain.name} has too little text to hold any out for validation"
+            )
             continue
         name = Path(domain.name).stem
         while name in found:  # notes.txt and notes.jsonl
@@ -113,8 +117,7 @@ def _eval_texts(
         found[name] = text
     if not found and run.config.eval_text is None:
         raise QuantkitError(
-            f"No calibration text is long enough to hold {EVAL_TOKENS} tokens of it out for"
-            " validation.",
+            f"No calibration text is long enough to hold out {EVAL_TOKENS} tokens for validation.",
             "Give more text, or a text to validate on with --eval-text.",
         )
     return found

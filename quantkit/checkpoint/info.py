@@ -168,10 +168,10 @@ def _refuse_weights(model: str, paths: Sequence[str], base: str) -> None:
     if suffixes & set(_PICKLED):
         raise QuantkitError(
             f"{model} has no safetensors, only pickled weights, which can run code when loaded.",
-            "Turn it into safetensors with https://huggingface.co/spaces/safetensors/convert, or "
+            "Convert it to safetensors with https://huggingface.co/spaces/safetensors/convert, or "
             "use a revision that has them.",
         )
-    raise QuantkitError(f"{model} has no safetensors weights.", "Give the id of a whole model.")
+    raise QuantkitError(f"{model} has no safetensors weights.", "Give the id of a complete model.")
 
 
 _CAUSAL = re.compile(
@@ -197,9 +197,9 @@ def refuse_by_config(model: str, config: dict[str, Any]) -> None:
         )
     if config.get("transformers_weights") is not None:
         raise QuantkitError(
-            f"The config.json of {model} has transformers_weights, by which transformers reads"
+            f"The config.json of {model} sets transformers_weights, which makes transformers read"
             f" other files than {SINGLE} or {INDEX}.",
-            "Remove it in a local copy, where the weights lie under their usual names.",
+            "Remove it in a local copy, and give the weights their usual names.",
         )
     kind = None
     if config.get("is_encoder_decoder") is True:

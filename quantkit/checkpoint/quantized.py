@@ -81,7 +81,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
             continue
         if not isinstance(settings, dict):
             raise QuantkitError(
-                "quantization_config in config.json is no object of settings.",
+                "quantization_config in config.json is not a JSON object.",
                 "If the weights are not quantized, remove it in a local copy.",
             )
         return dict(settings)
@@ -221,7 +221,7 @@ def _check_scales(source: Source, weight: StoredTensor, scales: Sequence[StoredT
         if list(scale.shape) not in fitting or scale.dtype not in ("F32", "BF16", "F16"):
             raise QuantkitError(
                 f"The scales of {shown(weight.name)} do not fit its shape.",
-                "The checkpoint is broken or of a kind that is not known: give the original model.",
+                "The checkpoint is broken or of an unknown kind: give the original model.",
             )
 
 
@@ -230,7 +230,7 @@ def _packed(source: Source, stem: str, tensors: Mapping[str, StoredTensor]) -> E
     missing = [name for name in parts if name not in tensors]
     if missing:
         raise QuantkitError(
-            f"The checkpoint has {parts[0]} and no {missing[0]}.", "Use another revision."
+            f"The checkpoint has {parts[0]} but no {missing[0]}.", "Use another revision."
         )
     words, zeros, scales = (tensors[name] for name in parts)
     per_word = 32 // source.bits

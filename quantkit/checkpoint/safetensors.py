@@ -304,5 +304,5 @@ def _fill(file: Any, chunk: np.ndarray, path: Path) -> None:
     while n_read < len(view):
         n = file.readinto(view[n_read:])
         if not n:
-            raise QuantkitError(f"{path.name} became shorter while it was read.", _REMEDY)
+            raise QuantkitError(f"{path.name} was cut short while it was read.", _REMEDY)
         n_read += n

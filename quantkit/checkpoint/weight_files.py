@@ -42,7 +42,7 @@ def choose(
     outside = [name for name in names if not _is_plain(name)]
     if outside:
         raise QuantkitError(
-            f"{INDEX} of {model} names {shown(outside[0])}, which is no safetensors file in the"
+            f"{INDEX} of {model} names {shown(outside[0])}, which is not a safetensors file in the"
             " model's folder.",
             "Check where the model came from.",
         )
@@ -50,13 +50,12 @@ def choose(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise QuantkitError(
-            f"{model} is incomplete: its index names {shown(missing[0])}{more}, which is not "
-            "there.",
+            f"{model} is incomplete: its index names {shown(missing[0])}{more}, which is missing.",
             "Download it again, use another revision, or tell its author.",
         )
     if not isinstance(index.get("metadata"), dict):
         raise QuantkitError(
-            f'{INDEX} of {model} has no "metadata", and transformers reads no such index.',
+            f'{INDEX} of {model} has no "metadata", and transformers refuses such an index.',
             'Add "metadata": {} to it in a local copy.',
         )
     return tuple(names)

@@ -158,7 +158,7 @@ class RunConfig:
         if self.tuning is not None and not 0 <= self.tuning <= MOST_STEPS:
             raise UsageError(
                 f"{self.tuning} is not a number of steps.",
-                f"Use 0 to {MOST_STEPS:,}; 0 tunes nothing.",
+                f"Use 0 to {MOST_STEPS:,}; 0 turns tuning off.",
             )
         if self.tensors is not None:
             compile_pattern(self.tensors)
@@ -257,7 +257,7 @@ def load_types_map(path: Path) -> tuple[tuple[str, str], ...]:
         ) from None
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise UsageError(
-            f"The type map {path} is not an object of strings.",
+            f"The type map {path} is not a JSON object of strings.",
             'Write {"default": "Q4_K", "ffn_down": "Q6_K"}.',
         )
     return tuple(value.items())

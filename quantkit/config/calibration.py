@@ -189,7 +189,7 @@ def parse_spec(spec: str) -> tuple[Request, ...]:
             raise UsageError(
                 f"There is no calibration text {name!r}.",
                 f"Use {known}, prose-CODE or lang-CODE with one of {' '.join(LANGUAGES)}, or the"
-                " path of a file with text.",
+                " path of a text file.",
             )
     if not requests:
         raise UsageError(
@@ -198,7 +198,7 @@ def parse_spec(spec: str) -> tuple[Request, ...]:
         )
     if len(requests) > 1 and AUTO in (request.name for request in requests):
         raise UsageError(
-            f"{AUTO} stands alone in a calibration spec: it chooses the whole mix.",
+            f"{AUTO} cannot be combined with other texts: it chooses the whole mix.",
             "Use auto by itself, or name the texts, such as builtin,notes.txt.",
         )
     return tuple(requests)

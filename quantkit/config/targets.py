@@ -144,7 +144,7 @@ class FitsMemory(_Asked):
         memory, _, context = self.value.partition("@")
         if not re.fullmatch(r"\d{1,7}", context) or not 1 <= int(context) <= MOST_CONTEXT:
             raise UsageError(
-                f"{self.value!r} does not name a memory and a context.",
+                f"{self.value!r} does not give a memory size and a context.",
                 "Write 8GB@8192: bytes of memory and tokens of context.",
             )
         return parse_bytes(memory), int(context)

@@ -130,7 +130,7 @@ def torch_logits(
         if t.qtype.is_quantized and t.name not in maps and reason_of(file.metadata, t.name) is None
     ]
     if lacking:
-        raise QuantkitError(f"{len(lacking)} quantized tensors are not found in the model.", "")
+        raise QuantkitError(f"{len(lacking)} quantized tensors were not found in the model.", "")
     import torch
 
     from quantkit.model.streaming import open_model

@@ -145,7 +145,7 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
         raise QuantkitError(
             "base.gguf gives logits that are not finite numbers in llama.cpp, which keeps keys and"
             " values in 16 bits.",
-            "A weight of the checkpoint is far beyond the others: use another revision.",
+            "A weight of the checkpoint is far larger than the others: use another revision.",
         )
     if "agreement" not in found:
         why = plain(found.get("error", "no reason is given"))
@@ -160,8 +160,8 @@ def judged(base: GgufFile, found: dict[str, Any]) -> Check:
         where = "" if first is None else f", first at token {first}"
         raise QuantkitError(
             f"base.gguf is not the model that was given: {said}{where}.",
-            "Its files may not belong together, or its architecture is computed in another way by"
-            " llama.cpp: please open an issue with the model's id.",
+            "Its files may not belong together, or llama.cpp computes its architecture in"
+            " another way: please open an issue with the model's id.",
         )
     return Check(NAME, True, "; ".join([said, *map(plain, found["passed_over"])]))
 

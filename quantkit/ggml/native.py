@@ -76,7 +76,7 @@ def _to_float(qtype: QuantType) -> ctypes._NamedFuncPointer:
     function = getattr(library(), name, None)
     if function is None:
         raise QuantkitError(
-            f"Weights cannot be stored as {qtype}.", "The file is broken, or no language model."
+            f"Weights cannot be stored as {qtype}.", "The file is broken, or not a language model."
         )
     function.restype = None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]

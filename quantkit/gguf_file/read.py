@@ -63,7 +63,7 @@ class GgufFile:
         said = self.metadata.get(f"{self.metadata.get('general.architecture')}.context_length")
         if not isinstance(said, int) or said < 1:
             raise QuantkitError(
-                f"{shown(self.path.name)} does not say for how many tokens it was made.",
+                f"{shown(self.path.name)} does not say which context length it was trained for.",
                 "Download or make it again.",
             )
         return said

@@ -38,9 +38,9 @@ def open_donors(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[D
             theirs = file.tensors.get(spec.name)
             if spec.quantizable and (theirs is None or theirs.shape != spec.shape):
                 raise QuantkitError(
-                    f"{file.path.name} is not of this model: {spec.name} is missing or has another"
-                    " shape.",
-                    "Give quantized GGUFs of the very model with --levels-from.",
+                    f"{file.path.name} is not a GGUF of this model: {spec.name} is missing or has"
+                    " another shape.",
+                    "Give quantized GGUFs of the same model with --levels-from.",
                 )
         found.append(Donor(f"{PREFIX}{short}", file))
     return found

@@ -42,7 +42,7 @@ def check_disk(folder: Path, n_bytes: int, purpose: str = "the download") -> Non
     n_free = shutil.disk_usage(place).free
     if n_bytes > n_free:
         raise QuantkitError(
-            f"Not enough disk: {purpose} needs {size(n_bytes)} and {place} has "
+            f"Not enough disk space: {purpose} needs {size(n_bytes)} and {place} has "
             f"{size(n_free)} free.",
             "Free some space, or put HF_HOME and --out on a larger disk.",
         )
@@ -98,8 +98,8 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
     if damaged:
         raise QuantkitError(
             f"{damaged[0].path} of {info.id} is not the file of {damaged[0].n_bytes:,} bytes that "
-            "was looked at.",
-            f"Look at {folder}, put the file back, and start again in a new folder."
+            "was checked.",
+            f"Check {folder}, restore the file, and start again in a new folder."
             if info.local_path
             else f"Delete {folder} and start again.",
         )

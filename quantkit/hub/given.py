@@ -65,6 +65,6 @@ def _parts(name: str) -> tuple[str, str | None, str]:
     """Repository, revision and file of `hf://owner/name[@revision]/file.gguf`."""
     parts = name.removeprefix(_SCHEME).split("/", 2)
     if len(parts) < 3 or ".." in name:
-        raise UsageError(f"{name} does not name a file of a repository.", _EXAMPLE)
+        raise UsageError(f"{name} does not name a file in a repository.", _EXAMPLE)
     ref = hub.parse_reference(f"{parts[0]}/{parts[1]}", allow_local=False)
     return ref.id, ref.revision, parts[2]

@@ -284,7 +284,7 @@ def check_token(token: str | None) -> str:
     """Return the token. Raises QuantkitError without one."""
     if not token:
         raise QuantkitError(
-            "A Job runs in your own account, and nobody is signed in.",
+            "A Job runs in your own account, but nobody is signed in.",
             "Sign in with Hugging Face first.",
         )
     return token

@@ -155,7 +155,7 @@ def _dry_run(base: Path, params: Any) -> dict[str, QuantType]:
     types = {m["name"]: _type(m["new"] or m["old"]) for m in _LINE.finditer(log)}
     if not types:
         raise QuantkitError(
-            "llama.cpp's dry run named no tensors.", "Report this with the model's id."
+            "llama.cpp's dry run named no tensors.", "Please report this with the model's id."
         )
     return types
 
@@ -218,8 +218,8 @@ def make_override(
     for name, qtype in _dry_run(base, params).items():
         if qtype.is_quantized and native.requires_imatrix(qtype) and name not in imatrix:
             raise QuantkitError(
-                f"llama.cpp cannot make {recipe} of {base.name}: {name} would be {qtype}, which"
-                " needs importances, and this tensor has none.",
+                f"llama.cpp cannot make {recipe} from {base.name}: {name} would be {qtype}, which"
+                " needs importances, but this tensor has none.",
                 "Choose a larger file.",
             )
     with replacing(out) as partial:

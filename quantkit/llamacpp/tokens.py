@@ -71,7 +71,7 @@ def judged(said: Any) -> Tokens:
     if found["wrong"]:
         raise QuantkitError(
             f"The tokens of the GGUF are not the tokenizer's: {plain('; '.join(found['wrong']))}.",
-            "llama.cpp would read the model's texts as others. Its tokenizer's files may not belong"
+            "llama.cpp would tokenize text differently. The tokenizer's files may not belong"
             " together: compare them with those of its base model.",
         )
     about = f"{found['n_vocab']:,} ids and the tokens of {found['n_texts']} texts are the same"

@@ -51,5 +51,6 @@ class States:
     def _put(self, key: Hashable, tensor: torch.Tensor) -> None:
         if not self._spill.put(key, tensor.to(self._device)):
             raise QuantkitError(
-                "There is no disk left for hidden states.", "Free some, or use a smaller --profile."
+                "There is no disk space left for hidden states.",
+                "Free some, or use a smaller --profile.",
             )

@@ -150,13 +150,13 @@ class RunDir:
             schema, stages = value["schema"], value["stages"]
             if isinstance(schema, int) and schema > _SCHEMA:
                 raise QuantkitError(
-                    f"{path} is of a newer quantkit (schema {schema}).",
+                    f"{path} was made by a newer quantkit (schema {schema}).",
                     "Resume with that one, or choose another --out.",
                 )
             if schema != _SCHEMA:
                 raise QuantkitError(
-                    f"{path} is of an older quantkit, whose stages were others (schema {schema}).",
-                    "Choose another --out: the files that it published stay good.",
+                    f"{path} was made by an older quantkit with other stages (schema {schema}).",
+                    "Choose another --out: the files that it published stay valid.",
                 )
             if value.get("sha256", fingerprint(stages)) != fingerprint(stages):
                 raise Damaged(path, "its sum is another")
@@ -217,7 +217,7 @@ class RunDir:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise QuantkitError(
-                    f"Another run (process {holder}) is at work in {self.path}.",
+                    f"Another run (process {holder}) is running in {self.path}.",
                     "Wait for it, follow it with `quantkit status`, or choose another --out.",
                 )
             file.seek(0)

@@ -40,7 +40,7 @@ def bug(error: Exception, folder: Path | None) -> QuantkitError:
             file.write(text)
         return QuantkitError(told, f"This is a bug: please report it with {path}.")
     print(text, file=sys.stderr)
-    return QuantkitError(told, "This is a bug: please report it with what stands above.")
+    return QuantkitError(told, "This is a bug: please report it with the output above.")
 
 
 @contextmanager

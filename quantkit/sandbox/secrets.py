@@ -119,7 +119,7 @@ def _pipe_with(values: Mapping[str, str]) -> int:
     if len(encoded) > _MOST_BYTES:
         raise QuantkitError(
             f"The secrets in the environment have {len(encoded):,} bytes, more than a pipe holds.",
-            f"Take out what quantkit does not need of {', '.join(sorted(values))}.",
+            f"Unset those that quantkit does not need: {', '.join(sorted(values))}.",
         )
     reading, writing = os.pipe()
     with open(writing, "wb") as file:

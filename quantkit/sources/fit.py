@@ -84,7 +84,7 @@ def check_fit(folder: Path) -> Fit:
         )
     except sandbox.Crashed as error:
         raise QuantkitError(
-            "transformers makes no model of this config.json within"
+            "transformers cannot make a model from this config.json within"
             f" {_LIMITS.memory_bytes / 2**30:g} GiB and {_LIMITS.cpu_seconds} seconds: the process"
             f" {error.reason}.",
             "Look for numbers in config.json that are not this model's.",
@@ -146,7 +146,7 @@ def _refusals(
         yield QuantkitError(
             "config.json says that the output head is not the table of embeddings"
             f" (tie_word_embeddings is false), and no {head} is stored.",
-            "If the model was trained with both as one, set tie_word_embeddings to true in a local"
+            "If the model was trained with the two tied, set tie_word_embeddings to true in a local"
             " copy's config.json.",
         )
     if missing or report["failed"]:
@@ -158,12 +158,12 @@ def _refusals(
         yield QuantkitError(
             f"config.json says {shown(key)} {shown(asked)}, and llama.cpp computes {shown(own)} for"
             f" every {shown(report['model'])}.",
-            "Its file would be another model: use the original, or a checkpoint that says so.",
+            "The GGUF would be another model: use the original, or a checkpoint that says so.",
         )
     odd = [n for n in report["odd_types"] if tensors.get(n) is not None]
     if odd:
         yield QuantkitError(
-            f"{shown(odd[0])} is stored as {shown(tensors[odd[0]].dtype)}, which is no type of"
+            f"{shown(odd[0])} is stored as {shown(tensors[odd[0]].dtype)}, which is not a type of"
             " weights.",
             _OTHER_REVISION,
         )
@@ -174,7 +174,7 @@ def _refusals(
 
 def _wrong_number(stored: int, said: int) -> QuantkitError:
     return QuantkitError(
-        f"The checkpoint has {stored} blocks, config.json says num_hidden_layers {said}.",
+        f"The checkpoint has {stored} blocks, but config.json says num_hidden_layers {said}.",
         "Correct it in a local copy's config.json, or use another revision.",
     )
 

@@ -37,7 +37,7 @@ def merge(
     for one, other in made.same:
         if not torch.equal(*_comparable(tensors[one], tensors[other])):
             raise QuantkitError(
-                f"The adapter's {shown(one)} and {shown(other)} should be one, and differ.", MERGE
+                f"The adapter's {shown(one)} and {shown(other)} should be equal, but differ.", MERGE
             )
     out.mkdir(parents=True, exist_ok=True)
     for file in base_files:

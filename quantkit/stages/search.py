@@ -129,7 +129,7 @@ def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSp
     capped = cap_types(space, estimated_costs, [b.limit_bytes for b in budgets], n_types)
     if capped is None:
         raise QuantkitError(
-            f"No {n_types} of the types meet every size.",
+            f"No {n_types} of the types can meet every size.",
             "Allow more with --max-types, or pin fewer tensors.",
         )
     used = sorted({c.key.qtype for of_tensor in capped.candidates for c in of_tensor})

@@ -138,7 +138,8 @@ def _stitch(
     stitch(path, layout, base, {name: source.path for name, source in used.items()}, progress)
     if path.stat().st_size != layout.n_bytes:
         raise QuantkitError(
-            f"{path.name} has another size than was computed.", "This is a bug: please report it."
+            f"{path.name} does not have the size that was computed.",
+            "This is a bug: please report it.",
         )
 
 

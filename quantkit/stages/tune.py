@@ -82,7 +82,7 @@ def _tune_all(run: Run, outcomes: dict[int, dict[str, Any]]) -> list[Path]:
     reason = reason_not_to_tune(run, base)
     if reason:
         raise QuantkitError(
-            f"The search counted on tuning, and {reason}.",
+            f"The search counted on tuning, but {reason}.",
             "Free that memory and resume, or start again with --tuning 0 and another --out.",
         )
     budgets = load_budgets(run.dir)

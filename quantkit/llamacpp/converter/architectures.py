@@ -115,7 +115,7 @@ def check_architecture(config: Mapping[str, Any]) -> str:
     if name is None:
         raise QuantkitError(
             "The model's config.json names no architecture.",
-            "Name a transformers checkpoint of a language model.",
+            "Give a transformers checkpoint of a language model.",
         )
     known = tables()["text"]
     if name not in known:

@@ -170,7 +170,7 @@ def _missed_ends(outcome: sandbox.Outcome) -> list[str]:
         return untrusted.typed(list[str] | None, outcome.status.get("missed_ends")) or []
     except untrusted.Damaged:
         raise QuantkitError(
-            "The converter answered with something that was not asked for.",
+            "The converter gave an answer of another kind than was asked for.",
             "Check where the model came from; it may try to attack the converter.",
         ) from None
 

@@ -33,7 +33,7 @@ def unknown_tokenizer(outcome: Outcome, log: Path) -> QuantkitError:
         "none of llama.cpp's pre-tokenizers splits text as it does.",
         "If the model was fine-tuned from a known one, put the original's tokenizer.json and "
         "tokenizer_config.json into a local copy, or try a newer llama.cpp through "
-        f"QUANTKIT_CONVERTER. The whole log is {log}.",
+        f"QUANTKIT_CONVERTER. The full log is {log}.",
     )
 
 
@@ -52,7 +52,7 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
             "The tokenizer is program code that the model ships, which quantkit never runs.",
             "Choose a model whose tokenizer is a tokenizer.json or tokenizer.model.",
         )
-    return QuantkitError(error.message, f"{error.remedy} The whole log is {log}.".strip())
+    return QuantkitError(error.message, f"{error.remedy} The full log is {log}.".strip())
 
 
 def _killed(outcome: Outcome) -> QuantkitError | None:
@@ -67,7 +67,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     if code == signal.SIGXCPU or (code == signal.SIGKILL and spent):
         return QuantkitError(
             f"The conversion used up its {limits.cpu_seconds:,} seconds of processor time.",
-            "No sound model of this size needs as much; check where it came from.",
+            "No sound model of this size needs that much; check where it came from.",
         )
     if code == signal.SIGKILL:
         return QuantkitError(
@@ -76,7 +76,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     if outcome.ended.why == "answer":
         return QuantkitError(
-            "The converter said more than can be read.", "Check where the model came from."
+            "The converter printed more than can be read.", "Check where the model came from."
         )
     if (
         outcome.ended.why == "bytes"
@@ -85,7 +85,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     ):
         return QuantkitError(
             f"The conversion tried to write a file above its limit of {limits.file_bytes:,} bytes.",
-            "A GGUF of this model cannot be as large; check where the model came from.",
+            "A GGUF of this model cannot be that large; check where the model came from.",
         )
     if (
         outcome.ended.why == "memory"
@@ -98,7 +98,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     ):
         return QuantkitError(
             f"The conversion needed more than its {limits.memory_bytes:,} bytes of memory.",
-            "No sound model of this size needs as much; check where it came from.",
+            "No sound model of this size needs that much; check where it came from.",
         )
     if code > 0:
         return QuantkitError(

@@ -40,7 +40,7 @@ def check_floor(environment: Mapping[str, str] | None = None) -> None:
 
 
 def _refusal(what: str, remedy: str) -> QuantkitError:
-    return QuantkitError(f"This page is for strangers and cannot convert models: {what}.", remedy)
+    return QuantkitError(f"This page is public and cannot convert models: {what}.", remedy)
 
 
 @cache

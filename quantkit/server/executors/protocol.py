@@ -135,7 +135,7 @@ class Executor(Protocol):
         """End what is at work for a run whose worker is gone. Raise QuantkitError where that is not
         possible: nobody is told that a run has ended which may go on.
         """
-        raise QuantkitError(f"A {self.noun} cannot be ended from here.", "End it where it is.")
+        raise QuantkitError(f"A {self.noun} cannot be stopped from here.", "Stop it where it runs.")
 
     def found(self, token: str) -> tuple[FoundRun, ...]:
         """Return the runs of this server that it still knows of. Raise QuantkitError."""
@@ -148,7 +148,7 @@ def choose(offers: Sequence[Offer], name: str = "auto") -> Offer:
     """
     if not offers:
         raise QuantkitError(
-            "No machine that is offered is large enough for this run.",
+            "None of the offered machines is large enough for this run.",
             "Choose a smaller model or a quicker profile.",
         )
     if name != "auto":

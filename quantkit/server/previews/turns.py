@@ -31,7 +31,7 @@ class _Waiter:
 
 
 _HOUR = 3600.0
-_BUSY = QuantkitError("Many previews are being made.", "Try again in a minute.")
+_BUSY = QuantkitError("Too many previews are being made.", "Try again in a minute.")
 
 
 class Turns:
@@ -72,13 +72,13 @@ class Turns:
             if self._seconds(who, now) >= self._share.seconds_each:
                 minutes = round(self._share.seconds_each / 60)
                 raise QuantkitError(
-                    f"Your previews have taken {minutes} minutes of this machine in an hour.",
+                    f"Your previews have used {minutes} minutes of this machine in an hour.",
                     "Try again later, or start the run without one.",
                 )
             mine = sum(waiter.who == who for waiter in self._line)
             if mine >= self._share.waiting_each:
                 raise QuantkitError(
-                    "Your last previews are still being made.", "Wait until one of them is there."
+                    "Your last previews are still being made.", "Wait until one of them is done."
                 )
             if len(self._line) >= self._share.waiting:
                 self._send_away(who, now)

@@ -101,7 +101,7 @@ def check_limits(
         and (record.phase == QUEUED or process.is_alive(record.pid, record.pid_started))
     ]
     if len(active) >= limits.active:
-        raise UsageError("Too many runs are waiting.", "Try again in a while.")
+        raise UsageError("Too many runs are waiting.", "Try again later.")
     if public and sum(record.owner == mine for record in active) >= limits.active_per_owner:
         raise UsageError(
             f"You have {limits.active_per_owner} runs waiting or running already.",
@@ -110,7 +110,7 @@ def check_limits(
     n_near = sum(place is not None and record.place == place for record in active)
     if public and n_near >= limits.active_per_place:
         raise UsageError(
-            f"{n_near} runs of your address are waiting or running already.",
+            f"{n_near} runs from your address are waiting or running already.",
             "Wait for one to finish, or cancel one.",
         )
     if limits.bytes_per_owner is None:

@@ -116,7 +116,7 @@ def check_collection(slug: Any) -> str | None:
     if not _REPO.fullmatch(text) or ".." in text:
         raise UsageError(
             f"{text[:80]!r} is not a collection.",
-            "Write the end of its address, such as you/my-models-65f1c3.",
+            "Write the last part of its URL, such as you/my-models-65f1c3.",
         )
     return text
 
@@ -176,10 +176,10 @@ def _targets(form: RunForm) -> tuple[Target, ...]:
     if kind == "size":
         size = _text(form.size, "file size", 30)
         if not size:
-            raise UsageError("No file size was given.", "Write one such as 90MB or 5.5GB.")
+            raise UsageError("Enter a file size.", "Write 90MB or 5.5GB, for example.")
         return (FileSize(size),)
     if form.bpw in (None, ""):
-        raise UsageError("No bits per weight were given.", "Write a number such as 4.5.")
+        raise UsageError("Enter the bits per weight.", "Write a number such as 4.5.")
     return (BitsPerWeight(str(form.bpw)[:20]),)
 
 
@@ -187,11 +187,13 @@ def _fits(form: RunForm) -> str:
     """Memory and context as a target has them. Raises UsageError."""
     memory, tokens = _text(form.memory, "memory", 30), form.context
     if not memory:
-        raise UsageError("No memory was given.", "Write how much there is, such as 8GB.")
+        raise UsageError("Enter the memory.", "Write how much there is, such as 8GB.")
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or tokens != int(tokens):
         raise UsageError("The context is not a number of tokens.", "Write one such as 8192.")
     if not 1 <= tokens <= MOST_CONTEXT:
-        raise UsageError(f"There is no context of {tokens:,} tokens.", "Write 8192 or so.")
+        raise UsageError(
+            f"A context of {tokens:,} tokens is not possible.", "Enter a context such as 8192."
+        )
     return f"{memory}@{int(tokens)}"
 
 
@@ -247,7 +249,7 @@ def check_pattern(pattern: str) -> None:
         or pattern.count("|") > _MAX_ALTERNATIVES
     ):
         raise UsageError(
-            f"The pattern {pattern[:60]!r} may take too long to match.",
+            f"The pattern {pattern[:60]!r} could take too long to match.",
             "Use at most three * or + and three groups, none of them repeated, no look-around and"
             " no back-reference.",
         )

@@ -197,7 +197,7 @@ class RunStore(Scheduler):
             follower = self._follower(run_id, owner)
             _check_whole(follower)
             if follower.state() in (view.QUEUED, view.RUNNING):
-                raise UsageError("This run is still at work.", "Publish it when it has finished.")
+                raise UsageError("This run is still running.", "Publish it when it has finished.")
             config = follower.config
             if config is None or "validate" not in follower.dir.records():
                 raise QuantkitError(
@@ -222,7 +222,7 @@ class RunStore(Scheduler):
                     "This run was started from the command line.", "Remove its folder there."
                 )
             if follower.is_running() or follower.is_unattended():
-                raise UsageError("This run may still be at work.", "Cancel it first.")
+                raise UsageError("This run may still be running.", "Cancel it first.")
             self._remove(follower)
 
     # Common parts.

@@ -40,8 +40,8 @@ SWITCHES = (
 _MAX_TOKEN = 500
 _SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
 _WELCOME_SECONDS = 3600.0
-_BUG = "Something went wrong here."
-_BUG_REMEDY = "Try again; if it stays, report it with the server's log."
+_BUG = "Something went wrong."
+_BUG_REMEDY = "Try again; if it keeps happening, report it with the server's log."
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Handlers:
         executor, machine = registry.asked(check_machine(form.machine))
         if executor.is_remote:
             if config.model == DEMO_MODEL:
-                raise UsageError("The demo's model is on this machine.", "Run it here.")
+                raise UsageError("The demo's model is only on this machine.", "Run it here.")
             executor.check(token)
             plan = self._plan(config, token, client)
             offer = choose(executor.offers(plan, token), machine)

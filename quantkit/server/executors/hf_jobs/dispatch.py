@@ -159,7 +159,7 @@ class Dispatch:
         if bucket is None:
             if config.publish is None:
                 raise QuantkitError(
-                    "The result would have no place to stay: your sign-in may not make a bucket,"
+                    "There would be no place for the result: your sign-in cannot create a bucket,"
                     " and no repository was named.",
                     "Name a repository to publish to.",
                 )
