@@ -98,7 +98,7 @@ def test_a_second_time_nothing_changes(handlers: Handlers, hub: HubServer) -> No
     ("token", "repo", "words"),
     [
         ("hf_wrongSecretToken01", REPO, "does not accept this token"),
-        (READER, REPO, "may only read"),
+        (READER, REPO, "read-only"),
         (BOB, REPO, "cannot publish under alice"),
         ("", REPO, "needs a token"),
         (ALICE, "no repo at all", "is not a repository"),
@@ -116,7 +116,7 @@ def test_refusals(handlers: Handlers, hub: HubServer, token: str, repo: str, wor
     ("status", "words"),
     [
         (401, "does not accept this token|only for people"),
-        (403, "may not"),
+        (403, "no permission"),
         (404, "no model|refused"),
         (409, "changed by someone else"),
         (429, "rate limit is reached"),

@@ -65,7 +65,7 @@ def test_settings_within_settings() -> None:
     config: dict[str, Any] = {}
     for _ in range(100):
         config = {"x": config}
-    with pytest.raises(QuantkitError, match="16 deep"):
+    with pytest.raises(QuantkitError, match="more than 16 levels deep"):
         check_numbers("a/b", config, [])
 
 

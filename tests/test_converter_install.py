@@ -91,7 +91,7 @@ def test_a_changed_converter_is_refused_without_the_package(
 
 def test_another_package_is_refused(pinned_sdist: Path):
     pinned_sdist.write_bytes(pinned_sdist.read_bytes() + b"more")
-    with pytest.raises(QuantkitError, match="its sha256 is another"):
+    with pytest.raises(QuantkitError, match="its sha256 differs"):
         install.ensure_converter()
 
 

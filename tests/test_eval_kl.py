@@ -166,7 +166,7 @@ def test_a_cache_that_is_of_something_else_fails_closed(tiny: TinyFiles, tmp_pat
         pass
     [other] = [path for path in tmp_path.iterdir() if path != right]
     right.write_bytes(other.read_bytes())
-    with pytest.raises(EvaluationError, match="of another base_sha256") as caught:
+    with pytest.raises(EvaluationError, match="to another base_sha256") as caught:
         compute(tiny.base, {"cats": TEXT}, **settings)
     assert "Delete it" in caught.value.remedy
     right.write_bytes(data[:-1])

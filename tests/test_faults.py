@@ -103,7 +103,7 @@ def test_a_read_only_disk(tmp_path: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError) as error:
         write_json(small_disk / "run" / "config.json", {})
-    assert "read-only. Choose another --out." in explained(error.value, small_disk / "run")
+    assert "read-only disk. Choose another --out." in explained(error.value, small_disk / "run")
 
 
 def test_a_full_log_does_not_hide_why(tmp_path: Path, small_disk: Path) -> None:
@@ -127,7 +127,7 @@ PATHS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "below a file": (lambda f: f / "file" / "run", "is a file, but a folder is needed"),
     "long": (lambda f: f / ("x" * 300), "longer than this disk allows"),
     "loop": (lambda f: f / "loop", "is a link"),
-    "proc": (lambda f: Path("/proc/run"), "cannot be made"),
+    "proc": (lambda f: Path("/proc/run"), "cannot be created"),
 }
 
 

@@ -75,8 +75,8 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a norm": (without("model.norm.weight"), {}, "The checkpoint lacks model.norm.weight"),
     "a linear": (without(K_PROJ), {}, f"The checkpoint lacks {K_PROJ}"),
     "many": (without("model.layers.1.mlp", K_PROJ), {}, "down_proj.weight, .* and 1 more"),
-    "a block": (without("model.layers.1."), {}, "has 1 blocks, config.json says .* 2"),
-    "a block more": (dict, {"num_hidden_layers": 1}, "has 2 blocks, config.json says .* 1"),
+    "a block": (without("model.layers.1."), {}, "has 1 blocks, but config.json says .* 2"),
+    "a block more": (dict, {"num_hidden_layers": 1}, "has 2 blocks, but config.json says .* 1"),
     "the head": (without("lm_head"), {}, "no lm_head.weight is stored"),
     "rows": (dict, {"vocab_size": 500}, "embed_tokens has 512 rows, config.json says vocab_size"),
     "width": (dict, {"hidden_size": 32, "head_dim": 16}, "has 64 .*config.json says hidden_size"),
@@ -304,7 +304,9 @@ def test_bitnet_computes_otherwise(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", [[], "4bit", 7, True])
 def test_odd_quantization_settings(setting: Any, llama: Path, tmp_path: Path) -> None:
     folder = changed(llama, tmp_path / "m", quantization_config=setting)
-    with pytest.raises(QuantkitError, match="quantization_config in config.json is not a JSON object"):
+    with pytest.raises(
+        QuantkitError, match="quantization_config in config.json is not a JSON object"
+    ):
         look(str(folder))
 
 

@@ -73,7 +73,7 @@ def test_local_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "No model was given"),
+        ("", "Enter a model"),
         ("a/b/c", "not a model's id"),
         ("a b", "not a model's id"),
         ("a/b\0", "not a model"),
@@ -273,7 +273,7 @@ REFUSED = {
                 b"metadata", b"metafora"
             ),
         },
-        'has no "metadata", and transformers reads no such index',
+        'has no "metadata", and transformers refuses such an index',
     ),
     "stored twice": (
         {**SHARDS, "model-00002-of-00003.safetensors": SHARDS["model-00001-of-00003.safetensors"]},

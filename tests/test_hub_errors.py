@@ -47,7 +47,7 @@ ERRORS = [
     ("no revision", {}, "alice/x@v9", None, None, "alice/x has no revision v9"),
     ("forbidden", {}, "alice/x", BOB, 403, "This token has no permission to read alice/x"),
     ("payment", {}, "alice/x", BOB, 402, "requires payment"),
-    ("limit", {}, "alice/x", None, 429, "limits how many.*a few minutes; with a token"),
+    ("limit", {}, "alice/x", None, 429, "rate limit is reached.*a few minutes; with a token"),
     ("broken", {}, "alice/x", None, 500, "problem of its own .status 500"),
     ("down", {}, "alice/x", None, 503, "problem of its own .status 503"),
     ("teapot", {}, "alice/x", None, 418, "refused the request for alice/x .status 418"),

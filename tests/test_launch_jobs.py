@@ -256,7 +256,8 @@ def test_the_last_word_on_a_machine_is_the_last(
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(402, "payment"), (403, "may not write to the Jobs"), (401, "token")]
+    ("status", "words"),
+    [(402, "payment"), (403, "no permission to write to the Jobs"), (401, "token")],
 )
 def test_refusals_are_sentences(hub: HubServer, store: RunStore, status: int, words: str) -> None:
     hub.fail_next(r"/api/jobs/alice$", status, times=9, method="POST")

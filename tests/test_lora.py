@@ -207,7 +207,7 @@ WHOLE = ["adapter_model.safetensors"]
         (WHOLE, {"lora_bias": True}, "biases"),
         (WHOLE, {"target_parameters": ["experts.down_proj"]}, "target_parameters"),
         (WHOLE, {"init_lora_weights": "pissa_niter_4"}, "base was changed"),
-        (WHOLE, {"lora_alpha": None}, "no lora_alpha"),
+        (WHOLE, {"lora_alpha": None}, "unusable lora_alpha"),
     ],
 )
 def test_refusals(files: list[str], config: dict, sentence: str) -> None:

@@ -292,7 +292,7 @@ def _edit(tensors: dict[str, torch.Tensor], settings: dict[str, Any], what: str)
         ("integers", "of type I8"),
         ("empty", "no tensors"),
         ("too large", "cannot hold"),
-        ("flat", "no whole lora_A"),
+        ("flat", "no complete lora_A"),
     ],
 )
 def test_adapters_that_were_meddled_with(tmp_path: Path, what: str, sentence: str) -> None:

@@ -220,7 +220,9 @@ def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[
         "few.jsonl": 0.1,
     }
     assert {*run.report["outputs"][0]["domains"]} == {"notes", "lines", "table"}
-    assert "few.jsonl has too little text to hold any out for validation" in [e.message for e in run.events]
+    assert "few.jsonl has too little text to hold any out for validation" in [
+        e.message for e in run.events
+    ]
     published = run.dir.stage_dir("publish") / "upload"
     assert made["spec"] == "notes.txt:4,lines.jsonl:3,table.parquet:2,few.jsonl:1"
     for name in ("README.md", "report.json", f"recipes/{run.output.stem}.json"):

@@ -73,5 +73,5 @@ def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, st
         about = (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
         return {"error": f"The chat template cannot be rendered: {about or type(error).__name__}."}
     if not isinstance(text, str) or len(text) > _MAX_LETTERS:
-        return {"error": f"The chat template makes more than {_MAX_LETTERS:,} letters."}
+        return {"error": f"The chat template makes more than {_MAX_LETTERS:,} characters."}
     return {"text": text}
