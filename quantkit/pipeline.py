@@ -46,7 +46,7 @@ def run(
             before = last_end(directory)
             events.emit(None, "started", f"{config.model}, {config.sizes}", kills=room.kills())
             if before:
-                events.emit(None, "note", f"the attempt before this one: {before}")
+                events.emit(None, "note", f"the previous attempt: {before}")
             if config.publish:
                 hub.check_write(config.publish, hub.resolve_token(), config.private)
             for stage in _to_do(directory, config, events, until):
@@ -154,7 +154,7 @@ def load_config(directory: RunDir) -> RunConfig:
     try:
         return RunConfig.from_json(read_json(directory.config_path))
     except (KeyError, TypeError, AttributeError, UsageError) as error:
-        raise Damaged(directory.config_path, f"it is no run's config ({error})") from None
+        raise Damaged(directory.config_path, f"it is not the config of a run ({error})") from None
 
 
 # What may lie in a folder before its config does, a config that a kill cut short included.

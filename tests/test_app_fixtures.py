@@ -141,7 +141,7 @@ def make_report() -> dict[str, Any]:
         "baselines": [{"kind": "stock", "name": name, **row(*values)} for name, *values in stock],
         "protocol": "llama.cpp: windows of 512 tokens, second half scored, KL in nats",
         "texts": ["code", "docs", "prose"],
-        "calibration": {"note": "calibration text as asked: builtin"},
+        "calibration": {"note": "calibration text as given: builtin"},
         "fallbacks": [],
         "unmapped": [],
         "n_windows": 19,

@@ -112,8 +112,8 @@ def test_a_cut_inside_a_character_is_no_damage(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"txt": "x"}', 'has no "text"'),
         ("a.jsonl", b'{"text": "x"}\n\n{', "line 3 is not JSON"),
-        ("a.jsonl", b"3", "is no string"),
-        ("a.jsonl", b'{"text": 3}', "is no string"),
+        ("a.jsonl", b"3", "is not a string"),
+        ("a.jsonl", b'{"text": 3}', "is not a string"),
         ("a.jsonl", b'{"text": null}\n', "holds no text"),
         ("a.jsonl", b"[" * 100_000, "is not JSON"),
         ("a.json", b'["x", ', "is not JSON"),
@@ -161,7 +161,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(QuantkitError, match='no column "text"'):
         read(path)
     parquet.write_table(pa.table({"text": range(60)}), path)
-    with pytest.raises(QuantkitError, match="is no string"):
+    with pytest.raises(QuantkitError, match="is not a string"):
         read(path)
 
 

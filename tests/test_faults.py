@@ -74,7 +74,7 @@ def test_a_disk_that_fills(small_disk: Path, writer: str) -> None:
         WRITERS[writer](small_disk)
     (small_disk / "rest").write_bytes(b"")  # inodes are left
     said = explained(error.value, small_disk)
-    assert said.startswith(f"The disk of {small_disk} is full.") and "what is done stays" in said
+    assert said.startswith(f"The disk of {small_disk} is full.") and "finished work is kept" in said
 
 
 def test_no_inodes(tmp_path: Path, small_disk: Path) -> None:

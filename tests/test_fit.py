@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a block": (without("model.layers.1."), {}, "has 1 blocks, but config.json says .* 2"),
     "a block more": (dict, {"num_hidden_layers": 1}, "has 2 blocks, but config.json says .* 1"),
     "the head": (without("lm_head"), {}, "no lm_head.weight is stored"),
-    "rows": (dict, {"vocab_size": 500}, "embed_tokens has 512 rows, config.json says vocab_size"),
+    "rows": (dict, {"vocab_size": 500}, "embed_tokens has 512 rows, but config.json says vocab_size"),
     "width": (dict, {"hidden_size": 32, "head_dim": 16}, "has 64 .*config.json says hidden_size"),
     "a shape": (reshaped(K_PROJ, 64, 32), {}, f"{K_PROJ} is stored as 64 x 32, .* 32 x 64"),
     "another function": (dict, {"hidden_act": "relu"}, "hidden_act relu, and llama.cpp .* silu"),
@@ -177,7 +177,7 @@ def test_what_is_not_read_is_not_converted(llama: Path, tmp_path: Path) -> None:
     folder = changed(llama, tmp_path / "m", lambda tensors: {**tensors, **more})
     fit = fit_of(folder)
     assert set(fit.unread) == {bias, "v_head.weight"}
-    assert "are stored and not part of LlamaForCausalLM" in fit.notes[0]
+    assert "are stored but not part of LlamaForCausalLM" in fit.notes[0]
     for name, at in (("plain", llama), ("more", folder)):
         left_out = fit.unread if at == folder else ()
         convert(at, tmp_path / f"{name}.gguf", skeleton=True, left_out=left_out, model_name="m")
@@ -279,7 +279,7 @@ def test_stale_quantization(method: str, llama: Path, tmp_path: Path) -> None:
     folder = changed(llama, tmp_path / "m", quantization_config=setting)
     info = look(str(folder))
     assert info.quantization is None and "quantization_config" not in info.config
-    assert f"are quantized ({method}), and none of them are" in info.notes[0]
+    assert f"are quantized ({method}), but none are" in info.notes[0]
     assert ModelInfo.from_json(json.loads(json.dumps(info, default=vars))).notes == info.notes
     assert fit_of(folder).notes == ()
     ids = torch.arange(3, 20)[None]

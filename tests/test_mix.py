@@ -85,7 +85,7 @@ def test_a_streamed_model_writes_no_text(reader: Reader) -> None:
     streamed = replace(reader, is_streamed=True)
     found = streamed.mix("docs,code,prose", 600, 64)
     assert [domain.name for domain, _ in found.domains] == ["docs", "code"]
-    assert "none that the model writes" in found.note
+    assert "no text written by the model" in found.note
     assert sum(weight for _, weight in found.domains) == pytest.approx(1)
     asked = streamed.mix("prose", 600, 64)
     assert [domain.name for domain, _ in asked.domains] == ["prose"]

@@ -161,7 +161,7 @@ def test_the_verdict_knows_the_weights_too() -> None:
     changed = values()
     changed["outputs"][0]["weight_kl"] = {"mean": 0.03, "stderr": 0.0002}
     changed["baselines"][1]["weight_kl"] = {"mean": 0.02, "stderr": 0.0002}
-    assert "weights alone it is 1.50 times (MORE)" in report.verdict(report.read(changed))
+    assert "weight KL is 50 % ABOVE that file" in report.verdict(report.read(changed))
 
 
 def test_a_uniform_file_is_no_llama_cpp_file() -> None:
@@ -217,7 +217,7 @@ def test_every_file_of_a_family_has_its_verdict_and_its_losses() -> None:
     read = report.read(family())
     small, large = report.verdicts(read)
     assert small.startswith(OURS) and "Q5_1 pure" in small, "larger files are not its baselines"
-    assert "Q4_K_M, has" in large, "the closest of at most its size, whoever it is tested against"
+    assert "(Q4_K_M, " in large, "the closest of at most its size, whoever it is tested against"
     lines = report.losses(read)
     assert all(line.startswith("Tiny-EVO-Q6_K.gguf: ") for line in lines)
     assert any("Q5_K_M" in line and "NOT significant" in line for line in lines)
@@ -311,7 +311,7 @@ def test_domains_one_column_each() -> None:
 
 
 def test_zero_shot_run_and_not_run() -> None:
-    assert text.task_lines(report.read(values())) == ["Zero-shot: not run (no --tasks file)."]
+    assert text.task_lines(report.read(values())) == ["Zero-shot tests were not run: no --tasks file."]
     done = values()
     accuracy = {"value": 0.62, "stderr": 0.031, "n": 200}
     done["outputs"][0]["tasks"] = {
@@ -345,7 +345,7 @@ def test_fallbacks_are_grouped() -> None:
 def test_the_whole_report() -> None:
     shown = report.markdown(report.read(values()))
     assert shown.startswith("# owner/Tiny\n") and shown.endswith("\n")
-    for part in ("0.50 times", "By domain", "not run", "built-in text", "docs, code", "180.0 MB"):
+    for part in ("50 % below", "By domain", "not run", "built-in text", "docs, code", "180.0 MB"):
         assert part in shown
     assert "Fallbacks" not in shown and "not found in the model" not in shown
     changed = values()

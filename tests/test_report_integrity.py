@@ -111,7 +111,7 @@ def test_what_is_not_the_bases_is_named(
 def test_another_model_is_no_frame(base: GgufFile, tmp_path: Path) -> None:
     other = GgufFile(write_llama(tmp_path / "b.gguf", Shape(n_layer=1)))
     check = integrity.same_frame(other, base)
-    assert check.passed is False and "not those of the base" in check.about
+    assert check.passed is False and "tensors differ from the base's" in check.about
 
 
 def test_tensors_that_are_not_in_the_model_are_a_reason(base: GgufFile, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _decoded(path: Path, limit: int, remarks: list[str]) -> str:
     text = decoder.decode(data[len(mark) :], final=is_whole)
     n_damaged = len(_NOT_TEXT.findall(text))
     if n_damaged > _MOST_DAMAGED * len(text):
-        raise ValueError("it is no text, or in an old encoding")
+        raise ValueError("it is not text, or in an old encoding")
     if (n_bad := text.count("\N{REPLACEMENT CHARACTER}")) > 0:
         remarks.append(f"{n_bad:,} characters that are not {encoding.upper()} were replaced")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -145,7 +145,7 @@ def _text_of(row: Any, where: str) -> str | None:
             raise ValueError(f'{where} has no "text"')
         row = row[column]
     if row is not None and not isinstance(row, str):
-        raise ValueError(f"the text of {where} is no string")
+        raise ValueError(f"the text of {where} is not a string")
     return row
 
 

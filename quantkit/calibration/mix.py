@@ -127,7 +127,7 @@ class Reader:
     def _requests(self, spec: str) -> tuple[tuple[Request, ...], str]:
         requests = parse_spec(spec)
         if requests[0].name != AUTO:
-            return requests, f"calibration text as asked: {shown(spec)}"
+            return requests, f"calibration text as given: {shown(spec)}"
         reason = sources.hub_answers(self.token)
         if reason:
             return tuple(parts_of("builtin")), f"built-in text, because {reason}"
@@ -150,8 +150,8 @@ class Reader:
         if unknown:
             names = ", ".join(LANGUAGES[str(r.language)].name for r in unknown)
             said = (
-                f"; no {names}, where the model needs more than {knowledge.MOST_BITS} bits for"
-                f" eight sentences that take {bits['en']:.0f} in English"
+                f"; left out {names}, where the model needs more than {knowledge.MOST_BITS} bits"
+                f" for eight sentences that take {bits['en']:.0f} in English"
             )
         return (
             kept,
@@ -166,7 +166,7 @@ class Reader:
         read = tuple(r for r in requests if r.name not in WRITTEN)
         if not self.is_streamed or not read or len(read) == len(requests):
             return tuple(requests), ""
-        return read, "; none that the model writes, which is larger than half of the memory"
+        return read, "; no text written by the model, which is larger than half of the memory"
 
     def read(self, name: str, n_tokens: int) -> Domain:
         """One text with about `n_tokens` tokens, of the Hub, of CPython or of the model's own."""

@@ -57,7 +57,7 @@ class Source:
             )
         better = f" {bases[0]} may have the full weights." if bases else ""
         return (
-            f"The source is quantized itself ({self.scheme}): it was expanded to 16 bits, and what"
+            f"The source is quantized itself ({self.scheme}): it was expanded to 16 bits, but what"
             f" it had lost stays lost.{better}"
         )
 
@@ -116,13 +116,13 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 STALE = (
-    "config.json says that the weights are quantized ({method}), and none of them are: the setting"
-    " is left out."
+    "config.json says that the weights are quantized ({method}), but none are: the setting is"
+    " ignored."
 )
 
 
 class CannotExpand(QuantkitError):
-    """A model is quantized in a way that is not undone here."""
+    """A model is quantized in a way that cannot be undone here."""
 
 
 def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> Source | None:
@@ -154,7 +154,7 @@ def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> So
         return Source(AWQ, bits=4, group=group)
     name = {"bitsandbytes": "bitsandbytes", "gptq": f"GPTQ at {bits} bits"}.get(method, method)
     raise CannotExpand(
-        f"{model} is quantized already ({name}), in a way that is not undone here.",
+        f"{model} is quantized already ({name}), in a way that cannot be undone here.",
         f"Give the original instead: {bases[0] if bases else 'the model it was made from'}.",
     )
 
@@ -165,7 +165,7 @@ def _block(model: str, block: Any) -> tuple[int, int] | None:
     if isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) > 0:
         return block[0], block[1]
     raise CannotExpand(
-        f"weight_block_size in the quantization_config of {model} is no pair of sizes.",
+        f"weight_block_size in the quantization_config of {model} is not a pair of sizes.",
         "Use another revision, or give the model it was made from.",
     )
 

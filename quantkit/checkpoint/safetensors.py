@@ -188,7 +188,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The one reader takes the first of two tensors of a name, the next reader the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise Damaged("a name stands in it twice")
+        raise Damaged("it has a name twice")
     return found
 
 
@@ -196,7 +196,7 @@ def _stored_tensor(name: str, entry: dict[str, Any]) -> StoredTensor:
     """Raises ValueError, KeyError or TypeError when `entry` is not one tensor's description."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if len(name) > MAX_NAME or not name.isprintable():  # it would be shown to the user
-        raise Damaged("a name that is none")
+        raise Damaged("an invalid name")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise Damaged(f"a tensor of more than {MAX_DIMENSIONS} dimensions")
     if not isinstance(dtype, str) or len(dtype) > _MAX_DTYPE or not dtype.isprintable():

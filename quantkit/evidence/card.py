@@ -195,7 +195,7 @@ def _choice(report: Report, repo: str | None) -> str:
         f"Memory is that of a process with a context of {base.n_ctx:,} tokens, measured. Longer"
         " contexts take more."
         if base
-        else "Memory was not measured; a file takes about its size, and its context beside it."
+        else "Memory was not measured; it is about the size of the file, plus its context."
     )
     return f"{reports.plain_table(made)}\n\n{about}"
 
@@ -264,7 +264,7 @@ def _inside(output: Row) -> str:
         f"{n} {qtype}{f' by {method}' if method else ''}"
         for (qtype, method), n in sorted(counts.items())
     ]
-    return f"Quantized tensors: {', '.join(said)}. Every one is named in `{_recipe_of(output)}`."
+    return f"Quantized tensors: {', '.join(said)}. `{_recipe_of(output)}` names every one."
 
 
 def _recipe_of(output: Row) -> str:
@@ -293,9 +293,9 @@ def _made(
         f"Levels to choose from: {', '.join(levels)}; methods: {', '.join(config['methods'])}.",
         searches[0] if len(searches) == 1 else reports.bullets(searches),
         table(["calibration", "source", "share", "sha256"], mix),
-        f"The same again, from the full-precision GGUF (sha256 `{recipe['base']['sha256']}`):",
+        f"To reproduce it from the full-precision GGUF (sha256 `{recipe['base']['sha256']}`):",
         f"```\n{rebuild}\n```",
-        "The types alone, for `llama-quantize --tensor-type-file`, lie beside the recipes.",
+        "Type lists for `llama-quantize --tensor-type-file` are in `recipes/`, too.",
         "\n".join(f"sha256 of `{o.name}`:\n`{o.sha256}`\n" for o in report.outputs).rstrip(),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".",
     ]
@@ -305,7 +305,7 @@ def _made(
 def _search(search: dict[str, Any]) -> str:
     budget = f"Budget: {search['limit_bytes']:,} bytes" if search.get("limit_bytes") else "Budget"
     if not search.get("searched"):
-        return f"{budget}; every type was given, nothing was searched."
+        return f"{budget}; every type was given, so nothing was searched."
     return (
         f"{budget} ({search['target']}), used: {search['n_bytes']:,}. Search:"
         f" {search['generations']} generation{'s' if search['generations'] != 1 else ''} over"
@@ -323,8 +323,12 @@ def _tuning(tuning: dict[str, Any] | None) -> str:
     if "reason" in tuning:
         return f" Not tuned: {tuning['reason']}."
     before, after = (text.number(tuning[name]) for name in ("kl_before", "kl_after"))
-    said = f" Tuned by {tuning['steps']} gradient steps a block: KL {before} to {after}"
-    return f"{said} on held-out text." if tuning["n_tensors"] else f"{said}, so it was not taken."
+    said = f" Tuned by {tuning['steps']} gradient steps per block: KL {before} to {after}"
+    return (
+        f"{said} on held-out text."
+        if tuning["n_tensors"]
+        else f"{said}, so the untuned file was kept."
+    )
 
 
 def _checks(report: Report) -> list[tuple[str, str, str]]:
@@ -333,8 +337,8 @@ def _checks(report: Report) -> list[tuple[str, str, str]]:
 
 def _limits(info: ModelInfo) -> str:
     lines = [
-        "The figures above are for the texts named there; on other text they differ. Speed is that"
-        " of the machine that made the file and is good for comparing rows only.",
+        "The figures above are for the texts named there; on other text they differ. Speed was"
+        " measured on the machine that made the file, and only compares the rows.",
         f"The license is that of the base model{_license(info)}.",
     ]
     source = source_of(info.id, info.config, info.base_model)

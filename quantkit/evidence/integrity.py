@@ -86,7 +86,7 @@ def same_frame(file: GgufFile, base: GgufFile) -> Check:
     name = "header, tokenizer, chat template"
     shapes = [[(t.name, t.shape) for t in f.tensors.values()] for f in (file, base)]
     if shapes[0] != shapes[1]:
-        return Check(name, False, "the tensors are not those of the base")
+        return Check(name, False, "the tensors differ from the base's")
     ours, theirs = file.metadata, base.metadata
     wrong = [
         key
@@ -104,7 +104,8 @@ def same_frame(file: GgufFile, base: GgufFile) -> Check:
     return Check(
         name,
         True,
-        f"{n_keys} keys and {len(kept)} tensors are the base's; {n_declared} declared keys differ",
+        f"{n_keys} metadata keys and {len(kept)} tensors match the base; {n_declared} keys differ,"
+        " as intended",
     )
 
 
@@ -177,8 +178,7 @@ def logits_check(name: str, file: GgufFile, agreement: Any, limit: float) -> Che
     )
     if passed and agreement.mean_kl > limit:
         about += (
-            f"; {agreement.trimmed_kl:.2g} without the worst 2 %,"
-            " whose experts are a tie within rounding"
+            f"; {agreement.trimmed_kl:.2g} without the worst 2 %, where experts tie within rounding"
         )
     return Check(name, passed, about)
 
@@ -188,6 +188,6 @@ def chat_check(generation: Mapping[str, str]) -> Check:
     template that cannot be used fails the check, whatever plain text gives.
     """
     said = generation["text"].strip()
-    about = f"{len(said)} characters through the {generation['asked']}"
+    about = f"answered {len(said)} characters through the {generation['asked']}"
     why = generation.get("template")
     return Check("chat turn", bool(said) and why is None, f"{about}; {why}" if why else about)

@@ -278,8 +278,8 @@ def _borrowed(name: str, statistics: ExpertStatistics) -> Iterator[Fallback]:
     if len(few):
         most = int(statistics.n_tokens[few].max())
         reason = (
-            f"{len(few)} of {len(statistics.n_tokens)} experts were given at most {most} tokens:"
-            " others were lent to them"
+            f"{len(few)} of {len(statistics.n_tokens)} experts got at most {most} tokens:"
+            " they borrowed others"
         )
         yield Fallback(name, "tokens routed", "tokens lent", reason)
 

@@ -122,7 +122,7 @@ def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
     if not all(layout.caches and 0 < layout.buffers < _MOST for layout in found) or any(
         n_bytes > _MOST for layout in found for n_bytes, _ in layout.caches
     ):
-        raise ValueError("llama.cpp says nothing of caches or buffers")
+        raise ValueError("llama.cpp reports no caches or buffers")
     return found
 
 
@@ -144,7 +144,7 @@ def _counted(base: GgufFile, trained_tokens: int | None) -> ContextMemory:
         ((_PROBES[-1], buffers),),
         RUNTIME_BYTES,
         trained_tokens,
-        "llama.cpp could not be asked what a context takes: it may be less",
+        "llama.cpp could not say what a context takes: it may be less",
     )
 
 

@@ -65,7 +65,7 @@ def judged(said: Any) -> Tokens:
     try:
         found = untrusted.typed(Found | NotFound, said)
     except untrusted.Damaged:
-        found = {"error": "the answer is not of the form that was asked for"}
+        found = {"error": "the answer does not have the expected form"}
     if "error" in found:
         return Tokens(Check(NAME, False, f"not compared: {plain(found['error']).rstrip('.')}"))
     if found["wrong"]:

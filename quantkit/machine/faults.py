@@ -19,7 +19,7 @@ from quantkit.errors import QuantkitError, chain_of
 from quantkit.machine import room
 from quantkit.sizes import size
 
-_AGAIN = "give the same command again: what is done stays"
+_AGAIN = "run the same command again: finished work is kept"
 _LITTLE_DISK = 16_000_000  # bytes: a disk with less is what was full
 _FEW_FILES = 16
 _LITTLE_MEMORY = 1 << 30  # bytes: with less, whatever dies without a reason died for want of it

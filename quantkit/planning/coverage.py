@@ -47,7 +47,7 @@ def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec
         if kind == "token_embd" and not is_tied:
             continue  # GPTQ solves it by its gradients, but it is no linear layer
         if kind == "per_layer_token_embd":
-            apart[kind] = "a table that is looked up is no linear layer"
+            apart[kind] = "an embedding table is not a linear layer"
             continue
         n_all += spec.n_elements
         if found is None:
@@ -57,5 +57,5 @@ def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec
         elif widths[int(found[1])].get(spec.n_columns, 0) >= spec.n_rows:
             n_covered += spec.n_elements
         else:
-            apart[kind] = "no weight of the model is as wide and as long"
+            apart[kind] = "no weight of the model has this shape"
     return Coverage(n_covered / max(n_all, 1), apart)

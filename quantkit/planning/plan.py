@@ -250,7 +250,7 @@ def _share(tensor: Any, chosen: int) -> float:
 
 def _context(memory: ContextMemory) -> str:
     n_tokens = memory.usual_tokens
-    return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} beside the file"
+    return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} in addition to the file"
 
 
 def _by_stage(memory: dict[str, int]) -> str:
@@ -293,5 +293,5 @@ def render(plan: Plan) -> str:
         rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
         lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
     lines += ["", *(f"note: {printable(warning, '')}" for warning in plan.warnings)]
-    lines += [f"sandbox of what reads the model: {plan.sandbox}"]
+    lines += [f"sandbox that reads the model: {plan.sandbox}"]
     return "\n".join(lines).rstrip()

@@ -50,7 +50,7 @@ class Protection:
             names = ", ".join(self.namespaces)
             found.append(f"It runs in namespaces of its own ({names}).")
         if self.capabilities:
-            found.append("It has no rights of an administrator, whoever starts it.")
+            found.append("It has no administrator rights, whoever starts it.")
         return tuple(found)
 
     @property

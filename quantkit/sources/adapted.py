@@ -18,7 +18,7 @@ from quantkit.sources.lora_targets import strengths
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_(?:(embedding_)([AB])(?:\.default)?|([AB])(?:\.default)?\.weight)")
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_OTHER_BASE = "Check that the adapter names the right base; or merge it yourself, with peft."
+_OTHER_BASE = "Check that the adapter names the right base, or merge it yourself with peft."
 
 
 @dataclass(frozen=True)

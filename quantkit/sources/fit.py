@@ -110,7 +110,7 @@ def judge(
     if unread:
         one = len(unread) == 1
         notes.append(
-            f"{few(unread)} {'is' if one else 'are'} stored and not part of"
+            f"{few(unread)} {'is' if one else 'are'} stored but not part of"
             f" {shown(report['model'])}: transformers does not read {'it' if one else 'them'}, and"
             f" {'it is' if one else 'they are'} left out."
         )
@@ -212,11 +212,13 @@ def _mismatch(
         if any(part.get(key) == wrong for part in parts) and re.search(pattern, name):
             what = ("rows", "columns")[axis] if axis < 2 and len(made) > 1 else "values"
             short = name.removesuffix(".weight").rpartition(".")[2]
-            sentence = f"{shown(short)} has {stored[axis]} {what}, config.json says {key} {wrong}."
+            sentence = (
+                f"{shown(short)} has {stored[axis]} {what}, but config.json says {key} {wrong}."
+            )
             break
     else:
         sentence = (
-            f"{shown(name)} is stored as {_times(stored)}, and by config.json it is {_times(made)}."
+            f"{shown(name)} is stored as {_times(stored)}, but config.json makes it {_times(made)}."
         )
     return QuantkitError(sentence, "Correct config.json in a local copy, or use another revision.")
 
@@ -240,7 +242,7 @@ def copies(tied: Sequence[tuple[str, str]], info: ModelInfo, token: str | None) 
 def kept_notes(tied: Sequence[tuple[str, str]], copied: Collection[str]) -> list[str]:
     """Return what is said of `tied` tensors that are none of the copies."""
     return [
-        f"{shown(copy)} is another than {shown(of)}, though config.json says that they are one:"
+        f"{shown(copy)} differs from {shown(of)}, though config.json ties them:"
         " transformers uses both, and so does the GGUF."
         for copy, of in tied
         if copy not in copied

@@ -180,7 +180,9 @@ def _check_unmapped(run: Run, base: GgufFile, unmapped: list[str]) -> None:
         )
     for reason in sorted({reason for reason in reasons.values() if reason}):
         n = sum(found == reason for found in reasons.values())
-        run.events.emit(NAME, "note", f"{n} tensors are not calibrated: they belong to {reason}")
+        run.events.emit(
+            NAME, "note", f"{n} tensors are not calibrated, because they belong to {reason}"
+        )
 
 
 def _make_projector(run: Run, snapshot: Snapshot, path: Path) -> bool:
@@ -195,6 +197,6 @@ def _make_projector(run: Run, snapshot: Snapshot, path: Path) -> bool:
             snapshot.folder, path, outtype="f16", projector=True, model_name=model_name(snapshot)
         )
     except QuantkitError as error:
-        run.events.emit(NAME, "note", f"no mmproj, the result reads text only: {error.message}")
+        run.events.emit(NAME, "note", f"no mmproj, so the result only reads text: {error.message}")
         return False
     return True

@@ -107,7 +107,7 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
     message = f"{_name(run)}: {', '.join(files)}"
     why = why_private(run.config, load_snapshot(run.dir).info)
     if why and not run.config.private:
-        run.events.emit(NAME, "note", f"{why}: published privately (else: --public)")
+        run.events.emit(NAME, "note", f"{why}: published privately (--public overrides this)")
     private, token = why is not None, hub.resolve_token()
     made = hub.publish(
         folder, run.config.publish, token, private, message, progress, _known(run, folder)
@@ -116,7 +116,7 @@ def _upload(run: Run, folder: Path) -> dict[str, Any]:
         try:
             hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
         except QuantkitError as error:  # what was asked for first is done
-            run.events.emit(NAME, "note", f"it was not put into the collection: {error}")
+            run.events.emit(NAME, "note", f"it was not added to the collection: {error}")
     return {
         "published": True,
         "asked": run.config.publish,

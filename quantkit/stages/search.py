@@ -273,7 +273,7 @@ class _Searcher:
 
         if state is not None:
             number = OPTIMIZER.step_of(state).number
-            events.emit(NAME, "note", f"{what}going on from {OPTIMIZER.unit} {number}")
+            events.emit(NAME, "note", f"{what}continuing from {OPTIMIZER.unit} {number}")
         seed = self._run.config.seed
         problem = Problem(space, self._evaluator, self._costs, propose, n_tokens, seed)
         return OPTIMIZER.run(problem, state, save)
@@ -308,7 +308,7 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
         run.events.emit(
             NAME,
             "note",
-            f"{len(unmapped)} tensors cannot be put into the model: their damage is estimated only",
+            f"{len(unmapped)} tensors are not in the model: the damage to them is only estimated",
         )
     ids = load_file(run.artifacts.tokens)["heldout"]
     ids = ids[:MOST_SEQUENCES]

@@ -94,7 +94,7 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
     for budget in load_budgets(run.dir):
         allocation = load_allocation(run.artifacts, budget.limit_bytes)
         if allocation in known:
-            text = f"{budget.target}: the same file as for a smaller size"
+            text = f"{budget.target}: this is the same file as for a smaller size"
             run.events.emit(NAME, "note", text)
             continue
         known.append(allocation)

@@ -99,7 +99,9 @@ def _tune_all(run: Run, outcomes: dict[int, dict[str, Any]]) -> list[Path]:
         progress = partial(_progress, run, position, len(budgets), what)
         outcome, files = tune(run, base, chosen, path, progress)
         said = f"{what}KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
-        run.events.emit(NAME, "note", said if outcome.tensors else f"{said}: not taken")
+        run.events.emit(
+            NAME, "note", said if outcome.tensors else f"{said}: the untuned file is kept"
+        )
         outputs += files
         outcomes[budget.limit_bytes] = outcome.in_short
     return outputs

@@ -76,7 +76,7 @@ def lack_of_memory(needed: int, free: int) -> str:
     """Return why files are not tuned where memory is missing; empty where there is enough."""
     if needed <= free:
         return ""
-    return f"tuning takes {size(needed)} and {size(free)} are free"
+    return f"tuning takes {size(needed)}, but only {size(free)} are free"
 
 
 def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stored]:

@@ -40,7 +40,7 @@ def markdown(report: Report) -> str:
     if lost:
         parts += [f"## {text.losing(report)}", bullets(lost)]
     if report.refused:
-        parts += ["## Sizes that cannot be made", bullets(report.refused)]
+        parts += ["## Sizes that cannot be reached", bullets(report.refused)]
     if report.not_measured:
         parts += [
             "## Not measured",
@@ -71,14 +71,16 @@ def markdown(report: Report) -> str:
         said = " ".join(turn["text"].split())
         parts += [
             "## A chat turn",
-            f"Asked through the {turn.get('asked', 'model')}: *{turn.get('prompt', '')}*",
+            f"Prompt, through the {turn.get('asked', 'model')}: *{turn.get('prompt', '')}*",
             f"> {said}",
         ]
     if report.calibration_note:
         parts += ["## How it was made", f"Calibration: {report.calibration_note}."]
     if report.unmapped:
         parts.append(
-            "Quantized without GPTQ, not found in the model: " + ", ".join(report.unmapped) + "."
+            "Quantized without GPTQ, because the model does not have them: "
+            + ", ".join(report.unmapped)
+            + "."
         )
     if report.versions:
         versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())

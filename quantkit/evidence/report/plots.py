@@ -398,7 +398,7 @@ def convergence(files: Mapping[str, Sequence[TracePoint]]) -> Spec | None:
         data,
         {
             "x": _number("tokens", "tokens evaluated by the search", tight, **brief),
-            "y": _number("kl", "deciding KL, best so far, nats", _log(data, "low", "high")),
+            "y": _number("kl", "best KL so far, nats", _log(data, "low", "high")),
         },
         _layer("area", band, opacity=0.16, **steps),
         _layer("line", strokeWidth=2.2, **steps),

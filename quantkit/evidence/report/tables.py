@@ -114,7 +114,7 @@ def choice(report: Report, name: Callable[[Row], str] = lambda row: row.label) -
         for row in rows
     ]
     base = report.base
-    cells = (_memory(base.speed), "full precision (not here)", size(base.n_bytes), "0")
+    cells = (_memory(base.speed), "full precision (not included)", size(base.n_bytes), "0")
     return Table(("free memory", "file", "size", "mean KL"), (*lines, Line("base", cells)))
 
 

@@ -1,4 +1,4 @@
-"""Numbers and sentences of a report: what is said the same way in Markdown, HTML, card and app."""
+"""Numbers and sentences of a report, the same in Markdown, HTML, card and app."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from quantkit.evidence.report.schema import OURS, STOCK, Mean, Report, Row, Vers
 from quantkit.sizes import size
 
 CAPTIONS = {
-    "frontier": "What each byte buys. Lower is closer to the original, further left is smaller;"
+    "frontier": "Quality and size. Lower is closer to the original, further left is smaller;"
     " whiskers are 95 % intervals.",
-    "domains": "The same by kind of text.",
-    "tensor-map": "The type of every tensor: one row a kind, one column a block, warm for few bits"
-    " and cool for many.",
+    "domains": "KL by kind of text.",
+    "tensor-map": "The type of every tensor: rows are kinds of tensors, columns are blocks; warm"
+    " colors have few bits, cool ones many.",
     "bits-by-kind": "Bits per weight of every kind of tensor.",
-    "convergence": "The search: its best estimate after so many evaluated tokens.",
+    "convergence": "The search: its best KL over the tokens that it evaluated.",
 }
 
 
@@ -90,19 +90,21 @@ def verdict(report: Report) -> str:
     if not ours.kl.is_known:
         return "The KL divergence of this file could not be measured."
     if best is None:
-        return "No llama.cpp file that was measured is as small as this one."
-    ratio = ours.kl.value / best.kl.value if best.kl.value else math.inf
-    word = "less" if ratio < 1 else "MORE"
+        return "No llama.cpp file of this size or smaller was measured."
     text = (
-        f"The best llama.cpp file of at most this size, {best.short}, has a mean KL divergence of"
-        f" {number(best.kl.value)}: this file's is {ratio:.2f} times that ({word}"
+        f"The mean KL divergence is {number(ours.kl.value)}, {_compared(ours.kl, best.kl)} that of"
+        f" the best llama.cpp file of this size or smaller ({best.short}, {number(best.kl.value)}"
         f"{_surely(report.tests(best).kl)})."
     )
     if ours.weight_kl and best.weight_kl and best.weight_kl.value:
-        ratio = ours.weight_kl.value / best.weight_kl.value
-        word = "less" if ratio < 1 else "MORE"
-        text += f" By the weights alone it is {ratio:.2f} times ({word})."
+        text += f" Its weight KL is {_compared(ours.weight_kl, best.weight_kl)} that file's."
     return text
+
+
+def _compared(ours: Mean, best: Mean) -> str:
+    """How far ours is below or above the best: `44 % below`, `12 % ABOVE`."""
+    more = 100 * (ours.value / best.value - 1) if best.value else math.inf
+    return f"{abs(more):.0f} % {'ABOVE' if more > 0 else 'below'}"
 
 
 def _surely(versus: Versus | None) -> str:
@@ -122,7 +124,7 @@ def _compare_verdict(report: Report) -> str:
         if (test := report.tests(row).kl) is not None and not test.significant
     ]
     if unclear:
-        text += f" No difference from {first.label} is shown for {', '.join(unclear)}."
+        text += f" The difference from {first.label} is not significant for {', '.join(unclear)}."
     return text
 
 
@@ -142,7 +144,7 @@ def losses(report: Report) -> list[str]:
             continue
         if row.kl.value < ours.kl.value:
             lines.append(
-                f"{row.label} ({size(row.n_bytes)}) is not larger and closer to the base:"
+                f"{row.label} ({size(row.n_bytes)}) is no larger and is closer to the base:"
                 f" {number(row.kl.value)} against {number(ours.kl.value)}"
                 f"{_surely(report.tests(row).kl).replace(';', ',', 1)}."
             )
@@ -181,7 +183,7 @@ def task_lines(report: Report) -> list[str]:
                 text += f"; {task.n_flips} answers differ from full precision's"
             lines.append(f"{text}.")
     if not lines and report.first.tasks_not_run:
-        lines.append(f"Zero-shot: not run ({report.first.tasks_not_run}).")
+        lines.append(f"Zero-shot tests were not run: {report.first.tasks_not_run}.")
     return lines
 
 

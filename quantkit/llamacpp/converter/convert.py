@@ -138,7 +138,7 @@ def convert(
                 if outcome.status.get("composes"):
                     notes.append(
                         "The tokenizer composes accents that are written as letter and mark (NFC), "
-                        "llama.cpp does not: such texts get other tokens."
+                        "but llama.cpp does not: such texts get other tokens."
                     )
                 outcome = attempt(pre.name)
             if not outcome.ok or partial.stat().st_size == 0:

@@ -171,7 +171,7 @@ _KNOWN: tuple[tuple[str, _Make], ...] = (
     (
         r"requires? --target-model-dir|--target-model-dir to be specified",
         _say(
-            "This is a draft model for speculative decoding, which works only beside another.",
+            "This is a draft model for speculative decoding, which only works with another model.",
             "Choose the model it drafts for.",
         ),
     ),
@@ -217,7 +217,7 @@ _KNOWN: tuple[tuple[str, _Make], ...] = (
     ),
     (
         r"Failed to detect model architecture",
-        _say("The model's config.json names no architecture.", "Name a language model."),
+        _say("The model's config.json names no architecture.", "Give a language model."),
     ),
     (
         r"mistral-common",
@@ -229,7 +229,7 @@ _KNOWN: tuple[tuple[str, _Make], ...] = (
     (
         r"is denied in the sandbox",
         _say(
-            "The converter wanted the network or another program, which it is not given.",
+            "The converter needed the network or another program, which it is not allowed.",
             "Something is missing from the model's folder; download it again.",
         ),
     ),

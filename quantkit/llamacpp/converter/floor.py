@@ -61,7 +61,7 @@ def _lacking() -> tuple[str, str] | None:
     )
     if found is not None:
         return (
-            f"a model's reader could change the code of the page ({found})",
+            f"the process that reads models could change the code of the page ({found})",
             "Install code and packages as root and run the page as another user"
             " (spaces/Dockerfile), or use a kernel with Landlock.",
         )

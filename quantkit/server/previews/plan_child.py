@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         _tell("error", [error.message, error.remedy])
         return 1
     except MemoryError:
-        _tell("error", ["The preview needs more memory than it may have.", _REMEDY])
+        _tell("error", ["The preview needs more memory than it is allowed.", _REMEDY])
         return 1
     except Exception:
         logging.exception("a preview failed")

@@ -140,7 +140,7 @@ class Dispatch:
         try:
             jobs.cancel_all(self._run_id, self._token)
         except QuantkitError as error:
-            self._events.emit(None, "note", f"the Job could not be ended: {error}")
+            self._events.emit(None, "note", f"the Job could not be stopped: {error}")
 
     def _find(self) -> jobs.RemoteJob | None:
         """The Job to listen to: one at work, or one that finished while nobody listened."""
@@ -163,7 +163,7 @@ class Dispatch:
                     " and no repository was named.",
                     "Name a repository to publish to.",
                 )
-            message = "no bucket may be made: a Job that is cut off starts from the beginning"
+            message = "no bucket can be created: a Job that is cut off starts over"
             self._events.emit(None, "note", message)
         order = self._order
         assert order.machine is not None
@@ -190,7 +190,7 @@ class Dispatch:
         self._events.emit(
             None,
             "note",
-            f"Job {job.id} on {order.machine}{price}, ended after {order.hours} h at the latest",
+            f"Job {job.id} on {order.machine}{price}, stopped after {order.hours} h at the latest",
         )
         return job
 
@@ -250,7 +250,7 @@ class Dispatch:
                 elif said is not None and n_left > 0:
                     text = shortened(hub.scrub(said, self._token), _LONGEST_LINE)
                     n_left -= len(text) + 1
-                    log.write(f"{text}\n" if n_left > 0 else "[the rest is left out]\n")
+                    log.write(f"{text}\n" if n_left > 0 else "[the rest is omitted]\n")
                     log.flush()
 
     def _take(self, job: jobs.RemoteJob, said: SentEvent) -> None:
