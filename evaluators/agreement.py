@@ -1,4 +1,4 @@
-"""Whether another implementation of the same weights computes what llama.cpp computes.
+"""Check that another implementation of the same weights computes what llama.cpp computes.
 
 The caller brings the logits, from PyTorch or anything else, for tokens that it was given here; KL
 and the share of equal most likely tokens say how far llama.cpp's are from them. With a file at F16

@@ -1,4 +1,6 @@
-"""What the command lines share: options, one progress line on stderr, JSON or a table on stdout."""
+"""Shared parts of the command lines: options, one progress line on stderr, JSON or a table on
+stdout.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two or more GGUF files of one base, measured on the same windows: one JSON with everything.
+"""Measure two or more GGUF files of the same model on the same windows, as one JSON.
 
     python -m evaluators.compare --base BASE.gguf FILE.gguf FILE2.gguf --text FILE
 

@@ -1,7 +1,6 @@
-"""A short answer from a GGUF: does the file talk at all, through its own chat template when it has
-one.
+"""Let a GGUF give a short answer, through its own chat template if it has one.
 
-    python -m evaluators.generation FILE.gguf --prompt TEXT
+python -m evaluators.generation FILE.gguf --prompt TEXT
 """
 
 from __future__ import annotations

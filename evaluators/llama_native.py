@@ -1,4 +1,4 @@
-"""A GGUF opened through llama-cpp-python's C API in this very process: tokens in, logits of chosen
+"""Open a GGUF through llama-cpp-python's C API in this very process: tokens in, logits of chosen
 tokens out. A broken file may end the process: `evaluators.llama_runtime` has one of its own for it,
 and only `evaluators.serve` imports this.
 

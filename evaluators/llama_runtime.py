@@ -1,4 +1,4 @@
-"""A GGUF opened in llama.cpp, in a process of its own: tokens in, logits of chosen tokens out.
+"""Open a GGUF in llama.cpp, in a process of its own: tokens in, logits of chosen tokens out.
 
 `Model` is the weights and the vocabulary, `Context` the memory of one computation. Both are context
 managers and give back what they hold when left. The file may be anybody's: llama.cpp ends its whole

@@ -1,4 +1,4 @@
-"""A GGUF against the model that transformers loads from its author's own files.
+"""Compare a GGUF with the model that transformers loads from its author's own files.
 
 transformers (and PEFT, for an adapter) computes in float32; llama.cpp computes with the file. It is
 the one comparison that shares nothing with what made the file: not the list of files that were

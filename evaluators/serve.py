@@ -1,4 +1,4 @@
-"""The process that has a stranger's file open in llama.cpp; `evaluators.session` is its other end.
+"""The process that opens a stranger's file in llama.cpp; `evaluators.session` is its other end.
 
 It reads requests from one pipe and answers on another, one line of JSON each, until the first is
 closed. Logits are left in memory that both sides see.

@@ -1,4 +1,4 @@
-"""Does it fit and is it quick: tokens per second, load time and memory of GGUF files.
+"""Measure tokens per second, load time and memory of GGUF files.
 
     python -m evaluators.speed FILE.gguf [FILE2.gguf ...] --ctx 2048
 

@@ -1,4 +1,4 @@
-"""The text that is measured: local files, and three data sets of the Hub by name.
+"""Read the text to measure on: local files, and three data sets of the Hub by name.
 
 A file is read as UTF-8 with its newlines as they are, so that its sha256 is that of the file. For
 the data sets:

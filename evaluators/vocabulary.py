@@ -1,5 +1,5 @@
-"""Whether a GGUF's tokens are the original tokenizer's: every id's text and kind, and the ids of
-texts.
+"""Compare a GGUF's tokens with the original tokenizer's: the text and kind of every id, and the ids
+of texts.
 
 llama.cpp has tokenizers of its own. Where they differ from the original by design, the difference
 is known here by name, found again by doing the same to the text or to the original's tokens; any

@@ -1,4 +1,4 @@
-"""Text to windows of tokens, and windows to the logits that are scored: the two protocols.
+"""Cut text into windows of tokens, and choose the logits that are scored: the two protocols.
 
 `llama.cpp` (what `llama-perplexity` does): windows of `n_ctx` tokens one after the other; the first
 token of each is replaced by BOS where the vocabulary adds one; the logits of the second half are

@@ -1,6 +1,4 @@
-"""The command line: one subcommand per thing a person does. Heavy imports wait until they are
-needed.
-"""
+"""The command line. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one error type that reaches users."""
+"""The error type that users see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one runner: nine stages in order, each skipped when its work is already there.
+"""Run the nine stages in order, and skip those whose work is already done.
 
 `python -m quantkit run` is the only thing that runs a pipeline; the web app and remote jobs start
 that command.
@@ -119,7 +119,7 @@ def _failures_told(events: EventLog, folder: Path) -> Iterator[_Progress]:
 
 @dataclass
 class _Progress:
-    """The stage that is at work, and about what memory it takes."""
+    """The current stage, and about how much memory it takes."""
 
     stage: str | None = None
     needs: int = 0

@@ -1,4 +1,4 @@
-"""Sizes: the one parser and the one formatter of bytes."""
+"""Parse and format sizes in bytes."""
 
 from __future__ import annotations
 

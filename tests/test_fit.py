@@ -78,7 +78,11 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a block": (without("model.layers.1."), {}, "has 1 blocks, but config.json says .* 2"),
     "a block more": (dict, {"num_hidden_layers": 1}, "has 2 blocks, but config.json says .* 1"),
     "the head": (without("lm_head"), {}, "no lm_head.weight is stored"),
-    "rows": (dict, {"vocab_size": 500}, "embed_tokens has 512 rows, but config.json says vocab_size"),
+    "rows": (
+        dict,
+        {"vocab_size": 500},
+        "embed_tokens has 512 rows, but config.json says vocab_size",
+    ),
     "width": (dict, {"hidden_size": 32, "head_dim": 16}, "has 64 .*config.json says hidden_size"),
     "a shape": (reshaped(K_PROJ, 64, 32), {}, f"{K_PROJ} is stored as 64 x 32, .* 32 x 64"),
     "another function": (dict, {"hidden_act": "relu"}, "hidden_act relu, and llama.cpp .* silu"),

@@ -152,7 +152,7 @@ def test_a_mix_leaves_out_languages_that_the_model_does_not_know(
     assert sum(share for _, share in made.domains) == pytest.approx(1)
     assert made.domains[1][1] == made.domains[2][1] < made.domains[0][1] / 10
     assert made.languages == {code: bits[code] / bits["en"] for code in LANGUAGES}
-    assert "no Arabic, Spanish" in made.note and "German" not in made.note
+    assert "left out Arabic, Spanish" in made.note and "German" not in made.note
     named = reader.mix("prose-hi", 1000, 100)
     assert [d.name for d, _ in named.domains] == ["prose-hi"], "asked for by name"
     assert named.languages == {"hi": 4.0} and "no " not in named.note

@@ -153,7 +153,7 @@ def test_weight_kl_is_a_column_where_it_was_measured() -> None:
 
 def test_the_verdict_is_against_the_best_file_of_at_most_our_size() -> None:
     found = report.verdict(report.read(values()))
-    assert "Q5_1 pure" in found and "0.50 times" in found and "(less; significant" in found
+    assert "Q5_1 pure" in found and "50 % below" in found and "; significant" in found
     assert "Q4_K_M," not in found, "larger files are no fair baseline"
 
 
@@ -175,7 +175,7 @@ def test_a_uniform_file_is_no_llama_cpp_file() -> None:
 
 def test_a_loss_is_said_plainly() -> None:
     found = report.read(losing())
-    assert "3.00 times" in report.verdict(found) and "(MORE" in report.verdict(found)
+    assert "200 % ABOVE" in report.verdict(found) and "(MORE" in report.verdict(found)
     lines = report.losses(found)
     assert any(line.startswith("llama.cpp Q4_K_S") and "0.0738" in line for line in lines)
     assert lines[-1] == "FAILED: chat turn: 0 characters."
@@ -311,7 +311,9 @@ def test_domains_one_column_each() -> None:
 
 
 def test_zero_shot_run_and_not_run() -> None:
-    assert text.task_lines(report.read(values())) == ["Zero-shot tests were not run: no --tasks file."]
+    assert text.task_lines(report.read(values())) == [
+        "Zero-shot tests were not run: no --tasks file."
+    ]
     done = values()
     accuracy = {"value": 0.62, "stderr": 0.031, "n": 200}
     done["outputs"][0]["tasks"] = {

@@ -104,7 +104,7 @@ def test_a_public_place_for_a_private_model_is_refused_before_the_work(
 ) -> None:
     server.add_model("alice/tiny", tiny_model(), private=True)
     server.add_model(TARGET, {"README.md": "mine"})
-    with pytest.raises(QuantkitError, match="exists and is public") as error:
+    with pytest.raises(QuantkitError, match="is public, but") as error:
         fetched(tmp_path, "alice/tiny")
     assert "--public" in error.value.remedy
     asked = [r for r in server.requests if r.path.endswith("model.safetensors") and not r.range]

@@ -1,5 +1,5 @@
-"""Calibration text of local files, as people have them: any layout, any encoding of Unicode, long
-and short ones. What is not taken as it stands is said.
+"""Read calibration text from local files of any layout, Unicode encoding and length. Whatever is
+not used as it is in the file is reported.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LIMITS = sandbox.Limits(cpu_seconds=120, wall_seconds=300, memory_bytes=3 * 2**
 
 @dataclass(frozen=True)
 class LocalText:
-    """A file's documents, and clauses on what is not as it stands in the file."""
+    """A file's documents, and clauses on what differs from the file."""
 
     documents: tuple[str, ...]
     remarks: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Which languages a model knows.
+"""Find out which languages a model knows.
 
 The same eight sentences say the same in every language, whatever the script and the tokenizer. A
 model that knows a language needs few bits for them in it; one that does not needs several times as

@@ -1,4 +1,4 @@
-"""A calibration spec becomes text: every part of the mix as documents, with its share."""
+"""Read the texts of a calibration spec: every part of the mix as documents, with its share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Reader:
-    """What texts are read and written with."""
+    """The model and tokenizer that texts are read and written with."""
 
     model: PreTrainedModel
     tokenizer: Any

@@ -1,4 +1,4 @@
-"""Text becomes tokens: what calibrate writes before it runs the model."""
+"""Turn text into tokens: what calibrate writes before it runs the model."""
 
 from __future__ import annotations
 

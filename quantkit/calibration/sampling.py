@@ -1,4 +1,4 @@
-"""Calibration text written by the model itself: needs no data, fits any language the model speaks.
+"""Let the model write calibration text: this needs no data, and fits any language it speaks.
 
 Two kinds: free text continued from short openings, and dialogues through the model's own chat
 template, in which the model writes both sides (the user's turn is sampled from the template's

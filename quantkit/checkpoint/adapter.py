@@ -1,4 +1,4 @@
-"""PEFT adapters: a LoRA on top of a base model, understood before anything is downloaded.
+"""Understand PEFT adapters, LoRAs on top of a base model, before anything is downloaded.
 
 Only settings that are known to be merged exactly are accepted: every other one that has a value is
 refused by its name, also those of adapters that are not invented yet.

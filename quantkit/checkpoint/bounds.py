@@ -1,4 +1,4 @@
-"""Numbers in config.json that no model has, refused by name before anything is built of them.
+"""Refuse numbers in config.json that no model has, by name, before anything is built from them.
 
 Whether they are this model's is decided by transformers' own loader (`quantkit.sources.fit`), from
 the shapes in the headers; here only what would take memory or time to find out.

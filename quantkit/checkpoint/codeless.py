@@ -1,4 +1,4 @@
-"""A model's folder as transformers may read it: nothing in it names code, and no code is in it.
+"""Make a model's folder safe for transformers: nothing in it names code, and no code is in it.
 
 `trust_remote_code=False` beside that is the second lock, not the first: without it transformers
 asks on a terminal whether to run a stranger's code.

@@ -1,4 +1,5 @@
-"""What a model is, from its file list, config and headers; and which models are refused, why.
+"""Find out what a model is from its file list, config and headers, and refuse what is no language
+model.
 
 Everything here is decided before a weight is downloaded, and is the same for the Hub and a folder.
 """

@@ -1,4 +1,5 @@
-"""Sources that are quantized already: which can be expanded to 16 bits, and which are refused.
+"""Recognize sources that are already quantized: some can be expanded to 16 bits, others are
+refused.
 
 Known before a weight is downloaded, from `quantization_config` and the headers. Expanding is done
 by `quantkit.sources.dequantize`; MXFP4 stays as it is, because GGUF stores its blocks bit for bit.
@@ -64,7 +65,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Expanded:
-    """A tensor of the 16-bit checkpoint, and the stored ones that it is made of."""
+    """A tensor of the 16-bit checkpoint, and the stored tensors that it is made from."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -122,7 +123,7 @@ STALE = (
 
 
 class CannotExpand(QuantkitError):
-    """A model is quantized in a way that cannot be undone here."""
+    """The model is quantized in a way that cannot be undone here."""
 
 
 def source_of(model: str, config: Mapping[str, Any], bases: Sequence[str]) -> Source | None:

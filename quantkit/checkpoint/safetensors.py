@@ -1,4 +1,4 @@
-"""Safetensors files: the header checked against the size of the file, and a scan of the weights.
+"""Check the headers of safetensors files against their sizes, and scan their weights.
 
 A file is 8 bytes (little endian: n), n bytes of JSON (tensor name -> dtype, shape, offsets), and
 the tensors' bytes without gaps. The checks are those of the safetensors library, made here on a
@@ -83,7 +83,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself. Tensors are in the order of their bytes."""
+    """The header of a safetensors file. Tensors are in the order of their bytes."""
 
     n_bytes: int  # of the length field and the JSON
     tensors: tuple[StoredTensor, ...]
@@ -95,7 +95,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading a whole file found."""
+    """The result of reading a whole file."""
 
     sha256: str | None  # None where it was not asked for
     non_finite: str | None  # the first tensor with NaN or infinite weights
@@ -212,7 +212,7 @@ def _stored_tensor(name: str, entry: dict[str, Any]) -> StoredTensor:
 
 
 class Count:
-    """What the headers of one model come to together. Safe in several threads."""
+    """Adds up the headers of one model. Safe in several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,5 +1,6 @@
-"""Which files of a checkpoint are its weights: the rule of transformers' `from_pretrained`, once
-for everybody who reads weights, so that what transformers loads is what is converted.
+"""Choose the weight files of a checkpoint by the rule of transformers' `from_pretrained`.
+Everything that reads weights uses this module, so that what transformers loads is what is
+converted.
 
 `model.safetensors` wins over an index beside it (fine-tunes are saved over their bases' shards). An
 index names files, and all of each is read, whatever tensors the index lists.

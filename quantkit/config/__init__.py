@@ -1,4 +1,4 @@
-"""What a user asks for: `RunConfig`, sizes, and the table of profiles."""
+"""The configuration of a run: `RunConfig`, sizes, and the table of profiles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TUNING_BATCH = 2  # sequences that a step of tuning sees
 
 @dataclass(frozen=True)
 class Effort:
-    """What validation spends beside the KL of each file."""
+    """The work of validation in addition to the KL of each file."""
 
     n_below: int  # stock files of at most our size that are measured: the largest ones
     n_uniform: int  # of our own uniform files: the largest of at most our size, the next larger

@@ -1,4 +1,4 @@
-"""The sizes that were asked for, in bytes: which can be met, and why others cannot."""
+"""Turn the sizes that were asked for into bytes, and say why some cannot be reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which types each tensor may have, and where a tensor cannot have what was asked.
+"""Decide which types each tensor can have, and where a tensor needs a fallback.
 
 A *level* is a type that was asked for, such as Q4_K. What a tensor gets for it depends on its
 width: rows that do not divide into 256-blocks fall back to a type of 32-blocks, exactly as in

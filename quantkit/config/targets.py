@@ -1,4 +1,4 @@
-"""How large a file may be: four kinds of target, each with what the user wrote."""
+"""The target size of a file: four kinds of target, each with what the user wrote."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a result is measured beside: llama.cpp's own files around its size, our uniform files, and
-whatever the user names. Nothing is made or downloaded before it is opened.
+"""The files that a result is compared with: llama.cpp's own files around its size, our uniform
+files, and those that the user names. Nothing is made or downloaded before it is opened.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Strangers' words in our texts: what a model's card says of itself is data, never markup, metadata
-of another shape or a link to anywhere but the web.
+"""Escape strangers' words in our texts: what a model's card says is data, never markup, metadata of
+another shape, or a link to anything but the web.
 """
 
 from __future__ import annotations

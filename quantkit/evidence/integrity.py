@@ -1,4 +1,4 @@
-"""Is the stitched file what it should be? Checks that need no second opinion on quality.
+"""Check that the stitched file is what it should be.
 
 The weights decode to the same bits here and in llama.cpp, everything that is not a weight is the
 base's, and PyTorch computes with those weights what llama.cpp computes with the file. A file whose

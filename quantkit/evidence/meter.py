@@ -1,5 +1,5 @@
-"""How validate measures one file: KL, the KL of its weights, speed and zero-shot answers; every
-file of a run in the same way.
+"""Measure one file for validate: KL, the KL of its weights, speed and zero-shot answers, in the
+same way for every file of a run.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Is `base.gguf` the model? Its logits in llama.cpp against those of the model as transformers (and
-PEFT, for an adapter) loads it from the user's own files, on the tokens of a rendered chat.
+"""Check that `base.gguf` is the model: compare its logits in llama.cpp with those of the model as
+transformers (and PEFT, for an adapter) loads it from the user's own files, on the tokens of a
+rendered chat.
 
 Whole in float32 where that fits into memory; else over fewer tokens by accelerate's disk offload. A
 comparison that was not made is a check that failed; one that shows another model ends the run.
@@ -76,7 +77,7 @@ class _Tried(TypedDict):
 
 
 class Found(_Tried, total=False):
-    """What `evaluators.oracle.compare` answers."""
+    """The answer of `evaluators.oracle.compare`."""
 
     missing: list[str]
     not_finite: bool

@@ -1,4 +1,4 @@
-"""Block formats whose values lie on a grid: where scales and codes sit in the bytes, both ways.
+"""Read and write block formats whose values lie on a grid: their scales and codes in the bytes.
 
 In all of them the value of a weight is `scale * level(code) + minimum`, with scale and minimum
 shared by a group of 16 or 32 columns. `level(code)` is the code itself, or an entry of a table of

@@ -1,4 +1,4 @@
-"""ggml's search for scales under importances on an NVIDIA GPU, in Triton: Q2_K to Q6_K.
+"""Search for scales under importances as ggml does, on an NVIDIA GPU in Triton: Q2_K to Q6_K.
 
 A model of seven billion weights keeps 16 cores busy for ten minutes with it. The candidates tried
 and the order of steps are those of `quantize_row_*_impl` in ggml-quants.c, so that the rows are

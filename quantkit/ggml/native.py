@@ -1,4 +1,4 @@
-"""ggml's own quantizers and dequantizers, from the `libggml-base` that llama-cpp-python ships.
+"""Call ggml's own quantizers and dequantizers, from the `libggml-base` that llama-cpp-python ships.
 
 Rows are independent, ctypes releases the GIL: a thread pool works on blocks of rows. Arrays are
 numpy; packed rows are uint8 of shape (n_rows, row_bytes), as in a GGUF file.

@@ -1,4 +1,4 @@
-"""The header of a GGUF: metadata and the table of tensors, read with bounds before anything is
+"""Read the header of a GGUF, its metadata and table of tensors, with bounds before anything is
 allocated. The file may be anybody's, and whatever is wrong with it is a `Broken`.
 
 gguf-py's own reader believes counts and lengths, makes several arrays of every item, and raises
@@ -46,7 +46,7 @@ _TYPES = {int(number): QuantType.of(number) for number in gguf.GGML_QUANT_SIZES}
 
 
 class Broken(ValueError):
-    """What is wrong with a file, as a clause."""
+    """A file is broken: a clause says how."""
 
 
 @dataclass(frozen=True)

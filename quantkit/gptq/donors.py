@@ -1,4 +1,4 @@
-"""Levels that somebody else made: GGUFs of the same model whose tensors compete with ours."""
+"""Levels from elsewhere: GGUFs of the same model whose tensors compete with ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIX = "from "  # of the method that such a tensor is said to be by
 
 @dataclass(frozen=True)
 class Donor:
-    """One such file, and what its tensors are called when they win."""
+    """One such file, and the method name of its tensors when they win."""
 
     method: str
     file: GgufFile

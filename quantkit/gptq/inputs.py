@@ -1,4 +1,4 @@
-"""What is known of the inputs of tensors, read from disk when it is needed."""
+"""The statistics of tensors' inputs, read from disk when they are needed."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def sibling_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
 
 
 class KnownInputs:
-    """What is known of the inputs of some tensors: read and factorized when the first of those
-    that share them is solved, forgotten after the last. The widest take gigabytes.
+    """The statistics of some tensors' inputs: read and factorized when the first tensor that shares
+    them is solved, dropped after the last. The widest take gigabytes.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ def gptq(
 
 
 class Shape(NamedTuple):
-    """What the descent has to know of a format."""
+    """The properties of a format that the descent needs."""
 
     width: int  # columns of a block
     group: int

@@ -1,4 +1,4 @@
-"""Every tensor in every type it may have, each by the method that did best on held-out inputs.
+"""Quantize every tensor to every candidate type, by the method that does best on held-out inputs.
 
 The unit of work is one block: the level files are laid out at once and filled block by block;
 finished blocks are noted in `done.json`.
@@ -141,7 +141,7 @@ def _units(run: Run, plan: LevelPlan, maps: Mapping[str, RowMap]) -> Iterator[Un
 
 @dataclass(frozen=True)
 class _Work:
-    """What all units share."""
+    """The data that all units share."""
 
     run: Run
     base: GgufFile

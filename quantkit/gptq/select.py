@@ -1,4 +1,4 @@
-"""Every way to store the rows that share an input, and which of them is best.
+"""Quantize the rows that share an input in every way, and choose the best.
 
 For one distinct input: round-to-nearest and imatrix quantization by ggml, and GPTQ onto the grids
 that ggml chose with diag(H) as importances, all types of all tensors in one sweep. The methods
@@ -28,7 +28,7 @@ _STACKED_BYTES = 40  # that a GPU holds for each of them at most
 
 @dataclass(frozen=True)
 class Error:
-    """How far one quantized tensor is from the original.
+    """The error of one quantized tensor.
 
     `relative` is the output's squared error over its power, on held-out inputs (without statistics:
     that of the weights).
@@ -58,7 +58,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the input that some tensors share, on the device where rows are solved.
+    """The statistics of the input that some tensors share, on the device where rows are solved.
 
     `factor` is None without gptq; `train` and `heldout` are Hessians, float32 (n, n).
     """

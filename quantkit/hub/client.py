@@ -1,4 +1,4 @@
-"""One way to the Hub: which token, which address, how long to wait, how often to try.
+"""All requests to the Hub: which token, which URL, how long to wait, how often to try.
 
 Every request goes through `call`, which retries what may pass and turns the rest into sentences.
 """

@@ -1,4 +1,4 @@
-"""Bring a model's files here, all of them."""
+"""Download a model's files, all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What went wrong at the Hub, as one sentence with a remedy, and whether it is worth another try.
+"""Explain errors of the Hub in one sentence with a remedy, and say which are worth another try.
 
 Nothing that leaves this module holds a token: every text that came from a library or a server is
 scrubbed, and errors are raised `from None`, because the original carries the request's headers.
@@ -62,7 +62,9 @@ class ModelNotFound(QuantkitError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked of the Hub, for the sentence. Without an id or a thing: the Hub as a whole."""
+    """The request to the Hub, for the sentence. Without an id or a file it is the Hub as a
+    whole.
+    """
 
     repo_id: str = ""
     revision: str | None = None

@@ -1,4 +1,4 @@
-"""What a user typed as MODEL: a Hub id, a Hub address, a local folder or the demo."""
+"""Parse what a user typed as MODEL: a Hub id, a Hub URL, a local folder or the demo."""
 
 from __future__ import annotations
 

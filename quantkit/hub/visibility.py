@@ -1,4 +1,4 @@
-"""Who may see what is published: those who may see what it is made of, unless the user says
+"""Decide who can see what is published: those who can see its sources, unless the user says
 otherwise.
 """
 

@@ -1,5 +1,5 @@
-"""What a context costs in memory when llama.cpp runs a model: caches of keys, values and states,
-and the buffers of one batch.
+"""Measure what a context costs in memory when llama.cpp runs a model: caches of keys, values and
+states, and the buffers of one batch.
 
 llama.cpp itself is asked, in the sandbox: it lays everything out without allocating it, and its log
 says how large each cache and buffer would be. Sliding windows, compressed keys, layers
@@ -35,8 +35,9 @@ _BUFFER = re.compile(r"(?:compute|output) buffer size\s*=\s*([\d.]+) MiB")
 
 @dataclass(frozen=True)
 class ContextMemory:
-    """Bytes beside the file itself: caches that grow with every token of context, caches that grow
-    with the first `window_tokens` of them, logits and activations of one batch, and the rest.
+    """Bytes in addition to the file itself: caches that grow with every token of context, caches
+    that grow with the first `window_tokens` of them, logits and activations of one batch, and the
+    rest.
     """
 
     bytes_per_token: int
@@ -91,8 +92,8 @@ def context_memory(base: GgufFile) -> ContextMemory:
 
 @dataclass(frozen=True)
 class Layout:
-    """What llama.cpp would allocate for a context: bytes and cells of its caches (a recurrent
-    state is one cell), and the bytes of buffers.
+    """The memory that llama.cpp would allocate for a context: bytes and cells of its caches (a
+    recurrent state is one cell), and the bytes of buffers.
     """
 
     n_tokens: int

@@ -1,4 +1,4 @@
-"""The output file before its weights: its metadata, its name and its exact size."""
+"""Lay out the output file before its weights: its metadata, its name and its exact size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from quantkit.sources.snapshot import load_snapshot
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the output's metadata says of how it was made. Known before the search, so that sizes
-    are exact.
+    """How the output was made, for its metadata. Known before the search, so that sizes are
+    exact.
     """
 
     revision: str  # of the model, a commit or a hash of the folder

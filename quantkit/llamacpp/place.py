@@ -1,4 +1,4 @@
-"""Where llama.cpp opens a file whose bytes somebody else wrote: quantkit's sandbox.
+"""Start the processes in which llama.cpp opens untrusted files: quantkit's sandbox.
 
 The evaluators bring a process for every file they open (`evaluators.session`); here it is started
 with nothing to read but that file and nothing to write but the folder it is given. A GPU is out of

@@ -1,5 +1,4 @@
-"""What llama.cpp itself would make: stock mixes and `--pure` files, asked of
-`llama_model_quantize`.
+"""Ask `llama_model_quantize` what llama.cpp itself would make: stock mixes and `--pure` files.
 
 The rules by which `Q4_K_M` picks a type for each tensor, and which tensors may be quantized at all,
 are llama.cpp's. They are not written down here a second time: a dry run on `base.gguf` (its header

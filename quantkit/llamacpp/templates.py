@@ -1,4 +1,4 @@
-"""A stranger's chat template, rendered where it can do no harm.
+"""Render a stranger's chat template where it can do no harm.
 
 A template is a program: it may loop for ever, or make a text of gigabytes. transformers runs it in
 Jinja's sandbox; here that happens in a limited process of its own, and the outcome is a text or a

@@ -1,5 +1,5 @@
-"""What an error of the system means: a disk that is full or may not be written, too little memory,
-a limit. It may come from anywhere, also from a library that tells it in its own way.
+"""Explain errors of the system: a disk that is full or cannot be written, too little memory, a
+limit. It may come from anywhere, also from a library that tells it in its own way.
 
 Everything that ends a command goes through `explain`. What it does not know is a bug.
 """
@@ -27,7 +27,7 @@ _LITTLE_MEMORY = 1 << 30  # bytes: with less, whatever dies without a reason die
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that is written to, and how to have another."""
+    """A folder that is written to, and how to choose another."""
 
     folder: Path
     otherwise: str  # as in "set TMPDIR to another folder"

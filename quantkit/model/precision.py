@@ -1,5 +1,6 @@
-"""In what precision candidates run: 32 bits wherever rounding to 16 would be as large as what they
-differ by, that is the residual stream and the logits; products in the type of their matrices.
+"""The precision of candidates' forward passes: 32 bits wherever rounding to 16 would be as large as
+their differences, that is in the residual stream and the logits; products use the type of their
+matrices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which row of which Hugging Face weight is which row of `base.gguf`.
+"""Match every row of `base.gguf` with a row of a Hugging Face weight.
 
 GPTQ treats output rows independently and its Hessian lives on input columns, so it commutes with
 any permutation of rows. The converter permutes, splits, fuses and stacks rows; it does not change

@@ -1,4 +1,4 @@
-"""Models that are larger than memory: the weights of one block at a time, from safetensors.
+"""Run models that are larger than memory, by reading one block at a time from safetensors.
 
 The model itself is on the device `meta`, and knows its names and shapes alone. transformers' own
 loader brings the weights of a block when it is to run, renamed and stacked as it would for the

@@ -1,4 +1,4 @@
-"""The options of `quantkit compare`: most are the evaluators' own, handed on as they are."""
+"""The options of `quantkit compare`: most are the evaluators' own, passed on unchanged."""
 
 from __future__ import annotations
 

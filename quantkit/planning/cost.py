@@ -1,5 +1,5 @@
-"""The peak memory of every stage on a CPU, from a model's shapes: resident bytes of the process and
-its children, pages of mapped files included.
+"""Estimate the peak memory of every stage on a CPU from a model's shapes: resident bytes of the
+process and its children, pages of mapped files included.
 
 What each stage holds at once is counted; what libraries take was measured. Within 20 % on the
 models of dev/LOG.md.
@@ -28,7 +28,7 @@ _TUNED_WEIGHT = 40  # bytes for each weight of a block that is tuned
 
 @dataclass(frozen=True)
 class _Shapes:
-    """What the formulas need of a GGUF, whose header is enough."""
+    """The shapes of a GGUF that the formulas need; its header is enough."""
 
     blocks: dict[str, list[StoredTensor]]
     outside: list[StoredTensor]

@@ -1,4 +1,4 @@
-"""How much of a model will be under GPTQ, foretold from shapes alone: before any weight is there.
+"""Predict from shapes alone, before any weight is there, how much of a model GPTQ will cover.
 
 The converter's skeleton says which tensors the GGUF will have, transformers' model without data
 which weights the forward pass multiplies with. A tensor is expected to be found where its block has

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: sizes, levels, fallbacks, memory, disk and time.
+"""Plan a run before it starts: sizes, levels, fallbacks, memory, disk and time.
 
 Nothing is guessed that can be asked. The real converter makes the skeleton of `base.gguf` from
 config, tokenizer and the headers of the weights; llama.cpp's own dry run tells from it what every

@@ -33,7 +33,7 @@ _MOST_MANIFEST_BYTES, _MOST_MANIFEST_ITEMS = 64_000_000, 250_000
 
 
 class Damaged(QuantkitError, ValueError):
-    """A file of a run that is not what was written: its name, and what to do about it."""
+    """A file of a run is damaged: its name, and what to do about it."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is damaged: {reason}.", _mending(path))
@@ -69,7 +69,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What the manifest knows of a finished stage."""
+    """The manifest's entry of a finished stage."""
 
     stage: str
     inputs: dict[str, Any]

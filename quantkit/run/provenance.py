@@ -1,4 +1,4 @@
-"""Which quantkit this is: its version and the commit of its sources."""
+"""Identify this quantkit: its version and the commit of its sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the command line says while it works and when it ends, whatever becomes of its streams."""
+"""Print what the command line says while it works and when it ends, even if its streams are
+closed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sandboxed process really cannot do on this machine, and what it still could."""
+"""Say what a sandboxed process cannot do on this machine, and what it still could."""
 
 from __future__ import annotations
 

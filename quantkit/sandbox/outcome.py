@@ -1,4 +1,4 @@
-"""How a sandboxed call ended, in a sentence."""
+"""Explain how a sandboxed call ended, in a sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sandboxed process has to read whatever it does: the interpreter, its packages, ours."""
+"""The files that every sandboxed process has to read: the interpreter, its packages, ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets of this process: in its memory, and nowhere where another process could read them.
+"""Keep this process's secrets in its memory, where no other process can read them.
 
 The environment that a process was started with can be read as long as it lives (/proc/PID/environ).
 So a program of ours that finds a secret there starts itself anew without (`hide`), and hands the

@@ -1,4 +1,4 @@
-"""How every process of the sandbox is started: a fresh interpreter that inherits nothing."""
+"""Start the processes of the sandbox: fresh interpreters that inherit nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Values that a stranger, another version or a failing disk may have written: JSON within bounds,
-and dataclasses made of it by their own annotations.
+"""Read values that a stranger, another version or a failing disk may have written: JSON within
+bounds, and dataclasses built from it by their annotations.
 
 One mechanism for every record that is read: what passes here is plain, finite, not deep and of the
 types that its class declares, so that nothing behind it has to look again.
@@ -30,7 +30,7 @@ _SURROGATE = re.compile(r"\\u[dD][89abAB]")
 
 
 class Damaged(ValueError):
-    """What is wrong with a value, as a clause: "it is no object"."""
+    """A value is damaged; a clause says how: "it is no object"."""
 
 
 def read_json(path: Path, most_bytes: int, most_items: int = MOST_ITEMS) -> Any:

@@ -1,5 +1,5 @@
-"""What the worker takes of the machine, as its keeper sees it: memory, threads, and what lies in
-the folders that it may write into. Standard library only: runs in the child.
+"""Measure what the worker uses, as its keeper sees it: memory, threads, and what lies in the
+folders that it may write into. Standard library only: runs in the child.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""At most so many distinct types in a file: which ones, decided by the estimated damage."""
+"""Limit the number of distinct types in a file, and choose them by the estimated damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the search learns from its own candidates: how far the estimates were off, and which tensors
+"""Learn from the search's own candidates how far the estimates were off, and which tensors
 interact.
 
 A child that was compared with its parent tells what all its moves did together. The true change is
@@ -42,8 +42,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What is known of the costs. `deviation` is each tensor's, of the logarithm of its costs.
-    `partners` has, for tensors found to interact, the one each does so with most, and
+    """The current beliefs about the costs. `deviation` is each tensor's, of the logarithm of its
+    costs. `partners` has, for tensors found to interact, the one each does so with most, and
     whether both should go the same way (+1) or opposite ways (-1).
     """
 

@@ -1,4 +1,4 @@
-"""What candidates are compared with: the full-precision model's next-token distributions, kept in
+"""Store what candidates are compared with: the full-precision model's next-token distributions, in
 16 bits.
 
 Probabilities are stored as float16 scaled so that small ones keep their digits, and are normalized

@@ -1,4 +1,4 @@
-"""Candidates on many devices: each judged by one of several evaluators that are alike."""
+"""Judge candidates on many devices, each by one of several equal evaluators."""
 
 from __future__ import annotations
 

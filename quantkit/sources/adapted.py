@@ -1,5 +1,5 @@
-"""What an adapter does to which tensor of its base, as PEFT does it: from names and shapes alone,
-so that it is known before any weight is here.
+"""Find out what an adapter does to which tensor of its base, as PEFT does it, from names and shapes
+alone, before any weight is downloaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A quantized checkpoint expanded to 16 bits, so that the converter and transformers read the very
+"""Expand a quantized checkpoint to 16 bits, so that the converter and transformers read exactly the
 same weights and no runtime of the source's format is needed.
 """
 

@@ -1,5 +1,5 @@
-"""Whether a checkpoint's weights are those of the model that its config.json makes, from headers
-alone: before a weight is downloaded, and with nothing but transformers' own loader as the judge.
+"""Check from headers alone that a checkpoint's weights are those of the model that its config.json
+makes: before a weight is downloaded, with transformers' own loader as the only judge.
 
 A tensor that lacks or has another shape is refused by name: transformers would draw it at random.
 One that transformers does not read is left out of the GGUF too, and said.
@@ -51,7 +51,7 @@ class Fit:
 
 
 class Report(TypedDict):
-    """What `quantkit.sources.expected.compare` answers."""
+    """The answer of `quantkit.sources.expected.compare`."""
 
     model: str
     missing: list[str]

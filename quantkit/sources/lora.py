@@ -1,4 +1,4 @@
-"""A LoRA adapter merged onto its base model: W + scale * B A, file by file."""
+"""Merge a LoRA adapter onto its base model: W + scale * B A, file by file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bring everything of a model here but its weights: what a plan is made from, and what is looked at
+"""Download everything of a model but its weights: what a plan is made from, and what is checked
 before a download.
 """
 

@@ -32,7 +32,7 @@ NAME = "publish"
 
 
 class Publish(Stage):
-    """Gather the files, and upload them if you asked for that."""
+    """Gather the files, and upload them if you asked for it."""
 
     name = NAME
     version = 2

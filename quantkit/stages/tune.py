@@ -1,4 +1,4 @@
-"""tune: the files of the found allocations, brought nearer to the original block after block.
+"""tune: fine-tune the files of the found allocations, block by block, towards the original.
 
 Codes, scales and whatever else a stock file leaves free move by gradient. Writes, in a folder per
 budget, `tuned-<bytes>.gguf` (a level file of one allocation, where tuning helped) and
@@ -47,7 +47,7 @@ NAME = "tune"
 
 
 class Tune(Stage):
-    """Bring the files nearer to the original, block after block."""
+    """Fine-tune the files, block by block, to bring them closer to the original."""
 
     name = NAME
     version = 1

@@ -58,7 +58,7 @@ _PACKAGES = "llama-cpp-python torch transformers gguf huggingface_hub datasets n
 
 
 class Validate(Stage):
-    """Measure it beside the original and llama.cpp's own files."""
+    """Compare it with the original and llama.cpp's own files."""
 
     name = NAME
     version = 3

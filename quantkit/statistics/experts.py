@@ -1,4 +1,5 @@
-"""Experts: linear layers whose weights are stacked in one 3-D parameter that no nn.Linear owns.
+"""Collect Hessians of experts: linear layers whose weights are stacked in one 3-D parameter that no
+nn.Linear owns.
 
 Which tokens an expert reads is decided inside its layer's forward. So the matrix products are
 watched while it runs: one of the factors lies in the memory of a 3-D parameter, and where it lies

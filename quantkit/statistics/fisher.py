@@ -1,4 +1,4 @@
-"""How much the model's predictions feel an error at the output of each linear layer.
+"""Measure how much an error at the output of each linear layer affects the model's predictions.
 
 To second order, KL(p || p') = ½ E[(d log p(y))²] for y drawn from p: the Fisher information. With
 one label drawn per position and the gradient δ of its log-probability at a layer's output, an error

@@ -1,4 +1,4 @@
-"""What an error in a tensor costs."""
+"""The cost of an error in a tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What an error in a tensor costs, on the device where rows are solved (see
+    """The cost of an error in a tensor, on the device where rows are solved (see
     `quantkit.statistics.fisher`).
 
     `outputs` (n_rows,) are the mean squared gradients at the layer's outputs, None for a table that

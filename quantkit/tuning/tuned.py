@@ -40,7 +40,7 @@ def is_tuned(file: str) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What tuning came to. KL(original || file) in nats per token on held-out sequences, of the
+    """The result of tuning. KL(original || file) in nats per token on held-out sequences, of the
     allocation and of the tuned file; `tensors` are those that changed, none where that did not
     help; errors of blocks are squared, over the power of the original's output.
     """

@@ -1,4 +1,4 @@
-"""What a report holds: frozen dataclasses, read from `report.json` (docs/report.md documents it).
+"""The contents of a report as frozen dataclasses, read from `report.json` (see docs/report.md).
 
 Everything that is drawn or written from a report goes through `read`, so that a file of another
 version or with a hole in it is one plain sentence, wherever it is met.

@@ -1,4 +1,4 @@
-"""Models that the converter, left alone, writes as llama.cpp cannot run them. Runs inside the
+"""Fix models that the converter alone writes in a way that llama.cpp cannot run. Runs inside the
 sandbox, beside the converter's own classes.
 
 **Llama 4 without experts** (MobileLLM-R1). llama.cpp's llama4 refuses a model without experts, and

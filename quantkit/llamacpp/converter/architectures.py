@@ -1,4 +1,4 @@
-"""Which models the pinned converter can convert, asked of the converter itself.
+"""Ask the pinned converter which models it can convert.
 
 The converter has two tables, one of text models and one of projectors (`mmproj`: the vision or
 audio encoder of a multimodal model, a GGUF of its own). A multimodal architecture is usually in

@@ -37,7 +37,7 @@ _NOISE = {"Unknown RoPE type: default"}
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """A finished conversion and what is worth knowing about it."""
+    """A finished conversion, with notes about it."""
 
     path: Path
     n_bytes: int

@@ -1,5 +1,5 @@
-"""What runs inside the sandbox: llama.cpp's converter and llama.cpp's tokenizer. quantkit's parent
-process never imports it.
+"""The code that runs inside the sandbox: llama.cpp's converter and llama.cpp's tokenizer.
+quantkit's parent process never imports it.
 
 The converter's own folder and its own `gguf` come before the environment's in sys.path.
 

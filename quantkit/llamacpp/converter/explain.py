@@ -1,4 +1,4 @@
-"""Why a conversion failed, in one sentence with a remedy.
+"""Explain why a conversion failed, in one sentence with a remedy.
 
 The converter speaks through exceptions, log lines and exit codes. What is recognized here was
 produced once and is tested; anything else is shown as the converter's own last words. The whole log

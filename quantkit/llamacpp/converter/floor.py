@@ -1,4 +1,4 @@
-"""The least that a page for strangers needs before it converts what they name.
+"""Check the minimum protection that a public page needs before it converts models.
 
 No token stands in an environment; the processes that hold one cannot be read; the kernel filters
 the system calls of the converter; and a stranger's bytes reach no code that runs outside.

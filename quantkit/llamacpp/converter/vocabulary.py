@@ -1,5 +1,5 @@
-"""What the converter leaves out of a vocabulary, put in before the header is written. Runs inside
-the sandbox, beside the converter's own classes.
+"""Add what the converter leaves out of a vocabulary, before the header is written. Runs inside the
+sandbox, beside the converter's own classes.
 
 **Names of added tokens.** Beside a SentencePiece model the converter reads `added_tokens.json` and
 `tokenizer_config.json`; transformers 5 writes added tokens to `tokenizer.json` alone. Such ids came

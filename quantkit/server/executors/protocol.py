@@ -1,4 +1,4 @@
-"""What the server asks of a place where runs are done, and what it knows of a run there.
+"""The interface between the server and the places where runs execute.
 
 Whatever an executor starts looks like a worker: a process of this machine that is given a run's
 folder, holds its lock, appends to its events, brings its small results and ends when the run has
@@ -36,7 +36,7 @@ _PATIENCE_SECONDS = 8 * 3600
 
 @dataclass(frozen=True)
 class Order:
-    """How a run is to be done: by which executor, on which of its machines, for how long."""
+    """How to execute a run: by which executor, on which of its machines, for how long."""
 
     executor: str = "local"
     machine: str | None = None  # None: the executor has only one
@@ -100,7 +100,7 @@ class FoundRun:
 
 
 class Executor(Protocol):
-    """Where runs are done. `registry` has one of each."""
+    """A place where runs execute. `registry` has one of each."""
 
     name: str  # as records and the form have it
     noun: str  # what people call a run there

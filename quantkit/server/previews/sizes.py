@@ -1,4 +1,4 @@
-"""Another size of a model that was planned before: answered from its plan, at once."""
+"""Answer another size of a model from its existing plan, at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose turn it is to have something made that costs this machine a lot: shared by visitor."""
+"""Share expensive work of this machine among visitors, who take turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantkit.errors import QuantkitError
 
 @dataclass(frozen=True)
 class Share:
-    """What there is, and what one visitor may have of it."""
+    """The capacity, and one visitor's share of it."""
 
     places: int = 2  # at once
     waiting: int = 12  # of all; each keeps a thread of the server
@@ -35,7 +35,7 @@ _BUSY = QuantkitError("Too many previews are being made.", "Try again in a minut
 
 
 class Turns:
-    """A line in which those who had least come first. One visitor has one place at a time, however
+    """A queue in which those who had least come first. One visitor has one place at a time, however
     many are free, a few places in the line, and so much time in an hour. Safe in several threads.
     """
 

@@ -1,4 +1,4 @@
-"""Runs that only their executor still knows: they outlived this server's memory."""
+"""Adopt runs that only their executor still knows, after this server has lost them."""
 
 from __future__ import annotations
 

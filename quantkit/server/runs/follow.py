@@ -1,4 +1,4 @@
-"""Reads a run's folder as it grows: only what is new, and only when something is new."""
+"""Read a run's folder as it grows: only what is new, and only when something is new."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Cached:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A record, and what is wrong with the file it is of."""
+    """A record, and what is wrong with its file."""
 
     record: RunRecord | None
     damage: str = ""

@@ -1,4 +1,4 @@
-"""What a server and its visitors may use, and who is next."""
+"""The limits of a server and its visitors, and who is next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLEANED_FILE = ".cleaned"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one server and one visitor may ask for."""
+    """The limits of one server and one visitor."""
 
     workers: int = 1  # runs at once on this machine
     remote: int = 20  # runs elsewhere at once: each is a small process here that listens

@@ -1,4 +1,4 @@
-"""Jobs as they lie on disk: ids, owners and `job.json` beside a run's other files.
+"""Runs on disk: ids, owners and `job.json` beside a run's other files.
 
     <root>/<run id>/{job.json, log.txt, config.json, events.jsonl, ...}
 
@@ -47,7 +47,7 @@ class NoSuchRun(UsageError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the launcher did with a run, and for whom. Never holds a token."""
+    """The launcher's record of a run, and its owner. Never holds a token."""
 
     owner: str | None  # hash of the visitor's id; None: a run of this machine, started by hand
     created: float

@@ -1,5 +1,5 @@
-"""A filled-in form to a `RunConfig`. Everything a stranger types is checked here, before a file or
-a process is made of it.
+"""Turn a filled-in form into a `RunConfig`. Everything that a stranger types is checked here,
+before any file or process is made from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The runs under one root folder: who may do what with them.
+"""The runs under one root folder, and who can do what with them.
 
 Nothing here is remembered that is not on disk, but for the visitors' tokens: a server that comes
 back scans the folder and goes on, with the workers that ran meanwhile.

@@ -1,4 +1,4 @@
-"""The documented endpoints: `estimate`, `start_job`, `job_status`, `cancel_job`.
+"""The documented API endpoints: `estimate`, `start_job`, `job_status`, `cancel_job`.
 
 For gradio_client, plain HTTP and agents. A caller is known by its `key`: `start_job` returns one,
 and it is given to the other calls. On a Space a caller signs in with its Hub token instead

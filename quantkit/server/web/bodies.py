@@ -1,4 +1,4 @@
-"""Reads a request's body with limits, before anything is made of it."""
+"""Read a request's body with limits, before it is used."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Events:
-    """What may be asked for: the number of inputs of every event, those that wait in the queue, and
-    the arguments of every endpoint: true for those that have to be given.
+    """The valid requests: the number of inputs of every event, the events that wait in the queue,
+    and the arguments of every endpoint (true for required ones).
     """
 
     inputs: Mapping[int, int]

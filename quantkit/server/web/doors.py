@@ -1,4 +1,4 @@
-"""The doors of the page: every route that it and the documented API need. All others are shut.
+"""The doors of the page: every route that it and the documented API need. All others are closed.
 
 `tests/test_app_doors.py` holds this list against the routes of the installed Gradio.
 """
@@ -24,7 +24,7 @@ Kind = Literal["page", "public", "act", "api", "own"]
 
 @dataclass(frozen=True)
 class Door:
-    """Routes that are used alike."""
+    """Routes with the same rules."""
 
     methods: tuple[str, ...]
     path: re.Pattern[str]

@@ -1,4 +1,4 @@
-"""What stands before Gradio: it decides which requests come in, with whose cookies, how often.
+"""The gate in front of Gradio: it decides which requests come in, with whose cookies, how often.
 
 Gradio answers any origin with credentials, keeps what strangers send, and has doors that nothing
 here needs. It is given a request only when the gate has read and judged all of it.

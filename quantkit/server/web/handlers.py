@@ -1,4 +1,4 @@
-"""What the events of the page do: plain methods of `Handlers`, between Gradio and the run store."""
+"""Handle the events of the page: plain methods of `Handlers`, between Gradio and the run store."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _BUG_REMEDY = "Try again; if it keeps happening, report it with the server's log
 
 @dataclass(frozen=True)
 class Client:
-    """Who is asking, as the server made sure of it; never what a page claims."""
+    """The client of a request, as the server verified it; never what a page claims."""
 
     owner: str | None = None  # a signed-in Hub user or the holder of a cookie; None: neither
     username: str | None = None

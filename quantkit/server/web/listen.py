@@ -1,4 +1,4 @@
-"""Listens: connections are bounded by address and in time before a byte of theirs is read.
+"""Listen with limits on connections, per address and in time, before a byte of theirs is read.
 
 Gradio's own server takes any number of connections and keeps each as long as it likes to stay.
 """

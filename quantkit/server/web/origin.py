@@ -1,4 +1,6 @@
-"""Where a request comes from: the name that it asked for, the site that sent it, the address."""
+"""Find out where a request comes from: the host name that it asked for, the site that sent it, the
+address.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def _is_loopback(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Places:
-    """What this server is called, and whose word about a visitor's address it takes."""
+    """The host names of this server, and the proxies that it trusts about a visitor's address."""
 
     on_space: bool
     listed: frozenset[str]  # names that were set for it, with a port where there is one

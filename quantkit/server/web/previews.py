@@ -1,4 +1,4 @@
-"""What a run would take, as HTML: what the model is, its sizes, where it can run, what it costs."""
+"""Show a plan as HTML: what the model is, its sizes, where it can run, what it costs."""
 
 from __future__ import annotations
 

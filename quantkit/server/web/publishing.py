@@ -1,4 +1,4 @@
-"""What publishing would change in a repository, as HTML."""
+"""Show what publishing would change in a repository, as HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a visitor may do what costs this machine or the Hub something."""
+"""Limit how often a visitor can do what costs this machine or the Hub something."""
 
 from __future__ import annotations
 

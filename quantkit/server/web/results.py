@@ -1,4 +1,4 @@
-"""What a finished run is worth: the figures that count and the whole report as HTML, its plots."""
+"""Show a finished run: its main figures and the whole report as HTML, and its plots."""
 
 from __future__ import annotations
 

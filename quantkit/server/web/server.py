@@ -1,4 +1,4 @@
-"""Serves the page: Gradio behind the gate, and downloads straight from disk."""
+"""Serve the page: Gradio behind the gate, and downloads straight from disk."""
 
 from __future__ import annotations
 

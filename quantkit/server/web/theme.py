@@ -1,4 +1,4 @@
-"""How the page looks: Gradio's base theme with calm colors and the system's own fonts."""
+"""The look of the page: Gradio's base theme with calm colors and the system's own fonts."""
 
 from __future__ import annotations
 

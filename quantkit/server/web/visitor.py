@@ -1,4 +1,6 @@
-"""Who is asking: the Hub user on a Space, elsewhere whoever holds an unguessable signed cookie."""
+"""Identify the visitor: the Hub user on a Space, elsewhere the holder of an unguessable signed
+cookie.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run in a Job of Hugging Face, seen from here: starts it or finds it again, and listens to it.
+"""Start a run in a Hugging Face Job, or find it again, and listen to it.
 
     python -m quantkit.server.executors.hf_jobs.dispatch ORDER FOLDER
 

@@ -1,4 +1,4 @@
-"""The labels by which this very server's Jobs are known again."""
+"""The labels by which a server finds its own Jobs again."""
 
 from __future__ import annotations
 

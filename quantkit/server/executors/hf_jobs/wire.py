@@ -1,4 +1,4 @@
-"""How a run on another machine is told: its events and small results as lines of the Job's log.
+"""Send a run's events and small results from another machine as lines of the Job's log.
 
 Nothing else is needed to follow a Job: no port, no bucket, no second credential. Whatever is not
 such a line is the worker's own output.
