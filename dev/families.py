@@ -30,9 +30,9 @@ Written by `python dev/families.py`: do not edit. Each line is a tiny random che
 config class that went through the whole pipeline, from fetch to stitch: llama.cpp's own converter,
 row maps, calibration, every quantizer, a search. llama.cpp loaded the stitched file
 {llama}, and its logits were compared with PyTorch's (transformers {transformers}) with exactly the
-same dequantized weights. Other models of these architectures only differ in size. Architectures that
-are not listed work as long as both programs know them; `quantkit plan` says how much of a model GPTQ
-covers.
+same dequantized weights. Other models of these architectures only differ in size. Architectures
+that are not listed work as long as both programs know them; `quantkit plan` says how much of a
+model GPTQ covers.
 
 - **mapped**: share of the parameters of linear layers whose rows were found in the model.
 - **GPTQ**: share of those parameters that were quantized with a Hessian of their inputs.
