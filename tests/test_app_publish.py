@@ -55,7 +55,7 @@ def others(hub: HubServer) -> None:
 
 def test_what_would_change_in_a_new_repository(handlers: Handlers, hub: HubServer) -> None:
     html = handlers.compare("done", REPO, "private", ME, ALICE)
-    assert "will be made, private" in html and "4 files are uploaded" in html
+    assert "will be created, private" in html and "4 files are uploaded" in html
     assert html.count('<li class="new">') == 4 and "<pre" not in html
     assert not hub.asked("commit|repos/create|lfs|preupload"), "looking wrote something"
 
@@ -66,9 +66,9 @@ def test_what_a_gated_model_becomes(handlers: Handlers, hub: HubServer) -> None:
     fetched = run.records()["fetch"]
     run.save_record(replace(fetched, summary={**fetched.summary, "closed": "gated"}))
     html = handlers.compare("done", REPO, "model", ME, ALICE)
-    assert "will be made, private" in html and "Its model is gated" in html
+    assert "will be created, private" in html and "Its model is gated" in html
     html = handlers.compare("done", REPO, "public", ME, ALICE)
-    assert "will be made, public" in html and "gated" not in html
+    assert "will be created, public" in html and "gated" not in html
     others(hub)
     with pytest.raises(QuantkitError, match="exists and is public"):
         handlers.compare("done", REPO, "model", ME, ALICE)
@@ -188,13 +188,13 @@ def test_from_the_button_to_the_repository(
         page.get_by_role("button", name="Publish to the Hugging Face Hub").click()
         page.locator("#repo input, #repo textarea").fill(REPO)
         page.locator("#publish-token input").fill("hf_wrongSecretToken01")
-        page.get_by_role("button", name="Show what would change").click()
+        page.get_by_role("button", name="Preview upload").click()
         expect(page.locator("#changes [role=alert]")).to_contain_text("does not accept this token")
         expect(page.locator("#publish")).to_be_hidden()
 
         page.locator("#publish-token input").fill(ALICE)
         page.locator("#collection input, #collection textarea").fill("alice/mine-65f1")
-        page.get_by_role("button", name="Show what would change").click()
+        page.get_by_role("button", name="Preview upload").click()
         expect(page.locator("#changes")).to_contain_text("notes.txt")
         page.get_by_text("Changes of the model card").click()
         page.wait_for_timeout(300)
@@ -221,6 +221,6 @@ def test_from_the_button_to_the_repository(
 
         # A second time changes nothing.
         page.locator("#publish-token input").fill(ALICE)
-        page.get_by_role("button", name="Show what would change").click()
+        page.get_by_role("button", name="Preview upload").click()
         expect(page.locator("#changes")).to_contain_text("nothing is uploaded")
         assert os.environ.get("HF_TOKEN") is None

@@ -170,7 +170,7 @@ def test_a_uniform_file_is_no_llama_cpp_file() -> None:
     changed["baselines"].append(row(kind="uniform", name="Q4_K", n_bytes=980_000, kl=small))
     read = report.read(changed)
     assert "Q5_1 pure" in report.verdict(read)
-    assert any("uniform Q4_K" in line and "not larger" in line for line in report.losses(read))
+    assert any("uniform Q4_K" in line and "no larger" in line for line in report.losses(read))
 
 
 def test_a_loss_is_said_plainly() -> None:

@@ -23,7 +23,7 @@ from quantkit.server.runs.record import (
 
 DELETED_FILE = ".deleted"  # ids of runs that are not to come back, one a line
 _MOST_ITEMS = 10_000  # of a config
-_REASON = "It was found again by its {}. Resume it to see how it fares."
+_REASON = "It was found again by its {}. Resume it to see its progress."
 
 
 def adopt(root: Path, owner: str, executor: Executor, found: Iterable[FoundRun]) -> tuple[str, ...]:

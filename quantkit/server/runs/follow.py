@@ -300,7 +300,7 @@ class Follower:
             created=summary.created,
             stages=tuple(Progress().stages.values()),
             error=self.damage or "The config.json of this run cannot be read.",
-            remedy="Delete it, or put the file back from a copy.",
+            remedy="Delete it, or restore the file from a copy.",
         )
 
     def files(self) -> tuple[ResultFile, ...]:
@@ -372,7 +372,7 @@ class Follower:
             if record is not None and record.phase == STOPPED:
                 return record.reason, ""
             return (
-                "The run was cut off: its process ended without a word.",
+                "The run was cut off: its process ended without a message.",
                 "Resume it; finished stages are kept.",
             )
         return "", ""

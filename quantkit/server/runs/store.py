@@ -278,4 +278,4 @@ def _summary(follower: Follower, place: int | None) -> RunSummary | None:
 
 def _check_whole(follower: Follower) -> None:
     if follower.damage:
-        raise UsageError(follower.damage, "Delete it, or put the file back from a copy.")
+        raise UsageError(follower.damage, "Delete it, or restore the file from a copy.")

@@ -24,7 +24,7 @@ def looked_at(first: FirstLook) -> str:
         ("License", _license(first.license, first.gated)),
     ]
     if first.n_download_bytes:
-        facts.append(("To read", size(first.n_download_bytes)))
+        facts.append(("Download", size(first.n_download_bytes)))
     return _card(facts, '<p class="qk-help qk-busy">Working out exact sizes and cost …</p>')
 
 
@@ -73,16 +73,19 @@ def _preview(
         facts.append(
             (
                 "Context",
-                f"{context:,} tokens take {size(plan.context.n_bytes(context))} beside it",
+                f"{context:,} tokens take {size(plan.context.n_bytes(context))} in addition",
             )
         )
-    facts.append(("Possible", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"))
-    facts.append(("Under GPTQ", in_words(plan.coverage)))
+    facts.append(("Size range", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"))
+    facts.append(("Covered by GPTQ", in_words(plan.coverage)))
     facts.append(("Disk, memory", _both(needs)))
     n_fallbacks = len({f.tensor for f in plan.fallbacks})
     if n_fallbacks:
         facts.append(
-            ("Fallbacks", f"{n_fallbacks} tensors need another type; the report lists them")
+            (
+                "Fallbacks",
+                f"{n_fallbacks} tensors fall back to a compatible type; the report lists them",
+            )
         )
     warnings = [f"{budget.target}: {budget.refusal}" for budget in sizes.refused]
     warnings += plan.warnings[:10]
@@ -130,7 +133,7 @@ def _where(
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
     for offer in shown:
-        limit = f"${offer.most_usd:.2f} at most: ended after {offer.hours} h"
+        limit = f"${offer.most_usd:.2f} at most (stops after {offer.hours} h)"
         cost = "under $0.01" if offer.usd < 0.01 else f"${offer.usd:.2f}"
         rows.append(_place(offer.title, limit, _about(offer.seconds), cost, offer == chosen))
     if not rows:
@@ -165,7 +168,7 @@ def _stock(plan: Plan, context: int | None) -> str:
     if not rows:
         return ""
     head = (
-        "<tr><th>as large as</th><th>file</th><th>bits / weight</th>"
+        "<tr><th>size of</th><th>file</th><th>bits / weight</th>"
         f"<th>in memory with {tokens:,} tokens</th></tr>"
     )
     return (

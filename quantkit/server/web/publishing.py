@@ -21,7 +21,7 @@ def changes(found: RepoChanges, closed: str = "") -> str:
     lead = (
         f"<b>{where}</b> exists and is {kind}."
         if found.exists
-        else f"<b>{where}</b> will be made, {kind}."
+        else f"<b>{where}</b> will be created, {kind}."
     )
     terms = {"gated": ", and the terms apply to this file, too"}
     why = f" Its model is {closed}{terms.get(closed, '')}." if closed else ""
@@ -30,7 +30,7 @@ def changes(found: RepoChanges, closed: str = "") -> str:
         f"{n_sent} {'file is' if n_sent == 1 else 'files are'} uploaded in one commit,"
         f" {size(found.n_bytes)}."
         if n_sent
-        else "It holds these very files already: nothing is uploaded."
+        else "It already has these files: nothing is uploaded."
     )
     rows = "".join(
         f'<li class="{change.kind}"><b>{_SIGNS[change.kind]}</b><span>{escape(change.path)}</span>'

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _UNREADABLE = (
     '<div class="qk-notice error" role="alert"><strong>The report of this run cannot be read.'
-    "</strong> <span>Download report.json and look into it.</span></div>"
+    "</strong> <span>Download report.json to look into it.</span></div>"
 )
 _MOST_MADE = 32
 _made: dict[tuple[int, str], tuple[Any, Any]] = {}  # by identity and use: read, and made of it

@@ -109,7 +109,7 @@ def _machine(run: RunView) -> str:
     if run.usd_per_hour:
         facts.append(f"${run.usd_per_hour:.2f} an hour")
     if run.hours:
-        facts.append(f"ended after {run.hours} h at the latest")
+        facts.append(f"stopped after {run.hours} h at the latest")
     link, load = "", ""
     if run.remote is not None:
         facts.append(f"${run.remote.usd:.2f} so far")
@@ -137,10 +137,10 @@ def _load(load: MachineLoad | None) -> str:
 
 def _state_note(run: RunView) -> str:
     if run.stopping:
-        return notice("Stopping the worker.", "What is finished is kept.", "info")
+        return notice("Stopping…", "Completed stages are kept.", "info")
     if run.state == "queued":
         place = run.position or 1
-        text = "It is next in line." if place == 1 else f"It is number {place} in line."
+        text = "Next in the queue." if place == 1 else f"Number {place} in the queue."
         if run.is_remote:
             text = f"Its {EXECUTORS[run.executor].noun} is about to be started."
         elif run.wait_seconds:
@@ -149,9 +149,9 @@ def _state_note(run: RunView) -> str:
             text, "You can close this page: its address and your list find it again.", "info"
         )
     if run.state in ("failed", "interrupted", "damaged"):
-        return notice(run.error or "The run ended without saying why.", run.remedy)
+        return notice(run.error or "The run ended without an error message.", run.remedy)
     if run.state == "cancelled":
-        return notice("Cancelled.", "Finished stages are kept: it can be resumed.", "info")
+        return notice("Cancelled.", "Completed stages are kept; you can resume.", "info")
     if run.published_url and run.state == "finished":
         url = run.published_url
         if url.startswith(("https://", "http://")):
@@ -226,7 +226,7 @@ def curve(run: RunView) -> str:
     if run.report or len(run.curve) < 2:
         return ""
     last = run.curve[-1]
-    title = "How the search is doing" if run.is_active else "How the search went"
+    title = "Search progress" if run.is_active else "Search"
     known = reports.with_error(reports.Mean(last.kl, last.stderr))
     tuned = ", as tuning is expected to leave it" if last.is_expected else ""
     return (
@@ -336,7 +336,7 @@ def _run_line(run: RunSummary) -> str:
     if run.state == "running" and run.stage:
         now = run.stage + ("" if run.percent is None else f" {run.percent} %")
     elif run.state == "queued" and run.position:
-        now = f"number {run.position} in line"
+        now = f"number {run.position} in the queue"
     name = escape(model_name(run.model))
     return (
         f'<li><a href="?job={quote(run.id)}"><span class="name">{name}</span>'
