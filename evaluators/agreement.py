@@ -76,7 +76,7 @@ def compare_logits(
     reference: NDArray[np.float32],
     runtime: Runtime = CPU,
 ) -> tuple[Agreement, NDArray[np.float64]]:
-    """`measure`, and the KL of every token [n]."""
+    """Return what `measure` does, and the KL of every token [n]."""
     n = len(ids)
     with Model(file, runtime) as model:
         if reference.shape[0] != n or reference.shape[1] < model.n_vocab:

@@ -56,7 +56,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """--text, --dataset, --ctx and --chunks of the commands that compare files with a base."""
+    """Add --text, --dataset, --ctx and --chunks of the commands that compare files with a base."""
     parser.add_argument(
         "--text",
         action="append",
@@ -80,8 +80,8 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_domains(options: argparse.Namespace) -> dict[str, str]:
-    """{name: text} of what `add_text_options` asked for. Raises EvaluationError when there is
-    nothing, a file cannot be read, or two have one name.
+    """Return {name: text} of what `add_text_options` asked for. Raises EvaluationError when there
+    is nothing, a file cannot be read, or two have one name.
     """
     paths = named_paths(options.text)
     if not paths and not options.dataset:
@@ -95,7 +95,7 @@ def runtime_of(options: argparse.Namespace) -> Runtime:
 
 
 def positive(text: str) -> int:
-    """argparse type: an integer above zero."""
+    """Return an integer above zero, as an argparse type."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above zero")
@@ -103,8 +103,8 @@ def positive(text: str) -> int:
 
 
 def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FILE` or `FILE` (named by its stem) to {name: path}. Raises EvaluationError when two
-    have one name.
+    """Parse `NAME=FILE` or `FILE` (named by its stem) into {name: path}. Raises EvaluationError
+    when two have one name.
     """
     named: dict[str, Path] = {}
     for argument in arguments:
@@ -121,7 +121,7 @@ def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need; the first to the left, numbers to the right."""
+    """Print columns as wide as they need, the first aligned left and numbers right."""
     lines = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
     lines.insert(1, ["-" * width for width in widths])
@@ -134,7 +134,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:
-    """`12.34 ± 0.05`."""
+    """Return `12.34 ± 0.05`."""
     if error is None:
         return f"{value:.{digits}f}"
     return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -116,7 +116,7 @@ class KLResult:
 
 
 def summarize(scores: Sequence[TokenScores]) -> KLSummary:
-    """Figures over the tokens of one domain, or of several."""
+    """Summarize the tokens of one domain, or of several."""
     kl = np.concatenate([x.kl.ravel() for x in scores])
     mean = mean_nats([x.kl for x in scores])
     same = np.concatenate([x.same_top.ravel() for x in scores])
@@ -142,7 +142,7 @@ def measure(
     progress: Progress | None = None,
     max_windows: int | None = None,
 ) -> KLResult:
-    """KL of one file against computed base logits.
+    """Measure the KL of one file against computed base logits.
 
     Args:
         progress: called with (windows done, windows in all).
@@ -198,7 +198,7 @@ def measure_weights(
     progress: Progress | None = None,
     max_windows: int | None = None,
 ) -> KLResult:
-    """As `measure`, of the file expanded to F16: the KL of its weights alone.
+    """Measure the file expanded to F16 as `measure` does: the KL of its weights alone.
 
     `folder` takes the temporary F16 file (2 bytes a parameter); the system's when None.
     """

@@ -70,7 +70,7 @@ LOG = LogTail()
 
 
 def because(reason: str) -> str:
-    """' (reason)' for the end of a clause, nothing without a reason."""
+    """Return ' (reason)' for the end of a clause, nothing without a reason."""
     return f" ({reason})" if reason else ""
 
 
@@ -134,8 +134,8 @@ class Model(Closing):
     def tokenize(
         self, text: str, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        """Token ids of `text`, plain text throughout: "<s>" in it is three characters, unless
-        `parse_special`.
+        """Return the token ids of `text`, plain text throughout: "<s>" in it is three characters,
+        unless `parse_special`.
 
         With `add_special` a BOS is put first where the vocabulary asks for one; an EOS never is
         added, since a text here goes on.

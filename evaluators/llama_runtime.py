@@ -68,8 +68,8 @@ def shard_paths(path: Path) -> list[Path]:
 
 
 def check_gguf(path: Path) -> int:
-    """Total bytes of a GGUF (all its parts). Raises EvaluationError when it is missing or is
-    something else; what is inside is llama.cpp's to judge.
+    """Return the total bytes of a GGUF (all its parts). Raises EvaluationError when it is missing
+    or is something else; what is inside is llama.cpp's to judge.
     """
     n_bytes = 0
     for part in shard_paths(path):
@@ -97,7 +97,7 @@ def check_context(path: Path, n_ctx: int, n_ctx_train: int) -> None:
 
 
 def model_sha256(path: Path) -> str:
-    """sha256 over all parts of a model, in order."""
+    """Return the sha256 over all parts of a model, in order."""
     digest = hashlib.sha256()
     for part in shard_paths(path):
         with part.open("rb") as file:
@@ -190,8 +190,8 @@ class Model(Opened):
     def tokenize(
         self, text: str, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        """Token ids of `text`, plain text throughout: "<s>" in it is three characters, unless
-        `parse_special`.
+        """Return the token ids of `text`, plain text throughout: "<s>" in it is three characters,
+        unless `parse_special`.
 
         With `add_special` a BOS is put first where the vocabulary asks for one; an EOS never is
         added, since a text here goes on.
@@ -215,7 +215,7 @@ class Model(Opened):
         return frozenset(self.session.ask("ends", _SECONDS, whole_numbers))
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str | None:
-        """`messages` through the file's own chat template, None without one.
+        """Render `messages` with the file's own chat template; None without one.
 
         Raises EvaluationError when the template cannot be used; the model may be gone then.
         """

@@ -179,7 +179,7 @@ def open_store(path: Path, key: StoreKey) -> LogitStore:
 
 
 def store_bytes(n_windows: int, n_ctx: int, first: int, n_vocab: int) -> int:
-    """Size of a store's file."""
+    """Return the size of a store's file."""
     n = n_windows * (n_ctx - 1 - first)
     return _HEADER_BYTES + 2 * n_vocab * n + 4 * n_windows * n_ctx + (4 + 4 + 4 + 8) * n
 

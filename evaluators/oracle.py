@@ -35,7 +35,7 @@ def compare(
     offload_bytes: int,
     closer_above: float,
 ) -> Iterator[dict[str, Any]]:
-    """KL(transformers || llama.cpp) over the first `n_tokens` of `ids`, as JSON values.
+    """Return KL(transformers || llama.cpp) over the first `n_tokens` of `ids`, as JSON values.
 
     For a BF16 file llama.cpp rounds activations to the 8 bits that BF16 has, which costs a few
     1e-4: where the KL is above `closer_above`, the file is expanded to F16 and measured again, and

@@ -74,7 +74,7 @@ class PerplexityResult:
 
 
 def mean_nats(values: Sequence[F64]) -> MeanNats:
-    """Mean with errors of values [n_windows, n_scored], one array per domain."""
+    """Return the mean with errors of values [n_windows, n_scored], one array per domain."""
     every = np.concatenate([x.ravel() for x in values])
     interval = windowed_interval(values)
     ci95 = None
@@ -84,7 +84,7 @@ def mean_nats(values: Sequence[F64]) -> MeanNats:
 
 
 def perplexity_of(nll: MeanNats) -> Perplexity:
-    """Perplexity and its errors to first order, as llama-perplexity propagates them."""
+    """Return the perplexity and its errors to first order, as llama-perplexity propagates them."""
     value = math.exp(nll.mean)
     ci95 = (math.exp(nll.ci95[0]), math.exp(nll.ci95[1])) if nll.ci95 else None
     return Perplexity(value, value * nll.stderr, ci95, nll.n)
@@ -102,7 +102,7 @@ def check_finite(values: F64, file: Path) -> None:
 def token_nll(
     model: Model, windows: Windows, workers: RowWorkers, progress: Progress | None = None
 ) -> F64:
-    """-log p of every scored token, [n_windows, n_scored]."""
+    """Return -log p of every scored token, [n_windows, n_scored]."""
     nll = np.empty((windows.n_windows, windows.n_scored))
     with window_context(model, windows.n_ctx, windows.first) as context:
         for i, window in enumerate(windows.tokens):
@@ -123,7 +123,7 @@ def measure(
     runtime: Runtime = CPU,
     progress: Progress | None = None,
 ) -> PerplexityResult:
-    """Perplexity of a GGUF.
+    """Measure the perplexity of a GGUF.
 
     Args:
         file: the GGUF; of a split model, its first part.

@@ -94,7 +94,7 @@ class _Plain:
 
 
 def as_it_is(value: Any) -> Any:
-    """Plain JSON that is only shown or kept."""
+    """Return plain JSON that is only shown or kept."""
     return value
 
 
@@ -108,7 +108,7 @@ def whole_numbers(value: Any) -> list[int]:
 
 
 def last_words(log: str) -> str:
-    """' (the assertion that failed)' or the like, of what a process said before it died."""
+    """Return ' (the assertion that failed)' or the like, from a process's last output."""
     lines = [line for line in log.splitlines() if line.strip()]
     told = [line for line in lines if "ASSERT" in line or "rror" in line] or lines
     words = printable(told[-1].rsplit("/", 1)[-1])[:300].rstrip(".") if told else ""
@@ -176,7 +176,9 @@ class Session:
         return self._process is not None
 
     def share(self, n_floats: int) -> NDArray[np.float32]:
-        """Memory for so many numbers, which the process fills. It is the same memory every time."""
+        """Return memory for this many numbers, which the process fills. It is the same memory every
+        time.
+        """
         if self._logits is None:
             if len(self._own) < n_floats:
                 self._own = np.empty(n_floats, np.float32)

@@ -151,7 +151,9 @@ class _Both:
         return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def llama(self, text: str, around: bool = False) -> list[int]:
-        """llama.cpp's ids, special tokens in the text taken as such; with those around a text."""
+        """Return llama.cpp's ids, special tokens in the text taken as such; with those around a
+        text.
+        """
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 16))()
         n = lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), around, True)

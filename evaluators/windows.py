@@ -48,12 +48,12 @@ class Windows:
 
 
 def n_scored(n_ctx: int, first: int) -> int:
-    """Scored tokens of a window: the last one has no target."""
+    """Return the scored tokens of a window: the last one has no target."""
     return n_ctx - 1 - first
 
 
 def first_scored(protocol: str, n_ctx: int) -> int:
-    """Position of the first logits that count."""
+    """Return the position of the first logits that count."""
     return n_ctx // 2 if protocol == "llama.cpp" else 0
 
 

@@ -147,7 +147,7 @@ def run(
 
 
 def answer_flips(result: ZeroShotResult, base: ZeroShotResult) -> dict[str, Flips]:
-    """Flips of a file against the base model on the same items, by metric."""
+    """Return the flips of a file against the base model on the same items, by metric."""
     if result.items_sha256 != base.items_sha256:
         raise EvaluationError(
             "The file and the base did not answer the same items.",

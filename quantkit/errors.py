@@ -24,8 +24,8 @@ class UsageError(QuantkitError):
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
-    """Text for a terminal or a log: names and licenses are strangers' words, and what could steer
-    a terminal, or cannot be encoded, is shown as JSON writes it. Of `kept` nothing is made.
+    """Return text for a terminal or a log: names and licenses are strangers' words, so what could
+    control a terminal, or cannot be encoded, is shown as JSON writes it. Characters in `kept` stay.
     """
     return "".join(
         letter if letter.isprintable() or letter in kept else json.dumps(letter)[1:-1]

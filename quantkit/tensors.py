@@ -89,7 +89,9 @@ class Fallback:
 
 
 def to_json(value: Any) -> Any:
-    """`value` as JSON types: dataclasses become objects, quant types their names, tuples lists."""
+    """Return `value` as JSON types: dataclasses become objects, quant types their names, tuples
+    lists.
+    """
     if isinstance(value, QuantType):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -90,8 +90,8 @@ def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
 
 
 def pack(documents: Iterable[str], tokenizer: Any, n_sequences: int, n_tokens: int) -> np.ndarray:
-    """Documents as token ids, int64 (n, n_tokens) with n <= n_sequences, each row starting as a
-    text would start.
+    """Pack documents as token ids, int64 (n, n_tokens) with n <= n_sequences, each row starting as
+    a text would start.
 
     Documents follow each other with a blank line between; the tail that does not fill a row is
     dropped.
@@ -126,7 +126,7 @@ def _beginning(tokenizer: Any) -> list[int]:
 def interleave(
     parts: Sequence[np.ndarray], weights: Sequence[float], n_sequences: int
 ) -> np.ndarray:
-    """Rows of several domains in proportion to their weights, spread evenly.
+    """Interleave rows of several domains in proportion to their weights, spread evenly.
 
     A domain that runs out leaves its share to the others. Returns int64 (n, n_tokens), n <=
     n_sequences.

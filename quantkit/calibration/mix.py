@@ -169,7 +169,9 @@ class Reader:
         return read, "; no text written by the model, which is larger than half of the memory"
 
     def read(self, name: str, n_tokens: int) -> Domain:
-        """One text with about `n_tokens` tokens, of the Hub, of CPython or of the model's own."""
+        """Read one text with about `n_tokens` tokens, of the Hub, of CPython or of the
+        model's own.
+        """
         n_characters = n_tokens * _CHARACTERS_PER_TOKEN
         builtin = sources.builtin_text(name, n_characters * 2)
         if builtin is not None:

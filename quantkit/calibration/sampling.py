@@ -120,8 +120,8 @@ def free_text(
     seed: int,
     progress: Progress,
 ) -> list[str]:
-    """`n_texts` texts continued from the openings `starts` in turn, each of at most `n_new` new
-    tokens.
+    """Write `n_texts` texts, continued from the openings `starts` in turn, each of at most `n_new`
+    new tokens.
     """
     texts: list[str] = []
     n_batch = _batch(model, n_new)
@@ -158,8 +158,8 @@ def dialogues(
     seed: int,
     progress: Progress,
 ) -> list[str]:
-    """`n_texts` one-turn dialogues, rendered by the chat template; the model writes question and
-    answer.
+    """Write `n_texts` one-turn dialogues, rendered by the chat template; the model writes question
+    and answer.
     """
     marked = chat.render([{"role": "user", "content": _MARK}])
     start = marked[: marked.index(_MARK)]

@@ -117,7 +117,7 @@ def is_small_file(file: RepoFile) -> bool:
 
 
 def count_parameters(tensors: Iterable[StoredTensor | Expanded]) -> dict[str, int]:
-    """Parameters per dtype, commonest first."""
+    """Return the parameters per dtype, commonest first."""
     counts: Counter[str] = Counter()
     for tensor in tensors:
         counts[tensor.dtype] += math.prod(tensor.shape)

@@ -109,7 +109,7 @@ def is_stale(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> 
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without what says that the weights are quantized."""
+    """Return config.json without the settings that say that the weights are quantized."""
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(kept.get("text_config"), dict):
         kept["text_config"] = without_quantization(kept["text_config"])
@@ -174,8 +174,8 @@ def _block(model: str, block: Any) -> tuple[int, int] | None:
 def unpacked_shapes(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Types and shapes as transformers has them: MXFP4's blocks (experts, out, in / 32, 16) and
-    their scales are one tensor (experts, in, out).
+    """Return the types and shapes as transformers has them: MXFP4's blocks (experts, out, in / 32,
+    16) and their scales are one tensor (experts, in, out).
     """
     if str((quantization_of(config) or {}).get("quant_method")).lower() != "mxfp4":
         return dict(shapes)

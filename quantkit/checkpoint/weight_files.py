@@ -84,8 +84,8 @@ def in_folder(folder: Path) -> tuple[Path, ...]:
 def stored(
     model: str, headers: Iterable[tuple[str, Iterable[StoredTensor]]]
 ) -> dict[str, tuple[str, StoredTensor]]:
-    """File and header entry of every tensor. Raises QuantkitError for one that two files hold:
-    which of them counts is nowhere said.
+    """Return the file and header entry of every tensor. Raises QuantkitError for one that two files
+    hold: nothing says which of them counts.
     """
     found: dict[str, tuple[str, StoredTensor]] = {}
     for file, tensors in headers:
@@ -100,7 +100,9 @@ def stored(
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[Path, StoredTensor]]:
-    """File and header entry of every tensor of the checkpoint in `folder`. Raises QuantkitError."""
+    """Return the file and header entry of every tensor of the checkpoint in `folder`. Raises
+    QuantkitError.
+    """
     headers = [(path.name, read_header(path).tensors) for path in in_folder(folder)]
     found = stored(folder.name, headers)
     return {name: (folder / file, tensor) for name, (file, tensor) in found.items()}
@@ -110,8 +112,8 @@ _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def main_dtype(tensors: Iterable[StoredTensor]) -> str | None:
-    """PyTorch's name of the type that most weights are stored in, whatever config.json says of it;
-    None where no weight has one of the usual types.
+    """Return PyTorch's name of the type that most weights are stored in, whatever config.json says
+    of it; None where no weight has one of the usual types.
     """
     counts: Counter[str] = Counter()
     for tensor in tensors:

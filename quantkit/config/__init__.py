@@ -245,8 +245,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def load_types_map(path: Path) -> tuple[tuple[str, str], ...]:
-    """`--types MAP.json`: an object of tensor-name regexes (and `default`) to types, in the order
-    written.
+    """Load `--types MAP.json`: an object of tensor-name regexes (and `default`) to types, in the
+    order written.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

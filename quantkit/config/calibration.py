@@ -167,8 +167,8 @@ def shown(spec: str) -> str:
 
 
 def parse_spec(spec: str) -> tuple[Request, ...]:
-    """'docs:2,notes.txt' -> requests; weights default to 1. Raises UsageError for unknown names and
-    weights, and for `auto` beside others.
+    """Parse 'docs:2,notes.txt' into requests; weights default to 1. Raises UsageError for unknown
+    names and weights, and for `auto` with others.
     """
     requests: list[Request] = []
     for entry in _entries(spec):

@@ -157,7 +157,7 @@ class FitsMemory(_Asked):
         return memory - context_bytes(n_tokens)
 
     def within(self, limit: int, largest: int) -> int:
-        """More memory than the model can use is no mistake."""
+        """Return at most `largest`: more memory than the model can use is no mistake."""
         return min(limit, largest)
 
     def below(self, limit: int, smallest: int) -> str:

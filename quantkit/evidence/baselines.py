@@ -38,9 +38,10 @@ def stock_baselines(
     imatrix: Mapping[str, Floats],
     folder: Path,
 ) -> list[Baseline]:
-    """For every one of our files, by bytes with the label it was asked to be like: the `n_below`
-    largest stock files of at most its size, the next larger one, and the one it is like. Each is
-    made by llama.cpp in `folder` when it is opened, with the same imatrix, and deleted afterwards.
+    """Return for each of our files, given by bytes with the label it was asked to be like: the
+    `n_below` largest stock files of at most its size, the next larger one, and the one it is like.
+    Each is made by llama.cpp in `folder` when it is opened, with the same imatrix, and deleted
+    afterwards.
     """
     weights = {recipe: stock_bytes(base, recipe) for recipe in _recipes()}
     chosen: dict[StockRecipe, bool] = {}
@@ -81,8 +82,8 @@ def stock_around(
 
 
 def uniform_baselines(levels: Path, sizes: Sequence[int], n_around: int) -> list[Baseline]:
-    """Files of one level in the folder `levels`, quantized like the result but not searched: for
-    every size the largest of at most that, then the next larger one, `n_around` in all.
+    """Return files of one level in the folder `levels`, quantized like the result but not searched:
+    for every size the largest of at most that, then the next larger one, `n_around` in all.
     """
     paths = sorted(levels.glob("*.gguf"), key=lambda path: path.stat().st_size)
     chosen: dict[Path, None] = {}

@@ -28,7 +28,7 @@ _PAGE = re.compile(r"[A-Za-z0-9][\w.-]{0,100}", re.ASCII)  # a file of the model
 
 
 def plain(text: str) -> str:
-    """One line of printable characters, not too long."""
+    """Return one line of printable characters, not too long."""
     line = " ".join(text.split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= _MOST_LETTERS else line[: _MOST_LETTERS - 1] + "…"
@@ -69,7 +69,7 @@ def web_link(link: Any, repo: str | None) -> str | None:
 
 
 def repo_ids(value: Any) -> list[str]:
-    """Ids of repositories among what a card names."""
+    """Return the ids of repositories among the names in a card."""
     return [text for text in _strings(value) if is_repo_id(text)]
 
 

@@ -116,7 +116,8 @@ def torch_logits(
     ids: np.ndarray,
     device: str,
 ) -> native.Floats:
-    """Logits [n, n_vocab] in float32 of the checkpoint in `folder` with the weights of `file`.
+    """Return the logits [n, n_vocab] in float32 of the checkpoint in `folder` with the weights of
+    `file`.
 
     Args:
         maps: the row map of each tensor of the file that differs from the base.

@@ -61,8 +61,8 @@ class Meter:
         return progress
 
     def ours(self, logits: BaseLogits | None, file: Baseline) -> dict[str, Any]:
-        """Everything that can be measured of an output; what cannot is in `measures`. `logits` are
-        None where the base's predictions could not be computed.
+        """Measure everything possible of an output; what is not possible is in `measures`. `logits`
+        are None where the base's predictions could not be computed.
         """
         with file.open() as path:
             return self._row(logits, file, path, self._kl(logits, file, path))
@@ -168,7 +168,7 @@ class Meter:
         return found
 
     def speed(self, path: Path) -> dict[str, Any]:
-        """Tokens per second and memory, in a process of its own."""
+        """Measure tokens per second and memory, in a process of its own."""
         from evaluators import speed
 
         n_prompt, n_generate, n_repeats = self._effort.speed

@@ -51,7 +51,7 @@ class Original:
     adapter: Path | None = None
 
     def to_json(self) -> dict[str, str | None]:
-        """As `evaluators.oracle.compare` takes it."""
+        """Return it as `evaluators.oracle.compare` takes it."""
         adapter = None if self.adapter is None else str(self.adapter)
         return {"name": self.name, "folder": str(self.folder), "adapter": adapter}
 

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """libggml-base with the argument types of the functions used here.
+    """Load libggml-base with the argument types of the functions used here.
 
     Found without importing llama_cpp, which would load the whole runtime. Raises QuantkitError when
     it is not installed.
@@ -158,8 +158,8 @@ def _check_finite(weight: Floats) -> None:
 
 
 def dequantize(packed: Bytes, qtype: QuantType) -> Floats:
-    """Values of packed rows exactly as llama.cpp reads them: uint8 (n_rows, row_bytes) -> float32
-    (n_rows, n_columns).
+    """Return the values of packed rows exactly as llama.cpp reads them: uint8 (n_rows, row_bytes)
+    -> float32 (n_rows, n_columns).
     """
     packed = np.ascontiguousarray(packed)
     if qtype == F32:

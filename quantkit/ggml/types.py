@@ -152,5 +152,5 @@ _OF_A_MIX = {
 
 
 def file_label(qtype: QuantType) -> str:
-    """llama.cpp's name for a file of one quantized type."""
+    """Return llama.cpp's name for a file of one quantized type."""
     return _OF_A_MIX.get(qtype.name, qtype.name)

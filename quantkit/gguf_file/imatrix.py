@@ -49,8 +49,8 @@ def write_imatrix(
 
 
 def read_imatrix(path: Path) -> dict[str, Floats]:
-    """Mean squared inputs by tensor name, from our file or llama-imatrix's. Raises QuantkitError
-    for other files.
+    """Read the mean squared inputs by tensor name, from our file or llama-imatrix's. Raises
+    QuantkitError for other files.
     """
     file = GgufFile(path)
     if file.metadata.get("general.type") != "imatrix":

@@ -40,8 +40,8 @@ class GgufFile:
         self.alignment = header.alignment  # tensors begin at multiples of this many bytes
 
     def packed(self, name: str) -> native.Bytes:
-        """Rows of a tensor as stored: uint8 (n_rows, row_bytes), mapped from the file for as long
-        as somebody has them.
+        """Return the rows of a tensor as stored: uint8 (n_rows, row_bytes), mapped from the file
+        while they are in use.
         """
         tensor = self.tensors[name]
         shape = (-1, tensor.qtype.row_bytes(tensor.shape[-1]))

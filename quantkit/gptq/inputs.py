@@ -22,8 +22,8 @@ DAMPING = 0.1  # of the median of diag H: dev/LOG.md
 
 
 def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, str]:
-    """By tensor, the module whose input its columns are. One that is not found in the model
-    borrows that of a tensor of its block that reads the same input, where there is one.
+    """Return for each tensor the module whose input its columns are. A tensor that is not found in
+    the model borrows that of a tensor of its block that reads the same input, if there is one.
     """
     found = {}
     for name in tensors:
@@ -139,7 +139,9 @@ def _reordered(inputs: Inputs, columns: torch.Tensor, methods: tuple[str, ...]) 
 def make_inputs(
     train: torch.Tensor, heldout: torch.Tensor, methods: tuple[str, ...], device: str
 ) -> Inputs:
-    """From two Hessians, float32 (n, n), on the device; factorized where gptq is a method."""
+    """Make inputs of two Hessians, float32 (n, n), on the device; factorized where gptq is a
+    method.
+    """
     importance = train.diagonal().cpu().numpy().copy()
     train, heldout = train.to(device), heldout.to(device)
     factor: Factor | None = factorize(train, DAMPING) if "gptq" in methods else None

@@ -186,7 +186,7 @@ def solve_experts(
     sensitivities: Sequence[Sensitivity | None],
     n_sweeps: int,
 ) -> list[Part]:
-    """`solve_rows` for several experts' weights of one shape, each with its own inputs: GPTQ and
+    """Do `solve_rows` for several experts' weights of one shape, each with its own inputs: GPTQ and
     the descent take all of them at once.
     """
     device = inputs[0].heldout.device

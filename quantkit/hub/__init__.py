@@ -63,7 +63,7 @@ class ModelHit:
 
 
 def search_models(query: str, limit: int = 10, token: str | None = None) -> tuple[ModelHit, ...]:
-    """Language models whose name fits `query`, most downloaded first.
+    """Return the language models whose name fits `query`, most downloaded first.
 
     Models that also see or hear are filed under another task on the Hub and are asked for too.
     Raises QuantkitError when the Hub does not answer.

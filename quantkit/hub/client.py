@@ -123,7 +123,9 @@ def call(
 def read_start(
     repo_id: str, sha: str, path: str, n_bytes: int, token: str | None, skip: int = 0
 ) -> bytes:
-    """Up to `n_bytes` of a file on the Hub from byte `skip` on, never more, whatever it sends."""
+    """Read up to `n_bytes` of a file on the Hub from byte `skip` on, never more, whatever it
+    sends.
+    """
     url = hf_hub_url(repo_id, path, revision=sha, endpoint=endpoint())
     headers = build_hf_headers(
         token=token or False,
@@ -147,7 +149,9 @@ def read_start(
 
 
 def why_offline(token: str | None) -> str | None:
-    """None when the Hub answers a small question at once, else a clause that says why not."""
+    """Return None when the Hub answers a small question at once, else a clause that says why
+    not.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return "HF_HUB_OFFLINE is set"
     try:

@@ -84,7 +84,7 @@ def cached_folder(info: ModelInfo) -> Path:
 
 
 def damaged_files(info: ModelInfo, folder: Path) -> list[RepoFile]:
-    """Files of the model that `folder` lacks or has with another size."""
+    """Return the files of the model that `folder` lacks or has with another size."""
 
     def is_whole(file: RepoFile) -> bool:
         path = folder / file.path
@@ -108,7 +108,7 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
 def snapshot(
     info: ModelInfo, files: Sequence[RepoFile], token: str | None, progress: Progress | None
 ) -> Path:
-    """snapshot_download of exactly these files."""
+    """Call snapshot_download for exactly these files."""
     cache, here = cache_dir(), cached_folder(info)
     n_total = sum(file.n_bytes for file in files)
     n_cached = sum(file.n_bytes for file in files if (here / file.path).is_file())

@@ -84,7 +84,7 @@ def endpoint() -> str:
 
 
 def scrub(text: str, token: str | None = None) -> str:
-    """`text` without the token and without anything that looks like one."""
+    """Return `text` without the token and without anything that looks like one."""
     if token:
         text = text.replace(token, "***")
     return _TOKEN_PATTERN.sub("***", text)

@@ -216,7 +216,7 @@ def _position(path: Path) -> int:
 
 
 def is_same(file: PublishedFile, remote: RemoteFile, path: Path) -> bool:
-    """By content: sha256 for large (LFS) files, git's own hash for small ones."""
+    """Compare by content: sha256 for large (LFS) files, git's own hash for small ones."""
     if remote.size != file.n_bytes:
         return False
     if remote.lfs is not None:

@@ -102,8 +102,8 @@ class Layout:
 
 
 def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
-    """llama.cpp's layouts for contexts of so many tokens. Raises QuantkitError where it does not
-    survive the model and ValueError where it says nothing.
+    """Ask llama.cpp for its layouts of contexts of these lengths. Raises QuantkitError if it does
+    not survive the model and ValueError if it reports nothing.
     """
     logs = sandbox.call(
         f"{logs_of.__module__}:{logs_of.__name__}",

@@ -82,7 +82,7 @@ def _labels(types: set[QuantType]) -> list[str]:
 
 
 def file_name(model: str, label: str, bpw: float | None = None, decimals: int = 2) -> str:
-    """`<Model>-EVO-<label>.gguf`; with `bpw`, of a second file of one label,
+    """Return `<Model>-EVO-<label>.gguf`; with `bpw`, of a second file of one label,
     `<Model>-EVO-4.62bpw-<label>.gguf`.
 
     The label comes last: the Hub, llama.cpp and Ollama read it there.

@@ -59,7 +59,7 @@ class StockRecipe:
 
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """Everything that llama.cpp logs meanwhile, in this process."""
+    """Collect everything that llama.cpp logs meanwhile, in this process."""
     import llama_cpp
 
     parts: list[str] = []
@@ -173,8 +173,8 @@ def quantizable_tensors(base: Path) -> frozenset[str]:
 
 
 def stock_bytes(base: GgufFile, recipe: StockRecipe) -> int:
-    """Exact size in bytes of the stock file, without the few hundred bytes of quantize.imatrix.*
-    metadata.
+    """Return the exact size in bytes of the stock file, without the few hundred bytes of
+    quantize.imatrix.* metadata.
     """
     header = min(t.offset for t in base.tensors.values())
     return header + data_bytes(base, stock_types(base.path, recipe))
@@ -197,7 +197,7 @@ def make_override(
     imatrix: Mapping[str, Floats],
     types: Mapping[str, QuantType],
 ) -> None:
-    """`make_stock`, with the types of single tensors given as `llama-quantize --tensor-type`
+    """Do `make_stock`, with the types of single tensors given as `llama-quantize --tensor-type`
     would.
     """
     import llama_cpp

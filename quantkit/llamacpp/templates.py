@@ -58,8 +58,8 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, str]:
-    """`text`, or `error`, a sentence; neither without a template. Only for the main thread of a
-    limited process: an endless loop is ended by an alarm, a huge text by the process's limits.
+    """Return `text`, or `error`, a sentence; neither without a template. Only for the main thread
+    of a limited process: an endless loop is ended by an alarm, a huge text by the process's limits.
     """
     if not tokenizer.chat_template:
         return {}

@@ -123,7 +123,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def refusals_told(what: str = "model") -> Iterator[None]:
-    """transformers' errors, as sentences for people. A config may make it raise anything."""
+    """Turn transformers' errors into sentences for people. A config can make it raise anything."""
     try:
         yield
     except QuantkitError:
@@ -137,7 +137,7 @@ def refusals_told(what: str = "model") -> Iterator[None]:
 
 
 def compute_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, else float32."""
+    """Return bfloat16 where the device multiplies it faster than float32, else float32."""
     if device != "cpu" or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
@@ -317,8 +317,8 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def trace(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Embed `ids`: the first block's hidden state, and how the model calls each block for this
-        batch.
+        """Embed `ids`, and return the first block's hidden state and the model's calls of its
+        blocks.
         """
         calls: dict[int, BlockCall] = {}
         embedded: list[torch.Tensor] = []
@@ -345,8 +345,8 @@ class BlockwiseModel:
         return answer[0] if isinstance(answer, tuple) else answer
 
     def head_with_grad(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, n_tokens, n_vocab) of the last block's hidden state, by the model's own
-        norm and head.
+        """Return the logits (batch, n_tokens, n_vocab) of the last block's hidden state, by the
+        model's own norm and head.
         """
 
         def make(index: int) -> Callable[..., Any]:
@@ -362,7 +362,7 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`head_with_grad` for inference."""
+        """Do `head_with_grad` for inference."""
         return self.head_with_grad(hidden)
 
     def head_linears(self) -> dict[str, nn.Module]:

@@ -72,7 +72,7 @@ def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Seque
 
 
 def logits(model: BlockwiseModel, states: torch.Tensor) -> torch.Tensor:
-    """float32 (n_sequences, n_ctx, n_vocab) of the last block's hidden states."""
+    """Return the logits float32 (n_sequences, n_ctx, n_vocab) of the last block's hidden states."""
     with _surroundings(model):
         return model.head(states).float()
 

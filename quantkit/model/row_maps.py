@@ -68,7 +68,9 @@ class RowMap:
         return parameter.shape[-2 if self.transposed else -1]
 
     def in_file_order(self, per_column: np.ndarray) -> np.ndarray:
-        """Values of the module's inputs (..., n_columns), in the order of the GGUF's columns."""
+        """Return values of the module's inputs (..., n_columns), in the order of the GGUF's
+        columns.
+        """
         return per_column if self.columns is None else per_column[..., self.columns.numpy()]
 
     def gather(self, parameter: torch.Tensor) -> torch.Tensor:

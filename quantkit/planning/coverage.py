@@ -33,7 +33,7 @@ def in_words(coverage: Coverage) -> str:
 
 
 def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec]) -> Coverage:
-    """Foretell the coverage of the model whose GGUF will have the tensors `specs`. `widths` are
+    """Predict the coverage of the model whose GGUF will have the tensors `specs`. `widths` are
     those of transformers' blocks: columns -> rows of the largest weight (`quantkit.sources.fit`).
     """
     is_tied = "output.weight" not in specs

@@ -60,7 +60,7 @@ def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
 
 
 def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
-    """Sizes of what can be made. Raises QuantkitError when the budget lies outside."""
+    """Return the possible sizes. Raises QuantkitError when the budget is outside of them."""
     least_header = min(t.offset for t in base.tensors.values())
     header = least_header + _HEADER_MARGIN
     uniform = {
@@ -76,7 +76,7 @@ def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
 def budgets_of(
     config: RunConfig, base: GgufFile, smallest: int, largest: int
 ) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
-    """`settle_budgets` for the model of a GGUF, whose header is enough."""
+    """Do `settle_budgets` for the model of a GGUF, whose header is enough."""
 
     def mix_bytes(label: str) -> int:
         return stock_bytes(base, StockRecipe(label))

@@ -100,7 +100,7 @@ class ReadEvents:
 
 
 def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
-    """Events from byte `start` of an events file, and the byte after the last whole line.
+    """Read events from byte `start` of an events file, and the byte after the last whole line.
 
     A line that was cut and ended later is no event: what it was to tell is lost.
     """

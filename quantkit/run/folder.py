@@ -98,7 +98,7 @@ def _record(stage: str, value: dict[str, Any]) -> StageRecord:
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
-    """sha256 of the canonical JSON of a stage's inputs."""
+    """Return the sha256 of the canonical JSON of a stage's inputs."""
     return hashlib.sha256(json.dumps(to_json(inputs), sort_keys=True).encode()).hexdigest()
 
 
@@ -139,8 +139,8 @@ class RunDir:
         return self.path / "manifest.json"
 
     def records(self) -> dict[str, StageRecord]:
-        """Records of the finished stages, by name. Raises Damaged for a manifest that is not as it
-        was written.
+        """Return the records of the finished stages, by name. Raises Damaged for a damaged
+        manifest.
         """
         path = self._manifest_path
         if not os.path.lexists(path):

@@ -69,8 +69,8 @@ def ending_with_threads(folder: Path | None) -> Iterator[None]:
 
 
 def settle_streams() -> None:
-    """Whoever started us may have closed standard streams, whose numbers the next opened file
-    would get, and with them whatever a library prints. A terminal may lack characters.
+    """Open standard streams that are closed: the next opened file would get their numbers, and with
+    them whatever a library prints. Escape characters that a terminal lacks.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

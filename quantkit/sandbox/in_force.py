@@ -18,7 +18,7 @@ class Protection:
 
     @classmethod
     def of(cls, told: Mapping[str, Any], namespaces: tuple[str, ...]) -> Protection:
-        """From what the child told of itself before it saw anything strange."""
+        """Make it from what the child reported before it saw any untrusted data."""
         return cls(
             seccomp=told.get("seccomp") is True,
             landlock=int(told.get("landlock", 0)),

@@ -58,13 +58,15 @@ def die_with_parent(parent: int) -> bool:
 
 
 def set_not_dumpable() -> None:
-    """Nobody but the machine's administrator may read this process through /proc or ptrace."""
+    """Keep everybody but the machine's administrator from reading this process through /proc or
+    ptrace.
+    """
     if LINUX:
         call_c("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def set_dumpable() -> None:
-    """Undo it, which a process that was just started need not."""
+    """Undo `set_not_dumpable`, which a process that was just started need not."""
     if LINUX:
         call_c("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
 
@@ -76,17 +78,17 @@ def adopt_orphans() -> None:
 
 
 def set_no_new_privileges() -> None:
-    """No program that is ever started gains rights by its file."""
+    """Keep programs that are started from gaining rights through their files."""
     call_c("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def fork_into(namespaces: int) -> int:
-    """fork() into new namespaces: 0 in the child, which is alone there. Raises OSError."""
+    """Call fork() into new namespaces: 0 in the child, which is alone there. Raises OSError."""
     return syscall(_CLONE[MACHINE], ctypes.c_ulong(namespaces | _SIGCHLD), None, None, None, None)
 
 
 def map_user(uid: int, gid: int) -> None:
-    """In a new user namespace: be who one was, and know nobody else."""
+    """Map only the own user in a new user namespace."""
     # Written one after the other: the kernel takes the map of groups only when nobody can drop one.
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
                        ("gid_map", f"{gid} {gid} 1")):  # fmt: skip
@@ -95,7 +97,7 @@ def map_user(uid: int, gid: int) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    """mount(2). Raises OSError."""
+    """Call mount(2). Raises OSError."""
     encoded = [text.encode() or None for text in (source, target, kind)]
     call_c("mount", *encoded, ctypes.c_ulong(flags), options.encode() or None)
 
@@ -167,8 +169,9 @@ def landlock_version() -> int:
 
 
 def restrict_files(granted: Iterable[tuple[str, int]], version: int) -> None:
-    """Landlock: what is not granted cannot be opened any more. Paths that do not exist are left
-    out. From version 4 on no TCP port either, from 6 on no signal and no abstract socket leads out.
+    """Restrict files by Landlock: what is not granted can no longer be opened. Paths that do not
+    exist are left out. From version 4 on no TCP port either, from 6 on no signal and no abstract
+    socket leads out.
     """
     handled = _ALL_RIGHTS[max(v for v in _ALL_RIGHTS if v <= version)]
     sizes: Sequence[int] = (handled, 3, 3)  # rights over files, over ports, scopes

@@ -54,8 +54,8 @@ def everything() -> dict[str, str]:
 
 
 def put_back(name: str) -> None:
-    """Into os.environ, for a library that looks nowhere else. That is this process's memory; what
-    can be read from outside is what it was started with.
+    """Put secrets back into os.environ, for a library that looks nowhere else. That is this
+    process's memory; what can be read from outside is what it was started with.
     """
     if name in _taken:
         os.environ[name] = _taken[name]
@@ -84,8 +84,8 @@ def hide() -> None:
 
 @contextmanager
 def handed_on(values: Mapping[str, str]) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
-    """Additions to a child's environment, and the descriptors that it has to inherit (`pass_fds`).
-    The child calls `hide`.
+    """Return additions to a child's environment, and the descriptors that it has to inherit
+    (`pass_fds`). The child calls `hide`.
     """
     if not values:
         yield {}, ()

@@ -59,7 +59,8 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def parse(data: bytes, most_items: int = MOST_ITEMS) -> Any:
-    """JSON as everybody understands it: UTF-8, finite numbers of 64 bits, at most MOST_DEPTH deep.
+    """Parse JSON as everybody understands it: UTF-8, finite numbers of 64 bits, at most MOST_DEPTH
+    deep.
 
     Raises Damaged. Its cost is bounded before it is parsed: there are no more values than commas
     and brackets.
@@ -84,7 +85,9 @@ def parse(data: bytes, most_items: int = MOST_ITEMS) -> Any:
 
 
 def integer(text: str) -> int:
-    """For json.loads: Python's own takes quadratic time for as many digits as there are."""
+    """Parse an integer for json.loads: Python's own takes quadratic time in the number of
+    digits.
+    """
     if len(text) > MOST_DIGITS + text.startswith("-"):
         raise Damaged(f"it has a number of {len(text):,} digits")
     return int(text)
@@ -113,8 +116,9 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def build(cls: type[T], value: Any) -> T:
-    """`cls`, a dataclass, from a JSON object. Names that it does not know are another version's and
-    are left out. Raises Damaged where a field is missing or of another type than is declared.
+    """Build `cls`, a dataclass, from a JSON object. Names that it does not know are another
+    version's and are left out. Raises Damaged where a field is missing or of another type than is
+    declared.
     """
     if not isinstance(value, dict):
         raise Damaged("it is no object")
@@ -145,8 +149,8 @@ def _tags(cls: Any) -> dict[str, Any]:
 
 
 def typed(hint: Any, value: Any) -> Any:
-    """`value` as a variable of type `hint` has it: a list may become a tuple, an object a
-    dataclass. Raises Damaged where it is something else.
+    """Return `value` as type `hint` has it: a list can become a tuple, an object a dataclass.
+    Raises Damaged where it is something else.
     """
     return _typed(hint, value, "value")
 
@@ -197,5 +201,5 @@ def moment(value: float) -> float:
 
 
 def shortened(text: str, most: int) -> str:
-    """Text of at most `most` characters."""
+    """Return text of at most `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -37,7 +37,7 @@ def _write(data: memoryview) -> None:
 
 
 def run(job: dict[str, Any], flags: int) -> None:
-    """Never returns."""
+    """Run the job, and never return."""
     global _result
     _result = job["result"]
     try:
@@ -96,8 +96,8 @@ def _know_temporary_folder(home: str) -> None:
 
 
 def set_limits(job: dict[str, Any], namespaces: bool) -> None:
-    """Hard limits of the kernel, only ever lowered. A second after the soft limit of processor time
-    (SIGXCPU, which tells the parent what happened) comes the hard one (SIGKILL).
+    """Set hard limits of the kernel, which can only be lowered. A second after the soft limit of
+    processor time (SIGXCPU, which tells the parent what happened) comes the hard one (SIGKILL).
     """
     limits = job["limits"]
     memory = limits["memory_bytes"] + job["mapped_bytes"]

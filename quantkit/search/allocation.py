@@ -49,7 +49,7 @@ class SearchSpace:
         return np.array([len(c) for c in self.candidates], np.int64)
 
     def n_bytes(self, choices: Choices) -> int:
-        """Exact size of the file with these choices."""
+        """Return the exact size of the file with these choices."""
         return self.fixed_bytes + int(
             self.padded_bytes[np.arange(len(self.tensors)), choices].sum()
         )
@@ -73,7 +73,9 @@ class SearchSpace:
         return self.limit_bytes - self.n_bytes(choices)
 
     def upgrades(self, choices: Choices) -> Iterator[tuple[int, int]]:
-        """(tensor, next larger choice) for every tensor that can still grow within the budget."""
+        """Return (tensor, next larger choice) for every tensor that can still grow within the
+        budget.
+        """
         free = self.free_bytes(choices)
         for tensor, choice in enumerate(choices.tolist()):
             for larger in range(choice + 1, len(self.candidates[tensor])):

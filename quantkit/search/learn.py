@@ -52,7 +52,7 @@ class Posterior:
     partners: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def drawn(self, rng: np.random.Generator) -> Costs:
-        """Costs as they may be, drawn from the posterior (Thompson sampling)."""
+        """Draw costs from the posterior (Thompson sampling)."""
         factors = rng.lognormal(0.0, self.deviation)
         return [cost * factor for cost, factor in zip(self.costs, factors, strict=True)]
 

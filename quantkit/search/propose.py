@@ -27,8 +27,8 @@ Costs = Sequence[npt.NDArray[np.float64]]
 
 
 def estimated_costs(space: SearchSpace) -> Costs:
-    """Estimated nats per token of every choice. Tensors without an estimate get the median rate of
-    the others.
+    """Return the estimated nats per token of every choice. Tensors without an estimate get the
+    median rate of the others.
     """
     known = [
         c.nats / c.error

@@ -52,8 +52,8 @@ class Targets:
             self._entropies[own] = total.log() - of_logs / total
 
     def kl(self, first: int, logits: torch.Tensor) -> torch.Tensor:
-        """KL(base || candidate) in nats at consecutive positions: float64 (n,), on the logits'
-        device, for candidate logits (n, n_vocab), float32.
+        """Return KL(base || candidate) in nats at consecutive positions: float64 (n,), on the
+        logits' device, for candidate logits (n, n_vocab), float32.
         """
         parts = [
             _cross_entropy(self._read(own.start, len(part)).to(part.device), part)

@@ -41,8 +41,8 @@ class Workers:
         return self._evaluators[0].n_batch
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
-        """KL of each candidate on the sequences first..last. One by itself is judged by every
-        worker: it is the parent, whose hidden states each of them keeps.
+        """Return the KL of each candidate on the sequences first..last. One by itself is judged by
+        every worker: it is the parent, whose hidden states each of them keeps.
         """
         n = len(self._evaluators)
         shares = (

@@ -64,7 +64,9 @@ class Changes:
 
 
 def base_of(folder: Path) -> Base:
-    """From the config in `folder`. Raises QuantkitError when transformers cannot make the model."""
+    """Make the base from the config in `folder`. Raises QuantkitError when transformers cannot make
+    the model.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

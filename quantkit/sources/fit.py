@@ -228,8 +228,8 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def copies(tied: Sequence[tuple[str, str]], info: ModelInfo, token: str | None) -> list[str]:
-    """Those of the `tied` tensors that are once more what they are tied to. Another head beside a
-    table that config.json says it is: transformers uses both, and so does the GGUF.
+    """Return the `tied` tensors that are copies of what they are tied to. If a stored head differs
+    from the table that config.json ties it to, transformers uses both, and so does the GGUF.
 
     Of a model on the Hub some places are compared, of a folder every byte.
     """

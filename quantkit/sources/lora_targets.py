@@ -31,7 +31,9 @@ class Strength:
 
 
 def strengths(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Strength]:
-    """By module. Raises QuantkitError when the adapter's patterns take too long."""
+    """Return the strengths by module. Raises QuantkitError when the adapter's patterns take too
+    long.
+    """
     arguments: dict[str, Any] = {
         "settings": dataclasses.asdict(adapter),
         "modules": list(modules),

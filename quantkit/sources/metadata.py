@@ -25,7 +25,7 @@ Stored = tuple[dict[str, StoredTensor], Callable[[str, int, int], bytes]]
 
 
 def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
-    """`folder` with everything but the weights: a converter can be asked for its plan there.
+    """Fill `folder` with everything but the weights, so that a converter can plan there.
 
     Small files are copied. Each safetensors file has its header and its size, and a hole where the
     weights are. Of an adapter they are its base's, with its tokenizer over them; of a quantized
@@ -46,7 +46,7 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
 
 
 def fetch_adapter(info: ModelInfo, token: str | None, folder: Path) -> Path:
-    """`folder` with an adapter's settings, and the header of its weights before a hole."""
+    """Fill `folder` with an adapter's settings, and the header of its weights before a hole."""
     files = [file for file in info.files if file.path in (CONFIG, *info.weights)]
     _make_shells(info, files, token, folder)
     return folder
@@ -95,7 +95,7 @@ def _expand_shell(folder: Path, source: Source) -> None:
 
 
 def strip_config(path: Path, target: Path) -> None:
-    """config.json without what says that the weights are quantized."""
+    """Strip config.json of the settings that say that the weights are quantized."""
     config = json.loads(path.read_text("utf-8"))
     target.write_text(json.dumps(without_quantization(config)), "utf-8")
 

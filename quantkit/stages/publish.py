@@ -76,7 +76,7 @@ class Publish(Stage):
         return StageResult(staged, _upload(run, folder))
 
     def is_current(self, config: RunConfig, record: StageRecord) -> bool:
-        """Whoever asks for a repository is answered by the Hub: it may be gone, or changed."""
+        """Return False if a repository is asked for: on the Hub it may be gone, or changed."""
         return config.publish is None
 
 

@@ -107,7 +107,7 @@ class ExpertProducts(TorchFunctionMode):
 
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
-    """transformers' loop over experts instead of its grouped products, for a while."""
+    """Use transformers' loop over experts instead of its grouped products, for a while."""
     found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     configs = [c for c in found.values() if hasattr(c, "_experts_implementation_internal")]
     before = [c._experts_implementation_internal for c in configs]

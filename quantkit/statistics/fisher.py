@@ -45,7 +45,8 @@ def output_fisher(
     lookups: Mapping[str, HessianCollector] | None = None,
     batch: int = 4,
 ) -> Fisher:
-    """Estimate it on sequences `ids` (n_sequences, n_ctx), labels drawn with `seed`.
+    """Estimate the Fisher information on sequences `ids` (n_sequences, n_ctx), labels drawn with
+    `seed`.
 
     `lookups` are given C by the name of the embedding module: its first collector of the first
     sequence and every second after it, the other one of the others.

@@ -19,7 +19,7 @@ _PANEL_CUDA = 1024  # narrower ones leave a GPU's matrix units waiting
 
 
 def add_outer(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """hessian += xᵀx on and above the diagonal panels, float32 (n, n); x is (n_tokens, n)."""
+    """Add xᵀx to `hessian` on and above the diagonal panels, float32 (n, n); x is (n_tokens, n)."""
     n = x.shape[1]
     if x.is_cuda and x.dtype != torch.float32:
         # Products of 16-bit floats are exact in float32; the matrix units sum them in float32.
@@ -46,7 +46,9 @@ def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' Conv1D (a linear layer with a transposed weight)."""
+    """Return whether it is nn.Linear, or transformers' Conv1D (a linear layer with a transposed
+    weight).
+    """
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -22,7 +22,7 @@ class Sensitivity:
     lookups: torch.Tensor | None = None
 
     def rows(self, first: int, last: int) -> Sensitivity:
-        """That of some rows of the tensor."""
+        """Return the sensitivity of some rows of the tensor."""
         outputs = None if self.outputs is None else self.outputs[first:last]
         frequency = None if self.frequency is None else self.frequency[first:last]
         return Sensitivity(outputs, frequency, self.lookups)

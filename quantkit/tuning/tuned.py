@@ -80,7 +80,7 @@ def lack_of_memory(needed: int, free: int) -> str:
 
 
 def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stored]:
-    """Tensors as the level files in a folder hold them; what each is to be, by its name."""
+    """Load tensors by name from the level files in a folder, each as its candidate says."""
     from quantkit.tuning.tuner import Stored
 
     files = {file: GgufFile(levels / file) for file in sorted({c.file for c in chosen.values()})}

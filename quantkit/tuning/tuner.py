@@ -186,8 +186,8 @@ class Tuner:
         return tuned
 
     def kl(self) -> tuple[float, float]:
-        """KL(original || file) in nats per token on the held-out sequences, before and after. All
-        blocks must have been taken.
+        """Return KL(original || file) in nats per token on the held-out sequences, before and
+        after. All blocks must have been taken.
         """
         sums = {"plain": 0.0, "tuned": 0.0}
         for i in self._heldout:

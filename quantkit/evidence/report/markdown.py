@@ -11,7 +11,7 @@ from quantkit.markdown import table
 
 
 def set_table(made: Table) -> str:
-    """One of the report's tables, our own rows in bold."""
+    """Set one of the report's tables, our own rows in bold."""
     rows = [
         [f"**{line.cells[0]}**", *line.cells[1:]] if line.kind == OURS else line.cells
         for line in made.lines
@@ -20,7 +20,7 @@ def set_table(made: Table) -> str:
 
 
 def plain_table(made: Table) -> str:
-    """One of the report's tables without emphasis."""
+    """Set one of the report's tables without emphasis."""
     return table(made.headers, (line.cells for line in made.lines))
 
 

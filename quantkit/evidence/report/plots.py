@@ -154,7 +154,7 @@ def _points(data: Sequence[Datum], legend: Spec | None) -> Spec:
 
 
 def frontier(report: Report) -> Spec | None:
-    """KL over size. Lower and further left is better; whiskers are 95 % intervals.
+    """Plot KL over size. Lower and further left is better; whiskers are 95 % intervals.
 
     The labels stand in a column at the right, each level with its point or as near to that as the
     others let it: none can cover a point, a whisker or another label.
@@ -233,7 +233,7 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def domains(report: Report) -> Spec | None:
-    """One line per domain with every file's KL on it."""
+    """Plot one line per domain with every file's KL on it."""
     names = list(report.first.domains)
     rows = [row for row in report.by_size if all(n in row.domains for n in names)]
     data: list[Datum] = [
@@ -329,7 +329,9 @@ def _ramp(t: float) -> str:
 
 
 def bits_by_kind(files: Mapping[str, Sequence[Tensor]]) -> Spec | None:
-    """Bits per weight of every kind of tensor of each file, and its share of the file's bytes."""
+    """Plot the bits per weight of every kind of tensor of each file, and its share of the file's
+    bytes.
+    """
     data: list[Datum] = []
     for file, tensors in files.items():
         kinds: dict[str, list[Tensor]] = {}

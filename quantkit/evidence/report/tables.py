@@ -104,7 +104,7 @@ def _rate(speed: Speed | None) -> str:
 
 
 def choice(report: Report, name: Callable[[Row], str] = lambda row: row.label) -> Table:
-    """Our files by the memory that they need, and the base."""
+    """Return our files by the memory that they need, and the base."""
     rows = [row for row in report.by_size if row.kind == OURS]
     lines = [
         Line(
@@ -130,7 +130,7 @@ def _against(report: Report) -> str:
 
 
 def domains(report: Report) -> Table:
-    """Mean KL of every file by domain of text; languages have a table of their own."""
+    """Return the mean KL of every file by domain of text; languages have a table of their own."""
     of_all = list(report.first.domains)
     names = [name for name in of_all if language_of(name) is None] or of_all
     lines = [
@@ -147,7 +147,8 @@ def domains(report: Report) -> Table:
 
 
 def languages(report: Report) -> Table | None:
-    """Mean KL by language: of the outputs and of the llama.cpp file that the first is held against.
+    """Return the mean KL by language, of the outputs and of the llama.cpp file that the first is
+    compared with.
 
     Before it stands how well the base knows the language: its bits for sentences that take one bit
     in English.
@@ -194,7 +195,7 @@ def tails(report: Report) -> Table | None:
 
 
 def long_contexts(report: Report) -> Table | None:
-    """Mean KL in long contexts of the files that have it."""
+    """Return the mean KL in long contexts of the files that have it."""
     lengths = sorted({n for row in report.rows for n in row.long})
     lines = tuple(
         Line(row.kind, (row.label, *(_kl_of(row.long.get(n)) for n in lengths)))
@@ -210,7 +211,7 @@ def _kl_of(mean: Mean | None) -> str:
 
 
 def speeds(report: Report) -> Table | None:
-    """Tokens per second, load time and memory of the files that have them."""
+    """Return the tokens per second, load time and memory of the files that have them."""
     found: list[tuple[str, str, Speed]] = [
         (row.kind, row.label, row.speed) for row in report.by_size if row.speed
     ]

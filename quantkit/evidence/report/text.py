@@ -33,7 +33,7 @@ def number(value: float) -> str:
 
 
 def with_error(mean: Mean) -> str:
-    """`0.0123 ± 0.0004`: both with the digits that count of the value."""
+    """Return `0.0123 ± 0.0004`, both with the significant digits of the value."""
     text = number(mean.value)
     if not mean.is_known:
         return text
@@ -50,7 +50,7 @@ def percent(share: float) -> str:
 
 
 def chance(p_value: float) -> str:
-    """`p = 0.03`, `p < 0.001`."""
+    """Return `p = 0.03`, `p < 0.001`."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
 
 
@@ -81,8 +81,8 @@ def verdicts(report: Report) -> list[str]:
 
 
 def verdict(report: Report) -> str:
-    """One or two sentences: the first file against the best stock file of at most its size, or
-    among the compared files. Losses are said as plainly as wins.
+    """Return one or two sentences that compare the first file with the best stock file of its size
+    or smaller, or with the compared files. Losses are stated as plainly as wins.
     """
     if report.kind == "compare":
         return _compare_verdict(report)
@@ -202,7 +202,7 @@ def check_lines(report: Report) -> list[tuple[str, str, str]]:
 
 
 def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
-    """Fallbacks grouped: what was asked, what was used, for how many tensors, and why."""
+    """Group fallbacks: what was asked, what was used, for how many tensors, and why."""
     groups: dict[tuple[str, str, str], int] = {}
     for f in report.fallbacks:
         key = (f.asked, f.used, f.reason)

@@ -65,7 +65,7 @@ def _tables(tree: Path, versions: str) -> dict[str, Any]:
 
 
 def tables() -> dict[str, Any]:
-    """`{"text": {architecture: GGUF architecture}, "mmproj": [...], "failed": [...]}` of the
+    """Return `{"text": {architecture: GGUF architecture}, "mmproj": [...], "failed": [...]}` of the
     converter with the installed transformers. Takes seconds once, then milliseconds.
 
     Raises QuantkitError when the converter cannot be set up or does not start.
@@ -77,7 +77,9 @@ def tables() -> dict[str, Any]:
 
 
 def supported_architectures() -> frozenset[str]:
-    """Hugging Face architectures of causal language models that are converted and quantized."""
+    """Return the Hugging Face architectures of causal language models that are converted and
+    quantized.
+    """
     out = NOT_CAUSAL | set(BEYOND_REACH)
     return frozenset(hf for hf, gguf in tables()["text"].items() if gguf not in out)
 

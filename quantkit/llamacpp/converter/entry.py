@@ -274,7 +274,7 @@ def match(job: dict[str, Any]) -> None:
 
 
 def tokenize(llama_cpp: Any, vocab: Any, text: str, special: bool) -> list[int] | None:
-    """llama.cpp's tokens for a text, None where it fails."""
+    """Return llama.cpp's tokens for a text, None if it fails."""
     data = text.encode()
     tokens = (ctypes.c_int32 * (len(data) + 8))()
     n = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, len(tokens), special, True)

@@ -97,14 +97,14 @@ def ensure_converter(sdist: Path | None = None) -> Path:
 
 
 def describe(tree: Path) -> str:
-    """Version and hash of a converter, for the record."""
+    """Return the version and hash of a converter, for the record."""
     if os.environ.get("QUANTKIT_CONVERTER"):
         return f"{tree} (given by QUANTKIT_CONVERTER, hash not checked)"
     return f"llama-cpp-python {VERSION}, vendor/llama.cpp, tree sha256 {TREE_SHA256}"
 
 
 def tree_sha256(tree: Path) -> str:
-    """One hash over the sorted relative paths and contents of everything below `tree`.
+    """Return one hash over the sorted relative paths and contents of everything below `tree`.
 
     Anything that is not a plain file (a link, say) makes it a hash that is never the pinned one.
     """

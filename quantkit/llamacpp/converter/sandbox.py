@@ -38,8 +38,8 @@ class Limits:
     def for_weights(
         cls, weight_bytes: int, output_bytes: int, largest: int = 0, free: int | None = None
     ) -> Limits:
-        """Room for converting `weight_bytes` into a file of at most `output_bytes`, where the
-        largest tensor has so many elements and the machine so many bytes of memory left.
+        """Return the limits for converting `weight_bytes` into a file of at most `output_bytes`,
+        where the largest tensor has so many elements and the machine so many bytes of memory left.
 
         Measured: the imports take 10 CPU seconds, conversion about 6 seconds per GB; the converter
         holds one tensor at a time in several types.

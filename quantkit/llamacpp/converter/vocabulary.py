@@ -86,7 +86,7 @@ def name_added(keys: Mapping[str, Any], tokenizer: Any, looks_special: Any) -> N
 
 
 def say_prefix(writer: Any, tokenizer: Any) -> None:
-    """llama.cpp begins a text with a space piece unless it is told not to."""
+    """Write whether texts begin with a space piece, where llama.cpp would assume otherwise."""
     pieces = tokenizer.tokenize("a")
     begins = bool(pieces) and pieces[0].startswith(_SPACE)
     key = writer.kv_data[0].get(_PREFIX)
@@ -120,8 +120,8 @@ def rank_merges(keys: Mapping[str, Any], folder: Path) -> None:
 
 
 def ends_of(folder: Path) -> list[int]:
-    """Ids after which generation stops, as `generate` of transformers reads them; the first is the
-    end of a text.
+    """Return the ids after which generation stops, as `generate` of transformers reads them; the
+    first is the end of a text.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name

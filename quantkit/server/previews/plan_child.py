@@ -18,7 +18,7 @@ from quantkit.sandbox import secrets
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 when a plan was told, 1 when an error was."""
+    """Plan, and return 0 when a plan was reported, 1 when an error was."""
     secrets.hide()
     from quantkit.checkpoint.info import ModelInfo
     from quantkit.config import RunConfig

@@ -64,7 +64,7 @@ def _record(run: FoundRun, owner: str, executor: Executor) -> RunRecord:
 
 
 def forget(root: Path, run_id: str) -> None:
-    """Never adopt a run again: it was deleted, and its executor goes on listing it."""
+    """Forget a deleted run: never adopt it again, though its executor goes on listing it."""
     with (root / DELETED_FILE).open("a", encoding="utf-8") as file:
         file.write(f"{run_id}\n")
 

@@ -172,7 +172,7 @@ class Follower:
         return self.progress.outcome or (views.FAILED if self._last_words() else views.INTERRUPTED)
 
     def summary(self, position: int | None) -> RunSummary | None:
-        """None for a folder that holds no run."""
+        """Return a line about the run; None for a folder that holds no run."""
         record = self.record
         # Nothing happens to a run that has ended before its record changes; most of a list has.
         if self._settled is not None and self._settled[0] is record and not self.fault:
@@ -239,7 +239,7 @@ class Follower:
             return 0.0
 
     def view(self, position: int | None) -> RunView | None:
-        """Everything about the run; None for a folder that holds no run."""
+        """Return everything about the run; None for a folder that holds no run."""
         summary = self.summary(position)
         config, record, progress = self.config, self.record, self.progress
         if summary is None:

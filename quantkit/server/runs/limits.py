@@ -137,7 +137,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: int) -> float | None:
-    """About how long until a waiting run is started; None when nothing is known."""
+    """Return about how long it takes until a waiting run starts; None if unknown."""
     mine = waiting.record
     assert mine is not None
     if mine.is_remote:
@@ -155,7 +155,7 @@ def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: i
 
 
 def positions(followers: dict[str, Follower]) -> dict[str, int]:
-    """Place in the queue of every waiting run; 1 is next."""
+    """Return the place in the queue of every waiting run; 1 is next."""
     waiting = [
         (record.since, run_id)
         for run_id, follower in followers.items()

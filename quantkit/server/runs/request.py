@@ -97,7 +97,7 @@ def to_config(form: RunForm, public: bool) -> RunConfig:
 
 
 def check_visibility(word: Any) -> str:
-    """One of VISIBILITIES. Raises UsageError."""
+    """Return one of VISIBILITIES. Raises UsageError."""
     return _one_of(word, "visibility", VISIBILITIES)
 
 

@@ -55,7 +55,7 @@ class RunStore(Scheduler):
         return tuple(sorted(found, key=lambda run: -run.created))
 
     def view(self, run_id: object, owner: str | None) -> RunView:
-        """Everything about one run. Raises NoSuchRun also when it is somebody else's."""
+        """Return everything about one run. Raises NoSuchRun also when it is somebody else's."""
         with self._lock:
             follower = self._follower(run_id, owner)
             record = follower.record

@@ -40,7 +40,7 @@ class Events:
 
     @classmethod
     def of(cls, blocks: Any) -> Events:
-        """Those of a page."""
+        """Return the events of a page."""
         described = blocks.get_api_info()["named_endpoints"]
         arguments = {
             name.removeprefix("/"): {
@@ -81,7 +81,7 @@ async def read_body(receive: Any, length: int) -> bytes:
 
 
 def parse(body: bytes) -> Any:
-    """JSON that is neither deep nor wide. Raises Refused for anything else."""
+    """Parse JSON that is neither deep nor wide. Raises Refused for anything else."""
     # Before it is parsed: many new objects make Python look through all that it has.
     if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
         raise Refused(400, f"The request's JSON has more than {MAX_VALUES} values.")

@@ -304,7 +304,7 @@ class Form:
 
 
 def visibility(elem_id: str) -> gr.Radio:
-    """Who may see the repository that is published to."""
+    """Make the choice of who can see the published repository."""
     return gr.Radio(
         [
             ("Public, unless the model is private or gated", "model"),

@@ -78,7 +78,7 @@ class Handlers:
         return None if visitor is None else f"visitor:{visitor}"
 
     def client(self, request: Any, user: Any) -> Client:
-        """Who sent a request of the page: the signed-in user, else the holder of its cookie.
+        """Return who sent a request of the page: the signed-in user, else the holder of its cookie.
 
         On a Space requests come through the Hub's proxy, which appends the address that it saw.
         """

@@ -101,7 +101,7 @@ class Places:
         return rest == host.lower() and not elsewhere
 
     def site(self, headers: Mapping[str, str]) -> Site:
-        """Whose page sent the request, by what browsers say of it and scripts cannot change."""
+        """Return whose page sent the request, by what browsers say and scripts cannot change."""
         host = headers.get("host", "")
         said: set[bool] = set()
         if "origin" in headers:

@@ -48,11 +48,11 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
     handlers = Handlers(store, visitors, on_space, sign_in)
 
     def opened(current: str) -> list[Any]:
-        """Which areas are there: the form and the list, or one run."""
+        """Update which areas are shown: the form and the list, or one run."""
         return [gr.update(visible=v) for v in (not current, bool(current), not current)]
 
     def refresh(current: str, owner: str | None, known: Any) -> list[Any]:
-        """Updates of everything that changed since `known`, and what is known now.
+        """Return updates of everything that changed since `known`, and what is known now.
 
         Empty when nothing changed.
         """

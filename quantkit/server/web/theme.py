@@ -38,7 +38,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mon
 
 
 def make_theme() -> gr.themes.Base:
-    """Plain font stacks: the page loads nothing from anywhere else."""
+    """Make the theme with plain font stacks: the page loads nothing from anywhere else."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.indigo,
         secondary_hue=gr.themes.colors.indigo,

@@ -84,7 +84,7 @@ def model_name(model: str) -> str:
 
 
 def head(run: RunView) -> str:
-    """Title, state, and what the state means for the visitor."""
+    """Return the title, the state, and what the state means for the visitor, as HTML."""
     facts = [run.target, f"profile {run.profile}", f"started {ago(run.created)}"]
     if run.revision:
         facts.insert(0, f"revision {run.revision[:16]}")

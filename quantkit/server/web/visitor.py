@@ -30,7 +30,9 @@ class Visitors:
 
     @classmethod
     def of_root(cls, root: Path, environment: Mapping[str, str]) -> Visitors:
-        """With QUANTKIT_SECRET, else with a secret kept beside the runs, readable by us only."""
+        """Make it with QUANTKIT_SECRET, else with a secret kept next to the runs, readable by us
+        only.
+        """
         given = environment.get("QUANTKIT_SECRET")
         if given:
             return cls(given.encode())
@@ -92,13 +94,15 @@ class Visitors:
 
 
 def cookie_name(https: bool) -> str:
-    """Over https one that no other host can set: neither a sibling of ours nor a plain page."""
+    """Return the cookie's name; over https one that no other host can set, not even a sibling site
+    or a plain http page.
+    """
     return f"__Host-{COOKIE}" if https else COOKIE
 
 
 def parse_cookies(headers: Iterable[tuple[bytes, bytes]], names: Collection[str]) -> dict[str, str]:
-    """Those of these names, as the page's handlers read them: one that is odd, another
-    application's, hides no other, and thousands of others cost nothing.
+    """Return the cookies of these names, as the page's handlers read them: an odd cookie of another
+    application hides no other, and thousands of others cost nothing.
 
     Of a name that comes twice none counts: one of the two is somebody else's.
     """

@@ -75,8 +75,8 @@ class Watch:
 
     def _talk(self) -> None:
         gr.HTML(
-            '<p class="qk-help">Answers have up to 200 tokens and are deterministic: the same prompt'
-            " gives the same answer. On a small machine this takes a moment.</p>"
+            '<p class="qk-help">Answers have up to 200 tokens and are deterministic: the same'
+            " prompt gives the same answer. On a small machine this takes a moment.</p>"
         )
         self.prompt = gr.Textbox(
             label="Prompt",
@@ -327,7 +327,9 @@ def told(action: Callable[[], str]) -> tuple[str, bool]:
 
 
 def short_hash(value: Any) -> str:
-    """Tells one content of a part from another; a text, because a script rounds long numbers."""
+    """Hash the content of a part, to notice changes; a text, because a script rounds long
+    numbers.
+    """
     return f"{hash(value):x}"
 
 

@@ -76,7 +76,9 @@ class Ended(BaseException):
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 when the run has finished, 1 when it failed, 130 when this process was ended."""
+    """Dispatch the run. Returns 0 when it has finished, 1 when it failed, 130 when this process was
+    ended.
+    """
     order, directory = build(Order, json.loads(argv[1])), RunDir(Path(argv[2]))
     for number in _ENDING:
         signal.signal(number, _raise_ended)
