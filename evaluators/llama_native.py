@@ -263,7 +263,7 @@ class Context(Closing):
             raise ValueError(f"{n} tokens, {n_rows} rows; made for {self.n_step}, {self.n_outputs}")
         if int(tokens.max()) >= self.model.n_vocab or int(tokens.min()) < 0:
             raise EvaluationError(
-                f"A token id is not among the {self.model.n_vocab} of {self.model.path}.",
+                f"A token id is outside the {self.model.n_vocab} tokens of {self.model.path}.",
                 "The text was tokenized for another model; give files of the same model.",
             )
         tokens = np.ascontiguousarray(tokens, dtype=np.int32)

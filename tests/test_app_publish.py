@@ -70,7 +70,7 @@ def test_what_a_gated_model_becomes(handlers: Handlers, hub: HubServer) -> None:
     html = handlers.compare("done", REPO, "public", ME, ALICE)
     assert "will be created, public" in html and "gated" not in html
     others(hub)
-    with pytest.raises(QuantkitError, match="exists and is public"):
+    with pytest.raises(QuantkitError, match="is public, but"):
         handlers.compare("done", REPO, "model", ME, ALICE)
     handlers.publish("done", REPO, "public", "", ME, ALICE)
     config = json.loads((handlers.store.root / "done" / "config.json").read_text())

@@ -322,7 +322,7 @@ def test_check_write(server: HubServer) -> None:
         ("alice/new", BOB, False, "belongs to bob, who cannot publish under alice"),
         ("alice/new", READER, False, "read-only"),
         ("carol/new", "hf_carolSecretToken2", False, "read-only"),
-        ("alice/public", ALICE, True, "exists and is public"),
+        ("alice/public", ALICE, True, "is public, but"),
         ("a/b/c", ALICE, False, "not a model's id"),
     ]:
         with pytest.raises(QuantkitError, match=sentence) as caught:

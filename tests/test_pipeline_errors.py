@@ -313,7 +313,7 @@ ON_THE_HUB = {
     "unknown": ("lab/moon", (), None, r"does not know the architecture MoonLlamaForCausalLM"),
     "beyond reach": ("lab/gemma-3n", (), None, r"not supported: its blocks hand on four hidden"),
     "publish, anonymous": ("lab/gated", ("--publish", "alice/x"), None, r"needs a token"),
-    "publish, reader": ("lab/gated", ("--publish", "alice/x"), READER, r"may only read"),
+    "publish, reader": ("lab/gated", ("--publish", "alice/x"), READER, r"read-only"),
     "publish, other": ("lab/gated", ("--publish", "alice/x"), BOB, r"belongs to bob.*bob/x"),
 }
 
