@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _readable(arguments: Sequence[str]) -> list[str]:
-    """The arguments. Raises UsageError for a name that is no UTF-8: it cannot stand in JSON, in a
+    """The arguments. Raises UsageError for a name that is not UTF-8: it cannot stand in JSON, in a
     GGUF or on the Hub.
     """
     for argument in arguments:

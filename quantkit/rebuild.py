@@ -49,7 +49,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Raise QuantkitError for what is no recipe; it may come from anywhere."""
+        """Raise QuantkitError for what is not a recipe; it may come from anywhere."""
         try:
             return cls._from_json(read_json(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

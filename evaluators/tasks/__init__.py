@@ -113,7 +113,7 @@ def _item(task: Task, row: Mapping[str, Any], where: str) -> Item:
 
 
 def _jsonl_rows(file: Path, labels: Path | None) -> Iterator[Mapping[str, Any]]:
-    """Rows of a JSONL file, `label` put in from a file beside it when there is one."""
+    """Rows of a JSONL file, `label` put in from a file next to it when there is one."""
     # not splitlines(): it also cuts at U+2028 and friends, which JSON strings may hold
     lines = [line for line in read_text(file).split("\n") if line.strip()]
     label_lines = read_text(labels).split() if labels else None

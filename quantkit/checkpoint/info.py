@@ -125,7 +125,7 @@ def count_parameters(tensors: Iterable[StoredTensor | Expanded]) -> dict[str, in
 
 
 def is_adapter(paths: Iterable[str]) -> bool:
-    """Return whether this is a PEFT adapter and not a whole model beside one."""
+    """Return whether this is a PEFT adapter and not a whole model with one."""
     present = set(paths)
     return "adapter_config.json" in present and not (
         "config.json" in present and (SINGLE in present or INDEX in present)

@@ -165,7 +165,7 @@ def parse_header(data: bytes, name: str, n_file_bytes: int) -> Header:
 
 def _entries(text: bytes) -> dict[str, Any]:
     """The JSON of a header. Raises Damaged before it is parsed when it has more lists, objects or
-    values than MAX_TENSORS tensors have, and ValueError for what is no JSON.
+    values than MAX_TENSORS tensors have, and ValueError for what is not JSON.
     """
     counts = (text.count(b"{"), text.count(b"[") // 2, text.count(b",") // _COMMAS)
     if max(counts) > MAX_TENSORS + 2:  # the header itself and its metadata

@@ -2,7 +2,7 @@
 Everything that reads weights uses this module, so that what transformers loads is what is
 converted.
 
-`model.safetensors` wins over an index beside it (fine-tunes are saved over their bases' shards). An
+`model.safetensors` wins over an index next to it (fine-tunes are saved over base shards). An
 index names files, and all of each is read, whatever tensors the index lists.
 """
 

@@ -130,7 +130,7 @@ class LikeMix(_Asked):
 
 @dataclass(frozen=True)
 class FitsMemory(_Asked):
-    """What a memory leaves beside a context, as in 8GB@8192: what llama.cpp takes for the context
+    """The memory that a context leaves, as in 8GB@8192: what llama.cpp takes for the context
     is not left to the file.
     """
 

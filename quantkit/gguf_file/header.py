@@ -84,7 +84,7 @@ def shown(name: str) -> str:
 
 
 def read_header(path: Path) -> Header:
-    """Raise OSError for a file that cannot be read, Broken for one that is no whole GGUF."""
+    """Raise OSError for a file that cannot be read, Broken for one that is not a whole GGUF."""
     with path.open("rb") as file:
         n_bytes = path.stat().st_size
         if n_bytes < 24:

@@ -3,7 +3,7 @@ to it besides, through `client`.
 
 `token=None` means anonymous everywhere; `resolve_token()` says whose token a process may use. No
 function stores, logs or returns a token. All errors are QuantkitError: one sentence and a remedy.
-The work is done in the modules beside this one; what callers need is importable from here.
+The work is done in the modules next to this one; what callers need is importable from here.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ QUICK = (0.5, 2.0)
 PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
 _LONGEST_PAUSE = {QUICK: 5.0, PATIENT: 300.0}  # a longer Retry-After is reported, not waited for
 
-# Seconds without a byte. huggingface_hub sets none for most requests and would wait for ever.
+# Seconds without a byte. huggingface_hub sets none for most requests and would wait forever.
 _SECONDS = {"connect": 15.0, "read": 20.0, "write": 60.0, "pool": 60.0}
 _SECONDS_TO_WRITE = {**_SECONDS, "read": 120.0}  # a commit of large files is answered late
 

@@ -1,6 +1,6 @@
 """Render a stranger's chat template where it can do no harm.
 
-A template is a program: it may loop for ever, or make a text of gigabytes. transformers runs it in
+A template is a program: it may loop forever, or make a text of gigabytes. transformers runs it in
 Jinja's sandbox; here that happens in a limited process of its own, and the outcome is a text or a
 sentence.
 """

@@ -52,7 +52,7 @@ class Artifacts:
 
     @property
     def checks(self) -> Path:
-        """Return how `base` was held against its original."""
+        """Return the path of the checks of `base` against its original."""
         return self.folder("convert") / "checks.json"
 
     # calibrate
@@ -149,7 +149,7 @@ class Artifacts:
 
     @property
     def report(self) -> Path:
-        """The report; `report.md` and `report.html` lie beside it."""
+        """The report; `report.md` and `report.html` are next to it."""
         return self.folder("validate") / "report.json"
 
     @property

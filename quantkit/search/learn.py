@@ -28,7 +28,7 @@ _RANGE = (0.1, 10.0)  # of a factor
 
 @dataclass(frozen=True)
 class Outcome:
-    """A child beside its parent on the same tokens."""
+    """A child compared with its parent on the same tokens."""
 
     moves: tuple[tuple[int, int, int], ...]  # tensor, its choice before, its choice after
     change: float  # the child's KL less the parent's, nats

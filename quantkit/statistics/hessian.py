@@ -1,6 +1,6 @@
 """Hessians of linear layers, H = mean over tokens of x xᵀ, collected while a block runs.
 
-Modules that read the very same tensor (q, k and v; gate and up) share one Hessian: which do is seen
+Modules that read the same tensor (q, k and v; gate and up) share one Hessian: which do is seen
 from the tensors themselves, not written down.
 """
 

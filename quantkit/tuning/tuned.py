@@ -63,7 +63,7 @@ class Outcome:
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
-        """Return what `tune_file` wrote beside its file, None where nothing was tuned."""
+        """Return what `tune_file` wrote next to its file, None where nothing was tuned."""
         if not (folder / _OUTCOME).exists():
             return None
         value = read_json(folder / _OUTCOME)

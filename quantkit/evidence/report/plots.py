@@ -76,7 +76,7 @@ def draw_all(
 ) -> dict[str, Spec]:
     """Return every plot that the report has the data for, by name, in the order they are shown.
     What there is of every output is a plot each, or with `together` one that lets a reader choose.
-    `measures` is told of a plot that cannot be drawn.
+    `measures` records a plot that cannot be drawn.
     """
     take = (measures or Measures()).take
     plots = {"frontier": partial(frontier, report), "domains": partial(domains, report)}

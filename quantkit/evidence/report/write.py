@@ -18,7 +18,7 @@ def write_report(
     folder: Path, value: dict[str, Any], measures: Measures | None = None
 ) -> list[Path]:
     """Write the JSON of a report and all that is made of it. Returns the files, report.json first.
-    `measures` is told of a plot that cannot be drawn, which is left out.
+    `measures` records a plot that cannot be drawn, which is left out.
 
     Raises QuantkitError when `value` is not a report.
     """

@@ -43,7 +43,7 @@ BEYOND_REACH = {"gemma3n": "its blocks hand on four hidden states side by side (
 
 @functools.cache
 def _tables(tree: Path, versions: str) -> dict[str, Any]:
-    """The converter's tables; kept beside the pinned tree for the next process."""
+    """The converter's tables; kept next to the pinned tree for the next process."""
     kept = install_dir() / "architectures.json"
     pinned = not os.environ.get("QUANTKIT_CONVERTER")
     if pinned and kept.exists():

@@ -68,7 +68,7 @@ def convert(
     progress: Progress | None = None,
     limits: Limits | None = None,
 ) -> ConversionResult:
-    """Write the GGUF of a snapshot to `out_path`, whole or not at all, and the log beside it.
+    """Write the GGUF of a snapshot to `out_path`, whole or not at all, and the log next to it.
 
     outtype     f32, f16, bf16, or auto: the 16-bit type that the weights have
     skeleton    only the header is real, the tensor data is a hole. Works on shells
@@ -177,7 +177,7 @@ def _missed_ends(outcome: sandbox.Outcome) -> list[str]:
 
 @contextmanager
 def _work_folder(out_path: Path) -> Iterator[Path]:
-    """A folder beside the output, gone afterwards; what a killed conversion left is cleared first.
+    """A folder next to the output, gone afterwards; what a killed conversion left is cleared first.
     Nor does a partial output stay: it may be as large as the model.
     """
     work = out_path.with_name(out_path.name + ".work")

@@ -2,7 +2,7 @@
 
 The converter speaks through exceptions, log lines and exit codes. What is recognized here was
 produced once and is tested; anything else is shown as the converter's own last words. The whole log
-stays beside the output as `convert.log`.
+stays next to the output as `convert.log`.
 """
 
 from __future__ import annotations

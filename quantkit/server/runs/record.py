@@ -1,4 +1,4 @@
-"""Runs on disk: ids, owners and `job.json` beside a run's other files.
+"""Runs on disk: ids, owners and `job.json` next to a run's other files.
 
     <root>/<run id>/{job.json, log.txt, config.json, events.jsonl, ...}
 

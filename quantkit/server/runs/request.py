@@ -236,7 +236,7 @@ def _types(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise UsageError for a regex that is wrong or may take for ever."""
+    """Raise UsageError for a regex that is wrong or may take forever."""
     compile_pattern(pattern)
     looks_around = re.search(r"\\[1-9]|\(\?(?!:)", pattern)
     n_groups = pattern.count("(")

@@ -1,4 +1,4 @@
-"""The wheel of this very code that a Job installs: `spaces/deploy.py` ships it beside app.py."""
+"""The wheel of this very code that a Job installs: `spaces/deploy.py` ships it next to app.py."""
 
 from __future__ import annotations
 
