@@ -266,7 +266,7 @@ def render(plan: Plan) -> str:
         f"{printable(model.id, '')} at {model.sha[:12]}",
         f"  {model.architecture}, {model.n_parameters / 1e6:,.0f}M parameters,"
         f" license {printable(model.license or 'not stated', '')},"
-        f" {size(model.download_bytes)} to read",
+        f" {size(model.download_bytes)} of source files",
         "",
     ]
     for budget in sizes.budgets:

@@ -24,7 +24,7 @@ def looked_at(first: FirstLook) -> str:
         ("License", _license(first.license, first.gated)),
     ]
     if first.n_download_bytes:
-        facts.append(("Download", size(first.n_download_bytes)))
+        facts.append(("Source files", size(first.n_download_bytes)))
     return _card(facts, '<p class="qk-help qk-busy">Working out exact sizes and cost …</p>')
 
 
