@@ -272,7 +272,7 @@ def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: RunStore
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "failed")
     view = store.view(run, OWNER)
-    assert "no place to stay" in view.error and not hub.jobs.all
+    assert "no place for the result" in view.error and not hub.jobs.all
     config = fixtures.dataclasses.replace(fixtures.CONFIG, publish="alice/x")
     run = store.submit(config, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "finished")
