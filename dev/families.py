@@ -28,23 +28,24 @@ _TEXT = """# Architectures
 
 Written by `python dev/families.py`: do not edit. Each line is a tiny random checkpoint of the real
 config class that went through the whole pipeline, from fetch to stitch: llama.cpp's own converter,
-row maps, calibration, every quantizer, a search. The stitched file was loaded in llama.cpp
-{llama}, and its logits compared with PyTorch's (transformers {transformers}) with the very same
-dequantized weights. Other models of these architectures differ in size alone; what is not listed
-works as long as both programs know it, and `quantkit plan` says how much of it will be under GPTQ.
+row maps, calibration, every quantizer, a search. llama.cpp loaded the stitched file
+{llama}, and its logits were compared with PyTorch's (transformers {transformers}) with exactly the
+same dequantized weights. Other models of these architectures only differ in size. Architectures
+that are not listed work as long as both programs know them; `quantkit plan` says how much of a
+model GPTQ covers.
 
 - **mapped**: share of the parameters of linear layers whose rows were found in the model.
-- **GPTQ**: share of them that was quantized with a Hessian of its inputs.
+- **GPTQ**: share of those parameters that were quantized with a Hessian of their inputs.
 - **parity**: mean KL in nats per token of PyTorch against llama.cpp, of the file expanded to F16
   (at most 1e-4, rounding) and of the file itself (at most 1e-2, llama.cpp's 8-bit activations).
-  In a mixture of experts a router's tie falls either way, and that token has another output: the
-  worst of 96 tokens may be left out there, and the note says so.
+  In a mixture of experts a router's tie can fall either way, and that token gets another output:
+  there the worst of 96 tokens may be left out, and the note says so.
 - **swapped**: the first of these with 32 rows of one tensor exchanged with the next 32 on one side:
-  what a wrong row map would look like.
+  this is what a wrong row map would look like.
 
 {table}
 
-Known to both programs and refused before anything is downloaded:
+Both programs know these, but they are refused before anything is downloaded:
 
 {beyond}
 """

@@ -1,1 +1,1 @@
-"""Measures of GGUF files: perplexity, KL from the base, zero-shot, speed. See README.md here."""
+"""Measure GGUF files: perplexity, KL from the base, zero-shot, speed. See README.md here."""

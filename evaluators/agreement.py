@@ -1,4 +1,4 @@
-"""Whether another implementation of the same weights computes what llama.cpp computes.
+"""Check that another implementation of the same weights computes what llama.cpp computes.
 
 The caller brings the logits, from PyTorch or anything else, for tokens that it was given here; KL
 and the share of equal most likely tokens say how far llama.cpp's are from them. With a file at F16
@@ -26,7 +26,8 @@ _TRIMMED = 50  # one token of so many is left out of the trimmed mean
 def tokens_of(
     file: Path | str, text: str, n_tokens: int, runtime: Runtime = CPU
 ) -> NDArray[np.int32]:
-    """The first `n_tokens` of `text` (fewer when it has fewer), as llama.cpp cuts it with `file`.
+    """Return the first `n_tokens` of `text` (fewer when it has fewer), as llama.cpp cuts it with
+    `file`.
 
     Raises EvaluationError for a broken file or a text of fewer than two tokens.
     """
@@ -59,12 +60,12 @@ def compare_logits(
     reference: NDArray[np.float32],
     runtime: Runtime = CPU,
 ) -> tuple[Agreement, NDArray[np.float64]]:
-    """`measure`, and the KL of every token [n]."""
+    """Return what `measure` does, and the KL of every token [n]."""
     n = len(ids)
     with Model(file, runtime) as model:
         if reference.shape[0] != n or reference.shape[1] < model.n_vocab:
             raise EvaluationError(
-                f"The reference is {reference.shape}, the file needs ({n}, {model.n_vocab}).",
+                f"The reference is {reference.shape}, but the file needs ({n}, {model.n_vocab}).",
                 "Compute it for the same tokens and vocabulary.",
             )
         model.check_context(n)

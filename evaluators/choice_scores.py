@@ -106,8 +106,8 @@ class Pack:
 def encode_pair(
     model: Model, context: str, continuation: str
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Token ids of context and continuation. Raises EvaluationError when the continuation leaves
-    no token of its own, because it merged into the context's last.
+    """Return the token ids of context and continuation. Raises EvaluationError when the
+    continuation leaves no token of its own, because it merged into the context's last.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -129,7 +129,7 @@ def encode_pair(
 
 
 def encode_item(model: Model, item: Item, share: bool = True) -> EncodedItem:
-    """Token ids of every choice of an item; nothing is shared with `share` False."""
+    """Return the token ids of every choice of an item; nothing is shared with `share` False."""
     inputs, targets = [], []
     for context, continuation in zip(item.contexts, item.continuations, strict=True):
         head, tail = encode_pair(model, context, continuation)

@@ -1,4 +1,6 @@
-"""Leaving a `with` closes: for whatever holds memory, a file or a process."""
+"""A base class whose objects close at the end of a `with`: they hold memory, a file or a
+process.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Self
 
 
 class Closing(ABC):
-    """A context manager of anything with `close()`."""
+    """A context manager that calls `close()` at the end."""
 
     @abstractmethod
     def close(self) -> None:

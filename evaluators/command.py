@@ -1,4 +1,6 @@
-"""What the command lines share: options, one progress line on stderr, JSON or a table on stdout."""
+"""Shared parts of the command lines: options, one progress line on stderr, JSON or a table on
+stdout.
+"""
 
 from __future__ import annotations
 
@@ -40,32 +42,46 @@ class ProgressLine:
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument("--threads", type=positive, default=0, metavar="N", help="else all cores")
     group.add_argument(
-        "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all"
+        "--threads", type=positive, default=0, metavar="N", help="CPU threads (default: all)"
     )
-    group.add_argument("--table", action="store_true", help="print a table for people, not JSON")
+    group.add_argument(
+        "--gpu-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="layers on the GPU, -1 for all (default: 0)",
+    )
+    group.add_argument("--table", action="store_true", help="print a table instead of JSON")
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """--text, --dataset, --ctx and --chunks of the commands that compare files with a base."""
+    """Add --text, --dataset, --ctx and --chunks of the commands that compare files with a base."""
     parser.add_argument(
         "--text",
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="UTF-8 text, read byte for byte; several are domains, each reported and all combined",
+        help="UTF-8 text; several are domains, reported one by one and combined",
     )
     parser.add_argument(
-        "--dataset", action="append", default=[], choices=DATASETS, help="a domain from the Hub"
+        "--dataset",
+        action="append",
+        default=[],
+        choices=DATASETS,
+        help="a text from the Hub, also a domain",
     )
-    parser.add_argument("--ctx", type=positive, default=512, metavar="N", help="default: 512")
-    parser.add_argument("--chunks", type=positive, metavar="N", help="windows per text, else all")
+    parser.add_argument(
+        "--ctx", type=positive, default=512, metavar="N", help="default: 512 tokens"
+    )
+    parser.add_argument(
+        "--chunks", type=positive, metavar="N", help="windows of each text (default: all)"
+    )
 
 
 def read_domains(options: argparse.Namespace) -> dict[str, str]:
-    """{name: text} of what `add_text_options` asked for. Raises EvaluationError when there is
-    nothing, a file cannot be read, or two have one name.
+    """Return {name: text} of what `add_text_options` asked for. Raises EvaluationError when there
+    is nothing, a file cannot be read, or two have one name.
     """
     paths = named_paths(options.text)
     if not paths and not options.dataset:
@@ -79,7 +95,7 @@ def runtime_of(options: argparse.Namespace) -> Runtime:
 
 
 def positive(text: str) -> int:
-    """argparse type: an integer above zero."""
+    """Return an integer above zero, as an argparse type."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above zero")
@@ -87,8 +103,8 @@ def positive(text: str) -> int:
 
 
 def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FILE` or `FILE` (named by its stem) to {name: path}. Raises EvaluationError when two
-    have one name.
+    """Parse `NAME=FILE` or `FILE` (named by its stem) into {name: path}. Raises EvaluationError
+    when two have one name.
     """
     named: dict[str, Path] = {}
     for argument in arguments:
@@ -97,14 +113,15 @@ def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
             name, rest = Path(argument).stem, argument
         if name in named:
             raise EvaluationError(
-                f"Two texts are called {name}.", "Name them: --text first=a/x.txt second=b/x.txt."
+                f"Two texts have the name {name}.",
+                "Rename them: --text first=a/x.txt second=b/x.txt.",
             )
         named[name] = Path(rest)
     return named
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need; the first to the left, numbers to the right."""
+    """Print columns as wide as they need, the first aligned left and numbers right."""
     lines = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
     lines.insert(1, ["-" * width for width in widths])
@@ -117,7 +134,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:
-    """`12.34 ± 0.05`."""
+    """Return `12.34 ± 0.05`."""
     if error is None:
         return f"{value:.{digits}f}"
     return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -1,4 +1,4 @@
-"""Two or more GGUF files of one base, measured on the same windows: one JSON with everything.
+"""Measure two or more GGUF files of the same model on the same windows, as one JSON.
 
     python -m evaluators.compare --base BASE.gguf FILE.gguf FILE2.gguf --text FILE
 
@@ -122,18 +122,22 @@ def _show(result: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="evaluators.compare", description="Compare GGUF files of one base."
+        prog="evaluators.compare", description="Compare GGUF files of the same model."
     )
-    parser.add_argument("--base", type=Path, required=True, metavar="BASE.gguf")
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="BASE.gguf", help="full precision"
+    )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     command.add_text_options(parser)
     kl.add_kl_options(parser)
     group = parser.add_argument_group("zero-shot (with --task)")
     zeroshot.add_task_options(group, required=False)
     group = parser.add_argument_group("speed (with --speed)")
-    group.add_argument("--speed", action="store_true", help="tokens per second and memory, too")
     group.add_argument(
-        "--speed-ctx", type=command.positive, default=2048, metavar="N", help="default: 2048"
+        "--speed", action="store_true", help="also measure tokens per second and memory"
+    )
+    group.add_argument(
+        "--speed-ctx", type=command.positive, default=2048, metavar="N", help="default: 2048 tokens"
     )
     speed.add_speed_options(group)
     command.add_runtime_options(parser)
@@ -141,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def answer(argv: Sequence[str], launch: Launch) -> dict[str, Any]:
-    """The JSON of the command with these arguments, as a value; `launch` starts the processes that
-    open files on the CPU. Raises EvaluationError.
+    """Return the JSON of the command with these arguments, as a value; `launch` starts the
+    processes that open files on the CPU. Raises EvaluationError.
     """
     options = _parser().parse_args(argv)
     if not options.gpu_layers:

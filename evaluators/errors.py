@@ -16,7 +16,9 @@ class EvaluationError(Exception):
 
 
 def printable(text: str) -> str:
-    """A stranger's words on one line: without control characters, at most 2,000 letters."""
+    """Return a stranger's words on one line, without control characters, of at most 2,000
+    characters.
+    """
     return " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())
 
 

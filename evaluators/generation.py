@@ -1,7 +1,6 @@
-"""A short answer from a GGUF: does the file talk at all, through its own chat template when it has
-one.
+"""Let a GGUF give a short answer, through its own chat template if it has one.
 
-    python -m evaluators.generation FILE.gguf --prompt TEXT
+python -m evaluators.generation FILE.gguf --prompt TEXT
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ _CONTEXT = 512
 def answer(
     file: Path | str, prompt: str, n_tokens: int = 64, runtime: Runtime = CPU
 ) -> dict[str, str]:
-    """The greedy answer to `prompt`, of at most `n_tokens` tokens, and how it was asked. Where the
-    file's chat template cannot be used, plain text is asked for, and `template` says why.
+    """Return the greedy answer to `prompt`, of at most `n_tokens` tokens, and how it was asked.
+    Where the file's chat template cannot be used, plain text is asked for, and `template` says why.
 
     Raises EvaluationError for a broken file.
     """
@@ -67,7 +66,9 @@ def _continued(model: Model, prompt: str, chat: str | None, n_tokens: int) -> st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="evaluators.generation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="evaluators.generation", description="Let a GGUF answer a prompt."
+    )
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     parser.add_argument("--prompt", default="Name three things that float on water.")
     parser.add_argument("--tokens", type=command.positive, default=64, metavar="N")

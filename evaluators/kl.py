@@ -86,7 +86,7 @@ class KLResult:
     tokens: dict[str, TokenScores] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The combined figures at the top level, each domain's under `domains`."""
+        """Return the combined figures at the top level, each domain's under `domains`."""
         return {
             **asdict(self.combined),
             "domains": {name: asdict(summary) for name, summary in self.domains.items()},
@@ -103,7 +103,7 @@ class KLResult:
 
 
 def summarize(scores: Sequence[TokenScores]) -> KLSummary:
-    """Figures over the tokens of one domain, or of several."""
+    """Summarize the tokens of one domain, or of several."""
     kl = np.concatenate([x.kl.ravel() for x in scores])
     mean = mean_nats([x.kl for x in scores])
     same = np.concatenate([x.same_top.ravel() for x in scores])
@@ -129,7 +129,7 @@ def measure(
     progress: Progress | None = None,
     max_windows: int | None = None,
 ) -> KLResult:
-    """KL of one file against computed base logits.
+    """Measure the KL of one file against computed base logits.
 
     Args:
         progress: called with (windows done, windows in all).
@@ -149,7 +149,7 @@ def measure(
                 raise EvaluationError(
                     f"{file} has {model.n_vocab} tokens in its vocabulary, the base "
                     f"{base.base} has {store.n_vocab}.",
-                    "Compare files of one base.",
+                    "Compare files of the same model.",
                 )
             model.check_context(store.windows.n_ctx)
             same_tokens &= _cuts_alike(model, base.texts[domain], store.windows)
@@ -185,7 +185,7 @@ def measure_weights(
     progress: Progress | None = None,
     max_windows: int | None = None,
 ) -> KLResult:
-    """As `measure`, of the file expanded to F16: the KL of its weights alone.
+    """Measure the file expanded to F16 as `measure` does: the KL of its weights alone.
 
     `folder` takes the temporary F16 file (2 bytes a parameter); the system's when None.
     """
@@ -229,7 +229,7 @@ def weight_fields(result: KLResult) -> dict[str, Any]:
 
 def _first(n_windows: int, max_windows: int | None) -> int:
     if max_windows is not None and max_windows < 1:
-        raise EvaluationError(f"{max_windows} windows have nothing to score.", "Use 1 or more.")
+        raise EvaluationError(f"{max_windows} windows leave nothing to score.", "Use 1 or more.")
     return n_windows if max_windows is None else min(n_windows, max_windows)
 
 
@@ -269,9 +269,9 @@ def measure_files(
     folder: Path | None = None,
     runtime: Runtime = CPU,
 ) -> tuple[list[dict[str, Any]], list[KLResult]]:
-    """The JSON row and the result of every file, progress on stderr: each file but the first is
-    tested against the first (`versus_first`). `weights` adds the figures of the weights alone, and
-    tests them, too.
+    """Return the JSON row and the result of every file, and show progress on stderr. Each file but
+    the first is tested against the first (`versus_first`). `weights` adds the figures of the
+    weights alone, and tests them, too.
 
     Raises EvaluationError, before anything is measured, when two files are to be tested on a domain
     of a single window.
@@ -306,7 +306,9 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     runtime = command.runtime_of(options)
     texts = command.read_domains(options)
     if options.save and len(options.files) > 1:
-        raise EvaluationError("--save takes one file's tokens.", "Give one FILE, or leave it out.")
+        raise EvaluationError(
+            "--save works with a single file.", "Give one FILE, or leave --save out."
+        )
     with BaseLogits.compute(
         options.base,
         texts,
@@ -325,7 +327,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of a command's JSON, one or several."""
+    """Return the files of a command's JSON, one or several."""
     files: list[dict[str, Any]] = result.get("files", [result])
     return files
 
@@ -367,7 +369,7 @@ def _versus(test: dict[str, Any] | None) -> str:
 
 def add_kl_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep the base logits here for the next run"
+        "--cache", type=Path, metavar="DIR", help="keep the base's logits here for the next run"
     )
     parser.add_argument(
         "--weight-kl", action="store_true", help="also measure each file expanded to F16"
@@ -376,13 +378,15 @@ def add_kl_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluators.kl", description="KL divergence of GGUF files from their base."
+        prog="evaluators.kl", description="Measure the KL divergence of GGUF files from their base."
     )
-    parser.add_argument("base", type=Path, metavar="BASE.gguf", help="full precision")
+    parser.add_argument("base", type=Path, metavar="BASE.gguf", help="the full-precision GGUF")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     command.add_text_options(parser)
     add_kl_options(parser)
-    parser.add_argument("--save", type=Path, metavar="FILE.npz", help="per-token KL and -log p")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE.npz", help="save per-token KL and -log p"
+    )
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, show, argv)
 

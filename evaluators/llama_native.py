@@ -1,4 +1,4 @@
-"""A GGUF opened through llama-cpp-python's C API in this very process: tokens in, logits of chosen
+"""Open a GGUF through llama-cpp-python's C API in this very process: tokens in, logits of chosen
 tokens out. A broken file may end the process: `evaluators.llama_runtime` has one of its own for it,
 and only `evaluators.serve` imports this.
 
@@ -57,8 +57,8 @@ class LogTail:
         self._errors.clear()
 
     def reason(self) -> str:
-        """The first error since `start` as half a sentence, or nothing. The first names the cause;
-        the ones after it are callers giving up.
+        """Return the first error since `start` as half a sentence, or nothing. The first names the
+        cause; the ones after it are callers giving up.
         """
         if not self._errors:
             return ""
@@ -70,7 +70,7 @@ LOG = LogTail()
 
 
 def because(reason: str) -> str:
-    """' (reason)' for the end of a clause, nothing without a reason."""
+    """Return ' (reason)' for the end of a clause, nothing without a reason."""
     return f" ({reason})" if reason else ""
 
 
@@ -118,7 +118,7 @@ class Model(Closing):
             )
         if lib.llama_vocab_type(self._vocab) == _VOCAB_TYPE_NONE:
             raise EvaluationError(
-                f"{self.path} carries no vocabulary.", "Convert the model with its tokenizer."
+                f"{self.path} has no vocabulary.", "Convert the model with its tokenizer."
             )
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         self.n_params: int = lib.llama_model_n_params(self._model)
@@ -134,8 +134,8 @@ class Model(Closing):
     def tokenize(
         self, text: str, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        """Token ids of `text`, plain text throughout: "<s>" in it is three characters, unless
-        `parse_special`.
+        """Return the token ids of `text`, plain text throughout: "<s>" in it is three characters,
+        unless `parse_special`.
 
         With `add_special` a BOS is put first where the vocabulary asks for one; an EOS never is
         added, since a text here goes on.
@@ -165,7 +165,7 @@ class Model(Closing):
         return ids[:n].copy()
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """Return the text of tokens, special ones left out."""
         tokens = (lib.llama_token * len(ids))(*ids)
         capacity = 64 + 16 * len(ids)
         while True:
@@ -176,11 +176,11 @@ class Model(Closing):
             capacity = -n
 
     def ends(self) -> list[int]:
-        """The tokens that end an answer."""
+        """Return the tokens that end an answer."""
         return [i for i in range(self.n_vocab) if lib.llama_vocab_is_eog(self._vocab, i)]
 
     def token_text(self, which: str) -> str:
-        """The text of the token "bos" or "eos", nothing where there is none."""
+        """Return the text of the token "bos" or "eos", empty where there is none."""
         token = self.bos if which == "bos" else self.eos
         if not 0 <= token < self.n_vocab:
             return ""
@@ -188,7 +188,7 @@ class Model(Closing):
         return found.decode("utf-8", "replace")
 
     def chat_template(self) -> str | None:
-        """The file's own, None without one."""
+        """Return the file's chat template, None without one."""
         found: bytes | None = lib.llama_model_chat_template(self._model, None)
         return None if found is None else found.decode("utf-8", "replace")
 
@@ -263,8 +263,8 @@ class Context(Closing):
             raise ValueError(f"{n} tokens, {n_rows} rows; made for {self.n_step}, {self.n_outputs}")
         if int(tokens.max()) >= self.model.n_vocab or int(tokens.min()) < 0:
             raise EvaluationError(
-                f"A token id lies outside the {self.model.n_vocab} of {self.model.path}.",
-                "The text was tokenized for another model; give files of one base.",
+                f"A token id is outside the {self.model.n_vocab} tokens of {self.model.path}.",
+                "The text was tokenized for another model; give files of the same model.",
             )
         tokens = np.ascontiguousarray(tokens, dtype=np.int32)
         positions = np.ascontiguousarray(positions, dtype=np.int32)
@@ -296,7 +296,7 @@ class Context(Closing):
         rows = lib.llama_get_logits(self._context)
         if not rows:
             raise EvaluationError(
-                f"{self.model.path} gives no logits.", "It is not a causal language model."
+                f"{self.model.path} gives no logits.", "Give a causal language model."
             )
         return np.ctypeslib.as_array(rows, shape=(n_rows, self.model.n_vocab))
 

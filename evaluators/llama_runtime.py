@@ -1,4 +1,4 @@
-"""A GGUF opened in llama.cpp, in a process of its own: tokens in, logits of chosen tokens out.
+"""Open a GGUF in llama.cpp, in a process of its own: tokens in, logits of chosen tokens out.
 
 `Model` is the weights and the vocabulary, `Context` the memory of one computation. Both are context
 managers and give back what they hold when left. The file may be anybody's: llama.cpp ends its whole
@@ -59,7 +59,7 @@ CPU = Runtime()
 
 
 def shard_paths(path: Path) -> list[Path]:
-    """Every file of a split model given its first, or the one file itself."""
+    """Return every file of a split model given its first, or the one file itself."""
     match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
     if match is None:
         return [path]
@@ -68,8 +68,8 @@ def shard_paths(path: Path) -> list[Path]:
 
 
 def check_gguf(path: Path) -> int:
-    """Total bytes of a GGUF (all its parts). Raises EvaluationError when it is missing or is
-    something else; what is inside is llama.cpp's to judge.
+    """Return the total bytes of a GGUF (all its parts). Raises EvaluationError when it is missing
+    or is something else; what is inside is llama.cpp's to judge.
     """
     n_bytes = 0
     for part in shard_paths(path):
@@ -97,7 +97,7 @@ def check_context(path: Path, n_ctx: int, n_ctx_train: int) -> None:
 
 
 def model_sha256(path: Path) -> str:
-    """sha256 over all parts of a model, in order."""
+    """Return the sha256 over all parts of a model, in order."""
     digest = hashlib.sha256()
     for part in shard_paths(path):
         with part.open("rb") as file:
@@ -180,7 +180,7 @@ class Model(Opened):
             self.is_recurrent = bool(facts["is_recurrent"])
             if not 0 < self.n_vocab <= _MOST_VOCAB:
                 raise EvaluationError(
-                    f"{self.path} has a vocabulary of {self.n_vocab:,} tokens.",
+                    f"{self.path} has an impossible vocabulary of {self.n_vocab:,} tokens.",
                     "Download or write the file again.",
                 )
         except BaseException:
@@ -190,8 +190,8 @@ class Model(Opened):
     def tokenize(
         self, text: str, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        """Token ids of `text`, plain text throughout: "<s>" in it is three characters, unless
-        `parse_special`.
+        """Return the token ids of `text`, plain text throughout: "<s>" in it is three characters,
+        unless `parse_special`.
 
         With `add_special` a BOS is put first where the vocabulary asks for one; an EOS never is
         added, since a text here goes on.
@@ -207,15 +207,15 @@ class Model(Opened):
         return np.array(ids, dtype=np.int32)
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """Return the text of tokens, special ones left out."""
         return self.session.ask("text", _SECONDS, str, ids=list(ids))
 
     def ends(self) -> frozenset[int]:
-        """The tokens that end an answer."""
+        """Return the tokens that end an answer."""
         return frozenset(self.session.ask("ends", _SECONDS, whole_numbers))
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str | None:
-        """`messages` through the file's own chat template, None without one.
+        """Render `messages` with the file's own chat template; None without one.
 
         Raises EvaluationError when the template cannot be used; the model may be gone then.
         """
@@ -286,8 +286,8 @@ class Context(Closing):
             raise ValueError(f"{n} tokens, {n_rows} rows; made for {self.n_step}, {self.n_outputs}")
         if int(tokens.max()) >= self.model.n_vocab or int(tokens.min()) < 0:
             raise EvaluationError(
-                f"A token id lies outside the {self.model.n_vocab} of {self.model.path}.",
-                "The text was tokenized for another model; give files of one base.",
+                f"A token id is outside the {self.model.n_vocab} tokens of {self.model.path}.",
+                "The text was tokenized for another model; give files of the same model.",
             )
         self.model.session.ask(
             "decode",

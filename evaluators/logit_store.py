@@ -58,8 +58,8 @@ class LogitStore:
         self._file = path.open("rb", buffering=0)
 
     def reader(self, first_row: int) -> Callable[[int, U16], None]:
-        """A function that fills a block of codes from row `first_row + row` on. Threads may call
-        it at once: it reads at a position and moves none.
+        """Return a function that fills a block of codes from row `first_row + row` on. Threads may
+        call it at once: it reads at a position and moves none.
         """
         descriptor = self._file.fileno()
 
@@ -70,7 +70,7 @@ class LogitStore:
                 n = os.preadv(descriptor, [view], offset)
                 if n == 0:
                     raise EvaluationError(
-                        f"The stored base logits {self._file.name} became shorter.",
+                        f"The stored base logits {self._file.name} were cut short.",
                         "Delete the file and run again.",
                     )
                 view, offset = view[n:], offset + n
@@ -78,7 +78,7 @@ class LogitStore:
         return load
 
     def rows_of(self, first_row: int, n: int) -> BaseRows:
-        """The rows' scalars, n of them from `first_row` on."""
+        """Return the rows' scalars, n of them from `first_row` on."""
         part = slice(first_row, first_row + n)
         rows = self.rows
         return BaseRows(rows.low[part], rows.step[part], rows.argmax[part], rows.nll[part])
@@ -106,7 +106,7 @@ class StoreWriter:
         return self
 
     def writer(self, first_row: int) -> Callable[[int, U16], None]:
-        """A function that writes a block of codes from row `first_row + row` on, from any
+        """Return a function that writes a block of codes from row `first_row + row` on, from any
         thread.
         """
         descriptor = self._file.fileno()
@@ -158,7 +158,7 @@ def open_store(path: Path, key: StoreKey) -> LogitStore:
         for name, wanted in asdict(key).items():
             if header["key"].get(name) != wanted:
                 raise EvaluationError(
-                    f"The stored base logits {path} are of another {name}: "
+                    f"The stored base logits {path} belong to another {name}: "
                     f"{header['key'].get(name)}, not {wanted}.",
                     remedy,
                 )
@@ -166,7 +166,7 @@ def open_store(path: Path, key: StoreKey) -> LogitStore:
         n_vocab = header["n_vocab"]
         n = n_windows * (n_ctx - 1 - first)
         if path.stat().st_size != store_bytes(n_windows, n_ctx, first, n_vocab):
-            raise EvaluationError(f"The stored base logits {path} are not whole.", remedy)
+            raise EvaluationError(f"The stored base logits {path} are incomplete.", remedy)
         file.seek(_HEADER_BYTES + 2 * n_vocab * n)
 
         def read(dtype: type[np.generic], count: int) -> NDArray[Any]:
@@ -179,7 +179,7 @@ def open_store(path: Path, key: StoreKey) -> LogitStore:
 
 
 def store_bytes(n_windows: int, n_ctx: int, first: int, n_vocab: int) -> int:
-    """Size of a store's file."""
+    """Return the size of a store's file."""
     n = n_windows * (n_ctx - 1 - first)
     return _HEADER_BYTES + 2 * n_vocab * n + 4 * n_windows * n_ctx + (4 + 4 + 4 + 8) * n
 
@@ -189,7 +189,7 @@ def check_space(folder: Path, n_bytes: int, purpose: str, remedy: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes + _SPARE_BYTES:
         raise EvaluationError(
-            f"{purpose} need {n_bytes / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are "
+            f"{purpose} need {n_bytes / 1e9:.1f} GB in {folder}, but only {free / 1e9:.1f} GB are "
             "free.",
             remedy,
         )

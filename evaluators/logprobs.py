@@ -78,7 +78,7 @@ class RowWorkers(Closing):
         return out
 
     def nll(self, logits: F32, targets: I32) -> F64:
-        """-log p of each target, float64 [n]."""
+        """Return -log p of each target, float64 [n]."""
         return self.log_sums(logits) - _picked(logits, targets)
 
     def encode(self, logits: F32, targets: I32, store: Callable[[int, U16], None]) -> BaseRows:

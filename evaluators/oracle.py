@@ -1,4 +1,4 @@
-"""A GGUF against the model that transformers loads from its author's own files.
+"""Compare a GGUF with the model that transformers loads from its author's own files.
 
 transformers (and PEFT, for an adapter) computes in float32; llama.cpp computes with the file. It is
 the one comparison that shares nothing with what made the file: not the list of files that were
@@ -35,7 +35,7 @@ def compare(
     offload_bytes: int,
     closer_above: float,
 ) -> Iterator[dict[str, Any]]:
-    """KL(transformers || llama.cpp) over the first `n_tokens` of `ids`, as JSON values.
+    """Return KL(transformers || llama.cpp) over the first `n_tokens` of `ids`, as JSON values.
 
     For a BF16 file llama.cpp rounds activations to the 8 bits that BF16 has, which costs a few
     1e-4: where the KL is above `closer_above`, the file is expanded to F16 and measured again, and

@@ -53,7 +53,7 @@ class PerplexityResult:
 
 
 def mean_nats(values: Sequence[F64]) -> MeanNats:
-    """Mean with errors of values [n_windows, n_scored], one array per domain."""
+    """Return the mean with errors of values [n_windows, n_scored], one array per domain."""
     every = np.concatenate([x.ravel() for x in values])
     interval = windowed_interval(values)
     ci95 = None
@@ -63,7 +63,7 @@ def mean_nats(values: Sequence[F64]) -> MeanNats:
 
 
 def perplexity_of(nll: MeanNats) -> Perplexity:
-    """Perplexity and its errors to first order, as llama-perplexity propagates them."""
+    """Return the perplexity and its errors to first order, as llama-perplexity propagates them."""
     value = math.exp(nll.mean)
     ci95 = (math.exp(nll.ci95[0]), math.exp(nll.ci95[1])) if nll.ci95 else None
     return Perplexity(value, value * nll.stderr, ci95, nll.n)
@@ -81,7 +81,7 @@ def check_finite(values: F64, file: Path) -> None:
 def token_nll(
     model: Model, windows: Windows, workers: RowWorkers, progress: Progress | None = None
 ) -> F64:
-    """-log p of every scored token, [n_windows, n_scored]."""
+    """Return -log p of every scored token, [n_windows, n_scored]."""
     nll = np.empty((windows.n_windows, windows.n_scored))
     with window_context(model, windows.n_ctx, windows.first) as context:
         for i, window in enumerate(windows.tokens):
@@ -102,7 +102,7 @@ def measure(
     runtime: Runtime = CPU,
     progress: Progress | None = None,
 ) -> PerplexityResult:
-    """Perplexity of a GGUF.
+    """Measure the perplexity of a GGUF.
 
     Args:
         file: the GGUF; of a split model, its first part.
@@ -172,16 +172,18 @@ def _show(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluators.perplexity", description="Perplexity of a GGUF on a text."
+        prog="evaluators.perplexity", description="Measure the perplexity of a GGUF on a text."
     )
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, metavar="FILE", help="UTF-8, read byte for byte")
-    source.add_argument("--dataset", choices=DATASETS, help="from the Hub instead of a file")
+    source.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
+    source.add_argument("--dataset", choices=DATASETS, help="a text from the Hub instead")
     parser.add_argument(
         "--ctx", type=command.positive, metavar="N", help="default: the protocol's, 512 or 2048"
     )
-    parser.add_argument("--chunks", type=command.positive, metavar="N", help="windows, else all")
+    parser.add_argument(
+        "--chunks", type=command.positive, metavar="N", help="windows to score (default: all)"
+    )
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="llama.cpp")
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, _show, argv)

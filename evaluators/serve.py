@@ -1,4 +1,4 @@
-"""The process that has a stranger's file open in llama.cpp; `evaluators.session` is its other end.
+"""The process that opens a stranger's file in llama.cpp; `evaluators.session` is its other end.
 
 It reads requests from one pipe and answers on another, one line of JSON each, until the first is
 closed. Logits are left in memory that both sides see.
@@ -101,7 +101,9 @@ class _Server:
             self._model.close()
 
     def render(self, messages: list[dict[str, str]]) -> str | None:
-        """The template is a program of a stranger's: it may loop for ever, or want all memory."""
+        """Render the chat template, a stranger's program: it can loop forever or ask for all
+        memory.
+        """
         source = self._opened.chat_template()
         if source is None:
             return None
@@ -132,7 +134,9 @@ class _Server:
             signal.signal(signal.SIGALRM, before)
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         if len(prompt) > _MOST_LETTERS:
-            raise EvaluationError(f"The chat template makes more than {_MOST_LETTERS:,} letters.")
+            raise EvaluationError(
+                f"The chat template makes more than {_MOST_LETTERS:,} characters."
+            )
         return prompt
 
     def call(self, function: str, file: str, arguments: dict[str, Any]) -> Any:
@@ -190,7 +194,7 @@ def _import_the_rest() -> None:
 
 
 def serve(requests: int, answers: int, logits: int) -> None:
-    """The same, and the end of this process."""
+    """Answer requests until there are no more, then end this process."""
     os.environ["GGML_NO_BACKTRACE"] = "1"  # made by a debugger that it would start
     _import_bindings_alone()
 

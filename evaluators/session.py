@@ -94,19 +94,21 @@ class _Plain:
 
 
 def as_it_is(value: Any) -> Any:
-    """Plain JSON that is only shown or kept."""
+    """Return plain JSON that is only shown or kept."""
     return value
 
 
 def whole_numbers(value: Any) -> list[int]:
-    """A list of 32-bit integers out of JSON. Raises ValueError, TypeError for anything else."""
+    """Return a list of 32-bit integers from JSON. Raises ValueError, TypeError for anything
+    else.
+    """
     if any(type(number) is not int or abs(number) >= 1 << 31 for number in value):
         raise ValueError("they are no whole numbers")
     return list(value)
 
 
 def last_words(log: str) -> str:
-    """' (the assertion that failed)' or the like, of what a process said before it died."""
+    """Return ' (the assertion that failed)' or the like, from a process's last output."""
     lines = [line for line in log.splitlines() if line.strip()]
     told = [line for line in lines if "ASSERT" in line or "rror" in line] or lines
     words = printable(told[-1].rsplit("/", 1)[-1])[:300].rstrip(".") if told else ""
@@ -174,7 +176,9 @@ class Session:
         return self._process is not None
 
     def share(self, n_floats: int) -> NDArray[np.float32]:
-        """Memory for so many numbers, which the process fills. It is the same memory every time."""
+        """Return memory for this many numbers, which the process fills. It is the same memory every
+        time.
+        """
         if self._logits is None:
             if len(self._own) < n_floats:
                 self._own = np.empty(n_floats, np.float32)
@@ -187,12 +191,12 @@ class Session:
     def ask(
         self, request: str, seconds: float, read: Callable[[Any], T] = as_it_is, **arguments: Any
     ) -> T:
-        """The answer to a request, as `read` makes it of plain JSON. Raises EvaluationError for one
-        that is refused, and when the process dies, does not answer in `seconds`, or answers with
-        what `read` cannot take.
+        """Return the answer to a request, as `read` makes it of plain JSON. Raises EvaluationError
+        for one that is refused, and when the process dies, does not answer in `seconds`, or answers
+        with what `read` cannot take.
         """
         if self._process is None:
-            raise EvaluationError(f"{self._path} is not open any more.", "Open it again.")
+            raise EvaluationError(f"{self._path} is no longer open.", "Open it again.")
         deadline = time.monotonic() + seconds
         try:
             self._send(json.dumps({"request": request, **arguments}).encode() + b"\n", deadline)

@@ -1,4 +1,4 @@
-"""Does it fit and is it quick: tokens per second, load time and memory of GGUF files.
+"""Measure tokens per second, load time and memory of GGUF files.
 
     python -m evaluators.speed FILE.gguf [FILE2.gguf ...] --ctx 2048
 
@@ -80,7 +80,7 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
         "--generate", type=command.positive, default=64, metavar="N", help="default: 64 tokens"
     )
     parser.add_argument(
-        "--repeats", type=command.positive, default=3, metavar="N", help="default: 3"
+        "--repeats", type=command.positive, default=3, metavar="N", help="default: 3 times"
     )
 
 
@@ -121,11 +121,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluators.speed", description="Speed and memory of GGUF files."
+        prog="evaluators.speed", description="Measure the speed and memory of GGUF files."
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     parser.add_argument(
-        "--ctx", type=command.positive, default=2048, metavar="N", help="default: 2048"
+        "--ctx", type=command.positive, default=2048, metavar="N", help="default: 2048 tokens"
     )
     add_speed_options(parser)
     command.add_runtime_options(parser)

@@ -38,12 +38,14 @@ class Interval:
 
 
 def mean_stderr(values: Array) -> float:
-    """Standard error of a mean of independent values, as llama-perplexity computes it."""
+    """Return the standard error of a mean of independent values, as llama-perplexity computes
+    it.
+    """
     return math.sqrt(float(values.var()) / (values.size - 1)) if values.size > 1 else 0.0
 
 
 def windowed_interval(strata: Sequence[Array]) -> Interval:
-    """Mean and interval of values [n_windows, n_scored], one array per domain."""
+    """Return the mean and interval of values [n_windows, n_scored], one array per domain."""
     n_total = sum(values.size for values in strata)
     mean = sum(float(values.sum()) for values in strata) / n_total
     variance, dof = 0.0, 0
@@ -96,7 +98,7 @@ def paired_difference(a: Sequence[Array], b: Sequence[Array]) -> PairedTest:
 
 
 def student_t_two_sided(t: float, dof: int) -> float:
-    """P(|T| >= |t|). With T = sqrt(dof) tan(x), the density of x is cos(x)^(dof - 1)."""
+    """Return P(|T| >= |t|). With T = sqrt(dof) tan(x), the density of x is cos(x)^(dof - 1)."""
     start = math.atan(abs(t) / math.sqrt(dof))
     return _cosine_power(start, dof) / _cosine_power(0.0, dof)
 
@@ -119,7 +121,7 @@ def _gauss_nodes() -> tuple[Array, Array]:
 
 @cache
 def student_t_quantile(probability: float, dof: int) -> float:
-    """The t with P(T <= t) = probability, for probability > 0.5; by bisection."""
+    """Return the t with P(T <= t) = probability, for probability > 0.5; by bisection."""
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
@@ -131,7 +133,9 @@ def student_t_quantile(probability: float, dof: int) -> float:
 
 
 def sign_test(n_better: int, n_worse: int) -> float:
-    """Two-sided exact p-value that `n_better` of all changed items is a coin's work (McNemar)."""
+    """Return the two-sided exact p-value that `n_better` of all changed items is a coin's work
+    (McNemar).
+    """
     n = n_better + n_worse
     if n == 0:
         return 1.0

@@ -1,4 +1,4 @@
-"""The text that is measured: local files, and three data sets of the Hub by name.
+"""Read the text to measure on: local files, and three data sets of the Hub by name.
 
 A file is read as UTF-8 with its newlines as they are, so that its sha256 is that of the file. For
 the data sets:
@@ -25,12 +25,14 @@ DATASETS = ("wikitext2", "c4", "fineweb-edu")
 
 
 def text_sha256(text: str) -> str:
-    """Hex sha256 of the text's UTF-8 bytes: equal to the file's."""
+    """Return the hex sha256 of the text's UTF-8 bytes: equal to the file's."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def read_text(path: Path) -> str:
-    """A file's text, byte for byte. Raises EvaluationError when it is missing or not UTF-8."""
+    """Return a file's text, byte for byte. Raises EvaluationError when it is missing or not
+    UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -50,8 +52,8 @@ def load_dataset_rows(
     data_files: str | None = None,
     streaming: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a Hub data set. Raises EvaluationError when the Hub does not give it, or stops
-    giving.
+    """Return the rows of a Hub data set. Raises EvaluationError when the Hub does not give it, or
+    stops giving.
     """
     try:
         import datasets  # slow to import, and needed by nothing else here
@@ -79,7 +81,9 @@ def load_dataset_rows(
 
 
 def load_dataset_text(name: str, protocol: str) -> str:
-    """One of `DATASETS` as text for a protocol; see the module for how documents are joined."""
+    """Return one of `DATASETS` as text for a protocol; see the module for how documents are
+    joined.
+    """
     if name == "wikitext2":
         rows = load_dataset_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
         documents = [row["text"] for row in rows]

@@ -1,5 +1,5 @@
-"""Whether a GGUF's tokens are the original tokenizer's: every id's text and kind, and the ids of
-texts.
+"""Compare a GGUF's tokens with the original tokenizer's: the text and kind of every id, and the ids
+of texts.
 
 llama.cpp has tokenizers of its own. Where they differ from the original by design, the difference
 is known here by name, found again by doing the same to the text or to the original's tokens; any
@@ -79,7 +79,7 @@ def compare(file: str, tokenizer: Any, texts: Mapping[str, str]) -> Findings:
 
 
 def token_ids(tokenizer: Any, text: str, is_chat: bool) -> list[int]:
-    """The tokenizer's ids; a rendered chat has its special tokens already."""
+    """Return the tokenizer's ids; a rendered chat has its special tokens already."""
     return [int(i) for i in tokenizer.encode(text, add_special_tokens=not is_chat)]
 
 
@@ -147,11 +147,13 @@ class _Both:
         self._is_spm = lib.llama_vocab_type(vocab) == _SPM
 
     def original(self, text: str) -> list[int]:
-        """The tokenizer's ids, none around them."""
+        """Return the tokenizer's ids, none around them."""
         return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def llama(self, text: str, around: bool = False) -> list[int]:
-        """llama.cpp's ids, special tokens in the text taken as such; with those around a text."""
+        """Return llama.cpp's ids, special tokens in the text taken as such; with those around a
+        text.
+        """
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 16))()
         n = lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), around, True)

@@ -1,4 +1,4 @@
-"""A file's weights without the rounding of activations: the file expanded to F16.
+"""Measure a file's weights without the rounding of activations, by expanding the file to F16.
 
 For quantized weights llama.cpp also rounds *activations* to 8 bits, which the full-precision base
 does not: even a Q8_0 file, whose weights are all but exact, has a KL of some thousandths. Expanded

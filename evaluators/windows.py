@@ -1,4 +1,4 @@
-"""Text to windows of tokens, and windows to the logits that are scored: the two protocols.
+"""Cut text into windows of tokens, and choose the logits that are scored: the two protocols.
 
 `llama.cpp` (what `llama-perplexity` does): windows of `n_ctx` tokens one after the other; the first
 token of each is replaced by BOS where the vocabulary adds one; the logits of the second half are
@@ -48,12 +48,12 @@ class Windows:
 
 
 def n_scored(n_ctx: int, first: int) -> int:
-    """Scored tokens of a window: the last one has no target."""
+    """Return the scored tokens of a window: the last one has no target."""
     return n_ctx - 1 - first
 
 
 def first_scored(protocol: str, n_ctx: int) -> int:
-    """Position of the first logits that count."""
+    """Return the position of the first logits that count."""
     return n_ctx // 2 if protocol == "llama.cpp" else 0
 
 
@@ -75,11 +75,12 @@ def cut_windows(
         )
     if n_ctx < _MIN_CTX:
         raise EvaluationError(
-            f"A context of {n_ctx} tokens has nothing to score.", f"Use --ctx {_MIN_CTX} or more."
+            f"A context of {n_ctx} tokens leaves nothing to score.",
+            f"Use --ctx {_MIN_CTX} or more.",
         )
     if max_windows is not None and max_windows < 1:
         raise EvaluationError(
-            f"{max_windows} windows have nothing to score.", "Use --chunks 1 or more."
+            f"{max_windows} windows leave nothing to score.", "Use --chunks 1 or more."
         )
     model.check_context(n_ctx)
     ids = model.tokenize(text)
@@ -98,7 +99,9 @@ def cut_windows(
 
 
 def window_context(model: Model, n_ctx: int, first: int) -> Context:
-    """A context that decodes one window at a time, in steps whose logits stay under 320 MiB."""
+    """Return a context that decodes one window at a time, in steps whose logits stay under
+    320 MiB.
+    """
     n_rows = max(32, _OUTPUT_BYTES // (4 * model.n_vocab))
     # Only the scored part of a window leaves logits, so a step may be longer than n_rows as long as
     # the window has no more scored tokens than that.

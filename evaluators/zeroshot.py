@@ -126,10 +126,11 @@ def run(
 
 
 def answer_flips(result: ZeroShotResult, base: ZeroShotResult) -> dict[str, Flips]:
-    """Flips of a file against the base model on the same items, by metric."""
+    """Return the flips of a file against the base model on the same items, by metric."""
     if result.items_sha256 != base.items_sha256:
         raise EvaluationError(
-            "File and base did not answer the same items.", "Run both with one task and --limit."
+            "The file and the base did not answer the same items.",
+            "Run both with one task and --limit.",
         )
     flips = {}
     for metric, picked in result.picks.items():
@@ -177,7 +178,7 @@ class _ItemLog:
                     self.scores[entry["item"]] = entry["scores"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise EvaluationError(
-                    f"{path} holds something else than scored items.", "Choose another --out."
+                    f"{path} holds something other than scored items.", "Choose another --out."
                 ) from None
 
     def append(self, task: str, item: str, scores: list[float]) -> None:
@@ -194,8 +195,8 @@ def run_with_base(
     runtime: Runtime,
     base_results: dict[str, ZeroShotResult],
 ) -> dict[str, Any]:
-    """Every task's JSON for one file, with the base's accuracy and the flips when there is one.
-    `base_results` keeps the base's answers between files.
+    """Return every task's JSON for one file, with the base's accuracy and the flips when there is
+    one. `base_results` keeps the base's answers between files.
     """
     rows: dict[str, Any] = {}
     for items in sets:
@@ -215,10 +216,12 @@ def run_with_base(
 
 
 def load_sets(options: argparse.Namespace) -> list[TaskItems]:
-    """The tasks that `add_task_options` asked for; none without --task."""
+    """Return the tasks that `add_task_options` asked for; none without --task."""
     names = options.task or []
     if options.data and len(names) != 1:
-        raise EvaluationError("--data goes with one --task.", "Run other tasks on their own.")
+        raise EvaluationError(
+            "--data works with a single --task.", "Run the other tasks separately."
+        )
     return [tasks.load(name, options.data, options.labels, options.limit) for name in names]
 
 
@@ -229,14 +232,21 @@ def add_task_options(parser: argparse._ActionsContainer, required: bool) -> None
         choices=list(tasks.TASKS),
         required=required,
         default=None,
-        help="may be given several times",
+        help="can be repeated",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FILE.jsonl", help="local items instead of the Hub's"
+        "--data", type=Path, metavar="FILE.jsonl", help="use local items instead of the Hub's"
     )
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels beside --data")
-    parser.add_argument("--limit", type=command.positive, metavar="N", help="first N items only")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="scored items; resumes")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of the items in --data")
+    parser.add_argument(
+        "--limit", type=command.positive, metavar="N", help="use only the first N items"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="file of scored items; a rerun resumes from it",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -279,11 +289,13 @@ def _percent(accuracy: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluators.zeroshot", description="Zero-shot multiple choice of a GGUF."
+        prog="evaluators.zeroshot", description="Score a GGUF on zero-shot multiple-choice tasks."
     )
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     add_task_options(parser, required=True)
-    parser.add_argument("--base", type=Path, metavar="BASE.gguf", help="count flips against it")
+    parser.add_argument(
+        "--base", type=Path, metavar="BASE.gguf", help="count answers that differ from this file's"
+    )
     command.add_runtime_options(parser)
     return command.run_command(parser, _evaluate, lambda result: show(result["tasks"]), argv)
 

@@ -1,4 +1,4 @@
-"""quantkit: any Hugging Face language model into the best GGUF its size budget allows, with proof.
+"""quantkit: turn any Hugging Face language model into the best GGUF for a size budget, with proof.
 
 Nine stages, one spelling everywhere: fetch, convert, calibrate, quantize, search, tune, stitch,
 validate, publish.

@@ -1,6 +1,4 @@
-"""The command line: one subcommand per thing a person does. Heavy imports wait until they are
-needed.
-"""
+"""The command line. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -58,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        return terminal.failed(QuantkitError("interrupted; the same command goes on from here"))
+        return terminal.failed(QuantkitError("interrupted; run the same command again to continue"))
     except Exception as error:
         return terminal.failed(faults.explain(error, folder) or terminal.bug(error, folder))
     return 0
 
 
 def _readable(arguments: Sequence[str]) -> list[str]:
-    """The arguments. Raises UsageError for a name that is no UTF-8: it cannot stand in JSON, in a
+    """The arguments. Raises UsageError for a name that is not UTF-8: it cannot stand in JSON, in a
     GGUF or on the Hub.
     """
     for argument in arguments:
@@ -74,7 +72,7 @@ def _readable(arguments: Sequence[str]) -> list[str]:
         except UnicodeEncodeError:
             shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
             raise UsageError(
-                f"The name {shown} is not UTF-8.", "Rename it, or give it by a link."
+                f"The name {shown} is not UTF-8.", "Rename it, or give a link to it that is."
             ) from None
     return list(arguments)
 
@@ -90,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run all stages, or continue an interrupted run")
     _add_model_options(run)
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
-    run.add_argument(
-        "--publish", metavar="REPO", help="upload the result to this repository of the Hub"
-    )
+    run.add_argument("--publish", metavar="REPO", help="upload the result to this Hub repository")
     _add_visibility(run)
     run.set_defaults(command=_run)
 
@@ -116,29 +112,27 @@ def _parser() -> argparse.ArgumentParser:
                     option,
                     action="append",
                     metavar="FILE",
-                    help="replace what the run was started with; none: leave it out",
+                    help="use this file instead of the run's; `none` drops it",
                 )
 
     publish = commands.add_parser("publish", help="upload a finished run to the Hub")
-    publish.add_argument("folder", type=Path, metavar="DIR")
-    publish.add_argument("repo", metavar="REPO")
+    publish.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+    publish.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
     _add_visibility(publish)
     publish.set_defaults(command=_publish)
 
-    compare = commands.add_parser(
-        "compare", help="measure GGUFs of one model, made by any tool, beside each other"
-    )
+    compare = commands.add_parser("compare", help="compare any GGUFs of the same model")
     compare_options.add(compare)
     compare.set_defaults(command=_compare)
 
     rebuild = commands.add_parser("rebuild", help="make a published file again from its recipe")
-    rebuild.add_argument("recipe", type=Path, metavar="RECIPE")
+    rebuild.add_argument("recipe", type=Path, metavar="RECIPE", help="recipes/NAME.json")
     rebuild.add_argument("--base", type=Path, required=True, metavar="BASE.gguf")
     rebuild.add_argument(
         "--levels",
         type=Path,
         metavar="DIR",
-        help="the level files, or the run's folder; they are made again without it",
+        help="folder of the level files, or of the run; without it, make the levels again",
     )
     rebuild.add_argument("--out", type=Path, required=True, metavar="FILE")
     rebuild.set_defaults(command=_rebuild)
@@ -149,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_visibility(parser: argparse.ArgumentParser) -> None:
     seen = parser.add_mutually_exclusive_group()
-    seen.add_argument("--private", action="store_true", help="make that repository private")
+    seen.add_argument("--private", action="store_true", help="make the repository private")
     seen.add_argument(
         "--public", action="store_true", help="make it public even if the model is private or gated"
     )
@@ -167,7 +161,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--target-size", metavar="S,...", help="bytes of the whole file, such as 90MB or 5.5GB"
     )
     size.add_argument(
-        "--like", metavar="TYPE,...", help="the size of this stock mix (default: Q4_K_M)"
+        "--like",
+        metavar="TYPE,...",
+        help="at most llama.cpp's size for this type (default: Q4_K_M)",
     )
     size.add_argument(
         "--fits",
@@ -178,25 +174,25 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--family",
         action="store_const",
         const=",".join(FAMILY),
-        help=f"a file like each of {', '.join(FAMILY)}; several sizes share one run",
+        help=f"one file for each of {', '.join(FAMILY)}, all made in one run",
     )
     parser.add_argument(
-        "--profile", choices=PROFILES, default="standard", help="effort (default: standard)"
+        "--profile", choices=PROFILES, default="standard", help="amount of work (default: standard)"
     )
     parser.add_argument(
         "--types",
         type=Path,
         metavar="MAP.json",
-        help="fixes the types of matching tensors; `>=Q5_K` sets a minimum",
+        help="fix the types of matching tensors; `>=Q5_K` sets a minimum",
     )
     parser.add_argument(
-        "--max-types", type=int, metavar="N", help="at most N different types in the file"
+        "--max-types", type=int, metavar="N", help="use at most N different types in the file"
     )
     parser.add_argument(
         "--tuning",
         type=int,
         metavar="STEPS",
-        help="gradient steps per block when tuning; 0: no tuning (default: the profile's)",
+        help="gradient steps to fine-tune each block; 0 turns tuning off (default: the profile's)",
     )
     parser.add_argument(
         "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
@@ -206,35 +202,38 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="GGUF",
-        help="tensors of this file of the same model compete, too: a path or hf://...",
+        help="let tensors of this GGUF of the same model compete: a path or hf://...",
     )
     parser.add_argument(
         "--methods",
         metavar="LIST",
         default=",".join(METHODS),
-        help="which compete (default: %(default)s)",
+        help="methods that compete for each tensor (default: %(default)s)",
     )
     parser.add_argument(
         "--tensors", metavar="REGEX", help="quantize only tensors whose name matches"
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the model")
     parser.add_argument(
-        "--calibration", metavar="SPEC", default="auto", help="name[:weight],... (default: auto)"
+        "--calibration",
+        metavar="SPEC",
+        default="auto",
+        help="calibration text: name[:weight],... (default: auto)",
     )
     parser.add_argument(
-        "--eval-text", metavar="FILE", help="text to validate on instead of the held-out tenth"
+        "--eval-text", metavar="FILE", help="validate on this text instead of the held-out tenth"
     )
     parser.add_argument(
-        "--tasks", metavar="FILE", help="multiple-choice items to validate on, JSON lines"
+        "--tasks", metavar="FILE", help="validate on these multiple-choice items, too (JSON lines)"
     )
     parser.add_argument(
         "--compare",
         action="append",
         default=[],
         metavar="GGUF",
-        help="measure this file of the same model beside ours: a path or hf://owner/name/file.gguf",
+        help="also measure this GGUF of the same model: a path or hf://owner/name/file.gguf",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all GPUs")
 
 

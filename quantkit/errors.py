@@ -1,4 +1,4 @@
-"""The one error type that reaches users."""
+"""The error type that users see."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class UsageError(QuantkitError):
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
-    """Text for a terminal or a log: names and licenses are strangers' words, and what could steer
-    a terminal, or cannot be encoded, is shown as JSON writes it. Of `kept` nothing is made.
+    """Return text for a terminal or a log: names and licenses are strangers' words, so what could
+    control a terminal, or cannot be encoded, is shown as JSON writes it. Characters in `kept` stay.
     """
     return "".join(
         letter if letter.isprintable() or letter in kept else json.dumps(letter)[1:-1]
@@ -45,7 +45,7 @@ def check_writable_name(name: str) -> None:
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from: libraries wrap the one that says what happened in others."""
+    """Yield an error and its causes: libraries wrap the one that says what happened in others."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

@@ -17,7 +17,7 @@ PARTIAL = ".partial"
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -53,7 +53,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def json_line(value: Any, indent: int | None = None) -> bytes:
-    """A line of JSON. A name that is no UTF-8 on the disk is escaped, and read back as it was."""
+    """Return a line of JSON. A file name that is not UTF-8 is escaped, and read back unchanged."""
     try:
         return f"{json.dumps(to_json(value), indent=indent, ensure_ascii=False)}\n".encode()
     except UnicodeEncodeError:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column left, the rest right. Names may hold any character."""
+    """Return a Markdown table, the first column aligned left and the rest right. Names can hold any
+    character.
+    """
     rule = ["---", *["---:"] * (len(headers) - 1)]
     lines = [[_cell(cell) for cell in row] for row in [headers, *rows]]
     lines.insert(1, rule)

@@ -1,4 +1,4 @@
-"""The one runner: nine stages in order, each skipped when its work is already there.
+"""Run the nine stages in order, and skip those whose work is already done.
 
 `python -m quantkit run` is the only thing that runs a pipeline; the web app and remote jobs start
 that command.
@@ -48,7 +48,7 @@ def run(
             before = last_end(directory)
             events.emit(None, "started", f"{config.model}, {config.sizes}", kills=room.kills())
             if before:
-                events.emit(None, "note", f"the attempt before this one: {before}")
+                events.emit(None, "note", f"the previous attempt: {before}")
             if config.publish:
                 hub.check_write(config.publish, hub.resolve_token(), config.private)
             for stage in _to_do(directory, config, events, until):
@@ -91,7 +91,7 @@ def _failures_told(events: EventLog, folder: Path) -> Iterator[_Progress]:
     before = threading.excepthook
 
     def died(about: threading.ExceptHookArgs) -> None:
-        """A thread's end for want of memory ends the process: see `terminal`."""
+        """End the process when a thread ended for lack of memory: see `terminal`."""
         if isinstance(about.exc_value, MemoryError):
             told = faults.explain(about.exc_value, folder, at.needs, at.stage or "")
             _tell(events, at, told or QuantkitError("There is too little memory."))
@@ -119,7 +119,7 @@ def _failures_told(events: EventLog, folder: Path) -> Iterator[_Progress]:
 
 @dataclass
 class _Progress:
-    """The stage that is at work, and about what memory it takes."""
+    """The current stage, and about how much memory it takes."""
 
     stage: str | None = None
     needs: int = 0
@@ -181,7 +181,7 @@ def _settle_config(directory: RunDir, config: RunConfig) -> None:
             raise UsageError(
                 f"{directory.path} holds a run with {name} = {_shown(saved, name)},"
                 f" not {_shown(config, name)}.",
-                "Choose another --out, or `quantkit resume` to go on with what is there.",
+                "Choose another --out, or use `quantkit resume` to continue that run.",
             )
     elif not directory.records() and any(
         path.name not in _BEFORE_CONFIG for path in directory.path.iterdir()
@@ -318,7 +318,7 @@ def _check_outputs(directory: RunDir) -> None:
         if not directory.is_whole(output, hashing=True):
             raise QuantkitError(
                 f"{output.path} is not the file that was stitched: its bytes have changed.",
-                "Look at the disk, and resume: the file is made again.",
+                "Check the disk, and resume: the file is made again.",
             )
 
 

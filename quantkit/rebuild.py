@@ -49,7 +49,7 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
     recipe = Recipe.load(recipe_path)
     kept = {} if levels is None else _kept(recipe, levels)
     if out.resolve() in {path.resolve() for path in (recipe_path, base_path, *kept.values())}:
-        raise QuantkitError(f"{out} is what the file is made of.", "Choose another --out.")
+        raise QuantkitError(f"{out} is one of the inputs.", "Choose another --out.")
     base = GgufFile(base_path)
     _check_base(recipe, base)
     if levels is None:
@@ -128,7 +128,8 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
     reason = tune.reason_not_to_tune(run, base)
     if reason:
         raise QuantkitError(
-            f"The file is tuned, and {reason}.", "Use a machine with more memory, or --levels."
+            f"The file is tuned, which is not possible here: {reason}.",
+            "Use a machine with more memory, or --levels.",
         )
     types, rows = recipe.types, recipe.tensors
     chosen = {
@@ -146,7 +147,7 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
     if not outcome.tensors:
         raise QuantkitError(
             "Tuning the file again did not bring it nearer to the original on this machine.",
-            "Use the kept tuned file: --levels.",
+            "Give the tuned file that was kept with --levels.",
         )
 
 

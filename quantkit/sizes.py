@@ -1,4 +1,4 @@
-"""Sizes: the one parser and the one formatter of bytes."""
+"""Parse and format sizes in bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _UNITS = {
 
 
 def parse_bytes(text: str) -> int:
-    """'90MB' -> 90,000,000; MB and GB are decimal, MiB and GiB binary, a bare number is bytes."""
+    """Parse '90MB' as 90,000,000; MB and GB are decimal, MiB and GiB binary, a bare number is
+    bytes.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(

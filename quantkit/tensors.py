@@ -1,4 +1,4 @@
-"""The nouns that modules hand to each other: frozen, without arrays, JSON in and out.
+"""The data classes that modules share: frozen, without arrays, JSON in and out.
 
 Shapes are written rows first, columns (the input features, the axis that blocks divide) last, as in
 PyTorch. GGUF stores the same bytes and lists the dimensions in the other order.
@@ -85,7 +85,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fallback:
-    """A tensor that did not get what was asked for, and why. Shown in the report."""
+    """A tensor that did not get the type or method that was asked for, and why. Shown in the
+    report.
+    """
 
     tensor: str
     asked: str
@@ -94,7 +96,9 @@ class Fallback:
 
 
 def to_json(value: Any) -> Any:
-    """`value` as JSON types: dataclasses become objects, quant types their names, tuples lists."""
+    """Return `value` as JSON types: dataclasses become objects, quant types their names, tuples
+    lists.
+    """
     if isinstance(value, QuantType):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -381,7 +381,7 @@ def test_app_starts_in_the_clone_itself(tmp_path: Path, on_space: bool) -> None:
         status, headers, body = get(url)
         assert status == 200 and b"quantkit" in body
         assert ("x-frame-options" in headers) is not on_space
-        assert b"How large may it be?" in get(f"{url}config")[2]
+        assert b"How big should the file be?" in get(f"{url}config")[2]
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_from_the_form_to_the_result(
 
         # What is wrong is said in the page, in a sentence.
         page.get_by_role("button", name="Start").click()
-        expect(page.locator("#form-error [role=alert]")).to_contain_text("No model was given.")
+        expect(page.locator("#form-error [role=alert]")).to_contain_text("Enter a model.")
 
         page.get_by_label("File size", exact=True).check()
         page.locator("#size input, #size textarea").fill("12 apples")
@@ -121,7 +121,7 @@ def test_from_the_form_to_the_result(
         expect(page.locator("#job-head")).to_contain_text("smollm2-135m")
         page.reload()
         expect(page.locator("#job-head")).to_contain_text("smollm2-135m")
-        page.get_by_role("link", name="All runs").click()
+        page.get_by_role("link", name="Back to all runs").click()
         expect(page.locator("#runs .qk-jobs li")).to_have_count(1)
         page.locator("#runs .qk-jobs a").press("Enter")
         expect(page.locator("#job-head")).to_contain_text("Running")
@@ -136,7 +136,7 @@ def test_from_the_form_to_the_result(
 
         expect(page.locator("#job-results")).to_contain_text("0.0147")
         expect(page.locator("#job-head")).to_contain_text("Finished")
-        page.get_by_role("button", name="What happened").click()
+        page.locator("#log").get_by_role("button").first.click()
         expect(page.locator("#job-log")).to_contain_text("done in")
         with page.expect_download() as caught:
             page.locator(".qk-download").click()
@@ -144,7 +144,7 @@ def test_from_the_form_to_the_result(
 
         # Gone for good, after a question.
         page.get_by_role("button", name="Delete", exact=True).click()
-        page.get_by_role("button", name="Delete it").click()
+        page.get_by_role("button", name="Delete permanently").click()
         expect(page.locator("#runs")).to_contain_text("No runs yet")
         page.wait_for_url(url)
         assert store.runs(None) == ()
@@ -208,7 +208,7 @@ def test_cancel_and_resume(browser: Any, tmp_path: Path, monkeypatch: pytest.Mon
         page.locator("#resume-token input").fill("hf_givenAgainToken01")
         page.get_by_role("button", name="Resume").click()
         expect(page.locator("#job-head")).to_contain_text("Finished")
-        page.get_by_role("button", name="What happened").click()
+        page.locator("#log").get_by_role("button").first.click()
         expect(page.locator("#job-log")).to_contain_text("a token is there")
         assert page.locator("#resume-token input").count() == 0
 
@@ -228,7 +228,7 @@ def test_the_keyboard_is_enough(browser: Any, tmp_path: Path) -> None:
             if page.evaluate("document.activeElement.id || ''") == "start":
                 break
         page.keyboard.press("Enter")
-        expect(page.locator("#job-head")).to_contain_text("It is next in line.")
+        expect(page.locator("#job-head")).to_contain_text("Next in the queue.")
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_the_preview_says_what_is_to_be_known(handlers: Handlers) -> None:
     for words in (
         *("LlamaForCausalLM", "1B parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
         "99.9 % of the linear parameters (not token_embd: looked up)",
-        *("This machine", "57 min", "free", "Job: cpu-upgrade", "ended after", "Q5_K_M"),
+        *("This machine", "57 min", "free", "Job: cpu-upgrade", "stops after", "Q5_K_M"),
     ):
         assert words in html, words
     away = shown(handlers, machine="a10g-large")

@@ -55,7 +55,7 @@ def others(hub: HubServer) -> None:
 
 def test_what_would_change_in_a_new_repository(handlers: Handlers, hub: HubServer) -> None:
     html = handlers.compare("done", REPO, "private", ME, ALICE)
-    assert "will be made, private" in html and "4 files are uploaded" in html
+    assert "will be created, private" in html and "4 files are uploaded" in html
     assert html.count('<li class="new">') == 4 and "<pre" not in html
     assert not hub.asked("commit|repos/create|lfs|preupload"), "looking wrote something"
 
@@ -66,11 +66,11 @@ def test_what_a_gated_model_becomes(handlers: Handlers, hub: HubServer) -> None:
     fetched = run.records()["fetch"]
     run.save_record(replace(fetched, summary={**fetched.summary, "closed": "gated"}))
     html = handlers.compare("done", REPO, "model", ME, ALICE)
-    assert "will be made, private" in html and "Its model is gated" in html
+    assert "will be created, private" in html and "Its model is gated" in html
     html = handlers.compare("done", REPO, "public", ME, ALICE)
-    assert "will be made, public" in html and "gated" not in html
+    assert "will be created, public" in html and "gated" not in html
     others(hub)
-    with pytest.raises(QuantkitError, match="exists and is public"):
+    with pytest.raises(QuantkitError, match="is public, but"):
         handlers.compare("done", REPO, "model", ME, ALICE)
     handlers.publish("done", REPO, "public", "", ME, ALICE)
     config = json.loads((handlers.store.root / "done" / "config.json").read_text())
@@ -98,8 +98,8 @@ def test_a_second_time_nothing_changes(handlers: Handlers, hub: HubServer) -> No
     ("token", "repo", "words"),
     [
         ("hf_wrongSecretToken01", REPO, "does not accept this token"),
-        (READER, REPO, "may only read"),
-        (BOB, REPO, "may not publish under alice"),
+        (READER, REPO, "read-only"),
+        (BOB, REPO, "cannot publish under alice"),
         ("", REPO, "needs a token"),
         (ALICE, "no repo at all", "is not a repository"),
         (ALICE, "alice/../bob", "is not a repository"),
@@ -116,10 +116,10 @@ def test_refusals(handlers: Handlers, hub: HubServer, token: str, repo: str, wor
     ("status", "words"),
     [
         (401, "does not accept this token|only for people"),
-        (403, "may not"),
+        (403, "no permission"),
         (404, "no model|refused"),
         (409, "changed by someone else"),
-        (429, "limits how many requests"),
+        (429, "rate limit is reached"),
         (500, "problem of its own"),
         (503, "problem of its own"),
     ],
@@ -188,13 +188,13 @@ def test_from_the_button_to_the_repository(
         page.get_by_role("button", name="Publish to the Hugging Face Hub").click()
         page.locator("#repo input, #repo textarea").fill(REPO)
         page.locator("#publish-token input").fill("hf_wrongSecretToken01")
-        page.get_by_role("button", name="Show what would change").click()
+        page.get_by_role("button", name="Preview upload").click()
         expect(page.locator("#changes [role=alert]")).to_contain_text("does not accept this token")
         expect(page.locator("#publish")).to_be_hidden()
 
         page.locator("#publish-token input").fill(ALICE)
         page.locator("#collection input, #collection textarea").fill("alice/mine-65f1")
-        page.get_by_role("button", name="Show what would change").click()
+        page.get_by_role("button", name="Preview upload").click()
         expect(page.locator("#changes")).to_contain_text("notes.txt")
         page.get_by_text("Changes of the model card").click()
         page.wait_for_timeout(300)
@@ -221,6 +221,6 @@ def test_from_the_button_to_the_repository(
 
         # A second time changes nothing.
         page.locator("#publish-token input").fill(ALICE)
-        page.get_by_role("button", name="Show what would change").click()
+        page.get_by_role("button", name="Preview upload").click()
         expect(page.locator("#changes")).to_contain_text("nothing is uploaded")
         assert os.environ.get("HF_TOKEN") is None

@@ -80,8 +80,8 @@ def test_from_the_name_to_the_published_repository(
         page.get_by_role("button", name="Publish to the Hugging Face Hub").click()
         page.locator("#repo input, #repo textarea").fill(REPO)
         page.locator("#publish-token input").fill(ALICE)
-        page.get_by_role("button", name="Show what would change").click()
-        expect(page.locator("#changes")).to_contain_text("will be made")
+        page.get_by_role("button", name="Preview upload").click()
+        expect(page.locator("#changes")).to_contain_text("will be created")
         page.locator("#publish").click()
         expect(page.locator("#job-head")).to_contain_text("Published:", timeout=300_000)
 

@@ -112,18 +112,18 @@ def test_a_cut_inside_a_character_is_no_damage(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"txt": "x"}', 'has no "text"'),
         ("a.jsonl", b'{"text": "x"}\n\n{', "line 3 is not JSON"),
-        ("a.jsonl", b"3", "is no string"),
-        ("a.jsonl", b'{"text": 3}', "is no string"),
+        ("a.jsonl", b"3", "is not a string"),
+        ("a.jsonl", b'{"text": 3}', "is not a string"),
         ("a.jsonl", b'{"text": null}\n', "holds no text"),
         ("a.jsonl", b"[" * 100_000, "is not JSON"),
         ("a.json", b'["x", ', "is not JSON"),
         ("a.txt", b"", "holds no text"),
         ("a.txt", b" \n\t \n", "holds no text"),
         ("a.txt", codecs.BOM_UTF8, "holds no text"),
-        ("a.txt", bytes(range(256)) * 9, "no text"),
-        ("a.txt", "plain".encode("utf-16-le") * 99, "no text"),
-        ("a.txt", gzip.compress(b"text " * 999, mtime=0), "no text"),
-        ("a.pdf", b"%PDF-1.7\n" + bytes(range(128, 256)) * 9, "no text"),
+        ("a.txt", bytes(range(256)) * 9, "not text"),
+        ("a.txt", "plain".encode("utf-16-le") * 99, "not text"),
+        ("a.txt", gzip.compress(b"text " * 999, mtime=0), "not text"),
+        ("a.pdf", b"%PDF-1.7\n" + bytes(range(128, 256)) * 9, "not text"),
         ("a.parquet", b"PAR1 not", "cannot be read"),
     ],
 )
@@ -161,7 +161,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(QuantkitError, match='no column "text"'):
         read(path)
     parquet.write_table(pa.table({"text": range(60)}), path)
-    with pytest.raises(QuantkitError, match="is no string"):
+    with pytest.raises(QuantkitError, match="is not a string"):
         read(path)
 
 

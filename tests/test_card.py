@@ -158,7 +158,7 @@ def test_losses_stand_on_the_card() -> None:
     value["baselines"] = lost["baselines"]
     value["outputs"][0] |= {key: lost["outputs"][0][key] for key in ("kl", "integrity")}
     shown = card(value=value).text
-    assert "(MORE" in shown and "Where this file loses" in shown and "chat turn: FAILED" in shown
+    assert "% ABOVE" in shown and "Where this file loses" in shown and "chat turn: FAILED" in shown
 
 
 def test_a_gated_base_says_so() -> None:

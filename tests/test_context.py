@@ -66,10 +66,10 @@ def test_a_model_that_llama_cpp_does_not_open(base: GgufFile, tmp_path: Path) ->
     writer.write_tensors_to_file()
     writer.close()
     moon = GgufFile(tmp_path / "moon.gguf")
-    with pytest.raises(ValueError, match="says nothing"):
+    with pytest.raises(ValueError, match="reports no caches"):
         ask(moon.path, [512])
     counted, asked = context_memory(moon), context_memory(base)
-    assert "could not be asked" in counted.note
+    assert "could not say" in counted.note
     whole = 2 * 2 * base.metadata["llama.block_count"] * base.metadata["llama.embedding_length"]
     assert 0 < counted.bytes_per_token <= whole
     assert counted.trained_tokens == asked.trained_tokens

@@ -91,7 +91,7 @@ def test_a_changed_converter_is_refused_without_the_package(
 
 def test_another_package_is_refused(pinned_sdist: Path):
     pinned_sdist.write_bytes(pinned_sdist.read_bytes() + b"more")
-    with pytest.raises(QuantkitError, match="its sha256 is another"):
+    with pytest.raises(QuantkitError, match="its sha256 differs"):
         install.ensure_converter()
 
 
@@ -101,7 +101,7 @@ def test_a_package_with_tricks_is_refused(kind: str, tmp_path: Path):
     member = tarfile.TarInfo(prefix + ("../../../../evil.py" if kind == "traversal" else "x.py"))
     if kind == "link":
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    with pytest.raises(QuantkitError, match="no plain file"):
+    with pytest.raises(QuantkitError, match="not a regular file"):
         install.extract(tiny_sdist(tmp_path, member), tmp_path / "tree")
     assert not (tmp_path / "evil.py").exists()
 

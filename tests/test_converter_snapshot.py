@@ -135,14 +135,14 @@ def _large_json(model: Path) -> None:
     [
         (_escaping_link, "tokenizer.json is a link that leads out"),
         (_escaping_weights, "model.safetensors is a link that leads out"),
-        (_index_outside, "which is no safetensors file in the model's folder"),
+        (_index_outside, "which is not a safetensors file in the model's folder"),
         (_index_incomplete, "incomplete: its index names model-2.safetensors"),
         (_truncated, "is truncated"),
         (_lying_header, "model.safetensors is broken: its header cannot be read"),
         (_pickles_only, "no safetensors weights.*pickle"),
         (_adapter, "LoRA adapter"),
-        (_broken_json, "generation_config.json is not readable as JSON"),
-        (_deep_json, "generation_config.json is not readable as JSON"),
+        (_broken_json, "generation_config.json is not valid JSON"),
+        (_deep_json, "generation_config.json is not valid JSON"),
         (_large_json, "generation_config.json has 33,554,432 bytes"),
     ],
 )

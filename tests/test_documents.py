@@ -217,7 +217,7 @@ def test_what_is_no_spec(spec: str) -> None:
 def test_auto_stands_alone() -> None:
     assert parse_spec(" auto ") == (Request("auto", 1),)
     for spec in ("auto:2,docs", "docs,auto", "auto,auto", "builtin,auto"):
-        with pytest.raises(UsageError, match="alone"):
+        with pytest.raises(UsageError, match="cannot be combined"):
             parse_spec(spec)
 
 

@@ -166,11 +166,11 @@ def test_a_cache_that_is_of_something_else_fails_closed(tiny: TinyFiles, tmp_pat
         pass
     [other] = [path for path in tmp_path.iterdir() if path != right]
     right.write_bytes(other.read_bytes())
-    with pytest.raises(EvaluationError, match="of another base_sha256") as caught:
+    with pytest.raises(EvaluationError, match="to another base_sha256") as caught:
         compute(tiny.base, {"cats": TEXT}, **settings)
     assert "Delete it" in caught.value.remedy
     right.write_bytes(data[:-1])
-    with pytest.raises(EvaluationError, match="not whole"):
+    with pytest.raises(EvaluationError, match="incomplete"):
         compute(tiny.base, {"cats": TEXT}, **settings)
     right.write_bytes(b"x" * len(data))
     with pytest.raises(EvaluationError, match="does not hold base logits"):
@@ -294,7 +294,7 @@ def test_command_refuses_two_texts_of_one_name(
 ) -> None:
     twice = ["--text", str(texts["cats"]), "--text", str(texts["cats"])]
     assert kl.main([str(tiny.base), str(tiny.noisy), *twice]) == 1
-    assert "Two texts are called cats" in capsys.readouterr().err
+    assert "Two texts have the name cats" in capsys.readouterr().err
 
 
 def test_compare_puts_everything_into_one_object(

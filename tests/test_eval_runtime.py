@@ -217,7 +217,7 @@ def test_a_process_that_dies_is_a_sentence(tiny: TinyFiles) -> None:
         with pytest.raises(EvaluationError, match="signal 9") as caught:
             context.decode(ids, np.arange(6, dtype=np.int32), ones)
         assert str(tiny.base) in caught.value.message and caught.value.remedy
-        with pytest.raises(EvaluationError, match="not open any more"):
+        with pytest.raises(EvaluationError, match="no longer open"):
             model.tokenize("qwertz")
 
 

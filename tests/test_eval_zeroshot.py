@@ -125,8 +125,8 @@ def test_our_own_items_are_sound() -> None:
         ({"context": "Q:", "choices": ["yes"], "gold": 0}, "It has 1 choices"),
         ({"context": "Q:", "choices": "yes", "gold": 0}, "list of strings"),
         ({"context": "Q:", "choices": ["yes", 3], "gold": 0}, "list of strings"),
-        ({"context": "Q:", "choices": ["yes", "no"], "gold": 2}, "gold answer 2 is none"),
-        ({"context": "Q:", "choices": ["yes", "no"], "gold": -1}, "gold answer -1 is none"),
+        ({"context": "Q:", "choices": ["yes", "no"], "gold": 2}, "gold answer 2 is not one"),
+        ({"context": "Q:", "choices": ["yes", "no"], "gold": -1}, "gold answer -1 is not one"),
         ({"context": "Q:", "choices": ["yes", "no"], "gold": None}, "malformed"),
         ({"context": "Q:", "choices": ["yes", "no"]}, "no usable 'gold'"),
         ({"context": None, "choices": ["yes", "no"], "gold": 0}, "context must be a string"),
@@ -162,7 +162,7 @@ def test_labels_beside_the_items(tmp_path: Path) -> None:
         tasks.load("piqa", data, labels)
     with pytest.raises(EvaluationError, match="no usable 'label'"):
         tasks.load("piqa", data)
-    with pytest.raises(EvaluationError, match="belong to a file"):
+    with pytest.raises(EvaluationError, match="needs a file of items"):
         tasks.load("piqa", labels=labels)
 
 
@@ -364,7 +364,7 @@ def test_a_rerun_scores_only_what_is_missing(
 def test_an_out_file_of_something_else_is_refused(tiny: TinyFiles, tmp_path: Path) -> None:
     out = tmp_path / "notes.jsonl"
     out.write_text('{"hello": 1}\n')
-    with pytest.raises(EvaluationError, match="something else"):
+    with pytest.raises(EvaluationError, match="something other"):
         run(tiny.base, TaskItems("t", tuple(ITEMS[:2]), ("acc",), "test"), out)
 
 

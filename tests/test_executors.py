@@ -171,7 +171,7 @@ def test_a_run_that_nobody_listens_to_is_ended_there(
     os.killpg(record.pid, signal.SIGKILL)
     until(lambda: state(store, run) == "interrupted")
     assert store.view(run, OWNER).is_unattended
-    with pytest.raises(UsageError, match="may still be at work"):
+    with pytest.raises(UsageError, match="may still be running"):
         store.delete(run, OWNER)
     store.cancel(run, OWNER, "a token")
     assert ship.ended == [(run, "a token")] and state(store, run) == "cancelled"

@@ -74,7 +74,7 @@ def test_a_disk_that_fills(small_disk: Path, writer: str) -> None:
         WRITERS[writer](small_disk)
     (small_disk / "rest").write_bytes(b"")  # inodes are left
     said = explained(error.value, small_disk)
-    assert said.startswith(f"The disk of {small_disk} is full.") and "what is done stays" in said
+    assert said.startswith(f"The disk of {small_disk} is full.") and "finished work is kept" in said
 
 
 def test_no_inodes(tmp_path: Path, small_disk: Path) -> None:
@@ -82,7 +82,7 @@ def test_no_inodes(tmp_path: Path, small_disk: Path) -> None:
     with pytest.raises(OSError) as error:
         for i in range(100):
             (small_disk / f"{i}").touch()
-    assert "takes no more files" in explained(error.value, small_disk)
+    assert "cannot hold more files" in explained(error.value, small_disk)
 
 
 def test_the_temporary_folder_is_named(
@@ -103,7 +103,7 @@ def test_a_read_only_disk(tmp_path: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError) as error:
         write_json(small_disk / "run" / "config.json", {})
-    assert "read-only. Choose another --out." in explained(error.value, small_disk / "run")
+    assert "read-only disk. Choose another --out." in explained(error.value, small_disk / "run")
 
 
 def test_a_full_log_does_not_hide_why(tmp_path: Path, small_disk: Path) -> None:
@@ -123,11 +123,11 @@ def test_a_full_log_does_not_hide_why(tmp_path: Path, small_disk: Path) -> None:
 
 
 PATHS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a file": (lambda f: f / "file", "is a file, and a folder is needed"),
-    "below a file": (lambda f: f / "file" / "run", "is a file, and a folder is needed"),
+    "a file": (lambda f: f / "file", "is a file, but a folder is needed"),
+    "below a file": (lambda f: f / "file" / "run", "is a file, but a folder is needed"),
     "long": (lambda f: f / ("x" * 300), "longer than this disk allows"),
     "loop": (lambda f: f / "loop", "is a link"),
-    "proc": (lambda f: Path("/proc/run"), "cannot be made"),
+    "proc": (lambda f: Path("/proc/run"), "cannot be created"),
 }
 
 
@@ -215,7 +215,7 @@ def test_too_little_memory() -> None:
         assert "by `ulimit -v`" in line and "Raise that limit" in line and "bug" not in line
     for line in lines[:3]:
         assert "the search stage takes about 5.00 GB" in line
-    assert lines[3].startswith("llama.cpp cannot load x.gguf. Memory is likely what lacks")
+    assert lines[3].startswith("llama.cpp cannot load x.gguf. A lack of memory is the likely cause")
 
 
 def test_with_memory_to_spare_nothing_is_blamed_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_a_process_that_the_kernel_ended(tmp_path: Path, monkeypatch: pytest.Mon
     log.emit("search", "progress", done=1, total=2)
     assert pipeline.last_end(directory) == ""
     monkeypatch.setattr(room, "kills", lambda: {"group": 4, "machine": 6})
-    assert "want of memory in this container" in pipeline.last_end(directory)
+    assert "lack of memory in this container" in pipeline.last_end(directory)
     log.emit("search", "failed", "The model is odd.")
     assert pipeline.last_end(directory) == ""
 

@@ -77,10 +77,14 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a norm": (without("model.norm.weight"), {}, "The checkpoint lacks model.norm.weight"),
     "a linear": (without(K_PROJ), {}, f"The checkpoint lacks {K_PROJ}"),
     "many": (without("model.layers.1.mlp", K_PROJ), {}, "down_proj.weight, .* and 1 more"),
-    "a block": (without("model.layers.1."), {}, "has 1 blocks, config.json says .* 2"),
-    "a block more": (dict, {"num_hidden_layers": 1}, "has 2 blocks, config.json says .* 1"),
+    "a block": (without("model.layers.1."), {}, "has 1 blocks, but config.json says .* 2"),
+    "a block more": (dict, {"num_hidden_layers": 1}, "has 2 blocks, but config.json says .* 1"),
     "the head": (without("lm_head"), {}, "no lm_head.weight is stored"),
-    "rows": (dict, {"vocab_size": 500}, "embed_tokens has 512 rows, config.json says vocab_size"),
+    "rows": (
+        dict,
+        {"vocab_size": 500},
+        "embed_tokens has 512 rows, but config.json says vocab_size",
+    ),
     "width": (dict, {"hidden_size": 32, "head_dim": 16}, "has 64 .*config.json says hidden_size"),
     "a shape": (reshaped(K_PROJ, 64, 32), {}, f"{K_PROJ} is stored as 64 x 32, .* 32 x 64"),
     "another function": (dict, {"hidden_act": "relu"}, "hidden_act relu, and llama.cpp .* silu"),
@@ -88,7 +92,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a type": (
         lambda t: {**t, K_PROJ: t[K_PROJ].to(torch.int16)},
         {},
-        f"{K_PROJ} is stored as I16, which is no type of weights",
+        f"{K_PROJ} is stored as I16, which is not a type of weights",
     ),
     "bytes": (
         lambda t: {**t, K_PROJ: t[K_PROJ].to(torch.float8_e4m3fn)},
@@ -179,7 +183,7 @@ def test_what_is_not_read_is_not_converted(llama: Path, tmp_path: Path) -> None:
     folder = changed(llama, tmp_path / "m", lambda tensors: {**tensors, **more})
     fit = fit_of(folder)
     assert set(fit.unread) == {bias, "v_head.weight"}
-    assert "are stored and not part of LlamaForCausalLM" in fit.notes[0]
+    assert "are stored but not part of LlamaForCausalLM" in fit.notes[0]
     for name, at in (("plain", llama), ("more", folder)):
         left_out = fit.unread if at == folder else ()
         convert(at, tmp_path / f"{name}.gguf", skeleton=True, left_out=left_out, model_name="m")
@@ -306,7 +310,9 @@ def test_bitnet_computes_otherwise(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", [[], "4bit", 7, True])
 def test_odd_quantization_settings(setting: Any, llama: Path, tmp_path: Path) -> None:
     folder = changed(llama, tmp_path / "m", quantization_config=setting)
-    with pytest.raises(QuantkitError, match="quantization_config in config.json is no object"):
+    with pytest.raises(
+        QuantkitError, match="quantization_config in config.json is not a JSON object"
+    ):
         look(str(folder))
 
 

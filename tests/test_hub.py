@@ -74,7 +74,7 @@ def test_local_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "No model was given"),
+        ("", "Enter a model"),
         ("a/b/c", "not a model's id"),
         ("a b", "not a model's id"),
         ("a/b\0", "not a model"),
@@ -234,7 +234,7 @@ REFUSED = {
     ),
     "other weights": (
         tiny_model(config__json=config(transformers_weights="x.safetensors")),
-        "has transformers_weights, by which transformers reads other files",
+        "sets transformers_weights, which makes transformers read other files",
     ),
     "unnamed": (tiny_model(config__json=config(architectures=None)), "names no architecture"),
     "remote code": (
@@ -258,14 +258,14 @@ REFUSED = {
     ),
     "missing shard": (
         {k: v for k, v in SHARDS.items() if "00002" not in k},
-        "index names model-00002-of-00003.safetensors, which is not there",
+        "index names model-00002-of-00003.safetensors, which is missing",
     ),
     "index escapes": (
         tiny_model(
             model__safetensors=None,
             **{"model.safetensors.index.json": '{"weight_map": {"a": "../../x.safetensors"}}'},
         ),
-        "names ../../x.safetensors, which is no safetensors file in the model's folder",
+        "names ../../x.safetensors, which is not a safetensors file in the model's folder",
     ),
     "no metadata": (
         {
@@ -274,7 +274,7 @@ REFUSED = {
                 b"metadata", b"metafora"
             ),
         },
-        'has no "metadata", and transformers reads no such index',
+        'has no "metadata", and transformers refuses such an index',
     ),
     "stored twice": (
         {**SHARDS, "model-00002-of-00003.safetensors": SHARDS["model-00001-of-00003.safetensors"]},

@@ -319,10 +319,10 @@ def test_check_write(server: HubServer) -> None:
     for repo_id, token, private, sentence in [
         ("alice/new", None, False, "Publishing needs a token"),
         ("alice/new", SECRETS[3], False, "does not accept this token"),
-        ("alice/new", BOB, False, "belongs to bob, who may not publish under alice"),
-        ("alice/new", READER, False, "may only read"),
-        ("carol/new", "hf_carolSecretToken2", False, "may only read"),
-        ("alice/public", ALICE, True, "exists and is public"),
+        ("alice/new", BOB, False, "belongs to bob, who cannot publish under alice"),
+        ("alice/new", READER, False, "read-only"),
+        ("carol/new", "hf_carolSecretToken2", False, "read-only"),
+        ("alice/public", ALICE, True, "is public, but"),
         ("a/b/c", ALICE, False, "not a model's id"),
     ]:
         with pytest.raises(QuantkitError, match=sentence) as caught:
@@ -335,13 +335,13 @@ def test_private_stays_private(server: HubServer, results: Path) -> None:
     hub.publish(results, "alice/t", ALICE, private=True)
     assert server.repos["model", "alice/t"].private
     server.add_model("alice/public", {"a": b""})
-    with pytest.raises(QuantkitError, match="exists and is public"):
+    with pytest.raises(QuantkitError, match="public is public, but"):
         hub.publish(results, "alice/public", ALICE, private=True)
     assert len(server.repos["model", "alice/public"].commits) == 1
 
 
 def test_publish_without_permission(server: HubServer, results: Path) -> None:
-    for token, sentence in [(None, "needs a token"), (BOB, "may not write to alice/t")]:
+    for token, sentence in [(None, "needs a token"), (BOB, "no permission to write to alice/t")]:
         with pytest.raises(QuantkitError, match=sentence):
             hub.publish(results, "alice/t", token)
 

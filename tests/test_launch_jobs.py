@@ -259,7 +259,8 @@ def test_the_last_word_on_a_machine_is_the_last(
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(402, "payment"), (403, "may not write to the Jobs"), (401, "token")]
+    ("status", "words"),
+    [(402, "payment"), (403, "no permission to write to the Jobs"), (401, "token")],
 )
 def test_refusals_are_sentences(hub: HubServer, store: RunStore, status: int, words: str) -> None:
     hub.fail_next(r"/api/jobs/alice$", status, times=9, method="POST")
@@ -274,7 +275,7 @@ def test_without_a_bucket_a_repository_is_needed(hub: HubServer, store: RunStore
     run = store.submit(fixtures.CONFIG, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "failed")
     view = store.view(run, OWNER)
-    assert "no place to stay" in view.error and not hub.jobs.all
+    assert "no place for the result" in view.error and not hub.jobs.all
     config = fixtures.dataclasses.replace(fixtures.CONFIG, publish="alice/x")
     run = store.submit(config, OWNER, ALICE, ORDER)
     until(lambda: state(store, run) == "finished")

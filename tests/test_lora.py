@@ -182,10 +182,10 @@ def test_modules_that_were_trained_whole(tmp_path: Path) -> None:
     ("tensors", "sentence"),
     [
         (pair("model.layers.7.mlp.up_proj", 128, 64), "has no such tensor"),
-        ({f"{PREFIX}{Q}.lora_A.weight": torch.ones(4, 64)}, "no whole lora_A and lora_B"),
+        ({f"{PREFIX}{Q}.lora_A.weight": torch.ones(4, 64)}, "no complete lora_A and lora_B"),
         ({f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(4)}, "cannot be merged"),
         ({f"{PREFIX}{Q}.lora_diag": torch.ones(4)}, "cannot be merged"),
-        ({f"{PREFIX}embed.lora_embedding_A": torch.ones(4, 4)}, "no whole lora_A and lora_B"),
+        ({f"{PREFIX}embed.lora_embedding_A": torch.ones(4, 4)}, "no complete lora_A and lora_B"),
     ],
 )
 def test_parts_without_a_place(tmp_path: Path, tensors: dict, sentence: str) -> None:
@@ -208,7 +208,7 @@ WHOLE = ["adapter_model.safetensors"]
         (WHOLE, {"lora_bias": True}, "biases"),
         (WHOLE, {"target_parameters": ["experts.down_proj"]}, "target_parameters"),
         (WHOLE, {"init_lora_weights": "pissa_niter_4"}, "base was changed"),
-        (WHOLE, {"lora_alpha": None}, "no lora_alpha"),
+        (WHOLE, {"lora_alpha": None}, "unusable lora_alpha"),
     ],
 )
 def test_refusals(files: list[str], config: dict, sentence: str) -> None:

@@ -288,11 +288,11 @@ def _edit(tensors: dict[str, torch.Tensor], settings: dict[str, Any], what: str)
         ("excluded", "settings leave that out"),
         ("two names", "twice"),
         ("two modules", "twice"),
-        ("another rank", "of rank 4, and its settings say 8"),
+        ("another rank", "of rank 4, but its settings say 8"),
         ("integers", "of type I8"),
         ("empty", "no tensors"),
         ("too large", "cannot hold"),
-        ("flat", "no whole lora_A"),
+        ("flat", "no complete lora_A"),
     ],
 )
 def test_adapters_that_were_meddled_with(tmp_path: Path, what: str, sentence: str) -> None:

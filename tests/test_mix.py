@@ -86,7 +86,7 @@ def test_a_streamed_model_writes_no_text(reader: Reader) -> None:
     streamed = replace(reader, is_streamed=True)
     found = streamed.mix("docs,code,prose", 600, 64)
     assert [domain.name for domain, _ in found.domains] == ["docs", "code"]
-    assert "none that the model writes" in found.note
+    assert "no text written by the model" in found.note
     assert sum(weight for _, weight in found.domains) == pytest.approx(1)
     asked = streamed.mix("prose", 600, 64)
     assert [domain.name for domain, _ in asked.domains] == ["prose"]
@@ -153,7 +153,7 @@ def test_a_mix_leaves_out_languages_that_the_model_does_not_know(
     assert sum(share for _, share in made.domains) == pytest.approx(1)
     assert made.domains[1][1] == made.domains[2][1] < made.domains[0][1] / 10
     assert made.languages == {code: bits[code] / bits["en"] for code in LANGUAGES}
-    assert "no Arabic, Spanish" in made.note and "German" not in made.note
+    assert "left out Arabic, Spanish" in made.note and "German" not in made.note
     named = reader.mix("prose-hi", 1000, 100)
     assert [d.name for d, _ in named.domains] == ["prose-hi"], "asked for by name"
     assert named.languages == {"hi": 4.0} and "no " not in named.note

@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "inf": (poison(float("-inf")), r"NaN or infinite weights in model.layers.1.mlp.up_proj"),
     "truncated": (truncate, r"model\.safetensors"),
     "not safetensors": (garble, r"model\.safetensors"),
-    "pickled": (pickle, r"only pickled weights, which can run code.*Turn it into safetensors"),
+    "pickled": (pickle, r"only pickled weights, which can run code.*Convert it to safetensors"),
     "encoder": (encoder, r"not a causal language model: BertForMaskedLM.*Give a model that"),
     "no config": (lambda f: (f / "config.json").unlink(), r"no config.json"),
     "unknown kind": (
@@ -308,12 +308,12 @@ ON_THE_HUB = {
         "lab/huge",
         (),
         None,
-        r"Not enough disk: a run of lab/huge needs [\d,]{7,}.*GB free. Free some space",
+        r"Not enough disk space: a run of lab/huge needs [\d,]{7,}.*GB free. Free some space",
     ),
     "unknown": ("lab/moon", (), None, r"does not know the architecture MoonLlamaForCausalLM"),
     "beyond reach": ("lab/gemma-3n", (), None, r"not supported: its blocks hand on four hidden"),
     "publish, anonymous": ("lab/gated", ("--publish", "alice/x"), None, r"needs a token"),
-    "publish, reader": ("lab/gated", ("--publish", "alice/x"), READER, r"may only read"),
+    "publish, reader": ("lab/gated", ("--publish", "alice/x"), READER, r"read-only"),
     "publish, other": ("lab/gated", ("--publish", "alice/x"), BOB, r"belongs to bob.*bob/x"),
 }
 

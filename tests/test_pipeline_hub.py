@@ -197,7 +197,7 @@ def test_what_is_not_published(
     assert f"quantkit resume {unfinished.folder}" in refused.err
     run = whole_run[0].fork(tmp_path / "run", "publish")
     taken = quantkit("publish", run.folder, "bob/x", env=env)
-    assert taken.code == 1 and "may not publish under bob" in taken.err
+    assert taken.code == 1 and "cannot publish under bob" in taken.err
     nobody = quantkit("publish", run.folder, "alice/x", env={**env, "HF_TOKEN": ""})
     assert nobody.code == 1 and "Publishing needs a token." in nobody.err
     empty = quantkit("publish", tmp_path / "nothing", "alice/x", env=env)

@@ -78,7 +78,7 @@ def test_text_that_changed_while_calibrate_was_at_work(
     text.unlink()
     go_on(run, "calibrate")
     assert tokens.read_bytes() == before
-    assert any("going on with the text" in event.message for event in run.events)
+    assert any("continuing with the text" in event.message for event in run.events)
     report = read_json(run.dir.stage_dir("calibrate") / "calibration.json")
     assert [domain["name"] for domain in report["domains"]] == ["own.txt"]
 

@@ -220,7 +220,9 @@ def test_calibration_from_local_files(whole: Run, tmp_path: Path, offline: dict[
         "few.jsonl": 0.1,
     }
     assert {*run.report["outputs"][0]["domains"]} == {"notes", "lines", "table"}
-    assert "few.jsonl has too little text to validate on" in [e.message for e in run.events]
+    assert "few.jsonl has too little text to hold any out for validation" in [
+        e.message for e in run.events
+    ]
     published = run.dir.stage_dir("publish") / "upload"
     assert made["spec"] == "notes.txt:4,lines.jsonl:3,table.parquet:2,few.jsonl:1"
     for name in ("README.md", "report.json", f"recipes/{run.output.stem}.json"):
@@ -258,7 +260,7 @@ def test_a_file_of_another_model_does_not_compete(
     other = write_llama(tmp_path / "other.gguf", Shape(n_layer=1))
     run = whole.fork(tmp_path / "run", "quantize", levels_from=(str(other),))
     answer = quantkit("resume", run.folder, env=offline)
-    assert answer.code == 1 and "other.gguf is not of this model" in answer.err
+    assert answer.code == 1 and "other.gguf is not a GGUF of this model" in answer.err
 
 
 def test_long_contexts(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

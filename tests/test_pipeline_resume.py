@@ -119,7 +119,7 @@ def test_one_run_at_a_time(
         before = run.dir.events_path.read_bytes()
         refused = quantkit("run", tiny_checkpoint, "--out", run.folder, *CHEAP, env=offline)
         assert refused.code == 1 and refused.out == ""
-        assert f"Another run (process {process.pid}) is at work in {run.folder}." in refused.err
+        assert f"Another run (process {process.pid}) is running in {run.folder}." in refused.err
         assert "Traceback" not in refused.err
         for command in (("resume",), ("clean",), ("publish",)):
             extra = ("alice/x",) if command == ("publish",) else ()

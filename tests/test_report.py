@@ -172,7 +172,7 @@ def test_weight_kl_is_a_column_where_it_was_measured() -> None:
 
 def test_the_verdict_is_against_the_best_file_of_at_most_our_size() -> None:
     found = report.verdict(report.read(values()))
-    assert "Q5_1 pure" in found and "0.50 times" in found and "(less; significant" in found
+    assert "Q5_1 pure" in found and "50 % below" in found and "; significant" in found
     assert "Q4_K_M," not in found, "larger files are no fair baseline"
 
 
@@ -189,12 +189,12 @@ def test_a_uniform_file_is_no_llama_cpp_file() -> None:
     changed["baselines"].append(row(kind="uniform", name="Q4_K", n_bytes=980_000, kl=small))
     read = report.read(changed)
     assert "Q5_1 pure" in report.verdict(read)
-    assert any("uniform Q4_K" in line and "not larger" in line for line in report.losses(read))
+    assert any("uniform Q4_K" in line and "no larger" in line for line in report.losses(read))
 
 
 def test_a_loss_is_said_plainly() -> None:
     found = report.read(losing())
-    assert "3.00 times" in report.verdict(found) and "(MORE" in report.verdict(found)
+    assert "200 % ABOVE" in report.verdict(found)
     lines = report.losses(found)
     assert any(line.startswith("llama.cpp Q4_K_S") and "0.0738" in line for line in lines)
     assert lines[-1] == "FAILED: chat turn: 0 characters."
@@ -236,7 +236,7 @@ def test_every_file_of_a_family_has_its_verdict_and_its_losses() -> None:
     read = report.read(family())
     small, large = report.verdicts(read)
     assert small.startswith(OURS) and "Q5_1 pure" in small, "larger files are not its baselines"
-    assert "Q4_K_M, has" in large, "the closest of at most its size, whoever it is tested against"
+    assert "(Q4_K_M, " in large, "the closest of at most its size, whoever it is tested against"
     lines = report.losses(read)
     assert all(line.startswith("Tiny-EVO-Q6_K.gguf: ") for line in lines)
     assert any("Q5_K_M" in line and "NOT significant" in line for line in lines)
@@ -330,7 +330,9 @@ def test_domains_one_column_each() -> None:
 
 
 def test_zero_shot_run_and_not_run() -> None:
-    assert text.task_lines(report.read(values())) == ["Zero-shot: not run (no --tasks file)."]
+    assert text.task_lines(report.read(values())) == [
+        "Zero-shot tests were not run: no --tasks file."
+    ]
     done = values()
     accuracy = {"value": 0.62, "stderr": 0.031, "n": 200}
     done["outputs"][0]["tasks"] = {
@@ -365,7 +367,7 @@ def test_fallbacks_are_grouped() -> None:
 def test_the_whole_report() -> None:
     shown = report.markdown(report.read(values()))
     assert shown.startswith("# owner/Tiny\n") and shown.endswith("\n")
-    for part in ("0.50 times", "By domain", "not run", "built-in text", "docs, code", "180.0 MB"):
+    for part in ("50 % below", "By domain", "not run", "built-in text", "docs, code", "180.0 MB"):
         assert part in shown
     assert "Fallbacks" not in shown and "not found in the model" not in shown
     changed = values()

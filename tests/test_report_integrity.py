@@ -88,7 +88,7 @@ def test_a_file_with_the_bases_frame(base: GgufFile, tmp_path: Path) -> None:
     declared = KeyValue.string("quantkit.version", "1")
     check = integrity.same_frame(stitched(base, tmp_path / "a.gguf", declared), base)
     assert check.passed, check.about
-    assert "3 declared" in check.about
+    assert "3 keys differ" in check.about
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_what_is_not_the_bases_is_named(
 def test_another_model_is_no_frame(base: GgufFile, tmp_path: Path) -> None:
     other = GgufFile(write_llama(tmp_path / "b.gguf", Shape(n_layer=1)))
     check = integrity.same_frame(other, base)
-    assert check.passed is False and "not those of the base" in check.about
+    assert check.passed is False and "tensors differ from the base's" in check.about
 
 
 def test_tensors_that_are_not_in_the_model_are_a_reason(base: GgufFile, tmp_path: Path) -> None:
     file = stitched(base, tmp_path / "a.gguf")
-    with pytest.raises(QuantkitError, match="2 quantized tensors are not found"):
+    with pytest.raises(QuantkitError, match="2 quantized tensors were not found"):
         integrity.torch_logits(tmp_path, {}, file, np.ones(4, np.int32), "cpu")
 
 

@@ -269,6 +269,6 @@ def test_what_the_converter_wrote_is_a_strangers(
             plan.specs_of(base)
         base.metadata[name] = value
         if "context" in name:
-            with pytest.raises(QuantkitError, match="for how many tokens"):
+            with pytest.raises(QuantkitError, match="which context length"):
                 base.context_length  # noqa: B018
     assert len(asked) == 1

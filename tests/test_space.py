@@ -227,7 +227,7 @@ def test_a_lost_job_is_ended_before_its_run_is_deleted(hub: HubServer, tmp_path:
     mirror = Mirror(tmp_path / "a", tmp_path / "b")
     run = store.view("lost", ALICE_OWNS)
     assert run.can_cancel and run.can_resume and not run.can_delete
-    with pytest.raises(UsageError, match="may still be at work"):
+    with pytest.raises(UsageError, match="may still be running"):
         store.delete("lost", ALICE_OWNS)
     with pytest.raises(QuantkitError, match="nobody is signed in"):
         store.cancel("lost", ALICE_OWNS)

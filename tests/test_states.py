@@ -36,7 +36,7 @@ def test_what_is_put_is_got(tmp_path: Path, room: int) -> None:
 
 def test_no_disk_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(QuantkitError, match="no disk left"):
+    with pytest.raises(QuantkitError, match="no disk space left"):
         States(tmp_path / "states", 0, "cpu").put(0, torch.zeros(3), {})
 
 

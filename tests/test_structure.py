@@ -330,16 +330,21 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 _NOUNS = ("What", "Whether", "How", "Of", "Raises")
+_ARTICLES = ("The", "A", "An")  # a property is a noun, and its docstring may be one
 
 
 def test_docstrings_are_imperative() -> None:
-    """Public functions say what they do: "Return the bytes of ...", not "What it takes"."""
+    """Public functions say what they do: "Return the bytes of ...", not "The bytes of ..."."""
     found = []
     for path in OURS:
         for node in walk(tree(path)):
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if function and not node.name.startswith("_"):
                 said = ast.get_docstring(node) or ""
-                if said.startswith(tuple(f"{word} " for word in _NOUNS)):
+                decorators = map(ast.unparse, node.decorator_list)
+                is_property = any(name.endswith("property") for name in decorators)
+                words = _NOUNS if is_property else (*_NOUNS, *_ARTICLES)
+                if said.startswith(tuple(f"{word} " for word in words)):
                     found.append(f"{short(path)}:{node.lineno}: {said.splitlines()[0]}")
     assert not found, "\n".join(found)
 

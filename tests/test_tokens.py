@@ -188,7 +188,7 @@ class Stub:
     ("template", "sentence"),
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "done"),
-        ("{{ 'x' * 3000000 }}", "more than 1,000,000 letters"),
+        ("{{ 'x' * 3000000 }}", "more than 1,000,000 characters"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for %}", "cannot be rendered"),
     ],

@@ -66,7 +66,7 @@ def test_as_its_model(
     run = fetched(tmp_path, "alice/tiny", **asked)
     assert is_published_privately(server, run, tmp_path) == wanted
     notes = run.dir.events_path.read_text()
-    assert ("published privately (else: --public)" in notes) == (wanted and not asked)
+    assert ("published privately (--public overrides this)" in notes) == (wanted and not asked)
 
 
 @pytest.mark.parametrize("which", ["lora", "base"])
@@ -104,7 +104,7 @@ def test_a_public_place_for_a_private_model_is_refused_before_the_work(
 ) -> None:
     server.add_model("alice/tiny", tiny_model(), private=True)
     server.add_model(TARGET, {"README.md": "mine"})
-    with pytest.raises(QuantkitError, match="exists and is public") as error:
+    with pytest.raises(QuantkitError, match="is public, but") as error:
         fetched(tmp_path, "alice/tiny")
     assert "--public" in error.value.remedy
     asked = [r for r in server.requests if r.path.endswith("model.safetensors") and not r.range]

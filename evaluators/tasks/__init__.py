@@ -61,7 +61,7 @@ TASKS: dict[str, Task] = {
 def load(
     name: str, data: Path | None = None, labels: Path | None = None, limit: int | None = None
 ) -> TaskItems:
-    """The first `limit` items of a task (all when None).
+    """Return the first `limit` items of a task (all when None).
 
     Args:
         name: one of `TASKS`.
@@ -75,7 +75,7 @@ def load(
     if name not in TASKS:
         raise EvaluationError(f"There is no task {name!r}.", f"Use one of {', '.join(TASKS)}.")
     if labels and not data:
-        raise EvaluationError("Labels belong to a file of items.", "Give --data FILE.jsonl, too.")
+        raise EvaluationError("--labels needs a file of items.", "Give --data FILE.jsonl, too.")
     task = TASKS[name]
     file = data or task.builtin
     rows: Iterable[Mapping[str, Any]]
@@ -90,7 +90,7 @@ def load(
         _item(task, row, f"Item {i} of {source}") for i, row in enumerate(islice(rows, limit))
     )
     if not items:
-        raise EvaluationError(f"{source} holds no items.", "Give a file with one item a line.")
+        raise EvaluationError(f"{source} holds no items.", "Give a file with one item per line.")
     # a file of our own format is a task of its own
     label = data.stem if name == "choices" and data else name
     return TaskItems(label, items, task.metrics, source)
@@ -113,7 +113,7 @@ def _item(task: Task, row: Mapping[str, Any], where: str) -> Item:
 
 
 def _jsonl_rows(file: Path, labels: Path | None) -> Iterator[Mapping[str, Any]]:
-    """Rows of a JSONL file, `label` put in from a file beside it when there is one."""
+    """Rows of a JSONL file, `label` put in from a file next to it when there is one."""
     # not splitlines(): it also cuts at U+2028 and friends, which JSON strings may hold
     lines = [line for line in read_text(file).split("\n") if line.strip()]
     label_lines = read_text(labels).split() if labels else None
@@ -127,10 +127,10 @@ def _jsonl_rows(file: Path, labels: Path | None) -> Iterator[Mapping[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise EvaluationError(
-                f"Item {i} of {file} is not JSON: {error}.", "Write one JSON object a line."
+                f"Item {i} of {file} is not JSON: {error}.", "Write one JSON object per line."
             ) from None
         if not isinstance(row, dict):
             raise EvaluationError(
-                f"Item {i} of {file} is not a JSON object.", "Write one JSON object a line."
+                f"Item {i} of {file} is not a JSON object.", "Write one JSON object per line."
             )
         yield row if label_lines is None else {**row, "label": label_lines[i]}

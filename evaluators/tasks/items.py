@@ -35,12 +35,12 @@ class Item:
         for i, continuation in enumerate(self.continuations):
             if not continuation.strip():
                 raise EvaluationError(
-                    f"Choice {i} is empty.", "There is no probability of nothing: remove the item."
+                    f"Choice {i} is empty.", "An empty choice has no probability: remove the item."
                 )
         if not 0 <= self.gold < n:
             raise EvaluationError(
-                f"The gold answer {self.gold} is none of the {n} choices.",
-                "Count choices from 0.",
+                f"The gold answer {self.gold} is not one of the {n} choices.",
+                "Count the choices from 0.",
             )
 
     def digest(self) -> str:
@@ -50,7 +50,9 @@ class Item:
 
 
 def shared_context(context: str, choices: list[str], gold: int) -> Item:
-    """An item in lm-evaluation-harness's usual form: one context, choices after one space."""
+    """Return an item in lm-evaluation-harness's usual form: one context, choices after one
+    space.
+    """
     return Item(
         contexts=(context,) * len(choices),
         continuations=tuple(f" {choice}" for choice in choices),

@@ -1,7 +1,7 @@
 """WinoGrande (Sakaguchi et al. 2019), XL validation split, zero-shot, by partial evaluation.
 
 The options fill the blank of the *context*, and the same rest of the sentence is scored after
-either: so there is no length to normalise by, and the only metric is acc.
+either: so there is no length to normalize by, and the only metric is acc.
 """
 
 from __future__ import annotations

@@ -52,21 +52,22 @@ def up_to(limit: int, texts: Iterable[str | None]) -> Iterator[str]:
 
 
 def without(domain: Domain, known: Container[str]) -> Domain:
-    """The domain without documents that another one has: they could fall into two parts.
+    """Return the domain without documents that another one also has: they could fall into two
+    parts.
 
     Raises QuantkitError when none is left.
     """
     kept = tuple(text for text in domain.documents if text not in known)
     if domain.documents and not kept:
         raise QuantkitError(
-            f"All of the calibration text {domain.source} is in another text too.",
-            "Name every text once.",
+            f"All of the calibration text {domain.source} is also in another text.",
+            "List each text only once.",
         )
     return replace(domain, documents=kept)
 
 
 def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
-    """The documents of each part, in their own order.
+    """Return the documents of each part, in their own order.
 
     Documents are ranked by hash and dealt out by characters, so that each part has its share of
     text (of a short one evaluation has more), and every part at least one document. Equal documents
@@ -100,8 +101,8 @@ def split(domain: Domain, seed: int) -> dict[str, tuple[str, ...]]:
 
 
 def pack(documents: Iterable[str], tokenizer: Any, n_sequences: int, n_tokens: int) -> np.ndarray:
-    """Documents as token ids, int64 (n, n_tokens) with n <= n_sequences, each row starting as a
-    text would start.
+    """Pack documents as token ids, int64 (n, n_tokens) with n <= n_sequences, each row starting as
+    a text would start.
 
     Documents follow each other with a blank line between; the tail that does not fill a row is
     dropped.
@@ -127,7 +128,7 @@ def _beginning(tokenizer: Any) -> list[int]:
     n = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
     if n is None:
         raise QuantkitError(
-            "The tokenizer reads a text otherwise when it adds its special tokens.",
+            "The tokenizer tokenizes text differently when special tokens are added.",
             "This tokenizer is not supported yet: please open an issue with the model's id.",
         )
     return whole[:n]
@@ -136,7 +137,7 @@ def _beginning(tokenizer: Any) -> list[int]:
 def interleave(
     parts: Sequence[np.ndarray], weights: Sequence[float], n_sequences: int
 ) -> np.ndarray:
-    """Rows of several domains in proportion to their weights, spread evenly.
+    """Interleave rows of several domains in proportion to their weights, spread evenly.
 
     A domain that runs out leaves its share to the others. Returns int64 (n, n_tokens), n <=
     n_sequences.

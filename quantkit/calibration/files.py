@@ -1,5 +1,5 @@
-"""Calibration text of local files, as people have them: any layout, any encoding of Unicode, long
-and short ones. What is not taken as it stands is said.
+"""Read calibration text from local files of any layout, Unicode encoding and length. Whatever is
+not used as it is in the file is reported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LIMITS = sandbox.Limits(cpu_seconds=120, wall_seconds=300, memory_bytes=3 * 2**
 
 @dataclass(frozen=True)
 class LocalText:
-    """A file's documents, and clauses on what is not as it stands in the file."""
+    """A file's documents, and clauses on what differs from the file."""
 
     documents: tuple[str, ...]
     remarks: tuple[str, ...]
@@ -56,8 +56,8 @@ class LocalText:
 
 
 def read(path: Path, limit: int) -> LocalText:
-    """The documents of about the first `limit` characters. Raises QuantkitError for a file that is
-    not there or is no text, and for one that has none.
+    """Return the documents of about the first `limit` characters. Raises QuantkitError for a file
+    that is missing, is not text or holds none.
     """
     if not path.is_file():
         raise QuantkitError(
@@ -78,7 +78,7 @@ def read(path: Path, limit: int) -> LocalText:
     except ValueError as error:
         raise _unreadable(path, str(error)) from None
     if not found:
-        raise QuantkitError(f"The calibration file {path} holds no text.", "Give another.")
+        raise QuantkitError(f"The calibration file {path} holds no text.", "Give another file.")
     return LocalText(tuple(found), tuple(dict.fromkeys(remarks)))
 
 
@@ -115,7 +115,7 @@ def _decoded(path: Path, limit: int, remarks: list[str]) -> str:
     text = decoder.decode(data[len(mark) :], final=is_whole)
     n_damaged = len(_NOT_TEXT.findall(text))
     if n_damaged > _MOST_DAMAGED * len(text):
-        raise ValueError("it is no text, or in an old encoding")
+        raise ValueError("it is not text, or in an old encoding")
     if (n_bad := text.count("\N{REPLACEMENT CHARACTER}")) > 0:
         remarks.append(f"{n_bad:,} characters that are not {encoding.upper()} were replaced")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -146,7 +146,7 @@ def _text_of(row: Any, where: str) -> str | None:
             raise ValueError(f'{where} has no "text"')
         row = row[column]
     if row is not None and not isinstance(row, str):
-        raise ValueError(f"the text of {where} is no string")
+        raise ValueError(f"the text of {where} is not a string")
     return row
 
 
@@ -170,7 +170,7 @@ def _parquet(path: Path, limit: int) -> Iterator[str | None]:
 
 
 def parquet_texts(path: str, limit: int) -> Iterator[list[str | None]]:
-    """The texts of a file, some at a time, until they hold `limit` characters."""
+    """Yield the texts of a file, some at a time, until they hold `limit` characters."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 

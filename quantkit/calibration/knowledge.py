@@ -1,4 +1,4 @@
-"""Which languages a model knows.
+"""Find out which languages a model knows.
 
 The same eight sentences say the same in every language, whatever the script and the tokenizer. A
 model that knows a language needs few bits for them in it; one that does not needs several times as
@@ -22,7 +22,7 @@ MOST_BITS = 1000
 
 @torch.no_grad()
 def bits_of(model: PreTrainedModel, tokenizer: Any, texts: tuple[str, ...]) -> float:
-    """The bits that a model needs for texts, one a line."""
+    """Return the bits that a model needs for texts, one a line."""
     ids = tokenizer("\n" + "\n".join(texts), return_tensors="pt").input_ids.to(model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     nats = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
@@ -30,5 +30,7 @@ def bits_of(model: PreTrainedModel, tokenizer: Any, texts: tuple[str, ...]) -> f
 
 
 def bits_by_language(model: PreTrainedModel, tokenizer: Any) -> dict[str, float]:
-    """The bits that a model needs for the sentences in English ("en") and in every language."""
+    """Return the bits that a model needs for the sentences in English ("en") and in every
+    language.
+    """
     return {code: bits_of(model, tokenizer, sentences(code)) for code in ("en", *LANGUAGES)}

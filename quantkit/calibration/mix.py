@@ -1,4 +1,4 @@
-"""A calibration spec becomes text: every part of the mix as documents, with its share."""
+"""Read the texts of a calibration spec: every part of the mix as documents, with its share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Reader:
-    """What texts are read and written with."""
+    """The model and tokenizer that texts are read and written with."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -69,9 +69,9 @@ class Reader:
         return sampling.why_no_chat(self._chat)
 
     def mix(self, spec: str, n_tokens: int, n_eval: int) -> Mix:
-        """The texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each text
-        some more to hold `n_eval` out. Raises QuantkitError when a text cannot be read or none is
-        left.
+        """Return the texts of a spec: about `n_tokens` tokens to calibrate on, in all, and of each
+        text some more to hold `n_eval` out. Raises QuantkitError when a text cannot be read or none
+        is left.
         """
         requests, note = self._requests(spec)
         requests, known, said = self._in_known_languages(requests)
@@ -100,7 +100,7 @@ class Reader:
             n, why = len(self.not_rendered), self.not_rendered[0].rstrip(".")
             note += f"; {n:,} conversations are plain text ({why})"
         if not domains:
-            raise QuantkitError("No calibration text is left.", "Give another --calibration.")
+            raise QuantkitError("No calibration text is left.", "Choose another --calibration.")
         if any(request.is_file for request in requests) and not self._is_enough(domains):
             remarks.append(
                 "the given text is too short, so CPython's documentation and code follow"
@@ -151,8 +151,8 @@ class Reader:
         if unknown:
             names = ", ".join(LANGUAGES[str(r.language)].name for r in unknown)
             said = (
-                f"; no {names}, where the model needs more than {knowledge.MOST_BITS} bits for"
-                f" eight sentences that take {bits['en']:.0f} in English"
+                f"; left out {names}, where the model needs more than {knowledge.MOST_BITS} bits"
+                f" for eight sentences that take {bits['en']:.0f} in English"
             )
         return (
             kept,
@@ -167,10 +167,12 @@ class Reader:
         read = tuple(r for r in requests if r.name not in WRITTEN)
         if not self.is_streamed or not read or len(read) == len(requests):
             return tuple(requests), ""
-        return read, "; none that the model writes, which is larger than half of the memory"
+        return read, "; no text written by the model, which is larger than half of the memory"
 
     def read(self, name: str, n_tokens: int) -> Domain:
-        """One text with about `n_tokens` tokens, of the Hub, of CPython or of the model's own."""
+        """Read one text with about `n_tokens` tokens, of the Hub, of CPython or of the
+        model's own.
+        """
         n_characters = n_tokens * _CHARACTERS_PER_TOKEN
         builtin = sources.builtin_text(name, n_characters * 2)
         if builtin is not None:

@@ -1,4 +1,4 @@
-"""Text becomes tokens: what calibrate writes before it runs the model."""
+"""Turn text into tokens: what calibrate writes before it runs the model."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _tokens(
             )
         if not len(tokens[part]):
             raise QuantkitError(
-                f"The calibration text has fewer than {N_CTX} tokens to {part}.", "Give more text."
+                f"The calibration text has fewer than {N_CTX} {part} tokens.", "Give more text."
             )
     return tokens
 
@@ -117,7 +117,9 @@ def _eval_texts(
     for domain, _ in domains:
         text = "\n\n".join(split(domain, run.config.seed)["eval"])
         if len(tokenizer(text, verbose=False).input_ids) < EVAL_TOKENS:
-            run.events.emit(STAGE, "note", f"{domain.name} has too little text to validate on")
+            run.events.emit(
+                STAGE, "note", f"{domain.name} has too little text to hold any out for validation"
+            )
             continue
         name = Path(domain.name).stem
         while name in found:  # notes.txt and notes.jsonl
@@ -125,8 +127,7 @@ def _eval_texts(
         found[name] = text
     if not found and run.config.eval_text is None:
         raise QuantkitError(
-            f"No calibration text is long enough to hold {EVAL_TOKENS} tokens of it out for"
-            " validation.",
+            f"No calibration text is long enough to hold out {EVAL_TOKENS} tokens for validation.",
             "Give more text, or a text to validate on with --eval-text.",
         )
     return found

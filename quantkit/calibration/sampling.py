@@ -1,4 +1,4 @@
-"""Calibration text written by the model itself: needs no data, fits any language the model speaks.
+"""Let the model write calibration text: this needs no data, and fits any language it speaks.
 
 Two kinds: free text continued from short openings, and dialogues through the model's own chat
 template, in which the model writes both sides (the user's turn is sampled from the template's
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 
 def openings() -> list[str]:
-    """The openings of data/openings.txt, in order."""
+    """Return the openings of data/openings.txt, in order."""
     lines = (Path(__file__).parent.parent / "data" / "openings.txt").read_text("utf-8").splitlines()
     return [line.split("\t", 1)[1] for line in lines if line and not line.startswith("#")]
 
@@ -120,8 +120,8 @@ def free_text(
     seed: int,
     progress: Progress,
 ) -> list[str]:
-    """`n_texts` texts continued from the openings `starts` in turn, each of at most `n_new` new
-    tokens.
+    """Write `n_texts` texts, continued from the openings `starts` in turn, each of at most `n_new`
+    new tokens.
     """
     texts: list[str] = []
     n_batch = _batch(model, n_new)
@@ -158,8 +158,8 @@ def dialogues(
     seed: int,
     progress: Progress,
 ) -> list[str]:
-    """`n_texts` one-turn dialogues, rendered by the chat template; the model writes question and
-    answer.
+    """Write `n_texts` one-turn dialogues, rendered by the chat template; the model writes question
+    and answer.
     """
     marked = chat.render([{"role": "user", "content": _MARK}])
     start = marked[: marked.index(_MARK)]

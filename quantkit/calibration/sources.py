@@ -16,8 +16,8 @@ from quantkit.errors import QuantkitError
 
 
 def python_docs(limit: int) -> Iterator[str]:
-    """The topics of the language reference that ship with CPython (pydoc_data): English technical
-    prose.
+    """Yield the topics of the language reference that ship with CPython (pydoc_data): English
+    technical prose.
     """
     from pydoc_data.topics import topics
 
@@ -25,7 +25,9 @@ def python_docs(limit: int) -> Iterator[str]:
 
 
 def python_code(limit: int) -> Iterator[str]:
-    """Modules of the standard library, every file a document, largest packages not favored."""
+    """Yield modules of the standard library, every file a document, largest packages not
+    favored.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(
         p for p in root.glob("**/*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)
@@ -51,7 +53,7 @@ _SKIPPED = {
 def hub_text(
     name: str, limit: int, token: str | None, render_chat: Callable[[list[dict[str, str]]], str]
 ) -> Iterator[str]:
-    """Documents streamed from a dataset on the Hub. Raises QuantkitError when it does not
+    """Yield documents streamed from a dataset on the Hub. Raises QuantkitError when it does not
     answer.
     """
     import datasets
@@ -83,7 +85,7 @@ def hub_text(
 
 
 def domain(name: str, source: str, documents: Iterable[str]) -> Domain:
-    """Documents as a Domain, empty ones and NUL bytes left out."""
+    """Make a Domain of documents, without empty ones and NUL bytes."""
     kept = (text.replace("\0", "").strip() for text in documents)
     return Domain(name, source, tuple(text for text in kept if len(text) >= 50))
 

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, which a stranger wrote, in a sandboxed process of its own."""
+"""Run the checkpoint's tokenizer, which a stranger wrote, in a sandboxed process of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Failed:
 
 
 class Tokenizer:
-    """What is used of transformers' tokenizer, by the same names."""
+    """The part of transformers' tokenizer that is used here, under the same names."""
 
     def __init__(self, folder: Path) -> None:
         """Raise QuantkitError for a tokenizer that transformers does not load."""

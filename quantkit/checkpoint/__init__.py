@@ -1,4 +1,4 @@
-"""What a checkpoint's own files say, before any weight is read: config.json, headers, adapters.
+"""Read a checkpoint's own files before any weight: config.json, headers, adapters.
 
 weight_files   which files transformers reads         safetensors   headers, and shells of them
 info           ModelInfo: all that is known            quantized     stored in fewer bits

@@ -1,4 +1,4 @@
-"""PEFT adapters: a LoRA on top of a base model, understood before anything is downloaded.
+"""Understand PEFT adapters, LoRAs on top of a base model, before anything is downloaded.
 
 Only settings that are known to be merged exactly are accepted: every other one that has a value is
 refused by its name, also those of adapters that are not invented yet.
@@ -81,7 +81,7 @@ def read_adapter(model: str, paths: Iterable[str], config: Mapping[str, object])
         )
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise QuantkitError(f"{model} is a LoRA adapter and names no base model.", MERGE)
+        raise QuantkitError(f"{model} is a LoRA adapter, but names no base model.", MERGE)
     reason = _why_not(config)
     if reason is not None:
         raise QuantkitError(f"{model} is an adapter that cannot be merged here: {reason}.", MERGE)
@@ -137,7 +137,7 @@ class _Settings:
 
     def _refusal(self, name: str) -> QuantkitError:
         value = shown(repr(self._config.get(name)))
-        return QuantkitError(f"{CONFIG} of {self._model} has no {name} that works: {value}.", MERGE)
+        return QuantkitError(f"{CONFIG} of {self._model} has an unusable {name}: {value}.", MERGE)
 
     def text(self, name: str) -> str | None:
         value = self._config.get(name)

@@ -1,4 +1,4 @@
-"""Numbers in config.json that no model has, refused by name before anything is built of them.
+"""Refuse numbers in config.json that no model has, by name, before anything is built from them.
 
 Whether they are this model's is decided by transformers' own loader (`quantkit.sources.fit`), from
 the shapes in the headers; here only what would take memory or time to find out.
@@ -47,7 +47,7 @@ def check_numbers(
         name = shown(f"{where}{key}")
         if key in _SIZES and not _is_size(value):
             raise QuantkitError(
-                f"config.json of {model} says {name} is {shown(repr(value))}, which is no size.",
+                f"config.json of {model} says {name} is {shown(repr(value))}, which is not a size.",
                 "Correct it in a local copy, or use another revision.",
             )
         bound = next((n for pattern, n in most.items() if pattern.search(key)), None)
@@ -77,7 +77,7 @@ def _settings(
     """Every setting of the config and of those inside it."""
     if depth > _DEEPEST:
         raise QuantkitError(
-            f"config.json has settings within settings more than {_DEEPEST} deep.",
+            f"config.json nests settings more than {_DEEPEST} levels deep.",
             "No known model has such a file; check where it came from.",
         )
     for key, value in config.items():

@@ -1,4 +1,4 @@
-"""A model's folder as transformers may read it: nothing in it names code, and no code is in it.
+"""Make a model's folder safe for transformers: nothing in it names code, and no code is in it.
 
 `trust_remote_code=False` beside that is the second lock, not the first: without it transformers
 asks on a terminal whether to run a stranger's code.
@@ -20,8 +20,8 @@ _KEY = "auto_map"  # names files and repositories to load code from
 
 @contextmanager
 def codeless(folder: Path) -> Iterator[Path]:
-    """The folder itself where nothing names code; else a passing one that lacks it, with links to
-    the files that stay as they are.
+    """Yield the folder itself if nothing in it names code; else a temporary copy without code, with
+    links to the files that stay as they are.
     """
     cleaned = dict(filter(None, map(_cleaned, sorted(folder.glob("*.json")))))
     codes = any(path.suffix == ".py" or path.is_dir() for path in folder.iterdir())

@@ -1,4 +1,5 @@
-"""What a model is, from its file list, config and headers; and which models are refused, why.
+"""Find out what a model is from its file list, config and headers, and refuse what is no language
+model.
 
 Everything here is decided before a weight is downloaded, and is the same for the Hub and a folder.
 """
@@ -94,7 +95,7 @@ def is_small_file(file: RepoFile) -> bool:
 
 
 def count_parameters(tensors: Iterable[StoredTensor | Expanded]) -> dict[str, int]:
-    """Parameters per dtype, commonest first."""
+    """Return the parameters per dtype, commonest first."""
     counts: Counter[str] = Counter()
     for tensor in tensors:
         counts[tensor.dtype] += math.prod(tensor.shape)
@@ -102,7 +103,7 @@ def count_parameters(tensors: Iterable[StoredTensor | Expanded]) -> dict[str, in
 
 
 def is_adapter(paths: Iterable[str]) -> bool:
-    """Return whether this is a PEFT adapter and not a whole model beside one."""
+    """Return whether this is a PEFT adapter and not a whole model with one."""
     present = set(paths)
     return "adapter_config.json" in present and not (
         "config.json" in present and (SINGLE in present or INDEX in present)
@@ -146,10 +147,10 @@ def _refuse_weights(model: str, paths: Sequence[str], base: str) -> None:
     if suffixes & set(_PICKLED):
         raise QuantkitError(
             f"{model} has no safetensors, only pickled weights, which can run code when loaded.",
-            "Turn it into safetensors with https://huggingface.co/spaces/safetensors/convert, or "
+            "Convert it to safetensors with https://huggingface.co/spaces/safetensors/convert, or "
             "use a revision that has them.",
         )
-    raise QuantkitError(f"{model} has no safetensors weights.", "Give the id of a whole model.")
+    raise QuantkitError(f"{model} has no safetensors weights.", "Give the id of a complete model.")
 
 
 _CAUSAL = re.compile(
@@ -175,9 +176,9 @@ def refuse_by_config(model: str, config: Settings) -> None:
         )
     if config.get("transformers_weights") is not None:
         raise QuantkitError(
-            f"The config.json of {model} has transformers_weights, by which transformers reads"
+            f"The config.json of {model} sets transformers_weights, which makes transformers read"
             f" other files than {SINGLE} or {INDEX}.",
-            "Remove it in a local copy, where the weights lie under their usual names.",
+            "Remove it in a local copy, and give the weights their usual names.",
         )
     kind = None
     if config.get("is_encoder_decoder") is True:
@@ -207,7 +208,8 @@ def refuse_by_config(model: str, config: Settings) -> None:
 
 @cache
 def known_model_types() -> frozenset[str]:
-    """The model types that the installed transformers can load; empty when it is not installed.
+    """Return the model types that the installed transformers can load; empty when it is not
+    installed.
 
     Read from its source: importing it takes seconds and pulls torch in, which a front end that
     only previews a model must not do.

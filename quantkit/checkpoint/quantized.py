@@ -1,4 +1,5 @@
-"""Sources that are quantized already: which can be expanded to 16 bits, and which are refused.
+"""Recognize sources that are already quantized: some can be expanded to 16 bits, others are
+refused.
 
 Known before a weight is downloaded, from `quantization_config` and the headers. Expanding is done
 by `quantkit.sources.dequantize`; MXFP4 stays as it is, because GGUF stores its blocks bit for bit.
@@ -57,14 +58,14 @@ class Source:
             )
         better = f" {bases[0]} may have the full weights." if bases else ""
         return (
-            f"The source is quantized itself ({self.scheme}): it was expanded to 16 bits, and what"
+            f"The source is quantized itself ({self.scheme}): it was expanded to 16 bits, but what"
             f" it had lost stays lost.{better}"
         )
 
 
 @dataclass(frozen=True)
 class Expanded:
-    """A tensor of the 16-bit checkpoint, and the stored ones that it is made of."""
+    """A tensor of the 16-bit checkpoint, and the stored tensors that it is made from."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -81,7 +82,7 @@ def quantization_of(config: Settings) -> Settings | None:
             continue
         if not isinstance(settings, dict):
             raise QuantkitError(
-                "quantization_config in config.json is no object of settings.",
+                "quantization_config in config.json is not a JSON object.",
                 "If the weights are not quantized, remove it in a local copy.",
             )
         return Settings(settings)
@@ -117,13 +118,13 @@ def without_quantization(config: Settings) -> Settings:
 
 
 STALE = (
-    "config.json says that the weights are quantized ({method}), and none of them are: the setting"
-    " is left out."
+    "config.json says that the weights are quantized ({method}), but none are: the setting is"
+    " ignored."
 )
 
 
 class CannotExpand(QuantkitError):
-    """A model is quantized in a way that is not undone here."""
+    """The model is quantized in a way that cannot be undone here."""
 
 
 def source_of(model: str, config: Settings, bases: Sequence[str]) -> Source | None:
@@ -154,7 +155,7 @@ def source_of(model: str, config: Settings, bases: Sequence[str]) -> Source | No
         return Source(AWQ, bits=4, group=group)
     name = f"GPTQ at {shown(str(settings.get('bits')))} bits" if method == "gptq" else method
     raise CannotExpand(
-        f"{model} is quantized already ({name}), in a way that is not undone here.",
+        f"{model} is quantized already ({name}), in a way that cannot be undone here.",
         f"Give the original instead: {bases[0] if bases else 'the model it was made from'}.",
     )
 
@@ -165,7 +166,7 @@ def _block(model: str, block: object) -> tuple[int, int] | None:
     if isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) > 0:
         return block[0], block[1]
     raise CannotExpand(
-        f"weight_block_size in the quantization_config of {model} is no pair of sizes.",
+        f"weight_block_size in the quantization_config of {model} is not a pair of sizes.",
         "Use another revision, or give the model it was made from.",
     )
 
@@ -173,8 +174,8 @@ def _block(model: str, block: object) -> tuple[int, int] | None:
 def unpacked_shapes(
     config: Settings, shapes: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Types and shapes as transformers has them: MXFP4's blocks (experts, out, in / 32, 16) and
-    their scales are one tensor (experts, in, out).
+    """Return the types and shapes as transformers has them: MXFP4's blocks (experts, out, in / 32,
+    16) and their scales are one tensor (experts, in, out).
     """
     if (quantization_of(config) or Settings()).text("quant_method").lower() != "mxfp4":
         return dict(shapes)
@@ -189,7 +190,7 @@ def unpacked_shapes(
 
 
 def expanded(source: Source, tensors: Mapping[str, StoredTensor]) -> dict[str, Expanded]:
-    """The tensors of the 16-bit checkpoint. Raises QuantkitError where parts are missing."""
+    """Return the tensors of the 16-bit checkpoint. Raises QuantkitError where parts are missing."""
     made: dict[str, Expanded] = {}
     for name, tensor in tensors.items():
         stem, _, last = name.rpartition(".")
@@ -221,7 +222,7 @@ def _check_scales(source: Source, weight: StoredTensor, scales: Sequence[StoredT
         if list(scale.shape) not in fitting or scale.dtype not in ("F32", "BF16", "F16"):
             raise QuantkitError(
                 f"The scales of {shown(weight.name)} do not fit its shape.",
-                "The checkpoint is broken or of a kind that is not known: give the original model.",
+                "The checkpoint is broken or of an unknown kind: give the original model.",
             )
 
 
@@ -230,7 +231,7 @@ def _packed(source: Source, stem: str, tensors: Mapping[str, StoredTensor]) -> E
     missing = [name for name in parts if name not in tensors]
     if missing:
         raise QuantkitError(
-            f"The checkpoint has {parts[0]} and no {missing[0]}.", "Use another revision."
+            f"The checkpoint has {parts[0]} but no {missing[0]}.", "Use another revision."
         )
     words, zeros, scales = (tensors[name] for name in parts)
     per_word = 32 // source.bits

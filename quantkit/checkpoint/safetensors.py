@@ -1,4 +1,4 @@
-"""Safetensors files: the header checked against the size of the file, and a scan of the weights.
+"""Check the headers of safetensors files against their sizes, and scan their weights.
 
 A file is 8 bytes (little endian: n), n bytes of JSON (tensor name -> dtype, shape, offsets), and
 the tensors' bytes without gaps. The checks are those of the safetensors library, made here on a
@@ -83,7 +83,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself. Tensors are in the order of their bytes."""
+    """The header of a safetensors file. Tensors are in the order of their bytes."""
 
     n_bytes: int  # of the length field and the JSON
     tensors: tuple[StoredTensor, ...]
@@ -95,7 +95,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading a whole file found."""
+    """The result of reading a whole file."""
 
     sha256: str | None  # None where it was not asked for
     non_finite: str | None  # the first tensor with NaN or infinite weights
@@ -121,7 +121,7 @@ def header_length(start: bytes, name: str) -> int:
 
 
 def parse_header(data: bytes, name: str, n_file_bytes: int) -> Header:
-    """The header at the start of `data`, checked against a file of `n_file_bytes`.
+    """Parse the header at the start of `data`, checked against a file of `n_file_bytes`.
 
     Raises QuantkitError when the header is malformed or does not describe exactly this many bytes.
     """
@@ -165,7 +165,7 @@ def parse_header(data: bytes, name: str, n_file_bytes: int) -> Header:
 
 def _entries(text: bytes) -> dict[str, object]:
     """The JSON of a header. Raises Damaged before it is parsed when it has more lists, objects or
-    values than MAX_TENSORS tensors have, and ValueError for what is no JSON.
+    values than MAX_TENSORS tensors have, and ValueError for what is not JSON.
     """
     counts = (text.count(b"{"), text.count(b"[") // 2, text.count(b",") // _COMMAS)
     if max(counts) > MAX_TENSORS + 2:  # the header itself and its metadata
@@ -188,7 +188,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The one reader takes the first of two tensors of a name, the next reader the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise Damaged("a name stands in it twice")
+        raise Damaged("it has a name twice")
     return found
 
 
@@ -196,7 +196,7 @@ def _stored_tensor(name: str, entry: Any) -> StoredTensor:
     """Raises ValueError, KeyError or TypeError when `entry` is not one tensor's description."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if len(name) > MAX_NAME or not name.isprintable():  # it would be shown to the user
-        raise Damaged("a name that is none")
+        raise Damaged("an invalid name")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise Damaged(f"a tensor of more than {MAX_DIMENSIONS} dimensions")
     if not isinstance(dtype, str) or len(dtype) > _MAX_DTYPE or not dtype.isprintable():
@@ -212,14 +212,16 @@ def _stored_tensor(name: str, entry: Any) -> StoredTensor:
 
 
 class Count:
-    """What the headers of one model come to together. Safe in several threads."""
+    """Adds up the headers of one model. Safe in several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._n_tensors = self._n_bytes = 0
 
     def add(self, header: Header) -> Header:
-        """The header. Raises QuantkitError when all of them are more than any known model has."""
+        """Count the header and return it. Raises QuantkitError when the model has more than any
+        known one.
+        """
         with self._lock:
             self._n_tensors += len(header.tensors)
             self._n_bytes += header.n_bytes
@@ -234,12 +236,16 @@ class Count:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file on disk. Raises QuantkitError when the file is broken or truncated."""
+    """Read the header of a file on disk. Raises QuantkitError when the file is broken or
+    truncated.
+    """
     return parse_header(header_bytes(path), path.name, path.stat().st_size)
 
 
 def header_bytes(path: Path) -> bytes:
-    """The length field and the JSON as they are stored. Raises QuantkitError when cut short."""
+    """Read the length field and the JSON as they are stored. Raises QuantkitError when cut
+    short.
+    """
     with path.open("rb") as file:
         start = file.read(LENGTH_BYTES)
         return start + file.read(header_length(start, path.name) - LENGTH_BYTES)
@@ -310,5 +316,5 @@ def _fill(file: Any, chunk: np.ndarray, path: Path) -> None:
     while n_read < len(view):
         n = file.readinto(view[n_read:])
         if not n:
-            raise QuantkitError(f"{path.name} became shorter while it was read.", _REMEDY)
+            raise QuantkitError(f"{path.name} was cut short while it was read.", _REMEDY)
         n_read += n

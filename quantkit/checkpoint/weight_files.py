@@ -1,7 +1,8 @@
-"""Which files of a checkpoint are its weights: the rule of transformers' `from_pretrained`, once
-for everybody who reads weights, so that what transformers loads is what is converted.
+"""Choose the weight files of a checkpoint by the rule of transformers' `from_pretrained`.
+Everything that reads weights uses this module, so that what transformers loads is what is
+converted.
 
-`model.safetensors` wins over an index beside it (fine-tunes are saved over their bases' shards). An
+`model.safetensors` wins over an index next to it (fine-tunes are saved over base shards). An
 index names files, and all of each is read, whatever tensors the index lists.
 """
 
@@ -22,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 def choose(
     model: str, present: Collection[str], read_index: Callable[[], Settings]
 ) -> tuple[str, ...]:
-    """The files among those `present` that hold the model's weights, in the order they are read.
+    """Return the files among those `present` that hold the model's weights, in the order they are
+    read.
 
     `read_index` is only called where the index decides. Raises QuantkitError when it is malformed
     or names files that are not there. A name counts only if the listing has it: an index cannot
@@ -40,7 +42,7 @@ def choose(
     outside = [name for name in names if not _is_plain(name)]
     if outside:
         raise QuantkitError(
-            f"{INDEX} of {model} names {shown(outside[0])}, which is no safetensors file in the"
+            f"{INDEX} of {model} names {shown(outside[0])}, which is not a safetensors file in the"
             " model's folder.",
             "Check where the model came from.",
         )
@@ -48,20 +50,19 @@ def choose(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise QuantkitError(
-            f"{model} is incomplete: its index names {shown(missing[0])}{more}, which is not "
-            "there.",
+            f"{model} is incomplete: its index names {shown(missing[0])}{more}, which is missing.",
             "Download it again, use another revision, or tell its author.",
         )
     if not isinstance(index.get("metadata"), dict):
         raise QuantkitError(
-            f'{INDEX} of {model} has no "metadata", and transformers reads no such index.',
+            f'{INDEX} of {model} has no "metadata", and transformers refuses such an index.',
             'Add "metadata": {} to it in a local copy.',
         )
     return tuple(names)
 
 
 def in_folder(folder: Path) -> tuple[Path, ...]:
-    """The weight files of the checkpoint in `folder`. Raises QuantkitError."""
+    """Return the weight files of the checkpoint in `folder`. Raises QuantkitError."""
 
     def read_index() -> Settings:
         try:
@@ -79,8 +80,8 @@ def in_folder(folder: Path) -> tuple[Path, ...]:
 def stored(
     model: str, headers: Iterable[tuple[str, Iterable[StoredTensor]]]
 ) -> dict[str, tuple[str, StoredTensor]]:
-    """File and header entry of every tensor. Raises QuantkitError for one that two files hold:
-    which of them counts is nowhere said.
+    """Return the file and header entry of every tensor. Raises QuantkitError for one that two files
+    hold: nothing says which of them counts.
     """
     found: dict[str, tuple[str, StoredTensor]] = {}
     for file, tensors in headers:
@@ -95,7 +96,9 @@ def stored(
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[Path, StoredTensor]]:
-    """File and header entry of every tensor of the checkpoint in `folder`. Raises QuantkitError."""
+    """Return the file and header entry of every tensor of the checkpoint in `folder`. Raises
+    QuantkitError.
+    """
     headers = [(path.name, read_header(path).tensors) for path in in_folder(folder)]
     found = stored(folder.name, headers)
     return {name: (folder / file, tensor) for name, (file, tensor) in found.items()}
@@ -105,8 +108,8 @@ _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def main_dtype(tensors: Iterable[StoredTensor]) -> str | None:
-    """PyTorch's name of the type that most weights are stored in, whatever config.json says of it;
-    None where no weight has one of the usual types.
+    """Return PyTorch's name of the type that most weights are stored in, whatever config.json says
+    of it; None where no weight has one of the usual types.
     """
     counts: Counter[str] = Counter()
     for tensor in tensors:
@@ -116,13 +119,13 @@ def main_dtype(tensors: Iterable[StoredTensor]) -> str | None:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three names, and how many there are beside."""
+    """Return the first three names, and how many more there are."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(shown(name) for name in names[:3]) + more
 
 
 def shown(text: str) -> str:
-    """A name that a stranger chose, fit for a sentence: printable and short."""
+    """Return a name that a stranger chose, made printable and short enough for a sentence."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text)
     return clean if len(clean) <= 100 else clean[:99] + "…"
 

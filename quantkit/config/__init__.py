@@ -1,4 +1,4 @@
-"""What a user asks for: `RunConfig`, sizes, and the table of profiles."""
+"""The configuration of a run: `RunConfig`, sizes, and the table of profiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TUNING_BATCH = 2  # sequences that a step of tuning sees
 
 @dataclass(frozen=True)
 class Effort:
-    """What validation spends beside the KL of each file."""
+    """The work of validation in addition to the KL of each file."""
 
     n_below: int  # stock files of at most our size that are measured: the largest ones
     n_uniform: int  # of our own uniform files: the largest of at most our size, the next larger
@@ -156,7 +156,7 @@ class RunConfig:
         if self.tuning is not None and not 0 <= self.tuning <= MOST_STEPS:
             raise UsageError(
                 f"{self.tuning} is not a number of steps.",
-                f"Use 0 to {MOST_STEPS:,}; 0 tunes nothing.",
+                f"Use 0 to {MOST_STEPS:,}; 0 turns tuning off.",
             )
         if self.tensors is not None:
             compile_pattern(self.tensors)
@@ -183,8 +183,8 @@ class RunConfig:
         return self.levels or PROFILES[self.profile].levels
 
     def pinned_type(self, tensor: str) -> QuantType | None:
-        """The type that `types` gives to `tensor`: the first pattern found in its name, else the
-        default, else None.
+        """Return the type that `types` gives to `tensor`: the first pattern found in its name, else
+        the default, else None.
         """
         given = [row for row in self.types if not row[1].startswith(AT_LEAST)]
         for pattern, qtype in given:
@@ -193,8 +193,8 @@ class RunConfig:
         return next((QuantType(qtype) for pattern, qtype in given if pattern == "default"), None)
 
     def least_type(self, tensor: str) -> QuantType | None:
-        """The type that `types` wants `tensor` to have at least: of the first `>=` pattern found in
-        its name.
+        """Return the smallest type that `types` allows for `tensor`: that of the first `>=` pattern
+        found in its name.
         """
         for pattern, qtype in self.types:
             if qtype.startswith(AT_LEAST) and compile_pattern(pattern).search(tensor):
@@ -228,7 +228,7 @@ class RunConfig:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A user's tensor-name regex. Raises UsageError when it is not one."""
+    """Compile a user's regex for tensor names. Raises UsageError when it is not one."""
     if len(pattern) > 200:
         raise UsageError(
             "A tensor pattern is longer than 200 characters.", "Write shorter patterns."
@@ -243,8 +243,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def load_types_map(path: Path) -> tuple[tuple[str, str], ...]:
-    """`--types MAP.json`: an object of tensor-name regexes (and `default`) to types, in the order
-    written.
+    """Load `--types MAP.json`: an object of tensor-name regexes (and `default`) to types, in the
+    order written.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

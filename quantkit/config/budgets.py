@@ -1,4 +1,4 @@
-"""The sizes that were asked for, in bytes: which can be met, and why others cannot."""
+"""Turn the sizes that were asked for into bytes, and say why some cannot be reached."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def settle_budgets(
     smallest: int,
     largest: int,
 ) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
-    """The budgets of a config by rising bytes, each once, and those that no file of `smallest` to
-    `largest` bytes meets. Both are empty when all types are given and no size was asked for.
+    """Return the budgets of a config by rising bytes, each once, and those that no file of
+    `smallest` to `largest` bytes meets. Both are empty when all types are given and no size was
+    asked for.
 
     `mix_bytes` and `context_bytes` are as in `Target.limit_bytes`. Raises QuantkitError when there
     are budgets and none can be met.

@@ -75,13 +75,13 @@ class Request:
 
 
 def language_of(name: str) -> str | None:
-    """The code of the language of a text with this name; None for English and code."""
+    """Return the code of the language of a text with this name; None for English and code."""
     kind, _, code = name.partition("-")
     return code if kind in ("lang", "prose") and code in LANGUAGES else None
 
 
 def parts_of(mix: str, weight: float = 1.0) -> Iterator[Request]:
-    """The texts of a mix, of the mixes in it too, with their shares of `weight`."""
+    """Yield the texts of a mix and of the mixes in it, with their shares of `weight`."""
     total = sum(MIXES[mix].values())
     for name, own in MIXES[mix].items():
         share = own / total
@@ -128,8 +128,8 @@ def _file(entry: str) -> tuple[Path, str] | None:
 
 
 def absolute(spec: str) -> str:
-    """The spec with paths that mean the same wherever a run is taken up again, commas in them
-    escaped. Raises UsageError for a file that is not there.
+    """Return the spec with absolute paths, so that a run can be resumed from anywhere, and commas
+    in them escaped. Raises UsageError for a missing file.
     """
     return ",".join(map(_absolute, _joined(spec)))
 
@@ -162,13 +162,13 @@ def _absolute(entry: str) -> str:
 
 
 def shown(spec: str) -> str:
-    """The spec without folders: it is published, and they are nobody's business."""
+    """Return the spec without folders: it is published, and folders are private."""
     return ",".join(entry.rpartition("/")[2] for entry in _entries(spec))
 
 
 def parse_spec(spec: str) -> tuple[Request, ...]:
-    """'docs:2,notes.txt' -> requests; weights default to 1. Raises UsageError for unknown names and
-    weights, and for `auto` beside others.
+    """Parse 'docs:2,notes.txt' into requests; weights default to 1. Raises UsageError for unknown
+    names and weights, and for `auto` with others.
     """
     requests: list[Request] = []
     for entry in _entries(spec):
@@ -189,7 +189,7 @@ def parse_spec(spec: str) -> tuple[Request, ...]:
             raise UsageError(
                 f"There is no calibration text {name!r}.",
                 f"Use {known}, prose-CODE or lang-CODE with one of {' '.join(LANGUAGES)}, or the"
-                " path of a file with text.",
+                " path of a text file.",
             )
     if not requests:
         raise UsageError(
@@ -198,7 +198,7 @@ def parse_spec(spec: str) -> tuple[Request, ...]:
         )
     if len(requests) > 1 and AUTO in (request.name for request in requests):
         raise UsageError(
-            f"{AUTO} stands alone in a calibration spec: it chooses the whole mix.",
+            f"{AUTO} cannot be combined with other texts: it chooses the whole mix.",
             "Use auto by itself, or name the texts, such as builtin,notes.txt.",
         )
     return tuple(requests)

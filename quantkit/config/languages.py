@@ -31,7 +31,7 @@ LANGUAGES = {
 
 @cache
 def sentences(code: str) -> tuple[str, ...]:
-    """The sentences of data/languages.txt in a language, `en` too: the same ones in all."""
+    """Return the sentences of data/languages.txt in a language, `en` too: the same ones in all."""
     path = Path(__file__).parent.parent / "data" / "languages.txt"
     rows = [line.split("\t", 1) for line in path.read_text("utf-8").splitlines() if "\t" in line]
     return tuple(text for language, text in rows if language == code)

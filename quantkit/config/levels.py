@@ -1,4 +1,4 @@
-"""Which types each tensor may have, and where a tensor cannot have what was asked.
+"""Decide which types each tensor can have, and where a tensor needs a fallback.
 
 A *level* is a type that was asked for, such as Q4_K. What a tensor gets for it depends on its
 width: rows that do not divide into 256-blocks fall back to a type of 32-blocks, exactly as in
@@ -25,11 +25,11 @@ class LevelPlan:
     fallbacks: tuple[Fallback, ...]
 
     def choices(self, tensor: str) -> tuple[QuantType, ...]:
-        """The distinct types of a tensor, smallest first."""
+        """Return the distinct types of a tensor, smallest first."""
         return tuple(sorted(set(self.types[tensor].values())))
 
     def uniform(self, level: QuantType) -> dict[str, QuantType]:
-        """The types of the uniform file of one level, for the tensors that are quantized."""
+        """Return the types of the uniform file of one level, for the tensors that are quantized."""
         return {tensor: types[level] for tensor, types in self.types.items()}
 
 

@@ -1,4 +1,4 @@
-"""How large a file may be: four kinds of target, each with what the user wrote."""
+"""The target size of a file: four kinds of target, each with what the user wrote."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class LikeMix(_Asked):
 
 @dataclass(frozen=True)
 class FitsMemory(_Asked):
-    """What a memory leaves beside a context, as in 8GB@8192: what llama.cpp takes for the context
+    """The memory that a context leaves, as in 8GB@8192: what llama.cpp takes for the context
     is not left to the file.
     """
 
@@ -143,7 +143,7 @@ class FitsMemory(_Asked):
         memory, _, context = self.value.partition("@")
         if not re.fullmatch(r"\d{1,7}", context) or not 1 <= int(context) <= MOST_CONTEXT:
             raise UsageError(
-                f"{self.value!r} does not name a memory and a context.",
+                f"{self.value!r} does not give a memory size and a context.",
                 "Write 8GB@8192: bytes of memory and tokens of context.",
             )
         return parse_bytes(memory), int(context)
@@ -156,7 +156,7 @@ class FitsMemory(_Asked):
         return memory - context_bytes(n_tokens)
 
     def within(self, limit: int, largest: int) -> int:
-        """More memory than the model can use is no mistake."""
+        """Return at most `largest`: more memory than the model can use is no mistake."""
         return min(limit, largest)
 
     def below(self, limit: int, smallest: int) -> str:

@@ -1,5 +1,5 @@
-"""What a result is measured beside: llama.cpp's own files around its size, our uniform files, and
-whatever the user names. Nothing is made or downloaded before it is opened.
+"""The files that a result is compared with: llama.cpp's own files around its size, our uniform
+files, and those that the user names. Nothing is made or downloaded before it is opened.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def stock_baselines(
     imatrix: Mapping[str, Floats],
     folder: Path,
 ) -> list[Baseline]:
-    """For every one of our files, by bytes with the label it was asked to be like: the `n_below`
-    largest stock files of at most its size, the next larger one, and the one it is like. Each is
-    made by llama.cpp in `folder` when it is opened, with the same imatrix, and deleted afterwards.
+    """Return for each of our files, given by bytes with the label it was asked to be like: the
+    `n_below` largest stock files of at most its size, the next larger one, and the one it is like.
+    Each is made by llama.cpp in `folder` when it is opened, with the same imatrix, and deleted
+    afterwards.
     """
     weights = {recipe: stock_bytes(base, recipe) for recipe in _recipes()}
     chosen: dict[StockRecipe, bool] = {}
@@ -66,8 +67,8 @@ def _recipes() -> list[StockRecipe]:
 def stock_around(
     weights: Mapping[StockRecipe, int], n_bytes: int, n_below: int, liked: str | None
 ) -> list[StockRecipe]:
-    """The recipes of `stock_baselines` for one file, by size; the one that it is like last.
-    `weights` are the bytes of every recipe's file.
+    """Return the recipes of `stock_baselines` for one file by size, with the one that it is like
+    last. `weights` are the bytes of every recipe's file.
     """
     # Of two files of one size the mix is the better known name.
     by_size = {
@@ -81,8 +82,8 @@ def stock_around(
 
 
 def uniform_baselines(levels: Path, sizes: Sequence[int], n_around: int) -> list[Baseline]:
-    """Files of one level in the folder `levels`, quantized like the result but not searched: for
-    every size the largest of at most that, then the next larger one, `n_around` in all.
+    """Return files of one level in the folder `levels`, quantized like the result but not searched:
+    for every size the largest of at most that, then the next larger one, `n_around` in all.
     """
     paths = sorted(levels.glob("*.gguf"), key=lambda path: path.stat().st_size)
     chosen: dict[Path, None] = {}
@@ -103,7 +104,7 @@ def given_baselines(names: Sequence[str]) -> list[Baseline]:
 
 @contextmanager
 def as_it_is(path: Path) -> Iterator[Path]:
-    """A file that is there already, and stays."""
+    """Yield a file that exists already, and leave it there."""
     yield path
 
 

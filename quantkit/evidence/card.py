@@ -23,8 +23,8 @@ _NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")
 
 
 def card_data(info: ModelInfo, report: Report) -> ModelCardData:
-    """The card's YAML: the base card's license, languages and tags, where the model comes from,
-    measured results.
+    """Return the card's YAML: the base card's license, languages and tags, where the model comes
+    from, measured results.
     """
     kept = metadata(info.card, _repo(info))
     results = []
@@ -187,7 +187,7 @@ def _choice(report: Report, repo: str | None) -> str:
         f"Memory is that of a process with a context of {base.n_ctx:,} tokens, measured. Longer"
         " contexts take more."
         if base
-        else "Memory was not measured; a file takes about its size, and its context beside it."
+        else "Memory was not measured; it is about the size of the file, plus its context."
     )
     return f"{reports.plain_table(made)}\n\n{about}"
 
@@ -256,7 +256,7 @@ def _inside(output: Output) -> str:
         f"{n} {qtype}{f' by {method}' if method else ''}"
         for (qtype, method), n in sorted(counts.items())
     ]
-    return f"Quantized tensors: {', '.join(said)}. Every one is named in `{_recipe_of(output)}`."
+    return f"Quantized tensors: {', '.join(said)}. `{_recipe_of(output)}` names every one."
 
 
 def _recipe_of(output: Output) -> str:
@@ -279,7 +279,7 @@ def _made(report: Report, config: RunConfig) -> str:
         table(["calibration", "source", "share", "sha256"], mix),
         f"The same again, from the full-precision GGUF (sha256 `{report.base.sha256}`):",
         f"```\n{rebuild}\n```",
-        "The types alone, for `llama-quantize --tensor-type-file`, lie beside the recipes.",
+        "Type lists for `llama-quantize --tensor-type-file` are in `recipes/`, too.",
         "\n".join(f"sha256 of `{o.name}`:\n`{o.sha256}`\n" for o in report.outputs).rstrip(),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".",
     ]
@@ -313,8 +313,8 @@ def _tuning(tuning: Tuning | None) -> str:
 
 def _limits(info: ModelInfo) -> str:
     lines = [
-        "The figures above are for the texts named there; on other text they differ. Speed is that"
-        " of the machine that made the file and is good for comparing rows only.",
+        "The figures above are for the texts named there; on other text they differ. Speed was"
+        " measured on the machine that made the file, and only compares the rows.",
         f"The license is that of the base model{_license(info)}.",
     ]
     source = source_of(info.id, info.config, info.base_model)

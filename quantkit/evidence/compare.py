@@ -1,4 +1,4 @@
-"""Any GGUFs of one base, measured beside each other: the same report for files made elsewhere.
+"""Compare any GGUFs of the same model: the same report, for files made elsewhere.
 
 `evaluators.compare` measures, every file open in a sandboxed process; here its JSON becomes a
 report.

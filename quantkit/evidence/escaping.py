@@ -1,5 +1,5 @@
-"""Strangers' words in our texts: what a model's card says of itself is data, never markup, metadata
-of another shape or a link to anywhere but the web.
+"""Escape strangers' words in our texts: what a model's card says is data, never markup, metadata of
+another shape, or a link to anything but the web.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _PAGE = re.compile(r"[A-Za-z0-9][\w.-]{0,100}", re.ASCII)  # a file of the model
 
 
 def plain(text: str) -> str:
-    """One line of printable characters, not too long."""
+    """Return one line of printable characters, not too long."""
     line = " ".join(text.split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= _MOST_LETTERS else line[: _MOST_LETTERS - 1] + "…"
 
 
 def markdown(text: str) -> str:
-    """The text so that Markdown shows it as it is written."""
+    """Escape the text so that Markdown shows it as it is written."""
     return _ACTIVE.sub(lambda found: f"&#{ord(found[0])};", plain(text))
 
 
 def all_markdown(value: Any) -> Any:
-    """A JSON value with every string, names too, fit for Markdown."""
+    """Escape every string of a JSON value for Markdown, names too."""
     if isinstance(value, str):
         return markdown(value)
     if isinstance(value, list):
@@ -51,7 +51,9 @@ def all_markdown(value: Any) -> Any:
 
 
 def web_link(link: Any, repo: str | None) -> str | None:
-    """An address of the web, or of a file beside the model on the Hub; None for anything else."""
+    """Return an address of the web, or of a file next to the model on the Hub; None for anything
+    else.
+    """
     if not isinstance(link, str) or len(link) > 500 or not link.isascii() or not link.isprintable():
         return None
     if repo is not None and _PAGE.fullmatch(link):
@@ -67,7 +69,7 @@ def web_link(link: Any, repo: str | None) -> str | None:
 
 
 def repo_ids(value: Any) -> list[str]:
-    """Ids of repositories among what a card names."""
+    """Return the ids of repositories among the names in a card."""
     return [text for text in _strings(value) if is_repo_id(text)]
 
 

@@ -1,4 +1,4 @@
-"""Is the stitched file what it should be? Checks that need no second opinion on quality.
+"""Check that the stitched file is what it should be.
 
 The weights decode to the same bits here and in llama.cpp, everything that is not a weight is the
 base's, and PyTorch computes with those weights what llama.cpp computes with the file. A file whose
@@ -87,7 +87,7 @@ def same_frame(file: GgufFile, base: GgufFile) -> Check:
     name = "header, tokenizer, chat template"
     shapes = [[(t.name, t.shape) for t in f.tensors.values()] for f in (file, base)]
     if shapes[0] != shapes[1]:
-        return Check(name, False, "the tensors are not those of the base")
+        return Check(name, False, "the tensors differ from the base's")
     ours, theirs = file.metadata, base.metadata
     wrong = [
         key
@@ -105,7 +105,8 @@ def same_frame(file: GgufFile, base: GgufFile) -> Check:
     return Check(
         name,
         True,
-        f"{n_keys} keys and {len(kept)} tensors are the base's; {n_declared} declared keys differ",
+        f"{n_keys} metadata keys and {len(kept)} tensors match the base; {n_declared} keys differ,"
+        " as intended",
     )
 
 
@@ -116,7 +117,8 @@ def torch_logits(
     ids: np.ndarray,
     device: str,
 ) -> native.Floats:
-    """Logits [n, n_vocab] in float32 of the checkpoint in `folder` with the weights of `file`.
+    """Return the logits [n, n_vocab] in float32 of the checkpoint in `folder` with the weights of
+    `file`.
 
     Args:
         maps: the row map of each tensor of the file that differs from the base.
@@ -131,7 +133,7 @@ def torch_logits(
         if t.qtype.is_quantized and t.name not in maps and reason_of(file.metadata, t.name) is None
     ]
     if lacking:
-        raise QuantkitError(f"{len(lacking)} quantized tensors are not found in the model.", "")
+        raise QuantkitError(f"{len(lacking)} quantized tensors were not found in the model.", "")
     import torch
 
     from quantkit.model.streaming import open_model
@@ -178,17 +180,16 @@ def logits_check(name: str, file: GgufFile, agreement: Agreement, limit: float) 
     )
     if passed and agreement.mean_kl > limit:
         about += (
-            f"; {agreement.trimmed_kl:.2g} without the worst 2 %,"
-            " whose experts are a tie within rounding"
+            f"; {agreement.trimmed_kl:.2g} without the worst 2 %, where experts tie within rounding"
         )
     return Check(name, passed, about)
 
 
 def chat_check(generation: Mapping[str, str]) -> Check:
-    """A turn through the chat template (or plain text, where there is none) gives text. A template
-    that cannot be used is a failed check, whatever plain text gives.
+    """Check that a turn through the chat template (or plain text, if there is none) gives text. A
+    template that cannot be used fails the check, whatever plain text gives.
     """
     said = generation["text"].strip()
-    about = f"{len(said)} characters through the {generation['asked']}"
+    about = f"answered {len(said)} characters through the {generation['asked']}"
     why = generation.get("template")
     return Check("chat turn", bool(said) and why is None, f"{about}; {why}" if why else about)

@@ -1,5 +1,5 @@
-"""How validate measures one file: KL, the KL of its weights, speed and zero-shot answers; every
-file of a run in the same way.
+"""Measure one file for validate: KL, the KL of its weights, speed and zero-shot answers, in the
+same way for every file of a run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Meter:
         self.n_weight_windows = 0
 
     def step(self, message: str) -> Callable[[int, int], None]:
-        """The progress of the next step; all count alike."""
+        """Return a function that reports the next step's progress; all steps count the same."""
         at, self._at = self._at, self._at + 1
 
         def progress(done: int, total: int) -> None:

@@ -1,5 +1,6 @@
-"""Is `base.gguf` the model? Its logits in llama.cpp against those of the model as transformers (and
-PEFT, for an adapter) loads it from the user's own files, on the tokens of a rendered chat.
+"""Check that `base.gguf` is the model: compare its logits in llama.cpp with those of the model as
+transformers (and PEFT, for an adapter) loads it from the user's own files, on the tokens of a
+rendered chat.
 
 Whole in float32 where that fits into memory; else over fewer tokens by accelerate's disk offload. A
 comparison that was not made is a check that failed; one that shows another model ends the run.
@@ -50,7 +51,7 @@ class Original:
     adapter: Path | None = None
 
     def to_json(self) -> dict[str, str | None]:
-        """As `evaluators.oracle.compare` takes it."""
+        """Return it as `evaluators.oracle.compare` takes it."""
         adapter = None if self.adapter is None else str(self.adapter)
         return {"name": self.name, "folder": str(self.folder), "adapter": adapter}
 
@@ -66,7 +67,7 @@ class _Tried(TypedDict):
 
 
 class Found(_Tried, total=False):
-    """What `evaluators.oracle.compare` answers."""
+    """The answer of `evaluators.oracle.compare`."""
 
     missing: list[str]
     not_finite: bool
@@ -135,7 +136,7 @@ def judged(base: GgufFile, found: Found) -> Check:
         raise QuantkitError(
             "base.gguf gives logits that are not finite numbers in llama.cpp, which keeps keys and"
             " values in 16 bits.",
-            "A weight of the checkpoint is far beyond the others: use another revision.",
+            "A weight of the checkpoint is far larger than the others: use another revision.",
         )
     if "agreement" not in found:
         why = plain(found.get("error", "no reason is given"))
@@ -149,8 +150,8 @@ def judged(base: GgufFile, found: Found) -> Check:
         where = "" if first is None else f", first at token {first}"
         raise QuantkitError(
             f"base.gguf is not the model that was given: {said}{where}.",
-            "Its files may not belong together, or its architecture is computed in another way by"
-            " llama.cpp: please open an issue with the model's id.",
+            "Its files may not belong together, or llama.cpp computes its architecture in"
+            " another way: please open an issue with the model's id.",
         )
     return Check(NAME, True, "; ".join([said, *map(plain, found["passed_over"])]))
 

@@ -1,4 +1,4 @@
-"""Block formats whose values lie on a grid: where scales and codes sit in the bytes, both ways.
+"""Read and write block formats whose values lie on a grid: their scales and codes in the bytes.
 
 In all of them the value of a weight is `scale * level(code) + minimum`, with scale and minimum
 shared by a group of 16 or 32 columns. `level(code)` is the code itself, or an entry of a table of
@@ -38,7 +38,7 @@ class Grid:
     table: tuple[int, ...] | None = None
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """float32 values of integer codes (n_rows, n_columns)."""
+        """Return the float32 values of integer codes (n_rows, n_columns)."""
         levels = levels_of(codes, self.table)
         n_rows = codes.shape[0]
         grouped = levels.view(n_rows, -1, self.group)
@@ -96,11 +96,11 @@ class Format:
         self.qtype = QuantType(name)
 
     def blocks(self, packed: torch.Tensor) -> torch.Tensor:
-        """uint8 (n_rows, row_bytes) -> (n_rows, n_blocks, block_bytes), a view."""
+        """View uint8 (n_rows, row_bytes) as (n_rows, n_blocks, block_bytes)."""
         return packed.view(packed.shape[0], -1, self.qtype.block_bytes)
 
     def grid(self, packed: torch.Tensor) -> Grid:
-        """Scale and minimum of every group of packed rows (n_rows, row_bytes)."""
+        """Return the scale and minimum of every group of packed rows (n_rows, row_bytes)."""
         blocks = self.blocks(packed)
         n_rows = packed.shape[0]
         scale_codes, minimum_codes = self.multipliers(blocks)
@@ -113,16 +113,16 @@ class Format:
         return Grid(scale, minimum, self.group, self.low, self.high, self.table)
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
-        """int16 codes (n_rows, n_columns) of packed rows."""
+        """Return the int16 codes (n_rows, n_columns) of packed rows."""
         stored = self.stored_codes(self.blocks(packed)).to(torch.int16)
         return stored.reshape(packed.shape[0], -1) - self.offset
 
     def values(self, packed: torch.Tensor) -> torch.Tensor:
-        """float32 values (n_rows, n_columns) of packed rows."""
+        """Return the float32 values (n_rows, n_columns) of packed rows."""
         return self.grid(packed).values(self.codes(packed))
 
     def with_codes(self, packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """A copy of packed rows whose weights have other codes; scales stay."""
+        """Return a copy of packed rows whose weights have other codes; scales stay."""
         blocks = self.blocks(packed).clone()
         stored = (
             (codes + self.offset).to(torch.uint8).view(*blocks.shape[:2], self.qtype.block_size)
@@ -131,19 +131,21 @@ class Format:
         return blocks.view(packed.shape)
 
     def nearest(self, level: torch.Tensor) -> torch.Tensor:
-        """Codes whose levels are nearest to float32 `level`, of any shape."""
+        """Return the codes whose levels are nearest to float32 `level`, of any shape."""
         if self.table is None:
             return level.round().clamp(self.low, self.high)
         table = torch.tensor(self.table, dtype=torch.float32, device=level.device)
         return torch.bucketize(level, (table[1:] + table[:-1]) / 2)
 
     def scales(self, packed: torch.Tensor) -> torch.Tensor:
-        """d of every block, then dmin of every block: float32 (n_rows, n_blocks or 2 n_blocks)."""
+        """Return d of every block, then dmin of every block: float32 (n_rows, n_blocks or 2
+        n_blocks).
+        """
         blocks = self.blocks(packed)
         return torch.cat([_half(blocks, at)[..., 0] for at in self._half_at], 1)
 
     def with_scales(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """A copy of packed rows with other `scales`, rounded to float16."""
+        """Return a copy of packed rows with other `scales`, rounded to float16."""
         blocks = self.blocks(packed).clone()
         parts = scales.half().chunk(len(self._half_at), 1)
         for at, values in zip(self._half_at, parts, strict=True):
@@ -157,7 +159,9 @@ class Format:
     def with_multipliers(
         self, packed: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
     ) -> torch.Tensor:
-        """A copy of packed rows with other integer scales and minimums, (n_rows, n_groups) each."""
+        """Return a copy of packed rows with other integer scales and minimums, (n_rows, n_groups)
+        each.
+        """
         blocks = self.blocks(packed).clone()
         shape = (*blocks.shape[:2], -1)
         integers = (x.to(torch.int16).view(shape) for x in (scale, minimum))
@@ -165,8 +169,8 @@ class Format:
         return blocks.view(packed.shape)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integer scale and minimum codes per group, float32 (n_rows, n_blocks, groups per
-        block).
+        """Return the integer scale and minimum codes per group, float32 (n_rows, n_blocks, groups
+        per block).
         """
         one = torch.ones((), device=blocks.device).expand(*blocks.shape[:2], 1)
         return one, one
@@ -178,7 +182,7 @@ class Format:
         raise NotImplementedError
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Unsigned codes as stored, uint8 (n_rows, n_blocks, block_size)."""
+        """Return the unsigned codes as stored, uint8 (n_rows, n_blocks, block_size)."""
         raise NotImplementedError
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:

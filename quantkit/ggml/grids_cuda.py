@@ -1,4 +1,4 @@
-"""ggml's search for scales under importances on an NVIDIA GPU, in Triton: Q2_K to Q6_K.
+"""Search for scales under importances as ggml does, on an NVIDIA GPU in Triton: Q2_K to Q6_K.
 
 A model of seven billion weights keeps 16 cores busy for ten minutes with it. The candidates tried
 and the order of steps are those of `quantize_row_*_impl` in ggml-quants.c, so that the rows are
@@ -34,7 +34,7 @@ TYPES = tuple(QuantType(name) for name in _SPREAD)
 
 @triton.jit
 def nearest_integer(x):  # type: ignore[no-untyped-def]
-    """float32 |x| < 2^22 rounded, ties to even."""
+    """Round float32 |x| < 2^22, ties to even."""
     return (x + 12582912.0) - 12582912.0
 
 
@@ -237,8 +237,8 @@ def _quantize(  # type: ignore[no-untyped-def]
 
 
 def quantize(weight: torch.Tensor, qtype: QuantType, importance: torch.Tensor) -> torch.Tensor:
-    """Packed rows uint8 (n_rows, row_bytes) of float32 `weight` (n_rows, n_columns), for one of
-    `TYPES`, with `importance` float32 (n_columns,) for all rows.
+    """Return packed rows uint8 (n_rows, row_bytes) of float32 `weight` (n_rows, n_columns), for one
+    of `TYPES`, with `importance` float32 (n_columns,) for all rows.
 
     Raises QuantkitError when the weights hold NaN or infinite values, like
     `quantkit.ggml.native.quantize`.

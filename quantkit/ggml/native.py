@@ -1,4 +1,4 @@
-"""ggml's own quantizers and dequantizers, from the `libggml-base` that llama-cpp-python ships.
+"""Call ggml's own quantizers and dequantizers, from the `libggml-base` that llama-cpp-python ships.
 
 Rows are independent, ctypes releases the GIL: a thread pool works on blocks of rows. Arrays are
 numpy; packed rows are uint8 of shape (n_rows, row_bytes), as in a GGUF file.
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """libggml-base with the argument types of the functions used here.
+    """Load libggml-base with the argument types of the functions used here.
 
     Found without importing llama_cpp, which would load the whole runtime. Raises QuantkitError when
     it is not installed.
@@ -76,7 +76,7 @@ def _to_float(qtype: QuantType) -> ctypes._NamedFuncPointer:
     function = getattr(library(), name, None)
     if function is None:
         raise QuantkitError(
-            f"Weights cannot be stored as {qtype}.", "The file is broken, or no language model."
+            f"Weights cannot be stored as {qtype}.", "The file is broken, or not a language model."
         )
     function.restype = None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -158,8 +158,8 @@ def _check_finite(weight: Floats) -> None:
 
 
 def dequantize(packed: Bytes, qtype: QuantType) -> Floats:
-    """Values of packed rows exactly as llama.cpp reads them: uint8 (n_rows, row_bytes) -> float32
-    (n_rows, n_columns).
+    """Return the values of packed rows exactly as llama.cpp reads them: uint8 (n_rows, row_bytes)
+    -> float32 (n_rows, n_columns).
     """
     packed = np.ascontiguousarray(packed)
     if qtype == F32:

@@ -34,7 +34,7 @@ class QuantType:
 
     @classmethod
     def of(cls, ggml: int) -> QuantType:
-        """The type with ggml's number `ggml`."""
+        """Return the type with ggml's number `ggml`."""
         return cls(gguf.GGMLQuantizationType(int(ggml)).name)
 
     @property
@@ -102,8 +102,8 @@ QUANTIZED = tuple(QuantType(name) for name in _QUANTIZED.split())
 
 
 def askable(name: str) -> QuantType:
-    """The type of this name, for tensors of a file. Raises UsageError for what is no type and for
-    those of ggml's that no weights are stored in.
+    """Return the type of this name, for tensors of a file. Raises UsageError for a name that is no
+    type, and for ggml's types that store no weights.
     """
     qtype = QuantType(name)
     if qtype not in (*QUANTIZED, F16, BF16, F32):
@@ -129,7 +129,8 @@ _FALLBACK_OF = {
 
 
 def fallback(asked: QuantType, n_columns: int) -> QuantType:
-    """The type that llama.cpp uses where rows of `n_columns` do not divide into `asked`'s blocks.
+    """Return the type that llama.cpp uses where rows of `n_columns` do not divide into `asked`'s
+    blocks.
 
     Follows `tensor_type_fallback` of llama.cpp's src/llama-quant.cpp: a type of 32-blocks of about
     the same quality, and F16 where that does not fit either. A test holds it against llama.cpp's
@@ -156,5 +157,5 @@ _OF_A_MIX = {
 
 
 def file_label(qtype: QuantType) -> str:
-    """llama.cpp's name for a file of one quantized type."""
+    """Return llama.cpp's name for a file of one quantized type."""
     return _OF_A_MIX.get(qtype.name, qtype.name)

@@ -1,4 +1,4 @@
-"""The header of a GGUF: metadata and the table of tensors, read with bounds before anything is
+"""Read the header of a GGUF, its metadata and table of tensors, with bounds before anything is
 allocated. The file may be anybody's, and whatever is wrong with it is a `Broken`.
 
 gguf-py's own reader believes counts and lengths, makes several arrays of every item, and raises
@@ -46,7 +46,7 @@ _TYPES = {int(number): QuantType.of(number) for number in gguf.GGML_QUANT_SIZES}
 
 
 class Broken(ValueError):
-    """What is wrong with a file, as a clause."""
+    """A file is broken: a clause says how."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Header:
 
 
 def shown(name: str) -> str:
-    """A name that a stranger gave, for a sentence: short, and without control characters."""
+    """Return a name that a stranger gave, short and without control characters, for a sentence."""
     cut = name if len(name) <= 100 else f"{name[:100]}..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def read_header(path: Path) -> Header:
-    """Raise OSError for a file that cannot be read, Broken for one that is no whole GGUF."""
+    """Raise OSError for a file that cannot be read, Broken for one that is not a whole GGUF."""
     with path.open("rb") as file:
         n_bytes = path.stat().st_size
         if n_bytes < 24:

@@ -49,8 +49,8 @@ def write_imatrix(
 
 
 def read_imatrix(path: Path) -> dict[str, Floats]:
-    """Mean squared inputs by tensor name, from our file or llama-imatrix's. Raises QuantkitError
-    for other files.
+    """Read the mean squared inputs by tensor name, from our file or llama-imatrix's. Raises
+    QuantkitError for other files.
     """
     file = GgufFile(path)
     if file.metadata.get("general.type") != "imatrix":
@@ -63,7 +63,7 @@ def read_imatrix(path: Path) -> dict[str, Floats]:
             name = tensor.removesuffix(".in_sum2")
             if f"{name}.counts" not in file.tensors:
                 raise QuantkitError(
-                    f"{path.name} has sums for {name} and no counts.",
+                    f"{path.name} has sums for {name} but no counts.",
                     "It is damaged: make it again with llama-imatrix.",
                 )
             counts = file.values(f"{name}.counts").reshape(-1, 1)

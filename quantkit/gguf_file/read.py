@@ -40,8 +40,8 @@ class GgufFile:
         self.alignment = header.alignment  # tensors begin at multiples of this many bytes
 
     def packed(self, name: str) -> native.Bytes:
-        """Rows of a tensor as stored: uint8 (n_rows, row_bytes), mapped from the file for as long
-        as somebody has them.
+        """Return the rows of a tensor as stored: uint8 (n_rows, row_bytes), mapped from the file
+        while they are in use.
         """
         tensor = self.tensors[name]
         shape = (-1, tensor.qtype.row_bytes(tensor.shape[-1]))
@@ -49,7 +49,7 @@ class GgufFile:
         return mapped.reshape(shape)
 
     def values(self, name: str) -> native.Floats:
-        """A tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""
+        """Return a tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""
         return native.dequantize(self.packed(name), self.tensors[name].qtype)
 
     @cached_property
@@ -63,7 +63,7 @@ class GgufFile:
         said = self.metadata.get(f"{self.metadata.get('general.architecture')}.context_length")
         if not isinstance(said, int) or said < 1:
             raise QuantkitError(
-                f"{shown(self.path.name)} does not say for how many tokens it was made.",
+                f"{shown(self.path.name)} does not say which context length it was trained for.",
                 "Download or make it again.",
             )
         return said

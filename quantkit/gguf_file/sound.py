@@ -1,4 +1,4 @@
-"""Whether a GGUF that somebody else made is one that llama.cpp can be asked to run.
+"""Check that llama.cpp can run a GGUF that somebody else made.
 
 What is known to end its process is refused with a sentence that says why. What slips through ends a
 process, too, and that one alone (`quantkit.llamacpp.place`).

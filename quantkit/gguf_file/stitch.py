@@ -1,4 +1,4 @@
-"""One GGUF from base.gguf's metadata and tensors that lie in other files."""
+"""Make one GGUF from base.gguf's metadata and tensors in other files."""
 
 from __future__ import annotations
 

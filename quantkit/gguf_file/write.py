@@ -154,7 +154,7 @@ class SlotFile:
         self._file.write(np.ascontiguousarray(packed).data)
 
     def read(self, name: str) -> native.Bytes:
-        """The bytes of a slot as they were written: uint8 (n_bytes,)."""
+        """Return the bytes of a slot as they were written: uint8 (n_bytes,)."""
         self._file.flush()
         self._file.seek(self.layout.offsets[name])
         return np.frombuffer(self._file.read(self.layout.sizes[name]), np.uint8)
@@ -165,7 +165,7 @@ class SlotFile:
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """All slots are filled: give the file its name."""
+        """Give the file its name, now that all slots are filled."""
         self.flush()
         self._file.close()
         os.replace(self._partial, self.path)

@@ -1,4 +1,4 @@
-"""numba, told where to keep what it has compiled."""
+"""Tell numba where to keep compiled code."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def descend(
     n_sweeps: int = N_SWEEPS,
     step: Step | None = None,
 ) -> torch.Tensor:
-    """Packed rows uint8 (n_rows, row_bytes) after `n_sweeps` of descent on tr(E H Eᵀ).
+    """Return packed rows uint8 (n_rows, row_bytes) after `n_sweeps` of descent on tr(E H Eᵀ).
 
     `weight` is float32 (n_rows, n_columns), `hessian` float32 (n, n), or (n_experts, n, n) for as
     many rows of each expert, one expert after the other. `step` replaces the device's fastest block
@@ -100,7 +100,7 @@ def descend(
 def take_apart(
     form: Format, packed: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor
 ) -> RowState:
-    """The numbers that packed rows store, and the gradient of their error."""
+    """Take packed rows apart into the numbers that they store, with the gradient of their error."""
     n_rows = len(packed)
     codes = form.codes(packed).to(torch.int8)
     scales = form.scales(packed)
@@ -113,12 +113,12 @@ def take_apart(
 
 
 def per_expert(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Rows (n_rows, n_columns) as a view with the axes that a batch of Hessians has."""
+    """View rows (n_rows, n_columns) with the axes that a batch of Hessians has."""
     return rows if hessian.dim() == 2 else rows.view(len(hessian), -1, rows.shape[-1])
 
 
 def put_together(state: RowState, packed: torch.Tensor) -> torch.Tensor:
-    """The bytes of a state; `packed` gives their layout."""
+    """Return the bytes of a state; `packed` gives their layout."""
     form = state.form
     out = form.with_codes(packed, state.codes)
     if form.scale_range is not None:
@@ -127,8 +127,9 @@ def put_together(state: RowState, packed: torch.Tensor) -> torch.Tensor:
 
 
 def step_block(state: RowState, block: Block) -> torch.Tensor:
-    """One block in torch, all rows side by side: the reference, and the way of devices without a
-    kernel."""
+    """Step one block in torch, all rows at once: the reference, and the fallback for devices
+    without a kernel.
+    """
     gradient = state.gradient[:, block.columns].clone()
     change = torch.zeros_like(gradient)
     _move_codes(state, block, gradient, change)
@@ -302,7 +303,7 @@ _SWEEPS = {"cpu": _sweep_cpu, "cuda": _sweep_cuda}
 def row_errors(
     form: Format, packed: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
-    """e H eᵀ of every packed row: float32 (n_rows,); inf where scales are not finite."""
+    """Return e H eᵀ of every packed row: float32 (n_rows,); inf where scales are not finite."""
     difference = per_expert(form.values(packed) - weight, hessian)
     errors = output_error(difference, hessian).flatten()
     return torch.where(torch.isfinite(errors), errors, torch.inf)

@@ -1,4 +1,4 @@
-"""Levels that somebody else made: GGUFs of the same model whose tensors compete with ours."""
+"""Levels from elsewhere: GGUFs of the same model whose tensors compete with ours."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PREFIX = "from "  # of the method that such a tensor is said to be by
 
 @dataclass(frozen=True)
 class Donor:
-    """One such file, and what its tensors are called when they win."""
+    """One such file, and the method name of its tensors when they win."""
 
     method: str
     file: GgufFile
 
 
 def open_donors(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[Donor]:
-    """The files that `--levels-from` names: paths or hf://owner/name/file.gguf.
+    """Open the files that `--levels-from` names: paths or hf://owner/name/file.gguf.
 
     Raises UsageError for one that is not there, QuantkitError when a quantizable tensor of the
     model is missing from it or has another shape.
@@ -38,9 +38,9 @@ def open_donors(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[D
             theirs = file.tensors.get(spec.name)
             if spec.quantizable and (theirs is None or theirs.shape != spec.shape):
                 raise QuantkitError(
-                    f"{file.path.name} is not of this model: {spec.name} is missing or has another"
-                    " shape.",
-                    "Give quantized GGUFs of the very model with --levels-from.",
+                    f"{file.path.name} is not a GGUF of this model: {spec.name} is missing or has"
+                    " another shape.",
+                    "Give quantized GGUFs of the same model with --levels-from.",
                 )
         found.append(Donor(f"{PREFIX}{short}", file))
     return found

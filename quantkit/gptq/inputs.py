@@ -1,4 +1,4 @@
-"""What is known of the inputs of tensors, read from disk when it is needed."""
+"""The statistics of tensors' inputs, read from disk when they are needed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ DAMPING = 0.1  # of the median of diag H: dev/LOG.md
 
 
 def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, str]:
-    """By tensor, the module whose input its columns are. One that is not found in the model
-    borrows that of a tensor of its block that reads the same input, where there is one.
+    """Return for each tensor the module whose input its columns are. A tensor that is not found in
+    the model borrows that of a tensor of its block that reads the same input, if there is one.
     """
     found = {}
     for name in tensors:
@@ -34,7 +34,9 @@ def modules_of(tensors: Iterable[str], maps: Mapping[str, RowMap]) -> dict[str, 
 
 
 def sibling_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
-    """A tensor found in the model that reads the same input as this one, columns in their order."""
+    """Return a tensor found in the model that reads the same input as this one, columns in their
+    order.
+    """
     parts = tensor.split(".")
     for kinds in ONE_INPUT:
         if parts[0] == "blk" and parts[2] in kinds:
@@ -46,8 +48,8 @@ def sibling_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
 
 
 class KnownInputs:
-    """What is known of the inputs of some tensors: read and factorized when the first of those
-    that share them is solved, forgotten after the last. The widest take gigabytes.
+    """The statistics of some tensors' inputs: read and factorized when the first tensor that shares
+    them is solved, dropped after the last. The widest take gigabytes.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class KnownInputs:
 
     @contextmanager
     def borrowed(self, tensor: str) -> Iterator[Inputs | None]:
-        """The inputs of a tensor; None without statistics. Once for every tensor."""
+        """Yield the inputs of a tensor, None without statistics. Call it once for every tensor."""
         group = self._group_of.get(tensor)
         if group is None:
             yield None
@@ -136,7 +138,9 @@ def _reordered(inputs: Inputs, columns: torch.Tensor, methods: tuple[str, ...]) 
 def make_inputs(
     train: torch.Tensor, heldout: torch.Tensor, methods: tuple[str, ...], device: str
 ) -> Inputs:
-    """From two Hessians, float32 (n, n), on the device; factorized where gptq is a method."""
+    """Make inputs of two Hessians, float32 (n, n), on the device; factorized where gptq is a
+    method.
+    """
     importance = train.diagonal().cpu().numpy().copy()
     train, heldout = train.to(device), heldout.to(device)
     factor: Factor | None = factorize(train, DAMPING) if "gptq" in methods else None

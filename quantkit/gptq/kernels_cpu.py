@@ -107,7 +107,7 @@ def gptq(
 
 
 class Shape(NamedTuple):
-    """What the descent has to know of a format."""
+    """The properties of a format that the descent needs."""
 
     width: int  # columns of a block
     group: int
@@ -118,7 +118,7 @@ class Shape(NamedTuple):
 
 @numba.njit(nogil=True, cache=True)
 def round_to_half(x):  # type: ignore[no-untyped-def]
-    """float32 array `x` rounded in place to the nearest float16, ties to even; to the largest
+    """Round the float32 array `x` in place to the nearest float16, ties to even; to the largest
     finite one where it overflows.
     """
     bits = x.view(np.int32)

@@ -1,4 +1,4 @@
-"""Every tensor in every type it may have, each by the method that did best on held-out inputs.
+"""Quantize every tensor to every candidate type, by the method that does best on held-out inputs.
 
 The unit of work is one block: the level files are laid out at once and filled block by block;
 finished blocks are noted in `done.json`.
@@ -131,7 +131,7 @@ def _units(run: Run, plan: LevelPlan, maps: Mapping[str, RowMap]) -> Iterator[Un
 
 @dataclass(frozen=True)
 class _Work:
-    """What all units share."""
+    """The data that all units share."""
 
     run: Run
     base: GgufFile
@@ -217,7 +217,7 @@ class _Experts:
     sensitivity: Sensitivity | None
 
     def rows(self, expert: int) -> tuple[native.Floats, Sensitivity | None]:
-        """An expert's weight, float32 (n_rows, n_columns), and what its errors cost."""
+        """Return an expert's weight, float32 (n_rows, n_columns), and what its errors cost."""
         stored = self.base.tensors[self.name]
         packed = self.base.packed(self.name)
         n_rows = len(packed) // stored.shape[0]
@@ -262,8 +262,8 @@ def _borrowed(name: str, statistics: ExpertStatistics) -> Iterator[Fallback]:
     if len(few):
         most = int(statistics.n_tokens[few].max())
         reason = (
-            f"{len(few)} of {len(statistics.n_tokens)} experts were given at most {most} tokens:"
-            " others were lent to them"
+            f"{len(few)} of {len(statistics.n_tokens)} experts got at most {most} tokens:"
+            " they borrowed others"
         )
         yield Fallback(name, "tokens routed", "tokens lent", reason)
 

@@ -18,7 +18,7 @@ _DEPTH = 1024  # of a piece; measured against float64 by benchmarks/gptq_speed.p
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, float32 (..., n, k) and (..., k, m) -> (..., n, m)."""
+    """Return a @ b, float32 (..., n, k) and (..., k, m) -> (..., n, m)."""
     if not a.is_cuda:
         return a @ b
     target = torch.zeros((*a.shape[:-1], b.shape[-1]), device=a.device)
@@ -27,7 +27,9 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def add_product(target: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sign: int = 1) -> None:
-    """target += sign * a @ b in place, float32 (n, m), (n, k), (k, m), or a batch of each."""
+    """Compute target += sign * a @ b in place, float32 (n, m), (n, k), (k, m), or a batch of
+    each.
+    """
     add = target.addmm_ if target.dim() == 2 else target.baddbmm_
     if not a.is_cuda:
         add(a, b, alpha=sign)

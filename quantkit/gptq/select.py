@@ -1,4 +1,4 @@
-"""Every way to store the rows that share an input, and which of them is best.
+"""Quantize the rows that share an input in every way, and choose the best.
 
 For one distinct input: round-to-nearest and imatrix quantization by ggml, and GPTQ onto the grids
 that ggml chose with diag(H) as importances, all types of all tensors in one sweep. The methods
@@ -47,7 +47,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the input that some tensors share, on the device where rows are solved.
+    """The statistics of the input that some tensors share, on the device where rows are solved.
 
     `factor` is None without gptq; `train` and `heldout` are Hessians, float32 (n, n).
     """
@@ -113,8 +113,8 @@ def _decide(qtype: QuantType, parts: Sequence[Part]) -> Solved:
 
 
 def decide_experts(qtype: QuantType, experts: Sequence[Part]) -> Solved:
-    """A tensor of stacked experts, each by the method that is best for it: they share a type, not
-    a method. Named after the method of most, whose error is that of the tensor as it is stored.
+    """Decide the method of each expert of a stacked tensor: experts share a type, not a method. The
+    result has the name of the most frequent method, whose error is that of the tensor as stored.
     """
     methods = [method for (kind, method) in experts[0].packed if kind == qtype]
     chosen = [min(methods, key=lambda m: part.errors[qtype, m].rank) for part in experts]
@@ -151,7 +151,7 @@ def solve_rows(
     n_sweeps: int,
     given: Mapping[tuple[QuantType, str], native.Bytes] = {},
 ) -> Part:
-    """All allowed methods on one piece of a tensor."""
+    """Quantize one piece of a tensor by all allowed methods."""
     device = inputs.heldout.device if inputs else torch.device("cpu")
     original = torch.from_numpy(weight).to(device)
     packed = _by_ggml(weight, original, types, methods, inputs)
@@ -175,7 +175,7 @@ def solve_experts(
     sensitivities: Sequence[Sensitivity | None],
     n_sweeps: int,
 ) -> list[Part]:
-    """`solve_rows` for several experts' weights of one shape, each with its own inputs: GPTQ and
+    """Do `solve_rows` for several experts' weights of one shape, each with its own inputs: GPTQ and
     the descent take all of them at once.
     """
     device = inputs[0].heldout.device

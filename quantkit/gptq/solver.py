@@ -213,7 +213,8 @@ def _sweep(stack: Stack, upper: torch.Tensor, start: int, end: int, walk: Walk) 
 
 
 def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list[torch.Tensor]:
-    """Codes, int8 (n_rows, n_columns), of every entry of `rows`; all share the factorized input.
+    """Return the codes, int8 (n_rows, n_columns), of every entry of `rows`; all share the
+    factorized input.
 
     Grids with a table and plain grids are swept apart, the rest together. `walk` replaces the
     fastest column walk of the device, for tests.
@@ -239,7 +240,7 @@ def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list
 def gptq_experts(
     rows: Sequence[Sequence[Rows]], factors: Sequence[Factor]
 ) -> list[list[torch.Tensor]]:
-    """`gptq` for several experts, every one with its own factor: on a GPU in one sweep over all of
+    """Do `gptq` for several experts, each with its own factor: on a GPU in one sweep over all of
     them. The experts' rows are alike: as many, on grids of the same kinds.
     """
     if not factors[0].upper.is_cuda:
@@ -275,7 +276,7 @@ def gptq_experts(
 
 
 def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each row's output, e H eᵀ, for weight differences (n_rows, n_columns):
-    (n_rows,). Experts may be an axis in front of all three.
+    """Return the mean squared error of each row's output, e H eᵀ, for weight differences (n_rows,
+    n_columns): (n_rows,). Experts may be an axis in front of all three.
     """
     return (product(difference, hessian) * difference).sum(-1)

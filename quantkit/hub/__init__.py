@@ -3,7 +3,7 @@ to it besides, through `client`.
 
 `token=None` means anonymous everywhere; `resolve_token()` says whose token a process may use. No
 function stores, logs or returns a token. All errors are QuantkitError: one sentence and a remedy.
-The work is done in the modules beside this one; what callers need is importable from here.
+The work is done in the modules next to this one; what callers need is importable from here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ModelHit:
 
 
 def search_models(query: str, limit: int = 10, token: str | None = None) -> tuple[ModelHit, ...]:
-    """Language models whose name fits `query`, most downloaded first.
+    """Return the language models whose name fits `query`, most downloaded first.
 
     Models that also see or hear are filed under another task on the Hub and are asked for too.
     Raises QuantkitError when the Hub does not answer.

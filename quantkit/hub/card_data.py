@@ -13,7 +13,7 @@ from quantkit.sandbox.untrusted import Settings
 
 _MAX_BYTES = 2_000_000  # cards with thousands of results of evaluations have 500 kB
 _DEEPEST = 50
-_REMEDY = "Write the top of the card as plain YAML, without & and *."
+_REMEDY = "Write the header as plain YAML, without & and *."
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of values only
@@ -28,7 +28,9 @@ def front_matter(card: bytes) -> bytes:
     if end is None and len(card) <= _MAX_BYTES:
         return b""
     if end is None:
-        raise QuantkitError(f"The top of the card has more than {_MAX_BYTES:,} bytes.", _REMEDY)
+        raise QuantkitError(
+            f"The YAML header of the card has more than {_MAX_BYTES:,} bytes.", _REMEDY
+        )
     return b"".join(lines[1:end])
 
 
@@ -54,6 +56,6 @@ def read_card(card: bytes) -> Settings:
         value = json.loads(json.dumps(value, default=str))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise QuantkitError(
-            f"The top of the card is no plain YAML ({type(error).__name__}).", _REMEDY
+            f"The header of the card is not plain YAML ({type(error).__name__}).", _REMEDY
         ) from None
     return Settings(value if isinstance(value, dict) else None)

@@ -1,4 +1,4 @@
-"""What publishing would change in a repository, asked before anything is written."""
+"""Find out what publishing would change in a repository, before anything is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Change:
 
 @dataclass(frozen=True)
 class RepoChanges:
-    """What a publish would do."""
+    """The changes that a publish would make."""
 
     repo_id: str
     exists: bool

@@ -1,4 +1,4 @@
-"""One way to the Hub: which token, which address, how long to wait, how often to try.
+"""All requests to the Hub: which token, which URL, how long to wait, how often to try.
 
 Every request goes through `call`, which retries what may pass and turns the rest into sentences.
 """
@@ -37,13 +37,13 @@ QUICK = (0.5, 2.0)
 PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
 _LONGEST_PAUSE = {QUICK: 5.0, PATIENT: 300.0}  # a longer Retry-After is reported, not waited for
 
-# Seconds without a byte. huggingface_hub sets none for most requests and would wait for ever.
+# Seconds without a byte. huggingface_hub sets none for most requests and would wait forever.
 _SECONDS = {"connect": 15.0, "read": 20.0, "write": 60.0, "pool": 60.0}
 _SECONDS_TO_WRITE = {**_SECONDS, "read": 120.0}  # a commit of large files is answered late
 
 
 def resolve_token() -> str | None:
-    """The token of the person this process works for; None: anonymous.
+    """Return the token of the person this process works for; None: anonymous.
 
     QUANTKIT_HF_TOKEN first: a launcher sets it in a worker's environment to the token of the
     visitor who started the run (empty: anonymous). On a Space nothing else counts, because
@@ -60,7 +60,9 @@ def resolve_token() -> str | None:
 
 
 def hf_api(token: str | None) -> HfApi:
-    """The API for one token. None is anonymous: huggingface_hub's own fall-backs stay out."""
+    """Return the API for one token. None is anonymous: huggingface_hub's own fallbacks are not
+    used.
+    """
     _limit_waiting()
     return HfApi(
         endpoint=endpoint(),
@@ -96,7 +98,8 @@ def call(
     token: str | None,
     waits: tuple[float, ...] = QUICK,
 ) -> T:
-    """The result of `action`, tried again after each of `waits` while the trouble looks passing.
+    """Return the result of `action`, tried again after each of `waits` while the error looks
+    temporary.
 
     Raises QuantkitError with one sentence and a remedy.
     """
@@ -118,7 +121,9 @@ def call(
 def read_start(
     repo_id: str, sha: str, path: str, n_bytes: int, token: str | None, skip: int = 0
 ) -> bytes:
-    """Up to `n_bytes` of a file on the Hub from byte `skip` on, never more, whatever it sends."""
+    """Read up to `n_bytes` of a file on the Hub from byte `skip` on, never more, whatever it
+    sends.
+    """
     url = hf_hub_url(repo_id, path, revision=sha, endpoint=endpoint())
     headers = build_hf_headers(
         token=token or False,
@@ -142,7 +147,9 @@ def read_start(
 
 
 def why_offline(token: str | None) -> str | None:
-    """None when the Hub answers a small question at once, else a clause that says why not."""
+    """Return None when the Hub answers a small question at once, else a clause that says why
+    not.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return "HF_HUB_OFFLINE is set"
     try:

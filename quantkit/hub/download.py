@@ -1,4 +1,4 @@
-"""Bring a model's files here, all of them."""
+"""Download a model's files, all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """The folder of huggingface_hub's cache, by the environment as it is now."""
+    """Return the folder of huggingface_hub's cache, by the environment as it is now."""
     if os.environ.get("HF_HUB_CACHE"):
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     if os.environ.get("HF_HOME"):
@@ -42,14 +42,15 @@ def check_disk(folder: Path, n_bytes: int, purpose: str = "the download") -> Non
     n_free = shutil.disk_usage(place).free
     if n_bytes > n_free:
         raise QuantkitError(
-            f"Not enough disk: {purpose} needs {size(n_bytes)} and {place} has "
+            f"Not enough disk space: {purpose} needs {size(n_bytes)} and {place} has "
             f"{size(n_free)} free.",
             "Free some space, or put HF_HOME and --out on a larger disk.",
         )
 
 
 def download(info: ModelInfo, token: str | None, progress: Progress | None = None) -> Path:
-    """The folder with the model's files, pinned to `info.sha`, downloading what the cache lacks.
+    """Return the folder with the model's files, pinned to `info.sha`, and download what the cache
+    lacks.
 
     Only `info.files` are fetched: never code, pickles or GGUFs (the folder is the user's cache and
     may hold others that came there some other way). Files that are whole are kept, so a second
@@ -83,7 +84,7 @@ def cached_folder(info: ModelInfo) -> Path:
 
 
 def damaged_files(info: ModelInfo, folder: Path) -> list[RepoFile]:
-    """Files of the model that `folder` lacks or has with another size."""
+    """Return the files of the model that `folder` lacks or has with another size."""
 
     def is_whole(file: RepoFile) -> bool:
         path = folder / file.path
@@ -97,8 +98,8 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
     if damaged:
         raise QuantkitError(
             f"{damaged[0].path} of {info.id} is not the file of {damaged[0].n_bytes:,} bytes that "
-            "was looked at.",
-            f"Look at {folder}, put the file back, and start again in a new folder."
+            "was checked.",
+            f"Check {folder}, restore the file, and start again in a new folder."
             if info.local_path
             else f"Delete {folder} and start again.",
         )
@@ -107,7 +108,7 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
 def snapshot(
     info: ModelInfo, files: Sequence[RepoFile], token: str | None, progress: Progress | None
 ) -> Path:
-    """snapshot_download of exactly these files."""
+    """Call snapshot_download for exactly these files."""
     cache, here = cache_dir(), cached_folder(info)
     n_total = sum(file.n_bytes for file in files)
     n_cached = sum(file.n_bytes for file in files if (here / file.path).is_file())

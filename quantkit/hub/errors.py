@@ -1,4 +1,4 @@
-"""What went wrong at the Hub, as one sentence with a remedy, and whether it is worth another try.
+"""Explain errors of the Hub in one sentence with a remedy, and say which are worth another try.
 
 Nothing that leaves this module holds a token: every text that came from a library or a server is
 scrubbed, and errors are raised `from None`, because the original carries the request's headers.
@@ -62,7 +62,9 @@ class ModelNotFound(QuantkitError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked of the Hub, for the sentence. Without an id or a thing: the Hub as a whole."""
+    """The request to the Hub, for the sentence. Without an id or a file it is the Hub as a
+    whole.
+    """
 
     repo_id: str = ""
     revision: str | None = None
@@ -75,12 +77,14 @@ class Asked:
 
 
 def endpoint() -> str:
-    """The Hub's address, read from the environment at each call (huggingface_hub reads it once)."""
+    """Return the Hub's address, read from the environment at each call (huggingface_hub reads it
+    once).
+    """
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def scrub(text: str, token: str | None = None) -> str:
-    """`text` without the token and without anything that looks like one."""
+    """Return `text` without the token and without anything that looks like one."""
     if token:
         text = text.replace(token, "***")
     return _TOKEN_PATTERN.sub("***", text)
@@ -140,7 +144,7 @@ def _seconds(value: str) -> float | None:
 
 
 def translate(error: BaseException, asked: Asked, token: str | None) -> QuantkitError:
-    """The error as a sentence and a remedy. The caller raises it `from None`."""
+    """Translate an error into a sentence and a remedy. The caller raises it `from None`."""
     for link in chain_of(error):
         if isinstance(link, HfHubHTTPError):
             return _from_answer(link, asked, token)
@@ -149,8 +153,8 @@ def translate(error: BaseException, asked: Asked, token: str | None) -> Quantkit
             return known
     text = " ".join(scrub(str(error), token).split())[:300]
     return QuantkitError(
-        f"The Hub did something unexpected ({type(error).__name__}: {text}).",
-        "Try again; if it stays, please report it with this sentence.",
+        f"The request to the Hub failed unexpectedly ({type(error).__name__}: {text}).",
+        "Try again; if it keeps happening, please report it with this sentence.",
     )
 
 
@@ -162,7 +166,9 @@ def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
             "Unset it, or give a local folder.",
         )
     if isinstance(error, LocalTokenNotFoundError):
-        return QuantkitError("The Hub needs to know who you are.", f"Give a token: {_GET_TOKEN}.")
+        return QuantkitError(
+            "You need to be signed in to the Hub for this.", f"Give a token: {_GET_TOKEN}."
+        )
     if isinstance(error, HFValidationError):
         return UsageError(f"{asked.repo_id!r} is not a Hub id.", "Write owner/name.")
     if isinstance(error, httpx2.TimeoutException):
@@ -185,15 +191,16 @@ def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
         )
     if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
         details = " ".join(str(error).split())
-        return QuantkitError(f"The Hub refuses the model card: {scrub(details)}", "Mend README.md.")
+        return QuantkitError(f"The Hub refuses the model card: {scrub(details)}", "Fix README.md.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return QuantkitError(
-            "The disk became full while files came from the Hub.",
+            "Ran out of disk space while downloading from the Hub.",
             "Free some space, or point HF_HOME to a larger disk, and start again.",
         )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return QuantkitError(
-            f"{error.filename} cannot be written.", "Point HF_HOME to a folder of yours."
+            f"{error.filename} cannot be written.",
+            "Point HF_HOME to a folder that you can write to.",
         )
     return None
 
@@ -205,7 +212,7 @@ def _from_answer(error: HfHubHTTPError, asked: Asked, token: str | None) -> Quan
     name = asked.repo_id or asked.thing or "the Hub"
     if isinstance(error, GatedRepoError):
         return QuantkitError(
-            f"{name} is gated: its owner lets only people in who accept the terms.",
+            f"{name} is gated: you need to accept its terms first.",
             f"Open {asked.url}, click “Agree and access repository”, then "
             + (
                 "run again with a token of that account (a fine-grained token needs the "
@@ -244,14 +251,16 @@ def _from_status(
     quoted = f" The Hub says: {said}" if said else ""
     if status == 401:
         return QuantkitError(
-            f"{name} is only for people the Hub knows.", f"Give a token: {_GET_TOKEN}."
+            f"You need to be signed in to read {name}.", f"Give a token: {_GET_TOKEN}."
         )
     if status == 402:
-        return QuantkitError(f"The Hub asks for a payment first.{quoted}", "See the Hub's billing.")
+        return QuantkitError(
+            f"The Hub requires payment for this.{quoted}", "Check your billing settings on the Hub."
+        )
     if status == 403:
         verb = "write to" if asked.writing else "read"
         return QuantkitError(
-            f"This token may not {verb} {name}.{quoted}"
+            f"This token has no permission to {verb} {name}.{quoted}"
             if token
             else f"{name} may not be {'written' if asked.writing else 'read'} without a token.",
             "Use a token with the permission to write there."
@@ -262,7 +271,7 @@ def _from_status(
         seconds = retry_after(error)
         when = f"in {seconds:.0f} seconds" if seconds else "in a few minutes"
         return QuantkitError(
-            "The Hub limits how many requests it answers, and the limit is reached.",
+            "The Hub's rate limit is reached.",
             f"Try again {when}" + ("." if token else "; with a token the limit is higher."),
         )
     if status in (409, 412):
@@ -274,7 +283,7 @@ def _from_status(
         )
     return QuantkitError(
         f"The Hub refused the request for {name} (status {status}).{quoted}",
-        "Try again; if it stays, please report it with this sentence.",
+        "Try again; if it keeps happening, please report it with this sentence.",
     )
 
 

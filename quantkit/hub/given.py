@@ -22,7 +22,7 @@ def check_name(name: str) -> None:
 
 
 def locate(name: str) -> Path:
-    """The file on this machine; one on the Hub is downloaded into the user's cache.
+    """Return the path of the file; one on the Hub is downloaded into the user's cache.
 
     Raises UsageError when it is not there, QuantkitError for whatever the Hub refuses.
     """
@@ -60,6 +60,6 @@ def _parts(name: str) -> tuple[str, str | None, str]:
     """Repository, revision and file of `hf://owner/name[@revision]/file.gguf`."""
     parts = name.removeprefix(_SCHEME).split("/", 2)
     if len(parts) < 3 or ".." in name:
-        raise UsageError(f"{name} does not name a file of a repository.", _EXAMPLE)
+        raise UsageError(f"{name} does not name a file in a repository.", _EXAMPLE)
     ref = hub.parse_reference(f"{parts[0]}/{parts[1]}", allow_local=False)
     return ref.id, ref.revision, parts[2]

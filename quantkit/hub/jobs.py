@@ -102,8 +102,8 @@ class JobOrder:
 
 
 def account(token: str) -> str:
-    """The name of the account a token belongs to, asked once in ten minutes: the Hub limits how
-    often. Raises QuantkitError.
+    """Return the name of the account that a token belongs to, asked at most once in ten minutes:
+    the Hub limits requests. Raises QuantkitError.
     """
     key, now = hashlib.sha256(token.encode()).digest(), time.monotonic()
     known = _accounts.get(key)
@@ -203,7 +203,7 @@ class FoundRun:
 
 
 def runs(labels: Mapping[str, str], token: str) -> tuple[FoundRun, ...]:
-    """The runs of an account whose Jobs carry `labels`, each by its newest Job. Raises
+    """Return the runs of an account whose Jobs carry `labels`, each by its newest Job. Raises
     QuantkitError.
     """
     found: dict[str, FoundRun] = {}
@@ -218,7 +218,7 @@ def runs(labels: Mapping[str, str], token: str) -> tuple[FoundRun, ...]:
 
 
 def look(job: RemoteJob, token: str) -> RemoteJob:
-    """The Job as it is now. Raises QuantkitError."""
+    """Return the Job as it is now. Raises QuantkitError."""
     api = hf_api(token)
     ask = partial(api.inspect_job, job_id=job.id, namespace=job.owner)
     return _remote(call(ask, _asked(job.owner), token, PATIENT))
@@ -239,7 +239,7 @@ def cancel_all(run_id: str, token: str) -> None:
 
 
 def lines(job: RemoteJob, token: str) -> Iterator[str]:
-    """The lines that a Job prints, from its first on, until it has ended.
+    """Yield the lines that a Job prints, from its first on, until it has ended.
 
     Broken connections are taken up again. Raises QuantkitError.
     """
@@ -261,8 +261,8 @@ def load(job: RemoteJob, token: str) -> MachineLoad | None:
 
 
 def make_bucket(name: str, token: str) -> str | None:
-    """The id of the account's private bucket `name`, made if there is none; None where the token
-    may not make one. Raises QuantkitError for everything else.
+    """Return the id of the account's private bucket `name`, which is created if needed; None if the
+    token may not create one. Raises QuantkitError for everything else.
     """
     api, owner = hf_api(token), account(token)
     bucket = f"{owner}/{name}"
@@ -280,10 +280,10 @@ def make_bucket(name: str, token: str) -> str | None:
 
 
 def check_token(token: str | None) -> str:
-    """The token. Raises QuantkitError without one."""
+    """Return the token. Raises QuantkitError without one."""
     if not token:
         raise QuantkitError(
-            "A Job runs in your own account, and nobody is signed in.",
+            "A Job runs in your own account, but nobody is signed in.",
             "Sign in with Hugging Face first.",
         )
     return token

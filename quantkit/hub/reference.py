@@ -1,4 +1,4 @@
-"""What a user typed as MODEL: a Hub id, a Hub address, a local folder or the demo."""
+"""Parse what a user typed as MODEL: a Hub id, a Hub URL, a local folder or the demo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantkit.config import DEMO_MODEL
 from quantkit.errors import UsageError, check_writable_name
 from quantkit.hub.client import endpoint
 
-_EXAMPLE = "Write owner/name, a Hub address, or the path of a local folder."
+_EXAMPLE = "Write owner/name, a Hub URL, or the path of a local folder."
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
 _NOT_MODELS = {"datasets": "dataset", "spaces": "Space", "buckets": "bucket", "papers": "paper"}
 _PAGES = ("docs", "blog", "collections", "learn", "models", "organizations", "posts", "settings")
@@ -56,7 +56,7 @@ def parse_reference(
     """
     text = text.strip()
     if not text or len(text) > 500 or not text.isprintable():
-        raise UsageError("No model was given." if not text else "That is not a model.", _EXAMPLE)
+        raise UsageError("Enter a model." if not text else "That is not a model.", _EXAMPLE)
     if text.lower().startswith("demo:"):
         return _demo(text, revision)
     if _is_address(text):
@@ -70,7 +70,7 @@ def parse_reference(
     if text.startswith(("/", ".", "~")) or "\\" in text:
         raise UsageError(
             f"There is no folder {text}." if allow_local else "Local folders cannot be used here.",
-            _EXAMPLE if allow_local else "Write owner/name or a Hub address.",
+            _EXAMPLE if allow_local else "Write owner/name or a Hub URL.",
         )
     repo_id, at, suffix = text.partition("@")
     return ModelRef("hub", _valid_id(repo_id), _one_revision(suffix if at else None, revision))
@@ -78,7 +78,9 @@ def parse_reference(
 
 def _demo(text: str, revision: str | None) -> ModelRef:
     if text.lower() != DEMO_MODEL or revision is not None:
-        raise UsageError(f"The only demo is {DEMO_MODEL}.", "Give it without a revision.")
+        raise UsageError(
+            f"The only demo is {DEMO_MODEL}.", f"Write {DEMO_MODEL}, without a revision."
+        )
     return ModelRef("demo", DEMO_MODEL)
 
 
@@ -92,7 +94,7 @@ def _address(text: str, revision: str | None) -> ModelRef:
     try:
         address = urlsplit(text if "://" in text else f"https://{text}")
     except ValueError:
-        raise UsageError(f"{text!r} is not an address.", _EXAMPLE) from None
+        raise UsageError(f"{text!r} is not a URL.", _EXAMPLE) from None
     if address.scheme.lower() == "hf":
         path, at, suffix = f"{address.netloc}{address.path}".partition("@")
         parts = [unquote(part) for part in path.split("/") if part]
@@ -152,7 +154,7 @@ def _one_revision(in_text: str | None, asked: str | None) -> str | None:
     """The revision from the address or from --revision; they may not contradict each other."""
     if in_text is not None and asked is not None and in_text != asked:
         raise UsageError(
-            f"The address names the revision {in_text} and --revision says {asked}.",
+            f"The URL names the revision {in_text}, but --revision says {asked}.",
             "Give only one of them.",
         )
     revision = asked if asked is not None else in_text

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _NEED_TOKEN = QuantkitError(
     "Publishing needs a token.",
-    "Set HF_TOKEN to one that may write, or run `hf auth login`.",
+    "Set HF_TOKEN to one with write permission, or run `hf auth login`.",
 )
 
 
@@ -59,8 +59,8 @@ class PublishedRepo:
 
 
 def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
-    """The full id of a repository that `token` may write to or create. Creates nothing, so that a
-    run that fails later leaves no empty repository behind.
+    """Return the full id of a repository that `token` may write to or create. Creates nothing, so
+    that a run that fails later leaves no empty repository behind.
 
     `repo_id` may be a bare name: then it is the account's own. Raises QuantkitError when there is
     no token, it may not write, the namespace is someone else's, or a public repository of that
@@ -76,12 +76,12 @@ def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
     orgs = {org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read"}
     if namespace not in {account["name"], *orgs}:
         raise QuantkitError(
-            f"The token belongs to {account['name']}, who may not publish under {namespace}.",
+            f"The token belongs to {account['name']}, who cannot publish under {namespace}.",
             f"Publish to {account['name']}/{full_id.split('/')[1]}, or use another token.",
         )
     if not _token_writes(Settings(account).section("auth"), full_id):
         raise QuantkitError(
-            f"This token may only read, and publishing to {full_id} writes.",
+            f"This token is read-only, and cannot publish to {full_id}.",
             "Make a token with write permission for it on the Hub's settings page.",
         )
     try:
@@ -129,8 +129,8 @@ def _token_writes(auth: Settings, repo_id: str) -> bool:
 def _check_privacy(repo_id: str, wanted_private: bool, is_private: bool) -> None:
     if wanted_private and not is_private:
         raise QuantkitError(
-            f"{repo_id} exists and is public, and a private repository was asked for.",
-            "Choose another name, make it private on the Hub first, or say --public.",
+            f"{repo_id} is public, but a private repository was asked for.",
+            "Choose another name, make it private on the Hub first, or use --public.",
         )
 
 
@@ -171,7 +171,7 @@ def publish(
     if left:
         raise QuantkitError(
             f"{left[0].path} in {repo_id} is not the file that was uploaded.",
-            "Publish again; if it stays, something else writes to this repository.",
+            "Publish again; if it happens again, something else writes to this repository.",
         )
     return PublishedRepo(repo_id, asked.url, sha, tuple(files), tuple(sorted(upload.changed)))
 
@@ -179,7 +179,7 @@ def publish(
 def _changed(name: str) -> QuantkitError:
     return QuantkitError(
         f"{name} is not the file that was made and measured: its bytes have changed.",
-        "Look at the disk, and resume: the file is made again. Nothing was published.",
+        "Check the disk, and resume: the file is made again. Nothing was published.",
     )
 
 
@@ -215,7 +215,7 @@ def _position(path: Path) -> int:
 
 
 def is_same(file: PublishedFile, remote: RemoteFile, path: Path) -> bool:
-    """By content: sha256 for large (LFS) files, git's own hash for small ones."""
+    """Compare by content: sha256 for large (LFS) files, git's own hash for small ones."""
     if remote.size != file.n_bytes:
         return False
     if remote.lfs is not None:
@@ -309,7 +309,7 @@ class _Upload:
                 thread.join()
 
     def differing(self, sha: str) -> list[PublishedFile]:
-        """The local files that the commit `sha` lacks or has with other bytes."""
+        """Return the local files that the commit `sha` lacks or has with other bytes."""
         paths = [file.path for file in self._files]
         found = self._step(lambda: self._api.get_paths_info(self._repo_id, paths, revision=sha))
         remote = {entry.path: entry for entry in found if isinstance(entry, RemoteFile)}

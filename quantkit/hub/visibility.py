@@ -1,4 +1,4 @@
-"""Who may see what is published: those who may see what it is made of, unless the user says
+"""Decide who can see what is published: those who can see its sources, unless the user says
 otherwise.
 """
 
@@ -10,7 +10,7 @@ from quantkit.config import RunConfig
 
 
 def why_private(config: RunConfig, info: ModelInfo) -> str | None:
-    """A clause on why the repository of a run is made private; None when it is made public.
+    """Return a clause on why the repository of a run is made private; None if it is made public.
 
     A model of the Hub is asked for again, by nobody in particular: it may have been closed since.
     Raises QuantkitError when the Hub does not answer.

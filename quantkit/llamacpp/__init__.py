@@ -1,4 +1,4 @@
-"""Whatever llama.cpp is asked: its converter, its mixes of types, what a context takes, its chat.
+"""Everything that llama.cpp does for us: its converter, stock mixes, memory of contexts, chat.
 
 converter/   the pinned converter in a sandbox     stock       the types of llama.cpp's mixes
 tokens       its tokens against the tokenizer's    contexts    bytes of a context

@@ -1,6 +1,6 @@
-"""A tokenizer's chat template for many conversations: one sandboxed process renders them all.
+"""Render many conversations with a tokenizer's chat template in one sandboxed process.
 
-A template is a program that a stranger wrote: it may loop for ever, or make a text of gigabytes.
+A template is a program that a stranger wrote: it may loop forever, or make a text of gigabytes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a context costs in memory when llama.cpp runs a model: caches of keys, values and states,
-and the buffers of one batch.
+"""Measure what a context costs in memory when llama.cpp runs a model: caches of keys, values and
+states, and the buffers of one batch.
 
 llama.cpp itself is asked, in the sandbox: it lays everything out without allocating it, and its log
 says how large each cache and buffer would be. Sliding windows, compressed keys, layers
@@ -35,8 +35,9 @@ _BUFFER = re.compile(r"(?:compute|output) buffer size\s*=\s*([\d.]+) MiB")
 
 @dataclass(frozen=True)
 class ContextMemory:
-    """Bytes beside the file itself: caches that grow with every token of context, caches that grow
-    with the first `window_tokens` of them, logits and activations of one batch, and the rest.
+    """Bytes in addition to the file itself: caches that grow with every token of context, caches
+    that grow with the first `window_tokens` of them, logits and activations of one batch, and the
+    rest.
     """
 
     bytes_per_token: int
@@ -91,8 +92,8 @@ def context_memory(base: GgufFile) -> ContextMemory:
 
 @dataclass(frozen=True)
 class Layout:
-    """What llama.cpp would allocate for a context: bytes and cells of its caches (a recurrent
-    state is one cell), and the bytes of buffers.
+    """The memory that llama.cpp would allocate for a context: bytes and cells of its caches (a
+    recurrent state is one cell), and the bytes of buffers.
     """
 
     n_tokens: int
@@ -101,8 +102,8 @@ class Layout:
 
 
 def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
-    """llama.cpp's layouts for contexts of so many tokens. Raises QuantkitError where it does not
-    survive the model and ValueError where it says nothing.
+    """Ask llama.cpp for its layouts of contexts of these lengths. Raises QuantkitError if it does
+    not survive the model and ValueError if it reports nothing.
     """
     logs = sandbox.call(
         f"{logs_of.__module__}:{logs_of.__name__}",
@@ -122,7 +123,7 @@ def ask(path: Path, contexts: Sequence[int]) -> list[Layout]:
     if not all(layout.caches and 0 < layout.buffers < _MOST for layout in found) or any(
         n_bytes > _MOST for layout in found for n_bytes, _ in layout.caches
     ):
-        raise ValueError("llama.cpp says nothing of caches or buffers")
+        raise ValueError("llama.cpp reports no caches or buffers")
     return found
 
 
@@ -144,7 +145,7 @@ def _counted(base: GgufFile, trained_tokens: int | None) -> ContextMemory:
         ((_PROBES[-1], buffers),),
         RUNTIME_BYTES,
         trained_tokens,
-        "llama.cpp could not be asked what a context takes: it may be less",
+        "llama.cpp could not say what a context takes: it may be less",
     )
 
 

@@ -1,4 +1,4 @@
-"""The output file before its weights: its metadata, its name and its exact size."""
+"""Lay out the output file before its weights: its metadata, its name and its exact size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_provenance(directory: RunDir) -> Provenance:
 def lay_out_output(
     base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance, label: str
 ) -> Layout:
-    """The layout of the output: base.gguf's metadata whole, a new file type, and the provenance."""
+    """Lay out the output: base.gguf's metadata whole, a new file type, and the provenance."""
     key_values = [
         KeyValue.uint32("general.file_type", FILE_TYPES[label]),
         KeyValue.uint32("general.quantization_version", 2),
@@ -44,8 +44,8 @@ def lay_out_output(
 
 
 def nearest_label(base: GgufFile, n_bytes: int, types: Iterable[QuantType] = ()) -> str:
-    """The stock mix whose file is nearest in size to `n_bytes`, among those that a file with these
-    `types` may be called after.
+    """Return the stock mix whose file is nearest in size to `n_bytes`, among those that a file with
+    these `types` can be named after.
     """
     sizes = {label: stock_bytes(base, StockRecipe(label)) for label in _labels(set(types))}
     return min(sizes, key=lambda label: (abs(sizes[label] - n_bytes), -STOCK_MIXES.index(label)))
@@ -70,7 +70,7 @@ def _labels(types: set[QuantType]) -> list[str]:
 
 
 def file_name(model: str, label: str, bpw: float | None = None, decimals: int = 2) -> str:
-    """`<Model>-EVO-<label>.gguf`; with `bpw`, of a second file of one label,
+    """Return `<Model>-EVO-<label>.gguf`; with `bpw`, of a second file of one label,
     `<Model>-EVO-4.62bpw-<label>.gguf`.
 
     The label comes last: the Hub, llama.cpp and Ollama read it there.
@@ -80,6 +80,6 @@ def file_name(model: str, label: str, bpw: float | None = None, decimals: int = 
 
 
 def safe_name(model: str) -> str:
-    """A model's name as a file name: the part after the owner, no path characters."""
+    """Return a model's name as a file name: the part after the owner, no path characters."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

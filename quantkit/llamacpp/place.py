@@ -1,4 +1,4 @@
-"""Where llama.cpp opens a file whose bytes somebody else wrote: quantkit's sandbox.
+"""Start the processes in which llama.cpp opens untrusted files: quantkit's sandbox.
 
 The evaluators bring a process for every file they open (`evaluators.session`); here it is started
 with nothing to read but that file and nothing to write but the folder it is given. A GPU is out of
@@ -26,7 +26,7 @@ _EXPANSION = 16  # a file at F16 beside one of one bit a weight
 
 
 def runtime(n_threads: int = 0, n_gpu_layers: int = 0) -> Runtime:
-    """The evaluators' runtime whose processes are sandboxed, on a GPU plain children."""
+    """Return the evaluators' runtime whose processes are sandboxed, or on a GPU plain children."""
     from evaluators.llama_runtime import Runtime
     from evaluators.session import plainly
 
@@ -36,7 +36,7 @@ def runtime(n_threads: int = 0, n_gpu_layers: int = 0) -> Runtime:
 def sandboxed(
     descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None
 ) -> Sandboxed:
-    """An `evaluators.session.Launch`."""
+    """Start a sandboxed process, as an `evaluators.session.Launch` does."""
     n_bytes = sum(path.stat().st_size for path in readable)
     n_cores = os.cpu_count() or 1
     limits = sandbox.Limits(

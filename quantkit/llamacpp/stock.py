@@ -1,5 +1,4 @@
-"""What llama.cpp itself would make: stock mixes and `--pure` files, asked of
-`llama_model_quantize`.
+"""Ask `llama_model_quantize` what llama.cpp itself would make: stock mixes and `--pure` files.
 
 The rules by which `Q4_K_M` picks a type for each tensor, and which tensors may be quantized at all,
 are llama.cpp's. They are not written down here a second time: a dry run on `base.gguf` (its header
@@ -60,7 +59,7 @@ class StockRecipe:
 
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """Everything that llama.cpp logs meanwhile, in this process."""
+    """Collect everything that llama.cpp logs meanwhile, in this process."""
     import llama_cpp
 
     parts: list[str] = []
@@ -123,8 +122,8 @@ _NO_IMATRIX = {"(none)": np.ones(1, np.float32)}
 
 
 def stock_types(base: Path, recipe: StockRecipe) -> dict[str, QuantType]:
-    """The type of every tensor in the stock file that llama-quantize with an imatrix would make of
-    `base`.
+    """Return the type of every tensor in the stock file that llama-quantize with an imatrix would
+    make of `base`.
 
     A dry run: nothing is written and no weight is read. Raises QuantkitError where llama.cpp
     refuses the model.
@@ -152,7 +151,7 @@ def _dry_run(base: Path, params: Any) -> dict[str, QuantType]:
     types = {m["name"]: QuantType((m["new"] or m["old"]).upper()) for m in _LINE.finditer(log)}
     if not types:
         raise QuantkitError(
-            "llama.cpp's dry run named no tensors.", "Report this with the model's id."
+            "llama.cpp's dry run named no tensors.", "Please report this with the model's id."
         )
     return types
 
@@ -167,8 +166,8 @@ def quantizable_tensors(base: Path) -> frozenset[str]:
 
 
 def stock_bytes(base: GgufFile, recipe: StockRecipe) -> int:
-    """Exact size in bytes of the stock file, without the few hundred bytes of quantize.imatrix.*
-    metadata.
+    """Return the exact size in bytes of the stock file, without the few hundred bytes of
+    quantize.imatrix.* metadata.
     """
     header = min(t.offset for t in base.tensors.values())
     return header + data_bytes(base, stock_types(base.path, recipe))
@@ -202,8 +201,8 @@ def make_stock(
     for name, qtype in _dry_run(base, params).items():
         if qtype.is_quantized and native.requires_imatrix(qtype) and name not in imatrix:
             raise QuantkitError(
-                f"llama.cpp cannot make {recipe} of {base.name}: {name} would be {qtype}, which"
-                " needs importances, and this tensor has none.",
+                f"llama.cpp cannot make {recipe} from {base.name}: {name} would be {qtype}, which"
+                " needs importances, but this tensor has none.",
                 "Choose a larger file.",
             )
     with replacing(out) as partial:

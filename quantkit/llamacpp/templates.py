@@ -1,6 +1,6 @@
-"""A stranger's chat template, rendered where it can do no harm.
+"""Render a stranger's chat template where it can do no harm.
 
-A template is a program: it may loop for ever, or make a text of gigabytes. transformers runs it in
+A template is a program: it may loop forever, or make a text of gigabytes. transformers runs it in
 Jinja's sandbox; here that happens in a limited process of its own, and the outcome is a text or a
 sentence.
 """
@@ -58,8 +58,8 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, str]:
-    """`text`, or `error`, a sentence; neither without a template. Only for the main thread of a
-    limited process: an endless loop is ended by an alarm, a huge text by the process's limits.
+    """Return `text`, or `error`, a sentence; neither without a template. Only for the main thread
+    of a limited process: an endless loop is ended by an alarm, a huge text by the process's limits.
     """
     if not tokenizer.chat_template:
         return {}
@@ -73,5 +73,5 @@ def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> dict[str, st
         about = (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
         return {"error": f"The chat template cannot be rendered: {about or type(error).__name__}."}
     if not isinstance(text, str) or len(text) > _MAX_LETTERS:
-        return {"error": f"The chat template makes more than {_MAX_LETTERS:,} letters."}
+        return {"error": f"The chat template makes more than {_MAX_LETTERS:,} characters."}
     return {"text": text}

@@ -1,9 +1,8 @@
-"""Are the tokens of a GGUF those of the original tokenizer?
+"""Check that the tokens of a GGUF are those of the original tokenizer.
 
-Asked of llama.cpp and transformers in the converter's own sandbox, as soon as there is a GGUF: at
-`plan` of the skeleton, in a run of `base.gguf`. A difference that is a fault ends either before the
-long work. What llama.cpp does differently by design is kept, to be said wherever the result is
-spoken of.
+llama.cpp and transformers run in the converter's own sandbox as soon as there is a GGUF: `plan`
+checks the skeleton, a run checks `base.gguf`. A difference that is a fault ends either before the
+long work. What llama.cpp does differently by design is recorded, and reported with the result.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MOST_IDS = 128
 
 @dataclass(frozen=True)
 class Tokens:
-    """What was found."""
+    """The result of the comparison."""
 
     check: Check
     apart: tuple[str, ...] = ()  # what llama.cpp does differently by design; sentences
@@ -40,7 +39,7 @@ class Tokens:
 
 
 class Found(TypedDict):
-    """What `compare_in` answers."""
+    """The answer of `compare_in`."""
 
     wrong: list[str]
     apart: list[str]
@@ -51,7 +50,7 @@ class Found(TypedDict):
 
 
 class NotFound(TypedDict):
-    """What it answers where nothing could be compared."""
+    """Its answer if nothing could be compared."""
 
     error: str
 
@@ -65,13 +64,13 @@ def judged(said: Any) -> Tokens:
     try:
         found = untrusted.typed(Found | NotFound, said)
     except untrusted.Damaged:
-        found = {"error": "the answer is not of the form that was asked for"}
+        found = {"error": "the answer does not have the expected form"}
     if "error" in found:
         return Tokens(Check(NAME, False, f"not compared: {plain(found['error']).rstrip('.')}"))
     if found["wrong"]:
         raise QuantkitError(
             f"The tokens of the GGUF are not the tokenizer's: {plain('; '.join(found['wrong']))}.",
-            "llama.cpp would read the model's texts as others. Its tokenizer's files may not belong"
+            "llama.cpp would tokenize text differently. The tokenizer's files may not belong"
             " together: compare them with those of its base model.",
         )
     about = f"{found['n_vocab']:,} ids and the tokens of {found['n_texts']} texts are the same"

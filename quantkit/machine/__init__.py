@@ -1,1 +1,1 @@
-"""What this machine has: memory, disk, a folder of its own; and what its faults mean in words."""
+"""This machine's memory, disk and user folder, and explanations of its errors."""

@@ -1,5 +1,5 @@
-"""What an error of the system means: a disk that is full or may not be written, too little memory,
-a limit. It may come from anywhere, also from a library that tells it in its own way.
+"""Explain errors of the system: a disk that is full or cannot be written, too little memory, a
+limit. It may come from anywhere, also from a library that tells it in its own way.
 
 Everything that ends a command goes through `explain`. What it does not know is a bug.
 """
@@ -19,7 +19,7 @@ from quantkit.errors import QuantkitError, chain_of
 from quantkit.machine import room
 from quantkit.sizes import size
 
-_AGAIN = "give the same command again: what is done stays"
+_AGAIN = "run the same command again: finished work is kept"
 _LITTLE_DISK = 16_000_000  # bytes: a disk with less is what was full
 _FEW_FILES = 16
 _LITTLE_MEMORY = 1 << 30  # bytes: with less, whatever dies without a reason died for want of it
@@ -27,7 +27,7 @@ _LITTLE_MEMORY = 1 << 30  # bytes: with less, whatever dies without a reason die
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that is written to, and how to have another."""
+    """A folder that is written to, and how to choose another."""
 
     folder: Path
     otherwise: str  # as in "set TMPDIR to another folder"
@@ -63,7 +63,7 @@ def explain(
         if told is not None:
             return told
     if _may_be_memory(str(error), error) and _is_tight(needs):
-        return QuantkitError(f"{_lacks(needs, stage)} It is likely what ended this.", _more())
+        return QuantkitError(f"{_lacks(needs, stage)} This is the likely cause.", _more())
     return None
 
 
@@ -98,13 +98,13 @@ def _of_system(error: BaseException, run: Path | None) -> QuantkitError | None:
         return QuantkitError(f"The name {shown} is not UTF-8.", "Rename the file.")
     if "No usable temporary directory" in text:
         return QuantkitError(
-            "There is no folder for temporary files that has room and may be written.",
+            "No folder for temporary files can be written to and has room.",
             "Set TMPDIR to one.",
         )
     if "Could not determine home directory" in text:
         return QuantkitError(
             "This user has no home folder.",
-            "Set QUANTKIT_HOME and HF_HOME to folders that may be written.",
+            "Set QUANTKIT_HOME and HF_HOME to folders that you can write to.",
         )
     if "cannot cache function" in text:  # numba's
         number, path = errno.EACCES, places(run)[-2].folder
@@ -112,8 +112,8 @@ def _of_system(error: BaseException, run: Path | None) -> QuantkitError | None:
         return QuantkitError(_lacks(0, ""), _more())
     if "start new thread" in text or (number == errno.EAGAIN and isinstance(error, OSError)):
         return QuantkitError(
-            "The system lets this user start no more processes or threads.",
-            f"Raise the limit (`ulimit -u`) or end others, and {_AGAIN}.",
+            "The system does not let this user start more processes or threads.",
+            f"Raise the limit (`ulimit -u`) or end other processes, and {_AGAIN}.",
         )
     if number is None or (isinstance(error, OSError) and not path and number not in _WITHOUT_PATH):
         return None
@@ -130,15 +130,15 @@ def _of_path(number: int, path: Any, place: Place, run: Path | None) -> Quantkit
     otherwise = place.otherwise[0].upper() + place.otherwise[1:]
     if number in (errno.EACCES, errno.EPERM):
         return QuantkitError(
-            f"{shown} may not be read or written by this user.",
-            f"Change that, or {place.otherwise}.",
+            f"This user is not allowed to read or write {shown}.",
+            f"Change its permissions, or {place.otherwise}.",
         )
     if number == errno.EROFS:
-        return QuantkitError(f"{shown} lies on a disk that is read-only.", f"{otherwise}.")
+        return QuantkitError(f"{shown} is on a read-only disk.", f"{otherwise}.")
     if number in (errno.EIO, errno.ESTALE, errno.EUCLEAN):
         return QuantkitError(
-            f"The disk of {shown} fails: the system reports an input/output error.",
-            f"Look at the disk. On a sound one, {_AGAIN}.",
+            f"The disk of {shown} is failing: the system reports an input/output error.",
+            f"Check the disk. With a sound one, {_AGAIN}.",
         )
     if number in (errno.EMFILE, errno.ENFILE):
         return QuantkitError(
@@ -147,21 +147,21 @@ def _of_path(number: int, path: Any, place: Place, run: Path | None) -> Quantkit
         )
     if number == errno.EFBIG:
         return QuantkitError(
-            f"{shown} holds a file that became larger than this system or `ulimit -f` allows.",
+            f"{shown} holds a file that grew larger than this system or `ulimit -f` allows.",
             f"Raise the limit, or {place.otherwise}.",
         )
     if number in (errno.ENOTDIR, errno.EEXIST):
         is_link = bool(path) and os.path.islink(path)
         what = "a link that leads to no folder" if is_link else "a file"
-        return QuantkitError(f"{shown} is {what}, and a folder is needed there.", f"{otherwise}.")
+        return QuantkitError(f"{shown} is {what}, but a folder is needed there.", f"{otherwise}.")
     if number == errno.EISDIR:
-        return QuantkitError(f"{shown} is a folder, and a file is needed there.", f"{otherwise}.")
+        return QuantkitError(f"{shown} is a folder, but a file is needed there.", f"{otherwise}.")
     if number == errno.ENAMETOOLONG:
         return QuantkitError("A name is longer than this disk allows.", f"{otherwise}.")
     if number == errno.ELOOP:
         return QuantkitError(f"{shown} is a link that leads to itself.", f"{otherwise}.")
     if number == errno.ENOENT and not place.folder.is_dir():
-        return QuantkitError(f"The folder {place.folder} cannot be made.", f"{otherwise}.")
+        return QuantkitError(f"The folder {place.folder} cannot be created.", f"{otherwise}.")
     if number == errno.ENOENT and run is not None and _is_below(path, run):
         return QuantkitError(
             f"{shown} is gone.", f"If it was deleted, {_AGAIN}, and what was lost is made again."
@@ -173,14 +173,14 @@ def _of_path(number: int, path: Any, place: Place, run: Path | None) -> Quantkit
 
 def _full(place: Place, number: int) -> QuantkitError:
     if number == errno.EDQUOT:
-        said = f"Your share of the disk of {place.folder} is used up."
+        said = f"Your quota on the disk of {place.folder} is used up."
     elif (left := _room(place.folder)) and left[1] < _FEW_FILES and left[0] > _LITTLE_DISK:
-        said = f"The disk of {place.folder} takes no more files: its inodes are used up."
+        said = f"The disk of {place.folder} cannot hold more files: its inodes are used up."
     else:
         said = f"The disk of {place.folder} is full."
     if place.otherwise.endswith("--out"):  # a run does not move
-        return QuantkitError(said, f"Free some, and {_AGAIN}.")
-    return QuantkitError(said, f"Free some, or {place.otherwise}; then {_AGAIN}.")
+        return QuantkitError(said, f"Free some space, and {_AGAIN}.")
+    return QuantkitError(said, f"Free some space, or {place.otherwise}; then {_AGAIN}.")
 
 
 def _fullest(known: Sequence[Place]) -> Place:
@@ -243,8 +243,8 @@ _VAGUE = re.compile(
 def _of_memory(error: BaseException, needs: int, stage: str) -> QuantkitError | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage has
         return QuantkitError(
-            "The GPU has too little memory free.",
-            "End what else uses it, or resume with QUANTKIT_MEMORY set to less than it has.",
+            "The GPU has too little free memory.",
+            "End other programs that use it, or resume with QUANTKIT_MEMORY below what it has.",
         )
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)):
@@ -262,7 +262,9 @@ def _doubted(error: QuantkitError, run: Path | None, needs: int, stage: str) -> 
         return QuantkitError(_lacks(needs, stage), _more())
     if _may_be_memory(str(error), error) and _is_tight(needs):
         found = room.free()
-        likely = f"Memory is likely what lacks: {size(found.n_bytes)} are free {found.bound}."
+        likely = (
+            f"A lack of memory is the likely cause: {size(found.n_bytes)} are free {found.bound}."
+        )
         return QuantkitError(error.message, f"{likely} {_more()}")
     return error
 
@@ -287,7 +289,7 @@ def _lacks(needs: int, stage: str) -> str:
 def _more() -> str:
     if room.free().is_limit:
         return f"Raise that limit, and {_AGAIN}."
-    return f"End what else uses memory or give it more, and {_AGAIN}."
+    return f"End other programs that use memory, or add memory, and {_AGAIN}."
 
 
 def little_memory(needs: int, stage: str) -> str:
@@ -299,7 +301,7 @@ def little_memory(needs: int, stage: str) -> str:
         if found.n_bytes + found.own < needs + mapped:
             return (
                 f"there is little memory: {stage} takes about {size(needs + mapped)}, and"
-                f" {size(found.n_bytes + found.own)} are there {found.bound}: it may fail"
+                f" {size(found.n_bytes + found.own)} are free {found.bound}: it may fail"
             )
     return ""
 
@@ -316,7 +318,7 @@ def ended_for_memory(last: Mapping[str, object]) -> str:
         before = last.get(where)
         if isinstance(before, int) and now.get(where, 0) > before:
             return (
-                "It ended without a word, and the kernel has ended processes for want of memory"
-                f" {said} since: it is likely one of them."
+                "It ended without a message, and the kernel has since killed processes for lack of"
+                f" memory {said}: it was probably one of them."
             )
     return ""

@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """quantkit's folder for what it sets up once per user."""
+    """Return quantkit's folder for what it sets up once per user."""
     return Path(os.environ.get("QUANTKIT_HOME") or Path.home() / ".cache" / "quantkit")

@@ -1,4 +1,4 @@
-"""How much memory a run may take, and a spill file for tensors that may not fit into it.
+"""Decide how much memory a run can take, and spill tensors that do not fit to a file.
 
 QUANTKIT_MEMORY (`12GiB`) is the most that a run may count on, of the machine's memory or of a
 GPU's; without it that is what is free (`quantkit.machine.room`). No result depends on it but
@@ -88,7 +88,7 @@ class SpillFile:
         return True
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """The tensor, on the device where it was or, from the file, on the CPU."""
+        """Return the tensor, on the device where it was or, from the file, on the CPU."""
         found = self._held.get(key)
         if found is not None:
             return found

@@ -1,4 +1,5 @@
-"""What memory this process may still take, and whether the kernel has ended others for want of it.
+"""Find out how much memory this process can still take, and whether the kernel has killed others
+for lack of it.
 
 The machine, every control group above us (of version 1 and 2) and our own `ulimit` may each be what
 there is least of.
@@ -33,7 +34,9 @@ class Free:
 
 
 def free() -> Free:
-    """The least that the machine, our groups and our limits leave; a lot where no system says."""
+    """Return the least that the machine, our control groups and our limits leave; a large number
+    where the system does not say.
+    """
     return min([*_machine(), *_groups(), *limits()], key=lambda x: x.n_bytes, default=_PLENTY)
 
 

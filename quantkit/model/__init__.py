@@ -1,4 +1,4 @@
-"""The model in PyTorch, block by block, and how the GGUF's rows are made of its weights.
+"""The model in PyTorch, block by block, and the map from its weights to the GGUF's rows.
 
 blockwise    one block at a time            streaming    blocks read as they are needed
 row_maps     found bit for bit              unmapped     tensors without one, by name

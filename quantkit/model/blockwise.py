@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def load_model(
     folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
 ) -> PreTrainedModel:
-    """The checkpoint in `folder` for inference: safetensors only, no remote code, no network.
+    """Load the checkpoint in `folder` for inference: safetensors only, no remote code, no network.
 
     Raises QuantkitError when transformers cannot load it, or would draw a weight at random.
     """
@@ -54,7 +54,7 @@ def load_model(
 def from_checkpoint(
     folder: Path, dtype: torch.dtype | str = "auto", **placing: Any
 ) -> PreTrainedModel:
-    """The model as transformers loads it from the checkpoint in `folder`: safetensors only, no
+    """Load the model as transformers does from the checkpoint in `folder`: safetensors only, no
     remote code, no network, and every weight from the files. `placing` goes to `from_pretrained`.
 
     Raises QuantkitError when transformers cannot load it, or would draw a weight at random.
@@ -77,7 +77,7 @@ def from_checkpoint(
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
-    """The model of a config, without weights: names and shapes (device `meta`).
+    """Make the model of a config without weights: names and shapes (device `meta`).
 
     Raises QuantkitError when transformers cannot make it.
     """
@@ -96,8 +96,8 @@ def check_loaded(missing: Iterable[str], mismatched: Iterable[str] = ()) -> None
 
 
 def class_of(folder: Path) -> tuple[Any, Any]:
-    """The auto class that loads the checkpoint in `folder`, and its config. Of the models that also
-    see, transformers lists some as language models and some not.
+    """Return the auto class that loads the checkpoint in `folder`, and its config. Of the models
+    that also see, transformers lists some as language models and some not.
 
     Fine-tunes are saved with what their training asked for. Here a model gives logits alone (a
     router's are read off modules that do not run when it is traced), in its usual kind of answer,
@@ -124,7 +124,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def refusals_told(what: str = "model") -> Iterator[None]:
-    """transformers' errors, as sentences for people. A config may make it raise anything."""
+    """Turn transformers' errors into sentences for people. A config can make it raise anything."""
     try:
         yield
     except QuantkitError:
@@ -138,14 +138,14 @@ def refusals_told(what: str = "model") -> Iterator[None]:
 
 
 def compute_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, else float32."""
+    """Return bfloat16 where the device multiplies it faster than float32, else float32."""
     if device != "cpu" or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, without remote code or network. Raises QuantkitError."""
+    """Load the checkpoint's tokenizer, without remote code or network. Raises QuantkitError."""
     with refusals_told("tokenizer"), codeless(folder) as plain:
         _check_tokenizer_class(plain)
         return AutoTokenizer.from_pretrained(plain, local_files_only=True, trust_remote_code=False)
@@ -177,7 +177,9 @@ class BlockCall:
     shared: tuple[str, ...] = ()
 
     def with_shared_kv(self, shared_kv: SharedKV) -> BlockCall:
-        """The same call after blocks that left this; what this block leaves is added to it."""
+        """Return the same call with the keys and values that earlier blocks left; this block adds
+        its own.
+        """
         return replace(self, kwargs=self.kwargs | dict.fromkeys(self.shared, shared_kv))
 
 
@@ -256,13 +258,13 @@ class BlockwiseModel:
                 yield name, parameter
 
     def block_of(self, parameter: str) -> int | None:
-        """The block that a parameter belongs to; None for one outside of blocks."""
+        """Return the block that a parameter belongs to; None for one outside of blocks."""
         if not parameter.startswith(self.blocks_name + "."):
             return None
         return int(parameter.removeprefix(self.blocks_name + ".").split(".", 1)[0])
 
     def weight(self, parameter: str) -> torch.Tensor:
-        """A parameter's values; of a streamed block, they are brought for whoever asks."""
+        """Return a parameter's values; those of a streamed block are read from the checkpoint."""
         block = self.block_of(parameter)
         with nullcontext() if block is None else self.holding(block):
             return self.model.get_parameter(parameter).data
@@ -316,8 +318,8 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def trace(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Embed `ids`: the first block's hidden state, and how the model calls each block for this
-        batch.
+        """Embed `ids`, and return the first block's hidden state and the model's calls of its
+        blocks.
         """
         calls: dict[int, BlockCall] = {}
         embedded: list[torch.Tensor] = []
@@ -339,13 +341,13 @@ class BlockwiseModel:
         return embedded[0], [calls[index] for index in range(len(self.blocks))]
 
     def run_block(self, index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-        """The hidden state after block `index`."""
+        """Return the hidden state after block `index`."""
         answer = self.blocks[index](hidden, *call.args, **call.kwargs)
         return answer[0] if isinstance(answer, tuple) else answer
 
     def head_with_grad(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, n_tokens, n_vocab) of the last block's hidden state, by the model's own
-        norm and head.
+        """Return the logits (batch, n_tokens, n_vocab) of the last block's hidden state, by the
+        model's own norm and head.
         """
 
         def make(index: int) -> Callable[..., Any]:
@@ -361,11 +363,11 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`head_with_grad` for inference."""
+        """Do `head_with_grad` for inference."""
         return self.head_with_grad(hidden)
 
     def head_linears(self) -> dict[str, nn.Module]:
-        """The output head by name, when it is a linear layer."""
+        """Return the output head by name, when it is a linear layer."""
         head = self.model.get_output_embeddings()
         return {
             name: m
@@ -408,8 +410,8 @@ class _Probed(Exception):
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The stack of decoder blocks: the module list of the text model that is as long as the config
-    says.
+    """Return the stack of decoder blocks: the module list of the text model that is as long as the
+    config says.
     """
     config = model.config.get_text_config()
     n_layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)

@@ -36,7 +36,7 @@ class States:
         self._n_shared[key] = {name: len(tensors) for name, tensors in shared_kv.items()}
 
     def get(self, key: Hashable, device: str | torch.device) -> tuple[torch.Tensor, SharedKV]:
-        """A batch, on `device`."""
+        """Return a batch, on `device`."""
         shared_kv = {
             name: tuple(self._spill.get((key, name, i)).to(device) for i in range(n))
             for name, n in self._n_shared[key].items()
@@ -51,5 +51,6 @@ class States:
     def _put(self, key: Hashable, tensor: torch.Tensor) -> None:
         if not self._spill.put(key, tensor.to(self._device)):
             raise QuantkitError(
-                "There is no disk left for hidden states.", "Free some, or use a smaller --profile."
+                "There is no disk space left for hidden states.",
+                "Free some, or use a smaller --profile.",
             )

@@ -19,7 +19,7 @@ def open_model(
     device: str = "cpu",
     n_beside: int = 0,
 ) -> BlockwiseModel:
-    """`streaming.open_model`; where it does not take the model whole, the run's events say so."""
+    """Do `streaming.open_model`, and say in the run's events if the model is streamed."""
     model = streaming.open_model(folder, dtype, device, n_beside)
     if model.is_streamed:
         text = "there is too little free memory for the whole model: its blocks are read one by one"

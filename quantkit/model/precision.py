@@ -1,5 +1,6 @@
-"""In what precision candidates run: 32 bits wherever rounding to 16 would be as large as what they
-differ by, that is the residual stream and the logits; products in the type of their matrices.
+"""The precision of candidates' forward passes: 32 bits wherever rounding to 16 would be as large as
+their differences, that is in the residual stream and the logits; products use the type of their
+matrices.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ def prepare(model: BlockwiseModel) -> None:
 
 
 def prepare_block(block: nn.Module) -> None:
-    """The same for a block whose weights have just come from the checkpoint."""
+    """Prepare a block whose weights have just come from the checkpoint."""
     for parameter in block.parameters():
         if parameter.dim() < 2:
             parameter.data = parameter.data.float()
 
 
 def products(model: BlockwiseModel) -> AbstractContextManager[object]:
-    """The context in which blocks are run."""
+    """Return the context in which blocks are run."""
     dtype = matrix_dtype(model)
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[BlockCall]]:
-    """A trace whose hidden state, (batch, n_tokens, n_embd), is float32, and whose other arguments
-    of blocks are what products take: rotary tables of 32 bits would make all of attention wide.
-    What blocks leave for later ones is the pass's own.
+    """Start a trace whose hidden state, (batch, n_tokens, n_embd), is float32, and whose other
+    arguments of blocks are what products take: rotary tables of 32 bits would make all of attention
+    wide. What blocks leave for later ones is the pass's own.
     """
     dtype = matrix_dtype(model)
     with _surroundings(model):
@@ -71,7 +72,7 @@ def begin(model: BlockwiseModel, ids: torch.Tensor) -> tuple[torch.Tensor, Seque
 
 
 def logits(model: BlockwiseModel, states: torch.Tensor) -> torch.Tensor:
-    """float32 (n_sequences, n_ctx, n_vocab) of the last block's hidden states."""
+    """Return the logits float32 (n_sequences, n_ctx, n_vocab) of the last block's hidden states."""
     with _surroundings(model):
         return model.head(states).float()
 
@@ -84,7 +85,7 @@ def _surroundings(model: BlockwiseModel) -> AbstractContextManager[object]:
 
 
 def matrix_dtype(model: BlockwiseModel) -> torch.dtype:
-    """The type of the matrices inside blocks."""
+    """Return the type of the matrices inside blocks."""
     return next(p for b in model.blocks for p in b.parameters() if p.dim() >= 2).dtype
 
 

@@ -1,4 +1,4 @@
-"""Which row of which Hugging Face weight is which row of `base.gguf`.
+"""Match every row of `base.gguf` with a row of a Hugging Face weight.
 
 GPTQ treats output rows independently and its Hessian lives on input columns, so it commutes with
 any permutation of rows. The converter permutes, splits, fuses and stacks rows; it does not change
@@ -61,18 +61,20 @@ class RowMap:
     columns: torch.Tensor | None = None  # int64 (n_columns,), None: in their order
 
     def n_columns(self, parameter: torch.Tensor) -> int:
-        """The columns of the GGUF tensor."""
+        """Return the columns of the GGUF tensor."""
         if self.flipped:
             n_all = parameter.numel() // parameter.shape[-1]
             return (n_all if self.rows is None else len(self.rows)) // self.flipped
         return parameter.shape[-2 if self.transposed else -1]
 
     def in_file_order(self, per_column: np.ndarray) -> np.ndarray:
-        """Values of the module's inputs (..., n_columns), in the order of the GGUF's columns."""
+        """Return values of the module's inputs (..., n_columns), in the order of the GGUF's
+        columns.
+        """
         return per_column if self.columns is None else per_column[..., self.columns.numpy()]
 
     def gather(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The GGUF rows (n_rows, n_columns) of what is shaped like the parameter."""
+        """Return the GGUF rows (n_rows, n_columns) of values shaped like the parameter."""
         rows = _rows(parameter, self.transposed)
         rows = rows if self.rows is None else rows[self.rows.to(rows.device)]
         rows = rows if self.columns is None else rows[:, self.columns.to(rows.device)]
@@ -169,7 +171,7 @@ class RowMatcher:
         return self._index[name, transposed, qtype]
 
     def match(self, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
-        """The row map of a GGUF tensor with stored rows `packed`, or None where a row is not the
+        """Return the row map of a GGUF tensor with stored rows `packed`, None if a row is not the
         model's.
 
         Where several weights have these rows (repeated layers, constant weights), the best is a

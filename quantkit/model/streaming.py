@@ -1,4 +1,4 @@
-"""Models that are larger than memory: the weights of one block at a time, from safetensors.
+"""Run models that are larger than memory, by reading one block at a time from safetensors.
 
 The model itself is on the device `meta`, and knows its names and shapes alone. transformers' own
 loader brings the weights of a block when it is to run, renamed and stacked as it would for the
@@ -45,9 +45,9 @@ WHOLE_SHARE = 0.5  # of the free memory that a model may take as a whole; activa
 def open_model(
     folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu", n_beside: int = 0
 ) -> BlockwiseModel:
-    """The checkpoint in `folder` for inference block by block: whole in memory where it takes no
-    more than half of what is free and leaves `n_beside` bytes of it, else streamed. What comes out
-    is the same.
+    """Open the checkpoint in `folder` for inference block by block: whole in memory if it takes no
+    more than half of what is free and leaves `n_beside` bytes of it, else streamed. The results are
+    the same.
 
     Raises QuantkitError when transformers cannot load it.
     """

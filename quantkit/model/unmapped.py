@@ -1,5 +1,5 @@
-"""Linear layers of a GGUF that the model of transformers is right not to have, each with its
-reason. Any other that is not found there shows that the two are not one model.
+"""Linear layers of a GGUF that transformers' model rightly lacks, each with its reason. Any other
+missing one shows that the two are different models.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a run would do and cost, before it does: targets, levels, memory, disk."""
+"""Plan what a run would do and cost: targets, levels, memory, disk."""

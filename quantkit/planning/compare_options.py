@@ -1,4 +1,4 @@
-"""The options of `quantkit compare`: most are the evaluators' own, handed on as they are."""
+"""The options of `quantkit compare`: most are the evaluators' own, passed on unchanged."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ from pathlib import Path
 
 # Flag, metavar, help.
 _OPTIONS = (
-    ("--text", "[NAME=]FILE", "UTF-8 text to measure on; several are domains"),
-    ("--dataset", "NAME", "wikitext2, c4 or fineweb-edu from the Hub, also as a domain"),
+    ("--text", "[NAME=]FILE", "UTF-8 text to measure on; several are reported as domains"),
+    ("--dataset", "NAME", "a text from the Hub, also a domain: wikitext2, c4 or fineweb-edu"),
     ("--ctx", "N", "tokens of a window (default: 512)"),
-    ("--chunks", "N", "windows of each text, else all"),
-    ("--task", "NAME", "zero-shot task such as piqa; may be given several times"),
-    ("--data", "FILE", "local items of that task instead of the Hub's"),
-    ("--limit", "N", "first N items of each task"),
+    ("--chunks", "N", "windows of each text (default: all)"),
+    ("--task", "NAME", "zero-shot task such as piqa; can be repeated"),
+    ("--data", "FILE", "use local items for that task instead of the Hub's"),
+    ("--limit", "N", "use only the first N items of each task"),
     ("--cache", "DIR", "keep the base's logits here for the next comparison"),
-    ("--threads", "N", "else all cores"),
+    ("--threads", "N", "CPU threads (default: all cores)"),
     ("--gpu-layers", "N", "layers on the GPU, -1 for all (default: 0)"),
 )
 _FLAGS = (
-    ("--weight-kl", "also the KL of the weights alone"),
-    ("--speed", "also tokens per second and memory"),
+    ("--weight-kl", "also measure the KL of the weights alone"),
+    ("--speed", "also measure tokens per second and memory"),
 )
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="+", metavar="GGUF", help="files: paths or hf://owner/name/file.gguf"
+        "files",
+        nargs="+",
+        metavar="GGUF",
+        help="files to measure: paths or hf://owner/name/file.gguf",
     )
-    parser.add_argument("--base", required=True, metavar="GGUF", help="full precision")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the report")
+    parser.add_argument("--base", required=True, metavar="GGUF", help="the full-precision GGUF")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the report"
+    )
     for flag, metavar, help_text in _OPTIONS:
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=help_text)
     for flag, help_text in _FLAGS:

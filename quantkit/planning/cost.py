@@ -1,5 +1,5 @@
-"""The peak memory of every stage on a CPU, from a model's shapes: resident bytes of the process and
-its children, pages of mapped files included.
+"""Estimate the peak memory of every stage on a CPU from a model's shapes: resident bytes of the
+process and its children, pages of mapped files included.
 
 What each stage holds at once is counted; what libraries take was measured. Within 20 % on the
 models of dev/LOG.md.
@@ -29,7 +29,7 @@ _TUNED_WEIGHT = 40  # bytes for each weight of a block that is tuned
 
 @dataclass(frozen=True)
 class _Shapes:
-    """What the formulas need of a GGUF, whose header is enough."""
+    """The shapes of a GGUF that the formulas need; its header is enough."""
 
     blocks: dict[str, list[StoredTensor]]
     outside: list[StoredTensor]
@@ -110,8 +110,8 @@ def stage_memory(
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
 
     def model(n_bytes: int, outside: int) -> int:
-        """The weights where they have `n_bytes` each: all of them or a block, and as many bytes
-        outside of blocks.
+        """Return the bytes of the weights at `n_bytes` each: all of them, or those of one block and
+        `outside` bytes for each weight outside of blocks.
         """
         if n_bytes * shapes.n_all <= WHOLE_SHARE * free:
             return n_bytes * (shapes.n_all - shapes.n_outside) + outside * shapes.n_outside
@@ -151,7 +151,7 @@ def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
 
 
 def search_target_bytes(config: RunConfig, base: GgufFile) -> int:
-    """The file of what candidates are compared with."""
+    """Return the bytes of the file of distributions that candidates are compared with."""
     n_sequences = min(MOST_SEQUENCES, PROFILES[config.profile].heldout_tokens // N_CTX)
     return 2 * n_sequences * N_CTX * _Shapes.of(base).n_vocab
 
@@ -166,7 +166,7 @@ def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
 
 
 def tuning_bytes_beside_model(config: RunConfig, base: GgufFile, free: int) -> int:
-    """The same without the model."""
+    """Return the bytes that tuning takes without the model."""
     return _tuned_block(config, _Shapes.of(base), free)
 
 

@@ -1,4 +1,4 @@
-"""How much of a model will be under GPTQ, foretold from shapes alone: before any weight is there.
+"""Predict from shapes alone, before any weight is there, how much of a model GPTQ will cover.
 
 The converter's skeleton says which tensors the GGUF will have, transformers' model without data
 which weights the forward pass multiplies with. A tensor is expected to be found where its block has
@@ -25,7 +25,7 @@ class Coverage:
 
 
 def in_words(coverage: Coverage) -> str:
-    """A coverage for people."""
+    """Return a coverage as a sentence."""
     apart = "; ".join(f"not {kind}: {reason}" for kind, reason in coverage.apart.items())
     # Rounded down: all of it is only said where it is so.
     share = f"{int(1000 * coverage.share) / 10:g} % of the linear parameters"
@@ -33,7 +33,7 @@ def in_words(coverage: Coverage) -> str:
 
 
 def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec]) -> Coverage:
-    """Foretell the coverage of the model whose GGUF will have the tensors `specs`. `widths` are
+    """Predict the coverage of the model whose GGUF will have the tensors `specs`. `widths` are
     those of transformers' blocks: columns -> rows of the largest weight (`quantkit.sources.fit`).
     """
     is_tied = "output.weight" not in specs
@@ -47,7 +47,7 @@ def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec
         if kind == "token_embd" and not is_tied:
             continue  # GPTQ solves it by its gradients, but it is no linear layer
         if kind == "per_layer_token_embd":
-            apart[kind] = "a table that is looked up is no linear layer"
+            apart[kind] = "an embedding table is not a linear layer"
             continue
         n_all += spec.n_elements
         if found is None:
@@ -57,5 +57,5 @@ def foretell(widths: Sequence[Mapping[int, int]], specs: Mapping[str, TensorSpec
         elif widths[int(found[1])].get(spec.n_columns, 0) >= spec.n_rows:
             n_covered += spec.n_elements
         else:
-            apart[kind] = "no weight of the model is as wide and as long"
+            apart[kind] = "no weight of the model has this shape"
     return Coverage(n_covered / max(n_all, 1), apart)

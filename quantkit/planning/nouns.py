@@ -1,4 +1,4 @@
-"""What a plan says, as types: from where it is made to where people and pages read it.
+"""The data classes of a plan, shared by the planner and everything that shows a plan.
 
 `quantkit.tensors.to_json` makes JSON of it, `quantkit.sandbox.untrusted.build` a `Plan` of that.
 """
@@ -74,7 +74,7 @@ class Estimates:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do, before it does it."""
+    """What a run would do."""
 
     schema: int = field(default=1, init=False)
     model: PlannedModel

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: sizes, levels, fallbacks, memory, disk and time.
+"""Plan a run before it starts: sizes, levels, fallbacks, memory, disk and time.
 
 Nothing is guessed that can be asked. The real converter makes the skeleton of `base.gguf` from
 config, tokenizer and the headers of the weights; llama.cpp's own dry run tells from it what every
@@ -42,8 +42,8 @@ _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to
 
 
 def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
-    """The tensors of a GGUF (its header is enough) by name, in file order. What the source has
-    quantized already, as MXFP4, stays as it is.
+    """Return the tensors of a GGUF (its header is enough) by name, in file order. What the source
+    has quantized already, as MXFP4, stays as it is.
 
     Raises QuantkitError for what llama.cpp must not be asked about: the converter wrote the file
     where a stranger's bytes are read.
@@ -59,7 +59,7 @@ def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
 
 
 def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
-    """Sizes of what can be made. Raises QuantkitError when the budget lies outside."""
+    """Return the possible sizes. Raises QuantkitError when the budget is outside of them."""
     least_header = min(t.offset for t in base.tensors.values())
     header = least_header + _HEADER_MARGIN
     uniform = {
@@ -75,7 +75,7 @@ def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
 def budgets_of(
     config: RunConfig, base: GgufFile, smallest: int, largest: int
 ) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
-    """`settle_budgets` for the model of a GGUF, whose header is enough."""
+    """Do `settle_budgets` for the model of a GGUF, whose header is enough."""
 
     def mix_bytes(label: str) -> int:
         return stock_bytes(base, StockRecipe(label))
@@ -249,7 +249,7 @@ def _share(tensor: StoredTensor, chosen: int) -> float:
 
 def _context(memory: ContextMemory) -> str:
     n_tokens = memory.usual_tokens
-    return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} beside the file"
+    return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} in addition to the file"
 
 
 def _by_stage(memory: dict[str, int]) -> str:
@@ -259,13 +259,13 @@ def _by_stage(memory: dict[str, int]) -> str:
 
 
 def render(plan: Plan) -> str:
-    """The plan for people."""
+    """Render the plan for people."""
     model, sizes, estimate = plan.model, plan.sizes, plan.estimates
     lines = [
         f"{printable(model.id, '')} at {model.sha[:12]}",
         f"  {model.architecture}, {model.n_parameters / 1e6:,.0f}M parameters,"
         f" license {printable(model.license or 'not stated', '')},"
-        f" {size(model.download_bytes)} to read",
+        f" {size(model.download_bytes)} of source files",
         "",
     ]
     for budget in sizes.budgets:
@@ -292,5 +292,5 @@ def render(plan: Plan) -> str:
         rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
         lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
     lines += ["", *(f"note: {printable(warning, '')}" for warning in plan.warnings)]
-    lines += [f"sandbox of what reads the model: {plan.sandbox}"]
+    lines += [f"sandbox that reads the model: {plan.sandbox}"]
     return "\n".join(lines).rstrip()

@@ -1,4 +1,4 @@
-"""The texts that a run will read, opened before its work begins."""
+"""Open the texts that a run will read, before its work begins."""
 
 from __future__ import annotations
 

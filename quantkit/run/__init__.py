@@ -1,1 +1,1 @@
-"""A run: its folder, its events, what a stage is given, and its output on a terminal."""
+"""A run: its folder, its events, the inputs of a stage, and its output on a terminal."""

@@ -62,7 +62,7 @@ class Artifacts:
 
     @property
     def checks(self) -> Path:
-        """Return how `base` was held against its original."""
+        """Return the path of the checks of `base` against its original."""
         return self.folder("convert") / "checks.json"
 
     # calibrate
@@ -100,7 +100,7 @@ class Artifacts:
         return self.folder("quantize")
 
     def level(self, name: object) -> Path:
-        """The level file of a type, by its name."""
+        """Return the level file of a type, by its name."""
         return self.levels / f"{name}.gguf"
 
     @property
@@ -126,7 +126,7 @@ class Artifacts:
         return self.folder("search") / "best.json"
 
     def answer(self, limit_bytes: int) -> Path:
-        """The folder of what was found within a budget."""
+        """Return the folder of what the search found within a budget."""
         return self.folder("search") / str(limit_bytes)
 
     @property
@@ -137,7 +137,7 @@ class Artifacts:
     # tune
 
     def tuned(self, limit_bytes: int) -> Path:
-        """The tuned level file for a budget; it is there where tuning helped."""
+        """Return the path of the tuned level file for a budget; it exists if tuning helped."""
         return self.folder("tune") / str(limit_bytes) / f"tuned-{limit_bytes}.gguf"
 
     @property
@@ -159,7 +159,7 @@ class Artifacts:
 
     @property
     def report(self) -> Path:
-        """The report; `report.md` and `report.html` lie beside it."""
+        """The report; `report.md` and `report.html` are next to it."""
         return self.folder("validate") / "report.json"
 
     @property

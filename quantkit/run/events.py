@@ -94,7 +94,7 @@ class ReadEvents:
 
 
 def read_events(path: Path, start: int = 0) -> tuple[list[Event], int]:
-    """Events from byte `start` of an events file, and the byte after the last whole line.
+    """Read events from byte `start` of an events file, and the byte after the last whole line.
 
     A line that was cut and ended later is no event: what it was to tell is lost.
     """
@@ -121,9 +121,9 @@ def outcome(events: Iterable[Event]) -> str | None:
 
 
 def read_some_events(path: Path, start: int = 0) -> ReadEvents:
-    """The events of the next 64 kB of lines, at least one line. What a Job or a damaged disk wrote
-    there is checked here: a line that is no event, or longer than any event, is dropped and
-    counted.
+    """Return the events of the next 64 kB of lines, at least one line. What a Job or a damaged disk
+    wrote there is checked here: a line that is not an event, or is longer than any event, is
+    dropped and counted.
     """
     try:
         if not path.is_file():  # not there yet; a pipe or a folder never says anything
@@ -159,7 +159,9 @@ def _event(line: bytes) -> Event | None:
 
 
 def checked_event(value: Any) -> Event:
-    """An event of its JSON. Raises untrusted.Damaged for what no run of any version says."""
+    """Return an event from its JSON. Raises untrusted.Damaged for what no run of any version
+    writes.
+    """
     event = untrusted.build(Event, value)
     if event.kind not in KINDS or (event.stage is not None and event.stage not in NAMES):
         raise untrusted.Damaged("it is an event of an unknown kind")

@@ -34,7 +34,7 @@ _MOST_MANIFEST_BYTES, _MOST_MANIFEST_ITEMS = 64_000_000, 250_000
 
 
 class Damaged(QuantkitError, ValueError):
-    """A file of a run that is not what was written: its name, and what to do about it."""
+    """A file of a run is damaged: its name, and what to do about it."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is damaged: {reason}.", _mending(path))
@@ -51,7 +51,7 @@ def _mending(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises Damaged for what is none, OSError where it is missing."""
+    """Read the value in a JSON file. Raises Damaged if it is not JSON, OSError if it is missing."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -80,7 +80,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What the manifest knows of a finished stage."""
+    """The manifest's entry of a finished stage."""
 
     stage: str
     inputs: dict[str, object]
@@ -150,8 +150,8 @@ class RunDir:
         return self.path / "manifest.json"
 
     def records(self) -> dict[str, StageRecord]:
-        """Records of the finished stages, by name. Raises Damaged for a manifest that is not as it
-        was written.
+        """Return the records of the finished stages, by name. Raises Damaged for a damaged
+        manifest.
         """
         path = self._manifest_path
         if not os.path.lexists(path):
@@ -161,13 +161,13 @@ class RunDir:
             schema, stages = value["schema"], value["stages"]
             if isinstance(schema, int) and schema > _SCHEMA:
                 raise QuantkitError(
-                    f"{path} is of a newer quantkit (schema {schema}).",
+                    f"{path} was made by a newer quantkit (schema {schema}).",
                     "Resume with that one, or choose another --out.",
                 )
             if schema != _SCHEMA:
                 raise QuantkitError(
-                    f"{path} is of an older quantkit, whose stages were others (schema {schema}).",
-                    "Choose another --out: the files that it published stay good.",
+                    f"{path} was made by an older quantkit with other stages (schema {schema}).",
+                    "Choose another --out: the files that it published stay valid.",
                 )
             if value.get("sha256", fingerprint(stages)) != fingerprint(stages):
                 raise Damaged(path, "its sum is another")
@@ -197,7 +197,7 @@ class RunDir:
         write_json(self._manifest_path, value)
 
     def describe(self, path: Path) -> OutputFile:
-        """The manifest's entry for a finished file."""
+        """Return the manifest's entry for a finished file."""
         stat = path.stat()
         return OutputFile(
             str(path.relative_to(self.path)), stat.st_size, stat.st_mtime_ns, sha256_file(path)
@@ -228,7 +228,7 @@ class RunDir:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise QuantkitError(
-                    f"Another run (process {holder}) is at work in {self.path}.",
+                    f"Another run (process {holder}) is running in {self.path}.",
                     "Wait for it, follow it with `quantkit status`, or choose another --out.",
                 )
             file.seek(0)

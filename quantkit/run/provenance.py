@@ -1,4 +1,4 @@
-"""Which quantkit this is: its version and the commit of its sources."""
+"""Identify this quantkit: its version and the commit of its sources."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def code_version(root: Path = _ROOT) -> str:
-    """`0.1.0 (1a2b3c4d5e6f)`; with a plus behind the commit where tracked files were changed, and
-    the version alone where the commit is not known.
+    """Return `0.1.0 (1a2b3c4d5e6f)`, with a plus after the commit if tracked files were changed, or
+    only the version if the commit is not known.
     """
     commit = _commit(root)
     return f"{__version__} ({commit})" if commit else __version__

@@ -1,4 +1,4 @@
-"""What a stage is, what it is given, and what it returns."""
+"""The base class of stages, their input and their result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantkit.run.folder import RunDir, StageRecord
 
 @dataclass(frozen=True)
 class Run:
-    """What a stage is given: what was asked, where it is written, and who listens."""
+    """The input of a stage: the config, the run's folder, and who listens to events."""
 
     config: RunConfig
     dir: RunDir
@@ -39,7 +39,9 @@ class Run:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage made: finished files in its folder, and a few facts for status and report."""
+    """The result of a stage: finished files in its folder, and a few facts for status and
+    report.
+    """
 
     outputs: Sequence[Path]
     summary: object = field(default_factory=dict)  # a dataclass or a table

@@ -1,4 +1,6 @@
-"""What the command line says while it works and when it ends, whatever becomes of its streams."""
+"""Print what the command line says while it works and when it ends, even if its streams are
+closed.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def bug(error: Exception, folder: Path | None) -> QuantkitError:
             file.write(text)
         return QuantkitError(told, f"This is a bug: please report it with {path}.")
     print(text, file=sys.stderr)
-    return QuantkitError(told, "This is a bug: please report it with what stands above.")
+    return QuantkitError(told, "This is a bug: please report it with the output above.")
 
 
 @contextmanager
@@ -67,8 +69,8 @@ def ending_with_threads(folder: Path | None) -> Iterator[None]:
 
 
 def settle_streams() -> None:
-    """Whoever started us may have closed standard streams, whose numbers the next opened file
-    would get, and with them whatever a library prints. A terminal may lack characters.
+    """Open standard streams that are closed: the next opened file would get their numbers, and with
+    them whatever a library prints. Escape characters that a terminal lacks.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

@@ -1,4 +1,4 @@
-"""Run one function where it can do no harm: for everything that parses a stranger's bytes.
+"""Run one function where it can do no harm, for everything that parses a stranger's bytes.
 
     api.py         call, stream, protection
     limits.py      Limits and Crashed

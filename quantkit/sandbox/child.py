@@ -38,7 +38,7 @@ _LADDER = (
 
 
 def main() -> None:
-    """Never returns."""
+    """Keep the worker, and never return."""
     with open(0, "rb", closefd=False) as file:
         job = Told(**json.load(file))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -141,7 +141,7 @@ class _Server:
         return status == _IDLE_STATUS
 
     def forget(self) -> None:
-        """In a fork of this process, whose server it is not."""
+        """Forget the server in a fork of this process, which does not own it."""
         self._control.close()
         if self._process is not None:
             self._process.returncode = 0

@@ -1,4 +1,4 @@
-"""What a sandboxed process really cannot do on this machine, and what it still could."""
+"""Say what a sandboxed process cannot do on this machine, and what it still could."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Protection:
             names = ", ".join(self.namespaces)
             found.append(f"It runs in namespaces of its own ({names}).")
         if self.capabilities:
-            found.append("It has no rights of an administrator, whoever starts it.")
+            found.append("It has no administrator rights, whoever starts it.")
         return tuple(found)
 
     @property

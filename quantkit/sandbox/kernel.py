@@ -37,7 +37,7 @@ _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
 
 
 def call_c(function: str, *arguments: object) -> int:
-    """A function of the C library. Raises OSError with its errno."""
+    """Call a function of the C library. Raises OSError with its errno."""
     result = getattr(_libc, function)(*arguments)
     if result < 0:
         number = ctypes.get_errno()
@@ -46,7 +46,7 @@ def call_c(function: str, *arguments: object) -> int:
 
 
 def syscall(number: int, *arguments: object) -> int:
-    """A call that the C library has no function for. Raises OSError."""
+    """Make a system call that the C library has no function for. Raises OSError."""
     return call_c("syscall", ctypes.c_long(number), *arguments)
 
 
@@ -58,13 +58,15 @@ def die_with_parent(parent: int) -> bool:
 
 
 def set_not_dumpable() -> None:
-    """Nobody but the machine's administrator may read this process through /proc or ptrace."""
+    """Keep everybody but the machine's administrator from reading this process through /proc or
+    ptrace.
+    """
     if LINUX:
         call_c("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def set_dumpable() -> None:
-    """Undo it, which a process that was just started need not."""
+    """Undo `set_not_dumpable`, which a process that was just started need not."""
     if LINUX:
         call_c("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
 
@@ -76,17 +78,17 @@ def adopt_orphans() -> None:
 
 
 def set_no_new_privileges() -> None:
-    """No program that is ever started gains rights by its file."""
+    """Keep programs that are started from gaining rights through their files."""
     call_c("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def fork_into(namespaces: int) -> int:
-    """fork() into new namespaces: 0 in the child, which is alone there. Raises OSError."""
+    """Call fork() into new namespaces: 0 in the child, which is alone there. Raises OSError."""
     return syscall(_CLONE[MACHINE], ctypes.c_ulong(namespaces | _SIGCHLD), None, None, None, None)
 
 
 def map_user(uid: int, gid: int) -> None:
-    """In a new user namespace: be who one was, and know nobody else."""
+    """Map only the own user in a new user namespace."""
     # Written one after the other: the kernel takes the map of groups only when nobody can drop one.
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
                        ("gid_map", f"{gid} {gid} 1")):  # fmt: skip
@@ -95,13 +97,14 @@ def map_user(uid: int, gid: int) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    """mount(2). Raises OSError."""
+    """Call mount(2). Raises OSError."""
     encoded = [text.encode() or None for text in (source, target, kind)]
     call_c("mount", *encoded, ctypes.c_ulong(flags), options.encode() or None)
 
 
 def make_read_only(target: str, attributes: int = 0) -> None:
-    """A mount and all below it, without setuid bits and devices too. Raises OSError (Linux < 5.12).
+    """Make a mount and all below it read-only and without setuid bits. Raises OSError (Linux <
+    5.12).
 
     mount(2) would have to name every flag that a mount already has; this only adds.
     """
@@ -124,7 +127,7 @@ def enter_root(folder: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """All rights of an administrator, for good: no program started later can get them back."""
+    """Drop all rights of an administrator for good: no program started later can get them back."""
     if os.geteuid() == 0:
         for capability in range(64):
             try:
@@ -154,7 +157,9 @@ SCRATCH = WRITE | _REMOVE_FILE | _REMOVE_FOLDER | _MAKE_LINK
 
 
 def landlock_version() -> int:
-    """The version of Landlock's interface; 0 where the kernel has none or it is switched off."""
+    """Return the version of Landlock's interface; 0 where the kernel has none or it is switched
+    off.
+    """
     if not LINUX:
         return 0
     try:
@@ -164,8 +169,9 @@ def landlock_version() -> int:
 
 
 def restrict_files(granted: Iterable[tuple[str, int]], version: int) -> None:
-    """Landlock: what is not granted cannot be opened any more. Paths that do not exist are left
-    out. From version 4 on no TCP port either, from 6 on no signal and no abstract socket leads out.
+    """Restrict files by Landlock: what is not granted can no longer be opened. Paths that do not
+    exist are left out. From version 4 on no TCP port either, from 6 on no signal and no abstract
+    socket leads out.
     """
     handled = _ALL_RIGHTS[max(v for v in _ALL_RIGHTS if v <= version)]
     sizes: Sequence[int] = (handled, 3, 3)  # rights over files, over ports, scopes

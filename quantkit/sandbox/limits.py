@@ -1,4 +1,4 @@
-"""What a sandboxed call may use, and the error for one that died of it."""
+"""The limits of a sandboxed call, and the error for one that exceeded them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from quantkit.errors import QuantkitError
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the whole process tree. `memory_bytes` is memory that is really taken: code of libraries
-    and weights that are only mapped do not count. A limit that the caller itself has and that is
-    lower stays.
+    """The limits of the whole process tree. `memory_bytes` is memory that is really taken: code of
+    libraries and weights that are only mapped do not count. A limit that the caller itself has and
+    that is lower stays.
     """
 
     cpu_seconds: int = 60

@@ -1,4 +1,4 @@
-"""How a sandboxed call ended, in a sentence."""
+"""Explain how a sandboxed call ended, in a sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ _MOST_WORDS = 2000
 
 
 def plain(text: object) -> str:
-    """A stranger's words on one line, without control characters, cut at what a sentence needs."""
+    """Return a stranger's words on one line, without control characters, cut to what a sentence
+    needs.
+    """
     cut = str(text)[:_MOST_WORDS]
     return " ".join("".join(c if c.isprintable() else " " for c in cut).split())
 

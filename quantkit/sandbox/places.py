@@ -1,4 +1,4 @@
-"""What a sandboxed process has to read whatever it does: the interpreter, its packages, ours."""
+"""The files that every sandboxed process has to read: the interpreter, its packages, ours."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def import_path() -> tuple[str, ...]:
 
 @cache
 def always_readable() -> tuple[str, ...]:
-    """Paths, as they are named and as they really are."""
+    """Return the paths, as they are named and resolved."""
     libraries = [x for x in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if x]
     found = [*_SYSTEM, sys.prefix, sys.base_prefix, sys.base_exec_prefix, *libraries]
     found += import_path()[1:]

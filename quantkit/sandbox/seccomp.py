@@ -160,8 +160,8 @@ def _mapping(index: int) -> _Code:
 
 
 def program(machine: str, own: int, keeps_names: bool = False) -> _Code:
-    """The filter for a process with the number `own`; with `keeps_names` it can neither remove nor
-    rename a file.
+    """Return the filter for a process with the number `own`; with `keeps_names` it can neither
+    remove nor rename a file.
     """
     column = ("x86_64", "aarch64").index(machine)
 

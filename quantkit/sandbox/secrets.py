@@ -1,4 +1,4 @@
-"""Secrets of this process: in its memory, and nowhere where another process could read them.
+"""Keep this process's secrets in its memory, where no other process can read them.
 
 The environment that a process was started with can be read as long as it lives (/proc/PID/environ).
 So a program of ours that finds a secret there starts itself anew without (`hide`), and hands the
@@ -42,27 +42,27 @@ def is_secret(name: str) -> bool:
 
 
 def get(name: str) -> str | None:
-    """The secret of that name, wherever it came from."""
+    """Return the secret of that name, wherever it came from."""
     _receive()  # for a program that was not told to hide anything
     return _taken.get(name, os.environ.get(name))
 
 
 def everything() -> dict[str, str]:
-    """The environment as it would be if secrets were kept in it. Never for a child."""
+    """Return the environment as it would be if it held the secrets. Never give it to a child."""
     _receive()
     return {**os.environ, **_taken}
 
 
 def put_back(name: str) -> None:
-    """Into os.environ, for a library that looks nowhere else. That is this process's memory; what
-    can be read from outside is what it was started with.
+    """Put secrets back into os.environ, for a library that looks nowhere else. That is this
+    process's memory; what can be read from outside is what it was started with.
     """
     if name in _taken:
         os.environ[name] = _taken[name]
 
 
 def without(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment that holds no secret."""
+    """Return an environment without secrets."""
     return {name: v for name, v in environment.items() if not (v and is_secret(name))}
 
 
@@ -84,8 +84,8 @@ def hide() -> None:
 
 @contextmanager
 def handed_on(values: Mapping[str, str]) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
-    """Additions to a child's environment, and the descriptors that it has to inherit (`pass_fds`).
-    The child calls `hide`.
+    """Return additions to a child's environment, and the descriptors that it has to inherit
+    (`pass_fds`). The child calls `hide`.
     """
     if not values:
         yield {}, ()
@@ -119,7 +119,7 @@ def _pipe_with(values: Mapping[str, str]) -> int:
     if len(encoded) > _MOST_BYTES:
         raise QuantkitError(
             f"The secrets in the environment have {len(encoded):,} bytes, more than a pipe holds.",
-            f"Take out what quantkit does not need of {', '.join(sorted(values))}.",
+            f"Unset those that quantkit does not need: {', '.join(sorted(values))}.",
         )
     reading, writing = os.pipe()
     with open(writing, "wb") as file:

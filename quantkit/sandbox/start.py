@@ -1,4 +1,4 @@
-"""How every process of the sandbox is started: a fresh interpreter that inherits nothing."""
+"""Start the processes of the sandbox: fresh interpreters that inherit nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def environment(home: str) -> dict[str, str]:
-    """All that the child sees of the environment: no token, no cache, no proxy."""
+    """Return the environment that the child sees: no token, no cache, no proxy."""
     n_threads = str(min(8, os.cpu_count() or 1))
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return {

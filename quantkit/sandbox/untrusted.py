@@ -1,5 +1,5 @@
-"""Values that a stranger, another version or a failing disk may have written: JSON within bounds,
-and dataclasses made of it by their own annotations.
+"""Read values that a stranger, another version or a failing disk may have written: JSON within
+bounds, and dataclasses built from it by their annotations.
 
 One mechanism for every record that is read: what passes here is plain, finite, not deep and of the
 types that its class declares, so that nothing behind it has to look again.
@@ -32,7 +32,7 @@ _SURROGATE = re.compile(r"\\u[dD][89abAB]")
 
 
 class Damaged(ValueError):
-    """What is wrong with a value, as a clause: "it is no object"."""
+    """A value is damaged; a clause says how: "it is no object"."""
 
 
 class Settings(Mapping[str, object]):
@@ -93,12 +93,12 @@ class Settings(Mapping[str, object]):
 
 
 def read_json(path: Path, most_bytes: int, most_items: int = MOST_ITEMS) -> Any:
-    """The JSON of a plain file. Raises Damaged, or OSError where it cannot be opened."""
+    """Read the JSON of a plain file. Raises Damaged, or OSError if it cannot be opened."""
     return parse(read_bytes(path, most_bytes), most_items)
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """All of a plain file. Raises Damaged for anything else, and OSError."""
+    """Read all of a plain file. Raises Damaged for anything else, and OSError."""
     with open_plain(path) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -107,7 +107,9 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A plain file to read. Raises Damaged for anything else: a pipe would be waited for."""
+    """Open a plain file for reading. Raises Damaged for anything else: a pipe could block
+    forever.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -116,7 +118,8 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def parse(data: bytes, most_items: int = MOST_ITEMS) -> Any:
-    """JSON as everybody understands it: UTF-8, finite numbers of 64 bits, at most MOST_DEPTH deep.
+    """Parse JSON as everybody understands it: UTF-8, finite numbers of 64 bits, at most MOST_DEPTH
+    deep.
 
     Raises Damaged. Its cost is bounded before it is parsed: there are no more values than commas
     and brackets.
@@ -141,7 +144,9 @@ def parse(data: bytes, most_items: int = MOST_ITEMS) -> Any:
 
 
 def integer(text: str) -> int:
-    """For json.loads: Python's own takes quadratic time for as many digits as there are."""
+    """Parse an integer for json.loads: Python's own takes quadratic time in the number of
+    digits.
+    """
     if len(text) > MOST_DIGITS + text.startswith("-"):
         raise Damaged(f"it has a number of {len(text):,} digits")
     return int(text)
@@ -170,8 +175,9 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def build(cls: type[T], value: Any) -> T:
-    """`cls`, a dataclass, from a JSON object. Names that it does not know are another version's and
-    are left out. Raises Damaged where a field is missing or of another type than is declared.
+    """Build `cls`, a dataclass, from a JSON object. Names that it does not know are another
+    version's and are left out. Raises Damaged where a field is missing or of another type than is
+    declared.
     """
     if not isinstance(value, dict):
         raise Damaged("it is no object")
@@ -260,12 +266,12 @@ def _one_of(hints: tuple[Any, ...], value: Any, name: str) -> Any:
 
 
 def moment(value: float) -> float:
-    """A time in seconds since 1970. Raises Damaged for one that no clock shows."""
+    """Return a time in seconds since 1970. Raises Damaged for one that no clock shows."""
     if not 0 <= value <= LATEST:
         raise Damaged("it has a time that no clock shows")
     return value
 
 
 def shortened(text: str, most: int) -> str:
-    """Text of at most `most` characters."""
+    """Return text of at most `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,5 +1,5 @@
-"""What the worker takes of the machine, as its keeper sees it: memory, threads, and what lies in
-the folders that it may write into. Standard library only: runs in the child.
+"""Measure what the worker uses, as its keeper sees it: memory, threads, and what lies in the
+folders that it may write into. Standard library only: runs in the child.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_FILES, _MOST_DEPTH, _LEAST_BYTES = 50_000, 8, 4096
 
 
 def only_child(init: int) -> int | None:
-    """The worker's number as it is seen from here."""
+    """Return the worker's process id as seen from here."""
     try:
         with open(f"/proc/{init}/task/{init}/children") as file:
             numbers = file.read().split()

@@ -1,4 +1,4 @@
-"""EvoPress: which type every tensor gets, by the KL divergence of the whole model.
+"""EvoPress: choose the type of every tensor by the KL divergence of the whole model.
 
     database     every way to store every tensor       allocation   a choice for every tensor
     propose      estimated costs, knapsack             mutate       what else children try

@@ -51,7 +51,7 @@ class SearchSpace:
         return np.array([len(c) for c in self.candidates], np.int64)
 
     def n_bytes(self, choices: Choices) -> int:
-        """Exact size of the file with these choices."""
+        """Return the exact size of the file with these choices."""
         return self.fixed_bytes + int(
             self.padded_bytes[np.arange(len(self.tensors)), choices].sum()
         )
@@ -80,7 +80,7 @@ class SearchSpace:
                     yield tensor, larger
 
     def keys(self, choices: Choices) -> dict[str, CandidateKey]:
-        """The allocation by tensor name."""
+        """Return the allocation by tensor name."""
         return {
             name: self.candidates[i][k].key
             for i, (name, k) in enumerate(zip(self.tensors, choices.tolist(), strict=True))
@@ -88,12 +88,12 @@ class SearchSpace:
 
 
 def in_order(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The candidates of one tensor by rising bytes, of equal bytes the best first."""
+    """Return the candidates of one tensor by rising bytes, the best first among equal bytes."""
     return tuple(sorted(candidates, key=lambda c: (c.n_bytes, c.error, c.key)))
 
 
 def prune(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The candidates of one tensor that are not beaten by one of at most their bytes; by rising
+    """Return the candidates of one tensor that no candidate of at most their bytes beats, by rising
     bytes.
     """
     kept: list[Candidate] = []
@@ -118,9 +118,9 @@ def keeping(space: SearchSpace, kept: Sequence[Sequence[int]]) -> SearchSpace:
 
 
 def choices_of(space: SearchSpace, types: Mapping[str, QuantType]) -> Choices | None:
-    """The allocation of a pruned space nearest to these types: every tensor's largest choice of at
-    most the bytes of its type, which is that type unless another beats it or it is no level. None
-    where a tensor has no such choice, or no type.
+    """Return the allocation of a pruned space nearest to these types: every tensor's largest choice
+    of at most the bytes of its type, which is that type unless another beats it or it is no level.
+    None where a tensor has no such choice, or no type.
     """
     found = []
     for name, candidates in zip(space.tensors, space.candidates, strict=True):

@@ -1,4 +1,4 @@
-"""What a search came to, as it is kept: by names and numbers that outlive the process."""
+"""Keep the result of a search: by names and numbers that outlive the process."""
 
 from __future__ import annotations
 

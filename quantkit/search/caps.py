@@ -1,4 +1,4 @@
-"""At most so many distinct types in a file: which ones, decided by the estimated damage."""
+"""Limit the number of distinct types in a file, and choose them by the estimated damage."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def cap_types(
     limits: Sequence[int],
     n_types: int,
 ) -> SearchSpace | None:
-    """`space`, which need not be pruned: what a type is beaten by may be left out here. It is
-    pruned to the `n_types` types whose knapsacks promise the least damage, over all
-    budgets `limits` (bytes); types of tensors without a choice count. None when no such set meets
-    every budget.
+    """Prune `space` to the `n_types` types whose knapsacks promise the least damage, over all
+    budgets `limits` (bytes); types of tensors without a choice count. `space` need not be pruned
+    before: what beats a type can be left out here. None when no such set meets every budget.
     """
     choices = [{c.qtype for c in of_tensor} for of_tensor in space.candidates]
     needed = {next(iter(types)) for types in choices if len(types) == 1}

@@ -66,7 +66,7 @@ class Schedule:
 
     @classmethod
     def of(cls, n_tokens: int, n_sequences: int, batch: int) -> Schedule:
-        """A schedule for so many sequences, in whole batches."""
+        """Return a schedule for this many sequences, in whole batches."""
 
         def whole(n: int) -> int:
             return max(batch, n // batch * batch)
@@ -111,8 +111,8 @@ class _Racer:
     scores: np.ndarray
 
     def behind(self, other: _Racer) -> float:
-        """By how many standard errors this one's KL is above the other's, on the same tokens; 0 as
-        long as that cannot be told.
+        """Return by how many standard errors this one's KL is above the other's, on the same
+        tokens; 0 if that is not known.
         """
         if self.scores.size < _ENOUGH_SAMPLES:
             return 0.0
@@ -120,7 +120,7 @@ class _Racer:
         return mean / error if error > 0 else float(np.sign(mean)) * np.inf
 
     def outcome(self, parent: _Racer) -> Outcome | None:
-        """This one beside its parent, on the tokens that both have met; None when that tells
+        """Compare this one with its parent on the tokens that both have met; None if that says
         nothing.
         """
         both = min(len(self.scores), len(parent.scores))
@@ -182,7 +182,7 @@ def _member(racer: _Racer, generation: int) -> Member:
 def begin(
     evaluator: Evaluator, schedule: Schedule, proposals: Sequence[tuple[Choices, str]], seed: int
 ) -> SearchState:
-    """Generation 0: the best of the proposals."""
+    """Make generation 0: the best of the proposals."""
     unique = {tuple(choices.tolist()): (choices, origin) for choices, origin in reversed(proposals)}
     winner, n_tokens, outcomes = _race(evaluator, schedule, list(reversed(unique.values())), None)
     best = _member(winner, 0)

@@ -1,4 +1,4 @@
-"""A search whose file is tuned afterwards decides by the KL that is expected then.
+"""Estimate the KL after tuning, by which a search decides whose file is tuned afterwards.
 
 Tuning mends what lies in blocks, and nothing of a table of embeddings or an output head: a byte
 spent there is worth more than the KL of the untuned file says.
@@ -19,8 +19,8 @@ LEFT = 0.6  # of the blocks' share of the KL, after tuning: dev/LOG.md
 
 
 class AfterTuning:
-    """An evaluator that expects of a candidate's KL that tuning leaves `LEFT`, but all that its
-    tensors outside of blocks cost by themselves: `costs`, as estimated.
+    """An evaluator that estimates a candidate's KL after tuning: a share `LEFT` of it, plus the
+    full estimated `costs` of its tensors outside of blocks.
     """
 
     def __init__(self, evaluator: Evaluator, space: SearchSpace, costs: Costs) -> None:
@@ -31,7 +31,7 @@ class AfterTuning:
         ]
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
-        """The expected KL of each candidate on the sequences first..last."""
+        """Return the expected KL of each candidate on the sequences first..last."""
         scores = self._evaluator.kl_of(candidates, first, last)
         return [
             LEFT * score + (1 - LEFT) * sum(cost[choices[i]] for i, cost in self._outside)
@@ -43,7 +43,7 @@ class AfterTuning:
 
 
 def costs_after(space: SearchSpace, costs: Costs) -> Costs:
-    """The estimated costs that tuning leaves."""
+    """Return the estimated costs that are left after tuning."""
     return [
         cost * LEFT if is_in_block(name) else cost
         for name, cost in zip(space.tensors, costs, strict=True)

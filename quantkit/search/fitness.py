@@ -75,7 +75,8 @@ class Fitness:
         self._states = SpillFile(targets_path.with_name(f"states-{targets_path.name}"), int(room))
 
     def kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
-        """Mean KL of every eighth of the sequences first..last: float64 (last - first, CHUNKS).
+        """Return the mean KL of every eighth of the sequences first..last: float64 (last - first,
+        CHUNKS).
 
         Raises ValueError for a part of a batch: its numbers would differ in the last bits from
         those of the whole.
@@ -89,11 +90,11 @@ class Fitness:
         return np.concatenate(parts)
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
-        """`kl` of each."""
+        """Return `kl` of each."""
         return [self.kl(choices, first, last) for choices in candidates]
 
     def set_parent(self, choices: Choices) -> None:
-        """From now on candidates are taken as changes of this allocation."""
+        """Take candidates as changes of this allocation from now on."""
         if self._parent is None or bool((self._parent != choices).any()):
             self._parent = choices.copy()
             self._states.clear()

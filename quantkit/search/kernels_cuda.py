@@ -38,8 +38,8 @@ def _cross_entropy(p_rows, z_rows, out, n_vocab, BLOCK: tl.constexpr):  # type: 
 
 
 def cross_entropy(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Sums over the vocabulary of p times -log softmax(logits): float64 (n,), of weights p, float16
-    (n, n_vocab), and logits, float32 (n, n_vocab), both on one GPU.
+    """Return the sums over the vocabulary of p times -log softmax(logits): float64 (n,), of weights
+    p, float16 (n, n_vocab), and logits, float32 (n, n_vocab), both on one GPU.
     """
     p, logits = p.contiguous(), logits.contiguous()
     out = torch.empty(len(p), dtype=torch.float64, device=p.device)

@@ -1,4 +1,4 @@
-"""What the search learns from its own candidates: how far the estimates were off, and which tensors
+"""Learn from the search's own candidates how far the estimates were off, and which tensors
 interact.
 
 A child that was compared with its parent tells what all its moves did together. The true change is
@@ -28,7 +28,7 @@ _RANGE = (0.1, 10.0)  # of a factor
 
 @dataclass(frozen=True)
 class Outcome:
-    """A child beside its parent on the same tokens."""
+    """A child compared with its parent on the same tokens."""
 
     moves: tuple[tuple[int, int, int], ...]  # tensor, its choice before, its choice after
     change: float  # the child's KL less the parent's, nats
@@ -42,8 +42,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What is known of the costs. `deviation` is each tensor's, of the logarithm of its costs.
-    `partners` has, for tensors found to interact, the one each does so with most, and
+    """The current beliefs about the costs. `deviation` is each tensor's, of the logarithm of its
+    costs. `partners` has, for tensors found to interact, the one each does so with most, and
     whether both should go the same way (+1) or opposite ways (-1).
     """
 
@@ -52,7 +52,7 @@ class Posterior:
     partners: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def drawn(self, rng: np.random.Generator) -> Costs:
-        """Costs as they may be, drawn from the posterior (Thompson sampling)."""
+        """Draw costs from the posterior (Thompson sampling)."""
         factors = rng.lognormal(0.0, self.deviation)
         return [cost * factor for cost, factor in zip(self.costs, factors, strict=True)]
 

@@ -27,9 +27,9 @@ def mutate(
     n_raised: int,
     partners: Mapping[int, tuple[int, int]] | None = None,
 ) -> Choices:
-    """A neighbor of `parent` within the budget: `n_raised` tensors go up a step, others come down
-    to pay for it. Each one raised takes its partner along (`learn.Posterior`): up a step too, or
-    down.
+    """Return a neighbor of `parent` within the budget: `n_raised` tensors go up a step, others come
+    down to pay for it. Each one raised takes its partner along (`learn.Posterior`): up a step too,
+    or down.
 
     Whatever is left over then is spent. May return a copy of the parent when no swap is possible.
     """

@@ -1,4 +1,4 @@
-"""The seam of the search: what judges candidates, and what looks for better ones.
+"""The interface of the search: what judges candidates, and what looks for better ones.
 
 Another search is a class with `run`; `stages/search.py` names the one that is used. What a
 generation is, only `evopress` knows.
@@ -42,7 +42,7 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be solved: the allocation of the least KL within the budget of `space`."""
+    """The problem to solve: find the allocation of least KL within the budget of `space`."""
 
     space: SearchSpace
     evaluator: Evaluator

@@ -27,8 +27,8 @@ Costs = Sequence[npt.NDArray[np.float64]]
 
 
 def estimated_costs(space: SearchSpace) -> Costs:
-    """Estimated nats per token of every choice. Tensors without an estimate get the median rate of
-    the others.
+    """Return the estimated nats per token of every choice. Tensors without an estimate get the
+    median rate of the others.
     """
     known = [
         c.nats / c.error
@@ -44,7 +44,7 @@ def estimated_costs(space: SearchSpace) -> Costs:
 
 
 def knapsack(space: SearchSpace, costs: Costs) -> Choices:
-    """The choices of least total cost within the budget.
+    """Return the choices of least total cost within the budget.
 
     Bisects the price of a byte: at a given price every tensor takes its own best choice; the
     dearest price that fits leaves some bytes over, which `spend` uses up. Then the same with the
@@ -55,8 +55,8 @@ def knapsack(space: SearchSpace, costs: Costs) -> Choices:
 
 
 def knapsacks(space: SearchSpace, costs: Costs) -> list[Choices]:
-    """The knapsack's answers for each choice of the widest tensor; none where no tensor is wide.
-    What is estimated of that tensor decides more than any other estimate, and may be off.
+    """Return the knapsack's answers for each choice of the widest tensor; none where no tensor is
+    wide. The estimate of that tensor decides more than any other, and can be off.
     """
     tensors = _wide(space)
     if not tensors:
@@ -117,7 +117,7 @@ def _total(costs: Costs, choices: Choices) -> float:
 
 
 def nearby(space: SearchSpace, parent: Choices, costs: Costs, n_moves: int) -> Choices:
-    """The knapsack's answer that moves at most about `n_moves` tensors away from `parent`.
+    """Return the knapsack's answer that moves at most about `n_moves` tensors away from `parent`.
 
     Staying is made worth a bonus, which is bisected.
     """
@@ -196,8 +196,8 @@ def spend(space: SearchSpace, choices: Choices, costs: Costs) -> Choices:
 
 
 def uniform(space: SearchSpace, costs: Costs) -> list[Choices]:
-    """Every allocation that is as uniform as the budget allows: all tensors at one level, the rest
-    of the bytes spent.
+    """Return every allocation that is as uniform as the budget allows: all tensors at one level,
+    the rest of the bytes spent.
 
     Level k puts every tensor on its k-th choice, or its largest when it has fewer.
     """

@@ -1,4 +1,4 @@
-"""What candidates are compared with: the full-precision model's next-token distributions, kept in
+"""Store what candidates are compared with: the full-precision model's next-token distributions, in
 16 bits.
 
 Probabilities are stored as float16 scaled so that small ones keep their digits, and are normalized
@@ -52,8 +52,8 @@ class Targets:
             self._entropies[own] = total.log() - of_logs / total
 
     def kl(self, first: int, logits: torch.Tensor) -> torch.Tensor:
-        """KL(base || candidate) in nats at consecutive positions: float64 (n,), on the logits'
-        device, for candidate logits (n, n_vocab), float32.
+        """Return KL(base || candidate) in nats at consecutive positions: float64 (n,), on the
+        logits' device, for candidate logits (n, n_vocab), float32.
         """
         parts = [
             _cross_entropy(self._read(own.start, len(part)).to(part.device), part)

@@ -1,4 +1,4 @@
-"""A candidate's weights in the torch model: what the bytes in the level files stand for."""
+"""Put a candidate's weights into the torch model, as the bytes in the level files decode."""
 
 from __future__ import annotations
 

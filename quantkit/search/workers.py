@@ -1,4 +1,4 @@
-"""Candidates on many devices: each judged by one of several evaluators that are alike."""
+"""Judge candidates on many devices, each by one of several equal evaluators."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Workers:
         self.n_sequences, self.n_ctx, self.n_batch = one.n_sequences, one.n_ctx, one.n_batch
 
     def kl_of(self, candidates: Sequence[Choices], first: int, last: int) -> list[np.ndarray]:
-        """KL of each candidate on the sequences first..last. One by itself is judged by every
-        worker: it is the parent, whose hidden states each of them keeps.
+        """Return the KL of each candidate on the sequences first..last. One by itself is judged by
+        every worker: it is the parent, whose hidden states each of them keeps.
         """
         n = len(self._evaluators)
         shares = (

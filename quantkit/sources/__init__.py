@@ -1,4 +1,4 @@
-"""What MODEL means: a Hub model, a folder, a LoRA, a quantized checkpoint, the demo's.
+"""Resolve MODEL: a Hub model, a folder, a LoRA, a quantized checkpoint, the demo.
 
 inspect    ModelInfo of a Hub model or a folder    metadata    its files without weights
 fit        does transformers load it as it is       expected    which tensors it expects

@@ -1,5 +1,5 @@
-"""What an adapter does to which tensor of its base, as PEFT does it: from names and shapes alone,
-so that it is known before any weight is here.
+"""Find out what an adapter does to which tensor of its base, as PEFT does it, from names and shapes
+alone, before any weight is downloaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantkit.sources.lora_targets import strengths
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_(?:(embedding_)([AB])(?:\.default)?|([AB])(?:\.default)?\.weight)")
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_OTHER_BASE = "Check that the adapter names the right base; or merge it yourself, with peft."
+_OTHER_BASE = "Check that the adapter names the right base, or merge it yourself with peft."
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Changes:
 
 
 def base_of(folder: Path) -> Base:
-    """From the config in `folder`. Raises QuantkitError when transformers cannot make the model."""
+    """Make the base from the config in `folder`. Raises QuantkitError when transformers cannot make
+    the model.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -103,7 +105,7 @@ def changes(
         is_twin = adapter.is_tied and base.is_tied and _module(module, base) == base.head
         if not strength.is_target and not is_twin:
             raise QuantkitError(
-                f"The adapter has tensors of {shown(module)}, and its settings leave that out:"
+                f"The adapter has tensors of {shown(module)}, but its settings leave that out:"
                 " PEFT would ignore them.",
                 MERGE,
             )
@@ -111,7 +113,9 @@ def changes(
         if kind == "other" or (kind == "table") != pair["A"].rpartition(".")[2].startswith(
             "lora_embedding"
         ):
-            raise QuantkitError(f"The adapter's {shown(module)} is no linear layer.", _OTHER_BASE)
+            raise QuantkitError(
+                f"The adapter's {shown(module)} is not a linear layer.", _OTHER_BASE
+            )
         scale = strength.alpha / (rank**0.5 if adapter.use_rslora else rank)
         found[f"{module}.weight"] = Change(
             whole.get(f"{module}.weight"),
@@ -152,12 +156,12 @@ def _sorted_out(
             plain = re.sub(r"\.(modules_to_save|base_layer)(\.default)?(?=\.)", "", key)
             place, name = whole, plain.removeprefix(_PREFIX)
         if name in place:
-            raise QuantkitError(f"The adapter has {shown(key)} twice, by two names.", MERGE)
+            raise QuantkitError(f"The adapter has {shown(key)} twice, under two names.", MERGE)
         place[name] = key
     for module, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             raise QuantkitError(
-                f"The adapter has no whole lora_A and lora_B of {shown(module)}.", MERGE
+                f"The adapter has no complete lora_A and lora_B of {shown(module)}.", MERGE
             )
     return pairs, whole
 
@@ -182,12 +186,13 @@ def _rank(
     a, b = tensors[pair["A"]].shape, tensors[pair["B"]].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
         raise QuantkitError(
-            f"The adapter has no whole lora_A and lora_B of {shown(module)}: they are {a} and {b}.",
+            f"The adapter has no complete lora_A and lora_B of {shown(module)}:"
+            f" they are {a} and {b}.",
             MERGE,
         )
     if asked is not None and asked != a[0]:
         raise QuantkitError(
-            f"The adapter's {shown(module)} is of rank {a[0]}, and its settings say {asked}.", MERGE
+            f"The adapter's {shown(module)} is of rank {a[0]}, but its settings say {asked}.", MERGE
         )
     return a[0]
 
@@ -202,7 +207,7 @@ def _check_complete(adapter: Adapter, found: Mapping[str, Change], base: Base) -
         lacking = [name for name in wanted if name not in modules]
         if lacking:
             raise QuantkitError(
-                f"The adapter lacks {shown(lacking[0])}, which its settings name as trained whole.",
+                f"The adapter lacks {shown(lacking[0])}, which its settings name as fully trained.",
                 MERGE,
             )
     if adapter.is_drawn and adapter.targets is not None:
@@ -293,7 +298,7 @@ def _place(name: str, names: Iterable[str]) -> str:
     near = [n for n in names if _is_near(name, n)]
     if len(near) != 1:
         raise QuantkitError(
-            f"The adapter changes {shown(name)}, and its base has "
+            f"The adapter changes {shown(name)}, but its base has "
             f"{'no such tensor' if not near else f'{len(near)} such tensors'}.",
             _OTHER_BASE,
         )
@@ -315,7 +320,7 @@ def _check_shape(
     for shape in shapes:
         if shape != stored.shape:
             raise QuantkitError(
-                f"The adapter's {shown(name)} is {shape} and its base's {stored.shape}.",
+                f"The adapter's {shown(name)} is {shape}, but its base's is {stored.shape}.",
                 "It was trained on another base, or with a larger vocabulary: merge it yourself"
                 " (peft's resize_token_embeddings and merge_and_unload).",
             )

@@ -36,8 +36,7 @@ _LARGEST_DRIFT = 1e-3  # of any logit, by the rescaling
 
 
 def packaged_gguf() -> Path:
-    """The GGUF inside the installed package, found without importing it (that would load
-    llama.cpp).
+    """Find the GGUF inside the installed package without importing it (that would load llama.cpp).
 
     Raises QuantkitError when the package is not installed.
     """

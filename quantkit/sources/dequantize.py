@@ -1,4 +1,4 @@
-"""A quantized checkpoint expanded to 16 bits, so that the converter and transformers read the very
+"""Expand a quantized checkpoint to 16 bits, so that the converter and transformers read exactly the
 same weights and no runtime of the source's format is needed.
 """
 
@@ -94,7 +94,7 @@ def _fp8(weight: torch.Tensor, scale: torch.Tensor | None, source: Source) -> to
     except RuntimeError:
         raise QuantkitError(
             f"FP8 scales {tuple(scale.shape)} do not fit weights {tuple(weight.shape)}.",
-            "The checkpoint is broken or of a kind that is not known: give the original model.",
+            "The checkpoint is broken or of an unknown kind: give the original model.",
         ) from None
 
 

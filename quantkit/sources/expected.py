@@ -1,5 +1,5 @@
-"""What transformers makes of a checkpoint whose weights are not there: the model of its config on
-the device `meta`, and its own loader run over names and shapes alone.
+"""Run transformers' loader on a checkpoint without its weights: the model of its config on the
+device `meta`, with names and shapes alone.
 
 Runs in a limited process (`quantkit.sources.fit`): every number here is a stranger's.
 """

@@ -1,5 +1,5 @@
-"""Whether a checkpoint's weights are those of the model that its config.json makes, from headers
-alone: before a weight is downloaded, and with nothing but transformers' own loader as the judge.
+"""Check from headers alone that a checkpoint's weights are those of the model that its config.json
+makes: before a weight is downloaded, with transformers' own loader as the only judge.
 
 A tensor that lacks or has another shape is refused by name: transformers would draw it at random.
 One that transformers does not read is left out of the GGUF too, and said.
@@ -49,7 +49,7 @@ class Fit:
 
 
 class Report(TypedDict):
-    """What `quantkit.sources.expected.compare` answers."""
+    """The answer of `quantkit.sources.expected.compare`."""
 
     model: str
     missing: list[str]
@@ -82,7 +82,7 @@ def check_fit(folder: Path) -> Fit:
         )
     except sandbox.Crashed as error:
         raise QuantkitError(
-            "transformers makes no model of this config.json within"
+            "transformers cannot make a model from this config.json within"
             f" {_LIMITS.memory_bytes / 2**30:g} GiB and {_LIMITS.cpu_seconds} seconds: the process"
             f" {error.reason}.",
             "Look for numbers in config.json that are not this model's.",
@@ -106,7 +106,7 @@ def judge(report: Report, config: Mapping[str, object], tensors: Mapping[str, St
     if unread:
         one = len(unread) == 1
         notes.append(
-            f"{few(unread)} {'is' if one else 'are'} stored and not part of"
+            f"{few(unread)} {'is' if one else 'are'} stored but not part of"
             f" {shown(report['model'])}: transformers does not read {'it' if one else 'them'}, and"
             f" {'it is' if one else 'they are'} left out."
         )
@@ -142,7 +142,7 @@ def _refusals(
         yield QuantkitError(
             "config.json says that the output head is not the table of embeddings"
             f" (tie_word_embeddings is false), and no {head} is stored.",
-            "If the model was trained with both as one, set tie_word_embeddings to true in a local"
+            "If the model was trained with the two tied, set tie_word_embeddings to true in a local"
             " copy's config.json.",
         )
     if missing or report["failed"]:
@@ -154,12 +154,12 @@ def _refusals(
         yield QuantkitError(
             f"config.json says {shown(key)} {shown(asked)}, and llama.cpp computes {shown(own)} for"
             f" every {shown(report['model'])}.",
-            "Its file would be another model: use the original, or a checkpoint that says so.",
+            "The GGUF would be another model: use the original, or a checkpoint that says so.",
         )
     odd = [n for n in report["odd_types"] if tensors.get(n) is not None]
     if odd:
         yield QuantkitError(
-            f"{shown(odd[0])} is stored as {shown(tensors[odd[0]].dtype)}, which is no type of"
+            f"{shown(odd[0])} is stored as {shown(tensors[odd[0]].dtype)}, which is not a type of"
             " weights.",
             _OTHER_REVISION,
         )
@@ -170,7 +170,7 @@ def _refusals(
 
 def _wrong_number(stored: int, said: int) -> QuantkitError:
     return QuantkitError(
-        f"The checkpoint has {stored} blocks, config.json says num_hidden_layers {said}.",
+        f"The checkpoint has {stored} blocks, but config.json says num_hidden_layers {said}.",
         "Correct it in a local copy's config.json, or use another revision.",
     )
 
@@ -208,11 +208,13 @@ def _mismatch(
         if any(part.get(key) == wrong for part in [config, *inner]) and re.search(pattern, name):
             what = ("rows", "columns")[axis] if axis < 2 and len(made) > 1 else "values"
             short = name.removesuffix(".weight").rpartition(".")[2]
-            sentence = f"{shown(short)} has {stored[axis]} {what}, config.json says {key} {wrong}."
+            sentence = (
+                f"{shown(short)} has {stored[axis]} {what}, but config.json says {key} {wrong}."
+            )
             break
     else:
         sentence = (
-            f"{shown(name)} is stored as {_times(stored)}, and by config.json it is {_times(made)}."
+            f"{shown(name)} is stored as {_times(stored)}, but config.json makes it {_times(made)}."
         )
     return QuantkitError(sentence, "Correct config.json in a local copy, or use another revision.")
 
@@ -222,8 +224,8 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def copies(tied: Sequence[tuple[str, str]], info: ModelInfo, token: str | None) -> list[str]:
-    """Those of the `tied` tensors that are once more what they are tied to. Another head beside a
-    table that config.json says it is: transformers uses both, and so does the GGUF.
+    """Return the `tied` tensors that are copies of what they are tied to. If a stored head differs
+    from the table that config.json ties it to, transformers uses both, and so does the GGUF.
 
     Of a model on the Hub some places are compared, of a folder every byte.
     """
@@ -236,7 +238,7 @@ def copies(tied: Sequence[tuple[str, str]], info: ModelInfo, token: str | None) 
 def kept_notes(tied: Sequence[tuple[str, str]], copied: Collection[str]) -> list[str]:
     """Return what is said of `tied` tensors that are none of the copies."""
     return [
-        f"{shown(copy)} is another than {shown(of)}, though config.json says that they are one:"
+        f"{shown(copy)} differs from {shown(of)}, though config.json ties them:"
         " transformers uses both, and so does the GGUF."
         for copy, of in tied
         if copy not in copied
@@ -244,7 +246,9 @@ def kept_notes(tied: Sequence[tuple[str, str]], copied: Collection[str]) -> list
 
 
 def copies_in(folder: Path, tied: Sequence[tuple[str, str]]) -> list[str]:
-    """The same of the checkpoint in `folder`, every byte."""
+    """Return the names of `tied` that are copies in the checkpoint in `folder`, comparing every
+    byte.
+    """
     if not tied:
         return []
     values = values_in(folder)

@@ -309,7 +309,7 @@ def _both(files: Sequence[RepoFile], base: ModelInfo) -> str:
 
 
 def remote_header(repo_id: str, sha: str, file: RepoFile, token: str | None) -> bytes:
-    """Length field and JSON of a safetensors file on the Hub, by range requests."""
+    """Return the length field and JSON of a safetensors file on the Hub, by range requests."""
     start = b""
     if file.n_bytes:  # there is no range of an empty file
         start = read_start(repo_id, sha, file.path, min(_FIRST_READ_BYTES, file.n_bytes), token)

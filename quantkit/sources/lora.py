@@ -1,4 +1,4 @@
-"""A LoRA adapter merged onto its base model: W + scale * B A, file by file."""
+"""Merge a LoRA adapter onto its base model: W + scale * B A, file by file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def merge(
     for one, other in made.same:
         if not torch.equal(*_comparable(tensors[one], tensors[other])):
             raise QuantkitError(
-                f"The adapter's {shown(one)} and {shown(other)} should be one, and differ.", MERGE
+                f"The adapter's {shown(one)} and {shown(other)} should be equal, but differ.", MERGE
             )
     out.mkdir(parents=True, exist_ok=True)
     for file in base_files:

@@ -1,4 +1,6 @@
-"""Which modules an adapter's settings name, and how strongly each is changed, as PEFT finds out."""
+"""Find the modules that an adapter's settings name, and how strongly each is changed, as PEFT
+does.
+"""
 
 from __future__ import annotations
 

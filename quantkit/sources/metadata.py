@@ -1,4 +1,4 @@
-"""Bring everything of a model here but its weights: what a plan is made from, and what is looked at
+"""Download everything of a model but its weights: what a plan is made from, and what is checked
 before a download.
 """
 
@@ -33,7 +33,7 @@ Stored = tuple[dict[str, StoredTensor], Callable[[str, int, int], bytes]]
 
 
 def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
-    """`folder` with everything but the weights: a converter can be asked for its plan there.
+    """Fill `folder` with everything but the weights, so that a converter can plan there.
 
     Small files are copied. Each safetensors file has its header and its size, and a hole where the
     weights are. Of an adapter they are its base's, with its tokenizer over them; of a quantized
@@ -54,7 +54,7 @@ def fetch_metadata(info: ModelInfo, token: str | None, folder: Path) -> Path:
 
 
 def fetch_adapter(info: ModelInfo, token: str | None, folder: Path) -> Path:
-    """`folder` with an adapter's settings, and the header of its weights before a hole."""
+    """Fill `folder` with an adapter's settings, and the header of its weights before a hole."""
     files = [file for file in info.files if file.path in (CONFIG, *info.weights)]
     _make_shells(info, files, token, folder)
     return folder

@@ -1,4 +1,4 @@
-"""The one way from what a user typed as MODEL to what is known of the model, for fetch and plan."""
+"""Turn what a user typed as MODEL into a `ModelInfo`, for fetch and plan."""
 
 from __future__ import annotations
 

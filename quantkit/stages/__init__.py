@@ -1,4 +1,4 @@
-"""The nine stages, a file each, in the order in which they run.
+"""The nine stages, one file each, in the order in which they run.
 
 A stage is made from those before it alone. They may be imported at any time: what is heavy waits
 until a stage is executed.

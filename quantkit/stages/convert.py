@@ -4,9 +4,9 @@ the model.
 llama.cpp's own converter does the work, sandboxed (`quantkit.llamacpp.converter`). Beside the file:
 `tensors.json` (shapes, types, which tensors llama.cpp lets one quantize) and `rowmaps.safetensors`
 (which row of which Hugging Face weight is which row here). Of a model that sees or hears also
-`mmproj.gguf`, the encoder in 16 bits, which llama.cpp loads beside the language model.
+`mmproj.gguf`, the encoder in 16 bits, which llama.cpp loads together with the language model.
 
-`base.gguf` is held against its original before anything long is done with it: every id and the
+`base.gguf` is compared with its original before anything long is done with it: every id and the
 tokens of texts against the tokenizer (`llamacpp.tokens`), logits against the model as transformers
 loads it from the user's own files (`evidence.parity`), and every linear layer must be found in that
 model, or be missing for a reason that is known by name (`model.unmapped`). What was found is
@@ -179,7 +179,9 @@ def _check_unmapped(run: Run, base: GgufFile, unmapped: list[str]) -> None:
         )
     for reason in sorted({reason for reason in reasons.values() if reason}):
         n = sum(found == reason for found in reasons.values())
-        run.events.emit(NAME, "note", f"{n} tensors are not calibrated: they belong to {reason}")
+        run.events.emit(
+            NAME, "note", f"{n} tensors are not calibrated, because they belong to {reason}"
+        )
 
 
 def _make_projector(run: Run, snapshot: Snapshot, path: Path) -> bool:
@@ -194,6 +196,6 @@ def _make_projector(run: Run, snapshot: Snapshot, path: Path) -> bool:
             snapshot.folder, path, outtype="f16", projector=True, model_name=model_name(snapshot)
         )
     except QuantkitError as error:
-        run.events.emit(NAME, "note", f"no mmproj, the result reads text only: {error.message}")
+        run.events.emit(NAME, "note", f"no mmproj, so the result only reads text: {error.message}")
         return False
     return True

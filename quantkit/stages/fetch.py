@@ -140,8 +140,8 @@ def _bring(run: Run, info: ModelInfo, token: str | None) -> Path:
 
 
 def run_bytes(config: RunConfig, info: ModelInfo) -> int:
-    """About the bytes that a run writes: base.gguf, every level, the output and, one at a time,
-    the files it is compared with. `quantkit plan` knows more exactly.
+    """Return about how many bytes a run writes: base.gguf, every level, the output and, one at a
+    time, the files it is compared with. `quantkit plan` knows more exactly.
     """
     levels = [q for pattern, q in config.types if pattern == "default"] or config.level_names
     types = [BF16, *map(QuantType, levels), BF16]

@@ -33,7 +33,7 @@ NAME = "publish"
 
 
 class Publish(Stage):
-    """Gather the files, and upload them if you asked for that."""
+    """Gather the files, and upload them if you asked for it."""
 
     name = NAME
     version = 2
@@ -76,7 +76,7 @@ class Publish(Stage):
         return _upload(run, folder, staged)
 
     def is_current(self, config: RunConfig, record: StageRecord) -> bool:
-        """Whoever asks for a repository is answered by the Hub: it may be gone, or changed."""
+        """Return False if a repository is asked for: on the Hub it may be gone, or changed."""
         return config.publish is None
 
 
@@ -107,7 +107,7 @@ def _upload(run: Run, folder: Path, staged: Sequence[Path]) -> StageResult:
     message = f"{_name(run)}: {', '.join(files)}"
     why = why_private(run.config, load_snapshot(run.dir).info)
     if why and not run.config.private:
-        run.events.emit(NAME, "note", f"{why}: published privately (else: --public)")
+        run.events.emit(NAME, "note", f"{why}: published privately (--public overrides this)")
     private, token = why is not None, hub.resolve_token()
     made = hub.publish(
         folder, run.config.publish, token, private, message, progress, _known(run, folder)

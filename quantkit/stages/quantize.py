@@ -19,7 +19,7 @@ from quantkit.search.database import write_database
 
 
 class Quantize(Stage):
-    """Make every tensor in every type, in several ways."""
+    """Quantize every tensor to every type, by several methods."""
 
     name = "quantize"
     version = 5

@@ -101,8 +101,8 @@ class Search(Stage):
 
 
 def make_space(run: Run, base: GgufFile) -> SearchSpace:
-    """Every tensor's choices, also those that others beat, and the size of everything else; the
-    budget is the largest file.
+    """Return the space of every tensor's choices, also those that others beat, and the size of
+    everything else; its budget is the largest file.
     """
     index = load_database(run.artifacts)
     tensors = tuple(index.candidates)
@@ -123,7 +123,7 @@ def _capped(run: Run, space: SearchSpace, budgets: Sequence[Budget]) -> SearchSp
     capped = cap_types(space, estimated_costs, [b.limit_bytes for b in budgets], n_types)
     if capped is None:
         raise QuantkitError(
-            f"No {n_types} of the types meet every size.",
+            f"No {n_types} of the types can meet every size.",
             "Allow more with --max-types, or pin fewer tensors.",
         )
     used = sorted({c.qtype for of_tensor in capped.candidates for c in of_tensor})
@@ -137,8 +137,8 @@ def proposals(
     costs: Costs,
     mixes: Mapping[str, Mapping[str, QuantType]],
 ) -> list[tuple[Choices, str]]:
-    """The first population: the knapsack's answers, uniform levels, and the stock mixes, types of
-    tensors by label, that can be built and fit.
+    """Return the first population: the knapsack's answers, uniform levels, and those of the stock
+    `mixes` (types of tensors by label) that can be built and fit.
     """
     found = [(knapsack(space, costs), "knapsack")]
     found += [(choices, "knapsack") for choices in knapsacks(space, costs)]
@@ -190,7 +190,7 @@ class _Searcher:
         return {label: stock_types(self._base.path, StockRecipe(label)) for label in STOCK_MIXES}
 
     def search(self, budget: Budget, before: Choices | None) -> _Found:
-        """The best allocation found within a budget; `before` is the answer for the next smaller
+        """Find the best allocation within a budget; `before` is the answer for the next smaller
         one.
         """
         folder = self._run.artifacts.answer(budget.limit_bytes)
@@ -254,7 +254,7 @@ class _Searcher:
 
         if state is not None:
             number = OPTIMIZER.step_of(state).number
-            events.emit(NAME, "note", f"{what}going on from {OPTIMIZER.unit} {number}")
+            events.emit(NAME, "note", f"{what}continuing from {OPTIMIZER.unit} {number}")
         seed = self._run.config.seed
         problem = Problem(space, self._evaluator, self._costs, propose, n_tokens, seed)
         return OPTIMIZER.run(problem, state, save)

@@ -83,7 +83,7 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
     for budget in load_budgets(run.dir):
         allocation = load_allocation(run.artifacts, budget.limit_bytes)
         if allocation in known:
-            text = f"{budget.target}: the same file as for a smaller size"
+            text = f"{budget.target}: this is the same file as for a smaller size"
             run.events.emit(NAME, "note", text)
             continue
         known.append(allocation)
@@ -134,7 +134,8 @@ def _stitch(
     stitch(path, layout, base, sources, progress)
     if path.stat().st_size != layout.n_bytes:
         raise QuantkitError(
-            f"{path.name} has another size than was computed.", "This is a bug: please report it."
+            f"{path.name} does not have the size that was computed.",
+            "This is a bug: please report it.",
         )
 
 

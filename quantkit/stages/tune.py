@@ -1,4 +1,4 @@
-"""tune: the files of the found allocations, brought nearer to the original block after block.
+"""tune: fine-tune the files of the found allocations, block by block, towards the original.
 
 Codes, scales and whatever else a stock file leaves free move by gradient. Writes, in a folder per
 budget, `tuned-<bytes>.gguf` (a level file of one allocation, where tuning helped) and
@@ -51,7 +51,7 @@ NAME = "tune"
 
 
 class Tune(Stage):
-    """Bring the files nearer to the original, block after block."""
+    """Fine-tune the files, block by block, to bring them closer to the original."""
 
     name = NAME
     version = 1
@@ -87,7 +87,7 @@ def _tune_all(
     reason = reason_not_to_tune(run, base)
     if reason:
         raise QuantkitError(
-            f"The search counted on tuning, and {reason}.",
+            f"The search counted on tuning, but {reason}.",
             "Free that memory and resume, or start again with --tuning 0 and another --out.",
         )
     seen: list[dict[str, CandidateKey]] = []
@@ -103,7 +103,9 @@ def _tune_all(
         progress = partial(_progress, run, position, len(budgets), what)
         outcome, files = tune(run, base, chosen, path, progress)
         said = f"{what}KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
-        run.events.emit(NAME, "note", said if outcome.tensors else f"{said}: not taken")
+        run.events.emit(
+            NAME, "note", said if outcome.tensors else f"{said}: the untuned file is kept"
+        )
         outputs += files
         found[str(budget.limit_bytes)] = outcome.in_short
     return outputs

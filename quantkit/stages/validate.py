@@ -70,7 +70,7 @@ _PACKAGES = "llama-cpp-python torch transformers gguf huggingface_hub datasets n
 
 
 class Validate(Stage):
-    """Measure it beside the original and llama.cpp's own files."""
+    """Compare it with the original and llama.cpp's own files."""
 
     name = NAME
     version = 3
@@ -246,7 +246,7 @@ def _baselines(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Base
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
     uniform = baselines.uniform_baselines(run.artifacts.levels, list(sizes), effort.n_uniform)
     if effort.n_uniform and not uniform:
-        run.events.emit(NAME, "note", "the uniform files were dropped and are not measured")
+        run.events.emit(NAME, "note", "the uniform files were deleted, so they are not measured")
     return [
         *baselines.stock_baselines(
             base, sizes, effort.n_below, imatrix, run.artifacts.folder(NAME)
@@ -266,7 +266,9 @@ def _runtime(run: Run) -> Runtime:
     if run.config.device != "cuda":
         return place.runtime()
     if not lib.llama_supports_gpu_offload():
-        run.events.emit(NAME, "note", "this llama-cpp-python has no GPU support: measured on CPU")
+        run.events.emit(
+            NAME, "note", "this llama-cpp-python has no GPU support: measuring on the CPU"
+        )
         return place.runtime()
     return place.runtime(n_gpu_layers=-1)
 
@@ -299,11 +301,11 @@ def _items(run: Run) -> tuple[TaskItems | None, str]:
         return tasks.load("everyday", limit=n_items), ""
     reason = hub.why_offline(hub.resolve_token())
     if reason:
-        return None, f"no --tasks file, and {reason}"
+        return None, f"no --tasks file was given, and {reason}"
     try:
         return tasks.load("piqa", limit=n_items), ""
     except EvaluationError as error:  # a data set that nobody asked for fails no run
-        return None, f"no --tasks file, and {error.message}"
+        return None, f"PIQA could not be loaded: {error.message.rstrip('.')}"
 
 
 # ---- the report

@@ -1,1 +1,1 @@
-"""What calibration says of inputs and outputs: Hessians, expert counts, Fisher information."""
+"""The statistics of calibration: Hessians, expert counts, Fisher information."""

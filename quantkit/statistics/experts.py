@@ -1,4 +1,5 @@
-"""Experts: linear layers whose weights are stacked in one 3-D parameter that no nn.Linear owns.
+"""Collect Hessians of experts: linear layers whose weights are stacked in one 3-D parameter that no
+nn.Linear owns.
 
 Which tokens an expert reads is decided inside its layer's forward. So the matrix products are
 watched while it runs: one of the factors lies in the memory of a 3-D parameter, and where it lies
@@ -44,7 +45,7 @@ with three axes is that of all experts from that one on.
 
 
 def stacked_parameters(block: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-    """The 3-D parameters of a block by their names in the model."""
+    """Return the 3-D parameters of a block by their names in the model."""
     return {f"{prefix}.{n}": p for n, p in block.named_parameters() if p.dim() == 3}
 
 
@@ -106,7 +107,7 @@ class ExpertProducts(TorchFunctionMode):
 
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
-    """transformers' loop over experts instead of its grouped products, for a while."""
+    """Use transformers' loop over experts instead of its grouped products, for a while."""
     found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     configs = [c for c in found.values() if hasattr(c, "_experts_implementation_internal")]
     before = [c._experts_implementation_internal for c in configs]
@@ -208,7 +209,7 @@ class ExpertCollector:
                 self.n_tokens[group][index] += len(own)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The Hessians, float32 (n_experts, n, n) by group; the sums are used up.
+        """Return the Hessians, float32 (n_experts, n, n) by group; the sums are used up.
 
         An expert that no token reached gets the mean of its layer.
         """

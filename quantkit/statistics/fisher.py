@@ -1,4 +1,4 @@
-"""How much the model's predictions feel an error at the output of each linear layer.
+"""Measure how much an error at the output of each linear layer affects the model's predictions.
 
 To second order, KL(p || p') = ½ E[(d log p(y))²] for y drawn from p: the Fisher information. With
 one label drawn per position and the gradient δ of its log-probability at a layer's output, an error
@@ -45,7 +45,8 @@ def output_fisher(
     lookups: Mapping[str, HessianCollector] | None = None,
     batch: int = 4,
 ) -> Fisher:
-    """Estimate it on sequences `ids` (n_sequences, n_ctx), labels drawn with `seed`.
+    """Estimate the Fisher information on sequences `ids` (n_sequences, n_ctx), labels drawn with
+    `seed`.
 
     `lookups` are given C by the name of the embedding module: its first collector of the first
     sequence and every second after it, the other one of the others.

@@ -1,6 +1,6 @@
 """Hessians of linear layers, H = mean over tokens of x xᵀ, collected while a block runs.
 
-Modules that read the very same tensor (q, k and v; gate and up) share one Hessian: which do is seen
+Modules that read the same tensor (q, k and v; gate and up) share one Hessian: which do is seen
 from the tensors themselves, not written down.
 """
 
@@ -19,7 +19,7 @@ _PANEL_CUDA = 1024  # narrower ones leave a GPU's matrix units waiting
 
 
 def add_outer(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """hessian += xᵀx on and above the diagonal panels, float32 (n, n); x is (n_tokens, n)."""
+    """Add xᵀx to `hessian` on and above the diagonal panels, float32 (n, n); x is (n_tokens, n)."""
     n = x.shape[1]
     if x.is_cuda and x.dtype != torch.float32:
         # Products of 16-bit floats are exact in float32; the matrix units sum them in float32.
@@ -35,7 +35,7 @@ def add_outer(hessian: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
-    """The whole matrix from its upper triangle, in place."""
+    """Fill the whole matrix from its upper triangle, in place."""
     n = len(hessian)
     for start in range(0, n, _PANEL):
         end = min(start + _PANEL, n)
@@ -46,7 +46,9 @@ def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' Conv1D (a linear layer with a transposed weight)."""
+    """Return whether it is nn.Linear, or transformers' Conv1D (a linear layer with a transposed
+    weight).
+    """
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -102,7 +104,7 @@ class HessianCollector:
         self.n_tokens[group] += len(x)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The Hessians: float32 (n, n) by group; the sums are used up."""
+        """Return the Hessians: float32 (n, n) by group; the sums are used up."""
         for group, total in self.sums.items():
             self._means[group] = symmetrize(total).div_(max(self.n_tokens[group], 1))
         self.sums = {}

@@ -1,4 +1,4 @@
-"""What an error in a tensor costs."""
+"""The cost of an error in a tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What an error in a tensor costs, on the device where rows are solved (see
+    """The cost of an error in a tensor, on the device where rows are solved (see
     `quantkit.statistics.fisher`).
 
     `outputs` (n_rows,) are the mean squared gradients at the layer's outputs, None for a table that
@@ -22,7 +22,7 @@ class Sensitivity:
     lookups: torch.Tensor | None = None
 
     def rows(self, first: int, last: int) -> Sensitivity:
-        """That of some rows of the tensor."""
+        """Return the sensitivity of some rows of the tensor."""
         outputs = None if self.outputs is None else self.outputs[first:last]
         frequency = None if self.frequency is None else self.frequency[first:last]
         return Sensitivity(outputs, frequency, self.lookups)

@@ -84,7 +84,7 @@ class ExpertStatistics:
         return np.flatnonzero(2 * self.n_tokens < self.weights)
 
     def load(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One expert's train and held-out Hessians, float32 (n, n)."""
+        """Load one expert's train and held-out Hessians, float32 (n, n)."""
         with safe_open(self.path, "pt") as file:
             stored = set(file.keys())
             train = file.get_slice(f"{self.group}/train")[expert]
@@ -147,7 +147,7 @@ def _diagonals(statistics: ExpertStatistics) -> np.ndarray:
 
 
 def load_statistics(path: Path) -> list[InputStatistics]:
-    """The inputs of one block (or the head), in the order in which the block meets them."""
+    """Load the inputs of one block (or the head), in the order in which the block meets them."""
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
         table = json.loads(file.metadata()["inputs"])["groups"]

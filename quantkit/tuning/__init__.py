@@ -1,1 +1,3 @@
-"""Tuning by gradient: codes, scales and what else a stock file leaves free, block after block."""
+"""Fine-tune by gradient the codes, scales and whatever else a stock file can change, block by
+block.
+"""

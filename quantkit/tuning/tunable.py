@@ -53,23 +53,25 @@ class Tunable:
         self.scales = torch.zeros_like(self.halves).requires_grad_(True)
 
     def codes(self) -> torch.Tensor:
-        """int8 (n_rows, n_columns): the codes as they are now."""
+        """Return the codes as they are now, int8 (n_rows, n_columns)."""
         if not self.level.requires_grad:
             return self._codes
         return self.form.nearest(self.level.detach() * self.unit).to(torch.int8)
 
     def stored_halves(self) -> torch.Tensor:
-        """float32 (n_rows, n_blocks or 2 n_blocks): d and dmin as they are now, in 16 bits."""
+        """Return d and dmin as they are now in 16 bits, float32 (n_rows, n_blocks or 2
+        n_blocks).
+        """
         return (self.halves * (1 + self.scales.detach())).half().float()
 
     def weight(self) -> torch.Tensor:
-        """float32 (n_rows, n_columns), with gradients."""
+        """Return the weight, float32 (n_rows, n_columns), with gradients."""
         values: torch.Tensor = _Values.apply(self.level, self.scales, self)
         return values
 
     @torch.no_grad()
     def packed(self) -> torch.Tensor:
-        """The rows as bytes: uint8 (n_rows, row_bytes)."""
+        """Return the rows as bytes: uint8 (n_rows, row_bytes)."""
         d, dmin = self._split(self.stored_halves())
         state = RowState(
             self.form, self.codes(), d, dmin, self.scale, self.minimum, self.level.detach()
@@ -82,7 +84,7 @@ class Tunable:
         return halves[:, :n_blocks], halves[:, n_blocks:]
 
     def grid(self, halves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and minimum of every group (n_rows, n_groups), for d and dmin."""
+        """Return the scale and minimum of every group (n_rows, n_groups), for d and dmin."""
         d, dmin = self._split(halves)
         scale = self._per_group(d) * self.scale
         if self.form.dmin_at is None:
@@ -93,7 +95,7 @@ class Tunable:
         return per_block.repeat_interleave(self.scale.shape[1] // per_block.shape[1], 1)
 
     def per_block(self, per_group: torch.Tensor) -> torch.Tensor:
-        """Sums over the groups of every block."""
+        """Return the sums over the groups of every block."""
         n_blocks = self.form.blocks(self._rows).shape[1]
         return per_group.view(len(per_group), n_blocks, -1).sum(2)
 

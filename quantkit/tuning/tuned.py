@@ -40,7 +40,7 @@ def is_tuned(file: str) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What tuning came to. KL(original || file) in nats per token on held-out sequences, of the
+    """The result of tuning. KL(original || file) in nats per token on held-out sequences, of the
     allocation and of the tuned file; `tensors` are those that changed, none where that did not
     help; errors of blocks are squared, over the power of the original's output.
     """
@@ -100,11 +100,11 @@ def lack_of_memory(needed: int, free: int) -> str:
     """Return why files are not tuned where memory is missing; empty where there is enough."""
     if needed <= free:
         return ""
-    return f"tuning takes {size(needed)} and {size(free)} are free"
+    return f"tuning takes {size(needed)}, but only {size(free)} are free"
 
 
 def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stored]:
-    """Tensors as the level files in a folder hold them; what each is to be, by its name."""
+    """Load tensors by name from the level files in a folder, each as its candidate says."""
     from quantkit.tuning.tuner import Stored
 
     files = {file: GgufFile(levels / file) for file in sorted({c.file for c in chosen.values()})}

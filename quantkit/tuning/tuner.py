@@ -1,5 +1,5 @@
-"""A found allocation, tuned by gradients: block after block, codes and scales of all its tensors
-move together until the block gives what the original's gives.
+"""Tune a found allocation by gradients: block after block, codes and scales of all its tensors move
+together, so that the block gives what the original's gives.
 
 GPTQ and the descent judge a tensor by its own outputs, for inputs of the original model. Here a
 block reads what the tuned blocks before it leave, so that it makes up for their errors, too, and
@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """What became of a block. Errors are squared, over the power of the original's output, on
+    """The result of tuning a block. Errors are squared, over the power of the original's output, on
     held-out sequences; `rows` by tensor, none where tuning did not help.
     """
 
@@ -186,8 +186,8 @@ class Tuner:
         return tuned
 
     def kl(self) -> tuple[float, float]:
-        """KL(original || file) in nats per token on the held-out sequences, before and after. All
-        blocks must have been taken.
+        """Return KL(original || file) in nats per token on the held-out sequences, before and
+        after. All blocks must have been taken.
         """
         sums = {"plain": 0.0, "tuned": 0.0}
         for i in self._heldout:

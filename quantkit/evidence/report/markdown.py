@@ -11,7 +11,7 @@ from quantkit.markdown import table
 
 
 def set_table(made: Table) -> str:
-    """One of the report's tables, our own rows in bold."""
+    """Set one of the report's tables, our own rows in bold."""
     rows = [
         [f"**{line.cells[0]}**", *line.cells[1:]] if line.kind == OURS else line.cells
         for line in made.lines
@@ -20,7 +20,7 @@ def set_table(made: Table) -> str:
 
 
 def plain_table(made: Table) -> str:
-    """One of the report's tables without emphasis."""
+    """Set one of the report's tables without emphasis."""
     return table(made.headers, (line.cells for line in made.lines))
 
 
@@ -29,7 +29,7 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The whole report."""
+    """Return the whole report."""
     parts = [
         f"# {report.model}",
         *(text.verdicts(report) if len(report.outputs) == 1 else [bullets(text.verdicts(report))]),
@@ -54,14 +54,16 @@ def markdown(report: Report) -> str:
         said = " ".join(turn["text"].split())
         parts += [
             "## A chat turn",
-            f"Asked through the {turn.get('asked', 'model')}: *{turn.get('prompt', '')}*",
+            f"Prompt, through the {turn.get('asked', 'model')}: *{turn.get('prompt', '')}*",
             f"> {said}",
         ]
     if report.calibration_note:
         parts += ["## How it was made", f"Calibration: {report.calibration_note}."]
     if report.unmapped:
         parts.append(
-            "Quantized without GPTQ, not found in the model: " + ", ".join(report.unmapped) + "."
+            "Quantized without GPTQ, because the model does not have them: "
+            + ", ".join(report.unmapped)
+            + "."
         )
     if report.versions:
         versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())

@@ -1,4 +1,4 @@
-"""Measures of a finished file: one that cannot be taken is left out, with its reason, and ends
+"""Take measures of a finished file: one that fails is left out, with its reason, and ends
 nothing.
 """
 

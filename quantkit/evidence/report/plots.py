@@ -76,7 +76,7 @@ def draw_all(
 ) -> dict[str, Spec]:
     """Return every plot that the report has the data for, by name, in the order they are shown.
     What there is of every output is a plot each, or with `together` one that lets a reader choose.
-    `measures` is told of a plot that cannot be drawn.
+    `measures` records a plot that cannot be drawn.
     """
     take = (measures or Measures()).take
     plots = {"frontier": partial(frontier, report), "domains": partial(domains, report)}
@@ -154,7 +154,7 @@ def _points(data: Sequence[Datum], legend: Spec | None) -> Spec:
 
 
 def frontier(report: Report) -> Spec | None:
-    """KL over size. Lower and further left is better; whiskers are 95 % intervals.
+    """Plot KL over size. Lower and further left is better; whiskers are 95 % intervals.
 
     The labels stand in a column at the right, each level with its point or as near to that as the
     others let it: none can cover a point, a whisker or another label.
@@ -233,7 +233,7 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def domains(report: Report) -> Spec | None:
-    """One line per domain with every file's KL on it."""
+    """Plot one line per domain with every file's KL on it."""
     names = list(report.first.domains)
     rows = [row for row in report.by_size if all(n in row.domains for n in names)]
     data: list[Datum] = [
@@ -267,8 +267,8 @@ def _kind_and_block(tensor: str) -> tuple[str, int | None]:
 
 
 def tensor_map(files: Mapping[str, Mapping[str, str]]) -> Spec | None:
-    """The type of every tensor of each file as a grid: one row per kind of tensor, one column per
-    block.
+    """Plot the type of every tensor of each file as a grid: one row per kind of tensor, one column
+    per block.
     """
     data: list[Datum] = []
     for file, types in files.items():
@@ -364,8 +364,8 @@ def bits_by_kind(files: Mapping[str, Mapping[str, Tensor]]) -> Spec | None:
 
 
 def convergence(files: Mapping[str, Sequence[TracePoint]]) -> Spec | None:
-    """The KL that decides (expected after tuning where files are tuned), the best so far over the
-    tokens spent, with its standard error as a band.
+    """Plot the best KL so far (the one expected after tuning if files are tuned) over the tokens
+    spent, with its standard error as a band.
     """
     data: list[Datum] = []
     for file, trace in files.items():
@@ -398,7 +398,7 @@ def convergence(files: Mapping[str, Sequence[TracePoint]]) -> Spec | None:
         data,
         {
             "x": _number("tokens", "tokens evaluated by the search", tight, **brief),
-            "y": _number("kl", "deciding KL, best so far, nats", _log(data, "low", "high")),
+            "y": _number("kl", "best KL so far, nats", _log(data, "low", "high")),
         },
         _layer("area", band, opacity=0.16, **steps),
         _layer("line", strokeWidth=2.2, **steps),

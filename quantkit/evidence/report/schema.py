@@ -286,7 +286,7 @@ class Report:
         return replace(self, outputs=(output,))
 
     def tests(self, row: Row) -> Tests:
-        """The tests of a row against the output that is nearest to it in size; empty for an
+        """Return the tests of a row against the output that is nearest to it in size; empty for an
         output.
         """
         nearest = min(self.outputs, key=lambda output: abs(output.n_bytes - row.n_bytes))

@@ -33,7 +33,8 @@ class Table:
 def comparison(
     report: Report, name: Callable[[Row], str] = lambda row: row.title, wide: bool = False
 ) -> Table:
-    """Every measured file and the base, by size. Columns that no file has are left out.
+    """Return the table of every measured file and the base, by size. Columns that no file has are
+    left out.
 
     `name` gives a file's first cell; `wide` adds accuracy of tasks and tokens per second.
     """
@@ -116,7 +117,7 @@ def choice(report: Report, name: Callable[[Row], str] = lambda row: row.title) -
         for row in rows
     ]
     base = report.base
-    cells = (_memory(base.speed), "full precision (not here)", size(base.n_bytes), "0")
+    cells = (_memory(base.speed), "full precision (not included)", size(base.n_bytes), "0")
     return Table(("free memory", "file", "size", "mean KL"), (*lines, Line("base", cells)))
 
 
@@ -132,7 +133,7 @@ def _against(report: Report) -> str:
 
 
 def domains(report: Report) -> Table:
-    """Mean KL of every file by domain of text; languages have a table of their own."""
+    """Return the mean KL of every file by domain of text; languages have a table of their own."""
     of_all = list(report.first.domains)
     names = [name for name in of_all if language_of(name) is None] or of_all
     lines = [
@@ -149,7 +150,8 @@ def domains(report: Report) -> Table:
 
 
 def languages(report: Report) -> Table | None:
-    """Mean KL by language: of the outputs and of the llama.cpp file that the first is held against.
+    """Return the mean KL by language, of the outputs and of the llama.cpp file that the first is
+    compared with.
 
     Before it stands how well the base knows the language: its bits for sentences that take one bit
     in English.
@@ -239,7 +241,7 @@ def speeds(report: Report) -> Table | None:
 
 
 def checks(report: Report) -> Table | None:
-    """The integrity checks."""
+    """Return the table of the integrity checks, None without any."""
     found = text.check_lines(report)
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Numbers and sentences of a report: what is said the same way in Markdown, HTML, card and app."""
+"""Numbers and sentences of a report, the same in Markdown, HTML, card and app."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from quantkit.evidence.report.schema import OURS, STOCK, Report, Row
 from quantkit.sizes import size
 
 CAPTIONS = {
-    "frontier": "What each byte buys. Lower is closer to the original, further left is smaller;"
+    "frontier": "Quality and size. Lower is closer to the original, further left is smaller;"
     " whiskers are 95 % intervals.",
-    "domains": "The same by kind of text.",
-    "tensor-map": "The type of every tensor: one row a kind, one column a block, warm for few bits"
-    " and cool for many.",
+    "domains": "KL by kind of text.",
+    "tensor-map": "The type of every tensor: rows are kinds of tensors, columns are blocks; warm"
+    " colors have few bits, cool ones many.",
     "bits-by-kind": "Bits per weight of every kind of tensor.",
-    "convergence": "The search: its best estimate after so many evaluated tokens.",
+    "convergence": "The search: its best KL over the tokens that it evaluated.",
 }
 
 
@@ -34,7 +34,7 @@ def number(value: float | None) -> str:
 
 
 def with_error(mean: Mean) -> str:
-    """`0.0123 ± 0.0004`: both with the digits that count of the value."""
+    """Return `0.0123 ± 0.0004`, both with the significant digits of the value."""
     text = number(mean.value)
     if not mean.is_known:
         return text
@@ -42,7 +42,7 @@ def with_error(mean: Mean) -> str:
 
 
 def without_folders(said: str) -> str:
-    """A sentence with names of files only: a report is published, folders are not."""
+    """Return a sentence with names of files only: a report is published, folders are not."""
     return re.sub(r"(?<![\w:/.])~?(?:/[^/\s]+)+/(?=[^/\s])", "", said)
 
 
@@ -51,7 +51,7 @@ def percent(share: float) -> str:
 
 
 def chance(p_value: float) -> str:
-    """`p = 0.03`, `p < 0.001`."""
+    """Return `p = 0.03`, `p < 0.001`."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
 
 
@@ -66,22 +66,22 @@ def tested(versus: PairedTest | None) -> str:
 
 
 def best_of_at_most(report: Report) -> Row | None:
-    """The llama.cpp file of at most the first output's size that is closest to the base."""
+    """Return the llama.cpp file of at most the first output's size that is closest to the base."""
     size = report.first.n_bytes
     rows = [r for r in report.baselines if r.kind == STOCK and r.n_bytes <= size and r.kl.is_known]
     return min(rows, key=lambda row: row.kl.value, default=None)
 
 
 def verdicts(report: Report) -> list[str]:
-    """The verdict on every output; of several each begins with the file's name."""
+    """Return the verdict on every output; with several each begins with the file's name."""
     if len(report.outputs) == 1:
         return [verdict(report)]
     return [f"{o.name} ({size(o.n_bytes)}): {verdict(report.about(o))}" for o in report.outputs]
 
 
 def verdict(report: Report) -> str:
-    """One or two sentences: the first file against the best stock file of at most its size, or
-    among the compared files. Losses are said as plainly as wins.
+    """Return one or two sentences that compare the first file with the best stock file of its size
+    or smaller, or with the compared files. Losses are stated as plainly as wins.
     """
     if report.kind == "compare":
         return _compare_verdict(report)
@@ -89,18 +89,14 @@ def verdict(report: Report) -> str:
     if not ours.kl.is_known:
         return "The KL divergence of this file could not be measured."
     if best is None:
-        return "No llama.cpp file that was measured is as small as this one."
-    ratio = ours.kl.value / best.kl.value if best.kl.value else math.inf
-    word = "less" if ratio < 1 else "MORE"
+        return "No llama.cpp file of this size or smaller was measured."
     text = (
-        f"The best llama.cpp file of at most this size, {best.short}, has a mean KL divergence of"
-        f" {number(best.kl.value)}: this file's is {ratio:.2f} times that ({word}"
+        f"The mean KL divergence is {number(ours.kl.value)}, {_compared(ours.kl, best.kl)} that of"
+        f" the best llama.cpp file of this size or smaller ({best.short}, {number(best.kl.value)}"
         f"{_surely(report.tests(best).kl)})."
     )
     if ours.weight_kl and best.weight_kl and best.weight_kl.value:
-        ratio = ours.weight_kl.value / best.weight_kl.value
-        word = "less" if ratio < 1 else "MORE"
-        text += f" By the weights alone it is {ratio:.2f} times ({word})."
+        text += f" Its weight KL is {_compared(ours.weight_kl, best.weight_kl)} that file's."
     return text
 
 
@@ -159,12 +155,14 @@ def losses(report: Report) -> list[str]:
 
 
 def losing(report: Report) -> str:
-    """The heading over `losses`."""
+    """Return the heading over `losses`."""
     return "Where these files lose" if len(report.outputs) > 1 else "Where this file loses"
 
 
 def task_lines(report: Report) -> list[str]:
-    """The zero-shot results of every file that has some, a sentence each; or why there are none."""
+    """Return the zero-shot results, a sentence for each file that has some; or why there are
+    none.
+    """
     lines = []
     for row in report.rows:
         for name, task in (row.tasks or {}).items():
@@ -193,7 +191,7 @@ def not_measured(report: Report) -> list[str]:
 
 
 def check_lines(report: Report) -> list[tuple[str, str, str]]:
-    """The integrity checks: name, `passed` / `FAILED` / `not run`, what was found."""
+    """Return the integrity checks: name, `passed` / `FAILED` / `not run`, what was found."""
     words = {True: "passed", False: "FAILED", None: "not run"}
     return [
         (
@@ -207,7 +205,7 @@ def check_lines(report: Report) -> list[tuple[str, str, str]]:
 
 
 def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
-    """Fallbacks grouped: what was asked, what was used, for how many tensors, and why."""
+    """Group fallbacks: what was asked, what was used, for how many tensors, and why."""
     groups: dict[tuple[str, str, str], int] = {}
     for f in report.fallbacks or ():
         key = (f.asked, f.used, f.reason)

@@ -1,4 +1,4 @@
-"""A report into a folder: report.json, report.md, report.html, and plots/ as SVG and PNG."""
+"""Write a report into a folder: report.json, report.md, report.html, and plots/ as SVG and PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that the converter, left alone, writes as llama.cpp cannot run them. Runs inside the
+"""Fix models that the converter alone writes in a way that llama.cpp cannot run. Runs inside the
 sandbox, beside the converter's own classes.
 
 **Llama 4 without experts** (MobileLLM-R1). llama.cpp's llama4 refuses a model without experts, and
@@ -62,7 +62,9 @@ _KEYS_VALUES = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\
 
 
 def projector_class_for(found: Any) -> type:
-    """The converter's class of an encoder, which then also knows names without `vision_model`."""
+    """Return the converter's class of an encoder, which then also knows names without
+    `vision_model`.
+    """
 
     class Projector(found):
         model_arch = found.model_arch

@@ -1,4 +1,4 @@
-"""Which models the pinned converter can convert, asked of the converter itself.
+"""Ask the pinned converter which models it can convert.
 
 The converter has two tables, one of text models and one of projectors (`mmproj`: the vision or
 audio encoder of a multimodal model, a GGUF of its own). A multimodal architecture is usually in
@@ -77,7 +77,9 @@ def tables() -> sandbox.Tables:
 
 
 def supported_architectures() -> frozenset[str]:
-    """Hugging Face architectures of causal language models that are converted and quantized."""
+    """Return the Hugging Face architectures of causal language models that are converted and
+    quantized.
+    """
     out = NOT_CAUSAL | set(BEYOND_REACH)
     return frozenset(hf for hf, gguf in tables().text.items() if gguf not in out)
 
@@ -112,7 +114,7 @@ def check_architecture(config: Settings) -> str:
     if name is None:
         raise QuantkitError(
             "The model's config.json names no architecture.",
-            "Name a transformers checkpoint of a language model.",
+            "Give a transformers checkpoint of a language model.",
         )
     known = tables().text
     if name not in known:
@@ -132,7 +134,7 @@ def check_architecture(config: Settings) -> str:
 
 
 def unsupported(name: str) -> QuantkitError:
-    """The sentence for an architecture that the converter does not have."""
+    """Return the error for an architecture that the converter does not have."""
     return QuantkitError(
         f"llama.cpp's converter does not know the architecture {name}.",
         "Choose a model of a known family, or try a newer llama.cpp through QUANTKIT_CONVERTER.",

@@ -37,7 +37,7 @@ _NOISE = {"Unknown RoPE type: default"}
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """A finished conversion and what is worth knowing about it."""
+    """A finished conversion, with notes about it."""
 
     path: Path
     n_bytes: int
@@ -68,7 +68,7 @@ def convert(
     progress: Progress | None = None,
     limits: Limits | None = None,
 ) -> ConversionResult:
-    """Write the GGUF of a snapshot to `out_path`, whole or not at all, and the log beside it.
+    """Write the GGUF of a snapshot to `out_path`, whole or not at all, and the log next to it.
 
     outtype     f32, f16, bf16, or auto: the 16-bit type that the weights have
     skeleton    only the header is real, the tensor data is a hole. Works on shells
@@ -139,7 +139,7 @@ def convert(
                 if outcome.said.composes:
                     notes.append(
                         "The tokenizer composes accents that are written as letter and mark (NFC), "
-                        "llama.cpp does not: such texts get other tokens."
+                        "but llama.cpp does not: such texts get other tokens."
                     )
                 outcome = attempt(pre.matching)
             if not outcome.ok or partial.stat().st_size == 0:
@@ -166,7 +166,7 @@ def convert(
 
 @contextmanager
 def _work_folder(out_path: Path) -> Iterator[Path]:
-    """A folder beside the output, gone afterwards; what a killed conversion left is cleared first.
+    """A folder next to the output, gone afterwards; what a killed conversion left is cleared first.
     Nor does a partial output stay: it may be as large as the model.
     """
     work = out_path.with_name(out_path.name + ".work")

@@ -1,5 +1,5 @@
-"""What runs inside the sandbox: llama.cpp's converter and llama.cpp's tokenizer. quantkit's parent
-process never imports it.
+"""The code that runs inside the sandbox: llama.cpp's converter and llama.cpp's tokenizer.
+quantkit's parent process never imports it.
 
 The converter's own folder and its own `gguf` come before the environment's in sys.path.
 
@@ -296,7 +296,7 @@ def match(
 
 
 def tokenize(llama_cpp: Any, vocab: Any, text: str, special: bool) -> list[int] | None:
-    """llama.cpp's tokens for a text, None where it fails."""
+    """Return llama.cpp's tokens for a text, None if it fails."""
     data = text.encode()
     tokens = (ctypes.c_int32 * (len(data) + 8))()
     n = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, len(tokens), special, True)

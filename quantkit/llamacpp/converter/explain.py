@@ -1,8 +1,8 @@
-"""Why a conversion failed, in one sentence with a remedy.
+"""Explain why a conversion failed, in one sentence with a remedy.
 
 The converter speaks through exceptions, log lines and exit codes. What is recognized here was
 produced once and is tested; anything else is shown as the converter's own last words. The whole log
-stays beside the output as `convert.log`.
+stays next to the output as `convert.log`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ def tokenizer_hash(outcome: Outcome) -> str:
 
 
 def unknown_tokenizer(outcome: Outcome, log: Path) -> QuantkitError:
-    """The error for a tokenizer that the converter does not know and llama.cpp cannot imitate."""
+    """Return the error for a tokenizer that the converter does not know and llama.cpp cannot
+    imitate.
+    """
     return QuantkitError(
         f"The converter does not know this model's tokenizer (hash {tokenizer_hash(outcome)}), and "
         "none of llama.cpp's pre-tokenizers splits text as it does.",
         "If the model was fine-tuned from a known one, put the original's tokenizer.json and "
         "tokenizer_config.json into a local copy, or try a newer llama.cpp through "
-        f"QUANTKIT_CONVERTER. The whole log is {log}.",
+        f"QUANTKIT_CONVERTER. The full log is {log}.",
     )
 
 
 def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> QuantkitError:
-    """The error for a child that did not finish; `removed` is what its model was stripped of."""
+    """Return the error for a child that did not finish; `removed` names what was left out of its
+    model.
+    """
     error = _killed(outcome) or _recognized(outcome)
     if error is None:
         words = f"{outcome.error} {outcome.end.message}"
@@ -49,7 +53,7 @@ def explain(outcome: Outcome, log: Path, removed: Sequence[str] = ()) -> Quantki
             "The tokenizer is program code that the model ships, which quantkit never runs.",
             "Choose a model whose tokenizer is a tokenizer.json or tokenizer.model.",
         )
-    return QuantkitError(error.message, f"{error.remedy} The whole log is {log}.".strip())
+    return QuantkitError(error.message, f"{error.remedy} The full log is {log}.".strip())
 
 
 def _killed(outcome: Outcome) -> QuantkitError | None:
@@ -64,7 +68,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     if code == signal.SIGXCPU or (code == signal.SIGKILL and spent):
         return QuantkitError(
             f"The conversion used up its {limits.cpu_seconds:,} seconds of processor time.",
-            "No sound model of this size needs as much; check where it came from.",
+            "No sound model of this size needs that much; check where it came from.",
         )
     if code == signal.SIGKILL:
         return QuantkitError(
@@ -73,7 +77,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
         )
     if outcome.ended.why == "answer":
         return QuantkitError(
-            "The converter said more than can be read.", "Check where the model came from."
+            "The converter printed more than can be read.", "Check where the model came from."
         )
     if (
         outcome.ended.why == "bytes"
@@ -82,7 +86,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     ):
         return QuantkitError(
             f"The conversion tried to write a file above its limit of {limits.file_bytes:,} bytes.",
-            "A GGUF of this model cannot be as large; check where the model came from.",
+            "A GGUF of this model cannot be that large; check where the model came from.",
         )
     if (
         outcome.ended.why == "memory"
@@ -95,7 +99,7 @@ def _killed(outcome: Outcome) -> QuantkitError | None:
     ):
         return QuantkitError(
             f"The conversion needed more than its {limits.memory_bytes:,} bytes of memory.",
-            "No sound model of this size needs as much; check where it came from.",
+            "No sound model of this size needs that much; check where it came from.",
         )
     if code > 0:
         return QuantkitError(
@@ -170,7 +174,7 @@ _KNOWN: tuple[tuple[str, _Make], ...] = (
     (
         r"requires? --target-model-dir|--target-model-dir to be specified",
         _say(
-            "This is a draft model for speculative decoding, which works only beside another.",
+            "This is a draft model for speculative decoding, which only works with another model.",
             "Choose the model it drafts for.",
         ),
     ),
@@ -216,7 +220,7 @@ _KNOWN: tuple[tuple[str, _Make], ...] = (
     ),
     (
         r"Failed to detect model architecture",
-        _say("The model's config.json names no architecture.", "Name a language model."),
+        _say("The model's config.json names no architecture.", "Give a language model."),
     ),
     (
         r"mistral-common",
@@ -228,7 +232,7 @@ _KNOWN: tuple[tuple[str, _Make], ...] = (
     (
         r"is denied in the sandbox",
         _say(
-            "The converter wanted the network or another program, which it is not given.",
+            "The converter needed the network or another program, which it is not allowed.",
             "Something is missing from the model's folder; download it again.",
         ),
     ),

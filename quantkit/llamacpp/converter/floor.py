@@ -1,4 +1,4 @@
-"""The least that a page for strangers needs before it converts what they name.
+"""Check the minimum protection that a public page needs before it converts models.
 
 No token stands in an environment; the processes that hold one cannot be read; the kernel filters
 the system calls of the converter; and a stranger's bytes reach no code that runs outside.
@@ -40,7 +40,7 @@ def check_floor(environment: Mapping[str, str] | None = None) -> None:
 
 
 def _refusal(what: str, remedy: str) -> QuantkitError:
-    return QuantkitError(f"This page is for strangers and cannot convert models: {what}.", remedy)
+    return QuantkitError(f"This page is public and cannot convert models: {what}.", remedy)
 
 
 @cache
@@ -61,7 +61,7 @@ def _lacking() -> tuple[str, str] | None:
     )
     if found is not None:
         return (
-            f"a model's reader could change the code of the page ({found})",
+            f"the process that reads models could change the code of the page ({found})",
             "Install code and packages as root and run the page as another user"
             " (spaces/Dockerfile), or use a kernel with Landlock.",
         )
@@ -69,8 +69,8 @@ def _lacking() -> tuple[str, str] | None:
 
 
 def writable_code(trees: list[str], root: str) -> str | None:
-    """A folder in which a file can be made, `root` or one below `trees`, or a file of code there
-    that can be written to. Runs in the sandbox.
+    """Return a folder in which a file can be made, `root` or one below `trees`, or a file of code
+    there that can be written to; None without any. Runs in the sandbox.
     """
     if _takes_files(root):
         return root

@@ -52,8 +52,8 @@ _PREFIX = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
 _MAX_FILE_BYTES = 8 * 2**20
 
 _REMEDY = (
-    f"Put {SDIST_NAME} somewhere and name it in QUANTKIT_SDIST, "
-    "or name a llama.cpp checkout in QUANTKIT_CONVERTER."
+    f"Set QUANTKIT_SDIST to the path of {SDIST_NAME}, "
+    "or QUANTKIT_CONVERTER to a llama.cpp checkout."
 )
 
 
@@ -63,7 +63,7 @@ def install_dir() -> Path:
 
 
 def ensure_converter(sdist: Path | None = None) -> Path:
-    """The folder of a converter that is whole and unchanged; sets it up where it is missing.
+    """Return the folder of a converter that is whole and unchanged; set it up if it is missing.
 
     Raises QuantkitError when it cannot be obtained or is not the pinned one.
     """
@@ -72,7 +72,7 @@ def ensure_converter(sdist: Path | None = None) -> Path:
         if not (Path(other) / "convert_hf_to_gguf.py").is_file():
             raise QuantkitError(
                 f"QUANTKIT_CONVERTER names {other}, which has no convert_hf_to_gguf.py.",
-                "Name the top folder of a llama.cpp checkout, or unset it.",
+                "Set it to the top folder of a llama.cpp checkout, or unset it.",
             )
         return Path(other).resolve()
     tree = install_dir() / "llama.cpp"
@@ -97,14 +97,14 @@ def ensure_converter(sdist: Path | None = None) -> Path:
 
 
 def describe(tree: Path) -> str:
-    """Version and hash of a converter, for the record."""
+    """Return the version and hash of a converter, for the record."""
     if os.environ.get("QUANTKIT_CONVERTER"):
         return f"{tree} (given by QUANTKIT_CONVERTER, hash not checked)"
     return f"llama-cpp-python {VERSION}, vendor/llama.cpp, tree sha256 {TREE_SHA256}"
 
 
 def tree_sha256(tree: Path) -> str:
-    """One hash over the sorted relative paths and contents of everything below `tree`.
+    """Return one hash over the sorted relative paths and contents of everything below `tree`.
 
     Anything that is not a plain file (a link, say) makes it a hash that is never the pinned one.
     """
@@ -135,7 +135,7 @@ def _install(sdist: Path | None, tree: Path) -> None:
             raise QuantkitError(f"There is no source package {package}.", _REMEDY)
         if sha256_file(package) != SDIST_SHA256:
             raise QuantkitError(
-                f"{package} is not the pinned {SDIST_NAME}: its sha256 is another.", _REMEDY
+                f"{package} is not the pinned {SDIST_NAME}: its sha256 differs.", _REMEDY
             )
         fresh = Path(scratch) / "llama.cpp"
         extract(package, fresh)
@@ -179,7 +179,7 @@ def extract(package: Path, folder: Path) -> None:
                 or ".." in PurePosixPath(name).parts
                 or member.size > _MAX_FILE_BYTES
             ):
-                raise QuantkitError(f"{package} holds {member.name}, which is no plain file.")
+                raise QuantkitError(f"{package} holds {member.name}, which is not a regular file.")
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read())

@@ -1,4 +1,4 @@
-"""A tokenizer that the converter does not know: which of llama.cpp's pre-tokenizers does the same?
+"""Find the pre-tokenizer of llama.cpp that matches a tokenizer which the converter does not know.
 
 A byte-level BPE tokenizer first cuts text into words by a regular expression. llama.cpp has these
 built in under names (`tokenizer.ggml.pre`), and the converter finds the name by a hash of the token

@@ -135,7 +135,7 @@ def _resolve(path: Path, source: Path) -> Path:
             "Replace the link with the file itself.",
         )
     if not real.is_file():
-        raise QuantkitError(f"{path.name} is no plain file.", "Download the model again.")
+        raise QuantkitError(f"{path.name} is not a regular file.", "Download the model again.")
     return real
 
 
@@ -163,7 +163,7 @@ def _copy_json(path: Path, target: Path, removed: list[str], config: dict[str, s
         value = json.loads(data.decode("utf-8"), object_pairs_hook=clean)
     except (ValueError, RecursionError) as error:
         raise QuantkitError(
-            f"{target.name} is not readable as JSON: {error}.", "Download the file again."
+            f"{target.name} is not valid JSON: {error}.", "Download the file again."
         ) from None
     if not dropped and not config:
         target.write_bytes(data)
@@ -215,9 +215,9 @@ def _not_a_model(source: Path) -> QuantkitError:
     if list(source.glob("*.gguf")):
         return QuantkitError(
             f"{source.name} holds only GGUF files, which are already converted.",
-            "Name the original model they were made from.",
+            "Give the original model that they were made from.",
         )
     return QuantkitError(
         f"{source.name} has no config.json: it is not a transformers checkpoint.",
-        "Name a model with config.json, tokenizer and safetensors weights.",
+        "Give a model with config.json, tokenizer and safetensors weights.",
     )

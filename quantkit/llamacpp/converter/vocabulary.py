@@ -1,5 +1,5 @@
-"""What the converter leaves out of a vocabulary, put in before the header is written. Runs inside
-the sandbox, beside the converter's own classes.
+"""Add what the converter leaves out of a vocabulary, before the header is written. Runs inside the
+sandbox, beside the converter's own classes.
 
 **Names of added tokens.** Beside a SentencePiece model the converter reads `added_tokens.json` and
 `tokenizer_config.json`; transformers 5 writes added tokens to `tokenizer.json` alone. Such ids came
@@ -91,7 +91,7 @@ def name_added(keys: Mapping[str, GGUFValue], tokenizer: Any, looks_special: Any
 
 
 def say_prefix(writer: Any, tokenizer: Any) -> None:
-    """llama.cpp begins a text with a space piece unless it is told not to."""
+    """Write whether texts begin with a space piece, where llama.cpp would assume otherwise."""
     pieces = tokenizer.tokenize("a")
     begins = bool(pieces) and pieces[0].startswith(_SPACE)
     key = writer.kv_data[0].get(_PREFIX)
@@ -125,8 +125,8 @@ def rank_merges(keys: Mapping[str, GGUFValue], folder: Path) -> None:
 
 
 def ends_of(folder: Path) -> list[int]:
-    """Ids after which generation stops, as `generate` of transformers reads them; the first is the
-    end of a text.
+    """Return the ids after which generation stops, as `generate` of transformers reads them; the
+    first is the end of a text.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name

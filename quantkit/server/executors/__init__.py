@@ -1,1 +1,1 @@
-"""Where runs are done: on this machine, or elsewhere. `registry` knows which places there are."""
+"""The places where runs execute: this machine, or elsewhere. `registry` lists them."""

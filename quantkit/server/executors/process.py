@@ -17,7 +17,7 @@ _SERVER_VARIABLES = ("OAUTH_CLIENT_ID",)
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker: no secret is in it, neither the server's nor a visitor's."""
+    """Return the environment of a worker, without any secret of the server or a visitor."""
     clean = secrets.without(environment)
     child = {name: v for name, v in clean.items() if name not in _SERVER_VARIABLES}
     child.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -66,7 +66,9 @@ def start_cleaning(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def started_at(pid: int | None) -> str | None:
-    """A mark of when the process began; None when it is gone or only its exit status is left."""
+    """Return a mark of when the process began; None if it is gone or only its exit status is
+    left.
+    """
     if pid is None or pid <= 0:
         return None
     try:

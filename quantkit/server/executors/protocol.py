@@ -1,4 +1,4 @@
-"""What the server asks of a place where runs are done, and what it knows of a run there.
+"""The interface between the server and the places where runs execute.
 
 Whatever an executor starts looks like a worker: a process of this machine that is given a run's
 folder, holds its lock, appends to its events, brings its small results and ends when the run has
@@ -36,7 +36,7 @@ _PATIENCE_SECONDS = 8 * 3600
 
 @dataclass(frozen=True)
 class Order:
-    """How a run is to be done: by which executor, on which of its machines, for how long."""
+    """How to execute a run: by which executor, on which of its machines, for how long."""
 
     executor: str = "local"
     machine: str | None = None  # None: the executor has only one
@@ -100,7 +100,7 @@ class FoundRun:
 
 
 class Executor(Protocol):
-    """Where runs are done. `registry` has one of each."""
+    """A place where runs execute. `registry` has one of each."""
 
     name: str  # as records and the form have it
     noun: str  # what people call a run there
@@ -135,7 +135,7 @@ class Executor(Protocol):
         """End what is at work for a run whose worker is gone. Raise QuantkitError where that is not
         possible: nobody is told that a run has ended which may go on.
         """
-        raise QuantkitError(f"A {self.noun} cannot be ended from here.", "End it where it is.")
+        raise QuantkitError(f"A {self.noun} cannot be stopped from here.", "Stop it where it runs.")
 
     def found(self, token: str) -> tuple[FoundRun, ...]:
         """Return the runs of this server that it still knows of. Raise QuantkitError."""
@@ -148,7 +148,7 @@ def choose(offers: Sequence[Offer], name: str = "auto") -> Offer:
     """
     if not offers:
         raise QuantkitError(
-            "No machine that is offered is large enough for this run.",
+            "None of the offered machines is large enough for this run.",
             "Choose a smaller model or a quicker profile.",
         )
     if name != "auto":

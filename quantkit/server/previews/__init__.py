@@ -1,3 +1,3 @@
-"""What a page asks of this machine beside runs, in bounds: what a run would take, and what a
-finished file answers.
+"""Work that a page asks of this machine in addition to runs, within limits: previews of a run, and
+answers of a finished file.
 """

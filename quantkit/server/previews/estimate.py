@@ -1,4 +1,4 @@
-"""What a run would take, asked of `quantkit.server.previews.plan_child` in a process of its own.
+"""Estimate what a run would take, by `quantkit.server.previews.plan_child` in a process of its own.
 
 The planner reads headers, configs and tokenizers that strangers wrote and starts the converter:
 none of that happens in the server. Its processes have little memory and time, a visitor's token
@@ -34,7 +34,7 @@ Looked = Callable[[FirstLook], None]
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What one preview may take. Of a page: several times what models of today need."""
+    """The limits of one preview. For a page they are several times what today's models need."""
 
     seconds: float
     memory_bytes: int
@@ -51,7 +51,7 @@ _turns = Turns()
 
 
 class CutOff(QuantkitError):
-    """A preview took more than it may have."""
+    """A preview exceeded its limits."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,7 +75,7 @@ def estimate(
     who: str = "",
     looked: Looked | None = None,
 ) -> Plan:
-    """The plan of a run. Raises QuantkitError with the planner's own sentence.
+    """Return the plan of a run. Raises QuantkitError with the planner's own sentence.
 
     The model is looked at once; another size of it is answered at once. `who` is whose turn is
     taken; `looked` is called with the first facts, when they are known before the rest.

@@ -1,4 +1,4 @@
-"""What is known of a model as soon as it is found: shown while the planner works out the rest."""
+"""The first facts about a model, shown while the planner works out the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantkit.sandbox.untrusted import shortened
 
 @dataclass(frozen=True)
 class FirstLook:
-    """What is known of a model before the planner has answered."""
+    """The facts about a model before the planner has answered."""
 
     architecture: str
     n_parameters: int

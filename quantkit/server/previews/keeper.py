@@ -79,7 +79,7 @@ def _reap() -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """Processes that `root` has started, and those that they have."""
+    """Return the processes that `root` has started, and those that they have started."""
     return _below(root, _children())
 
 
@@ -93,9 +93,10 @@ def _below(root: int, children: dict[int, list[int]]) -> list[int]:
 
 
 def memory_holders(root: int) -> list[int]:
-    """Its descendants, but for those that share all of their memory with another one: the keeper
-    and the init that a fork server (quantkit.sandbox) has forked. They are known by having children
-    of their own, which the worker, the only process that a stranger's bytes reach, cannot have.
+    """Return its descendants, except those that share all of their memory with another one: the
+    keeper and the init that a fork server (quantkit.sandbox) has forked. They are known by having
+    children of their own, which the worker, the only process that a stranger's bytes reach, cannot
+    have.
     """
     children = _children()
     found = _below(root, children)
@@ -132,7 +133,7 @@ def _children() -> dict[int, list[int]]:
 
 
 def memory_bytes(pid: int) -> int:
-    """Memory of a process that is its own: files that are only mapped do not count."""
+    """Return the memory of a process, without files that are only mapped."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
             lines = [line.split() for line in file if line.startswith((b"RssAnon:", b"RssShmem:"))]

@@ -18,7 +18,7 @@ from quantkit.sandbox import secrets
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 when a plan was told, 1 when an error was."""
+    """Plan, and return 0 when a plan was reported, 1 when an error was."""
     secrets.hide()
     from quantkit.checkpoint.info import ModelInfo
     from quantkit.config import RunConfig
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         _tell("error", [error.message, error.remedy])
         return 1
     except MemoryError:
-        _tell("error", ["The preview needs more memory than it may have.", _REMEDY])
+        _tell("error", ["The preview needs more memory than it is allowed.", _REMEDY])
         return 1
     except Exception:
         logging.exception("a preview failed")

@@ -1,4 +1,4 @@
-"""Another size of a model that was planned before: answered from its plan, at once."""
+"""Answer another size of a model from its existing plan, at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from quantkit.planning.nouns import Plan
 
 
 def with_sizes(plan: Plan, config: RunConfig) -> Plan:
-    """The same plan for the sizes of `config`. Raises QuantkitError when no file of the levels has
-    any of them.
+    """Return the same plan for the sizes of `config`. Raises QuantkitError if no file of the levels
+    has any of them.
     """
     sizes, stock = plan.sizes, plan.stock
 

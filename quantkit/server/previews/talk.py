@@ -27,9 +27,9 @@ ANSWER = f"{__name__}:answer"  # runs inside
 
 
 def say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
-    """The answer as it grows. Raises QuantkitError; closing the iterator ends the process."""
+    """Yield the answer as it grows. Raises QuantkitError; closing the iterator ends the process."""
     if not _AT_ONCE.acquire(timeout=30):
-        raise QuantkitError("Too many people are trying files.", "Try again in a minute.")
+        raise QuantkitError("Too many people are trying files right now.", "Try again in a minute.")
     try:
         yield from _say(path, messages)
     finally:
@@ -58,10 +58,10 @@ def _say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
 
 
 def check_prompt(prompt: object) -> str:
-    """The prompt. Raises QuantkitError for an empty or a very long one."""
+    """Return the prompt. Raises QuantkitError for an empty or a very long one."""
     text = prompt.strip() if isinstance(prompt, str) else ""
     if not text:
-        raise QuantkitError("There is nothing to answer.", "Write something first.")
+        raise QuantkitError("The prompt is empty.", "Write something first.")
     if len(text) > MAX_PROMPT:
         raise QuantkitError(
             f"The prompt is longer than {MAX_PROMPT:,} characters.", "Write a shorter one."

@@ -1,4 +1,4 @@
-"""Whose turn it is to have something made that costs this machine a lot: shared by visitor."""
+"""Share expensive work of this machine among visitors, who take turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantkit.errors import QuantkitError
 
 @dataclass(frozen=True)
 class Share:
-    """What there is, and what one visitor may have of it."""
+    """The capacity, and one visitor's share of it."""
 
     places: int = 2  # at once
     waiting: int = 12  # of all; each keeps a thread of the server
@@ -31,11 +31,11 @@ class _Waiter:
 
 
 _HOUR = 3600.0
-_BUSY = QuantkitError("Many previews are being made.", "Try again in a minute.")
+_BUSY = QuantkitError("Too many previews are being made.", "Try again in a minute.")
 
 
 class Turns:
-    """A line in which those who had least come first. One visitor has one place at a time, however
+    """A queue in which those who had least come first. One visitor has one place at a time, however
     many are free, a few places in the line, and so much time in an hour. Safe in several threads.
     """
 
@@ -72,13 +72,13 @@ class Turns:
             if self._seconds(who, now) >= self._share.seconds_each:
                 minutes = round(self._share.seconds_each / 60)
                 raise QuantkitError(
-                    f"Your previews have taken {minutes} minutes of this machine in an hour.",
+                    f"Your previews have used {minutes} minutes of this machine in an hour.",
                     "Try again later, or start the run without one.",
                 )
             mine = sum(waiter.who == who for waiter in self._line)
             if mine >= self._share.waiting_each:
                 raise QuantkitError(
-                    "Your last previews are still being made.", "Wait until one of them is there."
+                    "Your last previews are still being made.", "Wait until one of them is done."
                 )
             if len(self._line) >= self._share.waiting:
                 self._send_away(who, now)

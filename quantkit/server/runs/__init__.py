@@ -1,4 +1,4 @@
-"""Starts runs and tells how they fare: what the web app, a Space and the API are built on.
+"""Start runs and report their progress: the web app, a Space and the API are built on this.
 
 Every run is `python -m quantkit resume FOLDER` in a process of its own, with its config written
 before; everything known about it is read back from its folder. Nothing here imports torch,

@@ -1,4 +1,4 @@
-"""Runs that only their executor still knows: they outlived this server's memory."""
+"""Adopt runs that only their executor still knows, after this server has lost them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from quantkit.server.runs.record import (
 
 DELETED_FILE = ".deleted"  # ids of runs that are not to come back, one a line
 _MOST_ITEMS = 10_000  # of a config
-_REASON = "It was found again by its {}. Resume it to see how it fares."
+_REASON = "It was found again by its {}. Resume it to see its progress."
 
 
 def adopt(root: Path, owner: str, executor: Executor, found: Iterable[FoundRun]) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def _record(run: FoundRun, owner: str, executor: Executor) -> RunRecord:
 
 
 def forget(root: Path, run_id: str) -> None:
-    """Never adopt a run again: it was deleted, and its executor goes on listing it."""
+    """Forget a deleted run: never adopt it again, though its executor goes on listing it."""
     with (root / DELETED_FILE).open("a", encoding="utf-8") as file:
         file.write(f"{run_id}\n")
 

@@ -1,4 +1,4 @@
-"""The time that cleaning goes by: no single look at the machine's clock deletes anybody's run."""
+"""The clock for cleaning up: no single reading of the machine's clock deletes anybody's run."""
 
 from __future__ import annotations
 

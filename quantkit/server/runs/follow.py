@@ -1,4 +1,4 @@
-"""Reads a run's folder as it grows: only what is new, and only when something is new."""
+"""Read a run's folder as it grows: only what is new, and only when something is new."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class _Cached:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A record, and what is wrong with the file it is of."""
+    """A record, and what is wrong with its file."""
 
     record: RunRecord | None
     damage: str = ""
@@ -170,7 +170,7 @@ class Follower:
         return self.progress.outcome or (views.FAILED if self._last_words() else views.INTERRUPTED)
 
     def summary(self, position: int | None) -> RunSummary | None:
-        """None for a folder that holds no run."""
+        """Return a line about the run; None for a folder that holds no run."""
         record = self.record
         # Nothing happens to a run that has ended before its record changes; most of a list has.
         if self._settled is not None and self._settled[0] is record and not self.fault:
@@ -236,7 +236,7 @@ class Follower:
             return 0.0
 
     def view(self, position: int | None) -> RunView | None:
-        """Everything about the run; None for a folder that holds no run."""
+        """Return everything about the run; None for a folder that holds no run."""
         summary = self.summary(position)
         if summary is None:
             return None
@@ -283,12 +283,12 @@ class Follower:
             **vars(summary),
             stages=tuple(Progress().stages.values()),
             error=self.damage or "The config.json of this run cannot be read.",
-            remedy="Delete it, or put the file back from a copy.",
+            remedy="Delete it, or restore the file from a copy.",
         )
 
     def files(self) -> tuple[ResultFile, ...]:
-        """The finished files that a person wants: the GGUF first, never a stage's own working
-        files.
+        """Return the finished files that a person wants: the GGUF first, never a stage's own
+        working files.
         """
         found = self._results()
         return tuple(file for file, _ in found.values())
@@ -299,7 +299,7 @@ class Follower:
         return self.folder / found[name][1] if name in found else None
 
     def staged(self) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
-        """The files under the upload, and where those lie that are here."""
+        """Return the files of the upload, and the paths of those that are on this machine."""
         record = self.dir.records().get("publish")
         outputs = record.outputs if record is not None else ()
         folder = f"{RELATIVE.upload}/"
@@ -312,13 +312,13 @@ class Follower:
         return tuple(files), {name: path for name, path in places.items() if path.is_file()}
 
     def model_path(self) -> Path | None:
-        """The finished GGUF, where it lies here."""
+        """Return the path of the finished GGUF if it is on this machine."""
         name = next((f.name for f in self.files() if views.is_model(f.name)), None)
         path = None if name is None else self.file_path(name)
         return path if path is not None and path.is_file() else None
 
     def base_path(self) -> Path | None:
-        """The original at full precision, until it is cleaned away."""
+        """Return the path of the full-precision original, until it is cleaned up."""
         path = Artifacts(self.folder).base
         return path if path.is_file() else None
 
@@ -355,7 +355,7 @@ class Follower:
             if record is not None and record.phase == STOPPED:
                 return record.reason, ""
             return (
-                "The run was cut off: its process ended without a word.",
+                "The run was cut off: its process ended without a message.",
                 "Resume it; finished stages are kept.",
             )
         return "", ""
@@ -390,7 +390,7 @@ class Follower:
 
 
 def tail(path: Path, n_bytes: int) -> str:
-    """The end of a text file, from the first whole line on."""
+    """Return the end of a text file, from the first whole line on."""
     try:
         with open_plain(path) as file:
             size = file.seek(0, 2)

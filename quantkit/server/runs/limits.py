@@ -1,4 +1,4 @@
-"""What a server and its visitors may use, and who is next."""
+"""The limits of a server and its visitors, and who is next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLEANED_FILE = ".cleaned"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one server and one visitor may ask for."""
+    """The limits of one server and one visitor."""
 
     workers: int = 1  # runs at once on this machine
     remote: int = 20  # runs elsewhere at once: each is a small process here that listens
@@ -101,7 +101,7 @@ def check_limits(
         and (record.phase == QUEUED or process.is_alive(record.pid, record.pid_started))
     ]
     if len(active) >= limits.active:
-        raise UsageError("Too many runs are waiting.", "Try again in a while.")
+        raise UsageError("Too many runs are waiting.", "Try again later.")
     if public and sum(record.owner == mine for record in active) >= limits.active_per_owner:
         raise UsageError(
             f"You have {limits.active_per_owner} runs waiting or running already.",
@@ -110,7 +110,7 @@ def check_limits(
     n_near = sum(place is not None and record.place == place for record in active)
     if public and n_near >= limits.active_per_place:
         raise UsageError(
-            f"{n_near} runs of your address are waiting or running already.",
+            f"{n_near} runs from your address are waiting or running already.",
             "Wait for one to finish, or cancel one.",
         )
     if limits.bytes_per_owner is None:
@@ -137,7 +137,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: int) -> float | None:
-    """About how long until a waiting run is started; None when nothing is known."""
+    """Return about how long it takes until a waiting run starts; None if unknown."""
     mine = waiting.record
     assert mine is not None
     if mine.is_remote:
@@ -155,7 +155,7 @@ def wait_seconds(followers: dict[str, Follower], waiting: Follower, n_workers: i
 
 
 def positions(followers: dict[str, Follower]) -> dict[str, int]:
-    """Place in the queue of every waiting run; 1 is next."""
+    """Return the place in the queue of every waiting run; 1 is next."""
     waiting = [
         (record.since, run_id)
         for run_id, follower in followers.items()

@@ -1,4 +1,4 @@
-"""What has to outlive this machine, copied to a folder that does: a bucket mounted on a Space.
+"""Copy what has to outlive this machine to a persistent folder: a bucket mounted on a Space.
 
 Runs are done on the machine's own disk, because a mounted bucket need not know locks, links or
 appending. Their records, events, results and finished files are copied there whole whenever they

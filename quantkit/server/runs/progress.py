@@ -1,4 +1,4 @@
-"""What a run's events say: nine stages, the line a person reads, and how much longer it takes.
+"""Derive a run's progress from its events: nine stages, log lines, and the remaining time.
 
 `Progress` is fed events in order, a few at a time as they appear; everything it offers is derived
 from them, so a restarted server knows as much as one that has watched from the start.

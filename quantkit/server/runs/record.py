@@ -1,4 +1,4 @@
-"""Jobs as they lie on disk: ids, owners and `job.json` beside a run's other files.
+"""Runs on disk: ids, owners and `job.json` next to a run's other files.
 
     <root>/<run id>/{job.json, log.txt, config.json, events.jsonl, ...}
 
@@ -47,7 +47,7 @@ class NoSuchRun(UsageError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the launcher did with a run, and for whom. Never holds a token."""
+    """The launcher's record of a run, and its owner. Never holds a token."""
 
     owner: str | None  # hash of the visitor's id; None: a run of this machine, started by hand
     created: float
@@ -100,14 +100,16 @@ class RunRecord:
 
 
 def new_run_id() -> str:
-    """An id that nobody guesses. It is also the folder's name, so it does not begin with a dash."""
+    """Return an id that nobody can guess. It is also the folder's name, so it does not begin with a
+    dash.
+    """
     while (run_id := secrets.token_urlsafe(16)).startswith(("-", "_")):
         pass
     return run_id
 
 
 def run_folder(root: Path, run_id: object) -> Path:
-    """The folder of a run directly under `root`. Raises NoSuchRun for anything else."""
+    """Return the folder of a run directly under `root`. Raises NoSuchRun for anything else."""
     if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id):
         raise NoSuchRun
     folder = root / run_id
@@ -129,8 +131,8 @@ def owner_hash(owner: str) -> str:
 
 
 def load_record(folder: Path) -> RunRecord | None:
-    """The run's record; None for a run that was started from the command line. Raises Damaged for
-    one that cannot be read.
+    """Return the run's record; None for a run that was started from the command line. Raises
+    Damaged for one that cannot be read.
     """
     path = folder / RECORD_FILE
     try:

@@ -1,5 +1,5 @@
-"""A filled-in form to a `RunConfig`. Everything a stranger types is checked here, before a file or
-a process is made of it.
+"""Turn a filled-in form into a `RunConfig`. Everything that a stranger types is checked here,
+before any file or process is made from it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RunForm:
 
 
 def to_config(form: RunForm, public: bool) -> RunConfig:
-    """The run that the form asks for.
+    """Return the run that the form asks for.
 
     Raises UsageError with what to write instead.
     """
@@ -97,32 +97,32 @@ def to_config(form: RunForm, public: bool) -> RunConfig:
 
 
 def check_visibility(word: Any) -> str:
-    """One of VISIBILITIES. Raises UsageError."""
+    """Return one of VISIBILITIES. Raises UsageError."""
     return _one_of(word, "visibility", VISIBILITIES)
 
 
 def check_machine(name: Any) -> str:
-    """The name of a machine. Raises UsageError when it cannot be one."""
+    """Return the name of a machine. Raises UsageError if it cannot be one."""
     if not isinstance(name, str) or not _MACHINE.fullmatch(name):
         raise UsageError("That is not the name of a machine.", "Use here or auto.")
     return name
 
 
 def check_collection(slug: Any) -> str | None:
-    """A collection as its address names it; None for none. Raises UsageError."""
+    """Return a collection as its URL names it; None for none. Raises UsageError."""
     text = _text(slug, "collection", 300).removeprefix("https://huggingface.co/collections/")
     if not text:
         return None
     if not _REPO.fullmatch(text) or ".." in text:
         raise UsageError(
             f"{text[:80]!r} is not a collection.",
-            "Write the end of its address, such as you/my-models-65f1c3.",
+            "Write the last part of its URL, such as you/my-models-65f1c3.",
         )
     return text
 
 
 def check_repo(repo: str) -> str:
-    """A repository to publish to. Raises UsageError when it is not owner/name."""
+    """Return a repository to publish to. Raises UsageError if it is not owner/name."""
     repo = _text(repo, "repository", 200)
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or repo.endswith((".git", ".")):
         raise UsageError(
@@ -176,10 +176,10 @@ def _targets(form: RunForm) -> tuple[Target, ...]:
     if kind == "size":
         size = _text(form.size, "file size", 30)
         if not size:
-            raise UsageError("No file size was given.", "Write one such as 90MB or 5.5GB.")
+            raise UsageError("Enter a file size.", "Write 90MB or 5.5GB, for example.")
         return (FileSize(size),)
     if form.bpw in (None, ""):
-        raise UsageError("No bits per weight were given.", "Write a number such as 4.5.")
+        raise UsageError("Enter the bits per weight.", "Write a number such as 4.5.")
     return (BitsPerWeight(str(form.bpw)[:20]),)
 
 
@@ -187,11 +187,13 @@ def _fits(form: RunForm) -> str:
     """Memory and context as a target has them. Raises UsageError."""
     memory, tokens = _text(form.memory, "memory", 30), form.context
     if not memory:
-        raise UsageError("No memory was given.", "Write how much there is, such as 8GB.")
+        raise UsageError("Enter the memory.", "Write how much there is, such as 8GB.")
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or tokens != int(tokens):
         raise UsageError("The context is not a number of tokens.", "Write one such as 8192.")
     if not 1 <= tokens <= MOST_CONTEXT:
-        raise UsageError(f"There is no context of {tokens:,} tokens.", "Write 8192 or so.")
+        raise UsageError(
+            f"A context of {tokens:,} tokens is not possible.", "Enter a context such as 8192."
+        )
     return f"{memory}@{int(tokens)}"
 
 
@@ -234,7 +236,7 @@ def _types(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise UsageError for a regex that is wrong or may take for ever."""
+    """Raise UsageError for a regex that is wrong or may take forever."""
     compile_pattern(pattern)
     looks_around = re.search(r"\\[1-9]|\(\?(?!:)", pattern)
     n_groups = pattern.count("(")
@@ -247,7 +249,7 @@ def check_pattern(pattern: str) -> None:
         or pattern.count("|") > _MAX_ALTERNATIVES
     ):
         raise UsageError(
-            f"The pattern {pattern[:60]!r} may take too long to match.",
+            f"The pattern {pattern[:60]!r} could take too long to match.",
             "Use at most three * or + and three groups, none of them repeated, no look-around and"
             " no back-reference.",
         )

@@ -1,5 +1,5 @@
-"""The queue of one root folder: who is next, who takes too long, what is old; and the thread that
-looks after it.
+"""The queue of one root folder: which run is next, which takes too long, which is old; and the
+thread that manages it.
 """
 
 from __future__ import annotations

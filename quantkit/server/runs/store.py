@@ -1,4 +1,4 @@
-"""The runs under one root folder: who may do what with them.
+"""The runs under one root folder, and who can do what with them.
 
 Nothing here is remembered that is not on disk, but for the visitors' tokens: a server that comes
 back scans the folder and goes on, with the workers that ran meanwhile.
@@ -50,7 +50,9 @@ class RunStore(Scheduler):
     # What a visitor sees.
 
     def runs(self, owner: str | None) -> tuple[RunSummary, ...]:
-        """The visitor's runs and, on a private page, those of the command line; newest first."""
+        """Return the visitor's runs and, on a private page, those of the command line; newest
+        first.
+        """
         with self._lock:
             followers = self._scan()
             places = positions(followers)
@@ -63,7 +65,7 @@ class RunStore(Scheduler):
         return tuple(sorted(found, key=lambda run: -run.created))
 
     def view(self, run_id: object, owner: str | None) -> RunView:
-        """Everything about one run. Raises NoSuchRun also when it is somebody else's."""
+        """Return everything about one run. Raises NoSuchRun also when it is somebody else's."""
         with self._lock:
             follower = self._follower(run_id, owner)
             record = follower.record
@@ -80,7 +82,7 @@ class RunStore(Scheduler):
         return found
 
     def log_tail(self, run_id: object, owner: str | None, n_bytes: int = 20_000) -> str:
-        """The end of what the worker printed."""
+        """Return the end of what the worker printed."""
         with self._lock:
             folder = self._follower(run_id, owner).folder
             remote = folder / REMOTE_LOG_FILE
@@ -97,7 +99,9 @@ class RunStore(Scheduler):
     def staged(
         self, run_id: object, owner: str | None
     ) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
-        """The files that publishing uploads, and where those lie that are on this machine."""
+        """Return the files that publishing uploads, and the paths of those that are on this
+        machine.
+        """
         with self._lock:
             return self._follower(run_id, owner).staged()
 
@@ -111,7 +115,9 @@ class RunStore(Scheduler):
         return said if said in ("private", "gated") else ""
 
     def models(self, run_id: object, owner: str | None) -> tuple[Path | None, Path | None]:
-        """The finished GGUF and the original, where they lie on this machine."""
+        """Return the paths of the finished GGUF and of the original, if they are on this
+        machine.
+        """
         with self._lock:
             follower = self._follower(run_id, owner)
             return follower.model_path(), follower.base_path()
@@ -199,7 +205,7 @@ class RunStore(Scheduler):
             follower = self._follower(run_id, owner)
             _check_whole(follower)
             if follower.state() in (view.QUEUED, view.RUNNING):
-                raise UsageError("This run is still at work.", "Publish it when it has finished.")
+                raise UsageError("This run is still running.", "Publish it when it has finished.")
             config = follower.config
             if config is None or "validate" not in follower.dir.records():
                 raise QuantkitError(
@@ -224,7 +230,7 @@ class RunStore(Scheduler):
                     "This run was started from the command line.", "Remove its folder there."
                 )
             if follower.is_running() or follower.is_unattended():
-                raise UsageError("This run may still be at work.", "Cancel it first.")
+                raise UsageError("This run may still be running.", "Cancel it first.")
             self._remove(follower)
 
     # Common parts.
@@ -293,4 +299,4 @@ def open_store(environment: Mapping[str, str] | None = None) -> RunStore:
 
 def _check_whole(follower: Follower) -> None:
     if follower.damage:
-        raise UsageError(follower.damage, "Delete it, or put the file back from a copy.")
+        raise UsageError(follower.damage, "Delete it, or restore the file from a copy.")

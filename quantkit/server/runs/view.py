@@ -1,4 +1,4 @@
-"""What a page or an API caller is told about a run: frozen, without paths of this machine."""
+"""What a page or an API caller sees of a run: frozen, without paths of this machine."""
 
 from __future__ import annotations
 

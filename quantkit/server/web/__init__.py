@@ -1,4 +1,4 @@
-"""The web page: a form that starts runs, and what there is to see of them. Built on Gradio.
+"""The web page: a form that starts runs, and views of them. Built on Gradio.
 
 Nothing here imports torch, transformers or llama_cpp; the work is done by processes that
 `quantkit.server.runs` starts.

@@ -60,7 +60,9 @@ class Answer:
     async def text(
         self, status: int, body: str, *headers: tuple[bytes, bytes], last: bool = False
     ) -> None:
-        """The whole answer; `last`: on this connection, whose request may not have been read."""
+        """Send the whole answer. `last` closes the connection, whose request may not have been
+        read.
+        """
         content = body.encode()
         more = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
         more.append((b"content-length", str(len(content)).encode()))

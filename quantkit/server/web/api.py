@@ -1,4 +1,4 @@
-"""The documented endpoints: `estimate`, `start_job`, `job_status`, `cancel_job`.
+"""The documented API endpoints: `estimate`, `start_job`, `job_status`, `cancel_job`.
 
 For gradio_client, plain HTTP and agents. A caller is known by its `key`: `start_job` returns one,
 and it is given to the other calls. On a Space a caller signs in with its Hub token instead
@@ -30,7 +30,7 @@ def add_endpoints(handlers: Handlers) -> None:
     def asker_of(
         key: str, request: gr.Request, profile: gr.OAuthProfile | None, token: gr.OAuthToken | None
     ) -> Client:
-        """The caller: a signed-in user, whoever a Hub token belongs to, or the holder of a key."""
+        """Return the caller: a signed-in user, the owner of a Hub token, or the holder of a key."""
         client = handlers.client(request, profile)
         if client.username is None and handlers.on_space and token is not None:
             name = jobs.account(token.token)
@@ -57,14 +57,14 @@ def add_endpoints(handlers: Handlers) -> None:
         disk.
 
         Args:
-            model: owner/name on the Hugging Face Hub, its address, or demo:smollm2-135m.
+            model: owner/name on the Hugging Face Hub, its URL, or demo:smollm2-135m.
             size: bytes of the whole file, such as 5.5GB; empty to use bpw or like.
             like: the stock mix whose size is the limit, such as Q4_K_M.
             bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
             profile: how much work to spend: demo, fast, standard or thorough.
             revision: branch, tag or commit of the model; empty for its main branch.
-            memory: what the file has to fit in with its context, such as 8GB; empty for no limit.
-            context: tokens of context that have to fit beside it.
+            memory: what has to hold the file and its context, such as 8GB; empty for no limit.
+            context: tokens of context that have to fit, too.
         """
         form = RunForm(
             model,
@@ -102,10 +102,10 @@ def add_endpoints(handlers: Handlers) -> None:
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
-        """Start turning a model into a GGUF. Returns the job's id and the key to ask for it with.
+        """Start turning a model into a GGUF. Returns the job's id and the key for later calls.
 
         Args:
-            model: owner/name on the Hugging Face Hub, its address, or demo:smollm2-135m.
+            model: owner/name on the Hugging Face Hub, its URL, or demo:smollm2-135m.
             size: bytes of the whole file, such as 5.5GB; empty to use bpw or like.
             like: the stock mix whose size is the limit, such as Q4_K_M.
             bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
@@ -113,12 +113,12 @@ def add_endpoints(handlers: Handlers) -> None:
             revision: branch, tag or commit of the model; empty for its main branch.
             calibration: calibration texts, name[:weight],...; auto chooses.
             seed: seed of the search.
-            memory: what the file has to fit in with its context, such as 8GB; empty for no limit.
-            context: tokens of context that have to fit beside it.
-            machine: here, or auto or a name for a Job of Hugging Face, paid by the caller.
+            memory: what has to hold the file and its context, such as 8GB; empty for no limit.
+            context: tokens of context that have to fit, too.
+            machine: here, or auto or a name for a Hugging Face Job, billed to the caller.
             publish: owner/name on the Hub to upload the result to; empty for none.
-            visibility: of that repository: model (private where that is private or gated), private
-                or public.
+            visibility: of that repository: model (private if that is private or gated), private or
+                public.
             key: the key of an earlier answer, to keep jobs together; empty for a new one.
         """
         form = RunForm(
@@ -151,7 +151,7 @@ def add_endpoints(handlers: Handlers) -> None:
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
-        """Return how a job fares: its state, its nine stages, and the report when there is one.
+        """Return a job's progress: its state, its nine stages, and the report when there is one.
 
         Args:
             job_id: as `start_job` returned it.

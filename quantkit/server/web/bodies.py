@@ -1,4 +1,4 @@
-"""Reads a request's body with limits, before anything is made of it."""
+"""Read a request's body with limits, before it is used."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Events:
-    """What may be asked for: the number of inputs of every event, those that wait in the queue, and
-    the arguments of every endpoint: true for those that have to be given.
+    """The valid requests: the number of inputs of every event, the events that wait in the queue,
+    and the arguments of every endpoint (true for required ones).
     """
 
     inputs: Mapping[int, int]
@@ -41,7 +41,7 @@ class Events:
 
     @classmethod
     def of(cls, blocks: Any) -> Events:
-        """Those of a page."""
+        """Return the events of a page."""
         described = blocks.get_api_info()["named_endpoints"]
         arguments = {
             name.removeprefix("/"): {
@@ -82,7 +82,7 @@ async def read_body(receive: Receive, length: int) -> bytes:
 
 
 def parse(body: bytes) -> Any:
-    """JSON that is neither deep nor wide. Raises Refused for anything else."""
+    """Parse JSON that is neither deep nor wide. Raises Refused for anything else."""
     # Before it is parsed: many new objects make Python look through all that it has.
     if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
         raise Refused(400, f"The request's JSON has more than {MAX_VALUES} values.")
@@ -108,7 +108,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def check_event(body: Any, path: str, events: Events) -> None:
-    """A request for an event of the page. Raises Refused for what could not be one."""
+    """Check a request for an event of the page. Raises Refused for what cannot be one."""
     if not isinstance(body, dict):
         raise Refused(400, "The request is not a JSON object.")
     _check_strings(body)
@@ -128,7 +128,7 @@ def check_event(body: Any, path: str, events: Events) -> None:
 
 
 def check_call(body: Any, path: str, events: Events) -> None:
-    """A request to a documented endpoint. Raises Refused."""
+    """Check a request to a documented endpoint. Raises Refused."""
     name = check_name(path, events)
     if not isinstance(body, dict):
         raise Refused(400, "The request is not a JSON object.")
@@ -148,7 +148,7 @@ def check_call(body: Any, path: str, events: Events) -> None:
 
 
 def check_name(path: str, events: Events) -> str:
-    """The endpoint of a path under `call/`. Raises Refused."""
+    """Return the endpoint of a path under `call/`. Raises Refused."""
     name = path.removeprefix("/gradio_api/call/").removeprefix("v2/").partition("/")[0]
     if name not in events.arguments:
         raise Refused(404, "There is no such endpoint.")

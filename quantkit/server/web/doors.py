@@ -1,4 +1,4 @@
-"""The doors of the page: every route that it and the documented API need. All others are shut.
+"""The doors of the page: every route that it and the documented API need. All others are closed.
 
 `tests/test_app_doors.py` holds this list against the routes of the installed Gradio.
 """
@@ -24,7 +24,7 @@ Kind = Literal["page", "public", "act", "api", "own"]
 
 @dataclass(frozen=True)
 class Door:
-    """Routes that are used alike."""
+    """Routes with the same rules."""
 
     methods: tuple[str, ...]
     path: re.Pattern[str]
@@ -84,7 +84,7 @@ RATES = {
 
 
 def find(method: str, path: str) -> tuple[Door | None, bool]:
-    """The door of a request, and whether there is one for its path with another method."""
+    """Return the door of a request, and whether its path has one for another method."""
     if ".." in path:
         return None, False
     there = [door for door in DOORS if door.path.fullmatch(path)]

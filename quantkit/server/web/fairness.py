@@ -1,7 +1,7 @@
-"""Nobody fills the queue: bounds on what one address has in Gradio's.
+"""Keep one address from filling Gradio's queue.
 
 Gradio has one line for everything that is queued and refuses all when it is full, and it keeps what
-nobody comes to hear for ever. What an address may have of both is far below that.
+nobody comes to hear forever. What an address may have of both is far below that.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _SUGGESTIONS: list[Any] = [
 ]
 _MIXES = [label for label in FILE_TYPES if label.startswith(("Q", "IQ"))]
 _KINDS = [
-    ("Like a known type", "like"),
+    ("Same size as a standard quant", "like"),
     ("Fits my memory", "fits"),
     ("File size", "size"),
     ("Bits per weight", "bpw"),
@@ -62,7 +62,7 @@ class Form:
         self.profile = gr.Radio(
             [(f"{name}: {profile.about}", name) for name, profile in PROFILES.items()],
             value="standard",
-            label="How much work?",
+            label="How much work should it do?",
             elem_id="profile",
             elem_classes="qk-stack",
         )
@@ -77,13 +77,13 @@ class Form:
 
     def _size(self) -> None:
         self.kind = gr.Radio(
-            _KINDS, value="like", label="How large may it be?", elem_id="size-kind"
+            _KINDS, value="like", label="How big should the file be?", elem_id="size-kind"
         )
         self.like = gr.Dropdown(
             _MIXES,
             value="Q4_K_M",
             label="Type",
-            info="At most what llama.cpp's own file of this type weighs.",
+            info="No larger than llama.cpp's own file of this type.",
             elem_id="like",
         )
         with gr.Row(visible=False, elem_id="fits") as self.fits:
@@ -98,7 +98,7 @@ class Form:
                 [(f"{n:,} tokens", n) for n in _CONTEXTS],
                 value=8192,
                 label="Context",
-                info="How much text it reads at once.",
+                info="Conversation length that has to fit.",
                 elem_id="context",
             )
         self.size = gr.Textbox(
@@ -112,7 +112,7 @@ class Form:
         self.bpw = gr.Number(
             4.5,
             label="Bits per weight",
-            info="Of the whole file, over all parameters.",
+            info="Average over the whole file and all parameters.",
             step=0.1,
             visible=False,
             elem_id="bpw",
@@ -121,7 +121,7 @@ class Form:
             list(FAMILIES["whole"]),
             value=list(FAMILIES["everyday"]),
             label="Sizes",
-            info="One run makes a file for each, at most as large as llama.cpp's own of that type.",
+            info="One run makes a file for each, no larger than llama.cpp's own file of that type.",
             visible=False,
             elem_id="family",
         )
@@ -137,7 +137,7 @@ class Form:
             elem_classes="qk-stack",
         )
         self.machine = gr.Dropdown(
-            [("the cheapest that takes less than a working day", AUTO)],
+            [("the cheapest that finishes within 8 hours", AUTO)],
             value=AUTO,
             label="Machine",
             info="Time and price of each are in the preview below.",
@@ -162,7 +162,7 @@ class Form:
                 list(METHODS),
                 value=list(METHODS),
                 label="Methods",
-                info="Ways of rounding that compete for every tensor.",
+                info="Quantization methods that compete for every tensor.",
             )
             self.calibration = gr.Textbox(
                 "auto",
@@ -172,18 +172,20 @@ class Form:
             )
             self.types = gr.Textbox(
                 label="Pinned types",
-                info="JSON of tensor patterns to types. What it names is not searched.",
+                info="JSON of tensor patterns to types. The search leaves these tensors alone.",
                 placeholder='{"token_embd": "Q8_0", "ffn_down": "Q6_K"}',
                 lines=2,
                 max_length=10_000,
             )
-            self.seed = gr.Number(0, label="Seed", info="Same seed, same file.", precision=0)
+            self.seed = gr.Number(
+                0, label="Seed", info="The same seed gives the same file.", precision=0
+            )
             has_gpu = shutil.which("nvidia-smi") is not None
             self.device = gr.Radio(
                 ["cpu", "cuda"],
                 value="cuda" if has_gpu else "cpu",
                 label="Device",
-                info="What the model runs on.",
+                info="The device that the model runs on.",
                 visible=has_gpu,
             )
 
@@ -192,13 +194,13 @@ class Form:
             self.repo = gr.Textbox(
                 label="Repository",
                 placeholder="you/my-model-GGUF",
-                info="Empty: nothing is uploaded. You can also publish once you see the result.",
+                info="Optional. Without one nothing is uploaded; you can also publish later.",
                 max_length=200,
             )
             self.visibility = visibility("visible-to")
             self.token = gr.Textbox(
                 label="Hugging Face token",
-                info="To publish, and for private or gated models. It is never written down.",
+                info="To publish, and for private or gated models. It is never stored.",
                 type="password",
                 visible=not self._handlers.sign_in,
                 elem_id="token",
@@ -279,16 +281,16 @@ class Form:
 
 
 def visibility(elem_id: str) -> gr.Radio:
-    """Who may see the repository that is published to."""
+    """Make the choice of who can see the published repository."""
     return gr.Radio(
         [
-            ("Everyone, unless the model is private or gated", "model"),
-            ("Only me", "private"),
-            ("Everyone", "public"),
+            ("Public, unless the model is private or gated", "model"),
+            ("Private", "private"),
+            ("Public", "public"),
         ],
         value="model",
-        label="Who may see it?",
-        info="The terms of a gated model apply to files made of it: check that they allow this.",
+        label="Visibility",
+        info="The terms of a gated model apply to files made from it: check that they allow this.",
         elem_id=elem_id,
     )
 

@@ -1,4 +1,4 @@
-"""What stands before Gradio: it decides which requests come in, with whose cookies, how often.
+"""The gate in front of Gradio: it decides which requests come in, with whose cookies, how often.
 
 Gradio answers any origin with credentials, keeps what strangers send, and has doors that nothing
 here needs. It is given a request only when the gate has read and judged all of it.
@@ -84,7 +84,7 @@ class Gate:
         bounds = STREAMS if door.lasts else AT_ONCE
         keys = {(bool(door.lasts), f"{kind} {name}"): bounds[kind] for kind, name in who.items()}
         if any(self._open[key] >= bound for key, bound in keys.items()):
-            raise Refused(429, "That is too much at once. Try again.")
+            raise Refused(429, "Too many requests at once. Try again.")
         self._open.update(keys.keys())
         try:
             yield
@@ -112,7 +112,7 @@ class _Request:
         """Judge it, answer it or pass it on. Raises Refused."""
         headers, places, path = self._headers, self._places, self._scope["path"]
         if not places.serves(headers.get("host", "")):
-            raise Refused(421, "This server has another name: docs/space.md, QUANTKIT_HOSTS.")
+            raise Refused(421, "This server has another name: see QUANTKIT_HOSTS in docs/space.md.")
         door = self._door()
         address = places.address(self._peer, headers)
         if self._scope["method"] == "OPTIONS":
@@ -120,7 +120,7 @@ class _Request:
             return await self._answer.text(204, "", (b"access-control-allow-methods", b"GET, POST"))
         site = places.site(headers)
         if site == "other" and door.kind in ("act", "api", "own"):
-            raise Refused(403, "Another site may not ask for this.")
+            raise Refused(403, "Requests from other sites are refused.")
         cookies, visitor = self._cookies(door, site)
         who = {"address": counted(address)} | ({"visitor": visitor} if visitor else {})
         self._gate._count(door, who)
@@ -147,7 +147,7 @@ class _Request:
         if not known or "deep_link" in _names(scope["query_string"]):
             raise Refused(404, "There is nothing here.")
         if door is None:
-            raise Refused(405, "That is not done here.")
+            raise Refused(405, "This method is not allowed here.")
         if encoded and door.rate != "file":
             raise Refused(404, "There is nothing here.")
         if origin and self._places.owns(origin, headers.get("host", "")):
@@ -155,7 +155,7 @@ class _Request:
         elif origin == HUB and self._places.on_space and door.kind == "public":
             self._answer.allow_origin(origin, cookies=False)
         elif scope["method"] == "OPTIONS":
-            raise Refused(403, "Another site may not ask for this.")
+            raise Refused(403, "Requests from other sites are refused.")
         return door
 
     def _cookies(self, door: Door, site: Site) -> tuple[dict[str, str], str | None]:
@@ -175,16 +175,16 @@ class _Request:
         if self._gate._visitors.check_page(visitor, self._headers.get(TOKEN)):
             return kept, visitor
         if site == "own":
-            raise Refused(403, "Reload the page: its session is another one.")
+            raise Refused(403, "Reload the page: its session has changed.")
         return {}, None
 
     def _length(self, door: Door) -> int:
         """Bytes of the body. Raises Refused for one that is too long or of another kind."""
         if "transfer-encoding" in self._headers:
-            raise Refused(411, "Say how long the request is.")
+            raise Refused(411, "The request does not say how long it is.")
         text = self._headers.get("content-length", "0")
         if not text.isdecimal() or len(text) > 12 or int(text) > door.max_body:
-            raise Refused(413, f"A request may have {door.max_body:,} bytes here.")
+            raise Refused(413, f"A request can have at most {door.max_body:,} bytes here.")
         kind = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         if int(text) and kind != "application/json":
             raise Refused(415, "Send JSON, and say so in the content type.")
@@ -274,7 +274,7 @@ def _names(query: bytes) -> set[str]:
     try:
         return {name for name, _ in parse_qsl(query.decode("latin-1"), True, max_num_fields=100)}
     except ValueError:
-        raise Refused(400, "The address asks for too much.") from None
+        raise Refused(400, "The address has too many parameters.") from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -1,7 +1,7 @@
 """Keeps the repository's folder `spaces/` from being taken for the package of that name.
 
-On a Space, Gradio does `import spaces` and uses what it finds. With our folder beside `app.py` that
-succeeds with an empty namespace package, and Gradio then fails on its missing attributes.
+On a Space, Gradio does `import spaces` and uses what it finds. With our folder next to `app.py`
+that succeeds with an empty namespace package, and Gradio then fails on its missing attributes.
 """
 
 from __future__ import annotations

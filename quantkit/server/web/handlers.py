@@ -1,4 +1,4 @@
-"""What the events of the page do: plain methods of `Handlers`, between Gradio and the run store."""
+"""Handle the events of the page: plain methods of `Handlers`, between Gradio and the run store."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ SWITCHES = (
 _MAX_TOKEN = 500
 _SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
 _WELCOME_SECONDS = 3600.0
-_BUG = "Something went wrong here."
-_BUG_REMEDY = "Try again; if it stays, report it with the server's log."
+_BUG = "Something went wrong."
+_BUG_REMEDY = "Try again; if it keeps happening, report it with the server's log."
 
 
 @dataclass(frozen=True)
 class Client:
-    """Who is asking, as the server made sure of it; never what a page claims."""
+    """The client of a request, as the server verified it; never what a page claims."""
 
     owner: str | None = None  # a signed-in Hub user or the holder of a cookie; None: neither
     username: str | None = None
@@ -134,7 +134,7 @@ class Handlers:
         executor, machine = registry.asked(check_machine(form.machine))
         if executor.is_remote:
             if config.model == DEMO_MODEL:
-                raise UsageError("The demo's model is on this machine.", "Run it here.")
+                raise UsageError("The demo's model is only on this machine.", "Run it here.")
             executor.check(token)
             plan = self._plan(config, token, client)
             offer = choose(executor.offers(plan, token), machine)
@@ -153,7 +153,7 @@ class Handlers:
         return Order(executor.name, estimate_seconds=seconds), config.device
 
     def estimate(self, form: RunForm, token: str | None, client: Client) -> Plan:
-        """The planner's answer. Raises QuantkitError."""
+        """Return the planner's answer. Raises QuantkitError."""
         return self._plan(to_config(form, self.store.public), token, client)
 
     def _plan(
@@ -337,7 +337,7 @@ class Handlers:
 
 
 def known(owner: str | None) -> str:
-    """The visitor. Raises QuantkitError for a browser that sends no cookie."""
+    """Return the visitor. Raises QuantkitError for a browser that sends no cookie."""
     if owner is None:
         raise QuantkitError(
             "This browser keeps no cookies, so its runs could not be found again.",
@@ -347,7 +347,7 @@ def known(owner: str | None) -> str:
 
 
 def checked_token(token: Any) -> str | None:
-    """A token as typed; None for none. Raises QuantkitError without repeating it."""
+    """Return a token as typed; None for none. Raises QuantkitError without repeating it."""
     if not token:
         return None
     text = token.strip() if isinstance(token, str) else ""

@@ -1,4 +1,4 @@
-"""Listens: connections are bounded by address and in time before a byte of theirs is read.
+"""Listen with limits on connections, per address and in time, before a byte of theirs is read.
 
 Gradio's own server takes any number of connections and keeps each as long as it likes to stay.
 """
@@ -42,7 +42,7 @@ class Connections:
         self._open: Counter[str] = Counter()
 
     def enter(self, peer: str) -> str | None:
-        """The key to leave with; None for one connection too many.
+        """Count a connection and return the key to leave with; None for one connection too many.
 
         A trusted proxy brings everybody's: the gate counts those by whom they are for.
         """
@@ -140,7 +140,8 @@ class Server(http_server.Server):
 def serve(
     app: Any, places: Places, server_name: str | None, server_port: int | None
 ) -> tuple[str, int, str, Server]:
-    """As `gradio.http_server.start_server`: name, port, local address and the server.
+    """Serve as `gradio.http_server.start_server` does; return name, port, local address and the
+    server.
 
     Raises OSError when no port is free.
     """
@@ -183,7 +184,7 @@ def _bind(host: str, ports: Any) -> socket.socket:
 
 
 def raise_files() -> int:
-    """As many open files as this process may have; returns how many."""
+    """Allow as many open files as this process may have; return how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:

@@ -1,4 +1,6 @@
-"""Where a request comes from: the name that it asked for, the site that sent it, the address."""
+"""Find out where a request comes from: the host name that it asked for, the site that sent it, the
+address.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ _LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
 def name_of(host: str) -> str | None:
-    """The name in a Host header or an origin, without its port; None for what is no such thing."""
+    """Return the name in a Host header or an origin, without its port; None for anything else."""
     match = _HOST.fullmatch(host.lower())
     return None if match is None else match[1].strip("[]")
 
@@ -44,7 +46,7 @@ def _is_loopback(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Places:
-    """What this server is called, and whose word about a visitor's address it takes."""
+    """The host names of this server, and the proxies that it trusts about a visitor's address."""
 
     on_space: bool
     listed: frozenset[str]  # names that were set for it, with a port where there is one
@@ -99,7 +101,7 @@ class Places:
         return rest == host.lower() and not elsewhere
 
     def site(self, headers: Mapping[str, str]) -> Site:
-        """Whose page sent the request, by what browsers say of it and scripts cannot change."""
+        """Return whose page sent the request, by what browsers say and scripts cannot change."""
         host = headers.get("host", "")
         said: set[bool] = set()
         if "origin" in headers:
@@ -120,7 +122,9 @@ class Places:
         )
 
     def address(self, peer: str, headers: Mapping[str, str]) -> str:
-        """The visitor's: what the last trusted proxy saw, else who is connected."""
+        """Return the visitor's address: the one that the last trusted proxy saw, else the
+        peer's.
+        """
         passed = headers.get(FROM, "")
         address, _, signature = passed.rpartition(" ")
         if address and hmac.compare_digest(signature.encode(), self._sign(address).encode()):
@@ -131,7 +135,9 @@ class Places:
         return peer
 
     def passed_on(self, address: str) -> bytes:
-        """The header by which this server knows the address in a request that it sends itself."""
+        """Return the header by which this server knows the address in a request that it sends
+        itself.
+        """
         return f"{address} {self._sign(address)}".encode()
 
     def _sign(self, address: str) -> str:

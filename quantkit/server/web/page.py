@@ -23,7 +23,7 @@ class Page(gr.Blocks):
     """
 
     async def preprocess_data(self, *args: Any, **options: Any) -> list[Any]:
-        """The values as the handlers take them. Raises gr.Error."""
+        """Return the values as the handlers take them. Raises gr.Error."""
         try:
             return await super().preprocess_data(*args, **options)
         except Exception:
@@ -41,17 +41,17 @@ _SET_URL = "(id) => { if (id) { history.pushState(null, '', '?job=' + id); scrol
 
 
 def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
-    """The whole page. Does not start the scheduler and does not listen."""
+    """Build the whole page, without starting the scheduler or listening."""
     on_space = get_space() is not None
     sign_in = on_space and bool(os.environ.get("OAUTH_CLIENT_ID"))
     handlers = Handlers(store, visitors, on_space, sign_in)
 
     def opened(current: str) -> list[Any]:
-        """Which areas are there: the form and the list, or one run."""
+        """Update which areas are shown: the form and the list, or one run."""
         return [gr.update(visible=v) for v in (not current, bool(current), not current)]
 
     def refresh(current: str, owner: str | None, known: Any) -> list[Any]:
-        """Updates of everything that changed since `known`, and what is known now.
+        """Return updates of everything that changed since `known`, and what is known now.
 
         Empty when nothing changed.
         """

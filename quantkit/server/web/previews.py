@@ -22,7 +22,7 @@ _looked_at, _preview, _changes = macro("looked_at"), macro("preview"), macro("ch
 
 
 def looked_at(first: FirstLook) -> str:
-    """The first facts, while the planner still works out the rest."""
+    """Return the first facts as HTML, while the planner still works out the rest."""
     facts = [
         ("Model", f"{first.architecture}, {parameters(first.n_parameters)} parameters"),
         ("License", _license(first.license, first.gated)),
@@ -33,7 +33,7 @@ def looked_at(first: FirstLook) -> str:
 
 
 def parameters(n: int) -> str:
-    """A number of parameters as people say it: 135M, 1.54B."""
+    """Return a number of parameters as people say it: 135M, 1.54B."""
     if n < 1e6:
         return f"{n:,}"
     return f"{n / 1e6:,.0f}M" if n < 1e9 else f"{n / 1e9:,.3g}B"
@@ -48,7 +48,7 @@ def preview(
     offers: Sequence[Offer] = (),
     chosen: Offer | None = None,
 ) -> str:
-    """The planner's answer.
+    """Return the planner's answer as HTML.
 
     `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
     the run cannot be done on it; `offers`: of machines elsewhere.
@@ -126,7 +126,7 @@ def _places(
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
     for offer in shown:
-        limit = f"${offer.most_usd:.2f} at most: ended after {offer.hours} h"
+        limit = f"${offer.most_usd:.2f} at most (stops after {offer.hours} h)"
         cost = "under $0.01" if offer.usd < 0.01 else f"${offer.usd:.2f}"
         places.append(_Place(offer.title, limit, _about(offer.seconds), cost, offer == chosen))
     return places

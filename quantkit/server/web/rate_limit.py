@@ -1,4 +1,4 @@
-"""How often a visitor may do what costs this machine or the Hub something."""
+"""Limit how often a visitor can do what costs this machine or the Hub something."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RateLimit:
             if left < 1.0:
                 wait = (1.0 - left) * seconds / times
                 raise QuantkitError(
-                    "That was asked for very often in a short time.",
+                    "Too many requests.",
                     f"Try again in {max(1, round(wait))} seconds.",
                 )
             while len(self._left) >= _MOST_VISITORS:

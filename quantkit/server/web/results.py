@@ -1,4 +1,4 @@
-"""What a finished run is worth: the figures that count and the whole report as HTML, its plots."""
+"""Show a finished run: its main figures and the whole report as HTML, and its plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _made: dict[tuple[int, str], tuple[Any, Any]] = {}  # by identity and use: read,
 
 
 def results(run: RunView) -> str:
-    """The figures that count, for every file; empty before the run is validated."""
+    """Return the main figures of every file as HTML; empty before the run is validated."""
     report = _read(run)
     try:
         return "" if report is None else "".join(_tiles(report, row) for row in report.outputs)
@@ -36,7 +36,7 @@ def results(run: RunView) -> str:
 
 
 def report(run: RunView) -> str:
-    """The whole report, as in report.html; empty before the run is validated."""
+    """Return the whole report, as in report.html; empty before the run is validated."""
 
     def make() -> str:
         found = _read(run)
@@ -53,8 +53,8 @@ def report(run: RunView) -> str:
 
 
 def plots(run: RunView) -> dict[str, str]:
-    """The JSON of every plot by name, empty for one that there is not: those of the report, before
-    it the search's curve and the best mix that it knows.
+    """Return the JSON of every plot by name, empty for one that does not exist: the report's plots
+    or, before there is a report, the search's curve and its best mix so far.
     """
     found: dict[str, str] = {}
     best, report = run.allocation, _read(run)

@@ -1,4 +1,4 @@
-"""Serves the page: Gradio behind the gate, and downloads straight from disk."""
+"""Serve the page: Gradio behind the gate, and downloads straight from disk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OneLine(logging.Filter):
 
 
 def make_page() -> tuple[gr.Blocks, RunStore, Visitors]:
-    """The page of the store that the environment describes."""
+    """Make the page of the store that the environment describes."""
     store = open_store()
     kept_in = state_folder(os.environ)
     if kept_in is not None:

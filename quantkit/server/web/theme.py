@@ -1,4 +1,4 @@
-"""How the page looks: Gradio's base theme with calm colors and the system's own fonts."""
+"""The look of the page: Gradio's base theme with calm colors and the system's own fonts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mon
 
 
 def make_theme() -> gr.themes.Base:
-    """Plain font stacks: the page loads nothing from anywhere else."""
+    """Make the theme with plain font stacks: the page loads nothing from anywhere else."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.indigo,
         secondary_hue=gr.themes.colors.indigo,

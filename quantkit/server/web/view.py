@@ -86,7 +86,7 @@ def duration(seconds: float) -> str:
 
 
 def time_left(seconds: float | None) -> str:
-    """A remaining time in steps coarse enough not to flicker."""
+    """Return a remaining time in steps coarse enough not to flicker."""
     if seconds is None:
         return ""
     if seconds < 10:
@@ -108,7 +108,7 @@ def ago(moment: float, now: float | None = None) -> str:
 
 
 def model_name(model: str) -> str:
-    """The model's name without its owner or folder."""
+    """Return the model's name without its owner or folder."""
     return model.rstrip("/").rsplit("/", 1)[-1] or model
 
 
@@ -192,7 +192,9 @@ def _web_url(url: str | None) -> str:
 
 
 def card(run: RunView) -> str:
-    """The model card without its YAML header. Its pictures are the run's own; markup is text."""
+    """Return the model card without its YAML header. Its pictures are the run's own; markup is
+    text.
+    """
     text = run.card
     if text.startswith("---\n"):
         text = text[4:].partition("\n---\n")[2]

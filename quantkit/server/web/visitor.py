@@ -1,4 +1,6 @@
-"""Who is asking: the Hub user on a Space, elsewhere whoever holds an unguessable signed cookie."""
+"""Identify the visitor: the Hub user on a Space, elsewhere the holder of an unguessable signed
+cookie.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Visitors:
 
     @classmethod
     def of_root(cls, root: Path, environment: Mapping[str, str]) -> Visitors:
-        """With QUANTKIT_SECRET, else with a secret kept beside the runs, readable by us only."""
+        """Make it with QUANTKIT_SECRET, else with a secret kept next to the runs, readable by us
+        only.
+        """
         given = environment.get("QUANTKIT_SECRET")
         if given:
             return cls(given.encode())
@@ -46,7 +50,7 @@ class Visitors:
         return f"{visitor}.{self._sign(visitor)}"
 
     def check(self, key: object) -> str | None:
-        """The visitor of a key; None for a forged one."""
+        """Return the visitor of a key; None for a forged one."""
         match = _FORM.fullmatch(key) if isinstance(key, str) else None
         if match is None or not hmac.compare_digest(self._sign(match[1]), match[2]):
             return None
@@ -57,7 +61,7 @@ class Visitors:
         return self.check(cookies.get(cookie_name(True)) or cookies.get(COOKIE))
 
     def cookie(self, https: bool, framed: bool) -> str:
-        """A new visitor's, as a Set-Cookie header."""
+        """Return a new visitor's cookie, as a Set-Cookie header."""
         # A frame of another site sends a cookie only when it says so, and only over https.
         site = "SameSite=None" if framed and https else "SameSite=Lax"
         secure = "; Secure" if https else ""
@@ -82,7 +86,7 @@ class Visitors:
         return self._sign(f"place {address}")
 
     def own(self, visitor: str, session: str) -> str:
-        """The name of a visitor's session that nobody else can ask for."""
+        """Return a name for a visitor's session that nobody else can ask for."""
         return self._sign(f"session {visitor} {session}")[:40]
 
     def _sign(self, visitor: str) -> str:
@@ -90,13 +94,15 @@ class Visitors:
 
 
 def cookie_name(https: bool) -> str:
-    """Over https one that no other host can set: neither a sibling of ours nor a plain page."""
+    """Return the cookie's name; over https one that no other host can set, not even a sibling site
+    or a plain http page.
+    """
     return f"__Host-{COOKIE}" if https else COOKIE
 
 
 def parse_cookies(headers: Iterable[tuple[bytes, bytes]], names: Collection[str]) -> dict[str, str]:
-    """Those of these names, as the page's handlers read them: one that is odd, another
-    application's, hides no other, and thousands of others cost nothing.
+    """Return the cookies of these names, as the page's handlers read them: an odd cookie of another
+    application hides no other, and thousands of others cost nothing.
 
     Of a name that comes twice none counts: one of the two is somebody else's.
     """

@@ -47,11 +47,11 @@ class Watch:
             elem_id="resume-token",
         )
         with gr.Row(visible=False, elem_classes="qk-confirm", elem_id="confirm") as self.confirm:
-            gr.HTML("<p>Delete this run and all its files for good?</p>")
+            gr.HTML("<p>Permanently delete this run and all its files?</p>")
             self.delete_now = gr.Button(
-                "Delete it", variant="stop", elem_id="delete-now", size="sm"
+                "Delete permanently", variant="stop", elem_id="delete-now", size="sm"
             )
-            self.keep = gr.Button("Keep it", elem_id="keep", size="sm")
+            self.keep = gr.Button("Keep the run", elem_id="keep", size="sm")
         self.notice = gr.HTML(visible=False, elem_id="job-notice")
         self._show("stages", "results")
         self._draw("frontier")
@@ -67,9 +67,9 @@ class Watch:
         with gr.Accordion("Model card", open=False, elem_id="card", visible=False) as self.card:
             self._show("card")
         with gr.Column(visible=False) as self.logs:
-            with gr.Accordion("What happened", open=False, elem_id="log"):
+            with gr.Accordion("Log", open=False, elem_id="log"):
                 self.chunks["log"] = gr.HTML(elem_id="job-log")
-                with gr.Accordion("Raw output of the worker", open=False, elem_id="raw"):
+                with gr.Accordion("Raw log", open=False, elem_id="raw"):
                     self.chunks["raw"] = gr.HTML(elem_id="job-raw")
 
     def _show(self, *names: str) -> None:
@@ -84,8 +84,8 @@ class Watch:
 
     def _talk(self) -> None:
         gr.HTML(
-            '<p class="qk-help">Answers of up to 200 tokens, without chance: the same prompt gives'
-            " the same answer. On a small machine it takes a moment.</p>"
+            '<p class="qk-help">Answers have up to 200 tokens and are deterministic: the same'
+            " prompt gives the same answer. On a small machine this takes a moment.</p>"
         )
         self.prompt = gr.Textbox(
             label="Prompt",
@@ -95,8 +95,10 @@ class Watch:
             elem_id="prompt",
         )
         with gr.Row(elem_classes="qk-buttons"):
-            self.ask = gr.Button("Ask this file", variant="primary", elem_id="ask", size="sm")
-            self.ask_both = gr.Button("Ask the original too", elem_id="ask-both", size="sm")
+            self.ask = gr.Button(
+                "Ask the quantized model", variant="primary", elem_id="ask", size="sm"
+            )
+            self.ask_both = gr.Button("Compare with the original", elem_id="ask-both", size="sm")
         with gr.Row(elem_classes="qk-answers"):
             self.answer = gr.Textbox(
                 label="This file", lines=4, interactive=False, elem_id="answer", buttons=["copy"]
@@ -122,21 +124,21 @@ class Watch:
         self.visibility = visibility("visibility")
         self.token = gr.Textbox(
             label="Hugging Face token",
-            info="With write access. It is never written down.",
+            info="With write access. It is never stored.",
             type="password",
             visible=not self._handlers.sign_in,
             elem_id="publish-token",
         )
         self.collection = gr.Textbox(
             label="Collection",
-            info="The end of its address. Empty: none.",
+            info="Optional: the last part of the collection's URL.",
             placeholder="you/my-models-65f1c3",
             max_length=300,
             elem_id="collection",
         )
         self.changes = gr.HTML(visible=False, elem_id="changes")
         with gr.Row(elem_classes="qk-buttons"):
-            self.compare = gr.Button("Show what would change", elem_id="compare", size="sm")
+            self.compare = gr.Button("Preview upload", elem_id="compare", size="sm")
             self.publish = gr.Button(
                 "Publish", variant="primary", visible=False, elem_id="publish", size="sm"
             )

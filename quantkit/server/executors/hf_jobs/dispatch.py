@@ -1,4 +1,4 @@
-"""A run in a Job of Hugging Face, seen from here: starts it or finds it again, and listens to it.
+"""Start a run in a Hugging Face Job, or find it again, and listen to it.
 
     python -m quantkit.server.executors.hf_jobs.dispatch ORDER FOLDER
 
@@ -71,7 +71,9 @@ class Ended(BaseException):
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 when the run has finished, 1 when it failed, 130 when this process was ended."""
+    """Dispatch the run. Returns 0 when it has finished, 1 when it failed, 130 when this process was
+    ended.
+    """
     order, directory = build(Order, json.loads(argv[1])), RunDir(Path(argv[2]))
     for number in _ENDING:
         signal.signal(number, _raise_ended)
@@ -135,7 +137,7 @@ class Dispatch:
         try:
             jobs.cancel_all(self._run_id, self._token)
         except QuantkitError as error:
-            self._events.emit(None, "note", f"the Job could not be ended: {error}")
+            self._events.emit(None, "note", f"the Job could not be stopped: {error}")
 
     def _find(self) -> jobs.RemoteJob | None:
         """The Job to listen to: one at work, or one that finished while nobody listened."""
@@ -154,11 +156,11 @@ class Dispatch:
         if bucket is None:
             if config.publish is None:
                 raise QuantkitError(
-                    "The result would have no place to stay: your sign-in may not make a bucket,"
+                    "There would be no place for the result: your sign-in cannot create a bucket,"
                     " and no repository was named.",
                     "Name a repository to publish to.",
                 )
-            message = "no bucket may be made: a Job that is cut off starts from the beginning"
+            message = "no bucket can be created: a Job that is cut off starts over"
             self._events.emit(None, "note", message)
         order = self._order
         assert order.machine is not None
@@ -185,7 +187,7 @@ class Dispatch:
         self._events.emit(
             None,
             "note",
-            f"Job {job.id} on {order.machine}{price}, ended after {order.hours} h at the latest",
+            f"Job {job.id} on {order.machine}{price}, stopped after {order.hours} h at the latest",
         )
         return job
 
@@ -245,7 +247,7 @@ class Dispatch:
                 elif said is not None and n_left > 0:
                     text = shortened(hub.scrub(said, self._token), _LONGEST_LINE)
                     n_left -= len(text) + 1
-                    log.write(f"{text}\n" if n_left > 0 else "[the rest is left out]\n")
+                    log.write(f"{text}\n" if n_left > 0 else "[the rest is omitted]\n")
                     log.flush()
 
     def _take(self, job: jobs.RemoteJob, said: SentEvent) -> None:

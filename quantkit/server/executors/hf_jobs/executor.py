@@ -26,7 +26,7 @@ class HfJobs(Executor):
     """Runs in a visitor's own account, paid by the minute."""
 
     name, noun = "hf_jobs", "Job"
-    title = "In a Job of Hugging Face, paid from your account"
+    title = "On Hugging Face Jobs, billed to your account"
     is_remote = True
     results_at = (
         "They are in your bucket quantkit-jobs on the Hub. Publish them to download them from"

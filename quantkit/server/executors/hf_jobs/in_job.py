@@ -1,4 +1,4 @@
-"""What runs inside a Job: the same `quantkit resume` as anywhere, told line by line.
+"""The code that runs inside a Job: the same `quantkit resume` as anywhere, reported line by line.
 
     python -m quantkit.server.executors.hf_jobs.in_job
 

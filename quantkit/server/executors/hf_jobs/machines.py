@@ -1,4 +1,4 @@
-"""On which of a Hub's machines a run fits, how long it takes there and what that costs.
+"""Find the Hub's machines that a run fits on, and estimate its time and cost there.
 
 A run's work is counted in multiply-adds by the planner. What a machine does of them in a second is
 measured for two cores of a server CPU and for one H200; other GPUs are scaled by what their makers

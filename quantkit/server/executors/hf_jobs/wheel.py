@@ -1,4 +1,4 @@
-"""The wheel of this very code that a Job installs: `spaces/deploy.py` ships it beside app.py."""
+"""The wheel of this very code that a Job installs: `spaces/deploy.py` ships it next to app.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def job_requirement(environment: Mapping[str, str] | None = None, folder: Path =
     wheel, space = _wheel(folder), environment.get("SPACE_ID")
     if wheel is None or not space:
         raise QuantkitError(
-            "This server has no wheel that a Job could run.",
+            "This server has no wheel that a Job could install.",
             "Deploy it with spaces/deploy.py, or set QUANTKIT_WHEEL to the wheel's address.",
         )
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""How a run on another machine is told: its events and small results as lines of the Job's log.
+"""Send a run's events and small results from another machine as lines of the Job's log.
 
 Nothing else is needed to follow a Job: no port, no bucket, no second credential. Whatever is not
 such a line is the worker's own output.
@@ -40,7 +40,7 @@ def event_line(number: int, event: Event) -> str:
 
 
 def file_lines(path: str, data: bytes) -> Iterator[str]:
-    """The lines that carry a file."""
+    """Yield the lines that carry a file."""
     text = base64.b64encode(zlib.compress(data, 9)).decode("ascii")
     parts = [text[i : i + _PART] for i in range(0, len(text), _PART)] or [""]
     for number, part in enumerate(parts, 1):
