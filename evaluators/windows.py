@@ -43,7 +43,7 @@ class Windows:
 
     @property
     def n_scored(self) -> int:
-        """Scored tokens of one window."""
+        """Return the scored tokens of one window."""
         return n_scored(self.n_ctx, self.first)
 
 

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         ("clean", "delete intermediate files, keep the results", _clean),
     ):
         sub = commands.add_parser(name, help=help_text)
-        sub.add_argument("folder", type=Path, metavar="DIR")
+        sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
         sub.set_defaults(command=function)
         if name == "resume":
             for option in ("--compare", "--eval-text", "--tasks"):
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--out", type=Path, required=True, metavar="FILE")
     rebuild.set_defaults(command=_rebuild)
     for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", help="print one JSON object last")
+        command.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser
 
 
@@ -234,7 +234,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="also measure this GGUF of the same model: a path or hf://owner/name/file.gguf",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all GPUs")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda uses all GPUs"
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> object:
@@ -339,7 +341,7 @@ def _all(option: str, asked: Sequence[str]) -> tuple[str, ...]:
 def _one(option: str, asked: Sequence[str]) -> str | None:
     files = _all(option, asked)
     if len(files) > 1:
-        raise UsageError(f"There is one {option} for a run.", "Give one file, or none.")
+        raise UsageError(f"A run takes only one {option}.", "Give one file, or none.")
     return files[0] if files else None
 
 

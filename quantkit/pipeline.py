@@ -164,7 +164,7 @@ def load_config(directory: RunDir) -> RunConfig:
     try:
         return RunConfig.from_json(read_json(directory.config_path))
     except (untrusted.Damaged, UsageError) as error:
-        raise Damaged(directory.config_path, f"it is no run's config ({error})") from None
+        raise Damaged(directory.config_path, f"it is not the config of a run ({error})") from None
 
 
 # What may lie in a folder before its config does, a config that a kill cut short included.

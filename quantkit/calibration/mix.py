@@ -128,7 +128,7 @@ class Reader:
     def _requests(self, spec: str) -> tuple[tuple[Request, ...], str]:
         requests = parse_spec(spec)
         if requests[0].name != AUTO:
-            return requests, f"calibration text as asked: {shown(spec)}"
+            return requests, f"calibration text as given: {shown(spec)}"
         reason = hub.why_offline(self.token)
         if reason:
             return tuple(parts_of("builtin")), f"built-in text, because {reason}"

@@ -45,7 +45,9 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
     if path.exists() and run.artifacts.tokens.exists():
         known = untrusted.build(Texts, read_json(path))
         if all((run.artifacts.eval_texts / name).exists() for name in known.eval):
-            run.events.emit(STAGE, "note", f"going on with the text that was read: {known.note}")
+            run.events.emit(
+                STAGE, "note", f"continuing with the text that was read before: {known.note}"
+            )
             return known
     mix = _read_mix(run, model, tokenizer)
     tokens = _tokens(run, mix.domains, tokenizer)

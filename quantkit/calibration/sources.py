@@ -91,7 +91,7 @@ def domain(name: str, source: str, documents: Iterable[str]) -> Domain:
 
 
 def builtin_text(name: str, limit: int) -> Domain | None:
-    """The parts of the built-in mix that need no model; None for the others."""
+    """Return the parts of the built-in mix that need no model; None for the others."""
     if name not in _BUILTIN:
         return None
     what, read = _BUILTIN[name]

@@ -68,7 +68,7 @@ class Tokenizer:
         """Return the ids of a text."""
         ids = self._ask(list[int], "ids", text, add_special_tokens)
         if not all(map(_is_id, ids)):
-            raise QuantkitError("The tokenizer gives what are no token ids.")
+            raise QuantkitError("The tokenizer returned values that are not token ids.")
         return Encoded(torch.tensor([ids]) if return_tensors == "pt" else ids)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:

@@ -73,8 +73,8 @@ class Expanded:
 
 
 def quantization_of(config: Settings) -> Settings | None:
-    """The quantization_config of a model or of its text model. Raises QuantkitError for one that is
-    no object.
+    """Return the quantization_config of a model or of its text model. Raises QuantkitError if it is
+    not an object.
     """
     for part in config.parts:
         settings = part.get("quantization_config")
@@ -109,7 +109,7 @@ def is_stale(config: Settings, tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def without_quantization(config: Settings) -> Settings:
-    """config.json without what says that the weights are quantized."""
+    """Return config.json without the settings that say that the weights are quantized."""
     own, text = (
         {key: value for key, value in part.items() if key != "quantization_config"}
         for part in config.parts

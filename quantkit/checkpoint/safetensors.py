@@ -252,8 +252,8 @@ def header_bytes(path: Path) -> bytes:
 
 
 def write_shell(path: Path, header: bytes, n_file_bytes: int) -> None:
-    """A file of the right name, header and size whose weights are a hole: it takes no disk, and
-    reads as zeros. The converter makes a skeleton of a model from it that was never downloaded.
+    """Write a file of the right name, header and size whose weights are a hole: it takes no disk,
+    and reads as zeros. The converter makes a skeleton of a model from it that was never downloaded.
     """
     with path.open("wb") as file:
         file.write(header)

@@ -91,7 +91,7 @@ def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
 
 
 def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str | None) -> str:
-    """The whole card as Markdown with YAML in front.
+    """Return the whole card as Markdown with YAML in front.
 
     Args:
         measured: the report of a run.
@@ -289,7 +289,7 @@ def _made(report: Report, config: RunConfig) -> str:
 def _search(search: Search) -> str:
     budget = f"Budget: {search.limit_bytes:,} bytes"
     if not search.searched:
-        return f"{budget}; every type was given, nothing was searched."
+        return f"{budget}; every type was given, so nothing was searched."
     return (
         f"{budget} ({search.target}), used: {search.n_bytes:,}. Search:"
         f" {search.generations} generation{'s' if search.generations != 1 else ''} over"
@@ -307,8 +307,12 @@ def _tuning(tuning: Tuning | None) -> str:
     if tuning.reason is not None:
         return f" Not tuned: {tuning.reason}."
     before, after = text.number(tuning.kl_before), text.number(tuning.kl_after)
-    said = f" Tuned by {tuning.steps} gradient steps a block: KL {before} to {after}"
-    return f"{said} on held-out text." if tuning.n_tensors else f"{said}, so it was not taken."
+    said = f" Tuned by {tuning.steps} gradient steps per block: KL {before} to {after}"
+    return (
+        f"{said} on held-out text."
+        if tuning.n_tensors
+        else f"{said}, so the untuned file was kept."
+    )
 
 
 def _limits(info: ModelInfo) -> str:

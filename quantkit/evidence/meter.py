@@ -62,14 +62,14 @@ class Meter:
         return progress
 
     def ours(self, logits: BaseLogits | None, file: Baseline) -> Row:
-        """Everything that can be measured of an output; what cannot is in `measures`. `logits` are
-        None where the base's predictions could not be computed.
+        """Measure everything possible of an output; what is not possible is in `measures`. `logits`
+        are None where the base's predictions could not be computed.
         """
         with file.open() as path:
             return self._row(logits, file, path, self._kl(logits, file, path))
 
     def beside(self, logits: BaseLogits | None, other: Baseline) -> Row | None:
-        """The same of a file beside ours; None where it cannot even be held against the base."""
+        """Measure a file to compare ours with; None when it cannot be compared with the base."""
 
         def measure() -> Row | None:
             with other.open() as path:
@@ -175,7 +175,7 @@ class Meter:
             return Tests(reason=error.message)
 
     def speed(self, path: Path) -> SpeedResult:
-        """Tokens per second and memory, in a process of its own."""
+        """Measure tokens per second and memory, in a process of its own."""
         from evaluators import speed
 
         n_prompt, n_generate, n_repeats = self._effort.speed

@@ -122,7 +122,7 @@ def check_logits(
 
 
 def judged(base: GgufFile, found: Found) -> Check:
-    """The check that an outcome of `evaluators.oracle.compare` is. Raises QuantkitError where it
+    """Turn an outcome of `evaluators.oracle.compare` into a check. Raises QuantkitError when it
     shows that the file is not the model.
     """
     by = plain(found["oracle"])

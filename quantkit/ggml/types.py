@@ -29,7 +29,7 @@ class QuantType:
 
     @classmethod
     def from_json(cls, value: object) -> QuantType:
-        """The type of this name. Raises UsageError for what is none."""
+        """Return the type of this name. Raises UsageError for what is none."""
         return cls(str(value))
 
     @classmethod

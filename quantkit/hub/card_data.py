@@ -45,8 +45,8 @@ def _check_events(text: bytes) -> None:
 
 
 def read_card(card: bytes) -> Settings:
-    """The settings at the top of a card, as JSON values. Raises QuantkitError for what is no plain
-    YAML.
+    """Read the settings at the top of a card as JSON values. Raises QuantkitError if they are not
+    plain YAML.
     """
     try:
         text = front_matter(card)

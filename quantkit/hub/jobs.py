@@ -182,7 +182,7 @@ def start(order: JobOrder, run_id: str, token: str) -> RemoteJob:
 
 
 def find(run_id: str, token: str) -> tuple[RemoteJob, ...]:
-    """The Jobs of a run, newest first, whatever became of them. Raises QuantkitError."""
+    """Return the Jobs of a run in any state, newest first. Raises QuantkitError."""
     found = map(_remote, _listed({LABEL: run_id}, token))
     return tuple(sorted(found, key=lambda job: -job.created))
 

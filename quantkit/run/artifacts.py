@@ -28,7 +28,7 @@ class Artifacts:
         self._root = root
 
     def folder(self, stage: str) -> Path:
-        """The folder of a stage, `<root>/4-quantize`."""
+        """Return the folder of a stage, `<root>/4-quantize`."""
         return self._root / f"{NAMES.index(stage) + 1}-{stage}"
 
     # fetch

@@ -59,8 +59,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_as(kind: type[T], path: Path) -> T:
-    """The value in a JSON file as a dataclass, or as a table or list of them. Raises Damaged for
-    what is no such, OSError where it is missing.
+    """Return the value in a JSON file as a dataclass, or as a table or list of them. Raises Damaged
+    for what is no such, OSError where it is missing.
     """
     try:
         return cast(T, untrusted.typed(kind, read_json(path)))
@@ -109,7 +109,7 @@ def _record(stage: str, value: object) -> StageRecord:
 
 
 def fingerprint(inputs: Mapping[str, object]) -> str:
-    """sha256 of the canonical JSON of a stage's inputs."""
+    """Return the sha256 of the canonical JSON of a stage's inputs."""
     return hashlib.sha256(json.dumps(to_json(inputs), sort_keys=True).encode()).hexdigest()
 
 

@@ -45,7 +45,7 @@ def call(
 def stream(
     function: str, arguments: Mapping[str, Any], *, shape: Any = Any, **options: Unpack[Options]
 ) -> Iterator[Any]:
-    """The same for a generator: its values as they come. Closing the iterator ends the child."""
+    """Call a generator and return its values as they come. Closing the iterator ends the child."""
     return listen(_job(function, arguments, options), "part", shape)
 
 
@@ -65,7 +65,7 @@ def _job(function: str, arguments: Mapping[str, Any], options: Options) -> Job:
 
 
 def listen(job: Job, kind: str, shape: Any = Any) -> Iterator[Any]:
-    """The `value` or the `part`s of a job. Raises as `call` does."""
+    """Yield the `value` or the `part`s of a job. Raises as `call` does."""
     last = Message()
     with Child(job) as child:
         for message in filter(None, child.messages()):

@@ -61,7 +61,9 @@ def start(
 
 @contextmanager
 def in_memory(told: Mapping[str, object]) -> Iterator[int]:
-    """A file without a name that holds `told` as JSON, to be read from its beginning."""
+    """Yield the descriptor of an unnamed file that holds `told` as JSON, to be read from its
+    beginning.
+    """
     named = not hasattr(os, "memfd_create")
     with tempfile.TemporaryFile() if named else os.fdopen(os.memfd_create("job"), "w+b") as file:
         file.write(json.dumps(told).encode())

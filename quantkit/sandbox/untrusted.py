@@ -217,8 +217,8 @@ def _tags(cls: Any) -> dict[str, object]:
 
 
 def typed(hint: Any, value: Any) -> Any:
-    """`value` as a variable of type `hint` has it: a list may become a tuple, an object a
-    dataclass; a class with `from_json` makes itself. Raises Damaged where it is something else.
+    """Return `value` as type `hint` has it: a list can become a tuple, an object a dataclass; a
+    class with `from_json` makes itself. Raises Damaged where it is something else.
     """
     return _typed(hint, value, "value")
 

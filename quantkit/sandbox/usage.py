@@ -29,7 +29,7 @@ def only_child(init: int) -> int | None:
 
 
 def too_much(number: int, job: Told) -> str | None:
-    """The name of a limit that the worker is above."""
+    """Return the name of a limit that the worker exceeds, None if it exceeds none."""
     facts = _facts(number)
     # Shared memory that it was given need not be in its sight.
     given = [os.fstat(descriptor) for descriptor in job.inherited]

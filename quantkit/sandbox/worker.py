@@ -40,7 +40,7 @@ def _say(kind: str, content: object, **more: object) -> None:
 
 
 def run(job: Told, flags: int) -> None:
-    """Never returns."""
+    """Run the job, and never return."""
     global _result
     _result = job.result
     try:
@@ -94,8 +94,8 @@ def _know_temporary_folder(home: str) -> None:
 
 
 def set_limits(job: Told, namespaces: bool) -> None:
-    """Hard limits of the kernel, only ever lowered. A second after the soft limit of processor time
-    (SIGXCPU, which tells the parent what happened) comes the hard one (SIGKILL).
+    """Set hard limits of the kernel, which can only be lowered. A second after the soft limit of
+    processor time (SIGXCPU, which tells the parent what happened) comes the hard one (SIGKILL).
     """
     memory = job.memory_bytes + job.mapped_bytes
     _lower(resource.RLIMIT_CORE, 0)

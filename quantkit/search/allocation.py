@@ -72,7 +72,9 @@ class SearchSpace:
         return self.slot_bytes[tensor][new] - self.slot_bytes[tensor][old]
 
     def upgrades(self, choices: Choices) -> Iterator[tuple[int, int]]:
-        """(tensor, next larger choice) for every tensor that can still grow within the budget."""
+        """Return (tensor, next larger choice) for every tensor that can still grow within the
+        budget.
+        """
         free = self.limit_bytes - self.n_bytes(choices)
         for tensor, choice in enumerate(choices.tolist()):
             for larger in range(choice + 1, len(self.candidates[tensor])):
@@ -104,12 +106,12 @@ def prune(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 
 
 def pruned(space: SearchSpace) -> SearchSpace:
-    """The space without choices that others of their tensor beat."""
+    """Return the space without choices that others of their tensor beat."""
     return keeping(space, [[row.index(c) for c in prune(row)] for row in space.candidates])
 
 
 def keeping(space: SearchSpace, kept: Sequence[Sequence[int]]) -> SearchSpace:
-    """The space with these choices of its tensors alone."""
+    """Return the space with these choices of its tensors alone."""
 
     def of(table: Sequence[Sequence[T]]) -> tuple[tuple[T, ...], ...]:
         return tuple(tuple(row[k] for k in ks) for row, ks in zip(table, kept, strict=True))

@@ -70,7 +70,7 @@ class Choice:
 
 
 def by_name(space: SearchSpace, choices: Choices) -> dict[str, Choice]:
-    """The type and the method of every tensor."""
+    """Return the type and the method of every tensor."""
     return {name: Choice(key.qtype, key.method) for name, key in space.keys(choices).items()}
 
 

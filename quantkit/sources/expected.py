@@ -35,7 +35,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def compare(folder: str) -> Report:
-    """transformers' report on the checkpoint (or its shell) in `folder`, as JSON values.
+    """Return transformers' report on the checkpoint (or its shell) in `folder`, as JSON values.
 
     `missing` and `mismatched` are named as the model does, `unread` as the files do: those that no
     rule of transformers ignores. `tied` are pairs of stored tensors that are one in the model.
@@ -158,7 +158,7 @@ def _name_of(model: PreTrainedModel, wanted: Any) -> str:
 
 
 def block_widths(folder: str) -> list[list[tuple[int, int]]]:
-    """`widths` alone, from config.json alone."""
+    """Return only `widths`, from config.json alone."""
     return _widths(find_blocks(empty_model(Path(folder)))[1])
 
 

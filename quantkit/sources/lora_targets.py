@@ -32,7 +32,9 @@ class Strength:
 
 
 def strengths(adapter: Adapter, modules: Sequence[str], head: str) -> dict[str, Strength]:
-    """By module. Raises QuantkitError when the adapter's patterns take too long."""
+    """Return the strengths by module. Raises QuantkitError when the adapter's patterns take too
+    long.
+    """
     patterns = [*adapter.alphas, *adapter.ranks, *adapter.whole, *adapter.layer_names]
     for names in (adapter.targets, adapter.excluded):
         patterns += [names] if isinstance(names, str) else []

@@ -103,13 +103,15 @@ def _expand_shell(folder: Path, source: Source) -> None:
 
 
 def strip_config(path: Path, target: Path) -> None:
-    """config.json without what says that the weights are quantized."""
+    """Strip config.json of the settings that say that the weights are quantized."""
     config = without_quantization(Settings.parse(path.read_bytes(), path.name))
     target.write_text(json.dumps(dict(config)), "utf-8")
 
 
 def stored_values(info: ModelInfo, token: str | None) -> Stored:
-    """The model's stored tensors, where it lies, and a function that reads bytes of one."""
+    """Return the model's stored tensors, and a function that reads bytes of one from where it
+    is.
+    """
     if info.local_path is not None:
         return values_in(Path(info.local_path))
     headers = {
@@ -130,7 +132,7 @@ def stored_values(info: ModelInfo, token: str | None) -> Stored:
 
 
 def values_in(folder: Path) -> Stored:
-    """The same of the checkpoint in `folder`."""
+    """Return the same of the checkpoint in `folder`."""
     found = tensors_of(folder)
     starts = {path: read_header(path).n_bytes for path in {path for path, _ in found.values()}}
 

@@ -116,7 +116,7 @@ def _upload(run: Run, folder: Path, staged: Sequence[Path]) -> StageResult:
         try:
             hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
         except QuantkitError as error:  # what was asked for first is done
-            run.events.emit(NAME, "note", f"it was not put into the collection: {error}")
+            run.events.emit(NAME, "note", f"it was not added to the collection: {error}")
     about = {
         "published": True,
         "asked": run.config.publish,

@@ -286,7 +286,7 @@ def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fit
     maps = load_row_maps(run.artifacts.row_maps)
     unmapped = [name for name in space.tensors if name not in maps]
     if unmapped:
-        text = "tensors cannot be put into the model: their damage is estimated only"
+        text = "tensors are not in the model: the damage to them is only estimated"
         run.events.emit(NAME, "note", f"{len(unmapped)} {text}")
     ids = load_file(run.artifacts.tokens)["heldout"][:MOST_SEQUENCES]
     if len(ids) < _LEAST_SEQUENCES:

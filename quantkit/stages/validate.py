@@ -91,7 +91,7 @@ class Validate(Stage):
             ) from error
 
     def extra_inputs(self, config: RunConfig) -> dict[str, str]:
-        """The contents of the files that the config names."""
+        """Return the contents of the files that the config names."""
         named = {"eval_text": config.eval_text, "tasks": config.tasks}
         named |= {f"compare {name}": name for name in config.compare}
         return {

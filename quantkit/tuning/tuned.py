@@ -57,7 +57,7 @@ class Outcome:
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
-        """Return what `tune_file` wrote beside its file, None where nothing was tuned."""
+        """Return what `tune_file` wrote next to its file, None where nothing was tuned."""
         path = folder / _OUTCOME
         return read_as(cls, path) if path.exists() else None
 

@@ -329,7 +329,9 @@ def _ramp(t: float) -> str:
 
 
 def bits_by_kind(files: Mapping[str, Mapping[str, Tensor]]) -> Spec | None:
-    """Bits per weight of every kind of tensor of each file, and its share of the file's bytes."""
+    """Plot the bits per weight of every kind of tensor of each file, and its share of the file's
+    bytes.
+    """
     data: list[Datum] = []
     for file, tensors in files.items():
         kinds: dict[str, list[Tensor]] = {}

@@ -276,13 +276,13 @@ class Report:
         return self.calibration.note if self.calibration else ""
 
     def numbered(self, name: str, output: Output) -> str:
-        """The name of something that every output has: of several it ends with the output's number,
-        counted from 1.
+        """Return the name of something that every output has: with several outputs it ends with the
+        output's number, counted from 1.
         """
         return name if len(self.outputs) == 1 else f"{name}-{1 + self.outputs.index(output)}"
 
     def about(self, output: Output) -> Report:
-        """The report of one output and everything that it is measured beside."""
+        """Return the report of one output and of everything that it is compared with."""
         return replace(self, outputs=(output,))
 
     def tests(self, row: Row) -> Tests:
@@ -307,8 +307,8 @@ def to_json(value: Any) -> Any:
 
 
 def read(value: object) -> Report:
-    """A report from the JSON of `report.json`. Raises QuantkitError when it is of another version
-    or lacks something.
+    """Read a report from the JSON of `report.json`. Raises QuantkitError when it has another
+    version or lacks something.
     """
     schema = value.get("schema") if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping) or schema != SCHEMA:

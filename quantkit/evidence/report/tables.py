@@ -107,7 +107,7 @@ def _rate(speed: SpeedResult | None) -> str:
 
 
 def choice(report: Report, name: Callable[[Row], str] = lambda row: row.title) -> Table:
-    """Our files by the memory that they need, and the base."""
+    """Return our files by the memory that they need, and the base."""
     rows = [row for row in report.by_size if row.kind == OURS]
     lines = [
         Line(
@@ -199,7 +199,7 @@ def tails(report: Report) -> Table | None:
 
 
 def long_contexts(report: Report) -> Table | None:
-    """Mean KL in long contexts of the files that have it."""
+    """Return the mean KL in long contexts of the files that have it."""
     lengths = sorted({n for row in report.rows for n in row.long or {}}, key=int)
     lines = tuple(
         Line(row.kind, (row.title, *(_kl_of((row.long or {}).get(n)) for n in lengths)))
@@ -215,7 +215,7 @@ def _kl_of(mean: Mean | None) -> str:
 
 
 def speeds(report: Report) -> Table | None:
-    """Tokens per second, load time and memory of the files that have them."""
+    """Return the tokens per second, load time and memory of the files that have them."""
     found: list[tuple[str, str, SpeedResult]] = [
         (row.kind, row.title, row.speed) for row in report.by_size if row.speed
     ]

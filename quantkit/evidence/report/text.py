@@ -24,7 +24,7 @@ _UNKNOWN = "not measured"
 
 
 def number(value: float | None) -> str:
-    """A KL divergence with three digits that count."""
+    """Return a KL divergence with three significant digits."""
     if value is None or math.isnan(value):
         return _UNKNOWN
     if value == 0 or not math.isfinite(value):
@@ -56,7 +56,9 @@ def chance(p_value: float) -> str:
 
 
 def tested(versus: PairedTest | None) -> str:
-    """A paired test against an output as a cell: which is closer to the base, how surely."""
+    """Return a paired test against an output as a cell: which is closer to the base, and how
+    surely.
+    """
     if versus is None:
         return "-"
     if not versus.significant:
@@ -100,6 +102,12 @@ def verdict(report: Report) -> str:
     return text
 
 
+def _compared(ours: Mean, best: Mean) -> str:
+    """How far ours is below or above the best: `44 % below`, `12 % ABOVE`."""
+    more = 100 * (ours.value / best.value - 1) if best.value else math.inf
+    return f"{abs(more):.0f} % {'ABOVE' if more > 0 else 'below'}"
+
+
 def _surely(versus: PairedTest | None) -> str:
     if versus is None:
         return ""
@@ -137,7 +145,7 @@ def losses(report: Report) -> list[str]:
             continue
         if row.kl.value < ours.kl.value:
             lines.append(
-                f"{row.title} ({size(row.n_bytes)}) is not larger and closer to the base:"
+                f"{row.title} ({size(row.n_bytes)}) is no larger and is closer to the base:"
                 f" {number(row.kl.value)} against {number(ours.kl.value)}"
                 f"{_surely(report.tests(row).kl).replace(';', ',', 1)}."
             )

@@ -16,7 +16,7 @@ from quantkit.files import replacing, write_json
 
 def write_report(folder: Path, report: Report, measures: Measures | None = None) -> list[Path]:
     """Write the JSON of a report and all that is made of it. Returns the files, report.json first.
-    `measures` is told of a plot that cannot be drawn, which is left out.
+    `measures` records a plot that cannot be drawn, which is left out.
     """
     taken = measures or Measures()
     before = len(taken.missing)

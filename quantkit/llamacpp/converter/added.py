@@ -21,7 +21,8 @@ from quantkit.sandbox.untrusted import Settings
 
 
 def class_for(folder: Path, config: Settings, converters: type) -> type:
-    """The class to convert the text model in `folder` with: the converter's own or one from here.
+    """Return the class that converts the text model in `folder`: the converter's own or one of
+    ours.
 
     Raises ValueError for a model that llama.cpp does not compute.
     """
@@ -36,7 +37,7 @@ def class_for(folder: Path, config: Settings, converters: type) -> type:
 
 
 def with_older_names(config: Mapping[str, object]) -> dict[str, object]:
-    """A config that also has the names that its settings had before transformers 5."""
+    """Return a config that also has the names that its settings had before transformers 5."""
     rope = config.get("rope_parameters")
     older = {
         "n_ctx": config.get("n_positions"),
@@ -92,7 +93,7 @@ def _has_prediction_head(folder: Path, n_layers: object) -> bool:
 
 
 def dense_llama4(config: Settings) -> type | None:
-    """The converter's class for a Llama 4 without experts; None for any other model.
+    """Return the converter's class for a Llama 4 without experts; None for any other model.
 
     Raises ValueError where llama.cpp computes no such model.
     """

@@ -44,7 +44,7 @@ BEYOND_REACH = {"gemma3n": "its blocks hand on four hidden states side by side (
 
 @functools.cache
 def _tables(tree: Path, versions: str) -> sandbox.Tables:
-    """The converter's tables; kept beside the pinned tree for the next process."""
+    """The converter's tables; kept next to the pinned tree for the next process."""
     kept = install_dir() / "architectures.json"
     pinned = not os.environ.get("QUANTKIT_CONVERTER")
     if pinned and kept.exists():
@@ -66,7 +66,8 @@ def _tables(tree: Path, versions: str) -> sandbox.Tables:
 
 
 def tables() -> sandbox.Tables:
-    """The converter's, with the installed transformers. Takes seconds once, then milliseconds.
+    """Return the converter's, with the installed transformers. Takes seconds once, then
+    milliseconds.
 
     Raises QuantkitError when the converter cannot be set up or does not start.
     """
@@ -85,7 +86,9 @@ def supported_architectures() -> frozenset[str]:
 
 
 def architecture_of(config: Settings) -> str | None:
-    """The architecture whose text model a `config.json` describes, as the converter reads it."""
+    """Return the architecture whose text model a `config.json` describes, as the converter reads
+    it.
+    """
     own, inner = (_first(part.get("architectures")) for part in config.parts)
     # A few multimodal models have a class of their own even when the inner one is known.
     return inner if inner is not None and own not in _OWN_TEXT_CLASS else own
@@ -106,7 +109,7 @@ _OWN_TEXT_CLASS = {
 
 
 def check_architecture(config: Settings) -> str:
-    """The architecture of a `config.json`, when it can be converted and predicts text.
+    """Return the architecture of a `config.json`, if it can be converted and predicts text.
 
     Raises QuantkitError otherwise: before anything large is downloaded.
     """

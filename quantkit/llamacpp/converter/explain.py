@@ -21,7 +21,7 @@ _MOST_WORDS = 4000
 
 
 def tokenizer_hash(outcome: Outcome) -> str:
-    """The converter's hash (`chkhsh`) of a tokenizer that it does not know."""
+    """Return the converter's hash (`chkhsh`) of a tokenizer that it does not know."""
     found = re.search(r"chkhsh:\s+([0-9a-f]{64})", outcome.ended.log)
     return found[1] if found else "unknown"
 

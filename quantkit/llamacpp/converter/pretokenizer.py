@@ -44,9 +44,9 @@ def candidates(tree: Path) -> list[str]:
 
 
 def find(tree: Path, skeleton: Path, said: sandbox.Said, log: Path) -> sandbox.Said | None:
-    """The pre-tokenizer with which llama.cpp splits every probe as the original tokenizer does, or
-    None. `skeleton` holds the vocabulary, `said` the original's tokens. Tries a name in a tenth
-    of a second.
+    """Return the pre-tokenizer with which llama.cpp splits every probe as the original tokenizer
+    does, or None. `skeleton` holds the vocabulary, `said` the original's tokens. Tries a name in a
+    tenth of a second.
     """
     names = candidates(tree)
     outcome = sandbox.run(

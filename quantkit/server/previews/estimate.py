@@ -110,7 +110,7 @@ def _known_or_asked(
 
 
 def known_plan(config: RunConfig, token: str | None = None) -> Plan | None:
-    """The plan when the model was looked at before; None when it would have to be."""
+    """Return the plan if the model was planned before, else None."""
     plan = _plan(config, token)
     return None if plan is None else with_sizes(plan, config)
 

@@ -283,7 +283,7 @@ def is_public(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def open_store(environment: Mapping[str, str] | None = None) -> RunStore:
-    """The store that the environment describes: QUANTKIT_RUNS, QUANTKIT_WORKERS.
+    """Return the store that the environment describes: QUANTKIT_RUNS, QUANTKIT_WORKERS.
 
     Raises UsageError for a number that is none.
     """

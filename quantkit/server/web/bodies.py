@@ -64,7 +64,7 @@ class Events:
 
 
 async def read_body(receive: Receive, length: int) -> bytes:
-    """All of it. Raises Refused when it does not come in time."""
+    """Read the whole body. Raises Refused if it does not come in time."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):

@@ -225,7 +225,7 @@ class Form:
         return [*self._by_name.values(), self.token]
 
     def read(self, values: Sequence[Any]) -> RunForm:
-        """The form's values without the token, as a run is asked for with."""
+        """Return the form's values without the token, as a run is started with them."""
         given = dict(zip(self._by_name, values, strict=True))
         where, machine = given.pop("where"), given.pop("machine")
         given["context"] = _number(given["context"])

@@ -78,8 +78,8 @@ class Handlers:
         self._no_search_until = 0.0
 
     def client(self, request: Any, user: Any) -> Client:
-        """Who sent a request of the page: the signed-in user, else the holder of its cookie. The
-        gate has found out the address.
+        """Return who sent a request of the page: the signed-in user, else the holder of its cookie.
+        The gate has found out the address.
         """
         address = request.client.host if request.client else ""
         if user:
@@ -304,7 +304,9 @@ class Handlers:
     # What is shown.
 
     def shown(self, run_id: Any, owner: str | None) -> dict[str, str | bool]:
-        """Every part of a page by name: HTML, a plot as JSON, or whether a control is there."""
+        """Return every part of a page by name: HTML, a plot as JSON, or whether a control is
+        shown.
+        """
         try:
             run = self.store.view(run_id, owner)
             raw = self.store.log_tail(run_id, owner)

@@ -146,7 +146,7 @@ def _stock(plan: Plan, beside: int) -> list[tuple[str, ...]]:
 
 
 def changes(found: RepoChanges, closed: str = "") -> str:
-    """The files of a repository, each with what publishing does to it. `closed`: what the model is,
-    "private" or "gated", where this is why the repository is private.
+    """Return the files of a repository, each with what publishing does to it. `closed`: what the
+    model is, "private" or "gated", where this is why the repository is private.
     """
     return _changes(found, closed, sum(x.kind in ("new", "changed") for x in found.changes))

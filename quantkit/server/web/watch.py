@@ -170,7 +170,7 @@ class Watch:
         handlers, store = self._handlers, self._handlers.store
 
         def acting(action: Callable[[str, str | None, str | None], None]) -> Callable[..., Any]:
-            """The event of a button: `action(run, owner, token)`, then what is shown."""
+            """Return the event of a button: `action(run, owner, token)`, then what is shown."""
 
             def act(client: Client, token: str, current: str, typed: str) -> list[Any]:
                 notice = handlers.act(
@@ -281,14 +281,16 @@ class Watch:
 
 
 def short_hash(value: str | bool) -> str:
-    """Tells one content of a part from another; a text, because a script rounds long numbers."""
+    """Hash the content of a part, to notice changes; a text, because a script rounds long
+    numbers.
+    """
     return f"{hash(value):x}"
 
 
 def updates(
     shown: Mapping[str, str | bool], known: Mapping[str, str], names: Sequence[str]
 ) -> list[Any]:
-    """An update for every name: skipped where nothing changed since `known`."""
+    """Return an update for every name: skipped where nothing changed since `known`."""
     changed = {name for name in shown if known.get(name) != short_hash(shown[name])}
     return [_update(name, shown[name]) if name in changed else gr.skip() for name in names]
 
