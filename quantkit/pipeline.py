@@ -153,9 +153,7 @@ def open_run(folder: Path) -> RunDir:
     """Return the folder of a run. Raises UsageError for one that holds none."""
     directory = RunDir(folder)
     if not directory.config_path.exists():
-        raise UsageError(
-            f"{folder} holds no run.", "Give the folder that was --out of `quantkit run`."
-        )
+        raise UsageError(f"{folder} holds no run.", "Give the --out folder of `quantkit run`.")
     return directory
 
 

@@ -285,7 +285,7 @@ def test_stale_quantization(method: str, llama: Path, tmp_path: Path) -> None:
     folder = changed(llama, tmp_path / "m", quantization_config=setting)
     info = look(str(folder))
     assert info.quantization is None and "quantization_config" not in info.config
-    assert f"are quantized ({method}), and none of them are" in info.notes[0]
+    assert f"are quantized ({method}), but none are" in info.notes[0]
     assert untrusted.build(ModelInfo, to_json(info)) == info
     assert fit_of(folder).notes == ()
     ids = torch.arange(3, 20)[None]

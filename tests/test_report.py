@@ -180,7 +180,7 @@ def test_the_verdict_knows_the_weights_too() -> None:
     changed = values()
     changed["outputs"][0]["weight_kl"] = divergence(0.03, 0.0002)
     changed["baselines"][1]["weight_kl"] = divergence(0.02, 0.0002)
-    assert "weights alone it is 1.50 times (MORE)" in report.verdict(report.read(changed))
+    assert "weight KL is 50 % ABOVE that file" in report.verdict(report.read(changed))
 
 
 def test_a_uniform_file_is_no_llama_cpp_file() -> None:

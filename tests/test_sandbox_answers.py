@@ -67,7 +67,7 @@ def test_words_of_tokens_are_plain() -> None:
 
 @pytest.mark.parametrize("said", [5, [5], {"a": 1}, "</s>"])
 def test_ends_that_are_none(said: Any) -> None:
-    with pytest.raises(QuantkitError, match="that was not asked for"):
+    with pytest.raises(QuantkitError, match="another kind than was asked for"):
         converter_sandbox._updated(converter_sandbox.Said(), {"missed_ends": said})
 
 

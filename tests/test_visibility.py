@@ -43,7 +43,7 @@ def is_published_privately(server: HubServer, run: Any, tmp_path: Path) -> bool:
     folder = tmp_path / "upload"
     folder.mkdir(exist_ok=True)
     (folder / "x-EVO-Q4_K_M.gguf").write_bytes(b"GGUF")
-    publish._upload(run, folder)
+    publish._upload(run, folder, [])
     return server.repos["model", TARGET].private
 
 

@@ -92,17 +92,17 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Raise QuantkitError for what is no recipe; it may come from anywhere."""
+        """Raise QuantkitError for what is not a recipe; it may come from anywhere."""
         try:
             value = read_json(path)
             if isinstance(value, dict) and value.get("schema", 1) != 1:
-                raise QuantkitError("The recipe is of another version.", "Use a newer quantkit.")
+                raise QuantkitError("The recipe has another version.", "Use a newer quantkit.")
             recipe = build(cls, value)
             _check(recipe)
         except (OSError, ValueError) as error:
             raise QuantkitError(
                 f"{path} is not a recipe ({error}).",
-                "Give the file of the GGUF's name under recipes/.",
+                "Give the GGUF's file under recipes/.",
             ) from None
         return recipe
 

@@ -184,7 +184,7 @@ def task_lines(report: Report) -> list[str]:
                 text += f"; {flips.n} answers differ from full precision's"
             lines.append(f"{text}.")
     if not lines and (reason := (report.first.zero_shot or {}).get("reason")):
-        lines.append(f"Zero-shot: not run ({reason}).")
+        lines.append(f"Zero-shot tests were not run: {reason.rstrip('.')}.")
     return lines
 
 

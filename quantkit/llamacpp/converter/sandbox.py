@@ -149,7 +149,7 @@ def _updated(said: Said, facts: Any) -> Said:
         return untrusted.updated(said, facts)
     except untrusted.Damaged:
         raise QuantkitError(
-            "The converter answered with something that was not asked for.",
+            "The converter gave an answer of another kind than was asked for.",
             "Check where the model came from; it may try to attack the converter.",
         ) from None
 

@@ -84,7 +84,7 @@ def _facts(plan: Plan, context: int | None) -> list[tuple[str, str]]:
     facts.append(("Disk, memory", f"about {disk}, {memory}"))
     n_fallbacks = len({f.tensor for f in plan.fallbacks})
     if n_fallbacks:
-        said = f"{n_fallbacks} tensors need another type; the report lists them"
+        said = f"{n_fallbacks} tensors fall back to a compatible type; the report lists them"
         facts.append(("Fallbacks", said))
     return facts
 

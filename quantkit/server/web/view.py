@@ -123,7 +123,7 @@ def _in_line(run: RunView) -> str:
     if run.is_remote:
         return f"Its {EXECUTORS[run.executor].noun} is about to be started."
     place = run.position or 1
-    text = "It is next in line." if place == 1 else f"It is number {place} in line."
+    text = "Next in the queue." if place == 1 else f"Number {place} in the queue."
     if run.wait_seconds:
         text += f" It starts in about {duration(60 * max(1, round(run.wait_seconds / 60)))}."
     return text
@@ -136,7 +136,7 @@ def _machine(run: RunView) -> str:
     if run.usd_per_hour:
         facts.append(f"${run.usd_per_hour:.2f} an hour")
     if run.hours:
-        facts.append(f"ended after {run.hours} h at the latest")
+        facts.append(f"stopped after {run.hours} h at the latest")
     if run.remote is None:
         return " · ".join(facts)
     facts.append(f"${run.remote.usd:.2f} so far")

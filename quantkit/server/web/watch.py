@@ -220,7 +220,7 @@ class Watch:
 
             def do() -> str:
                 handlers.publish(current, repo, seen_by, collection, client, token or typed)
-                return notice("The upload is on its way.", "Its progress is above.", "info")
+                return notice("The upload has started.", "Its progress is above.", "info")
 
             found, ok = told(do)
             kept = "" if ok else gr.skip()
