@@ -352,7 +352,7 @@ def _execute(
 
 
 def clean(folder: Path) -> int:
-    """Drop what only the stages themselves need (levels, Hessians); keep results.
+    """Drop what only the stages themselves need (levels, gradients); keep results.
 
     Returns the bytes freed.
     """

@@ -31,7 +31,7 @@ from quantkit.planning.plan import _hessian_bytes
 from quantkit.statistics.experts import ExpertCollector, ExpertProducts, eager_experts
 from quantkit.statistics.fisher import output_fisher
 from quantkit.statistics.hessian import HessianCollector, is_linear
-from quantkit.statistics.stored import block_file, load_expert_statistics, save_statistics
+from quantkit.statistics.inputs import BlockStatistics
 
 N = 32  # columns of the experts' inputs
 SIZES = {
@@ -221,7 +221,7 @@ def starve(model: BlockwiseModel, expert: int) -> None:
     router.forward = forward
 
 
-def test_an_expert_without_tokens_is_lent_some(tmp_path: Path) -> None:
+def test_an_expert_without_tokens_is_lent_some() -> None:
     model = build("qwen3")
     starve(model, 3)
     collectors = {part: ExpertCollector(model.blocks[0], "b", 48) for part in ("train", "heldout")}
@@ -229,31 +229,29 @@ def test_an_expert_without_tokens_is_lent_some(tmp_path: Path) -> None:
         run(model, collector, seed=len(part))
     counts = collectors["train"].n_tokens["b.mlp.experts.down_proj"].clone()
     assert counts[3] == 0 and bool((counts[[0, 1, 2, 4, 5, 6, 7]] > 0).all())
-    path = block_file(tmp_path, 0)
-    plain = {part: HessianCollector({}) for part in collectors}
-    diagonals = save_statistics(path, plain, in_blocks=True, experts=collectors)
-    loaded = {s.group: s for s in load_expert_statistics(path)}
-    for group, statistics in loaded.items():
-        assert statistics.borrowers.tolist() == [3]
-        train, heldout = statistics.load(3)
+    found = BlockStatistics.of({part: HessianCollector({}) for part in collectors}, collectors)
+    diagonals = found.diagonals()
+    for statistics in found.experts:
+        group = statistics.modules[0]
+        assert np.flatnonzero(2 * statistics.n_tokens < statistics.weights).tolist() == [3]
+        train, heldout = statistics.train[3], statistics.heldout[3]
         assert bool((train.diagonal() > 0).all()) and not torch.equal(train, heldout)
         assert np.array_equal(diagonals[group].diagonal[3], train.diagonal().numpy())
         assert torch.linalg.matrix_rank(train) > 1
     assert np.array_equal(diagonals["b.mlp.experts.down_proj"].n_tokens, counts)
 
 
-def test_the_plan_knows_what_they_take(tmp_path: Path) -> None:
-    """Two Hessians for every expert and input, within the file's header."""
+def test_the_plan_knows_what_they_take() -> None:
+    """Two Hessians for every expert and input."""
     model = build("qwen3")
     collectors = {part: ExpertCollector(model.blocks[0], "b", 48) for part in ("train", "heldout")}
     for collector in collectors.values():
         run(model, collector)
-    path = block_file(tmp_path, 0)
-    save_statistics(path, {p: HessianCollector({}) for p in collectors}, True, experts=collectors)
+    found = BlockStatistics.of({part: HessianCollector({}) for part in collectors}, collectors)
     shapes = ((8, 16, N), (8, N, 16))  # gate and down, as GGUF has them
     expected = sum(_hessian_bytes(SimpleNamespace(shape=shape)) for shape in shapes)
     assert expected == 2 * 4 * 8 * (32 * 32 + 16 * 16)
-    assert 0 < path.stat().st_size - expected < 2000
+    assert sum(s.train.nbytes + s.heldout.nbytes for s in found.experts) == expected
 
 
 def test_what_is_lent_hardly_changes_an_expert_with_tokens() -> None:

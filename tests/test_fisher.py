@@ -51,8 +51,9 @@ class Case:
             self.model.lm_head.weight.mul_(3)
         self.ids = torch.randint(0, N_VOCAB, (48, 64), generator=torch.Generator().manual_seed(5))
         self.linears = {n: m for n, m in self.model.named_modules() if is_linear(m)}
-        self.lookups = {part: HessianCollector({}) for part in PARTS}
-        self.fisher = output_fisher(BlockwiseModel(self.model), self.ids, 0, self.lookups)
+        lookups = {part: HessianCollector({}) for part in PARTS}
+        self.fisher = output_fisher(BlockwiseModel(self.model), self.ids, 0, lookups)
+        self.lookups = [lookups[part].means()["model.embed_tokens"] for part in PARTS]
         collector = HessianCollector(self.linears)
         with collector.watching(), torch.no_grad():
             self.base = self.model(self.ids).logits
@@ -74,7 +75,7 @@ class Case:
         return 0.5 * float(self.fisher.modules[name] @ per_row)
 
     def lookup_cost(self, error: torch.Tensor) -> float:
-        train, heldout = (self.lookups[part].means()["model.embed_tokens"] for part in PARTS)
+        train, heldout = self.lookups
         per_row = ((error @ (train + heldout) / 2) * error).sum(1)
         return 0.5 * float(self.fisher.frequency @ per_row)
 
@@ -142,7 +143,7 @@ def test_price_of_tied_embeddings_is_that_of_table_and_head(tied: Case, seed: in
 def test_the_table_has_a_hessian_of_gradients(untied: Case) -> None:
     """Errors that point the same way in every row: their price is in the covariances."""
     table = untied.model.get_input_embeddings().weight
-    train, heldout = (untied.lookups[part].means()["model.embed_tokens"] for part in PARTS)
+    train, heldout = untied.lookups
     hessian = (train + heldout) / 2
     error = noise(table, 4)
     for vector in (torch.linalg.eigh(hessian)[1][:, i] for i in (0, -1)):

@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.statistics.fisher import Fisher
 from quantkit.statistics.hessian import HessianCollector, add_outer, is_linear, symmetrize
+from quantkit.statistics.inputs import BlockStatistics, InputDiagonal
 from quantkit.statistics.stored import (
-    block_file,
-    load_fisher,
-    load_statistics,
-    save_fisher,
-    save_statistics,
+    load_gradients,
+    load_importances,
+    save_gradients,
+    save_importances,
 )
 
 
@@ -151,57 +151,59 @@ def test_a_real_block_shares_as_llama_does() -> None:
     assert sorted(len(h) for h in collector.means().values()) == [64, 64, 64, 128]
 
 
-def test_statistics_round_trip(tmp_path: Path) -> None:
+def test_statistics_of_a_block() -> None:
     module = Attention()
-    collectors = {
-        "train": collect(module, [torch.randn(2, 5, 24)]),
-        "heldout": collect(module, [torch.randn(1, 4, 24)]),
-    }
-    path = block_file(tmp_path, 3)
-    diagonals = save_statistics(path, collectors, in_blocks=True)
-    loaded = load_statistics(path)
-    assert [s.modules for s in loaded] == [("q", "k", "v"), ("o",), ("late",)]
-    for s in loaded:
-        group = s.modules[0]
-        assert torch.equal(s.train, collectors["train"].means()[group])
-        assert torch.equal(s.heldout, collectors["heldout"].means()[group])
-        assert s.n_train == 10
-    assert set(diagonals) == {"q", "k", "v", "o", "late"}
-    assert np.array_equal(diagonals["k"].diagonal, collectors["train"].means()["q"].diagonal())
-    assert diagonals["k"].n_tokens == 10 and diagonals["k"].in_blocks
+    parts = {"train": [torch.randn(2, 5, 24)], "heldout": [torch.randn(1, 4, 24)]}
+    found = BlockStatistics.of({part: collect(module, xs) for part, xs in parts.items()})
+    assert [s.modules for s in found.inputs] == [("q", "k", "v"), ("o",), ("late",)]
+    assert found.modules == ("q", "k", "v", "o", "late") and not found.experts
+    for part, (x,) in parts.items():
+        rows = x.reshape(-1, 24)
+        assert torch.allclose(getattr(found.inputs[0], part), rows.T @ rows / len(rows), atol=1e-6)
+    diagonals = found.diagonals()
+    assert set(diagonals) == set(found.modules)
+    assert np.array_equal(diagonals["k"].diagonal, found.inputs[0].train.diagonal())
+    assert diagonals["k"].n_tokens == 10 == found.inputs[0].n_train
 
 
-def test_statistics_that_are_there_are_kept(tmp_path: Path) -> None:
-    """A resumed run reads a finished block's file; its collectors are empty then."""
-    module = Attention()
-    both = {part: collect(module, [torch.randn(1, 4, 24)]) for part in ("train", "heldout")}
-    path = block_file(tmp_path, 0)
-    first = save_statistics(path, both, in_blocks=True)
-    empty = {part: HessianCollector(linears(module)) for part in both}
-    again = save_statistics(path, empty, in_blocks=True)
-    assert all(np.array_equal(first[m].diagonal, again[m].diagonal) for m in first)
-
-
-def test_a_module_that_only_met_train_tokens(tmp_path: Path) -> None:
+def test_a_module_that_only_met_train_tokens() -> None:
     """As an expert that the router chose for no held-out token."""
     module = Attention()
     known = linears(module)
     train = collect(module, [torch.randn(1, 4, 24)], known)
     heldout = collect(module.q, [torch.randn(1, 4, 24)], known)
-    diagonals = save_statistics(
-        block_file(tmp_path, 0), {"train": train, "heldout": heldout}, in_blocks=True
-    )
-    assert "o" in diagonals
-    loaded = {s.modules[0]: s for s in load_statistics(block_file(tmp_path, 0))}
-    assert loaded["o"].is_judged_on_train and torch.equal(loaded["o"].heldout, loaded["o"].train)
-    assert not loaded["q"].is_judged_on_train
-    assert torch.equal(loaded["q"].heldout, heldout.means()["q"])
+    found = BlockStatistics.of({"train": train, "heldout": heldout})
+    assert "o" in found.diagonals()
+    inputs = {s.modules[0]: s for s in found.inputs}
+    assert inputs["o"].is_judged_on_train and inputs["o"].heldout is inputs["o"].train
+    assert not inputs["q"].is_judged_on_train
+    assert not torch.equal(inputs["q"].heldout, inputs["q"].train)
 
 
-def test_fisher_round_trip(tmp_path: Path) -> None:
+def test_importances_round_trip(tmp_path: Path) -> None:
+    made = {
+        "blk.0.attn_q.weight": InputDiagonal(np.arange(4, dtype=np.float32), 70_000),
+        "blk.0.ffn_up_exps.weight": InputDiagonal(np.ones((2, 4), np.float32), np.float32([3, 0])),
+    }
+    save_importances(tmp_path / "b", made)
+    loaded = load_importances(tmp_path / "b")
+    assert set(loaded) == set(made)
+    for name, wanted in made.items():
+        assert np.array_equal(loaded[name].diagonal, wanted.diagonal)
+        assert np.array_equal(loaded[name].n_tokens, np.atleast_1d(wanted.n_tokens))
+
+
+def test_gradients_round_trip(tmp_path: Path) -> None:
     fisher = Fisher({"a.b": torch.rand(5), "lm_head": torch.rand(9)}, torch.rand(9))
-    save_fisher(tmp_path / "f.safetensors", fisher)
-    loaded = load_fisher(tmp_path / "f.safetensors")
-    assert set(loaded.modules) == {"a.b", "lm_head"}
-    assert all(torch.equal(loaded.modules[k], v) for k, v in fisher.modules.items())
-    assert torch.equal(loaded.frequency, fisher.frequency)
+    lookups = {part: HessianCollector({}) for part in ("train", "heldout")}
+    rows = {part: torch.randn(7, 6) for part in lookups}
+    for part, collector in lookups.items():
+        collector.add(("embed",), rows[part])
+    save_gradients(tmp_path, fisher, lookups)
+    loaded = load_gradients(tmp_path)
+    assert set(loaded.fisher.modules) == {"a.b", "lm_head"}
+    assert all(torch.equal(loaded.fisher.modules[k], v) for k, v in fisher.modules.items())
+    assert torch.equal(loaded.fisher.frequency, fisher.frequency)
+    assert loaded.lookups.modules == ("embed",) and loaded.lookups.n_train == 7
+    for part, x in rows.items():
+        assert torch.allclose(getattr(loaded.lookups, part), x.T @ x / 7, atol=1e-6)

@@ -1,10 +1,11 @@
-"""What tensors are solved with: read once for all that share it; a tied table for both its uses."""
+"""What tensors are solved with: factorized once for all that share it; a tied table for both its
+uses.
+"""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +15,12 @@ from quantkit.gptq.inputs import KnownInputs, modules_of, sibling_of
 from quantkit.model.row_maps import RowMap
 from quantkit.statistics.fisher import Fisher
 from quantkit.statistics.hessian import HessianCollector
-from quantkit.statistics.stored import (
-    Gradients,
-    block_file,
-    embedding_file,
-    head_file,
-    load_statistics,
-    save_statistics,
-    sensitivity_of,
-)
+from quantkit.statistics.inputs import BlockStatistics, InputStatistics
+from quantkit.statistics.stored import Gradients, sensitivity_of
 
 
 @pytest.fixture
-def known(tmp_path: Path) -> KnownInputs:
+def known() -> KnownInputs:
     """Two inputs: q and k read one, o another."""
     linears = {name: torch.nn.Linear(n, 8) for name, n in (("q", 32), ("k", 32), ("o", 48))}
     collectors = {part: HessianCollector(dict(linears)) for part in ("train", "heldout")}
@@ -34,12 +28,10 @@ def known(tmp_path: Path) -> KnownInputs:
         with collector.watching():
             shared = torch.randn(1, 200, 32)
             linears["q"](shared), linears["k"](shared), linears["o"](torch.randn(1, 200, 48))
-    path = block_file(tmp_path, 0)
-    path.parent.mkdir()
-    save_statistics(path, collectors, in_blocks=True)
+    statistics = BlockStatistics.of(collectors)
     maps = {n: RowMap(n, f"{n}.weight", False, None, n, False) for n in linears}
-    gradients = Gradients(Fisher({}, torch.zeros(8)), load_statistics(path)[0])
-    return KnownInputs(path, tuple(linears), maps, RunConfig("m"), gradients)
+    gradients = Gradients(Fisher({}, torch.zeros(8)), statistics.inputs[0])
+    return KnownInputs(statistics, tuple(linears), maps, RunConfig("m"), gradients)
 
 
 def test_inputs_are_forgotten_after_their_last_tensor(known: KnownInputs) -> None:
@@ -60,49 +52,44 @@ def test_inputs_are_forgotten_after_their_last_tensor(known: KnownInputs) -> Non
     assert known.dampings() == ()
 
 
-def hessians(path: Path, module: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write a train and a held-out Hessian of one module."""
+def hessians(module: str, seed: int) -> InputStatistics:
+    """A train and a held-out Hessian of one module."""
     generator = torch.Generator().manual_seed(seed)
     collectors = {part: HessianCollector({}) for part in ("train", "heldout")}
     for collector in collectors.values():
         collector.add((module,), torch.randn(50, 16, generator=generator))
-    path.parent.mkdir(exist_ok=True)
-    save_statistics(path, collectors, in_blocks=False)
-    train, heldout = (collector.means()[module] for collector in collectors.values())
-    return train, heldout
+    (inputs,) = BlockStatistics.of(collectors).inputs
+    return inputs
 
 
 @pytest.mark.parametrize("methods", [("gptq", "imatrix"), ("imatrix",)])
-def test_a_tied_table_is_solved_for_both_uses(tmp_path: Path, methods: tuple[str, ...]) -> None:
-    head = hessians(head_file(tmp_path), "lm_head", 0)
-    looked_up = hessians(embedding_file(tmp_path), "embed", 1)
+def test_a_tied_table_is_solved_for_both_uses(methods: tuple[str, ...]) -> None:
+    head, lookups = hessians("lm_head", 0), hessians("embed", 1)
     prices = torch.tensor([0.1, 0.2, 0.3])
-    lookups = load_statistics(embedding_file(tmp_path))[0]
     gradients = Gradients(Fisher({"lm_head": prices}, torch.tensor([0.5, 0.5, 0.0])), lookups)
     tied = RowMap("token_embd.weight", "embed.weight", False, None, "lm_head", True)
-    config = RunConfig("m", methods=methods)
-    known = KnownInputs(head_file(tmp_path), [tied.tensor], {tied.tensor: tied}, config, gradients)
+    config, maps = RunConfig("m", methods=methods), {tied.tensor: tied}
+    known = KnownInputs(BlockStatistics((head,)), [tied.tensor], maps, config, gradients)
     with known.borrowed(tied.tensor) as inputs:
         assert inputs is not None
         # llama.cpp's imatrix knows nothing of lookups, and has to find itself in ours.
-        wanted = 0.6 * head[0] + looked_up[0] if "gptq" in methods else head[0]
+        wanted = 0.6 * head.train + lookups.train if "gptq" in methods else head.train
         assert torch.allclose(inputs.train, wanted)
-        assert torch.allclose(inputs.heldout, head[1])
+        assert torch.allclose(inputs.heldout, head.heldout)
     sensitivity = sensitivity_of(gradients, tied, "cpu")
     assert sensitivity is not None and sensitivity.outputs is not None
     assert torch.equal(sensitivity.outputs, prices)
-    assert sensitivity.lookups is not None and torch.equal(sensitivity.lookups, looked_up[1])
+    assert sensitivity.lookups is not None and torch.equal(sensitivity.lookups, lookups.heldout)
 
 
-def test_a_table_that_is_only_looked_up(tmp_path: Path) -> None:
-    looked_up = hessians(embedding_file(tmp_path), "embed", 1)
-    lookups = load_statistics(embedding_file(tmp_path))[0]
+def test_a_table_that_is_only_looked_up() -> None:
+    lookups = hessians("embed", 1)
     gradients = Gradients(Fisher({}, torch.ones(3) / 3), lookups)
     table = RowMap("token_embd.weight", "embed.weight", False, None, "embed", True)
-    path = embedding_file(tmp_path)
-    known = KnownInputs(path, [table.tensor], {table.tensor: table}, RunConfig("m"), gradients)
+    statistics, maps = BlockStatistics((lookups,)), {table.tensor: table}
+    known = KnownInputs(statistics, [table.tensor], maps, RunConfig("m"), gradients)
     with known.borrowed(table.tensor) as inputs:
-        assert inputs is not None and torch.equal(inputs.train, looked_up[0])
+        assert inputs is not None and torch.equal(inputs.train, lookups.train)
     sensitivity = sensitivity_of(gradients, table, "cpu")
     assert sensitivity is not None and sensitivity.outputs is None
 

@@ -51,7 +51,7 @@ def test_levels_that_are_finished_but_not_recorded(
     def solved(*_: Any) -> None:
         raise AssertionError("it was solved again")
 
-    monkeypatch.setattr("quantkit.gptq.levels._solve_unit", solved)
+    monkeypatch.setattr("quantkit.gptq.units.Unit.solve", solved)
     go_on(run, "quantize")
     assert not list(run.levels.glob("*.partial"))
     record, wanted = run.dir.records()["quantize"], expected.dir.records()["quantize"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from commands import CHEAP, Answer, Run, packed_tensors, quantkit
+from safetensors.numpy import load_file
 from tiny_gguf import Shape, write_llama
 
 from quantkit import pipeline
@@ -27,9 +29,13 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import lay_out
 from quantkit.llamacpp.stock import StockRecipe, make_stock
+from quantkit.model.blockwise import compute_dtype
 from quantkit.model.row_maps import RowMap, RowMatcher
+from quantkit.model.streaming import open_model
 from quantkit.run.folder import read_json
-from quantkit.statistics.stored import head_file, load_statistics
+from quantkit.sources.snapshot import load_snapshot
+from quantkit.statistics.collect import block_names, walk
+from quantkit.statistics.inputs import BlockStatistics
 from quantkit.tensors import TensorSpec
 
 pytestmark = pytest.mark.slow
@@ -50,8 +56,16 @@ def importances(run: Run) -> dict[str, np.ndarray]:
     """What llama-quantize is given: the run's imatrix, and the head's inputs, which
     llama-imatrix collects with --process-output alone.
     """
-    (head,) = load_statistics(head_file(run.dir.stage_dir("calibrate")))
-    return {**read_imatrix(run.imatrix), "output.weight": head.train.diagonal().numpy().copy()}
+    made: dict[str, np.ndarray] = {}
+
+    def use(name: str, turns: Iterable[BlockStatistics]) -> None:
+        ((head,),) = (turn.inputs for turn in turns)
+        made["output.weight"] = head.diagonal.diagonal
+
+    model = open_model(load_snapshot(run.dir).folder, compute_dtype("cpu"))
+    blocks = block_names(len(model.blocks))[:-1]
+    walk(model, load_file(run.dir.artifacts.tokens), blocks, use, run.folder / "spilled")
+    return {**read_imatrix(run.imatrix), **made}
 
 
 def test_plan_tells_what_the_run_does(whole: Run, offline: dict[str, str]) -> None:

@@ -45,5 +45,5 @@ def test_peaks_by_stage(tmp_path: Path) -> None:
     assert tuple(whole) == NAMES
     for stage in NAMES:
         assert whole[stage] >= streamed[stage] > 100_000_000
-        streams = stage in ("calibrate", "search", "tune", "validate")
+        streams = stage in ("calibrate", "quantize", "search", "tune", "validate")
         assert (whole[stage] > streamed[stage]) == streams, stage

@@ -1,11 +1,10 @@
-"""The statistics of tensors' inputs, read from disk when they are needed."""
+"""The Hessians that tensors are solved with, factorized when the first of them needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from threading import Lock
 
 import torch
@@ -15,7 +14,8 @@ from quantkit.gptq.errors import Damping
 from quantkit.gptq.select import Inputs
 from quantkit.gptq.solver import Factor, factorize
 from quantkit.model.row_maps import RowMap
-from quantkit.statistics.stored import Gradients, InputStatistics, load_statistics
+from quantkit.statistics.inputs import BlockStatistics, InputStatistics
+from quantkit.statistics.stored import Gradients
 from quantkit.tensors import ONE_INPUT
 
 DAMPING = 0.1  # of the median of diag H: dev/LOG.md
@@ -48,13 +48,13 @@ def sibling_of(tensor: str, maps: Mapping[str, RowMap]) -> str | None:
 
 
 class KnownInputs:
-    """The statistics of some tensors' inputs: read and factorized when the first tensor that shares
-    them is solved, dropped after the last. The widest take gigabytes.
+    """What is known of the inputs of some tensors: factorized when the first of those that share
+    them is solved, the factor forgotten after the last. The widest take gigabytes.
     """
 
     def __init__(
         self,
-        statistics: Path | None,
+        statistics: BlockStatistics | None,
         tensors: Sequence[str],
         maps: Mapping[str, RowMap],
         config: RunConfig,
@@ -63,7 +63,7 @@ class KnownInputs:
         self._maps, self._config, self._gradients = maps, config, gradients
         self.groups: list[tuple[InputStatistics, list[str]]] = []
         modules = modules_of(tensors, maps)
-        for shared in load_statistics(statistics) if statistics else ():
+        for shared in statistics.inputs if statistics else ():
             own = [name for name in tensors if modules[name] in shared.modules]
             if own:
                 self.groups.append((shared, own))

@@ -16,12 +16,13 @@ from quantkit.sources.snapshot import load_snapshot
 
 
 def load_provenance(directory: RunDir) -> Provenance:
-    """Return what the first three stages put into the metadata of a run's outputs."""
+    """Return what the stages up to quantize put into the metadata of a run's outputs."""
     record = read_json(directory.artifacts.calibration)
+    imatrix = GgufFile(directory.artifacts.imatrix)
     return Provenance(
         load_snapshot(directory).info.sha,
         tuple(d["name"] for d in record["domains"]),
-        record["n_imatrix_entries"],
+        sum(name.endswith(".in_sum2") for name in imatrix.tensors),
         record["n_tokens"]["train"] // record["n_ctx"],
     )
 

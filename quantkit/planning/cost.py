@@ -104,7 +104,7 @@ def stage_memory(
     # Here and below, what the stages themselves go by; they need torch.
     from quantkit.model.streaming import WHOLE_SHARE
     from quantkit.search.fitness import STATES_SHARE
-    from quantkit.statistics.collect import ACTIVATIONS_SHARE, BATCH_TOKENS
+    from quantkit.statistics.collect import ACTIVATIONS_SHARE, BATCH_TOKENS, HESSIANS_SHARE
 
     shapes, profile = _Shapes.of(base), PROFILES[config.profile]
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
@@ -124,12 +124,14 @@ def stage_memory(
     states = 4 * N_CTX * n_sequences * shapes.width * (len(shapes.blocks) + 1)
     return dict.fromkeys(NAMES, _PROGRAM) | {
         "convert": max(2 * _PROGRAM + 8 * shapes.largest, _TORCH + model(2, 2)),
-        "calibrate": _TORCH
+        "calibrate": _TORCH + model(2, 1) + 6 * logits,  # gradients
+        "quantize": _TORCH
+        + model(2, 0)
+        + activations
         + max(
-            model(2, 0) + hessian_bytes + activations + batch,
-            model(2, 1) + 6 * logits,  # gradients
+            min(hessian_bytes, int(HESSIANS_SHARE * free)) + max(batch, _solving(shapes, levels)),
+            _vocabulary(shapes, levels),
         ),
-        "quantize": _TORCH + max(_solving(shapes, levels), _vocabulary(shapes, levels)),
         "search": _TORCH
         + model(2, 4)
         + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
@@ -210,7 +212,7 @@ def _tuned_block(config: RunConfig, shapes: _Shapes, free: int) -> int:
 
 def _vocabulary(shapes: _Shapes, levels: LevelPlan) -> int:
     """The table of embeddings or the head: its values, and the rows of every method and type."""
-    from quantkit.gptq.levels import ALL_TYPES_AT_ONCE
+    from quantkit.gptq.units import ALL_TYPES_AT_ONCE
 
     n_at_once = 1 if shapes.largest > ALL_TYPES_AT_ONCE else len(levels.levels)
     packed = shapes.largest * 3 // 4

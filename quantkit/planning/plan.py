@@ -166,13 +166,12 @@ def estimates(config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelP
         for t in _blocks(base)
     )
     inputs = _inputs(base)
-    hessians = sum(_hessian_bytes(t) for t in inputs)
     uniform = sum(data_bytes(base, levels.uniform(level)) for level in levels.levels)
     base_bytes = base.path.stat().st_size
     disk = (
         (0 if info.local_path else info.n_download_bytes)
         + base_bytes
-        + hessians
+        + _embedding_bytes(base)
         + uniform
         + 3 * base_bytes // 2
         + search_target_bytes(config, base)
@@ -234,6 +233,11 @@ def _hessian_bytes(tensor: StoredTensor) -> int:
     """Train and held-out, of every expert."""
     n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
     return 2 * 4 * n_experts * tensor.shape[-1] ** 2
+
+
+def _embedding_bytes(base: GgufFile) -> int:
+    """Two matrices of what is looked up: all of the Hessians that lie on disk."""
+    return 2 * 4 * base.tensors["token_embd.weight"].shape[1] ** 2
 
 
 def _experts_used(base: GgufFile) -> int:

@@ -83,14 +83,9 @@ class Artifacts:
         return self.folder("calibrate") / "eval"
 
     @property
-    def statistics(self) -> Path:
-        """The folder of Hessians and Fisher information."""
-        return self.folder("calibrate") / "hessians"
-
-    @property
-    def imatrix(self) -> Path:
-        """The importance matrix as llama.cpp reads it."""
-        return self.folder("calibrate") / "imatrix.gguf"
+    def gradients(self) -> Path:
+        """The folder of what the backward pass leaves: what errors cost."""
+        return self.folder("calibrate") / "gradients"
 
     # quantize
 
@@ -102,6 +97,11 @@ class Artifacts:
     def level(self, name: object) -> Path:
         """Return the level file of a type, by its name."""
         return self.levels / f"{name}.gguf"
+
+    @property
+    def imatrix(self) -> Path:
+        """The importance matrix as llama.cpp reads it."""
+        return self.levels / "imatrix.gguf"
 
     @property
     def errors(self) -> Path:

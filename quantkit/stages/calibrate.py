@@ -1,14 +1,8 @@
-"""calibrate: text becomes tokens, and tokens become the activation statistics of every linear
-layer.
+"""calibrate: text becomes tokens, and a backward pass says what output errors cost.
 
 Writes `tokens.safetensors` (train and heldout sequences), `eval/<domain>.txt` (text that nothing
-before validation sees),
-`hessians/block-NNN.safetensors` and `hessians/head.safetensors` (two Hessians per distinct input:
-train and heldout),
-`hessians/embedding.safetensors` (the gradients' outer products at what is looked up),
-`hessians/fisher.safetensors` (what output errors cost),
-`imatrix.gguf` (the diagonals, as llama-imatrix writes them) and `calibration.json`. The unit of
-work is one block: after a kill, blocks whose file is there are only run forward.
+before validation sees), `calibration.json`, `gradients/fisher.safetensors` and
+`gradients/embedding.safetensors` (the gradients' outer products at what is looked up).
 """
 
 from __future__ import annotations
@@ -24,36 +18,28 @@ _FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens p
 
 
 class Calibrate(Stage):
-    """Run text through the model to learn which inputs matter."""
+    """Take the text, and learn from gradients which outputs matter."""
 
     name = NAME
-    version = 4
+    version = 5
     fields = ("calibration", "profile", "seed", "device")
     takes_long = True
 
     def execute(self, run: Run) -> StageResult:
-        """Raise QuantkitError for texts that cannot be read and activations that are not finite."""
+        """Raise QuantkitError for texts that cannot be read."""
         import torch
         from safetensors.numpy import load_file
 
         from quantkit.calibration.prepare import write_texts
         from quantkit.calibration.tokenizer import Tokenizer
         from quantkit.config import N_CTX
-        from quantkit.gguf_file.imatrix import write_imatrix
         from quantkit.model.blockwise import compute_dtype
         from quantkit.model.opening import open_model
-        from quantkit.model.row_maps import load_row_maps
-        from quantkit.statistics.collect import collect
         from quantkit.statistics.fisher import output_fisher
         from quantkit.statistics.hessian import HessianCollector
-        from quantkit.statistics.stored import (
-            embedding_file,
-            fisher_file,
-            save_fisher,
-            save_statistics,
-        )
+        from quantkit.statistics.stored import embedding_file, fisher_file, save_gradients
 
-        made, folder = run.artifacts, run.artifacts.folder(NAME)
+        made = run.artifacts
         snapshot = load_snapshot(run.dir)
         dtype = compute_dtype(run.config.device)
         model = open_model(run, NAME, snapshot.folder, dtype, run.config.device)
@@ -62,21 +48,11 @@ class Calibrate(Stage):
         stored = load_file(made.tokens)
         tokens = {part: stored[part] for part in ("train", "heldout")}
         outputs = [made.tokens, *(made.eval_texts / name for name in about.eval)]
-        statistics = collect(run, model, tokens, folder)
-        if not fisher_file(folder).exists():
+        if not fisher_file(made.gradients).exists():
             ids = torch.from_numpy(tokens["heldout"][: max(1, _FISHER_TOKENS // N_CTX)])
             lookups = {part: HessianCollector({}) for part in tokens}
             fisher = output_fisher(model, ids, run.config.seed, lookups)
-            save_statistics(embedding_file(folder), lookups, in_blocks=False)
-            save_fisher(fisher_file(folder), fisher)
-        maps = load_row_maps(made.row_maps)
-        importances = {
-            name: (m.in_file_order(statistics[m.module].diagonal), statistics[m.module].n_tokens)
-            for name, m in maps.items()
-            if m.module in statistics and statistics[m.module].in_blocks
-        }
-        names = [f"{domain.name} ({domain.source})" for domain in about.domains]
-        write_imatrix(made.imatrix, importances, names, len(tokens["train"]), N_CTX)
+            save_gradients(made.gradients, fisher, lookups)
         report = {
             "spec": shown(run.config.calibration),
             "note": about.note,
@@ -84,21 +60,20 @@ class Calibrate(Stage):
             "languages": about.languages,
             "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
             "n_ctx": N_CTX,
-            "n_imatrix_entries": len(importances),
             "seed": run.config.seed,
             "dtype": str(dtype).removeprefix("torch."),
         }
         outputs += [
             write_json(made.calibration, report),
-            made.imatrix,
-            *sorted(made.statistics.glob("*.safetensors")),
+            embedding_file(made.gradients),
+            fisher_file(made.gradients),
         ]
         return StageResult(outputs, {"n_tokens": report["n_tokens"], "note": about.note})
 
     def is_intermediate(self, path: str) -> bool:
-        """Hessians are only needed by the quantize stage."""
-        return "/hessians/" in path
+        """Gradients are only needed by the quantize stage."""
+        return "/gradients/" in path
 
     def last_reader(self, path: str) -> str:
-        """Hessians are large, and not looked at after their stage."""
+        """Gradients are not looked at after their stage."""
         return "quantize" if self.is_intermediate(path) else "publish"

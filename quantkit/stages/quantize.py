@@ -1,10 +1,13 @@
 """quantize: every tensor in every type it may have, each by the method that did best on held-out
 inputs.
 
-Writes one uniform GGUF per asked level, `Q4_K.gguf` and so on: whole, runnable files that differ
-from `base.gguf` in their weights alone. A tensor is stored once per type, by the winner of gptq,
-imatrix and rtn; `errors.json` keeps the errors of all of them, `database.json` is the index that
-the search reads. The unit of work is one block.
+One pass over the blocks: the Hessians of a block's inputs are summed while it runs, its tensors are
+solved, and the Hessians are dropped. Writes one uniform GGUF per asked level, `Q4_K.gguf` and so
+on: whole, runnable files that differ from `base.gguf` in their weights alone. A tensor is stored
+once per type, by the winner of gptq, imatrix and rtn; `errors.json` keeps the errors of all of
+them, `database.json` is the index that the search reads, and `imatrix.gguf` holds the Hessians'
+diagonals, as llama-imatrix writes them. The unit of work is one block: after a kill, blocks that
+are done are only run forward.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ class Quantize(Stage):
     """Quantize every tensor to every type, by several methods."""
 
     name = "quantize"
-    version = 5
-    fields = ("profile", "levels", "levels_from", "methods", "types", "tensors")
+    version = 6
+    fields = ("profile", "levels", "levels_from", "methods", "types", "tensors", "device")
     takes_long = True
 
     def execute(self, run: Run) -> StageResult:
@@ -48,8 +51,8 @@ class Quantize(Stage):
 
     def is_intermediate(self, path: str) -> bool:
         """Level files are dropped by `clean`; the tables stay."""
-        return path.endswith(".gguf")
+        return path.endswith(".gguf") and not path.endswith("imatrix.gguf")
 
     def last_reader(self, path: str) -> str:
-        """Nothing of it is published as it is."""
-        return "validate"
+        """Return the importance matrix is published, the levels are compared with."""
+        return "publish" if path.endswith("imatrix.gguf") else "validate"

@@ -1,78 +1,144 @@
-"""One pass over the blocks: the Hessians of every distinct input, on disk."""
+"""One pass over the blocks: what goes into every linear layer, a block at a time."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quantkit.config import N_CTX
-from quantkit.files import PARTIAL
 from quantkit.machine.memory import free_memory
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.offload import States
-from quantkit.run.stage import Run
 from quantkit.statistics.experts import ExpertCollector
 from quantkit.statistics.hessian import HessianCollector, is_linear
-from quantkit.statistics.stored import InputDiagonal, block_file, head_file, save_statistics
+from quantkit.statistics.inputs import BlockStatistics
+from quantkit.statistics.turns import Everything, Turn, most_bytes, share_out
 
-STAGE = "calibrate"
 BATCH_TOKENS = 4096  # per forward call
 ACTIVATIONS_SHARE = 0.25  # of the free memory; what is more lies in a file
+HESSIANS_SHARE = 0.4  # of the free memory of the device; where a block has more, it is run in turns
+HEAD = "head"
+
+Batch = tuple[str, torch.Tensor]  # train or heldout, and token ids (n_sequences, n_ctx)
+Use = Callable[[str, Iterable[BlockStatistics]], None]
 
 
-def collect(
-    run: Run, model: BlockwiseModel, tokens: dict[str, np.ndarray], folder: Path
-) -> dict[str, InputDiagonal]:
-    """Run all blocks over all tokens; write each block's Hessians. Return the diagonals by
-    module.
+def block_names(n_blocks: int) -> list[str]:
+    """Return what `walk` calls the blocks of a model, in their order, and its head."""
+    return [*(f"block-{index:03d}" for index in range(n_blocks)), HEAD]
+
+
+def walk(
+    model: BlockwiseModel,
+    tokens: Mapping[str, NDArray[np.int64]],
+    done: Container[str],
+    use: Use,
+    spill: Path,
+) -> None:
+    """Run all blocks over all tokens, int64 (n_sequences, n_ctx) each of `train` and `heldout`.
+
+    `use` is called with the name and the statistics of every block that is not in `done`, and of
+    the head. Where they do not fit in memory they come in turns, for each of which the block is run
+    again: it has to let go of a turn before it takes the next, and has to take all. Blocks in
+    `done` are run forward, unless nothing that is left comes after them. Hidden states that do not
+    fit in memory go to the file `spill`.
     """
-    device = run.config.device
-    batches = [
-        (part, torch.from_numpy(ids[i : i + BATCH_TOKENS // N_CTX]).to(device))
-        for part, ids in tokens.items()
-        for i in range(0, len(ids), BATCH_TOKENS // N_CTX)
-    ]
-    room = int(ACTIVATIONS_SHARE * free_memory())
-    states = States(folder / f"activations{PARTIAL}", room, "cpu")
+    names = block_names(len(model.blocks))
+    left = [position for position, name in enumerate(names) if name not in done]
+    if not left:
+        return
+    batches = _batches(tokens, model.device)
+    states = States(spill, int(ACTIVATIONS_SHARE * free_memory()), "cpu")
     for i, (_, ids) in enumerate(batches):
         states.put(i, model.trace(ids)[0], {})
-    summary: dict[str, InputDiagonal] = {}
-    n_blocks = len(model.blocks)
-    for index in range(n_blocks):
-        path = block_file(folder, index)
-        prefix = model.block_name(index)
-        linears = {
-            f"{prefix}.{n}": m for n, m in model.blocks[index].named_modules() if is_linear(m)
-        }
-        collectors = {part: HessianCollector(linears) for part in tokens}
-        with model.holding(index):
-            experts = {
-                part: ExpertCollector(model.blocks[index], prefix, ids.size)
-                for part, ids in tokens.items()
-            }
-            for i, (part, ids) in enumerate(batches):
-                hidden, shared_kv = states.get(i, device)
-                call = model.trace(ids)[1][index].with_shared_kv(shared_kv)
-                with torch.no_grad(), ExitStack() as stack:
-                    if not path.exists():
-                        stack.enter_context(collectors[part].watching())
-                        stack.enter_context(experts[part].watching())
-                    hidden = model.run_block(index, hidden, call)
-                states.put(i, hidden, shared_kv)
-        summary |= save_statistics(path, collectors, in_blocks=True, experts=experts)
-        run.events.progress(
-            STAGE, index + 1, n_blocks + 1, f"block {index + 1} of {n_blocks}: activations"
-        )
-    path = head_file(folder)
-    collectors = {part: HessianCollector(model.head_linears()) for part in tokens}
-    if not path.exists():
-        for i, (part, _) in enumerate(batches):
-            with collectors[part].watching():
-                model.head_input(states.get(i, device)[0])
+    for index, name in enumerate(names[: left[-1] + 1]):
+        if name == HEAD:
+            use(name, [_at_head(model, batches, states)])
+        elif index in left:
+            use(name, _in_turns(model, index, batches, states))
+        else:
+            _run(model, index, batches, states, {})
     states.clear()
-    summary |= save_statistics(path, collectors, in_blocks=False)
-    run.events.progress(STAGE, n_blocks + 1, n_blocks + 1, "activations are done")
-    return summary
+
+
+def _batches(tokens: Mapping[str, NDArray[np.int64]], device: torch.device | str) -> list[Batch]:
+    step = BATCH_TOKENS // N_CTX
+    return [
+        (part, torch.from_numpy(ids[i : i + step]).to(device))
+        for part, ids in tokens.items()
+        for i in range(0, len(ids), step)
+    ]
+
+
+def _in_turns(
+    model: BlockwiseModel, index: int, batches: Sequence[Batch], states: States
+) -> Iterator[BlockStatistics]:
+    room = int(HESSIANS_SHARE * free_memory(model.device.type))
+    turns: list[Turn] = [Everything()]
+    with model.holding(index):
+        if most_bytes(model.blocks[index]) > room:
+            watchers = _watchers(model, index, batches, Turn(frozenset(), {}))
+            _run(model, index, batches, states, watchers, is_last=False)
+            turns = share_out(*watchers["train"], room)
+    for turn in turns:
+        with model.holding(index):
+            watchers = _watchers(model, index, batches, turn)
+            _run(model, index, batches, states, watchers, is_last=turn is turns[-1])
+        linears = {part: linear for part, (linear, _) in watchers.items()}
+        experts = {part: expert for part, (_, expert) in watchers.items()}
+        yield BlockStatistics.of(linears, experts)
+
+
+def _watchers(
+    model: BlockwiseModel, index: int, batches: Sequence[Batch], turn: Turn
+) -> dict[str, tuple[HessianCollector, ExpertCollector]]:
+    """Collectors by part, for linear layers and for stacked weights."""
+    block, prefix = model.blocks[index], model.block_name(index)
+    linears = {f"{prefix}.{n}": m for n, m in block.named_modules() if is_linear(m)}
+    n_tokens = Counter[str]()
+    for part, ids in batches:
+        n_tokens[part] += ids.numel()
+    return {
+        part: (
+            HessianCollector(linears, turn.takes),
+            ExpertCollector(block, prefix, n, wanted=turn.experts_of),
+        )
+        for part, n in n_tokens.items()
+    }
+
+
+def _run(
+    model: BlockwiseModel,
+    index: int,
+    batches: Sequence[Batch],
+    states: States,
+    watchers: Mapping[str, Sequence[HessianCollector | ExpertCollector]],
+    is_last: bool = True,
+) -> None:
+    """Run a block over batches; its watchers see those of a part. The states become those behind
+    the block unless it is run again.
+    """
+    with model.holding(index), torch.no_grad():
+        for i, (part, ids) in enumerate(batches):
+            hidden, shared_kv = states.get(i, ids.device)
+            call = model.trace(ids)[1][index].with_shared_kv(shared_kv)
+            with ExitStack() as stack:
+                for watcher in watchers.get(part, ()):
+                    stack.enter_context(watcher.watching())
+                hidden = model.run_block(index, hidden, call)
+            if is_last:
+                states.put(i, hidden, shared_kv)
+
+
+def _at_head(model: BlockwiseModel, batches: Sequence[Batch], states: States) -> BlockStatistics:
+    collectors = {part: HessianCollector(model.head_linears()) for part, _ in batches}
+    for i, (part, ids) in enumerate(batches):
+        with collectors[part].watching():
+            model.head_input(states.get(i, ids.device)[0])
+    return BlockStatistics.of(collectors)

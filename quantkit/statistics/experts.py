@@ -121,16 +121,24 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 
 class ExpertCollector:
-    """Sums of x xᵀ for every expert and every distinct input of one block's stacked weights.
+    """Sums of x xᵀ for every expert and every distinct input of one block's stacked weights, or for
+    those experts of a group that are wanted.
 
     Groups are named after their first parameter. Sums are float32 (n_experts, n, n), token counts
     float32 (n_experts,), on the device of the activations; `n_tokens` are those that the router
     sent, `weights` what the lent ones add.
     """
 
-    def __init__(self, block: nn.Module, prefix: str, n_tokens: int, lent: float = LENT) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        prefix: str,
+        n_tokens: int,
+        lent: float = LENT,
+        wanted: Callable[[str, int], range] = lambda group, n_experts: range(n_experts),
+    ) -> None:
         """`n_tokens` is how many will be run in all."""
-        self._block = block
+        self._block, self._wanted = block, wanted
         self._parameters = stacked_parameters(block, prefix)
         self._n_total, self._lent = n_tokens, lent
         self._share = 1.0  # what a token counts now
@@ -138,6 +146,9 @@ class ExpertCollector:
         self._last: tuple[torch.Tensor, str] | None = None
         self._calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
         self.members: dict[str, tuple[str, ...]] = {}
+        self.widths: dict[str, int] = {}
+        self.n_experts: dict[str, int] = {}
+        self.experts: dict[str, range] = {}  # those that are wanted of a group
         self.sums: dict[str, torch.Tensor] = {}
         self.n_tokens: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
@@ -194,13 +205,19 @@ class ExpertCollector:
             return
         group = next((g for g, names in self.members.items() if name in names), name)
         self._last = (x, group)
-        if group not in self.sums:
-            n_experts, n = len(self._parameters[name]), x.shape[-1]
-            self.members[group] = (name,)
-            self.sums[group] = torch.zeros((n_experts, n, n), device=x.device)
-            self.n_tokens[group] = torch.zeros(n_experts, device=x.device)
-            self.weights[group] = torch.zeros(n_experts, device=x.device)
-        for index, own in enumerate(x if x.dim() == 3 else x[None], expert):
+        if group not in self.members:
+            n = x.shape[-1]
+            self.members[group], self.widths[group] = (name,), n
+            self.n_experts[group] = len(self._parameters[name])
+            wanted = self.experts[group] = self._wanted(group, self.n_experts[group])
+            self.sums[group] = torch.zeros((len(wanted), n, n), device=x.device)
+            self.n_tokens[group] = torch.zeros(len(wanted), device=x.device)
+            self.weights[group] = torch.zeros(len(wanted), device=x.device)
+        wanted = self.experts[group]
+        for position, own in enumerate(x if x.dim() == 3 else x[None], expert):
+            if position not in wanted:
+                continue
+            index = position - wanted.start
             # Layers that hand all tokens to all experts blank those that are not theirs.
             own = own[(own != 0).any(1)]
             add_outer(self.sums[group][index], own if self._share == 1 else own * self._share**0.5)
@@ -211,7 +228,8 @@ class ExpertCollector:
     def means(self) -> dict[str, torch.Tensor]:
         """Return the Hessians, float32 (n_experts, n, n) by group; the sums are used up.
 
-        An expert that no token reached gets the mean of its layer.
+        An expert that no token reached gets the mean of its layer, of which what is wanted stands
+        for all.
         """
         for group, total in self.sums.items():
             weights = self.weights[group]
@@ -222,7 +240,7 @@ class ExpertCollector:
                 shares = (weights / weights.sum())[:, None, None]
                 total[missing] = (total * shares).sum(0)
         found, self.sums = self.sums, {}
-        return found
+        return {group: hessians for group, hessians in found.items() if len(hessians)}
 
 
 def _is_routed(hidden: Any, chosen: Any) -> bool:

@@ -1,14 +1,14 @@
 """Hessians of linear layers, H = mean over tokens of x xᵀ, collected while a block runs.
 
-Modules that read the same tensor (q, k and v; gate and up) share one Hessian: which do is seen
+Modules that read the very same tensor (q, k and v; gate and up) share one Hessian: which do is seen
 from the tensors themselves, not written down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,25 +53,27 @@ def is_linear(module: nn.Module) -> bool:
 
 
 class HessianCollector:
-    """Sums of x xᵀ for every distinct input of the linear layers of one block.
+    """Sums of x xᵀ for every distinct input of the linear layers of one block, or for those groups
+    that are wanted.
 
     Groups are named after their first module. Sums are float32 on the device of the activations.
     """
 
-    def __init__(self, linears: dict[str, nn.Module]) -> None:
-        self._linears = linears
+    def __init__(
+        self, linears: dict[str, nn.Module], wanted: Callable[[str], bool] = lambda group: True
+    ) -> None:
+        self._linears, self._wanted = linears, wanted
         self._inputs: dict[str, torch.Tensor] = {}  # of the call under way
         self.members: dict[str, tuple[str, ...]] = {}  # group -> its modules
+        self.widths: dict[str, int] = {}
         self.sums: dict[str, torch.Tensor] = {}
         self.n_tokens: dict[str, int] = {}
-        self._means: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Record the inputs of one forward call; sums are updated when it ends."""
         handles = [
-            module.register_forward_pre_hook(partial(self._note, name))
-            for name, module in self._linears.items()
+            m.register_forward_pre_hook(self._hook(name)) for name, m in self._linears.items()
         ]
         try:
             yield
@@ -80,8 +82,13 @@ class HessianCollector:
                 handle.remove()
         self._accumulate()
 
-    def _note(self, name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._inputs[name] = args[0]  # its address is not reused as long as it is kept
+    def _hook(self, name: str) -> Any:
+        def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._inputs[name] = args[
+                0
+            ]  # keeping it alive also keeps its address from being reused
+
+        return note
 
     def _accumulate(self) -> None:
         groups: dict[tuple[int, ...], list[str]] = {}
@@ -93,19 +100,20 @@ class HessianCollector:
 
     def add(self, names: tuple[str, ...], x: torch.Tensor) -> None:
         """Add the rows x (..., n) to the sum of what modules `names` share."""
-        group = names[0]
-        x = x.reshape(-1, x.shape[-1])
+        group, n = names[0], x.shape[-1]
+        self.members[group], self.widths[group] = names, n
+        if not self._wanted(group):
+            return
+        x = x.reshape(-1, n)
         if group not in self.sums:
-            n = x.shape[1]
-            self.members[group] = names
             self.sums[group] = torch.zeros((n, n), dtype=torch.float32, device=x.device)
             self.n_tokens[group] = 0
         add_outer(self.sums[group], x)
         self.n_tokens[group] += len(x)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Return the Hessians: float32 (n, n) by group; the sums are used up."""
+        """Return the Hessians, float32 (n, n) by group; the sums are used up."""
         for group, total in self.sums.items():
-            self._means[group] = symmetrize(total).div_(max(self.n_tokens[group], 1))
-        self.sums = {}
-        return self._means
+            symmetrize(total).div_(max(self.n_tokens[group], 1))
+        found, self.sums = self.sums, {}
+        return found

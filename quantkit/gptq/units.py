@@ -1,0 +1,267 @@
+"""Tensors that are solved together: those of a block, the head, a table of embeddings, or one whose
+inputs are not known. Their statistics come in one turn, or in several where they do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.config import RunConfig
+from quantkit.config.levels import LevelPlan
+from quantkit.ggml import native
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.read import GgufFile, StoredTensor
+from quantkit.gguf_file.write import SlotFile
+from quantkit.gptq.donors import PREFIX, Donor, rows_of
+from quantkit.gptq.errors import Damping, Errors, ExpertErrors, TypeErrors
+from quantkit.gptq.inputs import KnownInputs, make_inputs, modules_of, sibling_of
+from quantkit.gptq.select import (
+    Part,
+    Solved,
+    decide_experts,
+    experts_at_once,
+    solve_experts,
+    solve_tensor,
+)
+from quantkit.model.row_maps import RowMap
+from quantkit.statistics.inputs import BlockStatistics, ExpertStatistics, InputDiagonal
+from quantkit.statistics.sensitivity import Sensitivity
+from quantkit.statistics.stored import Gradients, sensitivity_of
+from quantkit.tensors import Fallback
+
+ALL_TYPES_AT_ONCE = 1 << 27  # weights; a larger tensor is solved one type after the other
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all units share: the tensors, what they may become, and the files that they go to."""
+
+    config: RunConfig
+    n_sweeps: int
+    base: GgufFile
+    plan: LevelPlan
+    files: Mapping[QuantType, SlotFile]
+    donors: Sequence[Donor]
+    maps: Mapping[str, RowMap]
+    gradients: Gradients
+
+    @cached_property
+    def of_module(self) -> dict[str, list[str]]:
+        """The tensors that read a module's input, by the module."""
+        found: dict[str, list[str]] = {}
+        for name, module in modules_of(self.plan.types, self.maps).items():
+            found.setdefault(module, []).append(name)
+        return found
+
+    def sensitivity(self, tensor: str) -> Sensitivity | None:
+        """Return what errors in the tensor cost."""
+        return sensitivity_of(self.gradients, self.maps.get(tensor), self.config.device)
+
+
+class Unit:
+    """Solves tensors as their statistics come, and fills their slots in every file."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._errors: dict[str, dict[str, ExpertErrors | TypeErrors]] = {}
+        self._fallbacks: list[Fallback] = []
+        self._dampings: list[Damping] = []
+        self._stacked: dict[str, list[_Turn]] = {}
+        self._diagonals: dict[str, list[InputDiagonal]] = {}
+
+    def add(self, statistics: BlockStatistics) -> None:
+        """Solve the tensors whose inputs these are; of stacked weights, the experts."""
+        tensors = [t for m in statistics.modules for t in self._work.of_module.get(m, ())]
+        modules = modules_of(tensors, self._work.maps)
+        of_experts = {m for experts in statistics.experts for m in experts.modules}
+        self.solve([t for t in tensors if modules[t] not in of_experts], statistics)
+        for experts in statistics.experts:
+            theirs = [t for t in tensors if modules[t] in experts.modules]
+            if theirs:
+                self._solve_experts(theirs, experts)
+        diagonals = statistics.diagonals()
+        for name, map_ in self._work.maps.items():
+            if (known := diagonals.get(map_.module)) is not None:
+                values = map_.in_file_order(known.diagonal)
+                self._diagonals.setdefault(name, []).append(InputDiagonal(values, known.n_tokens))
+
+    def solve(self, tensors: Sequence[str], statistics: BlockStatistics | None) -> None:
+        """Solve whole tensors; where there are no statistics, by rounding alone."""
+        work, methods = self._work, self._work.config.methods
+        known = KnownInputs(statistics, tensors, work.maps, work.config, work.gradients)
+        for inputs, own in known.groups:
+            if inputs.is_judged_on_train:
+                reason = "no held-out token reached its inputs"
+                self._fallbacks += [
+                    Fallback(name, "error held out", "error on train", reason) for name in own
+                ]
+
+        def solve(name: str) -> dict[QuantType, Solved]:
+            return _solve(name, work, known)
+
+        with self._workers() as pool:
+            for name, solved in zip(tensors, pool.map(solve, tensors), strict=True):
+                self._keep(name, solved)
+                self._fallbacks += _method_fallbacks(name, solved, methods, known.has(name))
+                if name not in work.maps and known.has(name):
+                    used = f"importances of {sibling_of(name, work.maps)}"
+                    reason = "it is not found in the model"
+                    self._fallbacks.append(Fallback(name, "statistics of its own", used, reason))
+        self._dampings += known.dampings()
+
+    def _workers(self) -> ThreadPoolExecutor:
+        """Tensors do not depend on each other; one alone leaves a CPU's cores idle between its
+        steps.
+        """
+        return ThreadPoolExecutor(2 if self._work.config.device == "cpu" else 1, "tensor")
+
+    def _solve_experts(self, tensors: Sequence[str], statistics: ExpertStatistics) -> None:
+        """Solve the tensors of a layer's experts that read one input. An expert's Hessian is
+        factorized once for all of them; a GPU takes many experts at once.
+        """
+        work = self._work
+        stacks = [_Stack.of(name, work) for name in tensors]
+        n_experts, step = len(statistics.n_tokens), 1  # on a CPU every core has one of its own
+        if work.config.device != "cpu":
+            step = min(stack.at_once for stack in stacks)
+        batches = [range(i, min(i + step, n_experts)) for i in range(0, n_experts, step)]
+
+        def solve(batch: range) -> list[list[Part]]:
+            return _solve_batch(batch, stacks, statistics, work)
+
+        with self._workers() as pool:
+            found = list(pool.map(solve, batches))
+        for i, name in enumerate(tensors):
+            parts = [part for batch in found for part in batch[i]]
+            turn = _Turn(parts, statistics.n_tokens, statistics.weights)
+            self._stacked.setdefault(name, []).append(turn)
+
+    def _keep(self, name: str, solved: Mapping[QuantType, Solved]) -> None:
+        types = self._work.plan.types[name]
+        for level, file in self._work.files.items():
+            file.write(name, solved[types[level]].packed)
+        self._errors[name] = {str(q): s.found for q, s in solved.items()}
+
+    def end(self) -> tuple[Errors, dict[str, InputDiagonal]]:
+        """Put stacked weights together. Return what `errors.json` will say of all tensors, and the
+        importances by tensor.
+        """
+        for name, turns in self._stacked.items():
+            parts = [part for turn in turns for part in turn.parts]
+            types = self._work.plan.choices(name)
+            solved = {q: decide_experts(q, parts) for q in types}
+            self._keep(name, solved)
+            self._fallbacks += _method_fallbacks(name, solved, self._work.config.methods, True)
+            self._fallbacks += _borrowed(name, turns)
+        errors = Errors(self._errors, tuple(self._fallbacks), tuple(self._dampings))
+        return errors, {name: _joined(turns) for name, turns in self._diagonals.items()}
+
+
+def _joined(turns: Sequence[InputDiagonal]) -> InputDiagonal:
+    """The importances of all experts; of what is not stacked there is one turn."""
+    if len(turns) == 1:
+        return turns[0]
+    counts = np.concatenate([np.atleast_1d(turn.n_tokens) for turn in turns])
+    return InputDiagonal(np.concatenate([turn.diagonal for turn in turns]), counts)
+
+
+def _solve(name: str, work: Work, known: KnownInputs) -> dict[QuantType, Solved]:
+    """A whole tensor in all its types."""
+    sensitivity, weight = work.sensitivity(name), work.base.values(name)
+    # Of the largest tensors, the vocabulary's, the rows of all types would not fit.
+    choices = work.plan.choices(name)
+    steps = [(q,) for q in choices] if weight.size > ALL_TYPES_AT_ONCE else [choices]
+    solved: dict[QuantType, Solved] = {}
+    methods, n_sweeps = work.config.methods, work.n_sweeps
+    with known.borrowed(name) as inputs:
+        for types in steps:
+            given = rows_of(work.donors, name, types)
+            solved |= solve_tensor(weight, types, methods, inputs, sensitivity, n_sweeps, given)
+    return solved
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What experts became, and the tokens that each was sent and lent."""
+
+    parts: Sequence[Part]
+    n_tokens: NDArray[np.float32]
+    weights: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A tensor of stacked experts, whose rows are read an expert at a time."""
+
+    stored: StoredTensor
+    packed: native.Bytes
+    types: tuple[QuantType, ...]
+    sensitivity: Sensitivity | None
+
+    @classmethod
+    def of(cls, name: str, work: Work) -> _Stack:
+        base = work.base
+        choices = work.plan.choices(name)
+        return cls(base.tensors[name], base.packed(name), choices, work.sensitivity(name))
+
+    @property
+    def at_once(self) -> int:
+        """Return how many experts a GPU takes."""
+        _, n_rows, n_columns = self.stored.shape
+        return experts_at_once(n_rows, n_columns, len(self.types))
+
+    def rows(self, expert: int) -> tuple[native.Floats, Sensitivity | None]:
+        """Return an expert's weight, float32 (n_rows, n_columns), and what its errors cost."""
+        n_rows = len(self.packed) // self.stored.shape[0]
+        first, last = expert * n_rows, (expert + 1) * n_rows
+        own = None if self.sensitivity is None else self.sensitivity.rows(first, last)
+        return native.dequantize(self.packed[first:last], self.stored.qtype), own
+
+
+def _solve_batch(
+    batch: range, stacks: Sequence[_Stack], statistics: ExpertStatistics, work: Work
+) -> list[list[Part]]:
+    """Return, for every tensor, what some experts became: indices into their statistics."""
+    methods, device = work.config.methods, work.config.device
+    inputs = [
+        make_inputs(statistics.train[i], statistics.heldout[i], methods, device) for i in batch
+    ]
+    parts = []
+    for stack in stacks:
+        rows = [stack.rows(statistics.first + i) for i in batch]
+        weights, own = zip(*rows, strict=True)
+        parts.append(solve_experts(weights, stack.types, methods, inputs, own, work.n_sweeps))
+    return parts
+
+
+def _borrowed(name: str, turns: Sequence[_Turn]) -> Iterator[Fallback]:
+    """What is to be said of experts that saw too few tokens: more than half of their Hessian is
+    lent.
+    """
+    n_tokens = np.concatenate([turn.n_tokens for turn in turns])
+    weights = np.concatenate([turn.weights for turn in turns])
+    few = np.flatnonzero(2 * n_tokens < weights)
+    if len(few):
+        reason = (
+            f"{len(few)} of {len(n_tokens)} experts got at most"
+            f" {int(n_tokens[few].max())} tokens: they borrowed others"
+        )
+        yield Fallback(name, "tokens routed", "tokens lent", reason)
+
+
+def _method_fallbacks(
+    name: str, solved: Mapping[QuantType, Solved], methods: tuple[str, ...], has_inputs: bool
+) -> Iterator[Fallback]:
+    """What is to be said where a tensor was made by a method that was not asked for."""
+    for qtype, result in solved.items():
+        asked = (*methods, PREFIX)
+        if result.method.startswith(asked) or not qtype.is_quantized:
+            continue
+        reason = f"{qtype} has no grid for GPTQ" if has_inputs else "no statistics of its inputs"
+        yield Fallback(name, f"{qtype}/{methods[0]}", f"{qtype}/{result.method}", reason)
