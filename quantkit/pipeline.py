@@ -75,7 +75,7 @@ def _needs(stage: Stage, config: RunConfig, directory: RunDir) -> int:
         return 0
     from quantkit.config.levels import plan_levels
     from quantkit.gguf_file.base import load_base, load_specs
-    from quantkit.planning.plan import estimates
+    from quantkit.planning.cost import estimates
     from quantkit.sources.snapshot import load_snapshot
 
     base, specs = load_base(directory), load_specs(directory)

@@ -27,7 +27,7 @@ from transformers import (
 
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.streaming import open_model
-from quantkit.planning.plan import _hessian_bytes
+from quantkit.planning.cost import _hessian_bytes
 from quantkit.statistics.experts import ExpertCollector, ExpertProducts, eager_experts
 from quantkit.statistics.fisher import output_fisher
 from quantkit.statistics.hessian import HessianCollector, is_linear

@@ -14,7 +14,7 @@ from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
-from quantkit.planning.cost import stage_memory
+from quantkit.planning.memory import stage_memory
 from quantkit.planning.plan import specs_of
 from quantkit.run.artifacts import NAMES
 

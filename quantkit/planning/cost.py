@@ -1,219 +1,132 @@
-"""Estimate the peak memory of every stage on a CPU from a model's shapes: resident bytes of the
-process and its children, pages of mapped files included.
+"""The cost of a run in time and disk, from a model's shapes; `memory` has the third.
 
-What each stage holds at once is counted; what libraries take was measured. Within 20 % on the
-models of dev/LOG.md.
+Work is counted in multiply-adds. What a machine does of them in a second was measured for two cores
+of a server CPU (bf16) and for one H200; other GPUs are scaled by what their makers state for dense
+bf16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
-
-from quantkit.config import N_CTX, PROFILES, TUNING_BATCH, RunConfig
+from quantkit.checkpoint.info import ModelInfo
+from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.levels import LevelPlan
+from quantkit.ggml.types import BF16, QuantType
 from quantkit.gguf_file.read import GgufFile, StoredTensor
-from quantkit.run.artifacts import NAMES
-from quantkit.search.optimizer import MOST_SEQUENCES
-from quantkit.tensors import is_in_block
-from quantkit.tuning.tuned import HELDOUT
+from quantkit.gguf_file.write import data_bytes
+from quantkit.planning.memory import search_target_bytes, stage_memory
+from quantkit.planning.nouns import Estimates, PerFile
+from quantkit.tensors import ONE_INPUT, is_in_block
 
-_PROGRAM = 300_000_000  # Python with numpy and gguf
-_TORCH = 550_000_000  # and with torch and transformers
-_SWEEP = 600_000_000  # bytes at work in one sweep over rows of all types
-_AT_ONCE = 2  # tensors that are solved at a time
-_TARGETS_ROWS = 512  # positions whose logits are there at once
-_TUNED_WEIGHT = 40  # bytes for each weight of a block that is tuned
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    """The shapes of a GGUF that the formulas need; its header is enough."""
-
-    blocks: dict[str, list[StoredTensor]]
-    outside: list[StoredTensor]
-
-    @classmethod
-    def of(cls, base: GgufFile) -> _Shapes:
-        blocks: dict[str, list[StoredTensor]] = {}
-        outside = []
-        for tensor in base.tensors.values():
-            if is_in_block(tensor.name):
-                blocks.setdefault(tensor.name.split(".")[1], []).append(tensor)
-            else:
-                outside.append(tensor)
-        return cls(blocks, outside)
-
-    @property
-    def _table(self) -> StoredTensor:
-        return next(t for t in self.outside if t.name == "token_embd.weight")
-
-    @property
-    def width(self) -> int:
-        return self._table.shape[1]
-
-    @property
-    def n_vocab(self) -> int:
-        return self._table.shape[0]
-
-    @property
-    def n_outside(self) -> int:
-        return _count(self.outside)
-
-    @property
-    def n_block(self) -> int:
-        return max(map(_count, self.blocks.values()), default=0)
-
-    @property
-    def n_all(self) -> int:
-        return self.n_outside + sum(map(_count, self.blocks.values()))
-
-    @property
-    def largest(self) -> int:
-        """Weights of the largest tensor."""
-        return max(prod(t.shape) for t in self.outside)
-
-    @property
-    def n_inside(self) -> int:
-        """Weights of the largest matrix of a block."""
-        return max(
-            (prod(t.shape[-2:]) for own in self.blocks.values() for t in own if len(t.shape) > 1),
-            default=0,
-        )
-
-    @property
-    def widest(self) -> int:
-        """The most columns of a matrix of a block."""
-        return max(
-            (t.shape[-1] for own in self.blocks.values() for t in own if len(t.shape) > 1),
-            default=0,
-        )
+CORE_SPEED = 6e10  # multiply-adds a second of one virtual core
+GPU_SPEEDS = {
+    **{"T4": 1.3e13, "L4": 2.4e13, "A10G": 1.4e13, "A10": 2.5e13, "L40S": 7e13, "A100": 6e13},
+    **{"RTX PRO 6000": 1e14, "H200": 2e14, "H100": 2e14},
+}
 
 
-def _count(tensors: Sequence[StoredTensor]) -> int:
-    return sum(prod(t.shape) for t in tensors)
+def estimates(config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelPlan) -> Estimates:
+    """Estimate what the run takes for one file, from the model's shapes, and what each further size
+    adds.
 
-
-def stage_memory(
-    config: RunConfig, base: GgufFile, levels: LevelPlan, hessian_bytes: int, free: int
-) -> dict[str, int]:
-    """Return the bytes by stage on a machine with `free` bytes of memory; `hessian_bytes` are those
-    of the block that has most.
+    Time is counted in multiply-adds over what the device does in a second: two cores of a server
+    CPU, or one H200. It is within a factor of two or so.
     """
-    # Here and below, what the stages themselves go by; they need torch.
-    from quantkit.model.streaming import WHOLE_SHARE
-    from quantkit.search.fitness import STATES_SHARE
-    from quantkit.statistics.collect import ACTIVATIONS_SHARE, BATCH_TOKENS, HESSIANS_SHARE
-
-    shapes, profile = _Shapes.of(base), PROFILES[config.profile]
-    n_tokens = profile.calibration_tokens + profile.heldout_tokens
-
-    def model(n_bytes: int, outside: int) -> int:
-        """Return the bytes of the weights at `n_bytes` each: all of them, or those of one block and
-        `outside` bytes for each weight outside of blocks.
-        """
-        if n_bytes * shapes.n_all <= WHOLE_SHARE * free:
-            return n_bytes * (shapes.n_all - shapes.n_outside) + outside * shapes.n_outside
-        return n_bytes * shapes.n_block + outside * shapes.n_outside
-
-    logits = 4 * _TARGETS_ROWS * shapes.n_vocab
-    activations = min(2 * n_tokens * shapes.width, int(ACTIVATIONS_SHARE * free))
-    batch = min(n_tokens, BATCH_TOKENS) * (6 * shapes.widest + 16 * shapes.width)
-    n_sequences = max(1, min(MOST_SEQUENCES, profile.heldout_tokens // N_CTX))
-    states = 4 * N_CTX * n_sequences * shapes.width * (len(shapes.blocks) + 1)
-    return dict.fromkeys(NAMES, _PROGRAM) | {
-        "convert": max(2 * _PROGRAM + 8 * shapes.largest, _TORCH + model(2, 2)),
-        "calibrate": _TORCH + model(2, 1) + 6 * logits,  # gradients
-        "quantize": _TORCH
-        + model(2, 0)
-        + activations
-        + max(
-            min(hessian_bytes, int(HESSIANS_SHARE * free)) + max(batch, _solving(shapes, levels)),
-            _vocabulary(shapes, levels),
-        ),
-        "search": _TORCH
-        + model(2, 4)
-        + 4 * shapes.largest  # the table of embeddings or the head as it is exchanged
-        + 4 * logits
-        + min(states, int(STATES_SHARE * free)),
-        "tune": _tuning(config, shapes, free),
-        "stitch": _PROGRAM + 2 * shapes.largest,
-        "validate": _TORCH + model(4, 4) + 2 * logits + min(2 * shapes.n_all, free),  # base.gguf
-    }
-
-
-def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
-    """The tensors of a block: the widest Hessian being factorized, two tensors at work."""
-    from quantkit.gptq.select import STACKED_WEIGHTS
-
-    n_types = len(levels.levels)
-    sweep = _SWEEP * min(shapes.n_inside * n_types, STACKED_WEIGHTS) // STACKED_WEIGHTS
-    return 5 * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
-
-
-def search_target_bytes(config: RunConfig, base: GgufFile) -> int:
-    """Return the bytes of the file of distributions that candidates are compared with."""
-    n_sequences = min(MOST_SEQUENCES, PROFILES[config.profile].heldout_tokens // N_CTX)
-    return 2 * n_sequences * N_CTX * _Shapes.of(base).n_vocab
-
-
-def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
-    """Return what tuning holds on its device, which has `free` bytes, the model included: without
-    that nothing is tuned.
-    """
-    shapes = _Shapes.of(base)
-    beside = _tuned_block(config, shapes, free)
-    return _tuned_model(shapes, beside, free) + beside
-
-
-def tuning_bytes_beside_model(config: RunConfig, base: GgufFile, free: int) -> int:
-    """Return the bytes that tuning takes without the model."""
-    return _tuned_block(config, _Shapes.of(base), free)
-
-
-def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
-    """What tuning holds, and the file's tensors and their pages."""
-    if not config.tuning_steps:
-        return _PROGRAM
-    beside = _tuned_block(config, shapes, free)
-    model = _tuned_model(shapes, beside, free)
-    block = 4 * shapes.n_block if model < 4 * shapes.n_all else 0
-    return _TORCH + model + block + beside + shapes.n_all
-
-
-def _tuned_model(shapes: _Shapes, beside: int, free: int) -> int:
-    """The original's weights: all of them where model.streaming has them whole, else those outside
-    of blocks.
-    """
-    from quantkit.model.streaming import WHOLE_SHARE
-
-    whole = 4 * shapes.n_all
-    is_whole = whole <= WHOLE_SHARE * free and whole + beside <= free
-    return whole if is_whole else 4 * shapes.n_outside
-
-
-def _tuned_block(config: RunConfig, shapes: _Shapes, free: int) -> int:
-    """A block's weights, levels, gradients and Adam's moments; hidden states of the original and
-    the tuned file.
-    """
-    from quantkit.tuning.tuner import ROUNDS, STATES_SHARE
-
-    n_tokens = min(
-        PROFILES[config.profile].calibration_tokens,
-        config.tuning_steps * TUNING_BATCH * N_CTX // ROUNDS,
+    profile = PROFILES[config.profile]
+    chosen = _experts_used(base)
+    n_linear = sum(
+        t.shape[-1] * (t.n_bytes // t.qtype.row_bytes(t.shape[-1])) * _share(t, chosen)
+        for t in _blocks(base)
     )
-    streams = 2 * 4 * (n_tokens + HELDOUT * N_CTX) * shapes.width
-    batch = TUNING_BATCH * N_CTX * (32 * shapes.widest + 80 * shapes.width)
-    table = 2 * 4 * shapes.largest  # as the original's and as the file's
-    states = min(streams, int(2 * STATES_SHARE * free))
-    return _TUNED_WEIGHT * shapes.n_block + batch + table + states
+    inputs = _inputs(base)
+    uniform = sum(data_bytes(base, levels.uniform(level)) for level in levels.levels)
+    base_bytes = base.path.stat().st_size
+    disk = (
+        (0 if info.local_path else info.n_download_bytes)
+        + base_bytes
+        + _embedding_bytes(base)
+        + uniform
+        + 3 * base_bytes // 2
+        + search_target_bytes(config, base)
+    )
+    if info.base is not None or info.quantization is not None:  # written out in 16 bits once more
+        disk += base_bytes
+    by_block: dict[str, int] = {}  # Hessians of one block are in memory together
+    for tensor in inputs:
+        block = tensor.name.split(".")[1]
+        by_block[block] = by_block.get(block, 0) + _hessian_bytes(tensor)
+    most = max(by_block.values(), default=0)
+    memory = stage_memory(config, base, levels, most, _free(config.device))
+    speed = 2 * CORE_SPEED if config.device == "cpu" else GPU_SPEEDS["H200"]
+    n_calibrated = profile.calibration_tokens + profile.heldout_tokens
+    forward = round(n_linear) * n_calibrated
+    gather = n_calibrated * sum(
+        t.shape[-1] ** 2 * (chosen if len(t.shape) == 3 else 1) for t in inputs
+    )
+    solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
+    # A step's backward pass takes two forward ones; streams of hidden states pass four times.
+    tuned = 3 * config.tuning_steps * TUNING_BATCH * 512
+    tuned += 4 * n_calibrated if config.tuning_steps else 0
+    search = round(n_linear) * (profile.search_tokens + tuned)
+    return Estimates(
+        disk_bytes=disk,
+        memory_bytes=max(stage_memory(config, base, levels, most, 0).values()),
+        memory=memory,
+        multiply_adds=forward + gather + solve + search,
+        seconds=round(60 + 30 + (forward + gather + solve + search) / speed),
+        n_files=1,
+        per_file=PerFile(
+            disk_bytes=base_bytes // 3 * (2 if config.tuning_steps else 1),
+            multiply_adds=search,
+            seconds=round(30 + search / speed),
+        ),
+    )
 
 
-def _vocabulary(shapes: _Shapes, levels: LevelPlan) -> int:
-    """The table of embeddings or the head: its values, and the rows of every method and type."""
-    from quantkit.gptq.units import ALL_TYPES_AT_ONCE
+def _free(device: str) -> int:
+    from quantkit.machine.memory import free_memory  # needs torch
 
-    n_at_once = 1 if shapes.largest > ALL_TYPES_AT_ONCE else len(levels.levels)
-    packed = shapes.largest * 3 // 4
-    return 4 * shapes.largest + (3 * n_at_once + len(levels.levels)) * packed + _SWEEP
+    try:
+        return free_memory(device)
+    except (AssertionError, RuntimeError):  # planned for a machine with a GPU, on one without
+        return free_memory()
+
+
+def _blocks(base: GgufFile) -> list[StoredTensor]:
+    return [t for t in base.tensors.values() if len(t.shape) > 1 and is_in_block(t.name)]
+
+
+def _inputs(base: GgufFile) -> list[StoredTensor]:
+    """A tensor of every distinct input of a block: q, k and v share one, gate and up another."""
+    shared = {kind for kinds in ONE_INPUT for kind in kinds[1:]} | {"ffn_up_exps"}
+    return [t for t in _blocks(base) if t.name.split(".")[2] not in shared]
+
+
+def _hessian_bytes(tensor: StoredTensor) -> int:
+    """Train and held-out, of every expert."""
+    n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    return 2 * 4 * n_experts * tensor.shape[-1] ** 2
+
+
+def _embedding_bytes(base: GgufFile) -> int:
+    """Two matrices of what is looked up: all of the Hessians that lie on disk."""
+    return 2 * 4 * base.tensors["token_embd.weight"].shape[1] ** 2
+
+
+def _experts_used(base: GgufFile) -> int:
+    """How many experts a token is sent to; 0 without experts."""
+    name = base.metadata["general.architecture"]
+    return int(base.metadata.get(f"{name}.expert_used_count", 0))
+
+
+def _share(tensor: StoredTensor, chosen: int) -> float:
+    """The part of a tensor that a token is multiplied with."""
+    return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
+
+
+def run_bytes(config: RunConfig, info: ModelInfo) -> int:
+    """Return about how many bytes a run writes: base.gguf, every level, the output and, one at a
+    time, the files it is compared with. `quantkit plan` knows more exactly.
+    """
+    levels = [q for pattern, q in config.types if pattern == "default"] or config.level_names
+    types = [BF16, *map(QuantType, levels), BF16]
+    return sum(info.n_parameters * q.block_bytes // q.block_size for q in types)

@@ -17,11 +17,11 @@ from pathlib import Path
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
-from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
+from quantkit.config import RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
 from quantkit.config.levels import LevelPlan, plan_levels
 from quantkit.errors import printable
-from quantkit.gguf_file.read import GgufFile, StoredTensor
+from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
 from quantkit.gguf_file.write import data_bytes
 from quantkit.llamacpp.contexts import ContextMemory, context_memory
@@ -30,13 +30,13 @@ from quantkit.llamacpp.converter.convert import convert
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.markdown import table
 from quantkit.planning import texts
-from quantkit.planning.cost import search_target_bytes, stage_memory
+from quantkit.planning.cost import estimates
 from quantkit.planning.coverage import foretell, in_words
-from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Sizes
+from quantkit.planning.nouns import Plan, PlannedModel, Sizes
 from quantkit.sizes import size
 from quantkit.sources.fit import copies, kept_notes
 from quantkit.sources.resolve import read_headers, resolve
-from quantkit.tensors import ONE_INPUT, TensorSpec, is_in_block
+from quantkit.tensors import TensorSpec
 
 _HEADER_MARGIN = 4096  # bytes of provenance metadata that the output may add to the base's header
 
@@ -150,105 +150,6 @@ def make_plan(
             warnings=(*warnings, *conversion.warnings, *conversion.tokens.notes),
             estimates=one_file.for_files(max(1, len(sizes.budgets))),
         )
-
-
-def estimates(config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelPlan) -> Estimates:
-    """Estimate what the run takes for one file, from the model's shapes, and what each further size
-    adds.
-
-    Time is counted in multiply-adds over what the device does in a second, measured on two cores of
-    a server CPU (bf16) and one H200; it is within a factor of two or so.
-    """
-    profile = PROFILES[config.profile]
-    chosen = _experts_used(base)
-    n_linear = sum(
-        t.shape[-1] * (t.n_bytes // t.qtype.row_bytes(t.shape[-1])) * _share(t, chosen)
-        for t in _blocks(base)
-    )
-    inputs = _inputs(base)
-    uniform = sum(data_bytes(base, levels.uniform(level)) for level in levels.levels)
-    base_bytes = base.path.stat().st_size
-    disk = (
-        (0 if info.local_path else info.n_download_bytes)
-        + base_bytes
-        + _embedding_bytes(base)
-        + uniform
-        + 3 * base_bytes // 2
-        + search_target_bytes(config, base)
-    )
-    if info.base is not None or info.quantization is not None:  # written out in 16 bits once more
-        disk += base_bytes
-    by_block: dict[str, int] = {}  # Hessians of one block are in memory together
-    for tensor in inputs:
-        block = tensor.name.split(".")[1]
-        by_block[block] = by_block.get(block, 0) + _hessian_bytes(tensor)
-    most = max(by_block.values(), default=0)
-    memory = stage_memory(config, base, levels, most, _free(config.device))
-    speed = 1.2e11 if config.device == "cpu" else 2e14  # multiply-adds a second
-    n_calibrated = profile.calibration_tokens + profile.heldout_tokens
-    forward = round(n_linear) * n_calibrated
-    gather = n_calibrated * sum(
-        t.shape[-1] ** 2 * (chosen if len(t.shape) == 3 else 1) for t in inputs
-    )
-    solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
-    # A step's backward pass takes two forward ones; streams of hidden states pass four times.
-    tuned = 3 * config.tuning_steps * TUNING_BATCH * 512
-    tuned += 4 * n_calibrated if config.tuning_steps else 0
-    search = round(n_linear) * (profile.search_tokens + tuned)
-    return Estimates(
-        disk_bytes=disk,
-        memory_bytes=max(stage_memory(config, base, levels, most, 0).values()),
-        memory=memory,
-        multiply_adds=forward + gather + solve + search,
-        seconds=round(60 + 30 + (forward + gather + solve + search) / speed),
-        n_files=1,
-        per_file=PerFile(
-            disk_bytes=base_bytes // 3 * (2 if config.tuning_steps else 1),
-            multiply_adds=search,
-            seconds=round(30 + search / speed),
-        ),
-    )
-
-
-def _free(device: str) -> int:
-    from quantkit.machine.memory import free_memory  # needs torch
-
-    try:
-        return free_memory(device)
-    except (AssertionError, RuntimeError):  # planned for a machine with a GPU, on one without
-        return free_memory()
-
-
-def _blocks(base: GgufFile) -> list[StoredTensor]:
-    return [t for t in base.tensors.values() if len(t.shape) > 1 and is_in_block(t.name)]
-
-
-def _inputs(base: GgufFile) -> list[StoredTensor]:
-    """A tensor of every distinct input of a block: q, k and v share one, gate and up another."""
-    shared = {kind for kinds in ONE_INPUT for kind in kinds[1:]} | {"ffn_up_exps"}
-    return [t for t in _blocks(base) if t.name.split(".")[2] not in shared]
-
-
-def _hessian_bytes(tensor: StoredTensor) -> int:
-    """Train and held-out, of every expert."""
-    n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-    return 2 * 4 * n_experts * tensor.shape[-1] ** 2
-
-
-def _embedding_bytes(base: GgufFile) -> int:
-    """Two matrices of what is looked up: all of the Hessians that lie on disk."""
-    return 2 * 4 * base.tensors["token_embd.weight"].shape[1] ** 2
-
-
-def _experts_used(base: GgufFile) -> int:
-    """How many experts a token is sent to; 0 without experts."""
-    name = base.metadata["general.architecture"]
-    return int(base.metadata.get(f"{name}.expert_used_count", 0))
-
-
-def _share(tensor: StoredTensor, chosen: int) -> float:
-    """The part of a tensor that a token is multiplied with."""
-    return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
 
 
 def _context(memory: ContextMemory) -> str:

@@ -19,14 +19,13 @@ from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo, RepoFile
 from quantkit.checkpoint.quantized import source_of
 from quantkit.checkpoint.safetensors import scan
-from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
-from quantkit.ggml.types import BF16, QuantType
 from quantkit.hub.visibility import closed, why_private
 from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.output import safe_name
 from quantkit.planning import texts
+from quantkit.planning.cost import run_bytes
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sizes import size
 from quantkit.sources.fit import Fit, check_fit, copies_in, kept_notes
@@ -137,15 +136,6 @@ def _bring(run: Run, info: ModelInfo, token: str | None) -> Path:
     folder = hub.download(info, token, downloading)
     check_weights(info, folder, checking)
     return folder
-
-
-def run_bytes(config: RunConfig, info: ModelInfo) -> int:
-    """Return about how many bytes a run writes: base.gguf, every level, the output and, one at a
-    time, the files it is compared with. `quantkit plan` knows more exactly.
-    """
-    levels = [q for pattern, q in config.types if pattern == "default"] or config.level_names
-    types = [BF16, *map(QuantType, levels), BF16]
-    return sum(info.n_parameters * q.block_bytes // q.block_size for q in types)
 
 
 def _describe(info: ModelInfo) -> str:

@@ -23,7 +23,7 @@ from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout
 from quantkit.llamacpp.output import lay_out_output, load_provenance
-from quantkit.planning.cost import tuning_bytes, tuning_bytes_beside_model
+from quantkit.planning.memory import tuning_bytes, tuning_bytes_beside_model
 from quantkit.run.folder import read_as
 from quantkit.run.outputs import Budgets
 from quantkit.run.stage import Run, Stage, StageResult

@@ -1,21 +1,16 @@
 """Find the Hub's machines that a run fits on, and estimate its time and cost there.
 
-A run's work is counted in multiply-adds by the planner. What a machine does of them in a second is
-measured for two cores of a server CPU and for one H200; other GPUs are scaled by what their makers
-state for dense bf16. So the times are good to a factor of two or so, and are shown as "about".
+The planner counts a run's work and knows the speeds of machines (`planning.cost`). The times are
+good to a factor of two or so, and are shown as "about".
 """
 
 from __future__ import annotations
 
 from quantkit.hub.jobs import Machine
+from quantkit.planning.cost import CORE_SPEED, GPU_SPEEDS
 from quantkit.planning.nouns import Plan
 from quantkit.server.executors.protocol import SHARE, Offer
 
-_CPU_SPEED = 6e10  # multiply-adds a second of one virtual core
-_GPU_SPEEDS = {
-    **{"T4": 1.3e13, "L4": 2.4e13, "A10G": 1.4e13, "A10": 2.5e13, "L40S": 7e13, "A100": 6e13},
-    **{"RTX PRO 6000": 1e14, "H200": 2e14, "H100": 2e14},
-}
 _STARTING_SECONDS = 420  # image, packages, converter, and getting a machine at all
 _SHORTEST_HOURS, _LONGEST_HOURS = 1, 24
 
@@ -44,6 +39,6 @@ def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Of
 
 def _speed(machine: Machine) -> float:
     if machine.gpu:
-        known = (speed for name, speed in _GPU_SPEEDS.items() if name in machine.gpu.upper())
+        known = (speed for name, speed in GPU_SPEEDS.items() if name in machine.gpu.upper())
         return next(known, 1e13)
-    return _CPU_SPEED * machine.n_cpu
+    return CORE_SPEED * machine.n_cpu
