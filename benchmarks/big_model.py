@@ -36,7 +36,7 @@ from typing import Any
 from quantkit.config.targets import BitsPerWeight
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from quantkit import config as settings  # noqa: E402
 from quantkit.config import RunConfig  # noqa: E402

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from quantkit.server.previews.keeper import descendants  # noqa: E402
 
@@ -113,7 +113,7 @@ def memory(pid: int) -> int:
 
 def main(seconds: float) -> None:
     code = "import hostile_previews; hostile_previews.serve_hub()"
-    here = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")])
+    here = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")])
     environment = {**os.environ, "PYTHONPATH": here}
     hub = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-import test_app_fixtures as fixtures  # noqa: E402
+import app_fixtures as fixtures  # noqa: E402
 
 from quantkit.run.events import EventLog  # noqa: E402
 from quantkit.server.web.visitor import Visitors  # noqa: E402

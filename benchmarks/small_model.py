@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(1, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(1, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import torch
 from tiny_models import N_TOKENS, save_model, write_tokenizer

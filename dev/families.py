@@ -1,4 +1,4 @@
-"""Run every family of tests/families.py and write docs/architectures.md. Names run only those, and
+"""Run every family of tests/support/families.py and write docs/architectures.md. Names run only those, and
 print their rows. Takes about ten minutes on two cores.
 """
 
@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from families import FAMILIES  # noqa: E402
 from family_run import Row, run_all  # noqa: E402

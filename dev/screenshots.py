@@ -18,9 +18,9 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-import test_app_fixtures as fixtures  # noqa: E402
+import app_fixtures as fixtures  # noqa: E402
 from test_app_browser import CHROMIUM, FLAGS  # noqa: E402
 
 from quantkit.server.web.visitor import COOKIE  # noqa: E402

@@ -1,6 +1,6 @@
 """The doors of the page: every route that it and the documented API need. All others are closed.
 
-`tests/test_app_doors.py` holds this list against the routes of the installed Gradio.
+`tests/server/test_app_doors.py` holds this list against the routes of the installed Gradio.
 """
 
 from __future__ import annotations

@@ -1,0 +1,306 @@
+"""The preview, the sizes it knows, where a run may be done, and trying a finished file.
+
+pytest tests/server/test_app_preview.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import app_fixtures as fixtures
+import gradio_client
+import pytest
+from hub_jobs import hardware
+from huggingface_hub import JobHardwareInfo
+from tiny_models import tiny_llama
+
+from quantkit import sandbox
+from quantkit.config import RunConfig
+from quantkit.config.budgets import Budget
+from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
+from quantkit.errors import QuantkitError
+from quantkit.hub import jobs
+from quantkit.llamacpp.contexts import ContextMemory
+from quantkit.planning.coverage import Coverage
+from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Sizes
+from quantkit.sandbox import api
+from quantkit.sandbox.untrusted import build
+from quantkit.server.executors import local, registry
+from quantkit.server.executors.hf_jobs.executor import HfJobs
+from quantkit.server.previews import talk
+from quantkit.server.previews.estimate import _key, _Known, _known, estimate
+from quantkit.server.previews.sizes import with_sizes
+from quantkit.server.runs.record import load_record
+from quantkit.server.runs.request import RunForm, to_config
+from quantkit.server.runs.store import RunStore
+from quantkit.server.web import handlers as handlers_module
+from quantkit.server.web import previews
+from quantkit.server.web.handlers import Client, Handlers
+from quantkit.server.web.visitor import Visitors
+from quantkit.tensors import to_json
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&"
+ME = Client("visitor:me", None, "1.2.3.4")
+PLAN = Plan(
+    model=PlannedModel(
+        "a/b", "0" * 40, "LlamaForCausalLM", 1_000_000_000, "mit", True, 2_000_000_000
+    ),
+    sizes=Sizes((), (), 350_000_000, 1_100_000_000, {}),
+    stock={"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
+    context=ContextMemory(100_000, 0, 0, ((2**18, 100_000_000),), 200_000_000, 4096),
+    levels=("Q3_K", "Q4_K"),
+    coverage=Coverage(0.9996, {"token_embd": "looked up"}),
+    fallbacks=(),
+    sandbox="the kernel",
+    warnings=(),
+    estimates=Estimates(
+        disk_bytes=9_000_000_000,
+        memory_bytes=5_000_000_000,
+        memory={"calibrate": 5_000_000_000},
+        multiply_adds=400_000_000_000_000,
+        seconds=3400,
+        n_files=1,
+        per_file=PerFile(400_000_000, 100_000_000_000_000, 600),
+    ),
+)
+
+
+def ask(config: RunConfig) -> Plan:
+    return with_sizes(PLAN, config)
+
+
+@pytest.fixture
+def handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handlers]:
+    """A handlers whose planner answers PLAN, and whose Hub offers the usual machines."""
+    offered = tuple(jobs._machine(JobHardwareInfo(**item)) for item in hardware())
+    monkeypatch.setattr(handlers_module, "estimate", lambda config, *_: ask(config))
+    monkeypatch.setattr(handlers_module, "known_plan", lambda config, token: ask(config))
+    monkeypatch.setattr(jobs, "machines", lambda token: offered)
+    fresh = HfJobs()  # which remembers no machines of another test
+    monkeypatch.setattr(registry, "HF_JOBS", fresh)
+    monkeypatch.setitem(registry.EXECUTORS, "hf_jobs", fresh)
+    monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/q.whl")
+    monkeypatch.setattr(local, "memory_here", lambda environment: 16e9)
+    yield Handlers(RunStore(tmp_path / "runs"), Visitors(b"k"), on_space=False, sign_in=False)
+
+
+def shown(handlers: Handlers, **fields: Any) -> str:
+    *_, last = handlers.preview(RunForm("a/b", **fields), "", ME)
+    return last
+
+
+def limits(form: RunForm) -> list[int]:
+    return [budget.limit_bytes for budget in ask(to_config(form, True)).sizes.budgets]
+
+
+def test_what_fits_a_memory() -> None:
+    form = RunForm("a/b", "fits", memory="1.4GB", context=4096)
+    assert to_config(form, True).targets == (FitsMemory("1.4GB@4096"),)
+    assert limits(form) == [1_400_000_000 - PLAN.context.n_bytes(4096)]
+    assert limits(dataclasses.replace(form, memory="80GB")) == [1_100_000_000]
+    with pytest.raises(QuantkitError, match="does not fit in 1 GB with a context of 8,192"):
+        limits(dataclasses.replace(form, memory="1GB", context=8192))
+
+
+@pytest.mark.parametrize("fields", [{"memory": ""}, {"memory": "lots"}, {"context": 0}])
+def test_what_is_no_memory(fields: dict[str, Any]) -> None:
+    form = RunForm("a/b", **{"size_kind": "fits", "memory": "8GB", **fields})
+    with pytest.raises(QuantkitError):
+        to_config(form, True)
+
+
+def test_a_family_is_one_run_of_several_sizes(handlers: Handlers) -> None:
+    mixes = ("Q3_K_M", "Q4_K_M", "Q5_K_M")
+    form = RunForm("a/b", "family", family=mixes)
+    assert to_config(form, True).targets == tuple(LikeMix(mix) for mix in mixes)
+    job = handlers.start(form, "", ME)
+    assert handlers.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
+    shown_all = shown(handlers, size_kind="family", family=mixes)
+    assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown_all
+    assert ask(to_config(form, True)).estimates.seconds == 3400 + 2 * 600
+    small = dataclasses.replace(PLAN, stock={**PLAN.stock, "Q3_K_M": 10})
+    one_less = with_sizes(small, to_config(form, True))
+    assert len(one_less.sizes.budgets) == 2
+    assert "below the smallest" in one_less.sizes.refused[0].refusal
+
+
+def test_another_size_is_not_planned_again() -> None:
+    config = RunConfig("a/b", targets=(LikeMix("Q4_K_M"),))
+    _known[_key(config, None)] = _Known(plan=PLAN)
+    try:
+        other = dataclasses.replace(config, targets=(BitsPerWeight("4.0"),), seed=5)
+        assert estimate(other).sizes.budgets[0].limit_bytes == 500_000_000
+        with pytest.raises(QuantkitError, match="below the smallest possible file"):
+            estimate(dataclasses.replace(config, targets=(BitsPerWeight("1.0"),)))
+        assert _key(config, None) != _key(config, "hf_token"), "what a token sees is its own"
+    finally:
+        _known.clear()
+
+
+def test_the_preview_says_what_is_to_be_known(handlers: Handlers) -> None:
+    html = shown(handlers)
+    for words in (
+        *("LlamaForCausalLM", "1B parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
+        "99.9 % of the linear parameters (not token_embd: looked up)",
+        *("This machine", "57 min", "free", "Job: cpu-upgrade", "stops after", "Q5_K_M"),
+    ):
+        assert words in html, words
+    away = shown(handlers, machine="a10g-large")
+    assert '<tr class="ours"><th scope="row">Job: a10g-large' in away
+    assert "8,192 tokens take 1.12 GB" in shown(
+        handlers, size_kind="fits", memory="2GB", context=8192
+    )
+    assert "does not fit on" in shown(handlers, machine="no-such")
+    assert next(iter(handlers.preview(RunForm(""), "", ME))) == ""
+
+
+def test_first_facts_come_before_the_planner(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model is, and no guess of what only the planner knows."""
+
+    def late(*_: Any) -> Plan:
+        raise QuantkitError("the planner was asked before the page was told anything")
+
+    monkeypatch.setattr(handlers_module, "known_plan", lambda config, token: None)
+    monkeypatch.setattr(handlers_module, "estimate", late)
+    form = RunForm("demo:smollm2-135m", "family", family=("Q4_K_M", "Q6_K"))
+    told = handlers.preview(form, "", ME)
+    first = next(told)
+    for words in ("LlamaForCausalLM", "135M parameters", "apache-2.0", "Working out"):
+        assert words in first, words
+    assert "about" not in first
+    assert "the planner was asked" in next(told)
+
+
+def test_a_run_too_large_for_the_page(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "memory_here", lambda environment: 4e9)
+    assert "too large" in shown(handlers) and "needs about 5.00 GB of memory" in shown(handlers)
+    handlers.store.public = True
+    with pytest.raises(QuantkitError, match="too large for this page.*Choose a Job"):
+        handlers.start(RunForm("a/b"), "", ME)
+
+
+def test_an_order_for_a_job(handlers: Handlers) -> None:
+    with pytest.raises(QuantkitError, match="nobody is signed in"):
+        handlers.start(RunForm("a/b", machine="auto"), "", ME)
+    run = handlers.start(RunForm("a/b", machine="t4-small"), "hf_token", ME)
+    record = load_record(handlers.store.root / run)
+    assert record is not None and record.machine == "t4-small" and record.hours
+    assert record.usd_per_hour == pytest.approx(0.4, rel=0.01) and record.has_token
+    assert '"device": "cuda"' in (handlers.store.root / run / "config.json").read_text()
+    assert "hf_token" not in "".join(
+        path.read_text() for path in (handlers.store.root / run).iterdir()
+    )
+
+
+def test_all_of_it_is_escaped() -> None:
+    plan = dataclasses.replace(
+        PLAN,
+        model=dataclasses.replace(PLAN.model, architecture=HOSTILE, license=HOSTILE),
+        stock={"Q4_K_M": 1},
+        sizes=dataclasses.replace(PLAN.sizes, refused=(Budget(HOSTILE, 1, HOSTILE),)),
+        warnings=(HOSTILE,),
+    )
+    html = previews.preview(plan, here=HOSTILE, why_not=HOSTILE)
+    assert "onerror" in html and "<img" not in html and "cannot be shown" not in html
+
+
+@pytest.mark.slow
+def test_an_estimate_is_the_plan_in_json(tmp_path: Path) -> None:
+    """Of a real planner in its child, with the keys of `quantkit plan --json`."""
+    model = str(tiny_llama(tmp_path / "llama"))
+    with fixtures.serving(tmp_path / "runs") as (url, _, _):
+        client = gradio_client.Client(url, verbose=False)
+        told = client.predict(model, like="Q4_K_M", profile="demo", api_name="/estimate")
+    plan = build(Plan, told)
+    assert told == to_json(plan)
+    assert [budget.target for budget in plan.sizes.budgets] == ["like Q4_K_M"]
+    assert plan.model.n_parameters > 0 and plan.estimates.seconds > 0
+
+
+# Trying a file.
+
+SAYS = """
+import os
+def answer(path, messages):
+    secret = [n for n in os.environ if n.endswith(("TOKEN", "SECRET"))]
+    for text in ("You said ", messages[-1]["content"], f" {secret}"):
+        yield text
+"""
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Let a stand-in for llama.cpp answer, in the real sandbox."""
+
+    def say(code: str) -> None:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / "stand_in.py").write_text(code)
+
+        def stream(
+            _function: str, arguments: dict[str, Any], shape: Any, **options: Any
+        ) -> Iterator[Any]:
+            job = sandbox.Job("stand_in:answer", arguments, path=[folder], **options)
+            return api.listen(job, "part", shape)
+
+        names = {"Limits": sandbox.Limits, "Crashed": sandbox.Crashed, "stream": stream}
+        monkeypatch.setattr(talk, "sandbox", SimpleNamespace(**names))
+
+    monkeypatch.setenv("QUANTKIT_HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("OAUTH_CLIENT_SECRET", "secret")
+    return say
+
+
+def test_a_file_answers_without_secrets(
+    handlers: Handlers, answering: Callable[[str], None]
+) -> None:
+    answering(SAYS)
+    fixtures.own(fixtures.write_run(handlers.store.root / "done"), ME.owner)
+    assert handlers.store.view("done", ME.owner).can_try
+    *_, last = handlers.talk("done", " hello ", False, ME)
+    assert last == "You said hello []"
+    with pytest.raises(QuantkitError, match="original is no longer"):
+        list(handlers.talk("done", "hello", True, ME))
+    with pytest.raises(QuantkitError, match="no such run"):
+        list(handlers.talk("done", "hello", False, Client("visitor:mallory")))
+    for prompt in ("", "  ", "x" * 5000, None):
+        with pytest.raises(QuantkitError):
+            list(handlers.talk("done", prompt, False, ME))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import time; time.sleep(600)", "too long"),
+        ("yield bytes(1)", "not JSON serializable"),
+        ("raise SystemExit(3)", "ended early: 3"),
+        ("raise ValueError('a bad template')", "a bad template"),
+        ("import os; os.abort()", "crashed .SIGABRT"),
+    ],
+)
+def test_a_file_that_does_not_answer(
+    tmp_path: Path,
+    answering: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    words: str,
+) -> None:
+    answering(f"def answer(path, messages):\n    {code}\n    yield 'x'\n")
+    monkeypatch.setattr(talk, "_WALL_SECONDS", 1 if "sleep" in code else 600)
+    with pytest.raises(QuantkitError, match=words):
+        list(talk.say(tmp_path, [{"role": "user", "content": "hello"}]))
+
+
+@pytest.mark.slow
+def test_a_real_file_answers() -> None:
+    from quantkit.sources.demo import packaged_gguf
+
+    question = [{"role": "user", "content": "Write one sentence about the sea."}]
+    first, second = (list(talk.say(packaged_gguf(), question)) for _ in range(2))
+    assert len(first) > 5 and first[-1].strip() and first == second
