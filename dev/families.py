@@ -1,5 +1,5 @@
-"""Run every family of tests/support/families.py and write docs/architectures.md. Names run only those, and
-print their rows. Takes about ten minutes on two cores.
+"""Run every family of tests/support/families.py and write docs/architectures.md. Names run only
+those, and print their rows. Takes about ten minutes on two cores.
 """
 
 from __future__ import annotations

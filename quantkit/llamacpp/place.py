@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,8 @@ class Sandboxed:
         self._listener.start()
 
     def _listen(self) -> None:
-        with self._child:
+        # Where memory is short nothing is heard any more: the child ends, and who asks is told.
+        with suppress(MemoryError), self._child:
             for _ in self._child.messages():
                 if self._is_over.is_set():
                     return

@@ -27,6 +27,7 @@ _CHILD = Path(__file__).with_name("child.py")
 _MOST_LOG = 4 * 2**20
 _MOST_SAID = 16 * 2**20  # JSON takes twenty times as much when it is read
 _MOST_MESSAGES = 100_000
+_PIPE_BYTES = 2**16  # that a pipe holds
 _TICK_SECONDS = 0.2
 _GRACE_SECONDS = 10.0  # for the keeper to end what took too long
 
@@ -159,7 +160,7 @@ class Child:
                 spoken = time.monotonic()
                 yield None
             for key, _ in ready:
-                data = os.read(key.fd, 2**20)
+                data = os.read(key.fd, _PIPE_BYTES)
                 if not data:
                     self._selector.unregister(key.fd)
                 elif key.data == "log":

@@ -1,6 +1,6 @@
 """The fork server: what its forks share and what they do not, and how it ends and is replaced.
 
-Attacks and limits are tried in forks, too: tests/sandbox/test_sandbox.py, tests/sandbox/test_sandbox_ends.py.
+Attacks and limits are tried in forks, too: test_sandbox.py, test_sandbox_ends.py.
 
 pytest tests/sandbox/test_fork_server.py
 """

@@ -16,6 +16,7 @@ from tiny_models import tiny_llama
 from quantkit.files import sha256_file
 from quantkit.llamacpp.converter.convert import convert
 from quantkit.sandbox import Child
+from quantkit.sandbox.fork_client import Forked
 
 LAYERS = [(), ("mounts",), ("namespaces",), ("landlock",), ("namespaces", "landlock", "seccomp")]
 
@@ -30,7 +31,7 @@ def test_the_same_file_on_every_system(tmp_path: Path, monkeypatch: pytest.Monke
         def less(child: Child, without: tuple[str, ...] = without, preload: bool = preload) -> None:
             child.job = dataclasses.replace(child.job, without=without, preload=preload)
             start(child)
-            assert child.ended.forked == preload
+            assert isinstance(child._process, Forked) == preload
 
         monkeypatch.setattr(Child, "_start", less)
         result = convert(model, tmp_path / "base.gguf")

@@ -237,7 +237,7 @@ def test_a_forged_cookie_is_nobody(site: tuple[str, RunStore, Visitors, str]) ->
         ("code", {"config__json": {"architectures": ["EvilForCausalLM"], "model_type": "evil",
                                    "auto_map": {"AutoModel": "evil.Evil"}}}, "never runs"),
         ("path", {"model__safetensors": None, "model__safetensors__index__json":
-                  {"weight_map": {"a": "../../etc/passwd"}}}, "no safetensors file in"),
+                  {"weight_map": {"a": "../../etc/passwd"}}}, "not a safetensors file in"),
     ],
 )  # fmt: skip
 def test_models_that_mean_harm(

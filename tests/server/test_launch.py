@@ -2,8 +2,8 @@
 
     pytest tests/server/test_launch.py
 
-Workers are `tests/support/app_fixtures.py`, a real process that takes the run's lock and writes real
-events; the slow test runs the pipeline itself on a tiny model.
+Workers are `tests/support/app_fixtures.py`, a real process that takes the run's lock and writes
+real events; the slow test runs the pipeline itself on a tiny model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Broken and hostile GGUFs, made of a small whole one: fields of the header set to what they cannot
 be, and bits flipped by a seed.
 
-`python tests/support/broken_ggufs.py BASE FOLDER` reads names of cases from stdin (all when there are none)
-and prints, as JSON, what became of each. Every case is opened in a fork of this process, which is
-quick; what opens it is what `quantkit compare` and `--levels-from` use.
+`python tests/support/broken_ggufs.py BASE FOLDER` reads names of cases from stdin (all when there
+are none) and prints, as JSON, what became of each. Every case is opened in a fork of this
+process, which is quick; what opens it is what `quantkit compare` and `--levels-from` use.
 """
 
 from __future__ import annotations

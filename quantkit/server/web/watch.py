@@ -30,7 +30,7 @@ class Watch:
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
-        gr.HTML('<nav class="qk-back"><a href="./">← All runs and a new one</a></nav>')
+        gr.HTML('<nav class="qk-back"><a href="./">← Back to all runs</a></nav>')
         self.chunks: dict[str, gr.HTML | gr.Plot] = {"head": gr.HTML(elem_id="job-head")}
         with gr.Row(elem_classes="qk-buttons"):
             self.cancel = gr.Button("Cancel", elem_id="cancel", visible=False, size="sm")
