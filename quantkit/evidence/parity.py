@@ -35,8 +35,8 @@ _SHARE = 0.6  # of the free memory that float32 weights may take
 _LEFT = 4 * 2**30  # bytes for the libraries, activations and logits
 
 # The largest mean KL in nats of a right file. Of 22 of tests/support/families.py the largest is
-# 3e-4 as BF16, to whose 8 bits llama.cpp rounds activations, too; of 13 expanded to F16 it is 4e-5. So from
-# half the limit on a file is expanded first. 32 wrong rows of one tensor cost 7e-3 to 2.
+# 3e-4 as BF16, to whose 8 bits llama.cpp rounds activations, too; of 13 expanded to F16 it is 4e-5.
+# So from half the limit on a file is expanded first. 32 wrong rows of one tensor cost 7e-3 to 2.
 LIMIT = 1e-3
 _CLOSER_ABOVE = LIMIT / 2
 _COARSE_LIMIT = 1e-2  # where BF16 or 8-bit activations could not be had out of the way
