@@ -33,7 +33,6 @@ from quantkit.statistics.inputs import BlockStatistics, InputDiagonal
 from quantkit.statistics.stored import load_gradients, load_importances, save_importances
 
 STAGE = "quantize"
-_IMPORTANCES = f".importances{PARTIAL}"  # a file for every block, until the imatrix is written
 
 
 def make_levels(run: Run) -> tuple[list[Path], Errors]:
@@ -124,12 +123,12 @@ class _Levels:
     def _keep_importances(self, name: str, importances: dict[str, InputDiagonal]) -> None:
         """For `imatrix.gguf`, in which llama.cpp has tensors of blocks alone."""
         if name.startswith("block-"):
-            save_importances(self._run.artifacts.levels / f"{name}{_IMPORTANCES}", importances)
+            save_importances(self._run.artifacts.importances / f"{name}{PARTIAL}", importances)
 
 
 def _write_imatrix(run: Run) -> None:
     importances: dict[str, tuple[native.Floats, int | native.Floats]] = {}
-    for path in sorted(run.artifacts.levels.glob(f"*{_IMPORTANCES}")):
+    for path in sorted(run.artifacts.importances.glob(f"block-*{PARTIAL}")):
         importances |= {n: (d.diagonal, d.n_tokens) for n, d in load_importances(path).items()}
     about = read_json(run.artifacts.calibration)
     names = [f"{domain['name']} ({domain['source']})" for domain in about["domains"]]

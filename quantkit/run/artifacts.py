@@ -101,7 +101,12 @@ class Artifacts:
     @property
     def imatrix(self) -> Path:
         """The importance matrix as llama.cpp reads it."""
-        return self.levels / "imatrix.gguf"
+        return self.importances / "imatrix.gguf"
+
+    @property
+    def importances(self) -> Path:
+        """The folder of the importance matrix, and of its parts until all are there."""
+        return self.levels / "importances"
 
     @property
     def errors(self) -> Path:

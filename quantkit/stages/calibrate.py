@@ -51,7 +51,11 @@ class Calibrate(Stage):
         if not fisher_file(made.gradients).exists():
             ids = torch.from_numpy(tokens["heldout"][: max(1, _FISHER_TOKENS // N_CTX)])
             lookups = {part: HessianCollector({}) for part in tokens}
-            fisher = output_fisher(model, ids, run.config.seed, lookups)
+
+            def progress(done: int, total: int) -> None:
+                run.events.progress(NAME, done, total, "gradients at the outputs of every layer")
+
+            fisher = output_fisher(model, ids, run.config.seed, lookups, progress=progress)
             save_gradients(made.gradients, fisher, lookups)
         report = {
             "spec": shown(run.config.calibration),

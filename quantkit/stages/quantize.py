@@ -5,9 +5,9 @@ One pass over the blocks: the Hessians of a block's inputs are summed while it r
 solved, and the Hessians are dropped. Writes one uniform GGUF per asked level, `Q4_K.gguf` and so
 on: whole, runnable files that differ from `base.gguf` in their weights alone. A tensor is stored
 once per type, by the winner of gptq, imatrix and rtn; `errors.json` keeps the errors of all of
-them, `database.json` is the index that the search reads, and `imatrix.gguf` holds the Hessians'
-diagonals, as llama-imatrix writes them. The unit of work is one block: after a kill, blocks that
-are done are only run forward.
+them, `database.json` is the index that the search reads, and `importances/imatrix.gguf` holds the
+Hessians' diagonals, as llama-imatrix writes them. The unit of work is one block: after a kill,
+blocks that are done are only run forward.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Quantize(Stage):
 
     def is_intermediate(self, path: str) -> bool:
         """Level files are dropped by `clean`; the tables stay."""
-        return path.endswith(".gguf") and not path.endswith("imatrix.gguf")
+        return path.endswith(".gguf") and "/importances/" not in path
 
     def last_reader(self, path: str) -> str:
         """Return the importance matrix is published, the levels are compared with."""
-        return "publish" if path.endswith("imatrix.gguf") else "validate"
+        return "publish" if "/importances/" in path else "validate"

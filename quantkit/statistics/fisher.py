@@ -16,7 +16,7 @@ The pass runs one block at a time, as the forward pass does: only block boundari
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,16 @@ def output_fisher(
     seed: int,
     lookups: Mapping[str, HessianCollector] | None = None,
     batch: int = 4,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fisher:
     """Estimate the Fisher information on sequences `ids` (n_sequences, n_ctx), labels drawn with
     `seed`.
 
     `lookups` are given C by the name of the embedding module: its first collector of the first
-    sequence and every second after it, the other one of the others.
+    sequence and every second after it, the other one of the others. `progress` is called with the
+    blocks that are done, of all batches, and how many there are.
     """
-    device = model.device
+    device, n_blocks, n_batches = model.device, len(model.blocks), -(-len(ids) // batch)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
     head = torch.zeros(())
@@ -68,6 +70,7 @@ def output_fisher(
         for index in reversed(range(len(model.blocks))):
             with model.holding(index):
                 gradient = _backward(model, index, states[index], calls[index], gradient, sums)
+            progress(start // batch * n_blocks + n_blocks - index, n_batches * n_blocks)
         scale = _embedding_scale(model, part, states[0]) if lookups else 1.0
         for parity, collector in enumerate((lookups or {}).values()):
             own = gradient[(start + parity) % 2 :: 2]

@@ -93,6 +93,7 @@ def sensitivity_of(gradients: Gradients, row_map: RowMap | None, device: str) ->
 
 def save_importances(path: Path, importances: Mapping[str, InputDiagonal]) -> None:
     """Write mean squared inputs and token counts by tensor name."""
+    path.parent.mkdir(exist_ok=True)
     arrays = {}
     for name, known in importances.items():
         arrays[name] = np.ascontiguousarray(known.diagonal)

@@ -67,7 +67,7 @@ def test_text_that_changed_while_calibrate_was_at_work(
     text.write_text("\n\n".join(path.read_text("utf-8") for path in documents.glob("*.txt")) * 3)
     run = whole_run[0].fork(tmp_path / "run", "calibrate", calibration=str(text))
 
-    def killed(*_: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
