@@ -54,9 +54,7 @@ def walk(
     if not left:
         return
     batches = _batches(tokens, model.device)
-    states = States(spill, int(ACTIVATIONS_SHARE * free_memory()), "cpu")
-    for i, (_, ids) in enumerate(batches):
-        states.put(i, model.trace(ids)[0], {})
+    states = _embedded(model, batches, spill)
     for index, name in enumerate(names[: left[-1] + 1]):
         if name == HEAD:
             use(name, [_at_head(model, batches, states)])
@@ -74,6 +72,20 @@ def _batches(tokens: Mapping[str, NDArray[np.int64]], device: torch.device | str
         for part, ids in tokens.items()
         for i in range(0, len(ids), step)
     ]
+
+
+def _embedded(model: BlockwiseModel, batches: Sequence[Batch], spill: Path) -> States:
+    """The hidden states before the first block: on the model's device where all have room there,
+    for most of a pass would go by on their way to memory and back.
+    """
+    first = model.trace(batches[0][1])[0]
+    kind = model.device.type
+    if first.nbytes * len(batches) > ACTIVATIONS_SHARE * free_memory(kind):
+        kind = "cpu"
+    states = States(spill, int(ACTIVATIONS_SHARE * free_memory(kind)), kind)
+    for i, (_, ids) in enumerate(batches):
+        states.put(i, model.trace(ids)[0], {})
+    return states
 
 
 def _in_turns(
