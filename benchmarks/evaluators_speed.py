@@ -115,9 +115,9 @@ def memory(_: argparse.Namespace) -> None:
     from eval_fixtures import SPEC, TEXT, write_tiny
 
     program = (
-        "import importlib, resource, sys\n"
+        "import importlib, sys\nfrom evaluators import speed_probe\n"
         "status = importlib.import_module(sys.argv[1]).main(sys.argv[2:])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "print(speed_probe.peak_rss(), file=sys.stderr)\n"
         "sys.exit(status)"
     )
     with tempfile.TemporaryDirectory(prefix="quantkit-bench-") as scratch:
@@ -138,7 +138,7 @@ def memory(_: argparse.Namespace) -> None:
                 text=True,
                 check=True,
             )
-            peak = 1024 * int(done.stderr.split()[-1]) - base.stat().st_size
+            peak = int(done.stderr.split()[-1]) - base.stat().st_size
             said = " ".join(argument for argument in arguments if argument != str(base))
             print(f"{name} {said}: {peak / (1 << 20):.0f} MiB beyond the file", flush=True)
 

@@ -69,7 +69,7 @@ def probe(file: str, **asked: int) -> dict[str, Any]:
         "load_seconds": round(load_seconds, 4),
         "prompt": _rates(prompt_rates, request.n_prompt),
         "generation": _rates(generation_rates, request.n_generate),
-        "peak_rss_bytes": _peak_rss(),
+        "peak_rss_bytes": peak_rss(),
         "buffers": _buffers(lines),
     }
 
@@ -116,9 +116,9 @@ def _buffers(lines: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
-def _peak_rss() -> int:
-    """Bytes that this process held at most. On Linux ru_maxrss starts with what the parent held
-    when it started this one, so the kernel's own mark of this program is read.
+def peak_rss() -> int:
+    """Return the bytes that this process held at most. On Linux ru_maxrss starts with what the
+    parent held when it started this one, so the kernel's own mark of this program is read.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
