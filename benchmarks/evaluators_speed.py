@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "evaluators"))]
 
 from test_eval_harness import TASK  # noqa: E402
 

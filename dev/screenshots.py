@@ -18,7 +18,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "server"))]
 
 import app_fixtures as fixtures  # noqa: E402
 from test_app_browser import CHROMIUM, FLAGS  # noqa: E402
