@@ -22,9 +22,9 @@ from quantkit.statistics.turns import most_bytes, share_out
 _ROOM = 600_000  # bytes: a few of the Hessians of these models
 
 
-def model(family: str) -> BlockwiseModel:
+def model(family: str, dtype: torch.dtype = torch.float32) -> BlockwiseModel:
     torch.manual_seed(0)
-    return BlockwiseModel(FAMILIES[family].build(64).float().requires_grad_(False).eval())
+    return BlockwiseModel(FAMILIES[family].build(64).to(dtype).requires_grad_(False).eval())
 
 
 def tokens() -> dict[str, np.ndarray]:
@@ -33,7 +33,7 @@ def tokens() -> dict[str, np.ndarray]:
 
 
 def walked(
-    family: str, spill: Path, done: tuple[str, ...] = ()
+    family: str, spill: Path, done: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], list[str], list[int]]:
     """All Hessians by module, part and expert; the names of units, and how many turns each took."""
     found: dict[str, torch.Tensor] = {}
@@ -58,7 +58,7 @@ def walked(
                         found[f"{key} heldout"] = experts.heldout[i]
                         found[f"{key} tokens"] = torch.tensor(experts.n_tokens[i])
 
-    walk(model(family), tokens(), done, use, spill / "states")
+    walk(model(family, dtype), tokens(), done, use, spill / "states")
     return found, names, n_turns
 
 
@@ -71,6 +71,16 @@ def test_turns_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.M
     assert again == names and max(n_turns) > 1 == n_turns[-1]
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
+
+
+def test_experts_that_are_not_watched_compute_the_same(tmp_path: Path) -> None:
+    """Grouped products of 16 bits round otherwise than experts one by one, which watching asks for:
+    a killed run would go on from other states.
+    """
+    whole, names, _ = walked("Mixtral", tmp_path, dtype=torch.bfloat16)
+    found, left, _ = walked("Mixtral", tmp_path, tuple(names[:1]), torch.bfloat16)
+    assert left == names[1:]
+    assert all(torch.equal(found[key], whole[key]) for key in found) and found.keys() < whole.keys()
 
 
 def test_what_is_done_is_only_run_forward(tmp_path: Path) -> None:
