@@ -109,16 +109,20 @@ def measure(
         difference = (columns - known).abs().max() / known.abs().max().clamp_min(1e-30)
         worst = max(worst, float(difference))
 
+    def see(turn: BlockStatistics) -> None:
+        for inputs in turn.inputs:
+            compare(f"{inputs.modules[0]} train", inputs.train)
+            compare(f"{inputs.modules[0]} heldout", inputs.heldout)
+        for experts in turn.experts:
+            for i in range(len(experts.train)):
+                compare(f"{experts.modules[0]} {experts.first + i}", experts.train[i])
+
     def use(unit: str, turns: Iterable[BlockStatistics]) -> None:
         nonlocal n_turns
         for turn in turns:
             n_turns += 1
-            for inputs in turn.inputs:
-                compare(f"{inputs.modules[0]} train", inputs.train)
-                compare(f"{inputs.modules[0]} heldout", inputs.heldout)
-            for experts in turn.experts:
-                for i in range(len(experts.train)):
-                    compare(f"{experts.modules[0]} {experts.first + i}", experts.train[i])
+            see(turn)
+            del turn  # or it would stay while the next turn's are summed
 
     if is_cuda:
         torch.cuda.synchronize()

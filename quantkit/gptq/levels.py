@@ -110,6 +110,7 @@ class _Levels:
                 unit.solve([name], None)
             for statistics in turns or ():
                 unit.add(statistics)
+                del statistics  # or it would stay while the next turn's are summed
             errors, importances = unit.end()
             self._keep_importances(name, importances)
             for file in self.work.files.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.outputs import load_budgets, load_outputs
 from quantkit.search.answers import load_allocation
 from quantkit.sources.snapshot import load_snapshot
+from quantkit.statistics import collect
+from quantkit.statistics.inputs import BlockStatistics
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +58,33 @@ def test_levels_that_are_finished_but_not_recorded(
     monkeypatch.setattr("quantkit.gptq.units.Unit.solve", solved)
     go_on(run, "quantize")
     assert not list(run.levels.glob("*.partial"))
+    record, wanted = run.dir.records()["quantize"], expected.dir.records()["quantize"]
+    assert [o.sha256 for o in record.outputs] == [o.sha256 for o in wanted.outputs]
+
+
+def test_a_turn_is_forgotten_before_the_next(
+    whole_run: tuple[Run, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two turns' Hessians would be in memory, of which one has just room."""
+    expected = whole_run[0]
+    run = expected.fork(tmp_path / "run", "quantize")
+    in_turns = collect._in_turns
+    n_turns = []
+
+    def watched(*arguments: Any) -> Iterator[BlockStatistics]:
+        n_turns.append(0)
+        for turn in in_turns(*arguments):
+            hessians = [weakref.ref(s.train) for s in turn.inputs]
+            box = [turn]
+            del turn
+            yield box.pop()
+            assert not [hessian for hessian in hessians if hessian() is not None]
+            n_turns[-1] += 1
+
+    monkeypatch.setattr(collect, "_in_turns", watched)
+    monkeypatch.setenv("QUANTKIT_MEMORY", "100kB")
+    go_on(run, "quantize")
+    assert min(n_turns) > 1
     record, wanted = run.dir.records()["quantize"], expected.dir.records()["quantize"]
     assert [o.sha256 for o in record.outputs] == [o.sha256 for o in wanted.outputs]
 
