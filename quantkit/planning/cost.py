@@ -102,14 +102,17 @@ def _inputs(base: GgufFile) -> list[StoredTensor]:
 
 
 def _hessian_bytes(tensor: StoredTensor) -> int:
-    """Train and held-out, of every expert."""
-    n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-    return 2 * 4 * n_experts * tensor.shape[-1] ** 2
+    """What the Hessians of a tensor's input take."""
+    from quantkit.statistics.turns import hessian_bytes  # needs torch
+
+    return hessian_bytes(tensor.shape[-1], tensor.shape[0] if len(tensor.shape) == 3 else 1)
 
 
 def _embedding_bytes(base: GgufFile) -> int:
     """Two matrices of what is looked up: all of the Hessians that lie on disk."""
-    return 2 * 4 * base.tensors["token_embd.weight"].shape[1] ** 2
+    from quantkit.statistics.turns import hessian_bytes  # needs torch
+
+    return hessian_bytes(base.tensors["token_embd.weight"].shape[1])
 
 
 def _experts_used(base: GgufFile) -> int:

@@ -96,15 +96,16 @@ def _count(tensors: Sequence[StoredTensor]) -> int:
 
 
 def stage_memory(
-    config: RunConfig, base: GgufFile, levels: LevelPlan, hessian_bytes: int, free: int
+    config: RunConfig, base: GgufFile, levels: LevelPlan, most_hessians: int, free: int
 ) -> dict[str, int]:
-    """Return the bytes by stage on a machine with `free` bytes of memory; `hessian_bytes` are those
+    """Return the bytes by stage on a machine with `free` bytes of memory; `most_hessians` are those
     of the block that has most.
     """
     # Here and below, what the stages themselves go by; they need torch.
     from quantkit.model.streaming import WHOLE_SHARE
     from quantkit.search.fitness import STATES_SHARE
     from quantkit.statistics.collect import ACTIVATIONS_SHARE, BATCH_TOKENS, HESSIANS_SHARE
+    from quantkit.statistics.turns import hessian_bytes
 
     shapes, profile = _Shapes.of(base), PROFILES[config.profile]
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
@@ -129,7 +130,7 @@ def stage_memory(
         + model(2, 0)
         + activations
         + max(
-            max(8 * shapes.widest**2, min(hessian_bytes, int(HESSIANS_SHARE * free)))
+            max(hessian_bytes(shapes.widest), min(most_hessians, int(HESSIANS_SHARE * free)))
             + max(batch, _solving(shapes, levels)),
             _vocabulary(shapes, levels),
         ),

@@ -12,7 +12,10 @@ from torch import nn
 from quantkit.statistics.experts import ExpertCollector, stacked_parameters
 from quantkit.statistics.hessian import HessianCollector, is_linear
 
-_TWO_PARTS = 2 * 4  # bytes of a number, in train and in heldout
+
+def hessian_bytes(n_columns: int, n_experts: int = 1) -> int:
+    """Return what the Hessians of an input take: train and held-out, of every expert."""
+    return 2 * 4 * n_experts * n_columns**2
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def most_bytes(block: nn.Module) -> int:
     widths = [(1, max(weight.shape)) for weight in linears]
     stacked = stacked_parameters(block, "").values()
     widths += [(len(weight), max(weight.shape[1:])) for weight in stacked]
-    return sum(_TWO_PARTS * n_experts * width**2 for n_experts, width in widths)
+    return sum(hessian_bytes(width, n_experts) for n_experts, width in widths)
 
 
 def share_out(linears: HessianCollector, experts: ExpertCollector, room: int) -> list[Turn]:
@@ -71,12 +74,12 @@ def share_out(linears: HessianCollector, experts: ExpertCollector, room: int) ->
             left = room
 
     for group, width in linears.widths.items():
-        n_bytes = _TWO_PARTS * width**2
+        n_bytes = hessian_bytes(width)
         make_room(n_bytes)
         turns[-1][0].add(group)
         left -= n_bytes
     for group, width in experts.widths.items():
-        n_bytes, first = _TWO_PARTS * width**2, 0
+        n_bytes, first = hessian_bytes(width), 0
         while first < experts.n_experts[group]:
             make_room(n_bytes)
             last = min(experts.n_experts[group], first + max(1, left // n_bytes))
