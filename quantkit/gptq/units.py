@@ -30,7 +30,12 @@ from quantkit.gptq.select import (
     solve_tensor,
 )
 from quantkit.model.row_maps import RowMap
-from quantkit.statistics.inputs import BlockStatistics, ExpertStatistics, InputDiagonal
+from quantkit.statistics.inputs import (
+    BlockStatistics,
+    ExpertStatistics,
+    InputDiagonal,
+    InputStatistics,
+)
 from quantkit.statistics.sensitivity import Sensitivity
 from quantkit.statistics.stored import Gradients, sensitivity_of
 from quantkit.tensors import Fallback
@@ -77,19 +82,18 @@ class Unit:
 
     def add(self, statistics: BlockStatistics) -> None:
         """Solve the tensors whose inputs these are; of stacked weights, the experts."""
-        tensors = [t for m in statistics.modules for t in self._work.of_module.get(m, ())]
-        modules = modules_of(tensors, self._work.maps)
-        of_experts = {m for experts in statistics.experts for m in experts.modules}
-        self.solve([t for t in tensors if modules[t] not in of_experts], statistics)
+        self.solve([t for inputs in statistics.inputs for t in self._readers(inputs)], statistics)
         for experts in statistics.experts:
-            theirs = [t for t in tensors if modules[t] in experts.modules]
-            if theirs:
+            if theirs := self._readers(experts):
                 self._solve_experts(theirs, experts)
         diagonals = statistics.diagonals()
         for name, map_ in self._work.maps.items():
             if (known := diagonals.get(map_.module)) is not None:
                 values = map_.in_file_order(known.diagonal)
                 self._diagonals.setdefault(name, []).append(InputDiagonal(values, known.n_tokens))
+
+    def _readers(self, known: InputStatistics | ExpertStatistics) -> list[str]:
+        return [t for module in known.modules for t in self._work.of_module.get(module, ())]
 
     def solve(self, tensors: Sequence[str], statistics: BlockStatistics | None) -> None:
         """Solve whole tensors; where there are no statistics, by rounding alone."""

@@ -83,7 +83,8 @@ def _embedded(model: BlockwiseModel, batches: Sequence[Batch], spill: Path) -> S
     if first.nbytes * len(batches) > ACTIVATIONS_SHARE * free_memory(kind):
         kind = "cpu"
     states = States(spill, int(ACTIVATIONS_SHARE * free_memory(kind)), kind)
-    for i, (_, ids) in enumerate(batches):
+    states.put(0, first, {})
+    for i, (_, ids) in enumerate(batches[1:], 1):
         states.put(i, model.trace(ids)[0], {})
     return states
 

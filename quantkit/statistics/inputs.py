@@ -87,11 +87,6 @@ class BlockStatistics:
         """Take the collectors' Hessians, `train` and `heldout`; their sums are used up."""
         return cls(_inputs(**collectors), _experts(**experts) if experts else ())
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The modules whose inputs are known."""
-        return tuple(m for found in (self.inputs, self.experts) for s in found for m in s.modules)
-
     def diagonals(self) -> dict[str, InputDiagonal]:
         """Return the importances by module."""
         return {

@@ -156,12 +156,13 @@ def test_statistics_of_a_block() -> None:
     parts = {"train": [torch.randn(2, 5, 24)], "heldout": [torch.randn(1, 4, 24)]}
     found = BlockStatistics.of({part: collect(module, xs) for part, xs in parts.items()})
     assert [s.modules for s in found.inputs] == [("q", "k", "v"), ("o",), ("late",)]
-    assert found.modules == ("q", "k", "v", "o", "late") and not found.experts
+    modules = tuple(module for inputs in found.inputs for module in inputs.modules)
+    assert modules == ("q", "k", "v", "o", "late") and not found.experts
     for part, (x,) in parts.items():
         rows = x.reshape(-1, 24)
         assert torch.allclose(getattr(found.inputs[0], part), rows.T @ rows / len(rows), atol=1e-6)
     diagonals = found.diagonals()
-    assert set(diagonals) == set(found.modules)
+    assert set(diagonals) == set(modules)
     assert np.array_equal(diagonals["k"].diagonal, found.inputs[0].train.diagonal())
     assert diagonals["k"].n_tokens == 10 == found.inputs[0].n_train
 
