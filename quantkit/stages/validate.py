@@ -52,6 +52,7 @@ from quantkit.run.check import Check, load_checks
 from quantkit.run.folder import read_json
 from quantkit.run.outputs import Output, load_outputs
 from quantkit.run.provenance import code_version
+from quantkit.run.recipe import Recipe
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sandbox.untrusted import build, typed
 from quantkit.sources.snapshot import load_snapshot
@@ -361,7 +362,7 @@ def _output(run: Run, output: Output, row: Row, checks: _Checks, not_asked: str)
     limit_bytes = output.budget.limit_bytes
     found = run.artifacts.answer(limit_bytes)
     tuned = read_json(run.artifacts.tuning)["budgets"].get(str(limit_bytes))
-    recipe = read_json(run.artifacts.stitched / output.recipe)
+    recipe = Recipe.load(run.artifacts.stitched / output.recipe)
     tensors = GgufFile(path).tensors
     trace = found / "trace.jsonl"
     lines = trace.read_text("utf-8").splitlines() if trace.exists() else []  # nothing was searched
@@ -375,11 +376,11 @@ def _output(run: Run, output: Output, row: Row, checks: _Checks, not_asked: str)
         tensors={
             name: Tensor(
                 qtype=str(tensors[name].qtype),
-                method=row["method"],
+                method=stored.method,
                 n_elements=math.prod(tensors[name].shape),
                 n_bytes=tensors[name].n_bytes,
             )
-            for name, row in recipe["tensors"].items()
+            for name, stored in recipe.tensors.items()
         },
         zero_shot={"status": "not run", "reason": not_asked} if not_asked else {"status": "done"},
         generation=checks.generation,
