@@ -92,6 +92,7 @@ FLOOR_PLAN = (
     "tensors",
     "files",
     "machine",
+    "ranks",
     "config",
     "run",
     "checkpoint",

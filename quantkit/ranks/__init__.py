@@ -1,0 +1,1 @@
+"""The processes of a run, one a device, under `torch.distributed`: rank 0 drives, others serve."""
