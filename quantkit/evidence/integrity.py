@@ -88,7 +88,7 @@ def same_frame(file: GgufFile, base: GgufFile) -> Check:
     shapes = [[(t.name, t.shape) for t in f.tensors.values()] for f in (file, base)]
     if shapes[0] != shapes[1]:
         return Check(name, False, "the tensors differ from the base's")
-    ours, theirs = file.metadata, base.metadata
+    ours, theirs = file.fields, base.fields
     wrong = [
         key
         for key in sorted({*ours, *theirs})

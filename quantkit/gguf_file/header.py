@@ -18,45 +18,24 @@ import gguf
 from gguf import GGUFValueType
 
 from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.fields import LENGTH, SCALARS, Field, pass_texts
 
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
-# Far above what any model has; with them the largest header takes a second and some 100 MB.
+# Far above what any model has; with them the largest header takes seconds and some 100 MB.
 _MOST_TENSORS = _MOST_KEYS = 65_536
 _MOST_ITEMS = 8_000_000  # of all arrays together; a vocabulary of 262k has a million
 _MOST_BYTES = 256 * 2**20
+_WINDOW, _PER_TEXT = 2**18, 64  # bytes that are looked at for texts at once, at most and for each
 _MOST_NAME = 256
 _MOST_DIMENSIONS = 4
 _ALIGNMENTS = tuple(2**i for i in range(3, 17))
 _LEAST_KEY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes
-_SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-}
 _TYPES = {int(number): QuantType.of(number) for number in gguf.GGML_QUANT_SIZES}
 
 
 class Broken(ValueError):
     """A file is broken: a clause says how."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """One metadata pair; `item` is the kind of an array's items."""
-
-    name: str
-    kind: GGUFValueType
-    item: GGUFValueType | None
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -172,29 +151,37 @@ class _Cursor:
     def _field(self) -> Field:
         name, kind = self._name(), self._kind()
         if kind != GGUFValueType.ARRAY:
-            return Field(name, kind, None, self._value(kind))
+            return Field(name, kind, self._values(kind, 1))
         item, n = self._kind(), self._scalar("Q")
         if item == GGUFValueType.ARRAY:
             raise Broken(f"{shown(name)} is an array of arrays")
         self._n_items += n
-        least = 8 if item == GGUFValueType.STRING else struct.calcsize(_SCALARS[item])
-        self._check_count(n, least, _MOST_ITEMS, f"items in {shown(name)}")
+        self._check_count(n, _least(item), _MOST_ITEMS, f"items in {shown(name)}")
         if self._n_items > _MOST_ITEMS:
             raise Broken(f"its arrays have more than {_MOST_ITEMS:,} items")
-        if item == GGUFValueType.STRING:
-            return Field(name, kind, item, [self._value(item) for _ in range(n)])
-        at = self._take(n * least)
-        return Field(
-            name, kind, item, list(struct.unpack_from(f"<{n}{_SCALARS[item]}", self._data, at))
-        )
+        return Field(name, kind, self._values(item, n), item, n)
 
-    def _value(self, kind: GGUFValueType) -> Any:
+    def _values(self, kind: GGUFValueType, n: int) -> bytes:
+        """The bytes of `n` values, gone past."""
+        begin = self._at
         if kind != GGUFValueType.STRING:
-            return self._scalar(_SCALARS[kind])
+            self._take(n * _least(kind))
+            return self._data[begin : self._at]
         try:
-            return self._bytes().decode("utf-8")
+            self._pass_texts(n)
         except UnicodeDecodeError as error:
             raise Broken("a text in it is not UTF-8") from error
+        return self._data[begin : self._at]
+
+    def _pass_texts(self, n: int) -> None:
+        while n > 0:
+            window = self._data[self._at : self._at + min(_WINDOW, n * _PER_TEXT)]
+            n_passed, n_bytes = pass_texts(window, n)
+            self._take(n_bytes)
+            if not n_passed:  # the next one may be larger than a window
+                self._bytes().decode("utf-8")
+                n_passed = 1
+            n -= n_passed
 
     def _tensor(self) -> tuple[str, tuple[int, ...], QuantType, int]:
         name, n_dimensions = self._name(), self._scalar("I")
@@ -210,6 +197,11 @@ class _Cursor:
         if not qtype.fits(shape[-1]):
             raise Broken(f"rows of {shape[-1]:,} of {shown(name)} are no whole blocks of {qtype}")
         return name, shape, qtype, offset
+
+
+def _least(kind: GGUFValueType) -> int:
+    """The bytes that a value takes at least."""
+    return LENGTH.size if kind == GGUFValueType.STRING else struct.calcsize(SCALARS[kind])
 
 
 def _alignment(fields: Mapping[str, Field]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.ggml import native
+from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.header import Broken, StoredTensor, read_header, shown
 
 __all__ = ["GgufFile", "StoredTensor"]
@@ -52,10 +53,10 @@ class GgufFile:
         """Return a tensor's values as llama.cpp reads them: float32 (n_rows, n_columns)."""
         return native.dequantize(self.packed(name), self.tensors[name].qtype)
 
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """All key-value pairs, decoded."""
-        return {name: field.value for name, field in self.fields.items()}
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """All key-value pairs, each decoded when it is asked for."""
+        return _Values(self.fields)
 
     @property
     def context_length(self) -> int:
@@ -71,3 +72,17 @@ class GgufFile:
     @property
     def n_elements(self) -> int:
         return sum(math.prod(t.shape) for t in self.tensors.values())
+
+
+class _Values(Mapping[str, Any]):
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        self._fields = fields
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fields[name].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)

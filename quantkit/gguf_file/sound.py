@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from quantkit.errors import QuantkitError
-from quantkit.gguf_file.header import Field, shown
+from quantkit.gguf_file.fields import Field
+from quantkit.gguf_file.header import shown
 from quantkit.gguf_file.read import GgufFile
 
 _MOST_EXPERTS = 65_536
@@ -80,18 +81,19 @@ def _wrong_counts(file: GgufFile, settings: Mapping[str, Field]) -> Iterator[str
 
 
 def _wrong_tokens(file: GgufFile) -> Iterator[str]:
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
+    tokens = file.fields.get("tokenizer.ggml.tokens")
+    if tokens is None or tokens.item is None:
         return
+    n = tokens.n_items
     none = 2**32 - 1  # what says that there is no such token
     for name, field in file.fields.items():
         if name.startswith("tokenizer.ggml.") and name.endswith("_token_id"):
-            known = isinstance(field.value, int) and 0 <= field.value < len(tokens)
+            known = isinstance(field.value, int) and 0 <= field.value < n
             if not known and field.value != none:
-                yield f"{shown(name)} is none of its {len(tokens):,} tokens"
+                yield f"{shown(name)} is none of its {n:,} tokens"
     embedding = file.tensors.get(_EMBEDDING)
-    if embedding is not None and embedding.shape[0] < len(tokens):
-        yield f"it has {len(tokens):,} tokens and {embedding.shape[0]:,} embeddings"
+    if embedding is not None and embedding.shape[0] < n:
+        yield f"it has {n:,} tokens and {embedding.shape[0]:,} embeddings"
 
 
 def _number(fields: Mapping[str, Field], name: str) -> int | None:

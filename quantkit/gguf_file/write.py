@@ -8,36 +8,19 @@ first, then filled in any order; a run that was killed goes on filling.
 from __future__ import annotations
 
 import os
-import tempfile
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGUF_VERSION, GGUFWriter
 
 from quantkit.files import PARTIAL
 from quantkit.ggml import native
 from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.fields import Field, packed_text
 from quantkit.gguf_file.read import GgufFile
-
-
-@dataclass(frozen=True)
-class KeyValue:
-    """One metadata pair to add, or to put in the place of the base's."""
-
-    key: str
-    value: int | float | str | bool | Sequence[str]
-    kind: GGUFValueType
-
-    @classmethod
-    def string(cls, key: str, value: str) -> KeyValue:
-        return cls(key, value, GGUFValueType.STRING)
-
-    @classmethod
-    def uint32(cls, key: str, value: int) -> KeyValue:
-        return cls(key, value, GGUFValueType.UINT32)
 
 
 @dataclass(frozen=True)
@@ -53,48 +36,31 @@ class Layout:
     n_bytes: int
 
 
-def lay_out(
-    base: GgufFile, types: Mapping[str, QuantType], key_values: Sequence[KeyValue] = ()
-) -> Layout:
+def lay_out(base: GgufFile, types: Mapping[str, QuantType], fields: Sequence[Field] = ()) -> Layout:
     """Lay out a file with the tensors of `base` in its order; those named in `types` have that
     type, the rest the base's.
 
-    The metadata of `base` is carried whole; `key_values` replace or follow it.
+    The metadata of `base` is carried whole, as it is stored; `fields` replace or follow it. The
+    bytes are those that gguf-py's `GGUFWriter` writes.
     """
-    replaced = {kv.key: kv for kv in key_values}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header.gguf"
-        writer = GGUFWriter(path, arch="")
-        writer.kv_data[0].clear()
-        writer.data_alignment = base.alignment
-        for field in base.fields.values():
-            new = replaced.pop(field.name, None)
-            if new is not None:
-                writer.add_key_value(new.key, new.value, new.kind)
-            else:
-                writer.add_key_value(field.name, field.value, field.kind, field.item)
-        for new in replaced.values():
-            writer.add_key_value(new.key, new.value, new.kind)
-        kept = {name: types.get(name, tensor.qtype) for name, tensor in base.tensors.items()}
-        sizes = {name: kept[name].n_bytes(tensor.shape) for name, tensor in base.tensors.items()}
-        counted_in_weights = np.dtype(np.float32)  # uint8 would mean that shapes count bytes
-        for name, tensor in base.tensors.items():
-            writer.add_tensor_info(
-                name, tensor.shape, counted_in_weights, sizes[name], raw_dtype=kept[name].ggml
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        header = path.read_bytes()
-    alignment = writer.data_alignment
-    at = gguf.GGUFWriter.ggml_pad(len(header), alignment)
-    header += bytes(at - len(header))
-    offsets = {}
+    metadata = {**base.fields, **{field.name: field for field in fields}}
+    kept = {name: types.get(name, tensor.qtype) for name, tensor in base.tensors.items()}
+    sizes = {name: kept[name].n_bytes(tensor.shape) for name, tensor in base.tensors.items()}
+    places, end = {}, 0  # from the first tensor on
     for name, n_bytes in sizes.items():
-        offsets[name] = at
-        at += gguf.GGUFWriter.ggml_pad(n_bytes, alignment)
-    return Layout(header, offsets, sizes, kept, at)
+        places[name] = end
+        end += slot_bytes(base, n_bytes)
+    parts = [struct.pack("<4sIQQ", b"GGUF", GGUF_VERSION, len(sizes), len(metadata))]
+    parts += [field.packed() for field in metadata.values()]
+    for name, tensor in base.tensors.items():
+        shape, n = tensor.shape[::-1], len(tensor.shape)
+        parts.append(packed_text(name))
+        parts.append(struct.pack(f"<I{n}QIQ", n, *shape, kept[name].ggml, places[name]))
+    header = b"".join(parts)
+    begin = slot_bytes(base, len(header))
+    header += bytes(begin - len(header))
+    offsets = {name: begin + at for name, at in places.items()}
+    return Layout(header, offsets, sizes, kept, begin + end)
 
 
 def slot_bytes(base: GgufFile, n_bytes: int) -> int:

@@ -16,9 +16,10 @@ from quantkit.files import PARTIAL, write_json
 from quantkit.ggml import native
 from quantkit.ggml.types import FILE_TYPES, QuantType, file_label
 from quantkit.gguf_file.base import load_base, load_specs
+from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.imatrix import write_imatrix
 from quantkit.gguf_file.read import GgufFile
-from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
+from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.gptq.donors import open_donors
 from quantkit.gptq.errors import Errors
 from quantkit.gptq.units import Unit, Work
@@ -138,8 +139,8 @@ def _write_imatrix(run: Run) -> None:
 
 
 def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType, again: bool) -> SlotFile:
-    key_values = [
-        KeyValue.uint32("general.file_type", FILE_TYPES[file_label(level)]),
-        KeyValue.uint32("general.quantization_version", 2),
+    fields = [
+        Field.uint32("general.file_type", FILE_TYPES[file_label(level)]),
+        Field.uint32("general.quantization_version", 2),
     ]
-    return SlotFile(path, lay_out(base, plan.uniform(level), key_values), reopen=again)
+    return SlotFile(path, lay_out(base, plan.uniform(level), fields), reopen=again)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from quantkit import __version__
 from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
-from quantkit.gguf_file.write import KeyValue, Layout, lay_out
+from quantkit.gguf_file.write import Layout, lay_out
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_bytes
 from quantkit.run.folder import RunDir, read_json
 from quantkit.run.recipe import Provenance
@@ -31,17 +32,17 @@ def lay_out_output(
     base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance, label: str
 ) -> Layout:
     """Lay out the output: base.gguf's metadata whole, a new file type, and the provenance."""
-    key_values = [
-        KeyValue.uint32("general.file_type", FILE_TYPES[label]),
-        KeyValue.uint32("general.quantization_version", 2),
-        KeyValue.string("quantize.imatrix.file", "imatrix.gguf"),
-        KeyValue.string("quantize.imatrix.dataset", ", ".join(provenance.datasets)),
-        KeyValue.uint32("quantize.imatrix.entries_count", provenance.n_imatrix_entries),
-        KeyValue.uint32("quantize.imatrix.chunks_count", provenance.n_imatrix_chunks),
-        KeyValue.string("quantkit.version", __version__),
-        KeyValue.string("quantkit.base.revision", provenance.revision),
+    fields = [
+        Field.uint32("general.file_type", FILE_TYPES[label]),
+        Field.uint32("general.quantization_version", 2),
+        Field.string("quantize.imatrix.file", "imatrix.gguf"),
+        Field.string("quantize.imatrix.dataset", ", ".join(provenance.datasets)),
+        Field.uint32("quantize.imatrix.entries_count", provenance.n_imatrix_entries),
+        Field.uint32("quantize.imatrix.chunks_count", provenance.n_imatrix_chunks),
+        Field.string("quantkit.version", __version__),
+        Field.string("quantkit.base.revision", provenance.revision),
     ]
-    return lay_out(base, types, key_values)
+    return lay_out(base, types, fields)
 
 
 def nearest_label(base: GgufFile, n_bytes: int, types: Iterable[QuantType] = ()) -> str:

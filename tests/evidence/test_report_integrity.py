@@ -21,8 +21,9 @@ from quantkit.evidence.baselines import (
 )
 from quantkit.ggml import native
 from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
-from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
+from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
 
 
@@ -40,11 +41,11 @@ def stock(base: GgufFile, folder: Path, label: str) -> GgufFile:
     return GgufFile(path)
 
 
-def stitched(base: GgufFile, path: Path, *changes: KeyValue, damage: str = "") -> GgufFile:
+def stitched(base: GgufFile, path: Path, *changes: Field, damage: str = "") -> GgufFile:
     """Base with attention in Q4_K; `damage` names a tensor that gets other bytes."""
     q4 = QuantType("Q4_K")
     types = {name: q4 for name in base.tensors if "attn_q" in name}
-    layout = lay_out(base, types, [KeyValue.uint32("general.file_type", 15), *changes])
+    layout = lay_out(base, types, [Field.uint32("general.file_type", 15), *changes])
     file = SlotFile(path, layout)
     for name in base.tensors:
         packed = base.packed(name)
@@ -85,7 +86,7 @@ def test_a_decoder_that_is_off_by_a_bit_is_found(
 
 
 def test_a_file_with_the_bases_frame(base: GgufFile, tmp_path: Path) -> None:
-    declared = KeyValue.string("quantkit.version", "1")
+    declared = Field.string("quantkit.version", "1")
     check = integrity.same_frame(stitched(base, tmp_path / "a.gguf", declared), base)
     assert check.passed, check.about
     assert "3 keys differ" in check.about
@@ -94,14 +95,14 @@ def test_a_file_with_the_bases_frame(base: GgufFile, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "damage", "said"),
     [
-        (KeyValue.string("test.string", "x"), "", "test.string"),
-        (KeyValue.string("tokenizer.chat_template", "{{ x }}"), "", "tokenizer.chat_template"),
-        (KeyValue.uint32("tokenizer.ggml.bos_token_id", 5), "", "bos_token_id"),
+        (Field.string("test.string", "x"), "", "test.string"),
+        (Field.string("tokenizer.chat_template", "{{ x }}"), "", "tokenizer.chat_template"),
+        (Field.uint32("tokenizer.ggml.bos_token_id", 5), "", "bos_token_id"),
         (None, "blk.1.ffn_up.weight", "blk.1.ffn_up.weight differ"),
     ],
 )
 def test_what_is_not_the_bases_is_named(
-    base: GgufFile, tmp_path: Path, change: KeyValue | None, damage: str, said: str
+    base: GgufFile, tmp_path: Path, change: Field | None, damage: str, said: str
 ) -> None:
     file = stitched(base, tmp_path / "a.gguf", *([change] if change else []), damage=damage)
     check = integrity.same_frame(file, base)

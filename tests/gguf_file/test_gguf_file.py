@@ -17,9 +17,10 @@ from tiny_gguf import Shape, write_llama
 from quantkit.errors import QuantkitError
 from quantkit.ggml import native
 from quantkit.ggml.types import BF16, F16, F32, QUANTIZED, QuantType
+from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.imatrix import read_imatrix, write_imatrix
 from quantkit.gguf_file.read import GgufFile
-from quantkit.gguf_file.write import KeyValue, SlotFile, data_bytes, lay_out, slot_bytes
+from quantkit.gguf_file.write import SlotFile, data_bytes, lay_out, slot_bytes
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
 
 # ggml builds tables for the others first, which takes seconds.
@@ -36,7 +37,7 @@ def base(base_path: Path) -> GgufFile:
     return GgufFile(base_path)
 
 
-def fill(path: Path, base: GgufFile, types: dict[str, QuantType], *key_values: KeyValue) -> Path:
+def fill(path: Path, base: GgufFile, types: dict[str, QuantType], *key_values: Field) -> Path:
     """A whole file of these types through SlotFile; what is not named is copied."""
     layout = lay_out(base, types, key_values)
     file = SlotFile(path, layout)
@@ -124,20 +125,20 @@ def test_llama_cpp_reads_the_stitched_file(label: str, base: GgufFile, tmp_path:
 def test_metadata_is_carried_whole(base: GgufFile, tmp_path: Path) -> None:
     """Every type of value that GGUF knows, arrays of strings, numbers and booleans among them."""
     added = (
-        KeyValue.uint32("general.file_type", 15),
-        KeyValue.string("quantkit.note", "zwei Wörter"),
-        KeyValue("quantkit.large", 2**40, GGUFValueType.UINT64),
-        KeyValue("quantkit.list", ["a", "b"], GGUFValueType.ARRAY),
+        Field.uint32("general.file_type", 15),
+        Field.string("quantkit.note", "zwei Wörter"),
+        Field("quantkit.large", GGUFValueType.UINT64, struct.pack("<Q", 2**40)),
+        Field.strings("quantkit.list", ["a", "b"]),
     )
     path = fill(tmp_path / "out.gguf", base, {}, *added)
     before, after = metadata_bytes(base.path), metadata_bytes(path)
-    names = {kv.key for kv in added}
+    names = {field.name for field in added}
     assert {k: v for k, v in after.items() if k not in names} == {
         k: v for k, v in before.items() if k not in names
     }
     assert list(after)[: len(before)] == list(before), "replaced in place, the rest follows"
     values = GgufFile(path).metadata
-    assert {kv.key: values[kv.key] for kv in added} == {kv.key: kv.value for kv in added}
+    assert {f.name: values[f.name] for f in added} == {f.name: f.value for f in added}
     assert base.metadata["general.file_type"] == 32
 
 
@@ -195,7 +196,7 @@ def test_a_partial_file_of_another_layout_is_not_gone_on_with(
     elif damage == "other types":
         SlotFile(path, lay_out(base, {"token_embd.weight": F16})).close()  # of the same size
     else:
-        SlotFile(path, lay_out(base, {}, [KeyValue.uint32("general.file_type", 7)])).close()
+        SlotFile(path, lay_out(base, {}, [Field.uint32("general.file_type", 7)])).close()
     file = SlotFile(path, layout)
     assert not file.resumed
     for name in base.tensors:
@@ -296,6 +297,55 @@ def test_truncated_anywhere(
     path = tmp_path_factory.mktemp("cut") / "cut.gguf"
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(QuantkitError, match="cut.gguf"):
+        GgufFile(path)
+
+
+ODD = st.sampled_from(
+    [b"", b"\0", bytes(8), b"x" * 255, b"x" * 256, b"y" * 70_000, "ä".encode(), b"\1\0\0\0\0\0\0\0"]
+)
+SOME_TEXT = st.one_of(ODD, st.text(max_size=12).map(str.encode))
+
+
+def with_texts(texts: list[bytes], n: int | None = None) -> bytes:
+    """A GGUF of an array of texts, which it says are `n`, and a number behind them."""
+    array = struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, n or len(texts))
+    array = text(b"texts") + array + b"".join(map(text, texts))
+    number = text(b"number") + struct.pack("<II", GGUFValueType.UINT32, 7)
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + array + number
+
+
+@examples(20)
+@given(odd=st.dictionaries(st.integers(0, 3000), SOME_TEXT, max_size=40), n=st.integers(1, 3000))
+def test_texts_of_any_kind_among_many(
+    odd: dict[int, bytes], n: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """However they are gone past, the array is all of them, and what follows is found."""
+    texts = [odd.get(i, b"token %d" % (i * i)) for i in range(n)]
+    path = tmp_path_factory.mktemp("texts") / "texts.gguf"
+    path.write_bytes(with_texts(texts))
+    file = GgufFile(path)
+    assert dict(file.metadata) == {"texts": [t.decode() for t in texts], "number": 7}
+    assert file.fields["texts"].stored == b"".join(map(text, texts))
+    assert lay_out(file, {}).header.rstrip(b"\0") == path.read_bytes().rstrip(b"\0")
+
+
+@pytest.mark.parametrize("at", [0, 1, 2000, 39_998, 39_999])
+@pytest.mark.parametrize("wrong", [b"\xff", b"a\xc3", b"\xa9b", b"\xed\xa0\x80", b"\xc3" * 300])
+def test_texts_are_utf_8(wrong: bytes, at: int, tmp_path: Path) -> None:
+    """A letter that ends in the next text is none."""
+    path = tmp_path / "broken.gguf"
+    texts = [b"token %d" % i for i in range(40_000)]
+    path.write_bytes(with_texts([*texts[:at], wrong, *texts[at + 1 :]]))
+    with pytest.raises(QuantkitError, match="UTF-8"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("n_more", [1, 2**20])
+def test_fewer_texts_than_an_array_says(n_more: int, tmp_path: Path) -> None:
+    texts = [b"token %d" % i for i in range(40_000)]
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(with_texts(texts, len(texts) + n_more) + bytes(9 * n_more))
+    with pytest.raises(QuantkitError, match="not a whole GGUF"):
         GgufFile(path)
 
 

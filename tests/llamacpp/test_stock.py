@@ -17,8 +17,9 @@ from tiny_gguf import Shape, write_llama
 
 from quantkit.errors import QuantkitError
 from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
-from quantkit.gguf_file.write import KeyValue, SlotFile, lay_out
+from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.llamacpp.output import nearest_label
 from quantkit.llamacpp.stock import (
@@ -141,7 +142,7 @@ def test_a_stitched_file_without_gptq_is_llama_cpps_own(
     theirs = tmp_path / "theirs.gguf"
     make_stock(base.path, theirs, StockRecipe("Q4_K_M"), importances, types)
     path = tmp_path / "ours.gguf"
-    layout = lay_out(base, types, [KeyValue.uint32("general.file_type", FILE_TYPES["Q4_K_M"])])
+    layout = lay_out(base, types, [Field.uint32("general.file_type", FILE_TYPES["Q4_K_M"])])
     file = SlotFile(path, layout)
     for name in base.tensors:
         if name not in types:

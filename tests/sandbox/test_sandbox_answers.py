@@ -267,7 +267,6 @@ def test_what_the_converter_wrote_is_a_strangers(
         base.fields[name] = SimpleNamespace(value=value)  # type: ignore[index]
         with pytest.raises(QuantkitError, match="no whole number"):
             plan.specs_of(base)
-        base.metadata[name] = value
         if "context" in name:
             with pytest.raises(QuantkitError, match="which context length"):
                 base.context_length  # noqa: B018
