@@ -23,12 +23,14 @@ from quantkit.config.targets import FAMILY, BitsPerWeight, FileSize, FitsMemory,
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.machine import faults
 from quantkit.planning import compare_options
+from quantkit.ranks import join, launch
 from quantkit.run import terminal
 from quantkit.run.artifacts import NAMES
 from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
 from quantkit.run.terminal import Printer
 from quantkit.sandbox import secrets
+from quantkit.stages import STAGES
 from quantkit.tensors import METHODS, to_json
 
 
@@ -39,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.settle_streams()
     try:
         if argv is None:  # a program of its own, not a call
+            launch.leave_secrets()
             secrets.hide()
-        arguments = _parser().parse_args(_readable(sys.argv[1:] if argv is None else argv))
+        words = _readable(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(words)
+        arguments.words = words
     except QuantkitError as error:
         return terminal.failed(error)
     folder = getattr(arguments, "out", None) or getattr(arguments, "folder", None)
@@ -308,14 +313,14 @@ def _given_file(option: str, name: str) -> str:
 
 def _run(arguments: argparse.Namespace) -> object:
     check_writable_name(str(arguments.out.absolute()))
-    return _execute(_config(arguments), arguments.out)
+    return _execute(_config(arguments), arguments.out, arguments.words)
 
 
 def _resume(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
     config = pipeline.load_config(pipeline.open_run(arguments.folder))
-    return _execute(_measured_on(config, arguments), arguments.folder)
+    return _execute(_measured_on(config, arguments), arguments.folder, arguments.words)
 
 
 def _measured_on(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
@@ -345,11 +350,20 @@ def _one(option: str, asked: Sequence[str]) -> str | None:
     return files[0] if files else None
 
 
-def _execute(config: RunConfig, folder: Path) -> object:
+def _execute(config: RunConfig, folder: Path, words: Sequence[str]) -> object:
+    """Run as many processes as there are GPUs, or be one of those that were started."""
     from quantkit import pipeline
 
-    shown = Printer()
-    records = pipeline.run(config, folder, shown)
+    if not join.is_launched() and (n := launch.n_gpus(config.device)) > 1:
+        told = {name: value for name in secrets.HUB if (value := secrets.get(name)) is not None}
+        raise SystemExit(launch.launch(n, words, told))
+    with join.joined(config.device) as ranks:
+        if ranks.rank:
+            tasks = {name: task for stage in STAGES for name, task in stage.tasks.items()}
+            join.serve(
+                ranks, tasks, lambda error: faults.explain(error) or terminal.bug(error, None)
+            )
+        records = pipeline.run(config, folder, Printer(), ranks=ranks)
     report_path = RunDir(folder).artifacts.report.with_suffix(".md")
     with suppress(OSError):
         print(printable(report_path.read_text("utf-8")), file=sys.stderr)

@@ -20,6 +20,8 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import PARTIAL, write_json
 from quantkit.machine import faults, room
+from quantkit.ranks.group import ALONE, Ranks
+from quantkit.run import terminal
 from quantkit.run.artifacts import NAMES
 from quantkit.run.events import Event, EventLog, outcome, read_events
 from quantkit.run.folder import Damaged, OutputFile, RunDir, StageRecord, fingerprint, read_json
@@ -33,9 +35,14 @@ _OF_RESULTS = {"validate", "publish"}  # stages that read the finished files
 
 
 def run(
-    config: RunConfig, folder: Path, echo: Echo | None = None, until: str = STAGES[-1].name
+    config: RunConfig,
+    folder: Path,
+    echo: Echo | None = None,
+    until: str = STAGES[-1].name,
+    ranks: Ranks = ALONE,
 ) -> dict[str, StageRecord]:
-    """Run the stages of `config` in `folder` up to `until`, or what is left of them.
+    """Run the stages of `config` in `folder` up to `until`, or what is left of them, as rank 0 of
+    `ranks`.
 
     Returns the records of all finished stages. Raises QuantkitError; whatever was finished by then
     stays and is taken up by the next call.
@@ -44,7 +51,7 @@ def run(
     with directory.lock():
         _settle_config(directory, config)
         events = EventLog(directory.events_path, echo)
-        with _failures_told(events, folder) as at:
+        with _failures_told(events, folder, ranks) as at:
             before = last_end(directory)
             events.emit(None, "started", f"{config.model}, {config.sizes}", kills=room.kills())
             if before:
@@ -53,7 +60,7 @@ def run(
                 hub.check_write(config.publish, hub.resolve_token(), config.private)
             for stage in _to_do(directory, config, events, until):
                 at.stage, at.needs = stage.name, _needs(stage, config, directory)
-                _execute(stage, config, directory, events, at.needs)
+                _execute(stage, Run(config, directory, events, ranks), at.needs)
             at.stage, at.needs = None, 0
             events.emit(None, "finished", "all stages are done")
             return directory.records()
@@ -85,7 +92,7 @@ def _needs(stage: Stage, config: RunConfig, directory: RunDir) -> int:
 
 
 @contextmanager
-def _failures_told(events: EventLog, folder: Path) -> Iterator[_Progress]:
+def _failures_told(events: EventLog, folder: Path, ranks: Ranks) -> Iterator[_Progress]:
     """Whatever goes wrong becomes the last event, if there is room for one."""
     at = _Progress()
     before = threading.excepthook
@@ -97,9 +104,15 @@ def _failures_told(events: EventLog, folder: Path) -> Iterator[_Progress]:
             _tell(events, at, told or QuantkitError("There is too little memory."))
         before(about)
 
+    def lost(error: QuantkitError) -> None:
+        """Say why this process is ended: another one has, and the main thread waits for it."""
+        _tell(events, at, error)
+        terminal.failed(error)
+
     threading.excepthook = died
     try:
-        yield at
+        with ranks.ending(lost):
+            yield at
     except KeyboardInterrupt:
         _tell(events, at, QuantkitError("Interrupted.", "Run the same command again."))
         raise
@@ -320,10 +333,8 @@ def _check_outputs(directory: RunDir) -> None:
             )
 
 
-def _execute(
-    stage: Stage, config: RunConfig, directory: RunDir, events: EventLog, needs: int
-) -> None:
-    name = stage.name
+def _execute(stage: Stage, run: Run, needs: int) -> None:
+    name, directory, events = stage.name, run.dir, run.events
     events.emit(name, "started")
     begun = time.monotonic()
     little = faults.little_memory(needs, name)
@@ -333,8 +344,8 @@ def _execute(
         _check_outputs(directory)
     folder = directory.stage_dir(name)
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = stage_inputs(stage, config, directory)
-    result = stage.execute(Run(config, directory, events))
+    inputs = stage_inputs(stage, run.config, directory)
+    result = stage.execute(run)
     record = StageRecord(
         name,
         inputs,

@@ -63,7 +63,7 @@ class Ranks:
     @contextmanager
     def task(self, name: str, payload: object = None) -> Iterator[None]:
         """Have all others enter the task of this name with `payload`, which is JSON, while rank 0
-        does its own share. Tasks are not nested.
+        does its own share.
         """
         if self.is_alone:
             yield
@@ -71,6 +71,21 @@ class Ranks:
         self.tell({"task": name, "payload": payload})
         yield
         self.gather(None)  # what another has failed in since its last collective is raised here
+
+    @contextmanager
+    def session(self, name: str, payload: object = None) -> Iterator[None]:
+        """Have all others enter the task of this name and `follow` in it, until the context ends:
+        for several tasks with one model, say.
+        """
+        with self.task(name, payload):
+            yield
+            self.tell(None)
+
+    def follow(self, tasks: Mapping[str, Callable[[Any], None]]) -> None:
+        """Do rank 0's tasks by their names, with their payloads, until its session ends."""
+        while (order := self.tell(None)) is not None:
+            tasks[order["task"]](order["payload"])
+            self.gather(None)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Put the sum over all ranks into each tensor, in place. All ranks give tensors of the same

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from quantkit.errors import QuantkitError
@@ -57,16 +58,17 @@ def serve(
     """Do rank 0's tasks by their names. It does not return: rank 0 ends this process, or a task has
     failed, which rank 0 is told as `explain` puts it.
     """
-    try:
-        while True:
-            order = ranks.tell(None)
-            tasks[order["task"]](ranks, order["payload"])
-            gc.collect()  # a model refers to itself in many places
-            if ranks.device != "cpu":
-                import torch
 
-                torch.cuda.empty_cache()
-            ranks.gather(None)
+    def clean(task: Task, payload: Any) -> None:
+        task(ranks, payload)
+        gc.collect()  # a model refers to itself in many places
+        if ranks.device != "cpu":
+            import torch
+
+            torch.cuda.empty_cache()
+
+    try:
+        ranks.follow({name: partial(clean, task) for name, task in tasks.items()})
     except Exception as error:
         ranks.fail(error if isinstance(error, QuantkitError) else explain(error))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from quantkit.config import PROFILES, Profile, RunConfig
+from quantkit.ranks.group import ALONE, Ranks
+from quantkit.ranks.join import Task
 from quantkit.run.artifacts import NAMES, Artifacts
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord
@@ -17,11 +19,14 @@ from quantkit.run.folder import RunDir, StageRecord
 
 @dataclass(frozen=True)
 class Run:
-    """The input of a stage: the config, the run's folder, and who listens to events."""
+    """The input of a stage: the config, the run's folder, who listens to events, and the processes
+    that share the work.
+    """
 
     config: RunConfig
     dir: RunDir
     events: EventLog
+    ranks: Ranks = ALONE
 
     @property
     def profile(self) -> Profile:
@@ -66,6 +71,13 @@ class Stage(ABC):
         """Do the work and return the finished files. Raise QuantkitError for what is refused; what
         was finished by then is taken up by the next attempt.
         """
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Return what the other ranks do for this stage: functions of their `Ranks` and of the
+        payload, by the name that `execute` gives `run.ranks.task`.
+        """
+        return {}
 
     def extra_inputs(self, config: RunConfig) -> dict[str, str]:
         """Return the hashes of the files that the config names, by what they are named for."""

@@ -97,6 +97,25 @@ def handed_on(values: Mapping[str, str]) -> Iterator[tuple[dict[str, str], tuple
         os.close(reading)
 
 
+@contextmanager
+def on_stdin(values: Mapping[str, str]) -> Iterator[None]:
+    """Hand secrets on through the standard input of this process, for a library that starts
+    children and takes no descriptors. The first child that calls `hide` has them: the others must
+    not have DESCRIPTOR in their environment by then.
+    """
+    before = os.dup(0)
+    reading = _pipe_with(values)
+    os.dup2(reading, 0)
+    os.close(reading)
+    os.environ[DESCRIPTOR] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[DESCRIPTOR]
+        os.dup2(before, 0)
+        os.close(before)
+
+
 def _receive() -> None:
     """What the parent, or this program before it started itself anew, has put into the pipe."""
     number = os.environ.pop(DESCRIPTOR, "")
@@ -107,6 +126,8 @@ def _receive() -> None:
             data = file.read(_MOST_BYTES + 1)
     except OSError:  # inherited by name alone
         return
+    if number == "0":
+        os.open(os.devnull, os.O_RDONLY)  # the lowest number that is free: the standard input
     for entry in data.decode("utf-8", "surrogateescape").split("\0"):
         name, equals, value = entry.partition("=")
         if equals:

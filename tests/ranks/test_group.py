@@ -70,6 +70,11 @@ def test_together(tmp_path: Path) -> None:
     assert not any(Path(own["scratch"]).exists() for own in found)
 
 
+def test_a_session(tmp_path: Path) -> None:
+    assert launched("several", 2, tmp_path).returncode == 0
+    assert [read_json(tmp_path / f"{rank}.json") for rank in range(2)] == [[3, 5]] * 2
+
+
 def test_an_error_in_its_own_words(tmp_path: Path) -> None:
     done = launched("fails", 2, tmp_path)
     assert done.returncode == 1

@@ -47,6 +47,24 @@ def together(ranks: Ranks, folder: str) -> None:
     write_json(Path(folder, f"{ranks.rank}.json"), own)
 
 
+def several(ranks: Ranks, folder: str) -> None:
+    """Two tasks of one session, which know what it began with."""
+    own: list[float] = []
+
+    def add(payload: float) -> None:
+        tensor = torch.tensor(payload + ranks.rank)
+        ranks.sum([tensor])
+        own.append(float(tensor))
+
+    if ranks.rank:
+        ranks.follow({"add": add})
+    else:
+        for payload in (1.0, 2.0):
+            with ranks.task("add", payload):
+                add(payload)
+    write_json(Path(folder, f"{ranks.rank}.json"), own)
+
+
 def fails(ranks: Ranks, payload: str) -> None:
     if ranks.rank == 1:
         raise QuantkitError("The weights are sour.", "Take others.")
@@ -67,7 +85,7 @@ def dies_unseen(ranks: Ranks, payload: str) -> None:
     time.sleep(300)
 
 
-TASKS = {f.__name__: f for f in (together, fails, dies, dies_unseen)}
+TASKS = {f.__name__: f for f in (together, several, fails, dies, dies_unseen)}
 
 
 def main(scenario: str, folder: str) -> int:
@@ -86,7 +104,8 @@ def main(scenario: str, folder: str) -> int:
             write_json(Path(folder, "told.json"), found)
 
         try:
-            with ranks.ending(told), ranks.task(scenario, folder):
+            enter = ranks.session if scenario == "several" else ranks.task
+            with ranks.ending(told), enter(scenario, folder):
                 TASKS[scenario](ranks, folder)
         except QuantkitError as error:
             found = {"message": error.message, "remedy": error.remedy}
