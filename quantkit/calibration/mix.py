@@ -57,6 +57,7 @@ class Reader:
     seed: int
     progress: Progress
     is_streamed: bool = False  # every token that the model writes would read all of its weights
+    kept: Path | None = None  # what the model wrote before a kill
     not_rendered: list[str] = field(default_factory=list)  # why a conversation was left plain text
 
     @cached_property
@@ -79,23 +80,20 @@ class Reader:
         requests, said = self._without_written(requests)
         note += said
         total = sum(r.weight for r in requests)
+        if any(r.name == "dialogue" for r in requests) and self._why_no_chat:
+            note += f"; no dialogue, because {self._why_no_chat}"
+            requests = tuple(r for r in requests if r.name != "dialogue")
+        wanted: list[tuple[Request, int]] = []
+        for request in requests:
+            beside = n_eval if request.language is None else min(n_eval, _LANGUAGE_TOKENS)
+            share = request.weight / total
+            wanted.append((request, int(share * n_tokens / (1 - PARTS["eval"])) + beside))
         domains: list[tuple[Domain, float]] = []
         seen: set[str] = set()
-        remarks: list[str] = []
-        for request in requests:
-            if request.name == "dialogue" and self._why_no_chat:
-                note += f"; no dialogue, because {self._why_no_chat}"
-                continue
-            share = request.weight / total
-            beside = n_eval if request.language is None else min(n_eval, _LANGUAGE_TOKENS)
-            n_wanted = int(share * n_tokens / (1 - PARTS["eval"])) + beside
-            if request.is_file:
-                found, more = _file(Path(request.name), n_wanted)
-                remarks += more
-            else:
-                found = self.read(request.name, n_wanted)
-            domains.append((without(found, seen), share))
-            seen |= set(found.documents)
+        found, remarks = self.read(wanted)
+        for request, domain in zip(requests, found, strict=True):
+            domains.append((without(domain, seen), request.weight / total))
+            seen |= set(domain.documents)
         if self.not_rendered:
             n, why = len(self.not_rendered), self.not_rendered[0].rstrip(".")
             note += f"; {n:,} conversations are plain text ({why})"
@@ -105,9 +103,8 @@ class Reader:
             remarks.append(
                 "the given text is too short, so CPython's documentation and code follow"
             )
-            for name in _ADDED:
-                found = without(self.read(name, n_tokens + n_eval), seen)
-                domains.append((found, 1 / len(_ADDED)))
+            added, _ = self.read([(Request(name, 1), n_tokens + n_eval) for name in _ADDED])
+            domains += [(without(domain, seen), 1 / len(_ADDED)) for domain in added]
         note += "".join(f"; {remark}" for remark in remarks)
         left = sum(weight for _, weight in domains)
         return Mix(tuple((domain, weight / left) for domain, weight in domains), note, known)
@@ -169,19 +166,33 @@ class Reader:
             return tuple(requests), ""
         return read, "; no text written by the model, which is larger than half of the memory"
 
-    def read(self, name: str, n_tokens: int) -> Domain:
-        """Read one text with about `n_tokens` tokens, of the Hub, of CPython or of the
-        model's own.
+    def read(self, wanted: Sequence[tuple[Request, int]]) -> tuple[list[Domain], list[str]]:
+        """Read texts of files, of the Hub, of CPython and of the model's own, each with about so
+        many tokens. Return them, and clauses on what is not used as it stands in a file.
         """
-        n_characters = n_tokens * _CHARACTERS_PER_TOKEN
-        builtin = sources.builtin_text(name, n_characters * 2)
+        texts: dict[int, Domain] = {}
+        remarks: list[str] = []
+        for i, (request, n_tokens) in enumerate(wanted):
+            if request.is_file:
+                texts[i], more = _file(Path(request.name), n_tokens)
+                remarks += more
+            elif request.name not in WRITTEN:
+                texts[i] = self._of_others(request.name, 2 * n_tokens * _CHARACTERS_PER_TOKEN)
+        # Last, and all together: it takes longest, and the others may be missing.
+        left = [i for i in range(len(wanted)) if i not in texts]
+        written = self._written([(wanted[i][0].name, wanted[i][1]) for i in left])
+        for i, documents in zip(left, written, strict=True):
+            name = wanted[i][0].name
+            texts[i] = sources.domain(name, "sampled from the model itself", documents)
+        return [texts[i] for i in range(len(wanted))], remarks
+
+    def _of_others(self, name: str, n_characters: int) -> Domain:
+        """A text of CPython's, or of the Hub."""
+        builtin = sources.builtin_text(name, n_characters)
         if builtin is not None:
             return builtin
-        if name in HUB_TEXTS:
-            texts = sources.hub_text(name, n_characters * 2, self.token, self._rendered)
-            return sources.domain(name, HUB_TEXTS[name].repo, texts)
-        written = self._written(name, -(-n_tokens // (_NEW_TOKENS * 7 // 8)))
-        return sources.domain(name, "sampled from the model itself", written)
+        texts = sources.hub_text(name, n_characters, self.token, self._rendered)
+        return sources.domain(name, HUB_TEXTS[name].repo, texts)
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         """Chat messages as the model reads them."""
@@ -192,20 +203,26 @@ class Reader:
                 self.not_rendered.append(error.message)
         return "\n\n".join(m["content"] for m in messages)
 
-    def _written(self, name: str, n_texts: int) -> list[str]:
-        """Texts that the model writes."""
+    def _written(self, wanted: Sequence[tuple[str, int]]) -> list[list[str]]:
+        """Texts that the model writes, by their names and about how many tokens each has."""
+        writer = sampling.Writer(self.model, self.tokenizer, self.seed, self.progress, self.kept)
+        counts = [-(-n_tokens // (_NEW_TOKENS * 7 // 8)) for _, n_tokens in wanted]
+        free = [
+            (name, _starts(name), n)
+            for (name, _), n in zip(wanted, counts, strict=True)
+            if name != "dialogue"
+        ]
+        texts = iter(writer.free_texts(free, _NEW_TOKENS) if free else ())
+        return [
+            writer.dialogues(self._chat, n, _NEW_TOKENS) if name == "dialogue" else next(texts)
+            for (name, _), n in zip(wanted, counts, strict=True)
+        ]
 
-        def progress(done: int, total: int) -> None:
-            self.progress(done, total, f"the model writes calibration text ({name})")
 
-        model, tokenizer, seed = self.model, self.tokenizer, self.seed
-        if name == "dialogue":
-            return sampling.dialogues(
-                model, tokenizer, self._chat, n_texts, _NEW_TOKENS, seed, progress
-            )
-        language = language_of(name)
-        starts = sampling.openings() if language is None else sentences(language)
-        return sampling.free_text(model, tokenizer, starts, n_texts, _NEW_TOKENS, seed, progress)
+def _starts(name: str) -> list[str]:
+    """The openings of a text that the model writes."""
+    language = language_of(name)
+    return sampling.openings() if language is None else list(sentences(language))
 
 
 def _file(path: Path, n_tokens: int) -> tuple[Domain, list[str]]:

@@ -16,7 +16,7 @@ from quantkit.calibration.mix import Mix, Reader
 from quantkit.calibration.sources import Described
 from quantkit.config import N_CTX
 from quantkit.errors import QuantkitError
-from quantkit.files import replacing, write_json
+from quantkit.files import PARTIAL, replacing, write_json
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.run.folder import read_json
 from quantkit.run.stage import Run
@@ -24,6 +24,7 @@ from quantkit.sandbox import untrusted
 
 STAGE = "calibrate"
 _MIX = "mix.json"
+_WRITTEN = f"written.json{PARTIAL}"  # until the stage is recorded
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def _read_mix(run: Run, model: BlockwiseModel, tokenizer: Any) -> Mix:
 
     profile = run.profile
     token, seed = hub.resolve_token(), run.config.seed
-    reader = Reader(model.model, tokenizer, token, seed, progress, model.is_streamed)
+    kept = run.artifacts.calibration.with_name(_WRITTEN)
+    reader = Reader(model.model, tokenizer, token, seed, progress, model.is_streamed, kept)
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
     mix = reader.mix(run.config.calibration, n_tokens, profile.eval_windows * N_CTX)
     run.events.emit(STAGE, "note", mix.note)

@@ -21,7 +21,7 @@ class Calibrate(Stage):
     """Take the text, and learn from gradients which outputs matter."""
 
     name = NAME
-    version = 5
+    version = 6
     fields = ("calibration", "profile", "seed", "device")
     takes_long = True
 

@@ -19,6 +19,7 @@ from quantkit import hub
 from quantkit.calibration import knowledge, mix, sampling
 from quantkit.calibration.documents import Domain
 from quantkit.calibration.mix import Reader
+from quantkit.config.calibration import Request
 from quantkit.config.languages import LANGUAGES, sentences
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.chat import ChatTemplate
@@ -32,12 +33,23 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     return Reader(model, tokenizer, None, 0, lambda done, total, message: None)
 
 
-def written(reader: Reader, n: int = 3) -> list[str]:
-    def progress(done: int, total: int) -> None: ...
+STARTS = ["the", "a much longer opening"]
 
-    return sampling.free_text(
-        reader.model, reader.tokenizer, ["the", "a much longer opening"], n, 12, 0, progress
+
+def writer(reader: Reader) -> sampling.Writer:
+    return sampling.Writer(
+        reader.model, reader.tokenizer, reader.seed, reader.progress, reader.kept
     )
+
+
+def written(reader: Reader, n: int = 3) -> list[str]:
+    (texts,) = writer(reader).free_texts([("prose", STARTS, n)], 12)
+    return texts
+
+
+def read(reader: Reader, name: str, n_tokens: int) -> Domain:
+    (found,), _ = reader.read([(Request(name, 1), n_tokens)])
+    return found
 
 
 def test_what_is_written_is_the_models_own(reader: Reader) -> None:
@@ -53,6 +65,49 @@ def test_what_is_written_is_the_models_own(reader: Reader) -> None:
         assert reader.model.generation_config.top_p == 0.1
     finally:
         reader.model.generation_config = before
+
+
+def test_a_text_is_its_own_whatever_is_written_beside_it(reader: Reader) -> None:
+    model, tokenizer = copy.deepcopy(reader.model).float(), reader.tokenizer
+    prompts = [sampling.Prompt(text, (0, i)) for i, text in enumerate(3 * STARTS)]
+    together = sampling.continue_batch(model, tokenizer, prompts, 12)
+    alone = [sampling.continue_batch(model, tokenizer, [p], 12) for p in prompts]
+    assert together == [text for (text,) in alone] and len(set(together)) == len(prompts)
+    other = sampling.Prompt(prompts[0].text, (1, 0))
+    assert sampling.continue_batch(model, tokenizer, [other], 12) != alone[0]
+
+
+def test_tokens_are_drawn_as_likely_as_they_are() -> None:
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    prompts = [sampling.Prompt("", (i,)) for i in range(10_000)]
+    draw = sampling._Draw(prompts, 7, 2, torch.device("cpu"), lambda n_done: None)
+    scores = shares.log().expand(len(prompts), 4)
+    found = [draw(torch.zeros(1, 7 + step), scores).argmax(1) for step in range(2)]
+    for tokens in found:
+        counts = tokens.bincount(minlength=4) / len(prompts)
+        assert torch.allclose(counts, shares, atol=0.015)  # three standard deviations
+    assert not torch.equal(*found)
+
+
+def test_a_killed_run_goes_on_after_the_batches_that_are_written(
+    reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sampling._MOST_TEXTS, "cpu", 2)
+    whole, kept = written(reader, 5), tmp_path / "written.json"
+
+    class Killed(BaseException): ...
+
+    def die(done: int, total: int, message: str) -> None:
+        if done > 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        written(replace(reader, progress=die, kept=kept), 5)
+    steps: list[int] = []
+    resumed = replace(reader, progress=lambda done, *_: steps.append(done), kept=kept)
+    assert written(resumed, 5) == whole
+    assert min(steps) == 2, "the first batch is not written again"
+    assert written(replace(reader, seed=1, kept=kept), 5) != whole, "kept by what was asked for"
 
 
 def test_a_tokenizer_without_padding_or_with_one_beyond_the_table(reader: Reader) -> None:
@@ -95,13 +150,15 @@ def test_a_streamed_model_writes_no_text(reader: Reader) -> None:
 def test_batches_are_smaller_where_keys_and_values_are_large(reader: Reader) -> None:
     def of(**config: int) -> int:
         shapes = {"num_attention_heads": 32, "hidden_size": 4096, **config}
-        model = SimpleNamespace(dtype=torch.bfloat16)
+        model = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
         model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**shapes))
-        return sampling._batch(model, 200)  # type: ignore[arg-type]
+        return sampling.texts_at_once(model, 200)  # type: ignore[arg-type]
 
-    assert of(num_hidden_layers=30, num_key_value_heads=3, head_dim=64) == 128  # SmolLM2
-    assert of(num_hidden_layers=32, num_key_value_heads=8) == 128 and of(num_hidden_layers=32) < 50
-    assert of(num_hidden_layers=10_000) == 4
+    gemma = {"num_hidden_layers": 18, "num_key_value_heads": 1, "head_dim": 256}
+    assert of(**gemma, vocab_size=1000) == 1024 and 400 < of(**gemma, vocab_size=262_144) < 800
+    llama = {"num_hidden_layers": 32, "vocab_size": 128_256}
+    assert of(**llama, num_key_value_heads=8) > 100 and of(**llama) < 50
+    assert of(num_hidden_layers=10_000, vocab_size=32_000) == 4
 
 
 def test_the_sentences_are_the_same_in_all_languages() -> None:
@@ -147,7 +204,8 @@ def test_a_mix_leaves_out_languages_that_the_model_does_not_know(
     most = knowledge.MOST_BITS
     bits = {"en": most / 2} | dict.fromkeys(LANGUAGES, 2 * most) | {"de": 0.9 * most, "zh": most}
     monkeypatch.setattr(knowledge, "bits_by_language", lambda model, tokenizer: bits)
-    monkeypatch.setattr(Reader, "read", _documents)
+    monkeypatch.setattr(Reader, "_written", _documents)
+    monkeypatch.setattr(Reader, "_of_others", _others)
     made = reader.mix("docs:3,prose-languages:1", 1000, 100)
     assert [d.name for d, _ in made.domains] == ["docs", "prose-de", "prose-zh"]
     assert sum(share for _, share in made.domains) == pytest.approx(1)
@@ -169,7 +227,11 @@ def _needs(monkeypatch: pytest.MonkeyPatch, bits: float) -> None:
     monkeypatch.setattr(knowledge, "bits_by_language", lambda model, tokenizer: found)
 
 
-def _documents(self: Reader, name: str, n_tokens: int) -> Domain:
+def _documents(self: Reader, wanted: Sequence[tuple[str, int]]) -> list[list[str]]:
+    return [[f"{name} {i} " + "word " * 20 for i in range(5)] for name, _ in wanted]
+
+
+def _others(self: Reader, name: str, n_characters: int) -> Domain:
     return Domain(name, "here", tuple(f"{name} {i}" for i in range(5)))
 
 
@@ -180,7 +242,8 @@ def test_auto_is_a_mix(
     reader: Reader, monkeypatch: pytest.MonkeyPatch, reason: str | None, first: str
 ) -> None:
     monkeypatch.setattr(hub, "why_offline", lambda token: reason)
-    monkeypatch.setattr(Reader, "read", _documents)
+    monkeypatch.setattr(Reader, "_written", _documents)
+    monkeypatch.setattr(Reader, "_of_others", _others)
     _needs(monkeypatch, knowledge.MOST_BITS)
     made = reader.mix("auto", 1000, 100)
     assert made.domains[0][0].name == first
@@ -190,13 +253,13 @@ def test_auto_is_a_mix(
 
 def test_the_model_writes_in_a_language(reader: Reader) -> None:
     """From that language's sentences in turn, and twice the same."""
-    found = reader.read("prose-ru", 400)
+    found = read(reader, "prose-ru", 400)
     starts: Sequence[str] = sentences("ru")
     assert len(found.documents) == 3 and found.source == "sampled from the model itself"
     for text, start in zip(found.documents, starts, strict=False):
         assert text.startswith(start) and len(text) > len(start)
-    assert reader.read("prose-ru", 400) == found
-    assert not reader.read("prose", 400).documents[0].startswith(starts[0])
+    assert read(reader, "prose-ru", 400) == found
+    assert not read(reader, "prose", 400).documents[0].startswith(starts[0])
 
 
 def test_files_are_named_without_their_folders(tmp_path: Path, reader: Reader) -> None:
