@@ -14,7 +14,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from quantkit.ggml.types import BF16, F16, F32, QuantType
-from quantkit.model.row_maps import RowMap, RowMatcher, load_row_maps, save_row_maps
+from quantkit.model.row_maps import (
+    RowMap,
+    RowMatcher,
+    _digests,
+    load_row_maps,
+    save_row_maps,
+)
 from quantkit.tensors import TensorSpec
 
 _CAST = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32}
@@ -322,3 +328,19 @@ def test_scatter_into_half_precision_and_a_part() -> None:
     weight = torch.zeros(4, 6, dtype=torch.bfloat16)
     map_.scatter(torch.full((2, 6), 1.5), weight)
     assert weight[[1, 3]].eq(1.5).all() and weight[[0, 2]].eq(0).all()
+
+
+@pytest.mark.parametrize("n_bytes", [2, 4, 6, 1280, 300_000])
+def test_digests_tell_rows_apart(n_bytes: int) -> None:
+    """Rows that differ in one bit, or in two words that swapped, and rows that do not differ."""
+    rng = np.random.default_rng(n_bytes)
+    row = rng.integers(0, 256, n_bytes, np.uint8)
+    bits = rng.permutation(8 * n_bytes)[:64]
+    changed = np.repeat(row[None], len(bits) + 2, axis=0)
+    changed[np.arange(len(bits)), bits // 8] ^= (1 << bits % 8).astype(np.uint8)
+    if n_bytes >= 8:
+        changed[-1, :8] = np.roll(row[:8], 4)
+    n_apart = len(np.unique(changed, axis=0))
+    digests = _digests(changed)
+    assert digests.dtype == np.uint64 and len(np.unique(digests)) == n_apart
+    assert (_digests(changed[::-1].copy())[::-1] == digests).all()
