@@ -14,6 +14,8 @@ from typing import Any
 from quantkit.tensors import to_json
 
 PARTIAL = ".partial"
+# Threads that read and hash files, which lets go of the GIL: more than a disk can feed is no use.
+READERS = min(8, os.cpu_count() or 1)
 
 
 def sha256_file(path: Path) -> str:

@@ -11,14 +11,16 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.files import PARTIAL, write_json
+from quantkit.files import PARTIAL, READERS, write_json
 from quantkit.machine import faults, room
 from quantkit.ranks.group import ALONE, Ranks
 from quantkit.run import terminal
@@ -325,8 +327,11 @@ def _check_outputs(directory: RunDir) -> None:
     """Hash the finished files once more. Raises QuantkitError when one is not as it was stitched:
     hours lie between, and what is published is what was measured.
     """
-    for output in directory.records()["stitch"].outputs:
-        if not directory.is_whole(output, hashing=True):
+    outputs = directory.records()["stitch"].outputs
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(partial(directory.is_whole, hashing=True), outputs))
+    for output, whole in zip(outputs, found, strict=True):
+        if not whole:
             raise QuantkitError(
                 f"{output.path} is not the file that was stitched: its bytes have changed.",
                 "Check the disk, and resume: the file is made again.",
@@ -346,10 +351,12 @@ def _execute(stage: Stage, run: Run, needs: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     inputs = stage_inputs(stage, run.config, directory)
     result = stage.execute(run)
+    with ThreadPoolExecutor(READERS) as pool:
+        outputs = tuple(pool.map(directory.describe, result.outputs))
     record = StageRecord(
         name,
         inputs,
-        tuple(directory.describe(path) for path in result.outputs),
+        outputs,
         round(time.monotonic() - begun, 1),
         to_json(result.summary),
     )

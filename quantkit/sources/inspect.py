@@ -44,7 +44,7 @@ from quantkit.checkpoint.safetensors import (
 )
 from quantkit.checkpoint.weight_files import INDEX, SINGLE, choose, main_dtype, shown, stored
 from quantkit.errors import QuantkitError
-from quantkit.files import sha256_file
+from quantkit.files import READERS, sha256_file
 from quantkit.hub.card_data import read_card
 from quantkit.hub.client import Asked, call, hf_api, read_start
 from quantkit.hub.errors import CAUGHT, ModelNotFound
@@ -264,7 +264,7 @@ def _describe(
     needed = set(weights) if weights in ((SINGLE,), (WEIGHTS,)) else {INDEX, *weights}
     wanted = [file for file in files if file.path in needed or is_small_file(file)]
     if local_path is not None:
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             hashes = pool.map(sha256_file, [Path(local_path, file.path) for file in wanted])
             wanted = [
                 RepoFile(file.path, file.n_bytes, sha256)

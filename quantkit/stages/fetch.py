@@ -20,7 +20,7 @@ from quantkit.checkpoint.info import ModelInfo, RepoFile
 from quantkit.checkpoint.quantized import source_of
 from quantkit.checkpoint.safetensors import scan
 from quantkit.errors import QuantkitError
-from quantkit.files import write_json
+from quantkit.files import READERS, write_json
 from quantkit.hub.visibility import closed, why_private
 from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.output import safe_name
@@ -182,5 +182,5 @@ def check_weights(
                 f"Delete {(folder / file.path).resolve()} and start again.",
             )
 
-    with ThreadPoolExecutor(2) as pool:  # reading, hashing and numpy all let go of the GIL
+    with ThreadPoolExecutor(READERS) as pool:  # reading, hashing and numpy all let go of the GIL
         list(pool.map(check, files))
