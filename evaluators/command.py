@@ -14,7 +14,6 @@ from typing import Any
 
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import Runtime
-from evaluators.session import plainly
 from evaluators.texts import DATASETS, load_dataset_text, read_text
 
 Progress = Callable[[int, int], None]  # called with (done, total)
@@ -46,11 +45,10 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive, default=0, metavar="N", help="CPU threads (default: all)"
     )
     group.add_argument(
-        "--gpu-layers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="layers on the GPU, -1 for all (default: 0)",
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda uses all GPUs"
+    )
+    group.add_argument(
+        "--gpu-layers", type=positive, metavar="N", help="with --device cuda (default: all layers)"
     )
     group.add_argument("--table", action="store_true", help="print a table instead of JSON")
 
@@ -91,7 +89,13 @@ def read_domains(options: argparse.Namespace) -> dict[str, str]:
 
 
 def runtime_of(options: argparse.Namespace) -> Runtime:
-    return Runtime(options.threads, options.gpu_layers, getattr(options, "launch", plainly))
+    """Return the runtime that `add_runtime_options` asked for. Raises EvaluationError for layers on
+    a GPU that was not asked for.
+    """
+    if options.device == "cpu" and options.gpu_layers:
+        raise EvaluationError("--gpu-layers is for a GPU.", "Add --device cuda, or leave it out.")
+    layers = 0 if options.device == "cpu" else options.gpu_layers or -1
+    return Runtime(options.threads, layers)
 
 
 def positive(text: str) -> int:

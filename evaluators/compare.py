@@ -21,9 +21,11 @@ import llama_cpp
 
 from evaluators import command, kl, speed, zeroshot
 from evaluators.base_logits import BaseLogits
+from evaluators.devices import described
 from evaluators.figures import PairedTest
 from evaluators.kl import KLResult
-from evaluators.session import Launch
+from evaluators.llama_runtime import Runtime
+from evaluators.session import Launch, plainly
 from evaluators.stats import paired_difference
 from evaluators.tasks.items import TaskItems
 from evaluators.zeroshot import ZeroShotResult
@@ -36,8 +38,12 @@ def paired_nll(a: KLResult, b: KLResult) -> PairedTest:
     )
 
 
-def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+def _evaluate(options: argparse.Namespace, launch: Launch = plainly) -> dict[str, Any]:
+    on_cpu = Runtime(options.threads, launch=launch)
     runtime = command.runtime_of(options)
+    device = described(runtime)
+    if not runtime.n_gpu_layers:
+        runtime = on_cpu
     # Everything that can be wrong with the request is found before the long work.
     texts = command.read_domains(options)
     sets = zeroshot.load_sets(options)
@@ -60,7 +66,12 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "n_bytes": base.n_bytes,
             "perplexity": asdict(results[0].combined.base_perplexity),
         }
-    _add_tasks(options, sets, rows, base_row)
+    if runtime.n_gpu_layers:  # of the base and of the file that the others are tested against
+        text = next(iter(texts.values()))
+        for row, file in ((base_row, options.base), (rows[0], options.files[0])):
+            found = kl.between_devices(file, text, runtime, on_cpu, options.ctx)
+            row["device_kl"] = asdict(found)
+    _add_tasks(options, sets, rows, base_row, runtime)
     if options.speed:
         files = [options.base, *options.files]
         for i, (row, file) in enumerate(zip([base_row, *rows], files, strict=True)):
@@ -83,6 +94,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "n_windows": results[0].combined.n_windows,
             "texts": results[0].text_sha256,
             "n_threads": runtime.threads,
+            "device": device,
             "n_gpu_layers": runtime.n_gpu_layers,
             "llama_cpp_python": llama_cpp.__version__,
         },
@@ -94,13 +106,14 @@ def _add_tasks(
     sets: Sequence[TaskItems],
     rows: Sequence[dict[str, Any]],
     base_row: dict[str, Any],
+    runtime: Runtime,
 ) -> None:
     if not sets:
         return
     answers: dict[str, ZeroShotResult] = {}
     for row, file in zip(rows, options.files, strict=True):
         row["tasks"] = zeroshot.run_with_base(
-            file, options.base, sets, options.out, command.runtime_of(options), answers
+            file, options.base, sets, options.out, runtime, answers
         )
     base_row["tasks"] = {name: result.to_json() for name, result in answers.items()}
 
@@ -149,9 +162,7 @@ def answer(argv: Sequence[str], launch: Launch) -> dict[str, Any]:
     processes that open files on the CPU. Raises EvaluationError.
     """
     options = _parser().parse_args(argv)
-    if not options.gpu_layers:
-        options.launch = launch
-    return _evaluate(options)
+    return _evaluate(options, launch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -100,11 +100,13 @@ class Rate:
 
 @dataclass(frozen=True)
 class SpeedResult:
-    """`peak_rss_bytes` with a context of `n_ctx`; `buffers` are bytes by kind: model, kv, compute,
-    output. A report of many machines' files leaves `file` out.
+    """`peak_rss_bytes` with a context of `n_ctx`, of the process and not of a GPU; `buffers` are
+    bytes by kind, wherever they lie: model, kv, compute, output. `device` is the CPU or the GPUs'
+    names. A report of many machines' files leaves `file` out.
     """
 
     file: str | None = field(default=None, kw_only=True)
+    device: str | None = field(default=None, kw_only=True)
     n_bytes: int
     n_ctx: int
     load_seconds: float

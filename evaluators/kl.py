@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from evaluators import command
 from evaluators.base_logits import BaseLogits
 from evaluators.command import Progress
+from evaluators.devices import check_gpu
 from evaluators.errors import EvaluationError
 from evaluators.figures import Divergence, MeanNats, PairedTest, Perplexity
 from evaluators.llama_runtime import CPU, Model, Runtime
@@ -37,6 +38,7 @@ from evaluators.weights import expanded_to_f16
 from evaluators.windows import Windows, scored_logits, window_context
 
 F64 = NDArray[np.float64]
+DEVICE_WINDOWS = 2  # enough for a mean of two devices' difference, and little work for the CPU
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,26 @@ def measure(
         seconds=round(time.monotonic() - started, 3),
         tokens=tokens,
     )
+
+
+def between_devices(
+    file: Path | str,
+    text: str,
+    runtime: Runtime,
+    cpu: Runtime = CPU,
+    n_ctx: int = 512,
+    max_windows: int = DEVICE_WINDOWS,
+) -> Divergence:
+    """Return KL(CPU || GPU) of one file: how far the GPU of `runtime` is from the CPU of `cpu`, on
+    the first windows of `text`.
+
+    Raises EvaluationError for a broken file, and for a GPU that is not there.
+    """
+    if not runtime.n_gpu_layers or cpu.n_gpu_layers:
+        raise ValueError("a GPU is compared with a CPU")
+    check_gpu()
+    with BaseLogits.compute(file, {"text": text}, n_ctx, max_windows, runtime=cpu) as on_cpu:
+        return measure(on_cpu, file, runtime).combined.kl
 
 
 def measure_weights(

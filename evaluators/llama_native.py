@@ -25,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.closing import Closing
+from evaluators.devices import check_gpu
 from evaluators.errors import EvaluationError
 from evaluators.llama_runtime import CPU, MAX_STEP, Runtime
 
 _VOCAB_TYPE_NONE = 0
+_GPU_SUMS = "GGML_CUDA_CUBLAS_COMPUTE_TYPE"  # llama.cpp reads it at every product
 _LOG_ERROR, _LOG_CONT = 4, 5  # as in ggml.h; llama_cpp._logger has an older table
 
 
@@ -78,22 +80,26 @@ class Model(Closing):
     """The weights and vocabulary of a GGUF, read for inference.
 
     Raises EvaluationError when the file is missing, not a GGUF, truncated, of an architecture this
-    llama.cpp does not know, without a vocabulary, or not a decoder.
+    llama.cpp does not know, without a vocabulary, or not a decoder; or when the runtime has layers
+    on a GPU and there is none.
+
+    A GPU sums up products of unquantized weights in 32 bits, as the CPU does; with `exact` False in
+    as many as llama.cpp chooses, mostly 16, as users have it.
     """
 
-    def __init__(self, path: Path | str, runtime: Runtime = CPU) -> None:
+    def __init__(self, path: Path | str, runtime: Runtime = CPU, exact: bool = True) -> None:
         self.path = Path(path)
         self.runtime = runtime
         self._model: Any = None
-        if runtime.n_gpu_layers and not lib.llama_supports_gpu_offload():
-            raise EvaluationError(
-                "This llama-cpp-python was built without GPU support.",
-                "Install a build for your GPU, or leave --gpu-layers out.",
-            )
+        if runtime.n_gpu_layers:
+            check_gpu()
+        os.environ[_GPU_SUMS] = "f32" if exact else "auto"
         LOG.start()
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = runtime.n_gpu_layers
+        if not runtime.n_gpu_layers:  # else a GPU, where there is one, would have its part in it
+            params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, -1
         self._model = lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
             raise EvaluationError(

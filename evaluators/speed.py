@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators import command
+from evaluators.devices import described
 from evaluators.errors import EvaluationError
 from evaluators.figures import Rate, SpeedResult
 from evaluators.llama_runtime import CPU, Opened, Runtime, check_gguf
@@ -34,8 +35,8 @@ def measure(
 ) -> SpeedResult:
     """Measure one file in a process of its own.
 
-    Raises EvaluationError when prompt and generation do not fit `n_ctx`, for a broken file, or when
-    the process dies (mostly: not enough memory).
+    Raises EvaluationError when prompt and generation do not fit `n_ctx`, for a broken file, for a
+    GPU that is not there, or when the process dies (mostly: not enough memory).
     """
     n_bytes = check_gguf(Path(file))
     if n_prompt + n_generate > n_ctx:
@@ -46,6 +47,7 @@ def measure(
     request = ProbeRequest(
         n_ctx, n_prompt, n_generate, n_repeats, runtime.n_threads, runtime.n_gpu_layers
     )
+    device = described(runtime)
     n_tokens = (1 + n_repeats) * n_prompt + n_repeats * n_generate
     with Opened(file, runtime) as opened:
         return opened.call(
@@ -62,6 +64,7 @@ def measure(
                 buffers={str(kind): int(size) for kind, size in answer["buffers"].items()},
                 n_threads=runtime.threads,
                 n_gpu_layers=runtime.n_gpu_layers,
+                device=device,
             ),
             **asdict(request),
         )

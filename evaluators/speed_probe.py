@@ -49,7 +49,7 @@ def probe(file: str, **asked: int) -> dict[str, Any]:
     request = ProbeRequest(**asked)
     runtime = Runtime(request.n_threads, request.n_gpu_layers)
     started = time.perf_counter()
-    with Model(file, runtime) as model:
+    with Model(file, runtime, exact=False) as model:
         load_seconds = time.perf_counter() - started
         lines = list(LOG.lines)
         check_context(Path(file), request.n_ctx, model.n_ctx_train)

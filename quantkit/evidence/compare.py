@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from evaluators.figures import PairedTest, Perplexity, SpeedResult
+from evaluators.figures import Divergence, PairedTest, Perplexity, SpeedResult
 from quantkit.errors import QuantkitError
 from quantkit.evidence.report import Report, Row, write_report
 from quantkit.evidence.report.schema import GIVEN, Base, Output, Tensor, Tests
@@ -28,6 +28,7 @@ class _Base:
     n_bytes: int
     perplexity: Perplexity
     speed: SpeedResult | None = None
+    device_kl: Divergence | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class _Settings:
     n_ctx: int
     n_windows: int
     texts: dict[str, str]
+    device: str
     llama_cpp_python: str
 
 
@@ -121,12 +123,14 @@ def to_report(
             n_parameters=opened.n_elements,
             perplexity=measured.base.perplexity,
             speed=_nameless(measured.base.speed),
+            device_kl=measured.base.device_kl,
         ),
         outputs=(output,),
         baselines=tuple(sorted(others, key=lambda row: row.n_bytes)),
         protocol=f"{settings.protocol}'s windows of {settings.n_ctx} tokens, second half"
         " scored, KL(base || file) in nats",
         n_windows=settings.n_windows,
+        device=settings.device,
         texts=settings.texts,
         versions={"llama-cpp-python": settings.llama_cpp_python},
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.evidence.baselines import Baseline
+from quantkit.evidence.devices import Device
 from quantkit.evidence.report.measures import Measures
 from quantkit.evidence.report.schema import OURS, Figures, Row, Task, Tests
 from quantkit.gguf_file.read import GgufFile
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
     from evaluators.figures import Divergence, SpeedResult
     from evaluators.kl import KLResult, KLSummary
-    from evaluators.llama_runtime import Runtime
     from evaluators.tasks.items import TaskItems
     from evaluators.zeroshot import ZeroShotResult
     from quantkit.run.stage import Run
@@ -36,13 +36,14 @@ class Meter:
         self,
         run: Run,
         base: GgufFile,
-        runtime: Runtime,
+        device: Device,
         items: TaskItems | None,
         measures: Measures,
         n_steps: int,
     ) -> None:
         self.measures = measures
-        self._run, self._base, self._runtime, self._items = run, base, runtime, items
+        self.device = device
+        self._run, self._base, self._runtime, self._items = run, base, device.runtime, items
         self._effort = run.profile.effort
         self._n_steps, self._at = n_steps, 0
         self._ours: dict[str, tuple[KLResult | None, KLResult | None]] = {}
@@ -66,7 +67,8 @@ class Meter:
         are None where the base's predictions could not be computed.
         """
         with file.open() as path:
-            return self._row(logits, file, path, self._kl(logits, file, path))
+            row = self._row(logits, file, path, self._kl(logits, file, path))
+            return replace(row, device_kl=self.device_kl(logits, file.name, path))
 
     def beside(self, logits: BaseLogits | None, other: Baseline) -> Row | None:
         """Measure a file to compare ours with; None when it cannot be compared with the base."""
@@ -173,6 +175,16 @@ class Meter:
             )
         except EvaluationError as error:
             return Tests(reason=error.message)
+
+    def device_kl(self, logits: BaseLogits | None, name: str, path: Path) -> Divergence | None:
+        """Measure how far the GPU is from the CPU on one file; None where both are the CPU."""
+        from evaluators import kl
+
+        if logits is None or not self.device.is_gpu:
+            return None
+        text = next(iter(logits.texts.values()))
+        measure = partial(kl.between_devices, path, text, self._runtime, self.device.on_cpu)
+        return self.measures.take(f"the GPU against the CPU on {name}", measure)
 
     def speed(self, path: Path) -> SpeedResult:
         """Measure tokens per second and memory, in a process of its own."""

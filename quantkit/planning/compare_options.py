@@ -16,7 +16,8 @@ _OPTIONS = (
     ("--limit", "N", "use only the first N items of each task"),
     ("--cache", "DIR", "keep the base's logits here for the next comparison"),
     ("--threads", "N", "CPU threads (default: all cores)"),
-    ("--gpu-layers", "N", "layers on the GPU, -1 for all (default: 0)"),
+    ("--device", "NAME", "cpu or cuda (default: cpu); cuda uses all GPUs"),
+    ("--gpu-layers", "N", "with --device cuda: layers on the GPU (default: all)"),
 )
 _FLAGS = (
     ("--weight-kl", "also measure the KL of the weights alone"),

@@ -26,7 +26,7 @@ from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
-from quantkit.evidence import baselines, integrity
+from quantkit.evidence import baselines, devices, integrity
 from quantkit.evidence.baselines import Baseline, as_it_is
 from quantkit.evidence.meter import Meter
 from quantkit.evidence.report import Report, Row, write_report
@@ -47,7 +47,6 @@ from quantkit.files import sha256_file
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
-from quantkit.llamacpp import place
 from quantkit.run.check import Check, load_checks
 from quantkit.run.folder import read_json
 from quantkit.run.outputs import Output, load_outputs
@@ -60,6 +59,7 @@ from quantkit.tensors import Fallback
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
+    from evaluators.figures import Divergence
     from evaluators.llama_runtime import Runtime
     from evaluators.tasks.items import TaskItems
 
@@ -74,7 +74,7 @@ class Validate(Stage):
     """Compare it with the original and llama.cpp's own files."""
 
     name = NAME
-    version = 3
+    version = 4
     fields = ("eval_text", "tasks", "compare")
     takes_long = True
 
@@ -106,7 +106,10 @@ def _validate(run: Run) -> StageResult:
     measures = Measures(lambda said: run.events.emit(NAME, "note", said))
     base, stitched = load_base(run.dir), run.artifacts.stitched
     outputs = load_outputs(run.dir)
-    texts, runtime = _texts(run), _runtime(run)
+    texts, device = _texts(run), devices.choose(run.config.device, base)
+    runtime = device.runtime
+    if device.reason:
+        run.events.emit(NAME, "note", f"measuring on {device.name}: {device.reason}")
     text = next(iter(texts.values()))
     checks = {o.file: _checks(run, base, stitched / o.file, text, runtime) for o in outputs}
     ours = [
@@ -114,7 +117,8 @@ def _validate(run: Run) -> StageResult:
     ]
     others = measures.take("files beside ours", lambda: _baselines(run, base, outputs)) or []
     items, reason = measures.take("zero-shot items", lambda: _items(run)) or (None, "see below")
-    meter = Meter(run, base, runtime, items, measures, 1 + 3 * (len(ours) + len(others)))
+    n_steps = 1 + 3 * (len(ours) + len(others))
+    meter = Meter(run, base, device, items, measures, n_steps)
     folder = run.artifacts.folder(NAME)
     for left in folder.glob("weight-kl-*"):  # of a run that was killed
         shutil.rmtree(left)
@@ -142,11 +146,12 @@ def _validate(run: Run) -> StageResult:
             if known is not None:
                 meter.long[n_ctx] = known
         measured = {file.name: meter.ours(logits, file) for file in ours}
+        on_base = meter.device_kl(logits, "full precision", base.path)
         rows = [row for other in others if (row := meter.beside(logits, other))]
     shutil.rmtree(kept, ignore_errors=True)
     found = tuple(_output(run, o, measured[o.file], checks[o.file], reason) for o in outputs)
     beside = tuple(sorted(rows, key=lambda row: row.n_bytes))
-    report = _report(run, base, texts, meter, found, beside)
+    report = _report(run, base, texts, meter, on_base, found, beside)
     files = [
         {"name": row.name, "n_bytes": row.n_bytes, "top1": row.top1, "kl": row.kl.mean}
         for row in report.outputs
@@ -212,6 +217,7 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
     try:
         ids = agreement.tokens_of(file.path, text, N_CTX, runtime)
         logits = integrity.torch_logits(folder, maps, file, ids, run.config.device)
+        devices.release(run.config.device)
     except Exception as error:
         return [_not_made(name, error) for name in names]
 
@@ -260,20 +266,6 @@ def _baselines(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Base
 # ---- what it is measured with
 
 
-def _runtime(run: Run) -> Runtime:
-    """The GPU when the run is on one and this llama.cpp can use it."""
-    import llama_cpp.llama_cpp as lib
-
-    if run.config.device != "cuda":
-        return place.runtime()
-    if not lib.llama_supports_gpu_offload():
-        run.events.emit(
-            NAME, "note", "this llama-cpp-python has no GPU support: measuring on the CPU"
-        )
-        return place.runtime()
-    return place.runtime(n_gpu_layers=-1)
-
-
 def _texts(run: Run) -> dict[str, str]:
     """Evaluation text by domain: the given file, or the held-out tenth of every calibration
     domain.
@@ -317,6 +309,7 @@ def _report(
     base: GgufFile,
     texts: Mapping[str, str],
     meter: Meter,
+    on_base: Divergence | None,
     outputs: tuple[reported.Output, ...],
     baselines: tuple[Row, ...],
 ) -> Report:
@@ -336,11 +329,14 @@ def _report(
             n_parameters=base.n_elements,
             perplexity=first.base_perplexity if first else NO_PERPLEXITY,
             speed=speed,
+            device_kl=on_base,
         ),
         protocol=f"llama.cpp's windows of {N_CTX} tokens, second half scored,"
         " KL(base || file) in nats",
         n_windows=first.n_windows if first else None,
         weight_windows=meter.n_weight_windows,
+        device=meter.device.name,
+        device_reason=meter.device.reason,
         texts={name: text_sha256(text) for name, text in texts.items()},
         calibration=build(Calibration, read_json(run.artifacts.calibration)),
         refused=typed(tuple[Budget, ...], read_json(run.artifacts.budgets)["refused"]),

@@ -32,7 +32,7 @@ from eval_fixtures import (
 import evaluators
 from evaluators import llama_runtime, perplexity
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import Context, Model, Runtime, shard_paths
+from evaluators.llama_runtime import Context, Model, shard_paths
 from evaluators.windows import scored_logits, window_context
 
 measure = partial(perplexity.measure, runtime=ONE)
@@ -173,13 +173,6 @@ def test_token_outside_the_vocabulary(tiny: TinyFiles) -> None:
     with Model(tiny.base, ONE) as model, Context(model, 64, 64, 64) as context:
         with pytest.raises(EvaluationError, match="outside"):
             context.decode(ids, np.arange(2, dtype=np.int32), np.ones(2, dtype=np.int8))
-
-
-def test_gpu_layers_on_a_cpu_build(tiny: TinyFiles) -> None:
-    if lib.llama_supports_gpu_offload():
-        pytest.skip("this llama.cpp can offload")
-    with pytest.raises(EvaluationError, match="without GPU support"):
-        Model(tiny.base, Runtime(n_gpu_layers=-1))
 
 
 def test_nothing_reaches_stderr(tiny: TinyFiles, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.evidence import report
 from quantkit.evidence.compare import Measured, to_report
 from quantkit.evidence.report.schema import to_json
+from quantkit.evidence.report.text import protocol_line
 from quantkit.hub import given
 from quantkit.sandbox.untrusted import build
 
@@ -99,7 +100,7 @@ def test_evaluator_json_without_options_is_enough(tiny: TinyFiles) -> None:
     measured = {
         "base": {"n_bytes": 2000, "perplexity": perplexity(9.0)},
         "files": [{**row, "domains": domains}],
-        "settings": {**settings, "llama_cpp_python": "0"},
+        "settings": {**settings, "device": "CPU", "llama_cpp_python": "0"},
     }
     read = build(Measured, measured)
     made = to_report(read, tiny.base, [tiny.noisy], ["noisy.gguf"])
@@ -107,6 +108,32 @@ def test_evaluator_json_without_options_is_enough(tiny: TinyFiles) -> None:
     assert made.first.weight_kl is None
     assert made.first.zero_shot == {"status": "not run", "reason": "no --task"}
     assert "closest" in report.verdict(made)
+    assert protocol_line(made).endswith(" Device: CPU.")
+
+
+def test_figures_of_a_gpu_stand_beside_its_distance_from_the_cpu(tiny: TinyFiles) -> None:
+    options = {"protocol": "llama.cpp", "n_ctx": 64, "n_windows": 1, "texts": {"x": "ab"}}
+    figures = {
+        "n_bytes": 1000,
+        "kl": divergence(0.1, 0.01),
+        "top1": 0.9,
+        "top1_stderr": 0.01,
+        "perplexity": perplexity(9.0),
+        "ln_ppl_ratio": interval(0.1, 0.01),
+    }
+    apart = [divergence(mean, 1e-6) for mean in (0.00012, 0.00034)]
+    base = {"n_bytes": 2000, "perplexity": perplexity(9.0), "device_kl": apart[0]}
+    measured = {
+        "base": base,
+        "files": [{**figures, "domains": {}, "device_kl": apart[1]}],
+        "settings": {**options, "device": "NVIDIA H200", "llama_cpp_python": "0"},
+    }
+    made = to_report(build(Measured, measured), tiny.base, [tiny.noisy], ["noisy.gguf"])
+    assert report.read(to_json(made)) == made
+    assert protocol_line(made).endswith(
+        " Device: NVIDIA H200. Mean KL between the CPU and this device, of the same file:"
+        " 0.000120 (full precision), 0.000340 (noisy.gguf)."
+    )
 
 
 def test_a_file_of_the_hub(

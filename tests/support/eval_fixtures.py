@@ -8,6 +8,7 @@ golden numbers come from there and from nowhere near llama.cpp.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,7 +221,9 @@ def byte_ids(text: str) -> np.ndarray:
 
 # One thread: with more, a model this small mostly waits at barriers, and for seconds where other
 # processes hold the cores.
-ONE = Runtime(n_threads=1)
+# TEST_LLAMA_DEVICE=cuda runs them on the GPUs of a llama-cpp-python that was built for them.
+DEVICE = os.environ.get("TEST_LLAMA_DEVICE", "cpu")
+ONE = Runtime(n_threads=1, n_gpu_layers=-1 if DEVICE == "cuda" else 0)
 
 SPEC = TinySpec()
 NOISY = replace(SPEC, noise=0.15)
@@ -253,7 +256,8 @@ def run_json(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]
 
     def run(main: Callable[[list[str]], int], *arguments: object) -> dict[str, Any]:
         capsys.readouterr()
-        status = main([*(str(argument) for argument in arguments), "--threads", "1"])
+        options = ("--threads", "1", "--device", DEVICE)
+        status = main([*(str(argument) for argument in arguments), *options])
         out, err = capsys.readouterr()
         assert status == 0, err
         value: dict[str, Any] = json.loads(out)

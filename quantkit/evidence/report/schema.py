@@ -106,6 +106,7 @@ class Row(Figures, _File):
     speed: SpeedResult | None = None
     tasks: dict[str, Task] | None = None
     long: dict[str, Divergence] | None = None  # by the tokens of a context
+    device_kl: Divergence | None = None  # KL(CPU || GPU) of this file, when measured on a GPU
 
     @property
     def short(self) -> str:
@@ -198,6 +199,7 @@ class Base:
     n_parameters: int
     perplexity: Perplexity = NO_PERPLEXITY
     speed: SpeedResult | None
+    device_kl: Divergence | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,8 @@ class Missing:
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole report. `kind` is run or compare, `texts` are sha256 by name; `refused` are sizes
-    that were asked for and cannot be made.
+    that were asked for and cannot be made. `device` is what all figures were measured on,
+    `device_reason` why that is not, or not wholly, the GPU that the run was given.
     """
 
     schema: int = field(default=SCHEMA, init=False)
@@ -249,6 +252,8 @@ class Report:
     protocol: str
     n_windows: int | None
     weight_windows: int | None = None
+    device: str | None = None
+    device_reason: str | None = None
     texts: dict[str, str]
     calibration: Calibration | None = None
     refused: tuple[Budget, ...] | None = None

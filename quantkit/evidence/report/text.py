@@ -222,7 +222,7 @@ def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
 
 
 def protocol_line(report: Report) -> str:
-    """Return how it was measured, and on what."""
+    """Return how it was measured, on what text and on what device."""
     text = f"Protocol: {report.protocol}. Text: {', '.join(report.texts)}"
     if report.kind == "run":
         text += ", not seen by any earlier stage"
@@ -230,4 +230,19 @@ def protocol_line(report: Report) -> str:
         text += f"; {report.n_windows} windows"
     if report.weight_windows and report.weight_windows != report.n_windows:
         text += f", {report.weight_windows} of them for the weight KL"
+    return f"{text}.{_device(report)}"
+
+
+def _device(report: Report) -> str:
+    """What the figures were measured on, and how far that is from the CPU, as further sentences."""
+    if report.device is None:  # a report of before it was said
+        return ""
+    text = f" Device: {report.device}"
+    if report.device_reason:
+        text += f", because {report.device_reason.rstrip('.')}"
+    known = {"full precision": report.base.device_kl}
+    known |= {row.title: row.device_kl for row in report.rows}
+    said = [f"{number(kl.mean)} ({name})" for name, kl in known.items() if kl]
+    if said:
+        text += f". Mean KL between the CPU and this device, of the same file: {', '.join(said)}"
     return f"{text}."
