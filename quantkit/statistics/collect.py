@@ -15,7 +15,7 @@ from quantkit.config import N_CTX
 from quantkit.machine.memory import free_memory
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.offload import States
-from quantkit.statistics.experts import ExpertCollector, eager_experts
+from quantkit.statistics.experts import ExpertCollector, grouped_experts
 from quantkit.statistics.hessian import HessianCollector, is_linear
 from quantkit.statistics.inputs import BlockStatistics
 from quantkit.statistics.turns import Everything, Turn, most_bytes, share_out
@@ -135,10 +135,10 @@ def _run(
     is_last: bool = True,
 ) -> None:
     """Run a block over batches; its watchers see those of a part. The states become those behind
-    the block unless it is run again. Whether it is watched or not, its experts are multiplied one
-    by one: grouped products round otherwise, and a killed run would go on with other states.
+    the block unless it is run again. Whether it is watched or not, its experts are multiplied in
+    one grouped product: loops round otherwise, and a killed run would go on with other states.
     """
-    with model.holding(index), eager_experts(model.blocks[index]), torch.no_grad():
+    with model.holding(index), grouped_experts(model.blocks[index]), torch.no_grad():
         for i, (part, ids) in enumerate(batches):
             hidden, shared_kv = states.get(i, ids.device)
             call = model.trace(ids)[1][index].with_shared_kv(shared_kv)

@@ -3,8 +3,8 @@ nn.Linear owns.
 
 Which tokens an expert reads is decided inside its layer's forward. So the matrix products are
 watched while it runs: one of the factors lies in the memory of a 3-D parameter, and where it lies
-there says which expert it is. No architecture is written down here; transformers' own loop over
-experts, its "eager" implementation, is asked for while watching.
+there says which experts they are. No architecture is written down here; transformers' own grouped
+product, which sorts tokens by expert once and multiplies all of them, is asked for.
 
 Experts that are rarely chosen have few tokens. Their layer is asked once more, with every token
 sent to experts in turn, and all inputs that an expert is *lent* so count `LENT` routed tokens
@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from quantkit.statistics.hessian import add_outer, symmetrize
+from quantkit.statistics.hessian import add_outers, symmetrize
 
 LENT = 64  # tokens that all inputs count which an expert would not have been given: dev/LOG.md
 
@@ -37,11 +38,27 @@ _PRODUCTS = {
     torch.Tensor.bmm,
     torch.Tensor.__matmul__,
 }
+_GROUPED = {F.grouped_mm, torch._grouped_mm}
 
-Note = Callable[[str, int, torch.Tensor, torch.Tensor], None]
-"""Told of a product: parameter, expert, its input (n_tokens, n_columns), its output. An input
-with three axes is that of all experts from that one on.
-"""
+
+@dataclass(frozen=True)
+class Product:
+    """A product of inputs with the weights of some experts of one parameter.
+
+    `x` (n_rows, n_columns) are the inputs, expert after expert: those of expert `first + i` end
+    before row `ends[i]`, int (n,) on their device. `output` has as many rows, in one axis or two.
+    Layers that hand all tokens to all experts (`is_handed_all`) blank those that are not theirs.
+    """
+
+    parameter: str
+    first: int
+    ends: torch.Tensor
+    x: torch.Tensor
+    output: torch.Tensor
+    is_handed_all: bool = False
+
+
+Note = Callable[[Product], None]
 
 
 def stacked_parameters(block: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
@@ -50,7 +67,7 @@ def stacked_parameters(block: nn.Module, prefix: str) -> dict[str, nn.Parameter]
 
 
 class ExpertProducts(TorchFunctionMode):
-    """While entered, calls `note` for every product of inputs with one expert's weight."""
+    """While entered, calls `note` for every product of inputs with experts' weights."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], note: Note) -> None:
         super().__init__()
@@ -71,6 +88,8 @@ class ExpertProducts(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
             if isinstance(weight, torch.Tensor):
                 self._see(args[0] if args else kwargs["input"], weight, answer)
+        elif func in _GROUPED and (found := self._find(args[1])) is not None:
+            self._note(Product(*found, kwargs["offs"], args[0], answer))
         return answer
 
     def _is_choice(self, args: Any) -> bool:
@@ -100,19 +119,21 @@ class ExpertProducts(TorchFunctionMode):
         if found is None:
             return
         if weight.dim() == 2:
-            self._note(*found, x.reshape(-1, x.shape[-1]), answer)
+            x = x.reshape(-1, x.shape[-1])
+            self._note(Product(*found, torch.full((1,), len(x), device=x.device), x, answer))
         elif weight.dim() == 3 and x.dim() == 3 and len(x) == len(weight):
-            self._note(*found, x, answer)
+            ends = torch.arange(1, len(x) + 1, device=x.device) * x.shape[1]
+            self._note(Product(*found, ends, x.flatten(0, 1), answer, is_handed_all=True))
 
 
 @contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Use transformers' loop over experts instead of its grouped products, for a while."""
+def grouped_experts(model: nn.Module) -> Iterator[None]:
+    """Use transformers' grouped products of experts, whatever the config asks for, for a while."""
     found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     configs = [c for c in found.values() if hasattr(c, "_experts_implementation_internal")]
     before = [c._experts_implementation_internal for c in configs]
     for config in configs:
-        config._experts_implementation_internal = "eager"
+        config._experts_implementation_internal = "grouped_mm"
     try:
         yield
     finally:
@@ -166,7 +187,7 @@ class ExpertCollector:
             if any(p.dim() == 3 for p in module.parameters(recurse=False))
         ]
         try:
-            with ExpertProducts(self._parameters, self._add), eager_experts(self._block):
+            with ExpertProducts(self._parameters, self._add), grouped_experts(self._block):
                 yield
                 for handle in handles:
                     handle.remove()
@@ -196,7 +217,8 @@ class ExpertCollector:
             finally:
                 self._share, self._is_lent = 1.0, False
 
-    def _add(self, name: str, expert: int, x: torch.Tensor, _: torch.Tensor) -> None:
+    def _add(self, product: Product) -> None:
+        name, x = product.parameter, product.x
         last, group = self._last or (None, name)
         if last is not None and (last.data_ptr(), last.shape) == (x.data_ptr(), x.shape):
             # Gate and up read one tensor. It was kept, so its address is nobody else's.
@@ -213,17 +235,22 @@ class ExpertCollector:
             self.sums[group] = torch.zeros((len(wanted), n, n), device=x.device)
             self.n_tokens[group] = torch.zeros(len(wanted), device=x.device)
             self.weights[group] = torch.zeros(len(wanted), device=x.device)
-        wanted = self.experts[group]
-        for position, own in enumerate(x if x.dim() == 3 else x[None], expert):
-            if position not in wanted:
-                continue
-            index = position - wanted.start
-            # Layers that hand all tokens to all experts blank those that are not theirs.
-            own = own[(own != 0).any(1)]
-            add_outer(self.sums[group][index], own if self._share == 1 else own * self._share**0.5)
-            self.weights[group][index] += self._share * len(own)
-            if not self._is_lent:
-                self.n_tokens[group][index] += len(own)
+        ends = product.ends
+        if product.is_handed_all:
+            own = (x != 0).any(1)
+            x, ends = x[own], own.view(len(ends), -1).sum(1).cumsum(0)
+        # The experts that are both wanted and in the product, counted from the first of either.
+        wanted, first = self.experts[group], product.first
+        low, high = max(wanted.start, first), min(wanted.stop, first + len(ends))
+        if low >= high:
+            return
+        bounds = F.pad(ends, (1, 0))[low - first : high - first + 1]
+        counts = bounds.diff()
+        here = slice(low - wanted.start, high - wanted.start)
+        add_outers(self.sums[group][here], x, bounds, self._share)
+        self.weights[group][here] += self._share * counts
+        if not self._is_lent:
+            self.n_tokens[group][here] += counts
 
     def means(self) -> dict[str, torch.Tensor]:
         """Return the Hessians, float32 (n_experts, n, n) by group; the sums are used up.
@@ -234,11 +261,9 @@ class ExpertCollector:
         for group, total in self.sums.items():
             weights = self.weights[group]
             missing = weights == 0
-            for expert in range(len(total)):
-                total[expert] = symmetrize(total[expert]) / weights[expert].clamp_min(1e-9)
+            symmetrize(total).div_(weights.clamp_min(1e-9)[:, None, None])
             if bool(missing.any()) and not bool(missing.all()):
-                shares = (weights / weights.sum())[:, None, None]
-                total[missing] = (total * shares).sum(0)
+                total[missing] = torch.tensordot(weights / weights.sum(), total, 1)
         found, self.sums = self.sums, {}
         return {group: hessians for group, hessians in found.items() if len(hessians)}
 

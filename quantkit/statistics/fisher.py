@@ -20,9 +20,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from quantkit.model.blockwise import BlockCall, BlockwiseModel
-from quantkit.statistics.experts import ExpertProducts, eager_experts, stacked_parameters
+from quantkit.statistics.experts import (
+    ExpertProducts,
+    Product,
+    grouped_experts,
+    stacked_parameters,
+)
 from quantkit.statistics.hessian import HessianCollector, is_linear
 
 
@@ -147,17 +153,20 @@ def _backward(
 
     experts = stacked_parameters(model.blocks[index], prefix)
 
-    def watch_expert(name: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> None:
+    def watch_experts(product: Product) -> None:
+        name, output = product.parameter, product.output
         if not output.requires_grad:
             return
 
         def add(grad: torch.Tensor) -> None:
-            squares = grad.float().square()
-            squares = squares.sum(1) if x.dim() == 3 else squares.flatten(0, -2).sum(0)[None]
+            n = grad.shape[-1]
+            squares = grad.float().square().reshape(-1, n)
+            counts = F.pad(product.ends, (1, 0)).diff()
+            squares = torch.segment_reduce(squares, "sum", lengths=counts.long(), unsafe=True)
             if name not in sums:
-                shape = (len(experts[name]), grad.shape[-1])
-                sums[name] = torch.zeros(shape, device=grad.device).flatten()
-            sums[name].view(-1, grad.shape[-1])[expert : expert + len(squares)] += squares
+                sums[name] = torch.zeros(len(experts[name]) * n, device=grad.device)
+            own = slice(product.first, product.first + len(squares))
+            sums[name].view(-1, n)[own] += squares
 
         output.register_hook(add)
 
@@ -165,9 +174,9 @@ def _backward(
         if is_linear(module):
             handles.append(module.register_forward_hook(watch(f"{prefix}.{name}")))
     hidden = hidden.detach().requires_grad_()
-    seeing = ExpertProducts(experts, watch_expert)
+    seeing = ExpertProducts(experts, watch_experts)
     try:
-        with torch.enable_grad(), eager_experts(model.blocks[index]), seeing:
+        with torch.enable_grad(), grouped_experts(model.blocks[index]), seeing:
             out = model.run_block(index, hidden, call)
             (result,) = torch.autograd.grad(out, hidden, gradient)
     finally:

@@ -34,14 +34,29 @@ def add_outer(hessian: torch.Tensor, x: torch.Tensor) -> None:
         hessian[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
 
 
+def add_outers(hessians: torch.Tensor, x: torch.Tensor, bounds: torch.Tensor, share: float) -> None:
+    """Add share * xᵀx of an expert's rows to its matrix, as `add_outer` does: float32 (n_experts,
+    n, n). Those of expert i are rows bounds[i] to bounds[i + 1] of x (n_rows, n).
+    """
+    if x.is_cuda:
+        from quantkit.statistics import kernels_cuda  # needs triton
+
+        kernels_cuda.add_outers(hessians, x, bounds, share)
+        return
+    limits = bounds.tolist()
+    for hessian, first, last in zip(hessians, limits, limits[1:], strict=False):
+        own = x[first:last]
+        add_outer(hessian, own if share == 1 else own * share**0.5)
+
+
 def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
-    """Fill the whole matrix from its upper triangle, in place."""
-    n = len(hessian)
+    """Fill whole matrices (..., n, n) from their upper triangles, in place."""
+    n = hessian.shape[-1]
     for start in range(0, n, _PANEL):
         end = min(start + _PANEL, n)
-        own = hessian[start:end, start:end].triu()
-        hessian[start:end, start:end] = own + own.triu(1).T
-        hessian[end:, start:end] = hessian[start:end, end:].T
+        own = hessian[..., start:end, start:end].triu()
+        hessian[..., start:end, start:end] = own + own.triu(1).mT
+        hessian[..., end:, start:end] = hessian[..., start:end, end:].mT
     return hessian
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +29,14 @@ from transformers import (
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.streaming import open_model
 from quantkit.planning.cost import _hessian_bytes
-from quantkit.statistics.experts import ExpertCollector, ExpertProducts, eager_experts
+from quantkit.statistics.experts import ExpertCollector, ExpertProducts, grouped_experts
 from quantkit.statistics.fisher import output_fisher
-from quantkit.statistics.hessian import HessianCollector, is_linear
+from quantkit.statistics.hessian import (
+    HessianCollector,
+    add_outers,
+    is_linear,
+    symmetrize,
+)
 from quantkit.statistics.inputs import BlockStatistics
 
 N = 32  # columns of the experts' inputs
@@ -314,7 +320,10 @@ def test_prices_of_experts_are_their_output_gradients() -> None:
 def test_only_products_with_the_given_parameters_are_seen() -> None:
     known, other = (nn.Parameter(torch.randn(2, 4, 4)) for _ in range(2))
     seen = []
-    with ExpertProducts({"known": known}, lambda *call: seen.append(call[:2])), torch.no_grad():
+    with (
+        ExpertProducts({"known": known}, lambda p: seen.append((p.parameter, p.first))),
+        torch.no_grad(),
+    ):
         x = torch.randn(3, 4)
         F.linear(x, other[1])
         x @ known[0].T
@@ -324,13 +333,52 @@ def test_only_products_with_the_given_parameters_are_seen() -> None:
     assert seen == [("known", 0), ("known", 1), ("known", 1)]
 
 
-def test_eager_experts_are_put_back_when_the_pass_fails() -> None:
+def test_grouped_experts_are_put_back_when_the_pass_fails() -> None:
     model = build("qwen3").model
+    model.config._experts_implementation_internal = "eager"
     before = model.config._experts_implementation_internal
-    with pytest.raises(RuntimeError), eager_experts(model):
-        assert model.config._experts_implementation_internal == "eager"
+    with pytest.raises(RuntimeError), grouped_experts(model):
+        assert model.config._experts_implementation_internal == "grouped_mm"
         raise RuntimeError
     assert model.config._experts_implementation_internal == before
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])
+def test_grouped_products_give_what_a_loop_over_experts_does(name: str) -> None:
+    """Hidden states, Hessians, token counts and what is lent, of some experts alone, too."""
+    found = []
+    for implementation in ("grouped_mm", "eager"):
+        model = build(name)
+        model.model.config._experts_implementation_internal = implementation
+        some = ExpertCollector(model.blocks[0], "b", 48, wanted=lambda group, n: range(1, n - 1))
+        with pytest.MonkeyPatch.context() as patch:
+            if implementation == "eager":
+                patch.setattr("quantkit.statistics.experts.grouped_experts", nullcontext)
+            hidden = run(model, some)
+        found.append((hidden, some.weights, some.n_tokens, some.members, some.means()))
+    (hidden, *counts, members, means), (looped, *theirs, same, wanted) = found
+    assert torch.allclose(hidden, looped, atol=1e-5) and members == same
+    for ours, loops in zip(counts, theirs, strict=True):
+        assert all(torch.allclose(ours[group], loops[group]) for group in loops)
+    for group, hessians in wanted.items():
+        assert len(hessians) == len(means[group]) > 1
+        assert torch.allclose(means[group], hessians, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
+)
+def test_the_kernel_sums_what_a_loop_does() -> None:
+    from quantkit.statistics import kernels_cuda
+
+    x = torch.randn(90, 150, generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([3, 3, 70, 90])  # rows before the third belong to none of them
+    ours, loops = torch.ones(3, 150, 150), torch.ones(3, 150, 150)
+    kernels_cuda.add_outers(ours, x, bounds, 0.25)
+    add_outers(loops, x, bounds, 0.25)
+    assert torch.allclose(symmetrize(ours), symmetrize(loops), rtol=1e-5, atol=1e-5)
+    exact = 1 + 0.25 * x[3:70].T @ x[3:70]
+    assert bool((ours[0] == 1).all()) and torch.allclose(ours[1], exact, rtol=1e-5, atol=1e-5)
 
 
 def test_linears_beside_the_experts_are_collected_too() -> None:

@@ -74,8 +74,8 @@ def test_turns_change_nothing(family: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_experts_that_are_not_watched_compute_the_same(tmp_path: Path) -> None:
-    """Grouped products of 16 bits round otherwise than experts one by one, which watching asks for:
-    a killed run would go on from other states.
+    """Products of 16 bits round otherwise when experts are multiplied one by one: a killed run must
+    not go on from other states, whatever its config asks for.
     """
     whole, names, _ = walked("Mixtral", tmp_path, dtype=torch.bfloat16)
     found, left, _ = walked("Mixtral", tmp_path, tuple(names[:1]), torch.bfloat16)
