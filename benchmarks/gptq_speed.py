@@ -159,7 +159,7 @@ def grids(bench: Bench) -> None:
     w[::2] = w[::2].bfloat16().float()
     shares, original = h.diagonal().contiguous(), w.to(bench.device)
     print("rows of 1024 that differ between ggml's grid and the GPU's, error ratio:")
-    for qtype in grids_cuda.TYPES:
+    for qtype in FORMATS:
         both = grids_cuda.quantize(original, qtype, shares), rounded(w, h, qtype)
         off = [((FORMATS[qtype].values(p) - original).square() @ shares).sum() for p in both]
         print(f"  {qtype!s:8} {int((both[0] != both[1]).any(1).sum())} {off[0] / off[1]:.7f}")
@@ -238,12 +238,14 @@ def solve_shape(bench: Bench, shape: Shape, types: list[QuantType]) -> dict[str,
         from quantkit.ggml import grids_cuda
 
         shares = h.diagonal().contiguous()
-        own = [q for q in types if q in grids_cuda.TYPES]
         spent["grids on the GPU"] = bench.seconds(
-            lambda: [grids_cuda.quantize(original, q, shares) for q in own]
+            lambda: [grids_cuda.quantize(original, q, shares) for q in types]
+        )
+        spent["rounded on the GPU"] = bench.seconds(
+            lambda: [grids_cuda.quantize(original, q, None) for q in types]
         )
     spent["solve_tensor, everything"] = bench.seconds(
-        lambda: select.solve_tensor(w.numpy(), types, ("gptq", "imatrix"), inputs, None), 1
+        lambda: select.solve_tensor(w.bfloat16(), types, ("gptq", "imatrix"), inputs, None), 1
     )
     for part, taken in spent.items():
         bench.note(f"  {part}", taken, "s")

@@ -112,7 +112,7 @@ def quantized(
                 importance = hessian.diagonal().cpu().numpy().copy()
                 inputs = Inputs(importance, hessian, heldout[group], factorize(hessian, DAMPING))
                 for name in names:
-                    weight = modules[name].weight.float().cpu().numpy()
+                    weight = modules[name].weight.float().cpu()
                     one = solve_tensor(
                         weight, [qtype], ("gptq", "imatrix"), inputs, None, n_sweeps
                     )[qtype]

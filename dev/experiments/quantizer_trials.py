@@ -278,7 +278,7 @@ class Trial:
         factor = factorize(hessian, DAMPING) if arm.method == "gptq" else None
         inputs = Inputs(hessian.diagonal().cpu().numpy().copy(), hessian, hessian, factor)
         solved = solve_tensor(
-            weight.cpu().numpy(), [qtype], (arm.method,), inputs, None, self.settings.n_sweeps
+            weight.cpu(), [qtype], (arm.method,), inputs, None, self.settings.n_sweeps
         )
         return torch.from_numpy(solved[qtype].packed).to(self.device)
 

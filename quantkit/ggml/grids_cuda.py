@@ -1,175 +1,108 @@
-"""Search for scales under importances as ggml does, on an NVIDIA GPU in Triton: Q2_K to Q6_K.
+"""Quantize as ggml does on an NVIDIA GPU, in Triton: the types that have a grid, under importances
+or rounded to nearest.
 
-A model of seven billion weights keeps 16 cores busy for ten minutes with it. The candidates tried
-and the order of steps are those of `quantize_row_*_impl` in ggml-quants.c, so that the rows are
-ggml's but for ties that rounding settles differently. A program owns some blocks of 256 weights.
-Imported only where weights are on a GPU.
+A model of seven billion weights keeps 16 cores busy for ten minutes with a type. The candidates
+tried and the order of steps are ggml's (`searches_cuda.py`), so that the rows are ggml's but for
+ties that rounding settles differently. A program owns some blocks. Imported only where weights are
+on a GPU.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml.formats import FORMATS
+from quantkit.ggml import rounding
+from quantkit.ggml.formats import FORMATS, Format
+from quantkit.ggml.searches_cuda import (
+    TINY,
+    affine,
+    clamp,
+    farthest_of,
+    in_table,
+    index_in,
+    largest_first,
+    nearest_integer,
+    nonnegative,
+    quotient,
+    refined,
+    symmetric,
+    tl,
+    triton,
+)
 from quantkit.ggml.types import QuantType
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise QuantkitError(
-        "Quantizing on a GPU needs Triton, which is not installed.",
-        "Install PyTorch's CUDA build for Linux, which brings it, or use --device cpu.",
-    ) from error
-
-_TILE = 4  # blocks of a program
-_TINY = tl.constexpr(1e-15)  # ggml takes smaller maxima for zero
-
-# Beside the format's own numbers: the mean square of a block, times this, tempers the importances;
-# None leaves them as they are.
-_SPREAD = {"Q2_K": 1.0, "Q3_K": 2.0, "Q4_K": 2.0, "Q5_K": 2.0, "Q6_K": None}
-TYPES = tuple(QuantType(name) for name in _SPREAD)
+_TILE = 1024  # weights of a program
 
 
-@triton.jit
-def nearest_integer(x):  # type: ignore[no-untyped-def]
-    """Round float32 |x| < 2^22, ties to even."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def clamp(x, low, high):  # type: ignore[no-untyped-def]
-    return tl.minimum(tl.maximum(x, low), high)
-
-
-@triton.jit
-def _affine_group(values, weights, top):  # type: ignore[no-untyped-def]
-    """Scale and minimum of groups along the last axis, codes from 0 to `top`: (.., .., 1) each."""
-    minimum = tl.minimum(tl.min(values, 2, keep_dims=True), 0.0)
-    largest = tl.max(values, 2, keep_dims=True)
-    flat = largest <= minimum
-    width = tl.where(flat, 1.0, largest - minimum)
-    sum_w = tl.sum(weights, 2, keep_dims=True)
-    sum_x = tl.sum(weights * values, 2, keep_dims=True)
-    inverse = tl.div_rn(tl.zeros_like(width) + top, width)
-    scale = tl.div_rn(tl.zeros_like(width) + 1.0, inverse)
-    code = clamp(nearest_integer(inverse * (values - minimum)), 0.0, top)
-    off = scale * code + minimum - values
-    best = tl.sum(weights * off * off, 2, keep_dims=True)
-    for step in range(37):
-        width = tl.where(flat, 1.0, largest - minimum)  # from the best minimum so far, as ggml does
-        inverse = tl.div_rn(tl.zeros_like(width) + (top - 0.9 + 0.05 * step), width)
-        code = clamp(nearest_integer(inverse * (values - minimum)), 0.0, top)
-        sum_l = tl.sum(weights * code, 2, keep_dims=True)
-        sum_ll = tl.sum(weights * code * code, 2, keep_dims=True)
-        sum_lx = tl.sum(weights * code * values, 2, keep_dims=True)
-        det = sum_w * sum_ll - sum_l * sum_l
-        solvable = det > 0
-        det = tl.where(solvable, det, 1.0)
-        new_scale = tl.div_rn(sum_w * sum_lx - sum_x * sum_l, det)
-        new_minimum = tl.div_rn(sum_ll * sum_x - sum_l * sum_lx, det)
-        above = new_minimum > 0
-        alone = tl.div_rn(sum_lx, tl.where(solvable, sum_ll, 1.0))
-        new_scale = tl.where(above, alone, new_scale)
-        new_minimum = tl.where(above, 0.0, new_minimum)
-        off = new_scale * code + new_minimum - values
-        error = tl.sum(weights * off * off, 2, keep_dims=True)
-        better = solvable & (error < best)
-        best = tl.where(better, error, best)
-        scale = tl.where(better, new_scale, scale)
-        minimum = tl.where(better, new_minimum, minimum)
-    return tl.where(flat, 0.0, scale), minimum
-
-
-@triton.jit
-def _nonnegative(values, weights, top, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`values` (.., n) >= 0 as integers from 0 to `top` times a scale (.., 1)."""
-    index = tl.arange(0, n)[None, :]
-    largest = tl.max(values, 1, keep_dims=True)
-    flat = largest < _TINY
-    largest = tl.where(flat, 1.0, largest)
-    best_inverse = tl.div_rn(tl.zeros_like(largest) + top, largest)
-    off = values - nearest_integer(best_inverse * values) * tl.div_rn(
-        tl.zeros_like(largest) + 1.0, best_inverse
-    )
-    best = tl.sum(weights * off * off, 1, keep_dims=True)
-    for step in range(9):
-        inverse = tl.div_rn(tl.zeros_like(largest) + (top + 0.1 * (step - 4)), largest)
-        code = tl.minimum(nearest_integer(inverse * values), top)
-        off = values - code * tl.div_rn(tl.zeros_like(largest) + 1.0, inverse)
-        error = tl.sum(weights * off * off, 1, keep_dims=True)
-        better = error < best
-        best = tl.where(better, error, best)
-        best_inverse = tl.where(better, inverse, best_inverse)
-    code = clamp(nearest_integer(best_inverse * values), 0.0, top)
-    sum_lx = tl.sum(weights * values * code, 1, keep_dims=True)
-    sum_ll = tl.sum(weights * code * code, 1, keep_dims=True)
-    for step in range(5 * n):
-        here = index == step % n
-        value = tl.sum(tl.where(here, values, 0.0), 1, keep_dims=True)
-        weight = tl.sum(tl.where(here, weights, 0.0), 1, keep_dims=True)
-        old = tl.sum(tl.where(here, code, 0.0), 1, keep_dims=True)
-        rest_lx = sum_lx - weight * value * old
-        rest_ll = sum_ll - weight * old * old
-        usable = (rest_lx > 0) & (rest_ll > 0)
-        new = tl.div_rn(value * rest_ll, tl.where(usable, rest_lx, 1.0))
-        new = nearest_integer(clamp(new, 0.0, top))
-        rest_lx += weight * value * new
-        rest_ll += weight * new * new
-        better = usable & (rest_lx * rest_lx * sum_ll > sum_lx * sum_lx * rest_ll)
-        code = tl.where(here & better, new, code)
-        sum_lx = tl.where(better, rest_lx, sum_lx)
-        sum_ll = tl.where(better, rest_ll, sum_ll)
-    usable = (sum_ll > 0) & (flat == 0)
-    scale = tl.where(usable, tl.div_rn(sum_lx, tl.where(usable, sum_ll, 1.0)), 0.0)
-    return tl.where(flat, 0.0, code), scale
-
-
-@triton.jit
-def _farthest(values, axis: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first of the values along `axis` that is farthest from zero."""
-    index = tl.arange(0, n)[None, :]
-    if axis == 2:
-        index = index[:, None, :]
-    size = tl.abs(values)
-    index += tl.zeros_like(size).to(tl.int32)
-    largest = tl.max(size, axis, keep_dims=True)
-    first = tl.min(tl.where(size == largest, index, n), axis, keep_dims=True)
-    return tl.sum(tl.where(index == first, values, 0.0), axis, keep_dims=True)
-
-
-@triton.jit
-def _symmetric(values, weights, top, axis: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scale of groups along `axis`, codes from -top to top - 1, and the factor that the codes were
-    found with.
+@dataclass(frozen=True)
+class _Search:
+    """How a type's scales are searched. `weights` are those of `_weights`, `spread` times the mean
+    square of a block tempers importances; what follows are candidates of `affine`.
     """
-    farthest = _farthest(values, axis, n)
-    flat = tl.abs(farthest) < _TINY
-    farthest = tl.where(flat, 1.0, farthest)
-    factor = tl.div_rn(tl.zeros_like(farthest) - top, farthest)
-    scale = tl.zeros_like(farthest)
-    best = tl.zeros_like(farthest)
-    for step in range(20):
-        # The plain factor comes first, then the others around it; ggml counts from -9 to 9.
-        around = tl.where(step == 0, 0.0, 0.1 * (step - 10))
-        new = tl.div_rn(tl.zeros_like(farthest) - (top + around), farthest)
-        code = clamp(nearest_integer(new * values), -top, top - 1.0)
-        sum_lx = tl.sum(weights * values * code, axis, keep_dims=True)
-        sum_ll = tl.sum(weights * code * code, axis, keep_dims=True)
-        usable = sum_ll > 0
-        better = usable & ((sum_lx * sum_lx > best * sum_ll) | (step == 0))
-        fitted = tl.div_rn(sum_lx, tl.where(usable, sum_ll, 1.0))
-        scale = tl.where(better, fitted, scale)
-        best = tl.where(better, fitted * sum_lx, best)
-        factor = tl.where(better, new, factor)
-    return tl.where(flat, 0.0, scale), tl.where(flat, 0.0, factor)
+
+    kind: str
+    weights: str
+    spread: float = 0.0
+    candidates: tuple[float, float, int, bool] = (-0.9, 0.05, 36, False)
+
+
+# Of `quantize_row_*_impl` with importances, and of `quantize_row_*_ref`. Q8_0 has no search.
+_WEIGHTED = {
+    "Q2_K": _Search("affine", "of block", 1.0),
+    "Q3_K": _Search("symmetric", "of block", 2.0),
+    "Q4_K": _Search("affine", "of block", 2.0),
+    "Q5_K": _Search("affine", "of block", 2.0),
+    "Q6_K": _Search("symmetric", "plain"),
+    "IQ4_XS": _Search("table", "of block", 2.0),
+    "IQ4_NL": _Search("table", "of block", 2.0),
+    "Q4_0": _Search("symmetric", "of row"),
+    "Q5_0": _Search("symmetric", "of row"),
+    "Q4_1": _Search("affine", "of row"),
+    "Q5_1": _Search("affine", "of row"),
+}
+_UNWEIGHTED = {
+    "Q2_K": _Search("affine", "size", candidates=(-0.5, 0.1, 15, True)),
+    "Q3_K": _Search("refined", "square"),
+    "Q4_K": _Search("affine", "size over mean", candidates=(-1.0, 0.1, 20, False)),
+    "Q5_K": _Search("affine", "size over mean", candidates=(-0.5, 0.1, 15, False)),
+    "Q6_K": _Search("symmetric", "square"),
+    "IQ4_XS": _Search("table", "square"),
+    "IQ4_NL": _Search("table", "square"),
+}
+
+
+@triton.jit
+def _weights(  # type: ignore[no-untyped-def]
+    values, importance, row_means, at_column, block, row, inside, spread, kind: tl.constexpr
+):
+    """What a search minimizes squares under, like `values` (blocks, groups, columns)."""
+    if kind == "size":
+        return tl.abs(values)
+    elif kind == "square":
+        return values * values
+    elif kind == "size over mean":
+        mean = tl.sum(values * values, 2, keep_dims=True) / values.shape[2]
+        return tl.sqrt_rn(mean) + tl.abs(values)
+    else:
+        weights = tl.load(importance + at_column, mask=inside, other=0.0)
+        if kind == "of block":
+            mean = tl.sum(tl.sum(values * values, 2), 1)[:, None, None] * spread
+            weights *= tl.sqrt_rn(mean + values * values)
+        elif kind == "of row":
+            mean = tl.load(row_means + row, mask=block, other=0.0)[:, None, None]
+            weights *= tl.sqrt_rn(mean + values * values)
+        return weights
 
 
 @triton.jit
 def _quantize(  # type: ignore[no-untyped-def]
     x,
     importance,
+    row_means,
+    table,
     codes,
     scales,
     minimums,
@@ -177,109 +110,184 @@ def _quantize(  # type: ignore[no-untyped-def]
     dmin,
     n_blocks,
     blocks_per_row,
+    rows_each,
     spread,
+    least,
+    delta,
+    n_steps,
     low: tl.constexpr,
     high: tl.constexpr,
     limit: tl.constexpr,
-    tempered: tl.constexpr,
-    affine: tl.constexpr,
+    kind: tl.constexpr,
+    weighting: tl.constexpr,
+    absolute: tl.constexpr,
+    is_searched_twice: tl.constexpr,
     group: tl.constexpr,
+    groups: tl.constexpr,
     tile: tl.constexpr,
 ):
-    groups: tl.constexpr = 256 // group
     block = tl.program_id(0) * tile + tl.arange(0, tile)
-    inside = (block < n_blocks)[:, None, None]
+    here = block < n_blocks
+    inside = here[:, None, None]
     place = tl.arange(0, groups)[None, :, None] * group + tl.arange(0, group)[None, None, :]
-    at = block.to(tl.int64)[:, None, None] * 256 + place
+    at = block.to(tl.int64)[:, None, None] * (group * groups) + place
     values = tl.load(x + at, mask=inside, other=0.0)
-    of_column = (block % blocks_per_row)[:, None, None] * 256 + place
-    weights = tl.load(importance + of_column, mask=inside, other=0.0)
-    if tempered:
-        mean = tl.sum(tl.sum(values * values, 2), 1)[:, None, None] * spread
-        weights *= tl.sqrt_rn(mean + values * values)
-    sums = tl.sum(weights, 2)
+    row = block // blocks_per_row
+    own_block = row // rows_each * blocks_per_row + block % blocks_per_row
+    at_column = own_block[:, None, None] * (group * groups) + place
+    weights = _weights(
+        values, importance, row_means, at_column, here, row, inside, spread, weighting
+    )
 
-    if affine:
-        scale, minimum = _affine_group(values, weights, high * 1.0)
-        floors = tl.reshape(-minimum, (tile, groups))
-        multiplier, own_d = _nonnegative(
-            tl.reshape(scale, (tile, groups)), sums, limit * 1.0, groups
+    # The groups' own scales, (tile, groups, 1).
+    if kind == "affine":
+        scale, minimum, factor, origin = affine(
+            values, weights, high * 1.0, least, delta, n_steps, absolute
         )
-        floor_multiplier, own_dmin = _nonnegative(floors, sums, limit * 1.0, groups)
+    elif kind == "symmetric":
+        scale, factor = symmetric(values, weights, -low * 1.0, 2, group)
+    elif kind == "refined":
+        scale = refined(values, weights, -low * 1.0, group)
     else:
-        scale, _factor = _symmetric(values, weights, -low * 1.0, 2, group)
-        flat = tl.reshape(scale, (tile, groups))
-        if tempered:  # Q3_K: scales are integers from -32 to 31
-            own_d, factor = _symmetric(flat, sums, limit + 1.0, 1, groups)
-            multiplier = clamp(nearest_integer(factor * flat), -limit - 1.0, limit * 1.0)
-        else:  # Q6_K: the farthest becomes -128
-            farthest = _farthest(flat, 1, groups)
-            usable = tl.abs(farthest) >= _TINY
-            factor = tl.div_rn(tl.zeros_like(farthest) - 128.0, tl.where(usable, farthest, 1.0))
-            own_d = tl.where(usable, tl.div_rn(tl.zeros_like(factor) + 1.0, factor), 0.0)
-            multiplier = tl.minimum(nearest_integer(factor * flat), limit * 1.0)
-            multiplier = tl.where(usable, multiplier, 0.0)
-        floor_multiplier, own_dmin = multiplier, own_d * 0.0
+        scale = in_table(values, weights, table, group)
+    flat = tl.reshape(scale, (tile, groups))
 
-    own_d = own_d.to(tl.float16).to(tl.float32)
-    own_dmin = own_dmin.to(tl.float16).to(tl.float32)
-    step = (own_d * multiplier)[:, :, None]
-    floor = (own_dmin * floor_multiplier)[:, :, None]
-    level = tl.div_rn(values + floor, tl.where(step == 0, 1.0, step) + tl.zeros_like(values))
-    code = nearest_integer(clamp(level, low * 1.0, high * 1.0))
+    if (
+        limit == 0
+    ):  # one group a block, whose scale is stored as it is, its codes as they were found
+        own_d, multiplier = flat, flat * 0.0 + 1.0
+        own_dmin, floor_multiplier = flat * 0.0, multiplier
+        if kind == "affine":
+            own_dmin = tl.reshape(minimum, (tile, groups))
+            code = clamp(nearest_integer(factor * (values - origin)), 0.0, high * 1.0)
+        elif kind == "symmetric":
+            code = clamp(nearest_integer(factor * values), low * 1.0, high * 1.0)
+            code = tl.where(factor == 0, low * 1.0, code)
+        else:
+            usable = scale != 0
+            inverse = tl.where(usable, quotient(1.0, tl.where(usable, scale, 1.0)), 0.0)
+            code = index_in(table, inverse * values)
+    else:
+        sums = tl.sum(weights, 2)
+        if kind == "affine":
+            floors = tl.reshape(-minimum, (tile, groups))
+            if is_searched_twice:
+                multiplier, own_d = nonnegative(flat, sums, limit * 1.0, groups)
+                floor_multiplier, own_dmin = nonnegative(floors, sums, limit * 1.0, groups)
+            else:
+                multiplier, own_d = largest_first(flat, limit * 1.0, groups)
+                floor_multiplier, own_dmin = largest_first(floors, limit * 1.0, groups)
+        else:
+            if is_searched_twice:  # Q3_K: scales are integers from -32 to 31
+                own_d, inverse = symmetric(flat, sums, limit + 1.0, 1, groups)
+            else:  # the farthest becomes the lowest integer
+                farthest = farthest_of(flat, 1, groups)
+                usable = tl.abs(farthest) >= TINY
+                farthest = tl.where(usable, farthest, 1.0)
+                inverse = quotient(-(limit + 1.0), farthest)
+                own_d = tl.where(usable, quotient(1.0, inverse), 0.0)
+                inverse = tl.where(usable, inverse, 0.0)
+            multiplier = clamp(nearest_integer(inverse * flat), -limit - 1.0, limit * 1.0)
+            floor_multiplier, own_dmin = multiplier, own_d * 0.0
+        if kind == "table":
+            step = (own_d * multiplier)[:, :, None]
+            usable = step != 0
+            inverse = tl.where(usable, quotient(1.0, tl.where(usable, step, 1.0)), 0.0)
+            code = index_in(table, inverse * values)
+        else:
+            own_d = own_d.to(tl.float16).to(tl.float32)
+            own_dmin = own_dmin.to(tl.float16).to(tl.float32)
+            step = (own_d * multiplier)[:, :, None]
+            floor = (own_dmin * floor_multiplier)[:, :, None]
+            step = tl.where(step == 0, 1.0, step) + tl.zeros_like(values)
+            code = nearest_integer(clamp(tl.div_rn(values + floor, step), low * 1.0, high * 1.0))
+
     tl.store(codes + at, code.to(tl.int8), mask=inside)
     of_group = block[:, None] * groups + tl.arange(0, groups)[None, :]
-    here = (block < n_blocks)[:, None]
-    tl.store(scales + of_group, multiplier, mask=here)
-    tl.store(minimums + of_group, floor_multiplier, mask=here)
-    tl.store(d + block[:, None], own_d, mask=here)
-    tl.store(dmin + block[:, None], own_dmin, mask=here)
+    tl.store(scales + of_group, multiplier, mask=here[:, None])
+    tl.store(minimums + of_group, floor_multiplier, mask=here[:, None])
+    if limit == 0:
+        tl.store(d + of_group, own_d, mask=here[:, None])
+        tl.store(dmin + of_group, own_dmin, mask=here[:, None])
+    else:
+        tl.store(d + block[:, None], own_d, mask=here[:, None])
+        tl.store(dmin + block[:, None], own_dmin, mask=here[:, None])
 
 
-def quantize(weight: torch.Tensor, qtype: QuantType, importance: torch.Tensor) -> torch.Tensor:
-    """Return packed rows uint8 (n_rows, row_bytes) of float32 `weight` (n_rows, n_columns), for one
-    of `TYPES`, with `importance` float32 (n_columns,) for all rows.
+def quantize(
+    weight: torch.Tensor, qtype: QuantType, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """Return packed rows uint8 (n_rows, row_bytes) of float32 `weight` (n_rows, n_columns), for a
+    type of `FORMATS`, with `importance` float32 (n_columns,) for all rows, or (n_experts,
+    n_columns) for as many rows of each expert; without it, rounded to nearest.
 
     Raises QuantkitError when the weights hold NaN or infinite values, like
     `quantkit.ggml.native.quantize`.
     """
-    form, spread = FORMATS[qtype], _SPREAD[qtype.name]
+    form = FORMATS[qtype]
+    search = (_UNWEIGHTED if importance is None else _WEIGHTED).get(qtype.name)
+    if search is None:
+        packed, halves = rounding.quantize(weight, qtype)
+    else:
+        packed, halves = _searched(weight, form, search, importance)
+    if not bool(torch.isfinite(halves).all() & torch.isfinite(weight).all()):
+        raise QuantkitError(
+            f"Quantizing to {qtype} gave invalid blocks.",
+            "The weights hold NaN or infinite values, or are too large for its scales.",
+        )
+    return packed
+
+
+def _searched(
+    weight: torch.Tensor, form: Format, search: _Search, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed rows, and the d and dmin of their blocks."""
     n_rows, n_columns = weight.shape
-    n_blocks = n_rows * n_columns // 256
-    assert form.scale_range is not None
+    width, group = form.qtype.block_size, form.group
+    n_blocks = n_rows * n_columns // width
+    tile = _TILE // width
     device = weight.device
     codes = torch.empty((n_rows, n_columns), dtype=torch.int8, device=device)
-    scales, minimums = (
-        torch.empty((n_rows, n_columns // form.group), device=device) for _ in range(2)
-    )
-    d, dmin = (torch.empty((n_rows, n_columns // 256), device=device) for _ in range(2))
-    _quantize[(triton.cdiv(n_blocks, _TILE),)](
+    scales, minimums = (torch.empty((n_rows, n_columns // group), device=device) for _ in range(2))
+    d, dmin = (torch.empty((n_rows, n_columns // width), device=device) for _ in range(2))
+    least, delta, n_steps, absolute = search.candidates
+    limit = form.scale_range[1] if form.scale_range else 0
+    _quantize[(triton.cdiv(n_blocks, tile),)](
         weight.contiguous(),
-        importance,
+        weight if importance is None else importance,
+        weight.square().mean(1) if search.weights == "of row" else weight,
+        torch.tensor(form.table or (0,), dtype=torch.float32, device=device),
         codes,
         scales,
         minimums,
         d,
         dmin,
         n_blocks,
-        n_columns // 256,
-        (spread or 0.0) / 256,
+        n_columns // width,
+        n_rows if importance is None else n_rows // max(1, importance.numel() // n_columns),
+        search.spread / width,
+        least,
+        delta,
+        n_steps,
         low=form.low,
         high=form.high,
-        limit=form.scale_range[1],
-        tempered=spread is not None,
-        affine=form.dmin_at is not None,
-        group=form.group,
-        tile=_TILE,
+        limit=limit,
+        kind=search.kind,
+        weighting=search.weights,
+        absolute=absolute,
+        # ggml searches a second time, for d among the groups' scales, but for these.
+        is_searched_twice=importance is not None and form.qtype.name not in ("Q6_K", "IQ4_XS"),
+        group=group,
+        groups=width // group,
+        tile=tile,
         num_warps=4,
         enable_fp_fusion=False,  # sums in ggml's way of rounding: fewer ties fall elsewhere
     )
-    both = d if form.dmin_at is None else torch.cat([d, dmin], 1)
-    if not bool(torch.isfinite(both).all() & torch.isfinite(weight).all()):
-        raise QuantkitError(
-            f"Quantizing to {qtype} gave invalid blocks.",
-            "The weights hold NaN or infinite values.",
-        )
-    packed = torch.zeros((n_rows, qtype.row_bytes(n_columns)), dtype=torch.uint8, device=device)
+    halves = (d if form.dmin_at is None else torch.cat([d, dmin], 1)).half().float()
+    packed = torch.zeros(
+        (n_rows, form.qtype.row_bytes(n_columns)), dtype=torch.uint8, device=device
+    )
     packed = form.with_codes(packed, codes)
-    return form.with_scales(form.with_multipliers(packed, scales, minimums), both)
+    if form.scale_range is not None:
+        packed = form.with_multipliers(packed, scales, minimums)
+    return form.with_scales(packed, halves), halves

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantkit.ggml.grids_cuda import clamp, nearest_integer, tl, triton
+from quantkit.ggml.searches_cuda import clamp, nearest_integer, tl, triton
 
 if TYPE_CHECKING:
     from quantkit.gptq.descent import RowState

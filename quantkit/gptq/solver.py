@@ -19,7 +19,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.ggml.formats import Grid
 from quantkit.gptq import kernels_cpu
-from quantkit.gptq.products import add_product, product
+from quantkit.gptq.products import add_product, rough_product
 
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn when the factorization fails
 _LEAF = 128  # columns walked one by one before their errors are applied by a matrix product
@@ -279,4 +279,4 @@ def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tenso
     """Return the mean squared error of each row's output, e H eᵀ, for weight differences (n_rows,
     n_columns): (n_rows,). Experts may be an axis in front of all three.
     """
-    return (product(difference, hessian) * difference).sum(-1)
+    return (rough_product(difference, hessian) * difference).sum(-1)

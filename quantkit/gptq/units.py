@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from quantkit.config import RunConfig
 from quantkit.config.levels import LevelPlan
 from quantkit.ggml import native
-from quantkit.ggml.types import QuantType
+from quantkit.ggml.types import BF16, F16, F32, QuantType
 from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.gguf_file.write import SlotFile
 from quantkit.gptq.donors import PREFIX, Donor, rows_of
@@ -177,16 +178,19 @@ def _joined(turns: Sequence[InputDiagonal]) -> InputDiagonal:
 
 def _solve(name: str, work: Work, known: KnownInputs) -> dict[QuantType, Solved]:
     """A whole tensor in all its types."""
-    sensitivity, weight = work.sensitivity(name), work.base.values(name)
+    sensitivity, device = work.sensitivity(name), work.config.device
+    weight = _as_stored(work.base.packed(name), work.base.tensors[name].qtype)
     # Of the largest tensors, the vocabulary's, the rows of all types would not fit.
     choices = work.plan.choices(name)
-    steps = [(q,) for q in choices] if weight.size > ALL_TYPES_AT_ONCE else [choices]
+    steps = [(q,) for q in choices] if weight.numel() > ALL_TYPES_AT_ONCE else [choices]
     solved: dict[QuantType, Solved] = {}
     methods, n_sweeps = work.config.methods, work.n_sweeps
     with known.borrowed(name) as inputs:
         for types in steps:
             given = rows_of(work.donors, name, types)
-            solved |= solve_tensor(weight, types, methods, inputs, sensitivity, n_sweeps, given)
+            solved |= solve_tensor(
+                weight, types, methods, inputs, sensitivity, n_sweeps, given, device
+            )
     return solved
 
 
@@ -220,12 +224,27 @@ class _Stack:
         _, n_rows, n_columns = self.stored.shape
         return experts_at_once(n_rows, n_columns, len(self.types))
 
-    def rows(self, expert: int) -> tuple[native.Floats, Sensitivity | None]:
-        """Return an expert's weight, float32 (n_rows, n_columns), and what its errors cost."""
-        n_rows = len(self.packed) // self.stored.shape[0]
-        first, last = expert * n_rows, (expert + 1) * n_rows
-        own = None if self.sensitivity is None else self.sensitivity.rows(first, last)
-        return native.dequantize(self.packed[first:last], self.stored.qtype), own
+    def rows(self, experts: range) -> tuple[torch.Tensor, list[Sensitivity | None]]:
+        """Return the weights of some experts, floats (n_experts, n_rows, n_columns), and what the
+        errors of each cost.
+        """
+        n = self.stored.shape[1]
+        packed = self.packed[experts.start * n : experts.stop * n]
+        own = [self.sensitivity and self.sensitivity.rows(e * n, (e + 1) * n) for e in experts]
+        return _as_stored(packed, self.stored.qtype).unflatten(0, (len(experts), n)), own
+
+
+_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+
+
+def _as_stored(packed: native.Bytes, qtype: QuantType) -> torch.Tensor:
+    """Rows of `base.gguf` in the floats that they are stored in: what goes to a GPU is half as much
+    as float32.
+    """
+    dtype = _DTYPES.get(qtype)
+    if dtype is None:
+        return torch.from_numpy(native.dequantize(packed, qtype))
+    return torch.from_numpy(np.array(packed)).view(dtype)
 
 
 def _solve_batch(
@@ -238,9 +257,9 @@ def _solve_batch(
     ]
     parts = []
     for stack in stacks:
-        rows = [stack.rows(statistics.first + i) for i in batch]
-        weights, own = zip(*rows, strict=True)
-        parts.append(solve_experts(weights, stack.types, methods, inputs, own, work.n_sweeps))
+        first = statistics.first
+        weight, own = stack.rows(range(first + batch.start, first + batch.stop))
+        parts.append(solve_experts(weight, stack.types, methods, inputs, own, work.n_sweeps))
     return parts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.ggml.grids_cuda import tl, triton
+from quantkit.ggml.searches_cuda import tl, triton
 
 _BLOCK = 2048
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml import native
+from quantkit.ggml import native, rounding
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.gptq.descent import (
@@ -36,7 +36,7 @@ from quantkit.gptq.solver import (
     output_error,
     walk_columns,
 )
-from quantkit.statistics.hessian import add_outer, symmetrize
+from quantkit.statistics.hessian import add_outer, add_outers, symmetrize
 
 TYPES = tuple(FORMATS)
 EACH = pytest.mark.parametrize("qtype", TYPES, ids=str)
@@ -151,15 +151,20 @@ def hard_rows(n: int) -> torch.Tensor:
     return w
 
 
-def compare_grids(qtype: QuantType, device: str) -> None:
+def compare_grids(qtype: QuantType, device: str, is_weighted: bool) -> None:
     """Rows of the GPU's search against ggml's: most are equal, the others as good."""
     from quantkit.ggml import grids_cuda
 
     n = 512
     w = hard_rows(n)[: 40 if device == "cuda" else 22]
-    importance = torch.rand(n, generator=torch.Generator().manual_seed(2)).mul(3).exp()
-    ours = grids_cuda.quantize(w.to(device), qtype, importance.to(device)).cpu()
-    ggmls = torch.from_numpy(native.quantize(w.numpy(), qtype, importance.numpy()))
+    importance = torch.ones(n)
+    if is_weighted:
+        importance = torch.rand(n, generator=torch.Generator().manual_seed(2)).mul(3).exp()
+    ours = grids_cuda.quantize(
+        w.to(device), qtype, importance.to(device) if is_weighted else None
+    ).cpu()
+    shares = importance.numpy() if is_weighted else None
+    ggmls = torch.from_numpy(native.quantize(w.numpy(), qtype, shares))
     values = [native.dequantize(p.numpy(), qtype) for p in (ours, ggmls)]
     # A tie or a sum's last bit may lead a row to another scale, for better or worse.
     assert int((values[0] != values[1]).any(1).sum()) <= len(w) / 3
@@ -168,13 +173,27 @@ def compare_grids(qtype: QuantType, device: str) -> None:
     assert errors[0].sum() <= errors[1].sum() * 1.003
 
 
-K_TYPES = pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+WEIGHTED = pytest.mark.parametrize("is_weighted", [True, False], ids=["imatrix", "rtn"])
 
 
 @ON_GPU
-@K_TYPES
-def test_grids_are_ggmls(name: str) -> None:
-    compare_grids(QuantType(name), "cuda")
+@WEIGHTED
+@EACH
+def test_grids_are_ggmls(qtype: QuantType, is_weighted: bool) -> None:
+    compare_grids(qtype, "cuda", is_weighted)
+
+
+@ON_GPU
+@EACH
+def test_grids_of_experts_have_importances_each(qtype: QuantType) -> None:
+    from quantkit.ggml import grids_cuda
+
+    w = weight(24, 512).cuda()
+    importances = torch.rand(3, 512, device="cuda").mul(3).exp()
+    together = grids_cuda.quantize(w, qtype, importances)
+    parts = zip(w.chunk(3), importances, strict=True)
+    alone = torch.cat([grids_cuda.quantize(own, qtype, shares) for own, shares in parts])
+    assert torch.equal(together, alone)
 
 
 @ON_GPU
@@ -183,16 +202,27 @@ def test_weights_that_are_not_finite() -> None:
 
     w = weight(3, 256).cuda()
     w[1, 7] = float("nan")
-    for qtype in grids_cuda.TYPES:
-        with pytest.raises(QuantkitError, match="invalid blocks"):
-            grids_cuda.quantize(w, qtype, torch.ones(256, device="cuda"))
+    for qtype in TYPES:
+        for importance in (None, torch.ones(256, device="cuda")):
+            with pytest.raises(QuantkitError, match="invalid blocks"):
+                grids_cuda.quantize(w, qtype, importance)
 
 
 @pytest.mark.slow
 @INTERPRETED
-@K_TYPES
-def test_interpreted_grids_are_ggmls(name: str) -> None:
-    compare_grids(QuantType(name), "cpu")
+@WEIGHTED
+@EACH
+def test_interpreted_grids_are_ggmls(qtype: QuantType, is_weighted: bool) -> None:
+    compare_grids(qtype, "cpu", is_weighted)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_rounding_without_a_search_is_ggmls(name: str) -> None:
+    """To the byte, ties included: a weight half-way between two codes goes where C puts it."""
+    qtype, w = QuantType(name), torch.cat([hard_rows(512), torch.arange(-256.0, 256.0)[None] / 2])
+    packed, halves = rounding.quantize(w, qtype)
+    assert np.array_equal(packed.numpy(), native.quantize(w.numpy(), qtype))
+    assert torch.equal(halves, FORMATS[qtype].scales(packed))
 
 
 @ON_GPU
@@ -208,6 +238,31 @@ def test_products_are_float32() -> None:
     assert float((target[:, 50:550] - (1 - exact)).norm() / exact.norm()) < 2e-6
     assert bool((target[:, :50] == 1).all() and (target[:, 550:] == 1).all())
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+@ON_GPU
+def test_errors_are_right_to_a_thousandth() -> None:
+    """They compare rows; an input far larger than all others is what TF32 makes least of."""
+    h = hessian(2000).cuda()
+    h[:, 7] *= 100
+    h[7] *= 100
+    e = torch.randn(300, 2000, generator=torch.Generator().manual_seed(1)).cuda()
+    exact = ((e.double() @ h.double()) * e.double()).sum(1)
+    assert float((output_error(e, h) / exact - 1).abs().max()) < 1e-3
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_hessians_of_experts(dtype: torch.dtype) -> None:
+    x = torch.randn(3000, 1500, generator=torch.Generator().manual_seed(0)).cuda().to(dtype)
+    bounds, total = torch.tensor([5, 5, 1000, 3000]).cuda(), torch.zeros(3, 1500, 1500).cuda()
+    add_outers(total, x, bounds, 1.0)
+    add_outers(total, x, bounds, 0.5)
+    symmetrize(total)
+    assert bool((total[0] == 0).all())
+    for i, (first, last) in enumerate([(5, 1000), (1000, 3000)], 1):
+        exact = 1.5 * x[first:last].double().T @ x[first:last].double()
+        assert float((total[i] - exact).norm() / exact.norm()) < 1e-5
 
 
 @ON_GPU
@@ -234,7 +289,7 @@ def test_factor() -> None:
 @ON_GPU
 def test_a_tensor_at_all_levels() -> None:
     """The whole competition, with a codebook type, which only ggml can make."""
-    h, w = hessian(512), weight(64, 512).numpy()
+    h, w = hessian(512), weight(64, 512)
     types = [QuantType(name) for name in ("Q2_K", "Q4_K", "IQ4_XS", "IQ3_S", "Q8_0", "F16")]
     solved = []
     for device in ("cpu", "cuda"):
@@ -280,10 +335,11 @@ def test_experts_together(n: int) -> None:
     methods = ("gptq", "imatrix")
     together = solve_experts(weights, types, methods, on_gpu, [None] * 5, 2)
     for part, w, own in zip(together, weights, on_gpu, strict=True):
-        alone = solve_rows(w, types, methods, own, None, 2)
+        alone = solve_rows(w.cuda(), types, methods, own, None, 2)
         for key, error in alone.errors.items():
             assert part.errors[key].relative == pytest.approx(error.relative, rel=0.01)
-            same = (part.packed[key] == alone.packed[key]).float().mean()
+        for key, rows in part.packed.items():
+            same = (rows == alone.packed[key].cpu()).float().mean()
             assert same > 0.97, (key, same)
 
 

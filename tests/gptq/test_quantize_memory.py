@@ -27,7 +27,7 @@ def test_one_type_at_a_time_is_all_at_once() -> None:
     inputs = torch.randn(600, 256, generator=generator) @ torch.randn(256, 256, generator=generator)
     train, heldout = (x.T @ x / len(x) for x in inputs.chunk(2))
     known = Inputs(train.diagonal().numpy().copy(), train, heldout, factorize(train, 0.1))
-    weight = torch.randn(96, 256, generator=generator).numpy()
+    weight = torch.randn(96, 256, generator=generator)
     methods = ("gptq", "imatrix", "rtn")
     together = solve_tensor(weight, TYPES, methods, known, None, 2)
     for qtype in TYPES:

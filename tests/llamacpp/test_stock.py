@@ -153,7 +153,8 @@ def test_a_stitched_file_without_gptq_is_llama_cpps_own(
         if known is not None:
             h = torch.diag(torch.from_numpy(known))
             inputs = Inputs(known, h, h, None)
-        solved = solve_tensor(base.values(name), [types[name]], ("imatrix",), inputs, None)
+        weight = torch.from_numpy(base.values(name))
+        solved = solve_tensor(weight, [types[name]], ("imatrix",), inputs, None)
         assert solved[types[name]].method == ("rtn" if known is None else "imatrix")
         file.write(name, solved[types[name]].packed)
     file.finish()
