@@ -222,7 +222,7 @@ def index_in(table, level):  # type: ignore[no-untyped-def]
     index = tl.zeros_like(level)
     for i in tl.static_range(15):
         middle = (tl.load(table + i) + tl.load(table + i + 1)) * 0.5
-        index += tl.where(level >= middle, 1.0, 0.0)
+        index += (level >= middle).to(tl.float32)
     return index
 
 
@@ -232,7 +232,7 @@ def _entry_of(table, level):  # type: ignore[no-untyped-def]
     entry = tl.zeros_like(level) + tl.load(table)
     for i in tl.static_range(15):
         low, high = tl.load(table + i), tl.load(table + i + 1)
-        entry += tl.where(level >= (low + high) * 0.5, high - low, 0.0)
+        entry += (level >= (low + high) * 0.5).to(tl.float32) * (high - low)
     return entry
 
 
