@@ -38,7 +38,7 @@ _PRODUCTS = {
     torch.Tensor.bmm,
     torch.Tensor.__matmul__,
 }
-_GROUPED = {F.grouped_mm, torch._grouped_mm}
+_GROUPED: set[Any] = {F.grouped_mm, torch._grouped_mm}
 
 
 @dataclass(frozen=True)
