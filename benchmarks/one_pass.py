@@ -64,7 +64,16 @@ def llama(small: bool, device: str) -> BlockwiseModel:
 
 def mixture(small: bool, device: str) -> BlockwiseModel:
     """One block of Qwen3-30B-A3B's shapes: 128 experts of 2048 x 768, 8 a token."""
-    width, inner, n_experts = (128, 64, 16) if small else (2048, 768, 128)
+    return experts(device, *((128, 64, 16) if small else (2048, 768, 128)))
+
+
+def large_mixture(small: bool, device: str) -> BlockwiseModel:
+    """One block with DeepSeek-V3's experts: 256 of 7168 x 2048, 8 a token."""
+    return experts(device, *((256, 64, 16) if small else (7168, 2048, 256)))
+
+
+def experts(device: str, width: int, inner: int, n_experts: int) -> BlockwiseModel:
+    """One block of Qwen3's kind with so many experts."""
     config = Qwen3MoeConfig(
         vocab_size=N_VOCAB,
         hidden_size=width,

@@ -3,6 +3,7 @@
     python benchmarks/quantize_block.py                        # an 8B block, a layer of 128 experts
     python benchmarks/quantize_block.py --device cpu --small   # tiny shapes, to try it
     python benchmarks/quantize_block.py --shapes mixture --memory 4GiB
+    python benchmarks/quantize_block.py --shapes "large mixture" --levels Q4_K --once
 
 The models have random weights and one block; only shapes matter. A block is run three times: to
 compile kernels, as quantize runs it, and with a clock around every part that waits for the GPU
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gguf
 import numpy as np
 import torch
-from one_pass import llama, mixture
+from one_pass import large_mixture, llama, mixture
 
 from quantkit.config import RunConfig
 from quantkit.config.levels import plan_levels
@@ -40,6 +41,7 @@ from quantkit.gptq import inputs, select, units
 from quantkit.markdown import table
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.row_maps import RowMap
+from quantkit.sizes import parse_bytes
 from quantkit.statistics import collect
 from quantkit.statistics.fisher import Fisher
 from quantkit.statistics.inputs import BlockStatistics, InputStatistics
@@ -47,7 +49,8 @@ from quantkit.statistics.stored import Gradients
 from quantkit.tensors import TensorSpec
 
 LEVELS = "Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K"
-N_BLOCKS = {"8B": 32, "mixture": 48}
+MODELS = {"8B": llama, "mixture": mixture, "large mixture": large_mixture}
+N_BLOCKS = {"8B": 32, "mixture": 48, "large mixture": 58}
 _KINDS = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -199,7 +202,7 @@ def quantize(model: BlockwiseModel, work: units.Work, n_sequences: int, folder: 
 def measure(shapes: str, arguments: argparse.Namespace) -> None:
     device, is_cuda = arguments.device, arguments.device == "cuda"
     os.environ.pop("QUANTKIT_MEMORY", None)
-    model = {"8B": llama, "mixture": mixture}[shapes](arguments.small, device)
+    model = MODELS[shapes](arguments.small, device)
     config = RunConfig("m", levels=tuple(arguments.levels.split(",")), device=device)
     clock = Clock(device)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -208,9 +211,14 @@ def measure(shapes: str, arguments: argparse.Namespace) -> None:
         work = make_work(folder, model, config, maps)
         if arguments.memory:
             os.environ["QUANTKIT_MEMORY"] = arguments.memory
+        if arguments.memory and is_cuda:  # no more is to be had
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(parse_bytes(arguments.memory) / total)
         begun = time.perf_counter()
-        quantize(model, work, max(10, arguments.sequences // 16), folder)
-        print(f"{shapes}: kernels compiled, {time.perf_counter() - begun:.1f} s", flush=True)
+        if not arguments.once:
+            quantize(model, work, max(10, arguments.sequences // 16), folder)
+            print(f"{shapes}: kernels compiled, {time.perf_counter() - begun:.1f} s", flush=True)
         if is_cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -221,14 +229,16 @@ def measure(shapes: str, arguments: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
         gib = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0
-        with clock.watching(), clock.part("all else"):
-            quantize(model, work, arguments.sequences, folder)
+        if not arguments.once:
+            with clock.watching(), clock.part("all else"):
+                quantize(model, work, arguments.sequences, folder)
     whole = sum(clock.spent.values())
     rows = [
         [part, f"{taken:.3f}", f"{taken / whole:.1%}"]
         for part, taken in sorted(clock.spent.items(), key=lambda item: -item[1])
     ]
-    print(table([f"{shapes}, one block", "seconds", "share"], rows))
+    if rows:
+        print(table([f"{shapes}, one block", "seconds", "share"], rows))
     n_weights = sum(spec.n_bytes for spec in work.base.tensors.values()) // 2
     found = {
         "shapes": shapes,
@@ -252,6 +262,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="8B,mixture", help="default: 8B,mixture")
     parser.add_argument("--levels", default=LEVELS, help=f"default: {LEVELS}")
     parser.add_argument("--sequences", type=int, default=320, help="of 512 tokens (default: 320)")
+    parser.add_argument("--once", action="store_true", help="without the clock around the parts")
     parser.add_argument("--memory", help="QUANTKIT_MEMORY of the run, such as 4GiB")
     parser.add_argument("--folder", help="where files are written, instead of the system's")
     arguments = parser.parse_args()
