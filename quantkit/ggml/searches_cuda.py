@@ -34,7 +34,7 @@ def clamp(x, low, high):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def quotient(a, b):  # type: ignore[no-untyped-def]
-    """a / b, rounded to nearest; `a` may be a number."""
+    """Return a / b, rounded to nearest; `a` may be a number."""
     return tl.div_rn(tl.zeros_like(b) + a, b)
 
 
@@ -50,8 +50,8 @@ def _sized(off, absolute: tl.constexpr):  # type: ignore[no-untyped-def]
 def affine(  # type: ignore[no-untyped-def]
     values, weights, top, least, delta, n_steps, absolute: tl.constexpr
 ):
-    """Scale and minimum, codes from 0 to `top`, and the factor and origin that the codes were found
-    with (make_qkx2_quants and make_qkx3_quants, candidates top + least + delta i).
+    """Return scale and minimum, codes from 0 to `top`, and the factor and origin that the codes were
+    found with (make_qkx2_quants and make_qkx3_quants, candidates top + least + delta i).
     """
     minimum = tl.minimum(tl.min(values, 2, keep_dims=True), 0.0)
     largest = tl.max(values, 2, keep_dims=True)
@@ -92,7 +92,7 @@ def affine(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def nonnegative(values, weights, top, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`values` (.., n) >= 0 as integers from 0 to `top` times a scale (make_qp_quants)."""
+    """Return `values` (.., n) >= 0 as integers from 0 to `top` and their scale (make_qp_quants)."""
     index = tl.arange(0, n)[None, :]
     largest = tl.max(values, 1, keep_dims=True)
     flat = largest < TINY
@@ -134,8 +134,8 @@ def nonnegative(values, weights, top, n: tl.constexpr):  # type: ignore[no-untyp
 
 @triton.jit
 def largest_first(values, top, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`values` (.., n) >= 0 as integers up to `top`, which the largest gets, and their scale, as K
-    types are rounded to nearest.
+    """Return `values` (.., n) >= 0 as integers up to `top`, which the largest gets, and their scale,
+    as K types are rounded to nearest.
     """
     largest = tl.max(values, 1, keep_dims=True)
     positive = largest > 0
@@ -147,7 +147,7 @@ def largest_first(values, top, n: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def farthest_of(values, axis: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first of the values along `axis` that is farthest from zero."""
+    """Return the first of the values along `axis` that is farthest from zero."""
     index = tl.arange(0, n)[None, :]
     if axis == 2:
         index = index[:, None, :]
@@ -160,8 +160,8 @@ def farthest_of(values, axis: tl.constexpr, n: tl.constexpr):  # type: ignore[no
 
 @triton.jit
 def symmetric(values, weights, top, axis: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scale of groups along `axis`, codes from -top to top - 1, and the factor that the codes were
-    found with (make_qx_quants).
+    """Return the scale of groups along `axis`, codes from -top to top - 1, and the factor that the
+    codes were found with (make_qx_quants).
     """
     farthest = farthest_of(values, axis, n)
     flat = tl.abs(farthest) < TINY
@@ -187,7 +187,9 @@ def symmetric(values, weights, top, axis: tl.constexpr, n: tl.constexpr):  # typ
 
 @triton.jit
 def refined(values, weights, top, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scale of groups of n, codes from -top to top - 1 and improved one by one (make_q3_quants)."""
+    """Return the scale of groups of n, codes from -top to top - 1 and improved one by one
+    (make_q3_quants).
+    """
     farthest = farthest_of(values, 2, n)
     flat = tl.abs(farthest) < TINY
     factor = quotient(-top, tl.where(flat, 1.0, farthest))
@@ -218,7 +220,7 @@ def refined(values, weights, top, n: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def index_in(table, level):  # type: ignore[no-untyped-def]
-    """Index of the nearest of 16 rising entries, as float32, ties to the larger."""
+    """Return the index of the nearest of 16 rising entries, as float32, ties to the larger."""
     index = tl.zeros_like(level)
     for i in tl.static_range(15):
         middle = (tl.load(table + i) + tl.load(table + i + 1)) * 0.5
@@ -238,7 +240,7 @@ def _entry_of(table, level):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def in_table(values, weights, table, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scale of groups of n whose levels are a table's (quantize_row_iq4_nl_impl, 7 tries)."""
+    """Return the scale of groups of n whose levels are a table's (quantize_row_iq4_nl_impl)."""
     farthest = farthest_of(values, 2, n)
     flat = tl.abs(farthest) < TINY
     farthest = tl.where(flat, 1.0, farthest)
