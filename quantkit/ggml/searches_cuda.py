@@ -50,8 +50,8 @@ def _sized(off, absolute: tl.constexpr):  # type: ignore[no-untyped-def]
 def affine(  # type: ignore[no-untyped-def]
     values, weights, top, least, delta, n_steps, absolute: tl.constexpr
 ):
-    """Return scale and minimum, codes from 0 to `top`, and the factor and origin that the codes were
-    found with (make_qkx2_quants and make_qkx3_quants, candidates top + least + delta i).
+    """Return scale and minimum, codes from 0 to `top`, and the factor and origin that they were found
+    with (make_qkx2_quants and make_qkx3_quants, candidates top + least + delta i).
     """
     minimum = tl.minimum(tl.min(values, 2, keep_dims=True), 0.0)
     largest = tl.max(values, 2, keep_dims=True)
@@ -134,8 +134,8 @@ def nonnegative(values, weights, top, n: tl.constexpr):  # type: ignore[no-untyp
 
 @triton.jit
 def largest_first(values, top, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return `values` (.., n) >= 0 as integers up to `top`, which the largest gets, and their scale,
-    as K types are rounded to nearest.
+    """Return `values` (.., n) >= 0 as integers up to `top`, which the largest gets, and their
+    scale, as K types are rounded to nearest.
     """
     largest = tl.max(values, 1, keep_dims=True)
     positive = largest > 0

@@ -169,7 +169,8 @@ def compare_grids(qtype: QuantType, device: str, is_weighted: bool) -> None:
     # A tie or a sum's last bit may lead a row to another scale, for better or worse.
     assert int((values[0] != values[1]).any(1).sum()) <= len(w) / 3
     errors = [((v - w.numpy()) ** 2) @ importance.numpy() for v in values]
-    np.testing.assert_allclose(errors[0], errors[1], rtol=0.05, atol=1e-12)
+    # A row of one value is all but exact: what is left of it is the rounding of its scale.
+    np.testing.assert_allclose(errors[0], errors[1], rtol=0.05, atol=1e-5)
     assert errors[0].sum() <= errors[1].sum() * 1.003
 
 
