@@ -50,8 +50,8 @@ def _sized(off, absolute: tl.constexpr):  # type: ignore[no-untyped-def]
 def affine(  # type: ignore[no-untyped-def]
     values, weights, top, least, delta, n_steps, absolute: tl.constexpr
 ):
-    """Return scale and minimum, codes from 0 to `top`, and the factor and origin that they were found
-    with (make_qkx2_quants and make_qkx3_quants, candidates top + least + delta i).
+    """Return scale and minimum, codes from 0 to `top`, and the factor and origin of the codes
+    (make_qkx2_quants and make_qkx3_quants, candidates top + least + delta i).
     """
     minimum = tl.minimum(tl.min(values, 2, keep_dims=True), 0.0)
     largest = tl.max(values, 2, keep_dims=True)
