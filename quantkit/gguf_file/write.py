@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from quantkit.ggml import native
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.fields import Field, packed_text
 from quantkit.gguf_file.read import GgufFile
+
+_LARGE = 1 << 24  # bytes of a tensor that are worth waiting for the disk
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def data_bytes(base: GgufFile, types: Mapping[str, QuantType]) -> int:
 
 class SlotFile:
     """A laid-out file being filled under its `.partial` name. Writing the same slot again is
-    harmless.
+    harmless. A thread writes, one slot at a time, while the next is computed.
     """
 
     def __init__(self, path: Path, layout: Layout, reopen: bool = False) -> None:
@@ -99,7 +102,9 @@ class SlotFile:
             with self._partial.open("wb") as file:
                 file.write(layout.header)
                 file.truncate(layout.n_bytes)
-        self._file = self._partial.open("r+b")
+        self._file = self._partial.open("r+b", buffering=0)
+        self._thread = ThreadPoolExecutor(1, "slots")
+        self._pending: Future[None] | None = None
 
     def _is_begun(self) -> bool:
         if not self._partial.exists() or self._partial.stat().st_size != self.layout.n_bytes:
@@ -108,7 +113,9 @@ class SlotFile:
             return file.read(len(self.layout.header)) == self.layout.header
 
     def write(self, name: str, packed: native.Bytes) -> None:
-        """Fill a tensor's slot with its packed rows, uint8 (n_rows, row_bytes).
+        """Fill a tensor's slot with its packed rows, uint8 (n_rows, row_bytes), which stay as they
+        are: they are written while the caller goes on. What went wrong then is raised by the next
+        call.
 
         Raises ValueError when they are not the slot's size: they would run into the next tensor.
         """
@@ -116,25 +123,46 @@ class SlotFile:
             raise ValueError(
                 f"{name} takes {self.layout.sizes[name]:,} bytes, not {packed.nbytes:,}"
             )
-        self._file.seek(self.layout.offsets[name])
-        self._file.write(np.ascontiguousarray(packed).data)
+        self._wait()
+        data = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+        self._pending = self._thread.submit(self._put, data, self.layout.offsets[name])
+
+    def _put(self, data: native.Bytes, at: int) -> None:
+        is_large = len(data) >= _LARGE
+        while len(data):  # a call writes 2 GiB at most
+            n_bytes = os.pwrite(self._file.fileno(), data, at)
+            data, at = data[n_bytes:], at + n_bytes
+        if is_large:
+            os.fdatasync(self._file.fileno())  # now, and not while the caller waits in `flush`
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def read(self, name: str) -> native.Bytes:
         """Return the bytes of a slot as they were written: uint8 (n_bytes,)."""
-        self._file.flush()
+        self._wait()
         self._file.seek(self.layout.offsets[name])
-        return np.frombuffer(self._file.read(self.layout.sizes[name]), np.uint8)
+        found = np.empty(self.layout.sizes[name], np.uint8)
+        left = memoryview(found)
+        while left:
+            left = left[self._file.readinto(left) :]
+        return found
 
     def flush(self) -> None:
         """Have everything written so far on the disk."""
-        self._file.flush()
+        self._wait()
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """Give the file its name, now that all slots are filled."""
         self.flush()
-        self._file.close()
+        self.close()
         os.replace(self._partial, self.path)
 
     def close(self) -> None:
+        """Close the file, the last slot written."""
+        self._wait()
+        self._thread.shutdown()
         self._file.close()

@@ -205,6 +205,19 @@ def test_a_partial_file_of_another_layout_is_not_gone_on_with(
     assert path.read_bytes() == base.path.read_bytes()
 
 
+def test_what_goes_wrong_while_a_slot_is_written_is_raised(base: GgufFile, tmp_path: Path) -> None:
+    file = SlotFile(tmp_path / "out.gguf", lay_out(base, {}))
+    name = next(iter(base.tensors))
+    file.write(name, base.packed(name))
+    assert np.array_equal(file.read(name), base.packed(name).reshape(-1))
+    file._file.close()
+    file._file = (tmp_path / "out.gguf.partial").open("rb", buffering=0)  # not for writing
+    file.write(name, base.packed(name))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.flush()
+    file.close()
+
+
 def test_padding_is_zero(base: GgufFile, tmp_path: Path) -> None:
     types = {"token_embd.weight": QuantType("Q4_0")}
     path = fill(tmp_path / "out.gguf", base, types)
