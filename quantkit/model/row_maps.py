@@ -64,6 +64,12 @@ class RowMap:
     flipped: int = 0  # parts of the tensor that are transposed each, 0: not at all
     columns: torch.Tensor | None = None  # int64 (n_columns,), None: in their order
 
+    @property
+    def is_identity(self) -> bool:
+        """Return whether the tensor is the parameter, row by row and column by column."""
+        moved = self.rows is not None or self.columns is not None
+        return not (moved or self.transposed or self.flipped)
+
     def n_columns(self, parameter: torch.Tensor) -> int:
         """Return the columns of the GGUF tensor."""
         if self.flipped:

@@ -4,6 +4,7 @@ say, the backward pass goes straight through the roundings.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _MARGIN = 0.02  # of a code's cell: how near to its edge a level may begin
 
 
 class Tunable:
-    """Packed rows whose d and dmin (and codes) are reached by gradients.
+    """Packed rows whose codes, d and dmin are reached by gradients.
 
     `scales`, float32 (n_rows, n_blocks or 2 n_blocks), are relative changes of d, then of dmin;
     `level`, float32 (n_rows, n_columns), is what the codes are rounded from, in units of the mean
@@ -24,9 +25,7 @@ class Tunable:
     that is stored. The integer scales and minimums of K-quants stay.
     """
 
-    def __init__(
-        self, qtype: QuantType, packed: torch.Tensor, weight: torch.Tensor, with_codes: bool
-    ) -> None:
+    def __init__(self, qtype: QuantType, packed: torch.Tensor, weight: torch.Tensor) -> None:
         self.form = FORMATS[qtype]
         self._rows = packed
         n_rows = len(packed)
@@ -35,7 +34,7 @@ class Tunable:
         self.scale, self.minimum = (
             x.reshape(n_rows, -1).float().contiguous() for x in self.form.multipliers(blocks)
         )
-        self._codes = self.form.codes(packed).to(torch.int8)
+        codes = self.form.codes(packed)
         table = self.form.table
         self.unit = 1.0 if table is None else (table[-1] - table[0]) / (len(table) - 1)
         bounds = _cells(self.form).to(packed.device)
@@ -44,18 +43,16 @@ class Tunable:
         step = grid.scale.repeat_interleave(grid.group, 1)
         floor = grid.minimum.repeat_interleave(grid.group, 1)
         level = (weight.float() - floor) / torch.where(step == 0, 1.0, step)
-        cell = self._codes.long() - (self.form.low if table is None else 0)
+        cell = codes.long() - (self.form.low if table is None else 0)
         low, high = bounds[cell], bounds[cell + 1]
         margin = _MARGIN * (high - low)
         level = torch.minimum(torch.maximum(level, low + margin), high - margin)
-        level = torch.where(step == 0, levels_of(self._codes, table), level)
-        self.level = (level / self.unit).requires_grad_(with_codes)
+        level = torch.where(step == 0, levels_of(codes, table), level)
+        self.level = (level / self.unit).requires_grad_(True)
         self.scales = torch.zeros_like(self.halves).requires_grad_(True)
 
     def codes(self) -> torch.Tensor:
         """Return the codes as they are now, int8 (n_rows, n_columns)."""
-        if not self.level.requires_grad:
-            return self._codes
         return self.form.nearest(self.level.detach() * self.unit).to(torch.int8)
 
     def stored_halves(self) -> torch.Tensor:
@@ -112,14 +109,18 @@ def _cells(form: Format) -> torch.Tensor:
 
 
 class _Values(torch.autograd.Function):
-    """Values of the rows; keeps the codes alone for the way back."""
+    """Values of the rows."""
 
     @staticmethod
     def forward(ctx: Any, level: torch.Tensor, scales: torch.Tensor, rows: Tunable) -> torch.Tensor:
-        codes, halves = rows.codes(), rows.stored_halves()
+        halves = rows.stored_halves()
         ctx.rows = rows
-        ctx.save_for_backward(level, codes, halves)
         scale, minimum = rows.grid(halves)
+        if level.is_cuda:
+            ctx.save_for_backward(level, halves)
+            return _cuda().values(rows.form, level, rows.unit, scale, minimum)
+        codes = rows.codes()
+        ctx.save_for_backward(level, halves, codes)
         values = levels_of(codes, rows.form.table).view(len(codes), -1, rows.form.group)
         values = values * scale[..., None]
         if minimum is not None:
@@ -129,15 +130,28 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows: Tunable = ctx.rows
-        level, codes, halves = ctx.saved_tensors
-        grouped = gradient.reshape(len(codes), -1, rows.form.group)
+        level, halves, *codes = ctx.saved_tensors
         scale, minimum = rows.grid(halves)
-        to_level = None
-        if ctx.needs_input_grad[0]:  # beyond the last codes nothing pulls
+        if level.is_cuda:
+            has_minimum = minimum is not None
+            to_level, by_level, plain = _cuda().gradients(
+                rows.form, gradient, level, rows.unit, rows.range, scale, has_minimum
+            )
+        else:
+            grouped = gradient.reshape(len(level), -1, rows.form.group)
+            # beyond the last codes nothing pulls
             inside = (level > rows.range[0]) & (level < rows.range[1])
-            to_level = (grouped * (scale * rows.unit)[..., None]).view(codes.shape) * inside
-        levels = levels_of(codes, rows.form.table).view_as(grouped)
-        parts = [rows.per_block((grouped * levels).sum(2) * rows.scale)]
+            to_level = (grouped * (scale * rows.unit)[..., None]).view(level.shape) * inside
+            levels = levels_of(codes[0], rows.form.table).view_as(grouped)
+            by_level = (grouped * levels).sum(2)
+            plain = by_level if minimum is None else grouped.sum(2)
+        parts = [rows.per_block(by_level * rows.scale)]
         if minimum is not None:
-            parts.append(rows.per_block(grouped.sum(2) * rows.minimum) * rows.form.dmin_sign)
+            parts.append(rows.per_block(plain * rows.minimum) * rows.form.dmin_sign)
         return to_level, torch.cat(parts, 1) * rows.halves, None
+
+
+def _cuda() -> ModuleType:
+    from quantkit.tuning import kernels_cuda  # needs Triton
+
+    return kernels_cuda

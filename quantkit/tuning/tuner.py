@@ -240,9 +240,14 @@ class Tuner:
         for name, rows in values.items():
             map_ = self._maps[name]
             key = map_.parameter.removeprefix(prefix)
+            original = self._model.model.get_parameter(map_.parameter).data
+            rows = rows.to(original.device, original.dtype)
+            if map_.is_identity:
+                found[key] = rows.view(original.shape)
+                continue
             if key not in found:
-                found[key] = self._model.model.get_parameter(map_.parameter).data.clone()
-            map_.scatter(rows.to(found[key].device), found[key])
+                found[key] = original.clone()
+            map_.scatter(rows, found[key])
         return found
 
     def _tune(self, index: int, plain: Mapping[str, torch.Tensor]) -> TunedBlock:
@@ -256,7 +261,8 @@ class Tuner:
             {"params": [r.scales for r in rows.values()], "lr": self._effort.rate_scales},
         ]
         # Of many weights each has a small share of the gradient: the usual epsilon would hide it.
-        optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
+        on_gpu = self._model.device.type == "cuda"  # there it is one pass over memory
+        optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON, fused=on_gpu)
         n_steps = self._effort.n_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / n_steps)
         for batch in self._order(index):
@@ -279,7 +285,7 @@ class Tuner:
         stored, map_ = self._stored[name], self._maps[name]
         original = map_.gather(self._model.model.get_parameter(map_.parameter).data)
         packed = torch.from_numpy(stored.packed.copy()).to(original.device)
-        return Tunable(stored.qtype, packed, original, with_codes=True)
+        return Tunable(stored.qtype, packed, original)
 
     def _order(self, index: int) -> Iterator[int]:
         """The batches of the steps: all of them in a new order, over and over."""

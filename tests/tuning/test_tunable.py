@@ -4,6 +4,8 @@ sees is what the bytes say; a loss falls in bytes, not only in numbers beside th
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,11 @@ from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.tuning.tunable import Tunable
 
+ON_GPU = torch.cuda.is_available()
+KERNELS = pytest.mark.skipif(
+    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs an NVIDIA GPU, or triton and TRITON_INTERPRET=1",
+)
 EACH = pytest.mark.parametrize("qtype", tuple(FORMATS), ids=str)
 
 
@@ -29,29 +36,28 @@ def read(packed: torch.Tensor, qtype: QuantType) -> torch.Tensor:
 
 
 @EACH
-@pytest.mark.parametrize("with_codes", [False, True], ids=["scales", "codes"])
-def test_untouched_rows_are_the_rows(qtype: QuantType, with_codes: bool) -> None:
+def test_untouched_rows_are_the_rows(qtype: QuantType) -> None:
     weight, packed = rows(qtype)
     # Codes that are not the nearest ones, as GPTQ leaves them.
     shifted = (FORMATS[qtype].codes(packed) + 1).clamp(FORMATS[qtype].low, FORMATS[qtype].high)
     for start in (packed, FORMATS[qtype].with_codes(packed, shifted)):
-        tunable = Tunable(qtype, start, weight, with_codes)
+        tunable = Tunable(qtype, start, weight)
         assert torch.equal(tunable.packed(), start)
         assert torch.allclose(tunable.weight(), read(start, qtype), rtol=1e-5, atol=1e-6)
 
 
 @EACH
-@pytest.mark.parametrize("with_codes", [False, True], ids=["scales", "codes"])
-def test_a_loss_falls_in_the_bytes(qtype: QuantType, with_codes: bool) -> None:
+def test_a_loss_falls_in_the_bytes(qtype: QuantType) -> None:
     """Outputs for random inputs are pulled back to the original's."""
     weight, packed = rows(qtype)
     x = torch.randn(256, weight.shape[1], generator=torch.Generator().manual_seed(2))
     x = x @ (torch.eye(weight.shape[1]) + 0.3)  # correlated: errors can make up for each other
     wanted = x @ weight.T
-    tunable = Tunable(qtype, packed, weight, with_codes)
-    groups = [{"params": [tunable.scales], "lr": 5e-4}]
-    if with_codes:
-        groups.append({"params": [tunable.level], "lr": 2e-2})
+    tunable = Tunable(qtype, packed, weight)
+    groups = [
+        {"params": [tunable.scales], "lr": 5e-4},
+        {"params": [tunable.level], "lr": 2e-2},
+    ]
     optimizer = torch.optim.Adam(groups)
     for _ in range(40):
         optimizer.zero_grad()
@@ -72,7 +78,7 @@ def test_gradients_are_those_of_the_smooth_function(qtype: QuantType) -> None:
     """Of values that are linear in the levels and in d and dmin, as autograd sees them."""
     form = FORMATS[qtype]
     weight, packed = rows(qtype)
-    tunable = Tunable(qtype, packed, weight, with_codes=True)
+    tunable = Tunable(qtype, packed, weight)
     pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
     (tunable.weight() * pull).sum().backward()
     levels = (tunable.level.detach() * tunable.unit).requires_grad_()
@@ -91,3 +97,41 @@ def test_gradients_are_those_of_the_smooth_function(qtype: QuantType) -> None:
         )
         found = found * tunable.unit if through is levels else found * halves
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@KERNELS
+@EACH
+def test_kernels_are_the_torch_form(qtype: QuantType) -> None:
+    """Values to the last bit; their gradients but for the order of sums."""
+    from quantkit.tuning import kernels_cuda
+
+    weight, packed = rows(qtype, n_columns=768)
+    tunable = Tunable(qtype, packed, weight)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # beyond the last codes, too
+        tunable.level += 3 * torch.randn(tunable.level.shape, generator=generator)
+    pull = torch.randn(weight.shape, generator=generator)
+    values = tunable.weight()
+    (values * pull).sum().backward()
+    device = "cuda" if ON_GPU else "cpu"
+    level, form = tunable.level.detach().to(device), tunable.form
+    scale, minimum = tunable.grid(tunable.stored_halves())
+    scale, has_minimum = scale.to(device), minimum is not None
+    found = kernels_cuda.values(
+        form, level, tunable.unit, scale, None if minimum is None else minimum.to(device)
+    )
+    assert torch.equal(found.cpu(), values.detach())
+    to_level, by_level, plain = (
+        x.cpu()
+        for x in kernels_cuda.gradients(
+            form, pull.to(device), level, tunable.unit, tunable.range, scale, has_minimum
+        )
+    )
+    wanted = tunable.level.grad
+    assert wanted is not None and (wanted == 0).any()
+    assert torch.allclose(to_level, wanted, rtol=1e-6, atol=0)
+    parts = [tunable.per_block(by_level * tunable.scale)]
+    if has_minimum:
+        parts.append(tunable.per_block(plain * tunable.minimum) * form.dmin_sign)
+    found = torch.cat(parts, 1) * tunable.halves
+    assert torch.allclose(found, tunable.scales.grad, rtol=1e-4, atol=1e-4)
