@@ -47,6 +47,20 @@ def copy_whole(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, in place of what has that name: its bytes lie on the disk once. On
+    a file system without hard links it is copied.
+    """
+    if target.exists() and target.samefile(source):
+        return  # renaming one name of a file to another would do nothing
+    with replacing(target) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+
+
 def write_json(path: Path, value: Any) -> Path:
     """Write `value` as indented JSON, whole or not at all."""
     with replacing(path) as partial:

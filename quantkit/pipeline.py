@@ -390,8 +390,9 @@ def clean(folder: Path) -> int:
 
 
 def _unlink(path: Path) -> int:
+    """The bytes that are free then: none where the file has another name, too."""
     if not path.exists():
         return 0
-    n_bytes = path.stat().st_size
+    stat = path.stat()
     path.unlink()
-    return n_bytes
+    return stat.st_size if stat.st_nlink == 1 else 0

@@ -22,6 +22,7 @@ from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.llamacpp.output import lay_out_output
+from quantkit.run.artifacts import RELATIVE
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir
 from quantkit.run.recipe import Recipe
@@ -47,7 +48,7 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
     when `out` is one of them.
     """
     recipe = Recipe.load(recipe_path)
-    kept = {} if levels is None else _kept(recipe, levels)
+    kept = {} if levels is None else _kept(recipe, levels, base_path)
     if out.resolve() in {path.resolve() for path in (recipe_path, base_path, *kept.values())}:
         raise QuantkitError(f"{out} is one of the inputs.", "Choose another --out.")
     base = GgufFile(base_path)
@@ -55,9 +56,11 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
     if levels is None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
-            return _stitch(recipe, base, _make_levels(recipe, Path(folder)), out)
+            return _stitch(recipe, base, _make_levels(recipe, Path(folder), base_path), out)
     for name, sha256 in recipe.levels.items():
         path = kept[name]
+        if path == base_path:
+            continue  # is known to be the recipe's
         if not path.exists() or sha256_file(path) != sha256:
             what = "not the level file of this recipe" if path.exists() else "missing"
             raise QuantkitError(
@@ -67,10 +70,13 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
     return _stitch(recipe, base, kept, out)
 
 
-def _kept(recipe: Recipe, levels: Path) -> dict[str, Path]:
+def _kept(recipe: Recipe, levels: Path, base: Path) -> dict[str, Path]:
     """The level files by name: in the folder or, as a tuned one in that of a run, below it."""
     found = {}
     for name in recipe.levels:
+        if name == RELATIVE.base.name:
+            found[name] = base
+            continue
         found[name] = levels / name
         if not found[name].exists():
             found[name] = next(levels.rglob(glob.escape(name)), found[name])
@@ -106,7 +112,7 @@ def _pinned(recipe: Recipe) -> RunConfig:
     return dataclasses.replace(config, model=reference.id, revision=recipe.revision)
 
 
-def _make_levels(recipe: Recipe, folder: Path) -> dict[str, Path]:
+def _make_levels(recipe: Recipe, folder: Path, base: Path) -> dict[str, Path]:
     """Run the stages up to the levels again, at the recipe's revision and settings; a tuned file is
     the recipe's allocation, tuned again.
     """
@@ -117,7 +123,7 @@ def _make_levels(recipe: Recipe, folder: Path) -> dict[str, Path]:
     run = Run(config, RunDir(folder), EventLog(RunDir(folder).events_path))
     for name in tuned:
         _tune(recipe, run, folder / name)
-    return _kept(recipe, folder)
+    return _kept(recipe, folder, base)
 
 
 def _tune(recipe: Recipe, run: Run, path: Path) -> None:
@@ -137,7 +143,7 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
         for candidates in index.candidates.values()
         for c in candidates
         # Of a tensor that tuning changed, the recipe does not say what it was changed from.
-        if c.qtype == types[c.tensor] and rows[c.tensor].file in (c.file, path.name)
+        if c.qtype == types[c.tensor] and rows[c.tensor].file in (Path(c.file).name, path.name)
     }
 
     def progress(done: int, total: int, message: str) -> None:

@@ -72,7 +72,7 @@ class Candidate:
     tensor: str
     qtype: QuantType
     method: str
-    file: str  # name of the level file, relative to the quantize stage's folder
+    file: str  # that holds it, relative to the folder of the levels
     offset: int
     n_bytes: int
     error: float  # squared error of the layer's output over its power, on held-out inputs

@@ -45,6 +45,16 @@ def lay_out_output(
     return lay_out(base, types, fields)
 
 
+def lay_out_nearest(
+    base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance
+) -> tuple[Layout, str]:
+    """Lay out the output under the label of the stock mix that is nearest in size; return both."""
+    layout = lay_out_output(base, types, provenance, "Q8_0")  # the label does not change its size
+    matrices = [layout.types[t.name] for t in base.tensors.values() if len(t.shape) > 1]
+    label = nearest_label(base, layout.n_bytes, matrices)
+    return lay_out_output(base, types, provenance, label), label
+
+
 def nearest_label(base: GgufFile, n_bytes: int, types: Iterable[QuantType] = ()) -> str:
     """Return the stock mix whose file is nearest in size to `n_bytes`, among those that a file with
     these `types` can be named after.

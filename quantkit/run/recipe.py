@@ -54,7 +54,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a tensor is stored, and the level file that its bytes come from."""
+    """How a tensor is stored, and the name of the file that its bytes come from."""
 
     qtype: QuantType
     method: str
@@ -75,7 +75,7 @@ class Recipe:
     output: Published
     provenance: Provenance
     calibration: object  # calibration.json
-    levels: dict[str, str]  # level file -> sha256
+    levels: dict[str, str]  # level file, or base.gguf -> sha256
     tensors: dict[str, Stored]
     fallbacks: tuple[Fallback, ...]
 

@@ -1,11 +1,13 @@
 """The database: an index of every way to store every tensor. No weight is copied.
 
 `database.json`: (tensor, type, method) -> (level file, offset, bytes, error). A type that
-falls back to the same other type at two levels is indexed once.
+falls back to the same other type at two levels is indexed once; what is in the type in which
+base.gguf has it (16 bits that were asked for, or fallen back to) is indexed there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -42,6 +44,8 @@ class _Table:
 
 def write_database(artifacts: Artifacts, errors: Errors) -> Database:
     """Index the finished level files. Return what was written."""
+    base = GgufFile(artifacts.base)
+    from_levels = os.path.relpath(artifacts.base, artifacts.levels)
     found: dict[str, dict[CandidateKey, Candidate]] = {}
     for path in sorted(artifacts.levels.glob("*.gguf")):
         for tensor in GgufFile(path).tensors.values():
@@ -50,6 +54,9 @@ def write_database(artifacts: Artifacts, errors: Errors) -> Database:
             solved = errors.errors[tensor.name][str(tensor.qtype)]
             key = CandidateKey(tensor.name, tensor.qtype, solved.method)
             place, error = (path.name, tensor.offset, tensor.n_bytes), solved.errors[solved.method]
+            stored = base.tensors[tensor.name]
+            if stored.qtype == tensor.qtype:
+                place = (from_levels, stored.offset, stored.n_bytes)
             candidate = Candidate(
                 tensor.name, tensor.qtype, solved.method, *place, error.relative, error.nats
             )

@@ -8,7 +8,6 @@ for `quantkit publish`.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence.card import model_card
 from quantkit.evidence.report import read
 from quantkit.evidence.report.text import without_folders
-from quantkit.files import write_json, write_text
+from quantkit.files import link, write_json, write_text
 from quantkit.hub.visibility import why_private
 from quantkit.llamacpp.output import safe_name
 from quantkit.run.artifacts import RELATIVE
@@ -47,22 +46,22 @@ class Publish(Stage):
         validate = run.artifacts.report.parent
         outputs = load_outputs(run.dir)
         stitched = run.artifacts.stitched
-        _link(run.artifacts.imatrix, folder / f"{_name(run)}-imatrix.gguf")
-        _link(run.artifacts.report, folder / "report.json")
+        link(run.artifacts.imatrix, folder / f"{_name(run)}-imatrix.gguf")
+        link(run.artifacts.report, folder / "report.json")
         projector = run.artifacts.projector
         if projector.exists():  # by this name llama.cpp finds it in the repository
-            _link(projector, folder / f"mmproj-{_name(run)}-F16.gguf")
+            link(projector, folder / f"mmproj-{_name(run)}-F16.gguf")
         (folder / "recipes").mkdir()
         for output in outputs:
-            _link(stitched / output.file, folder / output.file)
+            link(stitched / output.file, folder / output.file)
             recipe = read_json(stitched / output.recipe)
             recipe["config"] = _without_folders(recipe["config"])
             write_json(folder / output.recipe, recipe)
         for path in sorted((stitched / "recipes").glob("*.txt")):
-            _link(path, folder / "recipes" / path.name)
+            link(path, folder / "recipes" / path.name)
         (folder / "plots").mkdir()
         for path in sorted((validate / "plots").iterdir()):
-            _link(path, folder / "plots" / path.name)
+            link(path, folder / "plots" / path.name)
         report = read(read_json(run.artifacts.report))
         card = model_card(snapshot.info, report, run.config, run.config.publish)
         write_text(folder / "README.md", card)
@@ -146,11 +145,3 @@ def _known(run: Run, folder: Path) -> dict[str, str]:
 
 def _name(run: Run) -> str:
     return safe_name(model_name(load_snapshot(run.dir)))
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -1,5 +1,6 @@
 """stitch: one GGUF per budget, from base.gguf's metadata and the chosen levels' bytes.
 
+A tuned file is whole already: it gets a second name, and its bytes are not copied.
 Writes `<Model>-EVO-<label>.gguf` and, for each, under `recipes/` what makes it again: the recipe,
 and the types alone as `llama-quantize --tensor-type-file` reads them. The
 label is the stock mix that is nearest in size, so that the Hub, llama.cpp and Ollama know what to
@@ -14,18 +15,13 @@ from pathlib import Path
 from quantkit import __version__
 from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
-from quantkit.files import sha256_file, write_json, write_text
+from quantkit.files import link, sha256_file, write_json, write_text
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import Layout
 from quantkit.gptq.errors import Errors
-from quantkit.llamacpp.output import (
-    file_name,
-    lay_out_output,
-    load_provenance,
-    nearest_label,
-)
+from quantkit.llamacpp.output import file_name, lay_out_nearest, load_provenance
 from quantkit.llamacpp.stock import tensor_types
 from quantkit.run.folder import OutputFile, read_as, read_json
 from quantkit.run.outputs import Output, load_budgets
@@ -59,7 +55,10 @@ class Stitch(Stage):
             allocation = load_allocation(run.artifacts, budget.limit_bytes)
             used = _stored(run, budget, {t: index.find(key) for t, key in allocation.items()})
             output = Output(name, layout.n_bytes, label, budget)
-            _stitch(run, folder / name, layout, base, used)
+            if tuned_tensors(run, budget.limit_bytes):
+                _take_tuned(run.artifacts.tuned(budget.limit_bytes), folder / name, layout)
+            else:
+                _stitch(run, folder / name, layout, base, used)
             recipe = _recipe(run, folder / name, used, label, made)
             stem = (folder / output.recipe).with_suffix("")
             written += [
@@ -88,10 +87,7 @@ def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget,
             continue
         known.append(allocation)
         types = {name: key.qtype for name, key in allocation.items()}
-        layout = lay_out_output(base, types, made, "Q8_0")  # the label does not change its size
-        matrices = [layout.types[t.name] for t in base.tensors.values() if len(t.shape) > 1]
-        label = nearest_label(base, layout.n_bytes, matrices)
-        found.append((budget, lay_out_output(base, types, made, label), label))
+        found.append((budget, *lay_out_nearest(base, types, made)))
     labels = [label for _, _, label in found]
     bpws = [8 * layout.n_bytes / base.n_elements for _, layout, _ in found]
     for decimals in range(2, 17):  # as many as tell all of them apart
@@ -111,14 +107,15 @@ def _stored(run: Run, budget: Budget, chosen: Mapping[str, Candidate]) -> dict[s
     return {
         name: Stored(c.qtype, f"{c.method}+tuned", file.name)
         if name in tuned
-        else Stored(c.qtype, c.method, c.file)
+        else Stored(c.qtype, c.method, Path(c.file).name)
         for name, c in chosen.items()
     }
 
 
 def _level_files(run: Run) -> dict[str, OutputFile]:
-    """The level files by name, tuned ones too."""
-    outputs = (*run.records["quantize"].outputs, *run.records["tune"].outputs)
+    """The level files by name, tuned ones and base.gguf too."""
+    records = (run.records[stage] for stage in ("convert", "quantize", "tune"))
+    outputs = (output for record in records for output in record.outputs)
     return {Path(output.path).name: output for output in outputs}
 
 
@@ -137,6 +134,19 @@ def _stitch(
             f"{path.name} does not have the size that was computed.",
             "This is a bug: please report it.",
         )
+
+
+def _take_tuned(tuned: Path, path: Path, layout: Layout) -> None:
+    """Give the tuned file the output's name: tuning laid it out as the output, and what tuning did
+    not change is there as the level has it.
+    """
+    with tuned.open("rb") as file:
+        header = file.read(len(layout.header))
+    if header != layout.header or tuned.stat().st_size != layout.n_bytes:
+        raise QuantkitError(
+            f"{tuned.name} is not laid out as {path.name}.", "Run the tune stage again."
+        )
+    link(tuned, path)
 
 
 def _recipe(run: Run, path: Path, used: dict[str, Stored], label: str, made: Provenance) -> Recipe:

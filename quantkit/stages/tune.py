@@ -1,8 +1,8 @@
 """tune: fine-tune the files of the found allocations, block by block, towards the original.
 
 Codes, scales and whatever else a stock file leaves free move by gradient. Writes, in a folder per
-budget, `tuned-<bytes>.gguf` (a level file of one allocation, where tuning helped) and
-`outcome.json`; `tuning.json` sums up. The unit of work is a block.
+budget, `tuned-<bytes>.gguf` (where tuning helped: the finished file of the allocation, which stitch
+gives its name) and `outcome.json`; `tuning.json` sums up. The unit of work is a block.
 
 The search has assumed that its files are tuned, or that they are not: this stage does as it
 assumed, or stops.
@@ -22,7 +22,7 @@ from quantkit.files import write_json
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout
-from quantkit.llamacpp.output import lay_out_output, load_provenance
+from quantkit.llamacpp.output import lay_out_nearest, load_provenance
 from quantkit.planning.memory import tuning_bytes, tuning_bytes_beside_model
 from quantkit.run.folder import read_as
 from quantkit.run.outputs import Budgets
@@ -54,7 +54,7 @@ class Tune(Stage):
     """Fine-tune the files, block by block, to bring them closer to the original."""
 
     name = NAME
-    version = 1
+    version = 2
     fields = ("tuning", "profile", "device")
     takes_long = True
 
@@ -138,7 +138,7 @@ def tune(
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = load_stored(chosen, run.artifacts.levels)
     types = {name: candidate.qtype for name, candidate in chosen.items()}
-    layout = lay_out_output(base, types, load_provenance(run.dir), "Q8_0")
+    layout, _ = lay_out_nearest(base, types, load_provenance(run.dir))
 
     def make() -> Tuner:
         return _tuner(run, base, stored, layout, path.parent)

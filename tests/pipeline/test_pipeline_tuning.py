@@ -13,6 +13,7 @@ from commands import Answer, Run, kill, packed_tensors, quantkit, start
 from quantkit import pipeline
 from quantkit.config import RunConfig
 from quantkit.files import sha256_file, write_json
+from quantkit.ggml.types import FILE_TYPES
 from quantkit.gguf_file.read import GgufFile
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.rebuild import rebuild
@@ -102,6 +103,16 @@ def _card(run: Run) -> list[str]:
     return path.read_text("utf-8").splitlines()
 
 
+def test_a_tuned_file_lies_on_the_disk_once(tuned: Run) -> None:
+    """Tuned, stitched and ready for the upload: three names of one file."""
+    upload = tuned.dir.stage_dir("publish") / "upload"
+    for folder, row in zip(searched(tuned), tuned.report["outputs"], strict=True):
+        file = tuned.dir.artifacts.tuned(int(folder.name))
+        output = tuned.dir.stage_dir("stitch") / row["name"]
+        assert file.samefile(output) and file.samefile(upload / output.name)
+        assert GgufFile(file).metadata["general.file_type"] == FILE_TYPES[row["label"]]
+
+
 def test_killed_while_it_tunes(
     whole_run: tuple[Run, Answer], tuned: Run, offline: dict[str, str], tmp_path: Path
 ) -> None:
@@ -160,7 +171,11 @@ def test_clean_drops_tuned_levels(
     run = whole_run[0].fork(tmp_path / "cleaned", "search", tuning=2)
     assert quantkit("resume", run.folder, env=offline).code == 0
     output = sha256_file(run.output)
-    assert quantkit("clean", run.folder, env=offline).code == 0
+    levels = sum(path.stat().st_size for path in run.levels.glob("*.gguf"))
+    answer = quantkit("clean", run.folder, "--json", env=offline)
+    assert answer.code == 0, answer.err
+    # The tuned file is the output, and stays under that name.
+    assert levels <= answer.json["freed_bytes"] < levels + run.output.stat().st_size
     assert not list(run.dir.stage_dir("tune").rglob("*.gguf"))
     assert sha256_file(run.output) == output
     assert GgufFile(run.output).tensors

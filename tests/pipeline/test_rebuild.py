@@ -92,6 +92,16 @@ def test_every_tensor_comes_from_its_own_level(published: Published) -> None:
     assert published.rebuild(published.levels).equal is True
 
 
+def test_a_tensor_may_come_from_the_base(published: Published) -> None:
+    name = "output.weight"
+    own = GgufFile(published.base).tensors[name].qtype
+    published.recipe["levels"]["base.gguf"] = published.recipe["base"]["sha256"]
+    published.recipe["tensors"][name] = {"qtype": str(own), "method": "rtn", "file": "base.gguf"}
+    published.rebuild(published.levels)
+    made, base = GgufFile(published.folder / "out.gguf"), GgufFile(published.base)
+    assert np.array_equal(made.packed(name), base.packed(name))
+
+
 def test_another_base_is_refused(published: Published) -> None:
     data = bytearray(published.base.read_bytes())
     data[-5] ^= 1

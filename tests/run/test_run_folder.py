@@ -21,7 +21,7 @@ from quantkit import pipeline
 from quantkit.config import RunConfig
 from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.files import replacing, sha256_file, write_json
+from quantkit.files import link, replacing, sha256_file, write_json
 from quantkit.run.artifacts import NAMES
 from quantkit.run.events import EventLog, read_events
 from quantkit.run.folder import OutputFile, RunDir, StageRecord, fingerprint, read_json
@@ -46,6 +46,31 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     with replacing(path) as partial:  # what the failure left behind does not matter
         partial.write_text("three")
     assert path.read_text() == "three"
+
+
+def test_a_link_is_a_second_name(tmp_path: Path) -> None:
+    source, target = tmp_path / "tuned.gguf", tmp_path / "out" / "model.gguf"
+    source.write_text("weights")
+    target.parent.mkdir()
+    target.write_text("of an earlier attempt")
+    for _ in range(2):  # once more, as after a kill
+        link(source, target)
+        assert target.samefile(source) and os.listdir(target.parent) == ["model.gguf"]
+    source.unlink()
+    assert target.read_text() == "weights"
+
+
+def test_a_link_without_hard_links_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    source, target = tmp_path / "tuned.gguf", tmp_path / "model.gguf"
+    source.write_text("weights")
+    link(source, target)
+    assert target.read_text() == "weights" and not target.samefile(source)
 
 
 def test_a_reader_never_sees_a_half_written_file(tmp_path: Path) -> None:
