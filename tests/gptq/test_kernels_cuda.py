@@ -352,10 +352,15 @@ def cross_entropies(device: str) -> None:
     for n_vocab in (5, 2048, 5001):
         logits = 8 * torch.randn(7, n_vocab, generator=generator)
         logits[1] += 60
-        p = (4096 * torch.softmax(logits.roll(1, 0), -1)).half()
-        exact = -(p.double() * torch.log_softmax(logits.double(), -1)).sum(-1)
-        found = cross_entropy(p.to(device), logits.to(device)).cpu()
-        assert torch.allclose(found, exact, rtol=1e-6)
+        probabilities = 4096 * torch.softmax(logits.roll(1, 0), -1)
+        logs = torch.log_softmax(logits.double(), -1)
+        for n_kept in {min(n_vocab, n) for n in (3, 2048, 3000)}:
+            ids = probabilities.topk(n_kept).indices.sort(-1).values
+            p, own = probabilities.gather(-1, ids).half(), logs.gather(-1, ids)
+            sums = cross_entropy(ids.int().to(device), p.to(device), logits.to(device))
+            found, share = (x.cpu() for x in sums)
+            assert torch.allclose(found, -(p.double() * own).sum(-1), rtol=1e-6)
+            assert torch.allclose(share, own.exp().sum(-1), rtol=1e-5)
 
 
 @ON_GPU

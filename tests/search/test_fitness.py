@@ -28,7 +28,7 @@ from quantkit.search.evopress import Schedule, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
 from quantkit.search.optimizer import Evaluator
 from quantkit.search.propose import uniform
-from quantkit.search.targets import Targets
+from quantkit.search.targets import Targets, target_bytes
 from quantkit.search.workers import Workers
 from quantkit.tensors import Candidate, to_json
 
@@ -366,6 +366,33 @@ def test_targets_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = targets.kl(3, other)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=5e-6)
+
+
+def test_targets_of_the_most_likely_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The KL over the partition into these tokens and all others, which is below the KL over all,
+    and what it is where all are kept.
+    """
+    monkeypatch.setattr("quantkit.search.targets._VALUES_AT_ONCE", 2000)
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.0, 0.1, 1.0, 3.0, 8.0, 30.0])
+    base = torch.randn(6, 500, generator=generator) * scales[:, None]
+    other = base + 0.1 * torch.randn(6, 500, generator=generator)
+    p, q = (torch.log_softmax(x.double(), -1) for x in (base, other))
+    whole = (p.exp() * (p - q)).sum(-1)
+    for n in (1, 40, 499, 500):
+        monkeypatch.setattr("quantkit.search.targets.MOST_TOKENS", n)
+        path = tmp_path / str(n)
+        targets = Targets(path, 10, 500, torch.device("cpu"))
+        targets.put(3, base)
+        assert path.stat().st_size == 9 * 6 * n == target_bytes(9, 500)
+        ids = p.topk(n).indices
+        kept = p.gather(-1, ids), q.gather(-1, ids)
+        left = [(1 - x.exp().sum(-1)).clamp(min=1e-300) for x in kept]
+        parts = (kept[0].exp() * (kept[0] - kept[1])).sum(-1)
+        parts += left[0] * (left[0].log() - left[1].log()) if n < 500 else 0
+        found = targets.kl(3, other)
+        torch.testing.assert_close(found, parts, rtol=2e-3, atol=5e-6)
+        assert bool((found < whole * 1.002 + 5e-6).all())
 
 
 @pytest.mark.parametrize("qtype", sorted(FORMATS), ids=str)
