@@ -84,13 +84,11 @@ def _needs(stage: Stage, config: RunConfig, directory: RunDir) -> int:
         return 0
     from quantkit.config.levels import plan_levels
     from quantkit.gguf_file.base import load_base, load_specs
-    from quantkit.planning.cost import estimates
-    from quantkit.sources.snapshot import load_snapshot
+    from quantkit.planning.cost import free_bytes, memory_by_stage
 
     base, specs = load_base(directory), load_specs(directory)
-    info = load_snapshot(directory).info
-    memory = estimates(config, info, base, plan_levels(specs, config)).memory
-    return memory.get(stage.name, 0)
+    levels = plan_levels(specs, config)
+    return memory_by_stage(config, base, levels, free_bytes(config.device)).get(stage.name, 0)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from quantkit.config import N_CTX
 from quantkit.errors import QuantkitError
 
 EVAL_TOKENS = N_CTX + N_CTX // 8  # one window, though llama.cpp should count a few tokens less
+LANGUAGE_TOKENS = 4096  # of each language beside its share: enough to validate on two windows
 PARTS = {"train": 0.65, "heldout": 0.25, "eval": 0.10}
 # A short text gives more to evaluation, which needs whole windows: so many characters, but not more
 # than this share.

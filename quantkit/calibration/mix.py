@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 
 from quantkit import hub
 from quantkit.calibration import files, knowledge, sampling, sources
-from quantkit.calibration.documents import EVAL_TOKENS, N_CTX, PARTS, Domain, pack, split, without
+from quantkit.calibration.documents import (
+    EVAL_TOKENS,
+    LANGUAGE_TOKENS,
+    N_CTX,
+    PARTS,
+    Domain,
+    pack,
+    split,
+    without,
+)
 from quantkit.config.calibration import (
     AUTO,
     HUB_TEXTS,
@@ -31,7 +40,6 @@ _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 _NEW_TOKENS = 192  # that the model writes after an opening
 _ADDED = ("docs", "code")  # to given text that is too short
 _SHORT = 200_000  # characters: what has more is long enough
-_LANGUAGE_TOKENS = 4096  # of each language beside its share: enough to validate on two windows
 
 Progress = Callable[[int, int, str], None]
 
@@ -85,7 +93,7 @@ class Reader:
             requests = tuple(r for r in requests if r.name != "dialogue")
         wanted: list[tuple[Request, int]] = []
         for request in requests:
-            beside = n_eval if request.language is None else min(n_eval, _LANGUAGE_TOKENS)
+            beside = n_eval if request.language is None else min(n_eval, LANGUAGE_TOKENS)
             share = request.weight / total
             wanted.append((request, int(share * n_tokens / (1 - PARTS["eval"])) + beside))
         domains: list[tuple[Domain, float]] = []

@@ -7,13 +7,19 @@ llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.config import RunConfig, compile_pattern
 from quantkit.errors import UsageError
 from quantkit.ggml.types import QuantType, fallback
 from quantkit.tensors import Fallback, TensorSpec
+
+# A level is made where its uniform file has at least and at most so many times the bytes asked for.
+# Until what the search loses without the others was measured, all are.
+_LEAST, _MOST = 0.0, math.inf
+LEFT_OUT = "no file of the sizes asked for would want them; --levels makes them"
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,41 @@ class LevelPlan:
         return {tensor: types[level] for tensor, types in self.types.items()}
 
 
-def plan_levels(specs: Mapping[str, TensorSpec], config: RunConfig) -> LevelPlan:
-    """Decide the types of every quantizable tensor from the config's levels, pins and tensor
-    pattern.
+def wanted(
+    uniform: Mapping[QuantType, int], limits: Iterable[int], config: RunConfig
+) -> tuple[QuantType, ...]:
+    """Return the levels that a file of one of these sizes can want, of those whose uniform files
+    have the bytes `uniform`: all that lie around a size, and the next smaller and larger ones, so
+    that every size can be made. Levels that were asked for by name are all wanted.
+    """
+    limits = tuple(limits)
+    if config.levels is not None or not limits:
+        return tuple(uniform)
+    kept: set[QuantType] = set()
+    for limit in limits:
+        below = [level for level, n_bytes in uniform.items() if n_bytes <= limit]
+        above = [level for level, n_bytes in uniform.items() if n_bytes >= limit]
+        kept |= {level for level in below if uniform[level] >= _LEAST * limit}
+        kept |= {level for level in above if uniform[level] <= _MOST * limit}
+        kept |= {max(below, key=lambda q: uniform[q])} if below else set()
+        kept |= {min(above, key=lambda q: uniform[q])} if above else set()
+    return tuple(level for level in uniform if level in kept)
+
+
+def plan_levels(
+    specs: Mapping[str, TensorSpec],
+    config: RunConfig,
+    levels: Sequence[QuantType] | None = None,
+) -> LevelPlan:
+    """Decide the types of every quantizable tensor from the config's pins, tensor pattern and
+    levels, or of the latter from those that are wanted of them.
 
     Raises UsageError when a pattern of `types` or `tensors` names no tensor, or when there is none
     to quantize.
     """
     default = dict(config.types).get("default")
-    levels = tuple(QuantType(name) for name in ((default,) if default else config.level_names))
+    asked = tuple(QuantType(name) for name in ((default,) if default else config.level_names))
+    levels = asked if levels is None else tuple(levels)
     chosen = [spec for spec in specs.values() if spec.quantizable and _is_chosen(spec.name, config)]
     _check_patterns(
         config, [spec.name for spec in specs.values() if spec.quantizable], bool(chosen)
@@ -52,14 +84,14 @@ def plan_levels(specs: Mapping[str, TensorSpec], config: RunConfig) -> LevelPlan
         pinned, least = config.pinned_type(spec.name), config.least_type(spec.name)
         types[spec.name] = {}
         for level in levels:
-            asked = pinned or max(level, least or level)
-            used = types[spec.name][level] = fallback(asked, spec.n_columns)
-            if used != asked:
-                fallbacks[spec.name, asked.name] = Fallback(
+            given = pinned or max(level, least or level)
+            used = types[spec.name][level] = fallback(given, spec.n_columns)
+            if used != given:
+                fallbacks[spec.name, given.name] = Fallback(
                     spec.name,
-                    asked.name,
+                    given.name,
                     used.name,
-                    f"rows of {spec.n_columns} do not divide into blocks of {asked.block_size}",
+                    f"rows of {spec.n_columns} do not divide into blocks of {given.block_size}",
                 )
     return LevelPlan(levels, types, tuple(fallbacks.values()))
 

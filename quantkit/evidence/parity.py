@@ -24,6 +24,7 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp import templates
 from quantkit.llamacpp.tokens import MOST_IDS
 from quantkit.machine.memory import free_memory
+from quantkit.planning.memory import PARITY_LEFT, offloaded_bytes, parity_fits
 from quantkit.run.check import Check
 from quantkit.sandbox.outcome import plain
 
@@ -31,8 +32,6 @@ NAME = "logits of base.gguf against the original's"
 COPY = "the expanded copy, loaded by transformers"
 MERGED = "the merged copy, loaded by transformers"
 _N_OFFLOADED = 64
-_SHARE = 0.6  # of the free memory that float32 weights may take
-_LEFT = 4 * 2**30  # bytes for the libraries, activations and logits
 
 # The largest mean KL in nats of a right file. Of 22 of tests/support/families.py the largest is
 # 3e-4 as BF16, to whose 8 bits llama.cpp rounds activations, too; of 13 expanded to F16 it is 4e-5.
@@ -91,8 +90,8 @@ def check_logits(
         QuantkitError: the two are not one model, or the checkpoint lacks weights.
     """
     whole, free = 4 * base.n_elements, free_memory()
-    fits = whole + _LEFT <= free and whole <= _SHARE * free
-    kept = whole if fits else int(_SHARE * free / 2)  # bytes of weights in memory
+    fits = parity_fits(base.n_elements, free)
+    kept = whole - offloaded_bytes(base.n_elements, free)  # bytes of weights in memory
     with tempfile.TemporaryDirectory(dir=folder, prefix="parity-") as scratch:
         found: Found = {"oracle": "", "passed_over": []}
         try:
@@ -164,7 +163,7 @@ def _limits(base: GgufFile, weight_bytes: int) -> sandbox.Limits:
     return sandbox.Limits(
         cpu_seconds=1800 + 600 * gigabytes,
         wall_seconds=1800 + 300 * gigabytes,
-        memory_bytes=2 * weight_bytes + 2 * _LEFT,
+        memory_bytes=2 * weight_bytes + 2 * PARITY_LEFT,
         file_bytes=10 * base.n_elements + 2**30,  # offloaded in 32 bits, and expanded
         n_processes=64 + 8 * (os.cpu_count() or 1),  # threads
     )

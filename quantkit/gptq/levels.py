@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from quantkit.config.levels import LevelPlan, plan_levels
+from quantkit.config.levels import LevelPlan
 from quantkit.files import PARTIAL, write_json
 from quantkit.ggml import native
 from quantkit.ggml.types import FILE_TYPES, QuantType, file_label
@@ -36,12 +36,12 @@ from quantkit.statistics.stored import load_gradients, load_importances, save_im
 STAGE = "quantize"
 
 
-def make_levels(run: Run) -> tuple[list[Path], Errors]:
-    """Write the level files, `imatrix.gguf` and `errors.json` in one pass over the model's blocks;
-    return the files and what the errors are. Raise QuantkitError when activations or weights are
-    not finite.
+def make_levels(run: Run, plan: LevelPlan) -> tuple[list[Path], Errors]:
+    """Write the planned level files, `imatrix.gguf` and `errors.json` in one pass over the model's
+    blocks; return the files and what the errors are. Raise QuantkitError when activations or
+    weights are not finite.
     """
-    levels = _Levels(run)
+    levels = _Levels(run, plan)
     work, made = levels.work, run.artifacts
     if HEAD not in levels.done:  # else a killed run had solved all blocks
         device, folder = run.config.device, load_snapshot(run.dir).folder
@@ -77,10 +77,10 @@ def make_levels(run: Run) -> tuple[list[Path], Errors]:
 class _Levels:
     """The level files as they are filled, and what is done of them."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, plan: LevelPlan) -> None:
         """Lay the files out, or open those of a killed run."""
         made, specs = run.artifacts, load_specs(run.dir)
-        base, plan = load_base(run.dir), plan_levels(specs, run.config)
+        base = load_base(run.dir)
         # Until the stage is recorded: a kill while files are finished or hashed loses nothing.
         self._done_path = made.levels / f"done.json{PARTIAL}"
         again = self._done_path.exists()

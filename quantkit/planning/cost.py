@@ -1,4 +1,4 @@
-"""The cost of a run in time and disk, from a model's shapes; `memory` has the third.
+"""The cost of a run in time, from a model's shapes; `memory` and `disk` have the others.
 
 Work is counted in multiply-adds. What a machine does of them in a second was measured for two cores
 of a server CPU (bf16) and for one H200; other GPUs are scaled by what their makers state for dense
@@ -7,13 +7,13 @@ bf16.
 
 from __future__ import annotations
 
-from quantkit.checkpoint.info import ModelInfo
+from collections.abc import Mapping
+
 from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.levels import LevelPlan
-from quantkit.ggml.types import BF16, QuantType
 from quantkit.gguf_file.read import GgufFile, StoredTensor
-from quantkit.gguf_file.write import data_bytes
-from quantkit.planning.memory import search_target_bytes, stage_memory
+from quantkit.planning.disk import Footprint
+from quantkit.planning.memory import stage_memory
 from quantkit.planning.nouns import Estimates, PerFile
 from quantkit.tensors import ONE_INPUT, is_in_block
 
@@ -24,9 +24,15 @@ GPU_SPEEDS = {
 }
 
 
-def estimates(config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelPlan) -> Estimates:
+def estimates(
+    config: RunConfig,
+    base: GgufFile,
+    levels: LevelPlan,
+    footprint: Footprint,
+    disk: Mapping[str, int],
+) -> Estimates:
     """Estimate what the run takes for one file, from the model's shapes, and what each further size
-    adds.
+    adds. `disk` are the bytes of the run's folder by stage, of all sizes.
 
     Time is counted in multiply-adds over what the device does in a second: two cores of a server
     CPU, or one H200. It is within a factor of two or so.
@@ -38,24 +44,6 @@ def estimates(config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelP
         for t in _blocks(base)
     )
     inputs = _inputs(base)
-    uniform = sum(data_bytes(base, levels.uniform(level)) for level in levels.levels)
-    base_bytes = base.path.stat().st_size
-    disk = (
-        (0 if info.local_path else info.n_download_bytes)
-        + base_bytes
-        + _embedding_bytes(base)
-        + uniform
-        + 3 * base_bytes // 2
-        + search_target_bytes(config, base)
-    )
-    if info.base is not None or info.quantization is not None:  # written out in 16 bits once more
-        disk += base_bytes
-    by_block: dict[str, int] = {}  # Hessians of one block are in memory together
-    for tensor in inputs:
-        block = tensor.name.split(".")[1]
-        by_block[block] = by_block.get(block, 0) + _hessian_bytes(tensor)
-    most = max(by_block.values(), default=0)
-    memory = stage_memory(config, base, levels, most, _free(config.device))
     speed = 2 * CORE_SPEED if config.device == "cpu" else GPU_SPEEDS["H200"]
     n_calibrated = profile.calibration_tokens + profile.heldout_tokens
     forward = round(n_linear) * n_calibrated
@@ -68,21 +56,33 @@ def estimates(config: RunConfig, info: ModelInfo, base: GgufFile, levels: LevelP
     tuned += 4 * n_calibrated if config.tuning_steps else 0
     search = round(n_linear) * (profile.search_tokens + tuned)
     return Estimates(
-        disk_bytes=disk,
-        memory_bytes=max(stage_memory(config, base, levels, most, 0).values()),
-        memory=memory,
+        disk_bytes=footprint.downloaded + max(disk.values()),
+        disk=dict(disk),
+        memory_bytes=max(memory_by_stage(config, base, levels, 0).values()),
+        memory=memory_by_stage(config, base, levels, free_bytes(config.device)),
         multiply_adds=forward + gather + solve + search,
         seconds=round(60 + 30 + (forward + gather + solve + search) / speed),
         n_files=1,
         per_file=PerFile(
-            disk_bytes=base_bytes // 3 * (2 if config.tuning_steps else 1),
             multiply_adds=search,
             seconds=round(30 + search / speed),
         ),
     )
 
 
-def _free(device: str) -> int:
+def memory_by_stage(
+    config: RunConfig, base: GgufFile, levels: LevelPlan, free: int
+) -> dict[str, int]:
+    """Return the bytes of memory at the peak of every stage, on a machine with `free` of them."""
+    by_block: dict[str, int] = {}  # Hessians of one block are in memory together
+    for tensor in _inputs(base):
+        block = tensor.name.split(".")[1]
+        by_block[block] = by_block.get(block, 0) + _hessian_bytes(tensor)
+    return stage_memory(config, base, levels, max(by_block.values(), default=0), free)
+
+
+def free_bytes(device: str) -> int:
+    """Return the bytes of memory that a run may take on a device, or on this machine instead."""
     from quantkit.machine.memory import free_memory  # needs torch
 
     try:
@@ -108,13 +108,6 @@ def _hessian_bytes(tensor: StoredTensor) -> int:
     return hessian_bytes(tensor.shape[-1], tensor.shape[0] if len(tensor.shape) == 3 else 1)
 
 
-def _embedding_bytes(base: GgufFile) -> int:
-    """Two matrices of what is looked up: all of the Hessians that lie on disk."""
-    from quantkit.statistics.turns import hessian_bytes  # needs torch
-
-    return hessian_bytes(base.tensors["token_embd.weight"].shape[1])
-
-
 def _experts_used(base: GgufFile) -> int:
     """How many experts a token is sent to; 0 without experts."""
     name = base.metadata["general.architecture"]
@@ -124,12 +117,3 @@ def _experts_used(base: GgufFile) -> int:
 def _share(tensor: StoredTensor, chosen: int) -> float:
     """The part of a tensor that a token is multiplied with."""
     return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0
-
-
-def run_bytes(config: RunConfig, info: ModelInfo) -> int:
-    """Return about how many bytes a run writes: base.gguf, every level, the output and, one at a
-    time, the files it is compared with. `quantkit plan` knows more exactly.
-    """
-    levels = [q for pattern, q in config.types if pattern == "default"] or config.level_names
-    types = [BF16, *map(QuantType, levels), BF16]
-    return sum(info.n_parameters * q.block_bytes // q.block_size for q in types)

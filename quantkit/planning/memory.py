@@ -24,18 +24,20 @@ _TORCH = 550_000_000  # and with torch and transformers
 _SWEEP = 600_000_000  # bytes at work in one sweep over rows of all types
 _AT_ONCE = 2  # tensors that are solved at a time
 _TARGETS_ROWS = 512  # positions whose logits are there at once
+PARITY_SHARE = 0.6  # of the free memory that convert's comparison may take for float32 weights
+PARITY_LEFT = 4 * 2**30  # bytes for the libraries, activations and logits
 _TUNED_WEIGHT = 40  # bytes for each weight of a block that is tuned
 
 
 @dataclass(frozen=True)
-class _Shapes:
+class Shapes:
     """The shapes of a GGUF that the formulas need; its header is enough."""
 
     blocks: dict[str, list[StoredTensor]]
     outside: list[StoredTensor]
 
     @classmethod
-    def of(cls, base: GgufFile) -> _Shapes:
+    def of(cls, base: GgufFile) -> Shapes:
         blocks: dict[str, list[StoredTensor]] = {}
         outside = []
         for tensor in base.tensors.values():
@@ -107,7 +109,7 @@ def stage_memory(
     from quantkit.statistics.collect import ACTIVATIONS_SHARE, BATCH_TOKENS, HESSIANS_SHARE
     from quantkit.statistics.turns import hessian_bytes
 
-    shapes, profile = _Shapes.of(base), PROFILES[config.profile]
+    shapes, profile = Shapes.of(base), PROFILES[config.profile]
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
 
     def model(n_bytes: int, outside: int) -> int:
@@ -145,7 +147,7 @@ def stage_memory(
     }
 
 
-def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
+def _solving(shapes: Shapes, levels: LevelPlan) -> int:
     """The tensors of a block: the widest Hessian being factorized, two tensors at work."""
     from quantkit.gptq.select import STACKED_WEIGHTS
 
@@ -154,27 +156,35 @@ def _solving(shapes: _Shapes, levels: LevelPlan) -> int:
     return 5 * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
 
 
-def search_target_bytes(config: RunConfig, base: GgufFile) -> int:
-    """Return the bytes of the file of distributions that candidates are compared with."""
-    n_sequences = min(MOST_SEQUENCES, PROFILES[config.profile].heldout_tokens // N_CTX)
-    return 2 * n_sequences * N_CTX * _Shapes.of(base).n_vocab
+def parity_fits(n_weights: int, free: int) -> bool:
+    """Return whether convert's comparison of base.gguf with its original has the weights in memory:
+    whole, in float32.
+    """
+    return 4 * n_weights + PARITY_LEFT <= free and 4 * n_weights <= PARITY_SHARE * free
+
+
+def offloaded_bytes(n_weights: int, free: int) -> int:
+    """Return the bytes of weights that this comparison has on the disk otherwise."""
+    if parity_fits(n_weights, free):
+        return 0
+    return max(0, 4 * n_weights - int(PARITY_SHARE * free / 2))
 
 
 def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
     """Return what tuning holds on its device, which has `free` bytes, the model included: without
     that nothing is tuned.
     """
-    shapes = _Shapes.of(base)
+    shapes = Shapes.of(base)
     beside = _tuned_block(config, shapes, free)
     return _tuned_model(shapes, beside, free) + beside
 
 
 def tuning_bytes_beside_model(config: RunConfig, base: GgufFile, free: int) -> int:
     """Return the bytes that tuning takes without the model."""
-    return _tuned_block(config, _Shapes.of(base), free)
+    return _tuned_block(config, Shapes.of(base), free)
 
 
-def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
+def _tuning(config: RunConfig, shapes: Shapes, free: int) -> int:
     """What tuning holds, and the file's tensors and their pages."""
     if not config.tuning_steps:
         return _PROGRAM
@@ -184,7 +194,7 @@ def _tuning(config: RunConfig, shapes: _Shapes, free: int) -> int:
     return _TORCH + model + block + beside + shapes.n_all
 
 
-def _tuned_model(shapes: _Shapes, beside: int, free: int) -> int:
+def _tuned_model(shapes: Shapes, beside: int, free: int) -> int:
     """The original's weights: all of them where model.streaming has them whole, else those outside
     of blocks.
     """
@@ -195,24 +205,28 @@ def _tuned_model(shapes: _Shapes, beside: int, free: int) -> int:
     return whole if is_whole else 4 * shapes.n_outside
 
 
-def _tuned_block(config: RunConfig, shapes: _Shapes, free: int) -> int:
+def _tuned_block(config: RunConfig, shapes: Shapes, free: int) -> int:
     """A block's weights, levels, gradients and Adam's moments; hidden states of the original and
     the tuned file.
     """
-    from quantkit.tuning.tuner import ROUNDS, STATES_SHARE
+    from quantkit.tuning.tuner import STATES_SHARE
 
-    n_tokens = min(
-        PROFILES[config.profile].calibration_tokens,
-        config.tuning_steps * TUNING_BATCH * N_CTX // ROUNDS,
-    )
-    streams = 2 * 4 * (n_tokens + HELDOUT * N_CTX) * shapes.width
+    streams = 2 * 4 * (tuned_tokens(config) + HELDOUT * N_CTX) * shapes.width
     batch = TUNING_BATCH * N_CTX * (32 * shapes.widest + 80 * shapes.width)
     table = 2 * 4 * shapes.largest  # as the original's and as the file's
     states = min(streams, int(2 * STATES_SHARE * free))
     return _TUNED_WEIGHT * shapes.n_block + batch + table + states
 
 
-def _vocabulary(shapes: _Shapes, levels: LevelPlan) -> int:
+def tuned_tokens(config: RunConfig) -> int:
+    """Return how many tokens blocks are tuned on."""
+    from quantkit.tuning.tuner import ROUNDS
+
+    seen = config.tuning_steps * TUNING_BATCH * N_CTX // ROUNDS
+    return min(PROFILES[config.profile].calibration_tokens, seen)
+
+
+def _vocabulary(shapes: Shapes, levels: LevelPlan) -> int:
     """The table of embeddings or the head: its values, and the rows of every method and type."""
     from quantkit.gptq.units import ALL_TYPES_AT_ONCE
 

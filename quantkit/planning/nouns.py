@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from quantkit.config.budgets import Budget
+from quantkit.ggml.types import QuantType
 from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import Coverage
+from quantkit.planning.disk import Footprint
 from quantkit.tensors import Fallback
 
 
@@ -38,12 +40,21 @@ class Sizes:
     largest_bytes: int
     levels: dict[str, int]  # uniform file of each asked level
 
+    @property
+    def uniform(self) -> dict[QuantType, int]:
+        """Return `levels` by type."""
+        return {QuantType(name): n_bytes for name, n_bytes in self.levels.items()}
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Return the most bytes of every file that is made."""
+        return tuple(b.limit_bytes for b in self.budgets) or (self.largest_bytes,)
+
 
 @dataclass(frozen=True)
 class PerFile:
     """What each further size adds to a run."""
 
-    disk_bytes: int
     multiply_adds: int
     seconds: int
 
@@ -52,7 +63,8 @@ class PerFile:
 class Estimates:
     """Disk, memory and time that a run is expected to take for `n_files` sizes."""
 
-    disk_bytes: int
+    disk_bytes: int  # the most that the run's folder holds, and what is downloaded
+    disk: dict[str, int]  # stage -> the most bytes that the folder holds
     memory_bytes: int  # what the run needs anywhere
     memory: dict[str, int]  # stage -> peak bytes here, where the model is taken whole if it fits
     multiply_adds: int
@@ -61,11 +73,10 @@ class Estimates:
     per_file: PerFile
 
     def for_files(self, n_files: int) -> Estimates:
-        """Return the same for another number of files: search and disk grow with it."""
+        """Return the same for another number of files, which are searched one by one."""
         more, each = n_files - self.n_files, self.per_file
         return replace(
             self,
-            disk_bytes=self.disk_bytes + more * each.disk_bytes,
             multiply_adds=self.multiply_adds + more * each.multiply_adds,
             seconds=self.seconds + more * each.seconds,
             n_files=n_files,
@@ -81,7 +92,9 @@ class Plan:
     sizes: Sizes
     stock: dict[str, int]  # llama.cpp's mix -> bytes of its file of this model
     context: ContextMemory
-    levels: tuple[str, ...]
+    levels: tuple[str, ...]  # those that are made
+    left_out: tuple[str, ...]  # those that no file of these sizes can want
+    footprint: Footprint
     coverage: Coverage
     fallbacks: tuple[Fallback, ...]
     sandbox: str  # what kept the code that reads the model from the rest

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
 from quantkit.config import RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
-from quantkit.config.levels import LevelPlan, plan_levels
+from quantkit.config.levels import LEFT_OUT, LevelPlan, plan_levels, wanted
 from quantkit.errors import printable
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
@@ -30,8 +31,9 @@ from quantkit.llamacpp.converter.convert import convert
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.markdown import table
 from quantkit.planning import texts
-from quantkit.planning.cost import estimates
+from quantkit.planning.cost import estimates, free_bytes
 from quantkit.planning.coverage import foretell, in_words
+from quantkit.planning.disk import by_stage, footprint
 from quantkit.planning.nouns import Plan, PlannedModel, Sizes
 from quantkit.sizes import size
 from quantkit.sources.fit import copies, kept_notes
@@ -70,6 +72,25 @@ def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
     largest = least_header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})
     budgets, refused = budgets_of(config, base, smallest, largest)
     return Sizes(budgets, refused, smallest, largest, uniform)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The possible sizes, the levels that a run makes, and those that no file of the sizes asked
+    for can want.
+    """
+
+    sizes: Sizes
+    levels: LevelPlan
+    left_out: tuple[str, ...]
+
+
+def made_levels(config: RunConfig, base: GgufFile, specs: Mapping[str, TensorSpec]) -> Made:
+    """Decide which levels a run makes. Raises what `plan_levels` and `check_sizes` raise."""
+    sizes = check_sizes(config, base, plan_levels(specs, config))
+    made = wanted(sizes.uniform, sizes.limits, config)
+    left_out = tuple(str(level) for level in sizes.uniform if level not in made)
+    return Made(sizes, plan_levels(specs, config, made), left_out)
 
 
 def budgets_of(
@@ -123,13 +144,15 @@ def make_plan(
         )
         base = GgufFile(skeleton)
         specs = specs_of(base)
-        levels = plan_levels(specs, config)
-        sizes = check_sizes(config, base, levels)
+        made = made_levels(config, base, specs)
+        sizes = made.sizes
         coverage = foretell(fit.widths, specs)
         stock = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
         context = context_memory(base)
         warnings += [context.note] if context.note else []
-        one_file = estimates(config, info, base, levels)
+        found = footprint(config, info, base, free_bytes(config.device), free_bytes("cpu"))
+        disk = by_stage(found, config, sizes.uniform, sizes.limits, stock.values())
+        one_file = estimates(config, base, made.levels, found, disk)
         return Plan(
             model=PlannedModel(
                 id=info.id,
@@ -143,9 +166,11 @@ def make_plan(
             sizes=sizes,
             stock=stock,
             context=context,
-            levels=tuple(str(level) for level in levels.levels),
+            levels=tuple(map(str, made.levels.levels)),
+            left_out=made.left_out,
+            footprint=found,
             coverage=coverage,
-            fallbacks=levels.fallbacks,
+            fallbacks=made.levels.fallbacks,
             sandbox=conversion.sandbox,
             warnings=(*warnings, *conversion.warnings, *conversion.tokens.notes),
             estimates=one_file.for_files(max(1, len(sizes.budgets))),
@@ -161,6 +186,14 @@ def _by_stage(memory: dict[str, int]) -> str:
     """The largest peak first."""
     peaks = sorted(memory.items(), key=lambda item: -item[1])
     return "about " + ", ".join(f"{size(n)} in {stage}" for stage, n in peaks[:5])
+
+
+def _on_disk(plan: Plan) -> str:
+    """The largest peak and where it is, and what comes from the Hub beside it."""
+    by_stage, downloaded = plan.estimates.disk, plan.footprint.downloaded
+    stage = max(by_stage, key=lambda name: by_stage[name])
+    beside = f" and {size(downloaded)} in the Hub's cache" if downloaded else ""
+    return f"at most {size(by_stage[stage])} in the run's folder, in {stage}{beside}"
 
 
 def render(plan: Plan) -> str:
@@ -184,7 +217,7 @@ def render(plan: Plan) -> str:
         f"possible  {sizes.smallest_bytes:,} to {sizes.largest_bytes:,} bytes",
         f"GPTQ      {in_words(plan.coverage)}",
         f"time      about {max(1, estimate.seconds // 60)} minutes",
-        f"disk      about {size(estimate.disk_bytes)}",
+        f"disk      {_on_disk(plan)}",
         f"memory    {_by_stage(estimate.memory)}",
         f"context   {_context(plan.context)}",
         "",
@@ -192,6 +225,9 @@ def render(plan: Plan) -> str:
         "",
         table(["llama.cpp mix", "bytes"], [[name, f"{n:,}"] for name, n in plan.stock.items()]),
     ]
+    if plan.left_out:
+        names = ", ".join(plan.left_out)
+        lines += ["", f"left out: {names}: {LEFT_OUT}"]
     groups = Counter((f.asked, f.used, f.reason) for f in plan.fallbacks)
     if groups:
         rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]

@@ -25,7 +25,8 @@ from quantkit.hub.visibility import closed, why_private
 from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.output import safe_name
 from quantkit.planning import texts
-from quantkit.planning.cost import run_bytes
+from quantkit.planning.cost import free_bytes
+from quantkit.planning.disk import guessed
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sizes import size
 from quantkit.sources.fit import Fit, check_fit, copies_in, kept_notes
@@ -55,7 +56,9 @@ class Fetch(Stage):
         run.events.emit(NAME, "note", _describe(info), model=info.id, sha=info.sha)
         if run.config.publish:  # what is not possible after all the work is said before it
             hub.check_write(run.config.publish, token, why_private(run.config, info) is not None)
-        hub.check_disk(run.dir.path, run_bytes(run.config, info), f"a run of {info.id}")
+        free = free_bytes(run.config.device), free_bytes("cpu")
+        needed = max(guessed(run.config, info, *free).values())
+        hub.check_disk(run.dir.path, needed, f"a run of {info.id}")
 
         fit = _look_at_headers(run, info, token)
         source = source_of(info.id, info.config, info.base_model)

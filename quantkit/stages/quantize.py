@@ -2,12 +2,12 @@
 inputs.
 
 One pass over the blocks: the Hessians of a block's inputs are summed while it runs, its tensors are
-solved, and the Hessians are dropped. Writes one uniform GGUF per asked level, `Q4_K.gguf` and so
-on: whole, runnable files that differ from `base.gguf` in their weights alone. A tensor is stored
-once per type, by the winner of gptq, imatrix and rtn; `errors.json` keeps the errors of all of
-them, `database.json` is the index that the search reads, and `importances/imatrix.gguf` holds the
-Hessians' diagonals, as llama-imatrix writes them. The unit of work is one block: after a kill,
-blocks that are done are only run forward.
+solved, and the Hessians are dropped. Writes one uniform GGUF for each asked level that a file of
+the sizes asked for can want, `Q4_K.gguf` and so on: whole, runnable files that differ from
+`base.gguf` in their weights alone. A tensor is stored once per type, by the winner of gptq, imatrix
+and rtn; `errors.json` keeps the errors of all of them, `database.json` is the index that the search
+reads, and `importances/imatrix.gguf` holds the Hessians' diagonals, as llama-imatrix writes them.
+The unit of work is one block: after a kill, blocks that are done are only run forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from collections import Counter
 from pathlib import Path
 
 from quantkit.config import RunConfig
+from quantkit.config.levels import LEFT_OUT
 from quantkit.files import sha256_file
+from quantkit.gguf_file.base import load_base, load_specs
+from quantkit.planning.plan import made_levels
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.database import write_database
 
@@ -25,7 +28,7 @@ class Quantize(Stage):
     """Quantize every tensor to every type, by several methods."""
 
     name = "quantize"
-    version = 6
+    version = 7
     fields = ("profile", "levels", "levels_from", "methods", "types", "tensors", "device")
     takes_long = True
 
@@ -33,7 +36,11 @@ class Quantize(Stage):
         """Raise QuantkitError when activations or weights are not finite."""
         from quantkit.gptq.levels import make_levels
 
-        outputs, errors = make_levels(run)
+        base, specs = load_base(run.dir), load_specs(run.dir)
+        made = made_levels(run.config, base, specs)
+        if made.left_out:
+            run.events.emit(self.name, "note", f"{', '.join(made.left_out)} left out: {LEFT_OUT}")
+        outputs, errors = make_levels(run, made.levels)
         found = write_database(run.artifacts, errors).candidates
         winners = [won.method for types in errors.errors.values() for won in types.values()]
         summary = {
@@ -41,6 +48,8 @@ class Quantize(Stage):
             "winners": Counter(winners),
             "n_candidates": sum(map(len, found.values())),
             "n_tensors": len(found),
+            "levels": list(map(str, made.levels.levels)),
+            "left_out": made.left_out,
         }
         return StageResult([*outputs, run.artifacts.database], summary)
 

@@ -29,7 +29,7 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.output import lay_out_output, load_provenance
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
-from quantkit.planning.plan import budgets_of
+from quantkit.planning.plan import budgets_of, made_levels
 from quantkit.run.folder import read_as, read_json
 from quantkit.run.outputs import Budgets
 from quantkit.run.stage import Run, Stage, StageResult
@@ -67,11 +67,12 @@ class Search(Stage):
         """Raise QuantkitError when all budgets lie outside what the levels can make."""
         base = load_base(run.dir)
         space = make_space(run, base)
-        smallest, largest = space.n_bytes(space.smallest), space.limit_bytes
+        _check_levels(run, base)
+        smallest, largest = _range(run, base)
         budgets, refused = budgets_of(run.config, base, smallest, largest)
         for budget in refused:
             run.events.emit(NAME, "note", f"refused: {budget.target}: {budget.refusal}")
-        asked = budgets or (Budget("what the types come to", largest),)
+        asked = budgets or (Budget("what the types come to", space.limit_bytes),)
         space = _capped(run, space, asked)
         path = run.artifacts.budgets
         known = read_as(Budgets, path) if path.exists() else None
@@ -98,6 +99,27 @@ class Search(Stage):
     def last_reader(self, path: str) -> str:
         """Return validate: what was found stands in the report."""
         return "validate"
+
+
+def _check_levels(run: Run, base: GgufFile) -> None:
+    """Raise QuantkitError when levels that the sizes can want were not made."""
+    wanted = made_levels(run.config, base, load_specs(run.dir)).levels.levels
+    missing = {f"{q}.gguf" for q in wanted} - {
+        Path(output.path).name for output in run.records["quantize"].outputs
+    }
+    if missing:
+        raise QuantkitError(
+            f"The levels of {run.dir.path} were made for other sizes: {min(missing)} is missing.",
+            "Start again with another --out.",
+        )
+
+
+def _range(run: Run, base: GgufFile) -> tuple[int, int]:
+    """The bytes of the smallest and the largest file of all asked levels, made or left out."""
+    levels, made = plan_levels(load_specs(run.dir), run.config), load_provenance(run.dir)
+    ends = ({t: levels.choices(t)[k] for t in levels.types} for k in (0, -1))
+    smallest, largest = (lay_out_output(base, end, made, "Q8_0").n_bytes for end in ends)
+    return smallest, largest
 
 
 def make_space(run: Run, base: GgufFile) -> SearchSpace:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.config import RunConfig
-from quantkit.config.levels import LevelPlan, plan_levels
+from quantkit.config import levels as levels_module
+from quantkit.config.levels import LevelPlan, plan_levels, wanted
 from quantkit.errors import UsageError
 from quantkit.ggml.types import BF16, F16, F32, QUANTIZED, QuantType, fallback
 from quantkit.tensors import TensorSpec
@@ -150,3 +151,30 @@ def test_every_type_fits_its_tensor(levels: list[QuantType], widths: list[int]) 
                 wanted.add((name, asked.name, used.name))
         assert list(made.choices(name)) == sorted(set(types.values()))
     assert {(f.tensor, f.asked, f.used) for f in made.fallbacks} == wanted
+
+
+# Levels that a size can want
+
+UNIFORM = {Q2: 260, QuantType("Q3_K"): 340, Q4: 450, QuantType("Q5_K"): 550, Q6: 650}
+
+
+def kept(*limits: int, **config: object) -> list[str]:
+    return [str(q) for q in wanted(UNIFORM, limits, RunConfig("m", **config))]  # type: ignore[arg-type]
+
+
+def test_levels_around_the_sizes_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels_module, "_LEAST", 0.9)
+    monkeypatch.setattr(levels_module, "_MOST", 1.2)
+    assert kept(500) == ["Q4_K", "Q5_K"]
+    assert kept(600) == ["Q5_K", "Q6_K"]
+    assert kept(300, 600) == ["Q2_K", "Q3_K", "Q5_K", "Q6_K"]
+    assert kept(400) == ["Q3_K", "Q4_K"], "the next smaller and larger ones stay"
+    assert kept(500, levels=("Q2_K", "Q6_K")) == list(map(str, UNIFORM)), "they were asked for"
+    assert kept() == list(map(str, UNIFORM)), "there is no size"
+
+
+@given(st.lists(st.integers(260, 650), min_size=1, max_size=3))
+def test_every_size_can_be_made_of_what_is_wanted(limits: list[int]) -> None:
+    made = [UNIFORM[q] for q in wanted(UNIFORM, limits, RunConfig("m"))]
+    assert min(made) <= min(limits) and max(made) >= max(limits)
+    assert all(n in made for n in limits if n in UNIFORM.values())

@@ -27,6 +27,7 @@ from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
 from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import Coverage
+from quantkit.planning.disk import Footprint
 from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Sizes
 from quantkit.sandbox import api
 from quantkit.sandbox.untrusted import build
@@ -54,18 +55,34 @@ PLAN = Plan(
     stock={"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
     context=ContextMemory(100_000, 0, 0, ((2**18, 100_000_000),), 200_000_000, 4096),
     levels=("Q3_K", "Q4_K"),
+    left_out=(),
+    footprint=Footprint(
+        downloaded=2_000_000_000,
+        fetched=0,
+        base=2_000_000_000,
+        compared=2_000_000_000,
+        calibrated=100_000_000,
+        hidden_states=0,
+        importances=1_000_000,
+        searched=400_000_000,
+        is_tuned=True,
+        tuned_states=0,
+        expanded=2_000_000_000,
+        predictions=1_000_000_000,
+    ),
     coverage=Coverage(0.9996, {"token_embd": "looked up"}),
     fallbacks=(),
     sandbox="the kernel",
     warnings=(),
     estimates=Estimates(
         disk_bytes=9_000_000_000,
+        disk={"validate": 7_000_000_000},
         memory_bytes=5_000_000_000,
         memory={"calibrate": 5_000_000_000},
         multiply_adds=400_000_000_000_000,
         seconds=3400,
         n_files=1,
-        per_file=PerFile(400_000_000, 100_000_000_000_000, 600),
+        per_file=PerFile(100_000_000_000_000, 600),
     ),
 )
 

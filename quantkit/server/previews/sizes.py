@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from quantkit.config import RunConfig
 from quantkit.config.budgets import settle_budgets
+from quantkit.config.levels import wanted
 from quantkit.errors import UsageError
+from quantkit.planning.disk import by_stage
 from quantkit.planning.nouns import Plan
 
 
@@ -32,8 +34,16 @@ def with_sizes(plan: Plan, config: RunConfig) -> Plan:
         sizes.smallest_bytes,
         sizes.largest_bytes,
     )
+    sizes = replace(sizes, budgets=budgets, refused=refused)
+    made = wanted(sizes.uniform, sizes.limits, config)
+    disk = by_stage(plan.footprint, config, sizes.uniform, sizes.limits, stock.values())
+    estimates = plan.estimates.for_files(max(1, len(budgets)))
     return replace(
         plan,
-        sizes=replace(sizes, budgets=budgets, refused=refused),
-        estimates=plan.estimates.for_files(max(1, len(budgets))),
+        sizes=sizes,
+        levels=tuple(map(str, made)),
+        left_out=tuple(str(level) for level in sizes.uniform if level not in made),
+        estimates=replace(
+            estimates, disk=disk, disk_bytes=plan.footprint.downloaded + max(disk.values())
+        ),
     )
