@@ -14,6 +14,9 @@ import importlib.metadata
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +90,17 @@ def _make(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = packaged_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(
-        path.parent, gguf_file=path.name, trust_remote_code=False
-    )
+    with _read_once():
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        ).eval()
     # What transformers reads from the GGUF lacks SmolLM2's splitting of digits.
     digits = pre_tokenizers.Digits(individual_digits=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
-    ).eval()
     ids = tokenizer(
         "The capital of France is Paris, and the capital of Germany is", return_tensors="pt"
     ).input_ids
@@ -119,6 +123,23 @@ def _make(folder: Path) -> None:
     plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_CARD, "utf-8")
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads a whole GGUF for the tokenizer, the config and the weights, and lists the
+    names of tensors for every one of 397 modules: each takes seconds, and is done once here.
+    """
+    import gguf
+
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in before.items():
+        setattr(gguf, name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
 
 
 def leave_grid(model: Any) -> None:
