@@ -218,12 +218,15 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]]) -> Spec:
     }
 
 
-def judge_of(folder: Path, device: str) -> tuple[Judge, SearchSpace]:
-    """A judge of a finished run's levels, and the space of their choices."""
+def judge_of(folder: Path, device: str, prune: bool = True) -> tuple[Judge, SearchSpace]:
+    """A judge of a finished run's levels, and the space of their choices, with `prune` without
+    those that others of their tensor beat.
+    """
     directory = RunDir(folder.absolute())
     config = replace(RunConfig.from_json(read_json(directory.config_path)), device=device)
     run = Run(config, directory, EventLog(Path(os.devnull)))
-    space = pruned(make_space(run, load_base(directory)))
+    space = make_space(run, load_base(directory))
+    space = pruned(space) if prune else space
     model = load_model(load_snapshot(directory).folder, compute_dtype(device), device)
     maps = load_row_maps(directory.artifacts.row_maps)
     ids = load_file(directory.artifacts.tokens)["heldout"]

@@ -59,7 +59,7 @@ class Search(Stage):
     """Find the mix of types that changes the model least at this size."""
 
     name = NAME
-    version = 8
+    version = 9
     fields = ("targets", "max_types", "seed", "profile", "device", "types", "tuning")
     takes_long = True
 

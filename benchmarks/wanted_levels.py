@@ -1,0 +1,125 @@
+"""What the search loses without the smallest and largest levels, and what they take of the disk.
+
+    quantkit run MODEL --out RUN --levels Q2_K,Q3_K,IQ4_XS,Q4_K,Q4_1,Q5_K,Q6_K,Q8_0 ...
+    python benchmarks/wanted_levels.py RUN [--bpw 3.5,4.7,6] [--tokens 262144] [--seeds 2]
+                                           [--device cuda]
+
+RUN has all levels. For every budget and every range of `_LEAST` and `_MOST` of
+`quantkit.config.levels.wanted`, our search chooses among the types of the levels that are left; its
+answer is judged on a quarter of the held-out sequences, which no search has seen. "types" are the
+searched tensors by the type that they got. Nothing is tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+from search_efficiency import Judge, judge_of, ours
+
+from quantkit.config import RunConfig
+from quantkit.config import levels as rule
+from quantkit.config.levels import LevelPlan, plan_levels
+from quantkit.ggml.types import QuantType
+from quantkit.gguf_file.base import load_base, load_specs
+from quantkit.gguf_file.write import data_bytes
+from quantkit.markdown import table
+from quantkit.run.folder import RunDir, read_json
+from quantkit.search.allocation import Choices, SearchSpace, keeping, pruned
+
+RANGES = ((0.0, math.inf), (0.0, 1.45), (0.6, 1.45), (0.7, 1.45), (0.7, 1.3), (0.85, 1.3))
+
+
+class Narrow(Judge):
+    """A judge of allocations in a part of its space."""
+
+    def __init__(self, judge: Judge, space: SearchSpace, part: SearchSpace) -> None:
+        self._judge = judge
+        self.n_ctx, self.n_batch = judge.n_ctx, judge.n_batch
+        self.n_sequences, self.n_tokens = judge.n_sequences, 0
+        self._numbers = [
+            np.array([whole.index(c) for c in own])
+            for whole, own in zip(space.candidates, part.candidates, strict=True)
+        ]
+
+    def whole(self, choices: Choices) -> Choices:
+        """The same allocation in the judge's space."""
+        return np.array([own[k] for own, k in zip(self._numbers, choices, strict=True)], np.int64)
+
+    def kl_of(self, candidates: list[Choices], first: int, last: int) -> list[np.ndarray]:
+        return self._judge.kl_of([self.whole(c) for c in candidates], first, last)
+
+    def set_parent(self, choices: Choices) -> None:
+        self._judge.set_parent(self.whole(choices))
+
+    def last_word(self, choices: Choices) -> float:
+        return self._judge.last_word(self.whole(choices))
+
+
+def narrowed(space: SearchSpace, plan: LevelPlan, levels: Sequence[QuantType]) -> SearchSpace:
+    """The choices whose types some of these levels have."""
+    allowed = {name: {types[level] for level in levels} for name, types in plan.types.items()}
+    kept = [
+        [k for k, c in enumerate(row) if c.qtype in allowed[name]]
+        for name, row in zip(space.tensors, space.candidates, strict=True)
+    ]
+    return pruned(keeping(space, kept))
+
+
+def types_of(space: SearchSpace, choices: Choices) -> Mapping[str, int]:
+    rows = zip(space.candidates, choices.tolist(), strict=True)
+    return Counter(str(row[k].qtype) for row, k in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--bpw", default="3.5,4.7,6")
+    parser.add_argument("--tokens", type=int, default=262_144, help="of every search")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    given = parser.parse_args()
+    directory = RunDir(given.run.absolute())
+    base = load_base(directory)
+    config = replace(RunConfig.from_json(read_json(directory.config_path)), targets=())
+    plan = plan_levels(load_specs(directory), config)
+    uniform = {level: data_bytes(base, plan.uniform(level)) for level in plan.levels}
+    judge, space = judge_of(given.run, given.device, prune=False)
+    rows = []
+    for bpw in map(float, given.bpw.split(",")):
+        limit = int(bpw * base.n_elements / 8)
+        known: dict[tuple[QuantType, ...], str] = {}
+        first = math.nan
+        for least, most in RANGES:
+            rule._LEAST, rule._MOST = least, most
+            levels = rule.wanted(uniform, [limit], replace(config, levels=None))
+            name, said = f"{bpw:g} bpw, {least:g} to {most:g}", ", ".join(map(str, levels))
+            if levels in known:
+                rows.append([name, said, "as " + known[levels], "", "", ""])
+                continue
+            known[levels] = name
+            part = replace(narrowed(space, plan, levels), limit_bytes=limit)
+            narrow, found = Narrow(judge, space, part), []
+            for seed in range(given.seeds):
+                *_, last = ours(narrow, part, given.tokens, seed)
+                found.append(narrow.last_word(last.choices))
+            kl, n_bytes = float(np.mean(found)), sum(uniform[level] for level in levels)
+            first = kl if math.isnan(first) else first
+            disk = f"{n_bytes / base.path.stat().st_size:.2f}x"
+            types = ", ".join(f"{n} {q}" for q, n in types_of(part, last.choices).items())
+            rows.append([name, said, f"{kl:.5f}", f"{kl / first:.3f}", disk, types])
+            print(*rows[-1], sep=" | ", flush=True)
+    print(table(["range", "levels", "KL", "to all", "disk", "types"], rows))
+
+
+if __name__ == "__main__":
+    main()
