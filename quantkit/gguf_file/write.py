@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +39,20 @@ class Layout:
     n_bytes: int
 
 
-def lay_out(base: GgufFile, types: Mapping[str, QuantType], fields: Sequence[Field] = ()) -> Layout:
+def lay_out(
+    base: GgufFile,
+    types: Mapping[str, QuantType],
+    fields: Sequence[Field] = (),
+    without: Collection[str] = (),
+) -> Layout:
     """Lay out a file with the tensors of `base` in its order; those named in `types` have that
     type, the rest the base's.
 
-    The metadata of `base` is carried whole, as it is stored; `fields` replace or follow it. The
-    bytes are those that gguf-py's `GGUFWriter` writes.
+    The metadata of `base` is carried as it is stored, but for the keys in `without`; `fields`
+    replace or follow it. The bytes are those that gguf-py's `GGUFWriter` writes.
     """
-    metadata = {**base.fields, **{field.name: field for field in fields}}
+    metadata = {name: field for name, field in base.fields.items() if name not in without}
+    metadata |= {field.name: field for field in fields}
     kept = {name: types.get(name, tensor.qtype) for name, tensor in base.tensors.items()}
     sizes = {name: kept[name].n_bytes(tensor.shape) for name, tensor in base.tensors.items()}
     places, end = {}, 0  # from the first tensor on

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp import templates
 from quantkit.llamacpp.converter.pretokenizer import PROBES
+from quantkit.llamacpp.converter.vocabulary import original_tokenizer
 from quantkit.run.check import Check
 from quantkit.sandbox import untrusted
 from quantkit.sandbox.outcome import plain
@@ -84,14 +85,10 @@ def compare_in(folder: str, gguf: str) -> Found | NotFound:
     """Return what a GGUF's tokens and the tokenizer in `folder` differ in, as JSON values; for a
     sandboxed process.
     """
-    from transformers import AutoTokenizer
-
     from evaluators import vocabulary
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = original_tokenizer(folder)
         chat = templates.rendered(tokenizer, templates.CONVERSATION)
         texts = {f"text {i + 1}": text for i, text in enumerate(PROBES)}
         texts |= {"rendered chat": chat["text"]} if "text" in chat else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.gptq.select import Inputs, solve_tensor
+from quantkit.llamacpp import stock
 from quantkit.llamacpp.output import nearest_label
 from quantkit.llamacpp.stock import (
     STOCK_MIXES,
@@ -89,6 +91,17 @@ def test_a_dry_run_says_what_is_written(
     assert types_in(path) == stock_types(base.path, recipe)
     assert path.stat().st_size == stock_bytes(base, recipe)
     assert GgufFile(path).metadata["general.file_type"] == FILE_TYPES[label]
+
+
+@pytest.mark.parametrize("pure", [False, True], ids=["mix", "pure"])
+def test_types_do_not_depend_on_the_vocabulary(
+    base: GgufFile, pure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run is made on a file without one; on the file itself it says the same, of all."""
+    recipes = [StockRecipe(label, pure) for label in STOCK_MIXES]
+    found = [stock_types(base.path, recipe) for recipe in recipes]
+    monkeypatch.setattr(stock, "_bare", nullcontext)
+    assert [stock_types(base.path, recipe) for recipe in recipes] == found
 
 
 def test_a_mix_is_a_mix_and_pure_is_not(base: GgufFile) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.llamacpp.converter import added, vocabulary
+from quantkit.llamacpp.converter import added, faster, vocabulary
 from quantkit.sandbox.untrusted import Settings
 from quantkit.sandbox.worker import tell
 
@@ -55,6 +55,7 @@ def convert(**asked: Any) -> None:
     logging.basicConfig(level=logging.INFO)
     wrap_writer(job)
     if (Path(job.script).parent / "conversion" / "base.py").is_file():
+        faster.install()
         accept_pre_tokenizer(job)
         add_models(job)
         complete_vocabulary(job)

@@ -20,6 +20,7 @@ file of nothing but the keys. Keys are added only for ends that it would miss.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -57,21 +58,29 @@ def complete(writer: Any, folder: Path, target: Path, looks_special: Any) -> lis
         return []  # an encoder's file
     if keys[_MODEL].value == "llama" and _SCORES in keys:
         rank_merges(keys, folder)
-        tokenizer = _tokenizer(folder)
+        tokenizer = _tokenizer(str(folder))
         if tokenizer is not None:
             name_added(keys, tokenizer, looks_special)
             say_prefix(writer, tokenizer)
     return mark_ends(writer, ends_of(folder), target)
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer by transformers; None where it cannot load what the converter can, which the
-    comparison of tokens tells.
+@functools.lru_cache(maxsize=1)
+def original_tokenizer(folder: str) -> Any:
+    """Return the tokenizer by transformers, which takes seconds to load 262,144 tokens: once for
+    all that this process asks it.
     """
     from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _tokenizer(folder: str) -> Any:
+    """None where transformers cannot load what the converter can, which the comparison of tokens
+    tells.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return original_tokenizer(folder)
     except Exception as error:
         logging.getLogger(__name__).warning("transformers cannot load the tokenizer: %s", error)
         return None
