@@ -232,7 +232,8 @@ def judge_of(folder: Path, device: str, prune: bool = True) -> tuple[Judge, Sear
     ids = load_file(directory.artifacts.tokens)["heldout"]
     scratch = Path(tempfile.mkdtemp(prefix="targets-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    levels = directory.artifacts.levels
+    root = directory.artifacts.levels
+    levels = {c.file: root / c.file for of_tensor in space.candidates for c in of_tensor}
     fitness = Fitness(BlockwiseModel(model), space, maps, levels, ids, scratch / "targets")
     return Judge(fitness), space
 

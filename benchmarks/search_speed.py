@@ -179,7 +179,8 @@ def measure(clock: Clock, world: World, ids: np.ndarray, n_tokens: int) -> None:
     plain_seconds = [clock.seconds(plain) for _ in range(3)] if device == "cuda" else []
     made: list[Fitness] = []
     model = BlockwiseModel(world.model)
-    arguments = (world.space, world.maps, world.folder, ids, world.folder / "targets")
+    levels = {path.name: path for path in world.folder.glob("*.bin")}
+    arguments = (world.space, world.maps, levels, ids, world.folder / "targets")
     clock.note("targets", clock.seconds(lambda: made.append(Fitness(model, *arguments))), "s")
     fitness, space = made[0], world.space
     rng = np.random.default_rng(1)

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from quantkit.gguf_file.base import load_base
@@ -47,16 +48,16 @@ def tuned(
         name: next(c for c in candidates if c.qtype == types[name])
         for name, candidates in index.candidates.items()
     }
-    levels = run.artifacts.levels
+    levels = {c.file: run.artifacts.levels / c.file for c in chosen.values()}
     stored = load_stored(chosen, levels)
     made = Provenance(load_snapshot(run).info.sha, (), 0, 0)
     layout = lay_out_output(base, {n: s.qtype for n, s in stored.items()}, made, recipe.label)
     out.mkdir(parents=True, exist_ok=True)
-    sources = {n: levels / c.file for n, c in chosen.items()}
+    sources = {n: levels[c.file] for n, c in chosen.items()}
     stitch(out / "levels.gguf", layout, base, sources)
 
-    def tuner() -> Tuner:
-        return load_tuner(
+    def tuner() -> AbstractContextManager[Tuner]:
+        made = load_tuner(
             open_model(load_snapshot(run).folder, torch.float32, device),
             run.artifacts.row_maps,
             run.artifacts.tokens,
@@ -65,6 +66,7 @@ def tuned(
             out,
             exact=False,
         )
+        return nullcontext(made)
 
     started = time.monotonic()
 

@@ -10,6 +10,8 @@ from quantkit.model import streaming
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.run.stage import Run
 
+STREAMED = "there is too little free memory for the whole model: its blocks are read one by one"
+
 
 def open_model(
     run: Run,
@@ -22,6 +24,5 @@ def open_model(
     """Do `streaming.open_model`, and say in the run's events if the model is streamed."""
     model = streaming.open_model(folder, dtype, device, n_beside)
     if model.is_streamed:
-        text = "there is too little free memory for the whole model: its blocks are read one by one"
-        run.events.emit(stage, "note", text)
+        run.events.emit(stage, "note", STREAMED)
     return model

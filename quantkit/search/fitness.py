@@ -6,6 +6,9 @@ from what is loaded; its forward pass starts at the first block that differs fro
 whose hidden states are kept at every block boundary. Cutting the pass short changes nothing: the
 same operations give the same numbers. Of a model that is streamed, each block is read once for as
 many sequences as there is room for.
+
+Where there are several ranks each has a `Fitness` of its own (`quantkit.search.distributed`); the
+base's distributions are made together.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from quantkit.machine.memory import SpillFile, free_memory
 from quantkit.model import precision
 from quantkit.model.blockwise import BlockCall, BlockwiseModel
 from quantkit.model.row_maps import RowMap
+from quantkit.ranks.group import ALONE, Ranks
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.targets import Targets
 from quantkit.search.weights import Weights
@@ -41,6 +45,10 @@ class _Pass:
     hidden: torch.Tensor
     calls: Sequence[BlockCall]
 
+    def key(self, block: int) -> tuple[int, int, int]:
+        """The key of what the block reads: parts of a batch are others'."""
+        return self.first, len(self.hidden), block
+
 
 class Fitness:
     """Evaluates allocations on a fixed list of sequences, in their order."""
@@ -50,36 +58,52 @@ class Fitness:
         model: BlockwiseModel,
         space: SearchSpace,
         maps: Mapping[str, RowMap],
-        levels_folder: Path,
+        levels: Mapping[str, Path],
         ids: np.ndarray,
         targets_path: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`ids` are (n_sequences, n_ctx) token ids. Makes the targets with the model as it is,
-        which must be the base.
+        """`levels` are the files that the space's candidates lie in, by name; `ids` are token ids
+        (n_sequences, n_ctx). Makes the targets with the model as it is, which must be the base: all
+        `ranks` at once.
         """
+        self._ranks = ranks
         self._model = model
         self._space = space
-        self._weights = Weights(model, space, maps, levels_folder)
+        self._weights = Weights(model, space, maps, levels)
         device = model.device
         self._ids = torch.from_numpy(ids).to(device)
         self.n_sequences, self.n_ctx = ids.shape
         self.n_batch = min(_SEQUENCES_PER_BATCH[device.type], max(1, len(ids) // 2))
+        # What sequences are shared out in. A CPU's batches stay whole, so that numbers are the same
+        # on any number of ranks; a GPU's are large, and few.
+        self.n_unit = self.n_batch if device.type == "cpu" else 1
         self._parent: Choices | None = None
         self._targets = self._make_targets(targets_path)
         taken = self._weights.room + self._weights.decoded_room
         if device.type == "cuda":
             taken += self._weights.scratch + _LOGITS_AT_ONCE * _LOGITS_BYTES
-        room = STATES_SHARE * max(0, free_memory(str(device)) - taken)
-        # Of the parent's passes, by first sequence and block: what the block reads, and after the
-        # last block what the head reads.
+        room = STATES_SHARE * max(0, free_memory(str(self._ids.device)) - taken)
+        # Of the parent's passes, by batch and block: what the block reads, and after the last block
+        # what the head reads.
         self._states = SpillFile(targets_path.with_name(f"states-{targets_path.name}"), int(room))
+
+    @property
+    def is_streamed(self) -> bool:
+        """Return whether the model's blocks are read one by one."""
+        return self._model.is_streamed
+
+    @property
+    def n_unmapped(self) -> int:
+        """Return how many tensors are not in the model: no KL knows of them."""
+        return self._weights.block_of.count(None)
 
     def kl(self, choices: Choices, first: int, last: int) -> np.ndarray:
         """Return the mean KL of every eighth of the sequences first..last: float64 (last - first,
         CHUNKS).
 
-        Raises ValueError for a part of a batch: its numbers would differ in the last bits from
-        those of the whole.
+        Raises ValueError for a part of a unit: its numbers would differ in the last bits from those
+        of the whole.
         """
         self._weights.load(choices)
         parts = [
@@ -100,7 +124,7 @@ class Fitness:
             self._states.clear()
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        if first % self.n_batch or (last % self.n_batch and last < self.n_sequences):
+        if first % self.n_unit or (last % self.n_unit and last < self.n_sequences):
             raise ValueError(f"sequences {first} to {last} are not whole batches")
         for start in range(first, last, self.n_batch):
             yield start, min(start + self.n_batch, last)
@@ -123,9 +147,11 @@ class Fitness:
         hidden, calls = precision.begin(self._model, self._ids[first:last])
         # What the blocks before left for later ones is not kept.
         start = 0 if any(call.shared for call in calls) else self._shared(choices)
-        if start and (first, start) in self._states:
-            return _Pass(first, start, self._states.get((first, start)).to(hidden.device), calls)
-        return _Pass(first, 0, hidden, calls)
+        begun = _Pass(first, 0, hidden, calls)
+        if start and begun.key(start) in self._states:
+            kept = self._states.get(begun.key(start)).to(hidden.device)
+            return _Pass(first, start, kept, calls)
+        return begun
 
     def _shared(self, choices: Choices | None) -> int:
         """How many of the first blocks are the parent's, embeddings included."""
@@ -152,12 +178,12 @@ class Fitness:
                     if part.at > index:
                         continue
                     if is_parent:
-                        self._states.put((part.first, index), part.hidden)
+                        self._states.put(part.key(index), part.hidden)
                     part.hidden = self._model.run_block(index, part.hidden, part.calls[index])
                     part.at = index + 1
         if is_parent:
             for part in span:
-                self._states.put((part.first, part.at), part.hidden)
+                self._states.put(part.key(part.at), part.hidden)
         return span
 
     @torch.no_grad()
@@ -188,8 +214,19 @@ class Fitness:
     def _make_targets(self, path: Path) -> Targets:
         n_vocab = self._model.model.get_output_embeddings().weight.shape[0]
         targets = Targets(path, self._ids.numel(), n_vocab, self._ids.device)
-        for span in self._spans(0, self.n_sequences):
+        own = part_of(self._ranks.rank, self._ranks.size, 0, self.n_sequences, self.n_unit)
+        for span in self._spans(*own):
             for done in self._run([self._begin(None, *batch) for batch in span]):
                 for i, state in enumerate(done.hidden):
                     targets.put((done.first + i) * self.n_ctx, self._logits(state[None]))
+        targets.complete(self._ranks)
         return targets
+
+
+def part_of(rank: int, size: int, first: int, last: int, n_unit: int) -> tuple[int, int]:
+    """Return the first and the last of the sequences first..last that a rank of `size` takes: whole
+    units, side by side, as many as the others' or one more.
+    """
+    n_units = -(-(last - first) // n_unit)
+    start, end = (first + n_unit * (n_units * i // size) for i in (rank, rank + 1))
+    return min(start, last), min(end, last)

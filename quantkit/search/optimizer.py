@@ -19,7 +19,7 @@ MOST_SEQUENCES = 32  # that decide
 
 
 class Evaluator(Protocol):
-    """Where candidates are judged: on one device (`Fitness`), or on many (`Workers`)."""
+    """Where candidates are judged (`DistributedEvaluator`)."""
 
     @property
     def n_sequences(self) -> int: ...

@@ -9,6 +9,7 @@ normalized again when read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from quantkit.machine.memory import free_memory
+from quantkit.ranks.group import Ranks
 
 MOST_TOKENS = 4096  # of a position, that are told apart
 _SCALE = 4096.0  # float16 holds 6e-8 .. 65504: probabilities from 1.5e-11 up survive
@@ -23,6 +25,7 @@ _LEAST = 1e-12  # of a candidate's probability for all tokens that are left
 _DEVICE_SHARE = 0.3  # of a GPU's free memory that targets may take
 # On a CPU, of a few rows at a time: what is in between stays in the cache, three times as fast.
 _VALUES_AT_ONCE = 1 << 18
+_EXCHANGED_BYTES = 1 << 26  # at once
 
 
 def target_bytes(n_rows: int, n_vocab: int) -> int:
@@ -51,11 +54,12 @@ class Targets:
         if _fits(target_bytes(n_rows, n_vocab), device):
             shape = (n_rows, min(MOST_TOKENS, n_vocab))
             self._table = (
-                torch.empty(shape, dtype=torch.int32, device=device),
-                torch.empty(shape, dtype=torch.float16, device=device),
+                torch.zeros(shape, dtype=torch.int32, device=device),
+                torch.zeros(shape, dtype=torch.float16, device=device),
             )
         else:
-            path.touch()
+            path.write_bytes(b"")  # what another attempt has left must be zeros
+            os.truncate(path, target_bytes(n_rows, n_vocab))
         self._left = torch.zeros(n_rows, dtype=torch.float64, device=device)
         self._totals = torch.zeros(n_rows, dtype=torch.float64, device=device)
         self._entropies = torch.zeros(n_rows, dtype=torch.float64, device=device)
@@ -76,6 +80,20 @@ class Targets:
             total = known.sum(-1)
             self._left[own], self._totals[own] = left, total
             self._entropies[own] = total.log() - torch.xlogy(known, known).sum(-1) / total
+
+    def complete(self, ranks: Ranks) -> None:
+        """Bring what other ranks have put: every position must have been put by one of them."""
+        if ranks.is_alone:
+            return
+        # Zeros everywhere but where they were put: a sum is what was put, to the bit.
+        ranks.sum([self._left, self._totals, self._entropies])
+        n = max(1, _EXCHANGED_BYTES // self._row.itemsize)
+        for first in range(0, len(self._totals), n):
+            stored = self._read(first, min(n, len(self._totals) - first))
+            # On the device also where this rank has a file: another may have a table.
+            ids, p = (rows.to(self._totals.device) for rows in stored)
+            ranks.sum([ids, p.view(torch.uint8)])
+            self._write(first, ids, p)
 
     def kl(self, first: int, logits: torch.Tensor) -> torch.Tensor:
         """Return KL(base || candidate) in nats at consecutive positions: float64 (n,), on the

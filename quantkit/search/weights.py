@@ -33,12 +33,17 @@ class Weights:
     """
 
     def __init__(
-        self, model: BlockwiseModel, space: SearchSpace, maps: Mapping[str, RowMap], folder: Path
+        self,
+        model: BlockwiseModel,
+        space: SearchSpace,
+        maps: Mapping[str, RowMap],
+        levels: Mapping[str, Path],
     ) -> None:
+        """`levels` are the files that candidates lie in, by the names that these give."""
         self._model = model
         self._space = space
         self._maps = [maps.get(name) for name in space.tensors]
-        self._folder = folder
+        self._levels = levels
         self._wanted: Choices | None = None  # None: the base's own weights
         self._there = np.full(len(space.tensors), _BASE)
         self._resident: dict[tuple[str, int], torch.Tensor] = {}
@@ -123,7 +128,7 @@ class Weights:
         assert map_ is not None
         n_columns = map_.n_columns(self._model.model.get_parameter(map_.parameter))
         # Mapped anew every time: pages of the file count as ours for as long as they are mapped.
-        path, n_bytes = self._folder / candidate.file, candidate.n_bytes
+        path, n_bytes = self._levels[candidate.file], candidate.n_bytes
         packed = np.memmap(path, np.uint8, "r", candidate.offset, (n_bytes,))
         rows = packed.reshape(-1, candidate.qtype.row_bytes(n_columns))
         form = FORMATS.get(candidate.qtype)

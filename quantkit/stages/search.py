@@ -12,10 +12,11 @@ and, in a folder per budget, called after its bytes, `allocation.json` (tensor -
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.output import lay_out_output, load_provenance
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
 from quantkit.planning.plan import budgets_of, made_levels
+from quantkit.ranks.group import Ranks
+from quantkit.ranks.join import Task
 from quantkit.run.folder import read_as, read_json
 from quantkit.run.outputs import Budgets
 from quantkit.run.stage import Run, Stage, StageResult
@@ -39,14 +42,14 @@ from quantkit.search.caps import cap_types
 from quantkit.search.database import load_database
 from quantkit.search.evopress import EvoPress
 from quantkit.search.expected import AfterTuning, costs_after
-from quantkit.search.optimizer import MOST_SEQUENCES, Evaluator, Optimizer, Problem, Step
+from quantkit.search.optimizer import Evaluator, Optimizer, Problem, Step
 from quantkit.search.propose import Costs, estimated_costs, knapsack, knapsacks, spend, uniform
-from quantkit.search.workers import Workers
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages.tune import reason_not_to_tune
 from quantkit.tuning.tuned import FLOAT32_ABOVE_BPW
 
 if TYPE_CHECKING:
+    from quantkit.search.distributed import Setting
     from quantkit.search.fitness import Fitness
 
 NAME = "search"
@@ -86,15 +89,26 @@ class Search(Stage):
             for left in run.artifacts.folder(NAME).glob("*/*.json"):
                 left.unlink()
         outputs = [write_json(path, Budgets(asked, refused, expects, reason, choices))]
-        searcher = _Searcher(run, base, space, asked, expects)
         found: list[_Found] = []
-        for budget in asked:
-            found.append(searcher.search(budget, found[-1].choices if found else None))
+        with _Searcher(run, base, space, asked, expects) as searcher:
+            for budget in asked:
+                found.append(searcher.search(budget, found[-1].choices if found else None))
         for answer in found:
             about = run.artifacts.answer(answer.about.limit_bytes) / "budget.json"
             outputs += [*answer.outputs, write_json(about, answer.about)]
         summary = {"budgets": [answer.about for answer in found], "n_refused": len(refused)}
         return StageResult(outputs, summary)
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Return what other ranks do: they judge candidates."""
+
+        def judge(ranks: Ranks, payload: object) -> None:
+            from quantkit.search import distributed
+
+            distributed.judge(ranks, payload)
+
+        return {NAME: judge}
 
     def last_reader(self, path: str) -> str:
         """Return validate: what was found stands in the report."""
@@ -188,7 +202,7 @@ class _Found:
 
 class _Searcher:
     """Searches one budget after the other. The model and its targets are made once, when the first
-    search needs them.
+    search needs them, on every rank.
     """
 
     def __init__(
@@ -205,6 +219,13 @@ class _Searcher:
         self._costs = costs_after(space, costs) if expects_tuning else costs
         self._budgets = budgets
         self._evaluator: Evaluator | None = None
+        self._tasks = ExitStack()
+
+    def __enter__(self) -> _Searcher:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._tasks.__exit__(*raised)
 
     @cached_property
     def _mixes(self) -> dict[str, dict[str, QuantType]]:
@@ -232,15 +253,23 @@ class _Searcher:
             outputs += [state_path, answers.write_trace(folder / "trace.jsonl", step)]
         return _Found(chosen, outputs, about)
 
+    def _make_evaluator(self) -> Evaluator:
+        from quantkit.search.distributed import distributed
+
+        setting = _setting(self._run, self._space, self._budgets[-1].limit_bytes)
+        judged = distributed(self._run.ranks, setting)
+        evaluator, fitness = self._tasks.enter_context(judged)
+        _tell(self._run, fitness)
+        if self._expects_tuning:
+            return AfterTuning(evaluator, self._space, self._costs)
+        return evaluator
+
     def _optimize(
         self, budget: Budget, space: SearchSpace, before: Choices | None, path: Path
     ) -> Step:
         events, n_tokens = self._run.events, self._run.profile.search_tokens
         if self._evaluator is None:
-            judge = _evaluator(self._run, self._space, self._budgets[-1].limit_bytes)
-            if self._expects_tuning:
-                judge = AfterTuning(judge, self._space, self._costs)
-            self._evaluator = judge
+            self._evaluator = self._make_evaluator()
         position, n_budgets = self._budgets.index(budget), len(self._budgets)
         what = f"{budget.target}: " if n_budgets > 1 else ""
         kl = "expected KL" if self._expects_tuning else "KL"
@@ -282,39 +311,40 @@ class _Searcher:
         return OPTIMIZER.run(problem, state, save)
 
 
-def _evaluator(run: Run, space: SearchSpace, limit_bytes: int) -> Evaluator:
-    """What judges candidates: this machine's CPU, or all of its GPUs."""
-    import torch
-
-    if run.config.device == "cpu":
-        return _fitness(run, space, limit_bytes, "cpu")
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return Workers([_fitness(run, space, limit_bytes, device) for device in devices])
-
-
-def _fitness(run: Run, space: SearchSpace, limit_bytes: int, device: str) -> Fitness:
-    import torch
+def _setting(run: Run, space: SearchSpace, limit_bytes: int) -> Setting:
+    """What candidates are judged with, on every rank. Raises QuantkitError for too few tokens."""
     from safetensors.numpy import load_file
 
     from quantkit.model.blockwise import compute_dtype
-    from quantkit.model.opening import open_model
-    from quantkit.model.row_maps import load_row_maps
-    from quantkit.search.fitness import Fitness
+    from quantkit.search.distributed import Setting
 
-    snapshot = load_snapshot(run.dir)
-    bpw = 8 * limit_bytes / max(load_base(run.dir).n_elements, 1)
-    dtype = torch.float32 if bpw > FLOAT32_ABOVE_BPW else compute_dtype(device)
-    model = open_model(run, NAME, snapshot.folder, dtype, device)
-    maps = load_row_maps(run.artifacts.row_maps)
-    unmapped = [name for name in space.tensors if name not in maps]
-    if unmapped:
-        text = "tensors are not in the model: the damage to them is only estimated"
-        run.events.emit(NAME, "note", f"{len(unmapped)} {text}")
-    ids = load_file(run.artifacts.tokens)["heldout"][:MOST_SEQUENCES]
-    if len(ids) < _LEAST_SEQUENCES:
+    artifacts = run.artifacts
+    if len(load_file(artifacts.tokens)["heldout"]) < _LEAST_SEQUENCES:
         raise QuantkitError(
             "There are too few held-out tokens to search with.",
             "Use a larger --profile or more text.",
         )
-    targets = run.artifacts.folder(NAME) / f"targets-{device.replace(':', '-')}.partial"
-    return Fitness(model, space, maps, run.artifacts.levels, ids, targets)
+    bpw = 8 * limit_bytes / max(load_base(run.dir).n_elements, 1)
+    exact = bpw > FLOAT32_ABOVE_BPW or compute_dtype(run.config.device).itemsize > 2
+    levels = sorted({c.file for of_tensor in space.candidates for c in of_tensor})
+    return Setting(
+        space,
+        str(load_snapshot(run.dir).folder),
+        str(artifacts.row_maps),
+        str(artifacts.tokens),
+        {name: str(artifacts.levels / name) for name in levels},
+        str(artifacts.folder(NAME)),
+        run.config.device,
+        "float32" if exact else "bfloat16",
+    )
+
+
+def _tell(run: Run, fitness: Fitness) -> None:
+    """Say what of the model the evaluator cannot hold or exchange."""
+    from quantkit.model.opening import STREAMED
+
+    if fitness.is_streamed:
+        run.events.emit(NAME, "note", STREAMED)
+    if fitness.n_unmapped:
+        text = "tensors are not in the model: the damage to them is only estimated"
+        run.events.emit(NAME, "note", f"{fitness.n_unmapped} {text}")

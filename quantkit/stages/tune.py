@@ -11,7 +11,8 @@ assumed, or stops.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout
 from quantkit.llamacpp.output import lay_out_nearest, load_provenance
 from quantkit.planning.memory import tuning_bytes, tuning_bytes_beside_model
+from quantkit.ranks.group import Ranks
+from quantkit.ranks.join import Task
 from quantkit.run.folder import read_as
 from quantkit.run.outputs import Budgets
 from quantkit.run.stage import Run, Stage, StageResult
@@ -40,12 +43,12 @@ from quantkit.tuning.tuned import (
     Tunings,
     lack_of_memory,
     load_stored,
-    load_tuner,
     tune_file,
 )
 
 if TYPE_CHECKING:
-    from quantkit.tuning.tuner import Stored, Tuner
+    from quantkit.tuning.distributed import Setting
+    from quantkit.tuning.tuner import Tuner
 
 NAME = "tune"
 
@@ -69,6 +72,17 @@ class Tune(Stage):
             found |= {str(b.limit_bytes): NotTuned(searched.not_tuned) for b in searched.budgets}
         outputs.append(write_json(run.artifacts.tuning, Tunings(found)))
         return StageResult(outputs, {"budgets": found})
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Return what other ranks do: their share of every block."""
+
+        def tune(ranks: Ranks, payload: object) -> None:
+            from quantkit.tuning import distributed
+
+            distributed.tune(ranks, payload)
+
+        return {NAME: tune}
 
     def is_intermediate(self, path: str) -> bool:
         """Tuned level files are dropped by `clean`."""
@@ -136,36 +150,44 @@ def tune(
     file `path`. Return what `tuning.tuned.tune_file` returns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = load_stored(chosen, run.artifacts.levels)
+    levels = {c.file: run.artifacts.levels / c.file for c in chosen.values()}
+    stored = load_stored(chosen, levels)
     types = {name: candidate.qtype for name, candidate in chosen.items()}
     layout, _ = lay_out_nearest(base, types, load_provenance(run.dir))
 
-    def make() -> Tuner:
-        return _tuner(run, base, stored, layout, path.parent)
+    @contextmanager
+    def tuning() -> Iterator[Tuner]:
+        from quantkit.model.opening import STREAMED
+        from quantkit.tuning import distributed
 
-    return tune_file(path, layout, base, stored, make, run.config.tuning_steps, progress)
+        gc.collect()  # the model before this one refers to itself, and would stay on the GPU
+        setting = _setting(run, base, chosen, layout, path.parent)
+        with distributed.tuning(run.ranks, setting, stored) as tuner:
+            if tuner.is_streamed:
+                run.events.emit(NAME, "note", STREAMED)
+            yield tuner
+
+    return tune_file(path, layout, base, stored, tuning, run.config.tuning_steps, progress)
 
 
-def _tuner(
-    run: Run, base: GgufFile, stored: Mapping[str, Stored], layout: Layout, scratch: Path
-) -> Tuner:
-    import torch
-
+def _setting(
+    run: Run, base: GgufFile, chosen: Mapping[str, Candidate], layout: Layout, scratch: Path
+) -> Setting:
     from quantkit.machine.memory import free_memory
-    from quantkit.model.opening import open_model
+    from quantkit.tuning.distributed import Setting
 
-    gc.collect()  # the model before this one refers to itself, and would stay on the GPU
-    exact = 8 * layout.n_bytes / base.n_elements > FLOAT32_ABOVE_BPW
-    folder, device = load_snapshot(run.dir).folder, run.config.device
-    beside = tuning_bytes_beside_model(run.config, base, free_memory(device))
-    return load_tuner(
-        open_model(run, NAME, folder, torch.float32, device, beside),
-        run.artifacts.row_maps,
-        run.artifacts.tokens,
-        stored,
-        run.config.tuning_steps,
-        scratch,
-        exact,
+    config, artifacts = run.config, run.artifacts
+    return Setting(
+        dict(chosen),
+        str(load_snapshot(run.dir).folder),
+        str(artifacts.row_maps),
+        str(artifacts.tokens),
+        {c.file: str(artifacts.levels / c.file) for c in chosen.values()},
+        str(scratch),
+        config.device,
+        config.tuning_steps,
+        8 * layout.n_bytes / base.n_elements > FLOAT32_ABOVE_BPW,
+        tuning_bytes_beside_model(config, base, free_memory(config.device)),
     )
 
 

@@ -8,6 +8,7 @@ noted in `tuning.partial.json`. `outcome.json` says what came of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from quantkit.config import TUNING_BATCH
 from quantkit.files import PARTIAL, write_json
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout, SlotFile
+from quantkit.ranks.group import ALONE, Ranks
 from quantkit.run.folder import read_as
 from quantkit.sizes import size
 from quantkit.tensors import Candidate
@@ -103,11 +105,11 @@ def lack_of_memory(needed: int, free: int) -> str:
     return f"tuning takes {size(needed)}, but only {size(free)} are free"
 
 
-def load_stored(chosen: Mapping[str, Candidate], levels: Path) -> dict[str, Stored]:
-    """Load tensors by name from the level files in a folder, each as its candidate says."""
+def load_stored(chosen: Mapping[str, Candidate], levels: Mapping[str, Path]) -> dict[str, Stored]:
+    """Load tensors by name from level files, each as its candidate says."""
     from quantkit.tuning.tuner import Stored
 
-    files = {file: GgufFile(levels / file) for file in sorted({c.file for c in chosen.values()})}
+    files = {file: GgufFile(levels[file]) for file in sorted({c.file for c in chosen.values()})}
     return {n: Stored(c.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
 
 
@@ -119,6 +121,7 @@ def load_tuner(
     n_steps: int,
     scratch: Path,
     exact: bool,
+    ranks: Ranks = ALONE,
 ) -> Tuner:
     """Return what tunes the tensors of `stored`, with the row maps and the tokens of these files;
     for the others see `Tuner`.
@@ -130,7 +133,8 @@ def load_tuner(
 
     ids, effort = load_file(tokens), Effort(n_steps, TUNING_BATCH)
     train, heldout = ids["train"], ids["heldout"][:HELDOUT]
-    return Tuner(model, load_row_maps(row_maps), stored, train, heldout, effort, scratch, exact)
+    maps = load_row_maps(row_maps)
+    return Tuner(model, maps, stored, train, heldout, effort, scratch, exact, ranks)
 
 
 def tune_file(
@@ -138,12 +142,13 @@ def tune_file(
     layout: Layout,
     base: GgufFile,
     stored: Mapping[str, Stored],
-    make_tuner: Callable[[], Tuner],
+    tuning: Callable[[], AbstractContextManager[Tuner]],
     n_steps: int,
     progress: Progress,
 ) -> tuple[Outcome, list[Path]]:
-    """Tune the tensors of `stored`; the others of the laid-out file are the base's. Goes on where
-    it was. Returns the outcome and the files written: no GGUF where the KL did not fall.
+    """Tune the tensors of `stored`, with what `tuning` gives; the others of the laid-out file are
+    the base's. Goes on where it was. Returns the outcome and the files written: no GGUF where the
+    KL did not fall.
     """
     known = Outcome.load(path.parent)
     if known is not None and path.exists() == bool(known.tensors):
@@ -155,20 +160,20 @@ def tune_file(
     else:
         for name in base.tensors:
             file.write(name, stored[name].packed if name in stored else base.packed(name))
-    tuner = make_tuner()
-    for index in range(tuner.n_blocks):
-        known_block = _read(done[index], file, stored) if index < len(done) else None
-        block = tuner.block(index, known_block)
-        if known_block is None:
-            for name, rows in block.rows.items():
-                file.write(name, rows)
-            file.flush()
-            done.append(_DoneBlock((block.before, block.after), tuple(block.rows)))
-            write_json(done_path, done)
-        said = f"block {index + 1} of {tuner.n_blocks}: error {block.before:.2e}"
-        said += f" -> {block.after:.2e}" if block.rows else ", kept as it was"
-        progress(index + 1, tuner.n_blocks, said)
-    before, after = tuner.kl()
+    with tuning() as tuner:
+        for index in range(tuner.n_blocks):
+            known_block = _read(done[index], file, stored) if index < len(done) else None
+            block = tuner.block(index, known_block)
+            if known_block is None:
+                for name, rows in block.rows.items():
+                    file.write(name, rows)
+                file.flush()
+                done.append(_DoneBlock((block.before, block.after), tuple(block.rows)))
+                write_json(done_path, done)
+            said = f"block {index + 1} of {tuner.n_blocks}: error {block.before:.2e}"
+            said += f" -> {block.after:.2e}" if block.rows else ", kept as it was"
+            progress(index + 1, tuner.n_blocks, said)
+        before, after = tuner.kl()
     tensors = tuple(name for row in done for name in row.tensors) if after < before else ()
     outcome = Outcome(n_steps, before, after, tuple(row.errors for row in done), tensors)
     if tensors:

@@ -7,6 +7,9 @@ tensors make up for each other. Roundings are passed straight through (Bengio et
 arXiv:1308.3432); types, sizes and the integer scales of K-quants stay. What a block became is kept
 where it is nearer to the original on sequences that it was not tuned on.
 
+Where there are several ranks, every one passes its own sequences through the blocks, and tunes its
+own rows of every tensor (`quantkit.tuning.shards`). All call the same methods in the same order.
+
 Hidden states are (n_batch, n_ctx, n_embd), float32.
 """
 
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.func import functional_call
 
@@ -28,6 +32,8 @@ from quantkit.machine.memory import free_memory
 from quantkit.model.blockwise import BlockCall, BlockwiseModel, SharedKV, compute_dtype
 from quantkit.model.offload import States
 from quantkit.model.row_maps import RowMap
+from quantkit.ranks.group import ALONE, Ranks
+from quantkit.tuning.shards import Shards
 from quantkit.tuning.tunable import Tunable
 
 STATES_SHARE = 0.1  # of the free memory, for each of the streams of hidden states
@@ -89,12 +95,14 @@ class Tuner:
         effort: Effort,
         scratch: Path,
         exact: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`model` holds the original's weights in float32 and gets them back; `stored` are the
         tensors of the file. `train` and `heldout` are token ids (n_sequences, n_ctx); `scratch` is
         a folder. `exact`: products in float32 where bf16 would be faster.
         """
         self._model, self._maps, self._effort, self._exact = model, maps, effort, exact
+        self._ranks = ranks
         self._stored = {name: s for name, s in stored.items() if name in maps}
         self._of_block: dict[int | None, list[str]] = {}
         for name in self._stored:
@@ -105,12 +113,24 @@ class Tuner:
         parts = [p for ids in (train, heldout) for p in ids.to(model.device).split(n)]
         self._n_train = len(train.split(n))
         self._batches = [_Batch(ids, model.trace(ids)[1]) for ids in parts]
+        self._n_embd = model.trace(parts[0])[0].shape[-1]
+        # What blocks leave beside hidden states is not sent to others.
+        leaves = any(call.shared for batch in self._batches for call in batch.calls)
+        self._is_shared_out = not ranks.is_alone and not leaves
+        self._own = list(range(len(parts)))
+        if self._is_shared_out:
+            self._own = ranks.share(range(self._n_train)) + ranks.share(self._heldout)
         room = int(STATES_SHARE * free_memory(str(model.device)))
         names = ("original", "tuned", "plain")
         self._streams = {
             s: States(scratch / f"tuning-{s}.partial", room, model.device) for s in names
         }
         self._embed()
+
+    @property
+    def is_streamed(self) -> bool:
+        """Return whether the model's blocks are read one by one."""
+        return self._model.is_streamed
 
     @property
     def n_blocks(self) -> int:
@@ -120,13 +140,17 @@ class Tuner:
     def _heldout(self) -> range:
         return range(self._n_train, len(self._batches))
 
+    @property
+    def _own_heldout(self) -> list[int]:
+        """Those of the held-out batches that this rank passes through the blocks."""
+        return [i for i in self._own if i >= self._n_train]
+
     def _embed(self) -> None:
         """The first block's inputs: of the original, and of the file's table of embeddings."""
-        everything = range(len(self._batches))
-        for i in everything:
+        for i in self._own:
             self._put("original", i, self._model.trace(self._batches[i].ids)[0], {})
         with self._outside_as_stored():
-            for i in everything:
+            for i in self._own:
                 hidden = self._model.trace(self._batches[i].ids)[0]
                 self._put("tuned", i, hidden, {})
                 if i in self._heldout:
@@ -172,33 +196,56 @@ class Tuner:
         return _values(self._stored[name])
 
     def block(self, index: int, known: TunedBlock | None = None) -> TunedBlock:
-        """Tune block `index`, or take what is `known` of it from an earlier run; all streams have
-        passed the block then.
+        """Tune block `index`, or take what is `known` of it, to rank 0, from an earlier run; all
+        streams have passed the block then.
         """
-        names, everything = self._of_block.get(index, []), range(len(self._batches))
+        names = self._of_block.get(index, [])
+        known = self._told(known)
         with self._model.holding(index):
-            self._pass("original", index, everything, {})
+            self._pass("original", index, self._own, {})
             plain = {name: self._decoded(name) for name in names}
-            self._pass("plain", index, self._heldout, self._weights(index, plain))
+            self._pass("plain", index, self._own_heldout, self._weights(index, plain))
             tuned = known or self._tune(index, plain)
             rows = {n: _values(Stored(self._stored[n].qtype, p)) for n, p in tuned.rows.items()}
-            self._pass("tuned", index, everything, self._weights(index, plain | rows))
+            self._pass("tuned", index, self._own, self._weights(index, plain | rows))
         return tuned
+
+    def _told(self, known: TunedBlock | None) -> TunedBlock | None:
+        """What rank 0 has of a block."""
+        if self._ranks.is_alone:
+            return known
+        told = self._ranks.tell(known and [known.before, known.after, list(known.rows)])
+        if told is None:
+            return None
+        before, after, names = told
+        rows = {}
+        for name in names:
+            packed = known.rows[name] if known else np.empty_like(self._stored[name].packed)
+            rows[name] = self._ranks.broadcast(torch.from_numpy(packed.copy())).numpy()
+        return TunedBlock(before, after, rows)
 
     def kl(self) -> tuple[float, float]:
         """Return KL(original || file) in nats per token on the held-out sequences, before and
         after. All blocks must have been taken.
         """
-        sums = {"plain": 0.0, "tuned": 0.0}
-        for i in self._heldout:
+        streams = "plain", "tuned"
+        sums = torch.zeros(len(self._batches), self._effort.n_batch, len(streams)).double()
+        for i in self._own_heldout:
             for n in range(len(self._batches[i].ids)):
                 wanted = self._logits("original", i, n).log_softmax(-1)
                 with self._outside_as_stored():
-                    for stream in sums:
+                    for k, stream in enumerate(streams):
                         found = self._logits(stream, i, n).log_softmax(-1)
-                        sums[stream] += float((wanted.exp() * (wanted - found)).sum())
+                        sums[i, n, k] = float((wanted.exp() * (wanted - found)).sum())
+        self._complete(sums)
         n_tokens = sum(self._batches[i].ids.numel() for i in self._heldout)
-        return sums["plain"] / n_tokens, sums["tuned"] / n_tokens
+        plain, tuned = (sums.sum((0, 1)) / n_tokens).tolist()
+        return plain, tuned
+
+    def _complete(self, found: torch.Tensor) -> None:
+        """Bring what other ranks found of their batches: zeros here."""
+        if self._is_shared_out:
+            self._ranks.sum([found])
 
     def _logits(self, stream: str, batch: int, sequence: int) -> torch.Tensor:
         """float32 (n_ctx, n_vocab) of one sequence."""
@@ -214,6 +261,19 @@ class Tuner:
             with self._products():
                 answer = self._run(index, i, hidden, shared_kv, weights)
             self._put(stream, i, answer.float(), shared_kv)
+
+    def _batch(self, batch: int) -> tuple[torch.Tensor, SharedKV, torch.Tensor]:
+        """What the block reads of a batch, and the original's hidden state after it: on every rank,
+        whoever passes the batch through the blocks.
+        """
+        if batch in self._own:
+            hidden, shared_kv = self._get("tuned", batch)
+            both = torch.stack([hidden, self._wanted(batch)])
+        else:
+            shape = 2, *self._batches[batch].ids.shape, self._n_embd
+            both, shared_kv = torch.zeros(shape, device=self._model.device), {}
+        self._complete(both)
+        return both[0], shared_kv, both[1]
 
     def _run(
         self,
@@ -251,11 +311,16 @@ class Tuner:
         return found
 
     def _tune(self, index: int, plain: Mapping[str, torch.Tensor]) -> TunedBlock:
-        rows = {name: self._tunable(name) for name in plain if self._stored[name].qtype in FORMATS}
+        names = [name for name in plain if self._stored[name].qtype in FORMATS]
         before = self._error(index, plain)
-        if not rows or not before:
+        if not names or not before:
             return TunedBlock(before, before, {})
-        fixed = {name: values for name, values in plain.items() if name not in rows}
+        shards = self._shards(index, list(plain))
+        fixed = {n: shards.fixed(n, values) for n, values in plain.items() if n not in names}
+        device = self._model.device
+        own = {n: shards.own(n, torch.from_numpy(self._stored[n].packed.copy())) for n in names}
+        own = {name: packed.to(device) for name, packed in own.items()}
+        rows = {name: self._tunable(name, own[name], shards) for name in names if len(own[name])}
         groups = [
             {"params": [r.level for r in rows.values()], "lr": self._effort.rate_codes},
             {"params": [r.scales for r in rows.values()], "lr": self._effort.rate_scales},
@@ -267,25 +332,33 @@ class Tuner:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / n_steps)
         for batch in self._order(index):
             optimizer.zero_grad(set_to_none=True)
-            with torch.enable_grad(), self._products():
-                values = fixed | {name: r.weight() for name, r in rows.items()}
-                weights = self._weights(index, values)
-                answer = self._run(index, batch, *self._get("tuned", batch), weights)
-                loss = _distance(answer.float(), self._wanted(batch)) / before
+            hidden, shared_kv, wanted = self._batch(batch)
+            with torch.enable_grad(), self._products(), shards.running():
+                values = fixed | {n: shards.tuned(n, r.weight()) for n, r in rows.items()}
+                weights = shards.weights(values, names)
+                answer = self._run(index, batch, hidden, shared_kv, weights)
+                loss = _distance(answer.float(), wanted) / before
             with self._products():
                 loss.backward()
             optimizer.step()
             schedule.step()
-        packed = {name: r.packed().cpu().numpy() for name, r in rows.items()}
+        own |= {name: r.packed() for name, r in rows.items()}
+        packed = {name: shards.whole(name, own[name]).cpu().numpy() for name in names}
         changed = {n: _values(Stored(self._stored[n].qtype, p)) for n, p in packed.items()}
         after = self._error(index, {**plain, **changed})
         return TunedBlock(before, after, packed if after < before else {})
 
-    def _tunable(self, name: str) -> Tunable:
-        stored, map_ = self._stored[name], self._maps[name]
+    def _shards(self, index: int, names: Sequence[str]) -> Shards:
+        maps = {name: self._maps[name] for name in names}
+        n_rows = {name: len(self._stored[name].packed) for name in names}
+        return Shards(self._ranks, self._model, index, maps, n_rows)
+
+    def _tunable(self, name: str, packed: torch.Tensor, shards: Shards) -> Tunable:
+        """This rank's rows of a tensor, which are stored as `packed`."""
+        map_ = self._maps[name]
         original = map_.gather(self._model.model.get_parameter(map_.parameter).data)
-        packed = torch.from_numpy(stored.packed.copy()).to(original.device)
-        return Tunable(stored.qtype, packed, original)
+        qtype = self._stored[name].qtype
+        return Tunable(qtype, packed, shards.own(name, original))
 
     def _order(self, index: int) -> Iterator[int]:
         """The batches of the steps: all of them in a new order, over and over."""
@@ -301,12 +374,13 @@ class Tuner:
         the tuned blocks before it give.
         """
         weights = self._weights(index, values)
-        found = []
-        for i in self._heldout:
+        found = torch.zeros(len(self._batches), device=self._model.device)
+        for i in self._own_heldout:
             with self._products():
                 answer = self._run(index, i, *self._get("tuned", i), weights)
-            found.append(_distance(answer.float(), self._wanted(i)))
-        return float(torch.stack(found).mean())
+            found[i] = _distance(answer.float(), self._wanted(i))
+        self._complete(found)
+        return float(found[self._n_train :].mean())
 
     @contextmanager
     def _products(self) -> Iterator[None]:

@@ -19,8 +19,8 @@ from quantkit.model.blockwise import BlockwiseModel
 from quantkit.rebuild import rebuild
 from quantkit.run.events import read_events
 from quantkit.run.folder import read_json
-from quantkit.stages import tune
 from quantkit.stages.search import Search
+from quantkit.tuning import distributed
 from quantkit.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.slow
@@ -60,13 +60,13 @@ def test_one_model_at_a_time(
     """Each is gigabytes on a GPU, and the search's refers to itself."""
     run = whole_run[0].fork(tmp_path / "run", "search", targets=TARGETS, tuning=1)
     config = RunConfig.from_json(read_json(run.dir.config_path))
-    load, alive = tune.load_tuner, []
+    load, alive = distributed.load_tuner, []
 
     def counted(model: BlockwiseModel, *others: Any, **named: Any) -> Tuner:
         alive.append(sum(type(found) is BlockwiseModel for found in gc.get_objects()))
         return load(model, *others, **named)
 
-    monkeypatch.setattr(tune, "load_tuner", counted)
+    monkeypatch.setattr(distributed, "load_tuner", counted)
     gc.collect()
     gc.disable()
     try:

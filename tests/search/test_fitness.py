@@ -26,10 +26,8 @@ from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.evopress import Schedule, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
-from quantkit.search.optimizer import Evaluator
 from quantkit.search.propose import uniform
 from quantkit.search.targets import Targets, target_bytes
-from quantkit.search.workers import Workers
 from quantkit.tensors import Candidate, to_json
 
 TYPES = tuple(map(QuantType, ("Q4_0", "Q5_0", "Q8_0")))
@@ -85,8 +83,9 @@ class World:
                 values.append(back)
             candidates.append(tuple(own))
             self.values.append(values)
+        self.levels = {f"{q}.bin": folder / f"{q}.bin" for q in TYPES}
         for q, blob in blobs.items():
-            (folder / f"{q}.bin").write_bytes(blob)
+            self.levels[f"{q}.bin"].write_bytes(blob)
         sizes = tuple(tuple(c.n_bytes for c in row) for row in candidates)
         largest = sum(row[-1] for row in sizes)
         smallest = sum(row[0] for row in sizes)
@@ -103,7 +102,7 @@ class World:
             BlockwiseModel(copy.deepcopy(self.model).to(device, dtype)),
             self.space,
             self.maps,
-            self.folder,
+            self.levels,
             self.ids,
             self.folder / f"{name}.partial",
         )
@@ -177,7 +176,7 @@ def test_a_streamed_model_scores_the_same(
         model = open_model(tmp_path, dtype)
         assert model.is_streamed == (name == "streamed")
         targets = world.folder / f"{name}.partial"
-        judges.append(Fitness(model, world.space, world.maps, world.folder, world.ids, targets))
+        judges.append(Fitness(model, world.space, world.maps, world.levels, world.ids, targets))
     whole, streamed = judges
     parent = middle(world)
     asked = [parent, *(world.change(parent, part) for part in PARTS), world.space.largest]
@@ -198,7 +197,7 @@ def test_a_block_is_read_once_for_all_sequences(
     monkeypatch.setenv("QUANTKIT_MEMORY", "250kB")
     model = open_model(tmp_path)
     targets = world.folder / "once.partial"
-    fitness = Fitness(model, world.space, world.maps, world.folder, world.ids, targets)
+    fitness = Fitness(model, world.space, world.maps, world.levels, world.ids, targets)
     monkeypatch.setenv("QUANTKIT_MEMORY", "1GB")
     parent = middle(world)
     fitness.set_parent(parent)
@@ -292,22 +291,6 @@ def test_a_search_resumed_ends_the_same(untied: World) -> None:
         assert to_json(end) == to_json(final)
 
 
-@pytest.mark.parametrize("n_workers", [1, 2, 3])
-def test_the_number_of_workers_does_not_show(untied: World, n_workers: int) -> None:
-    plan = Schedule(n_tokens=3_000, rounds=(2, 4), n_kept=(2, 1), patience=99)
-    costs = [np.array([0.3, 0.2, 0.1]) for _ in untied.names]
-    proposals = [(c, "uniform") for c in uniform(untied.space, costs)]
-
-    def search(evaluator: Evaluator) -> SearchState:
-        first = begin(evaluator, plan, proposals, 1)
-        return evolve(untied.space, evaluator, costs, plan, first, lambda _: None)
-
-    alone = search(untied.fitness())
-    assert alone.generation > 2
-    workers = Workers([untied.fitness(f"targets-{i}") for i in range(n_workers)])
-    assert to_json(search(workers)) == to_json(alone)
-
-
 def test_tensors_that_cannot_be_put_into_the_model(world: World) -> None:
     """The search notes that their damage is estimated only; the evaluator must then leave them."""
     maps = dict(world.maps)
@@ -316,7 +299,7 @@ def test_tensors_that_cannot_be_put_into_the_model(world: World) -> None:
         BlockwiseModel(copy.deepcopy(world.model)),
         world.space,
         maps,
-        world.folder,
+        world.levels,
         world.ids,
         world.folder / "targets.partial",
     )
