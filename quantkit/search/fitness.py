@@ -46,7 +46,7 @@ class _Pass:
     calls: Sequence[BlockCall]
 
     def key(self, block: int) -> tuple[int, int, int]:
-        """The key of what the block reads: parts of a batch are others'."""
+        """Return the key of what the block reads; a part of a batch has another."""
         return self.first, len(self.hidden), block
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantkit.ggml import native
-from quantkit.ggml.formats import FORMATS, Format
+from quantkit.ggml import decode, native
+from quantkit.ggml.formats import FORMATS
 from quantkit.machine.memory import free_memory
 from quantkit.model import precision
 from quantkit.model.blockwise import BlockwiseModel
@@ -20,7 +20,6 @@ from quantkit.tensors import Candidate
 
 _DEVICE_SHARE = 0.4  # of a GPU's free memory that packed levels may take; what they leave of it
 _DECODED_SHARE = 0.25  # and what was decoded of them lately
-_DECODED_AT_ONCE = 1 << 26  # weights
 _BASE = -1  # in the place of a choice: the base's own weight
 OUTSIDE = -1  # the block number of what lies outside of blocks: embeddings and head
 
@@ -72,7 +71,7 @@ class Weights:
         """What decoding the largest tensor takes for a moment."""
         names = [map_.parameter for map_ in self._maps if map_ is not None]
         counts = (self._model.model.get_parameter(name).numel() for name in names)
-        return 4 * max(counts, default=0) + 16 * _DECODED_AT_ONCE
+        return 4 * max(counts, default=0) + 16 * decode.AT_ONCE
 
     def _block_of(self, map_: RowMap | None) -> int | None:
         if map_ is None:
@@ -134,7 +133,7 @@ class Weights:
         form = FORMATS.get(candidate.qtype)
         device = self._model.device
         if form is not None and device.type == "cuda":
-            return _decoded(form, self._on_device(candidate, rows, device), n_columns)
+            return decode.decoded(form, self._on_device(candidate, rows, device), n_columns)
         return torch.from_numpy(native.dequantize(rows, candidate.qtype))
 
     def _on_device(
@@ -149,14 +148,3 @@ class Weights:
                 self.room -= found.numel()
                 self._resident[place] = found
         return found
-
-
-def _decoded(form: Format, packed: torch.Tensor, n_columns: int) -> torch.Tensor:
-    """float32 (n_rows, n_columns) of packed rows on a GPU, some rows at a time: a table of
-    embeddings has half a billion weights, and what is in between takes several times its size.
-    """
-    values = torch.empty(len(packed), n_columns, device=packed.device)
-    n = max(1, _DECODED_AT_ONCE // n_columns)
-    for first in range(0, len(packed), n):
-        values[first : first + n] = form.values(packed[first : first + n])
-    return values

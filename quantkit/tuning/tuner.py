@@ -26,6 +26,7 @@ import torch
 from torch.func import functional_call
 
 from quantkit.ggml import native
+from quantkit.ggml.decode import values_of
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.machine.memory import free_memory
@@ -193,7 +194,14 @@ class Tuner:
 
     def _decoded(self, name: str) -> torch.Tensor:
         """float32 (n_rows, n_columns) of a tensor of the file."""
-        return _values(self._stored[name])
+        return self._values({name: self._stored[name].packed})[name]
+
+    def _values(self, packed: Mapping[str, native.Bytes]) -> dict[str, torch.Tensor]:
+        """float32 (n_rows, n_columns) of tensors with these rows."""
+        types = {name: self._stored[name].qtype for name in packed}
+        return {
+            name: values_of(rows, types[name], self._model.device) for name, rows in packed.items()
+        }
 
     def block(self, index: int, known: TunedBlock | None = None) -> TunedBlock:
         """Tune block `index`, or take what is `known` of it, to rank 0, from an earlier run; all
@@ -206,7 +214,7 @@ class Tuner:
             plain = {name: self._decoded(name) for name in names}
             self._pass("plain", index, self._own_heldout, self._weights(index, plain))
             tuned = known or self._tune(index, plain)
-            rows = {n: _values(Stored(self._stored[n].qtype, p)) for n, p in tuned.rows.items()}
+            rows = self._values(tuned.rows)
             self._pass("tuned", index, self._own, self._weights(index, plain | rows))
         return tuned
 
@@ -344,8 +352,7 @@ class Tuner:
             schedule.step()
         own |= {name: r.packed() for name, r in rows.items()}
         packed = {name: shards.whole(name, own[name]).cpu().numpy() for name in names}
-        changed = {n: _values(Stored(self._stored[n].qtype, p)) for n, p in packed.items()}
-        after = self._error(index, {**plain, **changed})
+        after = self._error(index, {**plain, **self._values(packed)})
         return TunedBlock(before, after, packed if after < before else {})
 
     def _shards(self, index: int, names: Sequence[str]) -> Shards:
@@ -398,10 +405,6 @@ class Tuner:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
-
-
-def _values(stored: Stored) -> torch.Tensor:
-    return torch.from_numpy(native.dequantize(stored.packed, stored.qtype))
 
 
 def _distance(answer: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from families import FAMILIES, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit.ggml import native
+from quantkit.ggml import decode, native
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.model import precision
@@ -22,7 +22,6 @@ from quantkit.model.blockwise import BlockwiseModel, load_model
 from quantkit.model.row_maps import RowMap
 from quantkit.model.streaming import open_model
 from quantkit.sandbox.untrusted import build
-from quantkit.search import weights
 from quantkit.search.allocation import SearchSpace
 from quantkit.search.evopress import Schedule, SearchState, begin, evolve
 from quantkit.search.fitness import CHUNKS, Fitness
@@ -383,6 +382,6 @@ def test_rows_decoded_some_at_a_time(qtype: QuantType, monkeypatch: pytest.Monke
     """As a GPU does, in parts: what libggml makes of the same bytes."""
     rows = np.random.default_rng(0).standard_normal((7, 512), np.float32)
     packed = native.quantize(rows, qtype)
-    monkeypatch.setattr(weights, "_DECODED_AT_ONCE", 3 * 512)
-    found = weights._decoded(FORMATS[qtype], torch.from_numpy(packed), 512)
+    monkeypatch.setattr(decode, "AT_ONCE", 3 * 512)
+    found = decode.decoded(FORMATS[qtype], torch.from_numpy(packed), 512)
     assert torch.equal(found, torch.from_numpy(native.dequantize(packed, qtype)))
