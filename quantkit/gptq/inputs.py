@@ -118,7 +118,8 @@ class KnownInputs:
         prices = [modules[m.module] for m in maps if m.is_lookup and m.module in modules]
         if not prices or "gptq" not in self._config.methods:
             return statistics.train
-        return prices[0].sum() * statistics.train + self._gradients.lookups.train
+        lookups = self._gradients.lookups.train.to(statistics.train.device)
+        return prices[0].sum() * statistics.train + lookups
 
     def dampings(self) -> tuple[Damping, ...]:
         """Return the dampings of Hessians that were not positive definite at the usual one."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,18 +63,26 @@ def hessians(module: str, seed: int) -> InputStatistics:
     return inputs
 
 
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("methods", [("gptq", "imatrix"), ("imatrix",)])
-def test_a_tied_table_is_solved_for_both_uses(methods: tuple[str, ...]) -> None:
+def test_a_tied_table_is_solved_for_both_uses(methods: tuple[str, ...], device: str) -> None:
     head, lookups = hessians("lm_head", 0), hessians("embed", 1)
+    # Inputs are summed where the model is; the gradients come from a file.
+    head = replace(head, train=head.train.to(device), heldout=head.heldout.to(device))
     prices = torch.tensor([0.1, 0.2, 0.3])
     gradients = Gradients(Fisher({"lm_head": prices}, torch.tensor([0.5, 0.5, 0.0])), lookups)
     tied = RowMap("token_embd.weight", "embed.weight", False, None, "lm_head", True)
-    config, maps = RunConfig("m", methods=methods), {tied.tensor: tied}
+    config, maps = RunConfig("m", methods=methods, device=device), {tied.tensor: tied}
     known = KnownInputs(BlockStatistics((head,)), [tied.tensor], maps, config, gradients)
     with known.borrowed(tied.tensor) as inputs:
         assert inputs is not None
         # llama.cpp's imatrix knows nothing of lookups, and has to find itself in ours.
-        wanted = 0.6 * head.train + lookups.train if "gptq" in methods else head.train
+        wanted = head.train
+        if "gptq" in methods:
+            wanted = 0.6 * head.train + lookups.train.to(device)
         assert torch.allclose(inputs.train, wanted)
         assert torch.allclose(inputs.heldout, head.heldout)
     sensitivity = sensitivity_of(gradients, tied, "cpu")
