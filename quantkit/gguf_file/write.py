@@ -136,7 +136,7 @@ class SlotFile:
     def _put(self, data: native.Bytes, at: int) -> None:
         is_large = len(data) >= _LARGE
         while len(data):  # a call writes 2 GiB at most
-            n_bytes = os.pwrite(self._file.fileno(), data, at)
+            n_bytes = os.pwrite(self._file.fileno(), data.data, at)
             data, at = data[n_bytes:], at + n_bytes
         if is_large:
             os.fdatasync(self._file.fileno())  # now, and not while the caller waits in `flush`
@@ -151,7 +151,7 @@ class SlotFile:
         self._wait()
         self._file.seek(self.layout.offsets[name])
         found = np.empty(self.layout.sizes[name], np.uint8)
-        left = memoryview(found)
+        left = found.data
         while left:
             left = left[self._file.readinto(left) :]
         return found
