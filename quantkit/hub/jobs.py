@@ -42,8 +42,9 @@ class Machine:
     memory_bytes: int
     disk_bytes: int
     usd_per_hour: float
-    gpu: str | None = None
+    gpu: str | None = None  # as in "4x L4"
     gpu_bytes: int = 0  # memory of all its GPUs
+    n_gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,12 @@ def _machine(item: Any) -> Machine:
         round(item.unit_cost_usd * hours, 4),
         f"{gpu.quantity}x {gpu.model}" if gpu else None,
         _n_bytes(gpu.vram) if gpu else 0,
+        _count(gpu.quantity) if gpu else 0,
     )
+
+
+def _count(text: Any) -> int:
+    return max(1, int(text)) if str(text).isdecimal() else 1
 
 
 def _n_bytes(text: Any) -> int:

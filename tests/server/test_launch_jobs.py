@@ -345,6 +345,7 @@ def test_machines_and_prices(hub: HubServer) -> None:
     assert found["cpu-upgrade"].usd_per_hour == pytest.approx(0.03)
     assert found["a10g-large"].gpu == "1x A10G"
     assert found["a10g-large"].gpu_bytes == 24_000_000_000
+    assert (found["h200x4"].gpu, found["h200x4"].n_gpus) == ("4x H200", 4)
     assert (found["h200"].n_cpu, found["h200"].usd_per_hour) == (23, pytest.approx(5.0, abs=0.01))
 
 
@@ -390,6 +391,10 @@ def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
     large = offered(memory_bytes=100 * 10**9, multiply_adds=10**18)
     assert choose(large).machine == "h200"
     assert choose(large).device == "cuda"
+    # What one GPU would not end in a day is offered on four; what does not fit on one does not fit.
+    longer = offered(memory_bytes=100 * 10**9, multiply_adds=3 * 10**19)
+    assert [(offer.machine, offer.device) for offer in longer] == [("h200x4", "cuda")]
+    assert offered(memory_bytes=200 * 10**9) == ()
     with pytest.raises(QuantkitError, match="None of the offered machines"):
         choose(offered(memory_bytes=10**12))
     with pytest.raises(QuantkitError, match="does not fit on 'cpu-basic'"):

@@ -27,6 +27,7 @@ PRICES = [  # name, title, cpu, ram, disk, gpu, vram, micro USD a minute
     ("t4-small", "Nvidia T4 - small", "4 vCPU", "15 GB", "50 GB", "T4", "16 GB", 6667),
     ("a10g-large", "Nvidia A10G - large", "12 vCPU", "46 GB", "110 GB", "A10G", "24 GB", 25000),
     ("h200", "Nvidia H200", "23 vCPU", "256 GB", "3000 GB", "H200", "141 GB", 83333),
+    ("h200x4", "4x Nvidia H200", "92 vCPU", "1024 GB", "12000 GB", "H200", "564 GB", 333333),
 ]
 
 
@@ -43,7 +44,7 @@ def hardware() -> list[dict[str, Any]]:
             and {
                 "type": "gpu",
                 "model": gpu,
-                "quantity": "1",
+                "quantity": title[0] if title[1] == "x" else "1",
                 "vram": vram,
                 "manufacturer": "Nvidia",
             },
