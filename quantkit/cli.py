@@ -240,7 +240,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda uses all GPUs"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda uses all visible GPUs"
     )
 
 
@@ -439,4 +439,7 @@ def _publish(arguments: argparse.Namespace) -> object:
 def _rebuild(arguments: argparse.Namespace) -> object:
     from quantkit import rebuild
 
-    return rebuild.rebuild(arguments.recipe, arguments.base, arguments.levels, arguments.out)
+    made = rebuild.rebuild(arguments.recipe, arguments.base, arguments.levels, arguments.out)
+    if made.reason:
+        print(made.reason, file=sys.stderr)
+    return made

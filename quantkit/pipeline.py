@@ -22,11 +22,20 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import PARTIAL, READERS, write_json
 from quantkit.machine import faults, room
+from quantkit.machine.kind import device_kind
 from quantkit.ranks.group import ALONE, Ranks
 from quantkit.run import terminal
 from quantkit.run.artifacts import NAMES
 from quantkit.run.events import Event, EventLog, outcome, read_events
-from quantkit.run.folder import Damaged, OutputFile, RunDir, StageRecord, fingerprint, read_json
+from quantkit.run.folder import (
+    Damaged,
+    MadeOn,
+    OutputFile,
+    RunDir,
+    StageRecord,
+    fingerprint,
+    read_json,
+)
 from quantkit.run.stage import Run, Stage
 from quantkit.sandbox import untrusted
 from quantkit.stages import STAGES
@@ -357,6 +366,7 @@ def _execute(stage: Stage, run: Run, needs: int) -> None:
         outputs,
         round(time.monotonic() - begun, 1),
         to_json(result.summary),
+        made_on=MadeOn(run.ranks.size, device_kind(run.config.device)),
     )
     directory.save_record(record)
     for left in folder.glob(f"**/*{PARTIAL}"):

@@ -22,9 +22,10 @@ from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.llamacpp.output import lay_out_output
+from quantkit.machine.kind import device_kind
 from quantkit.run.artifacts import RELATIVE
 from quantkit.run.events import EventLog
-from quantkit.run.folder import RunDir
+from quantkit.run.folder import MadeOn, RunDir
 from quantkit.run.recipe import Recipe
 from quantkit.run.stage import Run
 from quantkit.search.database import load_database
@@ -33,12 +34,15 @@ from quantkit.tuning.tuned import is_tuned
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A file that was made again; `equal`: to the published one."""
+    """A file that was made again; `equal`: to the published one. Else `reason` says why not, where
+    that is known.
+    """
 
     file: str
     n_bytes: int
     sha256: str
     equal: bool
+    reason: str = ""
 
 
 def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) -> Rebuilt:
@@ -56,7 +60,8 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
     if levels is None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
-            return _stitch(recipe, base, _make_levels(recipe, Path(folder), base_path), out)
+            made = _stitch(recipe, base, _make_levels(recipe, Path(folder), base_path), out)
+            return made if made.equal else dataclasses.replace(made, reason=_reason(recipe))
     for name, sha256 in recipe.levels.items():
         path = kept[name]
         if path == base_path:
@@ -68,6 +73,18 @@ def rebuild(recipe_path: Path, base_path: Path, levels: Path | None, out: Path) 
                 "Leave --levels out to make the levels again.",
             )
     return _stitch(recipe, base, kept, out)
+
+
+def _reason(recipe: Recipe) -> str:
+    """Why levels that were made again may have other bytes; nothing if they were made alike."""
+    here = MadeOn(1, device_kind(recipe.config.device))
+    there = next((made for made in recipe.made_on.values() if made != here), None)
+    if there is None:
+        return ""
+    return (
+        f"The published file was made on {there}, this one on {here}: sums are rounded otherwise,"
+        " and the file is as good, but not equal to the byte."
+    )
 
 
 def _kept(recipe: Recipe, levels: Path, base: Path) -> dict[str, Path]:

@@ -79,6 +79,19 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
+class MadeOn:
+    """How many processes made something, and the kind of device of each. Sums over another number
+    of them, or on another kind, are rounded otherwise.
+    """
+
+    n_ranks: int
+    device: str
+
+    def __str__(self) -> str:
+        return self.device if self.n_ranks == 1 else f"{self.n_ranks} x {self.device}"
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """The manifest's entry of a finished stage."""
 
@@ -88,6 +101,7 @@ class StageRecord:
     seconds: float
     summary: dict[str, object]
     cleaned: bool = False  # `quantkit clean` dropped its files on purpose
+    made_on: MadeOn | None = None
 
     @property
     def fingerprint(self) -> str:

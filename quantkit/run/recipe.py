@@ -9,7 +9,7 @@ from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.ggml.types import FILE_TYPES, QuantType
-from quantkit.run.folder import read_json
+from quantkit.run.folder import MadeOn, read_json
 from quantkit.sandbox.untrusted import build
 from quantkit.tensors import Fallback, to_json
 
@@ -70,6 +70,7 @@ class Recipe:
     model: str
     revision: str
     adapter_of: Pinned | None = field(default=None, kw_only=True)
+    made_on: dict[str, MadeOn] = field(default_factory=dict, kw_only=True)  # by stage
     config: RunConfig
     base: Base
     output: Published

@@ -34,6 +34,7 @@ from quantkit.stages.tune import tuned_tensors
 from quantkit.tensors import Candidate, CandidateKey
 
 NAME = "stitch"
+_ON_A_DEVICE = ("calibrate", "quantize", "search", "tune")  # what decides the bytes of weights
 
 
 class Stitch(Stage):
@@ -167,4 +168,9 @@ def _recipe(run: Run, path: Path, used: dict[str, Stored], label: str, made: Pro
         tensors=used,
         fallbacks=read_as(Errors, run.artifacts.errors).fallbacks,
         adapter_of=Pinned(info.base.id, info.base.sha) if info.base else None,
+        made_on={
+            stage: record.made_on
+            for stage, record in run.records.items()
+            if stage in _ON_A_DEVICE and record.made_on is not None
+        },
     )
