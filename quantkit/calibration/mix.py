@@ -35,6 +35,7 @@ from quantkit.config.calibration import (
 from quantkit.config.languages import LANGUAGES, sentences
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.chat import ChatTemplate
+from quantkit.ranks.group import ALONE, Ranks
 
 _CHARACTERS_PER_TOKEN = 3  # a cautious guess of how much text to read
 _NEW_TOKENS = 192  # that the model writes after an opening
@@ -67,6 +68,7 @@ class Reader:
     is_streamed: bool = False  # every token that the model writes would read all of its weights
     kept: Path | None = None  # what the model wrote before a kill
     not_rendered: list[str] = field(default_factory=list)  # why a conversation was left plain text
+    ranks: Ranks = ALONE
 
     @cached_property
     def _chat(self) -> ChatTemplate:
@@ -213,7 +215,9 @@ class Reader:
 
     def _written(self, wanted: Sequence[tuple[str, int]]) -> list[list[str]]:
         """Texts that the model writes, by their names and about how many tokens each has."""
-        writer = sampling.Writer(self.model, self.tokenizer, self.seed, self.progress, self.kept)
+        writer = sampling.Writer(
+            self.model, self.tokenizer, self.seed, self.progress, self.kept, self.ranks
+        )
         counts = [-(-n_tokens // (_NEW_TOKENS * 7 // 8)) for _, n_tokens in wanted]
         free = [
             (name, _starts(name), n)

@@ -77,7 +77,9 @@ def _read_mix(run: Run, model: BlockwiseModel, tokenizer: Any) -> Mix:
     profile = run.profile
     token, seed = hub.resolve_token(), run.config.seed
     kept = run.artifacts.calibration.with_name(_WRITTEN)
-    reader = Reader(model.model, tokenizer, token, seed, progress, model.is_streamed, kept)
+    reader = Reader(
+        model.model, tokenizer, token, seed, progress, model.is_streamed, kept, ranks=run.ranks
+    )
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
     mix = reader.mix(run.config.calibration, n_tokens, profile.eval_windows * N_CTX)
     run.events.emit(STAGE, "note", mix.note)

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from quantkit.errors import QuantkitError
 from quantkit.files import json_line, write_json
 from quantkit.llamacpp.chat import ChatTemplate
+from quantkit.ranks.group import ALONE, Ranks
 from quantkit.run.folder import read_as
 
 # Texts of a batch. A CPU gains nothing by more, and a killed run writes its last batch again.
@@ -165,11 +166,32 @@ def texts_at_once(model: PreTrainedModel, n_tokens: int) -> int:
     return min(_MOST_TEXTS[model.device.type], max(4, _BATCH_BYTES // of_one))
 
 
+def write_share(
+    ranks: Ranks,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    batches: Sequence[Sequence[Prompt]],
+    n_new: int,
+    on_step: Callable[[int], None] = lambda n_done: None,
+) -> list[list[str]]:
+    """Continue this rank's share of the batches; return what came of all to rank 0."""
+    own = [continue_batch(model, tokenizer, b, n_new, on_step) for b in ranks.share(batches)]
+    found = ranks.gather(own)
+    return [found[i % ranks.size][i // ranks.size] for i in range(len(batches))] if found else []
+
+
+def follow_writer(ranks: Ranks, model: PreTrainedModel, tokenizer: Any, asked: Any) -> None:
+    """Do another rank's share of what rank 0's `Writer` tells: its task "write"."""
+    n_new, told = asked
+    batches = [[Prompt(text, tuple(seed)) for text, seed in batch] for batch in told]
+    write_share(ranks, model, tokenizer, batches, n_new)
+
+
 class Writer:
     """Writes texts with a model, each by random numbers that `seed`, its kind and its place make.
 
     Batches that are written are kept in the file `kept`, by what was asked for: a killed run goes
-    on after them.
+    on after them. Every rank writes one at a time.
     """
 
     def __init__(
@@ -179,7 +201,9 @@ class Writer:
         seed: int,
         progress: Progress,
         kept: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
         self._progress, self._path = progress, kept
         there = kept is not None and kept.exists()
@@ -225,28 +249,41 @@ class Writer:
         number of texts.
         """
         n = texts_at_once(self._model, 2 * n_new)  # prompts are shorter than what is written
+        n_done, n_side = 0, n * self._ranks.size
+
+        def on_step(step: int) -> None:
+            done = n_done + min(n_side, len(prompts) - n_done) * step // n_new
+            self._progress(min(done, len(prompts) - 1), len(prompts), message)
+
         texts: list[str] = []
-        for first in range(0, len(prompts), n):
-            batch = prompts[first : first + n]
-
-            def on_step(n_done: int, before: int = first, size: int = len(batch)) -> None:
-                done = before + size * n_done // n_new
-                self._progress(min(done, len(prompts) - 1), len(prompts), message)
-
-            texts += self._written_once(batch, n_new, on_step)
+        for n_done in range(0, len(prompts), n_side):
+            side = prompts[n_done : n_done + n_side]
+            batches = [side[i : i + n] for i in range(0, len(side), n)]
+            texts += [text for found in self._once(batches, n_new, on_step) for text in found]
         self._progress(len(prompts), len(prompts), message)
         return texts
 
-    def _written_once(
-        self, batch: Sequence[Prompt], n_new: int, on_step: Callable[[int], None]
-    ) -> list[str]:
-        key = hashlib.sha256(json_line([n_new, batch])).hexdigest()
-        if key not in self._kept:
-            texts = continue_batch(self._model, self._tokenizer, batch, n_new, on_step)
-            self._kept[key] = texts
+    def _once(
+        self, batches: Sequence[Sequence[Prompt]], n_new: int, on_step: Callable[[int], None]
+    ) -> list[list[str]]:
+        """The texts of a batch for every rank, unless they are kept."""
+        keys = [hashlib.sha256(json_line([n_new, batch])).hexdigest() for batch in batches]
+        left = {k: b for k, b in zip(keys, batches, strict=True) if k not in self._kept}
+        if left:
+            told = [[[prompt.text, list(prompt.seed)] for prompt in b] for b in left.values()]
+            with self._ranks.task("write", [n_new, told]):
+                found = write_share(
+                    self._ranks,
+                    self._model,
+                    self._tokenizer,
+                    list(left.values()),
+                    n_new,
+                    on_step,
+                )
+            self._kept |= dict(zip(left, found, strict=True))
             if self._path is not None:
                 write_json(self._path, self._kept)
-        return self._kept[key]
+        return [self._kept[key] for key in keys]
 
 
 def why_no_chat(chat: ChatTemplate) -> str:

@@ -14,6 +14,7 @@ from quantkit.gptq.errors import Damping
 from quantkit.gptq.select import Inputs
 from quantkit.gptq.solver import Factor, factorize
 from quantkit.model.row_maps import RowMap
+from quantkit.ranks.group import Ranks
 from quantkit.statistics.inputs import BlockStatistics, InputStatistics
 from quantkit.statistics.stored import Gradients
 from quantkit.tensors import ONE_INPUT
@@ -59,7 +60,9 @@ class KnownInputs:
         maps: Mapping[str, RowMap],
         config: RunConfig,
         gradients: Gradients,
+        uses: Mapping[str, int] | None = None,
     ) -> None:
+        """`uses` is how often `borrowed` will be called for a tensor; without it once for each."""
         self._maps, self._config, self._gradients = maps, config, gradients
         self.groups: list[tuple[InputStatistics, list[str]]] = []
         modules = modules_of(tensors, maps)
@@ -68,17 +71,23 @@ class KnownInputs:
             if own:
                 self.groups.append((shared, own))
         self._group_of = {t: i for i, (_, own) in enumerate(self.groups) for t in own}
-        self._left = [len(own) for _, own in self.groups]
+        self._left = [
+            sum(1 if uses is None else uses.get(name, 0) for name in own) for _, own in self.groups
+        ]
         self._made: dict[int, Inputs] = {}
         self._escalated: dict[int, float] = {}
         self._lock = Lock()
+
+    def group_of(self, tensor: str) -> int:
+        """Return which of `groups` a tensor reads, -1 for none."""
+        return self._group_of.get(tensor, -1)
 
     def has(self, tensor: str) -> bool:
         return tensor in self._group_of
 
     @contextmanager
     def borrowed(self, tensor: str) -> Iterator[Inputs | None]:
-        """Yield the inputs of a tensor, None without statistics. Call it once for every tensor."""
+        """Yield the inputs of a tensor, None without statistics. Call it as often as was said."""
         group = self._group_of.get(tensor)
         if group is None:
             yield None
@@ -120,6 +129,11 @@ class KnownInputs:
             return statistics.train
         lookups = self._gradients.lookups.train.to(statistics.train.device)
         return prices[0].sum() * statistics.train + lookups
+
+    def merge(self, ranks: Ranks) -> None:
+        """Know the dampings of all ranks' Hessians."""
+        told = ranks.union({str(group): damping for group, damping in self._escalated.items()})
+        self._escalated = {int(group): damping for group, damping in told.items()}
 
     def dampings(self) -> tuple[Damping, ...]:
         """Return the dampings of Hessians that were not positive definite at the usual one."""

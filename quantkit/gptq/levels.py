@@ -6,7 +6,7 @@ finished blocks are noted in `done.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors.numpy import load_file
@@ -20,6 +20,7 @@ from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.imatrix import write_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
+from quantkit.gptq import distributed
 from quantkit.gptq.donors import open_donors
 from quantkit.gptq.errors import Errors
 from quantkit.gptq.units import Unit, Work
@@ -31,7 +32,13 @@ from quantkit.run.stage import Run
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.statistics.collect import HEAD, block_names, walk
 from quantkit.statistics.inputs import BlockStatistics, InputDiagonal
-from quantkit.statistics.stored import load_gradients, load_importances, save_importances
+from quantkit.statistics.stored import (
+    embedding_file,
+    fisher_file,
+    load_gradients,
+    load_importances,
+    save_importances,
+)
 
 STAGE = "quantize"
 
@@ -43,20 +50,7 @@ def make_levels(run: Run, plan: LevelPlan) -> tuple[list[Path], Errors]:
     """
     levels = _Levels(run, plan)
     work, made = levels.work, run.artifacts
-    if HEAD not in levels.done:  # else a killed run had solved all blocks
-        device, folder = run.config.device, load_snapshot(run.dir).folder
-        model = open_model(run, STAGE, folder, compute_dtype(device), device)
-        levels.n_units += len(block_names(len(model.blocks)))
-        spill = made.levels / f"activations{PARTIAL}"
-        walk(model, load_file(made.tokens), levels.done, levels.solve, spill)
-        del model
-    # Without gptq the table of embeddings is rounded as llama.cpp does, whose imatrix has no
-    # gradients.
-    if "gptq" in run.config.methods:
-        levels.solve("embedding", [BlockStatistics((work.gradients.lookups,))])
-    for name in work.plan.types:
-        if not any(name in unit.errors for unit in levels.done.values()):
-            levels.solve(name, None)
+    _solve_all(run, levels)
     for name in work.base.tensors:
         if name not in work.plan.types:
             for file in work.files.values():
@@ -72,6 +66,24 @@ def make_levels(run: Run, plan: LevelPlan) -> tuple[list[Path], Errors]:
     )
     files = [file.path for file in work.files.values()]
     return [*files, made.imatrix, write_json(made.errors, found)], found
+
+
+def _solve_all(run: Run, levels: _Levels) -> None:
+    """Solve what is left of all units, with the other ranks."""
+    work, made, ranks = levels.work, run.artifacts, run.ranks
+    device, dtype = run.config.device, compute_dtype(run.config.device)
+    with ranks.session(STAGE, distributed.told(run, work, dtype)):
+        ranks.local(distributed.files(run, work.donors))
+        if HEAD not in levels.done:  # else a killed run had solved all blocks
+            model = open_model(run, STAGE, load_snapshot(run.dir).folder, dtype, device)
+            levels.n_units += len(block_names(len(model.blocks)))
+            spill = made.levels / f"activations{PARTIAL}"
+            with ranks.task("walk", list(levels.done)):
+                walk(model, load_file(made.tokens), levels.done, levels.solve, spill, ranks)
+            del model
+        for name in levels.left():
+            with ranks.task("solve", name):
+                levels.solve(name, distributed.statistics_of(name, work))
 
 
 class _Levels:
@@ -96,10 +108,23 @@ class _Levels:
             files=files,
             donors=open_donors(run.config.levels_from, specs),
             maps=load_row_maps(made.row_maps),
-            gradients=load_gradients(made.gradients),
+            gradients=load_gradients(fisher_file(made.gradients), embedding_file(made.gradients)),
+            ranks=run.ranks,
         )
         n_known = sum(map(len, self.work.of_module.values()))
         self.n_units = len(plan.types) - n_known + 1  # and the blocks and the head
+
+    def left(self) -> Iterator[str]:
+        """Yield the units beside the blocks and the head that are not done when it is their turn.
+
+        Without gptq the table of embeddings is rounded as llama.cpp does, whose imatrix has no
+        gradients.
+        """
+        if "gptq" in self.work.config.methods and distributed.EMBEDDING not in self.done:
+            yield distributed.EMBEDDING
+        for name in self.work.plan.types:
+            if not any(name in unit.errors for unit in self.done.values()):
+                yield name
 
     def solve(self, name: str, turns: Iterable[BlockStatistics] | None) -> None:
         """Solve a unit unless it is done: the tensors that read what the turns tell of, or without
@@ -107,11 +132,7 @@ class _Levels:
         """
         if name not in self.done:
             unit = Unit(self.work)
-            if turns is None:
-                unit.solve([name], None)
-            for statistics in turns or ():
-                unit.add(statistics)
-                del statistics  # or it would stay while the next turn's are summed
+            unit.solve_all(name, turns)
             errors, importances = unit.end()
             self._keep_importances(name, importances)
             for file in self.work.files.values():

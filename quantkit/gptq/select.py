@@ -77,7 +77,24 @@ def solve_tensor(
     given: Mapping[tuple[QuantType, str], native.Bytes] = {},
     device: str = "cpu",
 ) -> dict[QuantType, Solved]:
-    """Quantize one tensor, floats (n_rows, n_columns) on the CPU, to each of `types` by the best of
+    """Do `solve_parts` for a whole tensor, and keep the rows of the method that is best for each of
+    `types`.
+    """
+    parts = solve_parts(weight, types, methods, inputs, sensitivity, n_sweeps, given, device)
+    return {qtype: decide(qtype, parts) for qtype in types}
+
+
+def solve_parts(
+    weight: torch.Tensor,
+    types: Sequence[QuantType],
+    methods: Sequence[str],
+    inputs: Inputs | None,
+    sensitivity: Sensitivity | None,
+    n_sweeps: int = N_SWEEPS,
+    given: Mapping[tuple[QuantType, str], native.Bytes] = {},
+    device: str = "cpu",
+) -> list[Part]:
+    """Quantize rows of a tensor, floats (n_rows, n_columns) on the CPU, to each of `types` by all
     `methods`, GPTQ's followed by `n_sweeps` of descent. `given` are rows that somebody else made,
     by type and name: they compete like a method.
 
@@ -96,7 +113,7 @@ def solve_tensor(
         part = solve_rows(rows, types, methods, inputs, own, n_sweeps, theirs)
         # Until all parts are there nobody knows which method's rows are wanted.
         parts.append(part if step >= n_rows else part.on_cpu())
-    return {qtype: _decide(qtype, parts) for qtype in types}
+    return parts
 
 
 def _stacked_on_gpu() -> int:
@@ -104,10 +121,15 @@ def _stacked_on_gpu() -> int:
     return min(_STACKED_WEIGHTS_CUDA, max(1 << 22, free_memory("cuda") // _STACKED_BYTES))
 
 
-def _decide(qtype: QuantType, parts: Sequence[Part]) -> Solved:
-    """One tensor's rows by the one method that is best for all of them."""
+def best_method(qtype: QuantType, parts: Sequence[Part]) -> tuple[str, dict[str, Error]]:
+    """Return the one method that is best for all parts of a tensor, and the errors of all."""
     errors = {m: _sum([part.errors[qtype, m] for part in parts], parts) for m in parts[0].of(qtype)}
-    best = min(errors, key=lambda method: errors[method].rank)
+    return min(errors, key=lambda method: errors[method].rank), errors
+
+
+def decide(qtype: QuantType, parts: Sequence[Part]) -> Solved:
+    """Decide the method of a tensor: the one that is best for all its parts."""
+    best, errors = best_method(qtype, parts)
     packed = torch.cat([part.packed[qtype, best] for part in parts]).cpu().numpy()
     return Solved(qtype, best, packed, errors)
 
@@ -140,6 +162,11 @@ class Part:
     power: float
     errors: Mapping[tuple[QuantType, str], Error]
     packed: Mapping[tuple[QuantType, str], torch.Tensor]  # uint8 (n_rows, row_bytes)
+
+    @property
+    def types(self) -> list[QuantType]:
+        """Return the types that the rows were made in."""
+        return list(dict.fromkeys(qtype for qtype, _ in self.errors))
 
     def of(self, qtype: QuantType) -> list[str]:
         """Return the methods that made rows of this type."""

@@ -4,7 +4,9 @@ inputs are not known. Their statistics come in one turn, or in several where the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,16 +23,20 @@ from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.gguf_file.write import SlotFile
 from quantkit.gptq.donors import PREFIX, Donor, rows_of
 from quantkit.gptq.errors import Damping, Errors, ExpertErrors, TypeErrors
+from quantkit.gptq.exchange import agree, best_rows, gather
 from quantkit.gptq.inputs import KnownInputs, make_inputs, modules_of, sibling_of
 from quantkit.gptq.select import (
     Part,
     Solved,
+    decide,
     decide_experts,
     experts_at_once,
     solve_experts,
-    solve_tensor,
+    solve_parts,
 )
+from quantkit.gptq.shares import Piece, cut, even, pack
 from quantkit.model.row_maps import RowMap
+from quantkit.ranks.group import ALONE, Ranks
 from quantkit.statistics.inputs import (
     BlockStatistics,
     ExpertStatistics,
@@ -56,6 +62,7 @@ class Work:
     donors: Sequence[Donor]
     maps: Mapping[str, RowMap]
     gradients: Gradients
+    ranks: Ranks = ALONE
 
     @cached_property
     def of_module(self) -> dict[str, list[str]]:
@@ -81,6 +88,16 @@ class Unit:
         self._stacked: dict[str, list[_Turn]] = {}
         self._diagonals: dict[str, list[InputDiagonal]] = {}
 
+    def solve_all(self, name: str, turns: Iterable[BlockStatistics] | None) -> None:
+        """Solve the tensors that read what the turns tell of, or without them the tensor of this
+        name.
+        """
+        if turns is None:
+            self.solve([name], None)
+        for statistics in turns or ():
+            self.add(statistics)
+            del statistics  # or it would stay while the next turn's are summed
+
     def add(self, statistics: BlockStatistics) -> None:
         """Solve the tensors whose inputs these are; of stacked weights, the experts."""
         self.solve([t for inputs in statistics.inputs for t in self._readers(inputs)], statistics)
@@ -98,27 +115,74 @@ class Unit:
 
     def solve(self, tensors: Sequence[str], statistics: BlockStatistics | None) -> None:
         """Solve whole tensors; where there are no statistics, by rounding alone."""
+        if not tensors:
+            return
         work, methods = self._work, self._work.config.methods
-        known = KnownInputs(statistics, tensors, work.maps, work.config, work.gradients)
+        pieces, mine = self._shared_out(tensors, statistics)
+        uses = Counter(pieces[i].tensor for i in mine)
+        known = KnownInputs(statistics, tensors, work.maps, work.config, work.gradients, uses)
         for inputs, own in known.groups:
             if inputs.is_judged_on_train:
                 reason = "no held-out token reached its inputs"
                 self._fallbacks += [
                     Fallback(name, "error held out", "error on train", reason) for name in own
                 ]
+        for name, parts in self._solved([(i, pieces[i]) for i in mine], pieces, known):
+            types = work.plan.choices(name)
+            solved = {q: decide(q, [part for part in parts if q in part.types]) for q in types}
+            self._keep(name, solved)
+            self._fallbacks += _method_fallbacks(name, solved, methods, known.has(name))
+            if name not in work.maps and known.has(name):
+                used = f"importances of {sibling_of(name, work.maps)}"
+                reason = "it is not found in the model"
+                self._fallbacks.append(Fallback(name, "statistics of its own", used, reason))
+        known.merge(work.ranks)
+        self._dampings += known.dampings()
 
-        def solve(name: str) -> dict[QuantType, Solved]:
-            return _solve(name, work, known)
+    def _shared_out(
+        self, tensors: Sequence[str], statistics: BlockStatistics | None
+    ) -> tuple[list[Piece], list[int]]:
+        """The pieces of all tensors, and the indices of this rank's."""
+        work = self._work
+        readers = [self._readers(inputs) for inputs in statistics.inputs] if statistics else []
+        inputs = {name: i for i, own in enumerate(readers) for name in own}
+        shapes = {name: work.base.tensors[name].shape for name in tensors}
+        pieces = cut(
+            {name: (math.prod(shape[:-1]), shape[-1]) for name, shape in shapes.items()},
+            {name: len(work.plan.choices(name)) for name in tensors},
+            {name: inputs.get(name, -1) for name in tensors},
+            work.ranks.size,
+        )
+        return pieces, pack(pieces, work.ranks.size)[work.ranks.rank]
+
+    def _solved(
+        self, mine: Sequence[tuple[int, Piece]], pieces: Sequence[Piece], known: KnownInputs
+    ) -> Iterator[tuple[str, list[Part]]]:
+        """Solve this rank's pieces; yield all tensors with their parts on rank 0."""
+        ranks = self._work.ranks
+        of_tensor: dict[str, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            of_tensor.setdefault(piece.tensor, []).append(i)
+
+        def solve(mine: tuple[int, Piece]) -> list[Part]:
+            parts = _solve(mine[1], self._work, known)
+            if ranks.is_alone:
+                return parts
+            if len(of_tensor[mine[1].tensor]) == 1:
+                return best_rows(parts, parts)
+            return [part.on_cpu() for part in parts]
 
         with self._workers() as pool:
-            for name, solved in zip(tensors, pool.map(solve, tensors), strict=True):
-                self._keep(name, solved)
-                self._fallbacks += _method_fallbacks(name, solved, methods, known.has(name))
-                if name not in work.maps and known.has(name):
-                    used = f"importances of {sibling_of(name, work.maps)}"
-                    reason = "it is not found in the model"
-                    self._fallbacks.append(Fallback(name, "statistics of its own", used, reason))
-        self._dampings += known.dampings()
+            found = zip(mine, pool.map(solve, mine), strict=True)
+            if ranks.is_alone:
+                yield from ((piece.tensor, parts) for (_, piece), parts in found)
+                return
+            own = {i: parts for (i, _), parts in found}
+        split = [indices for indices in of_tensor.values() if len(indices) > 1]
+        gathered = gather(ranks, agree(ranks, own, split))
+        for name, indices in of_tensor.items():
+            if gathered:
+                yield name, [part for i in indices for part in gathered[i]]
 
     def _workers(self) -> ThreadPoolExecutor:
         """Tensors do not depend on each other; one alone leaves a CPU's cores idle between its
@@ -127,25 +191,33 @@ class Unit:
         return ThreadPoolExecutor(2 if self._work.config.device == "cpu" else 1, "tensor")
 
     def _solve_experts(self, tensors: Sequence[str], statistics: ExpertStatistics) -> None:
-        """Solve the tensors of a layer's experts that read one input. An expert's Hessian is
-        factorized once for all of them; a GPU takes many experts at once.
+        """Solve the tensors of a layer's experts that read one input, each rank a range of experts.
+        An expert's Hessian is factorized once for all tensors; a GPU takes many experts at once.
         """
-        work = self._work
+        work, ranks = self._work, self._work.ranks
         stacks = [_Stack.of(name, work) for name in tensors]
         n_experts, step = len(statistics.n_tokens), 1  # on a CPU every core has one of its own
         if work.config.device != "cpu":
             step = min(stack.at_once for stack in stacks)
-        batches = [range(i, min(i + step, n_experts)) for i in range(0, n_experts, step)]
+        own = even(n_experts, ranks.rank, ranks.size)
+        batches = [range(i, min(i + step, own.stop)) for i in range(own.start, own.stop, step)]
 
         def solve(batch: range) -> list[list[Part]]:
             return _solve_batch(batch, stacks, statistics, work)
 
         with self._workers() as pool:
             found = list(pool.map(solve, batches))
-        for i, name in enumerate(tensors):
-            parts = [part for batch in found for part in batch[i]]
-            turn = _Turn(parts, statistics.n_tokens, statistics.weights)
-            self._stacked.setdefault(name, []).append(turn)
+        # By tensor and rank: every rank has some of the experts.
+        parts = {
+            i * ranks.size + ranks.rank: [part for batch in found for part in batch[i]]
+            for i in range(len(tensors))
+        }
+        if gathered := gather(ranks, parts):
+            for i, name in enumerate(tensors):
+                places = (i * ranks.size + rank for rank in range(ranks.size))
+                experts = [part for place in places for part in gathered.get(place, ())]
+                turn = _Turn(experts, statistics.n_tokens, statistics.weights)
+                self._stacked.setdefault(name, []).append(turn)
 
     def _keep(self, name: str, solved: Mapping[QuantType, Solved]) -> None:
         types = self._work.plan.types[name]
@@ -176,22 +248,22 @@ def _joined(turns: Sequence[InputDiagonal]) -> InputDiagonal:
     return InputDiagonal(np.concatenate([turn.diagonal for turn in turns]), counts)
 
 
-def _solve(name: str, work: Work, known: KnownInputs) -> dict[QuantType, Solved]:
-    """A whole tensor in all its types."""
+def _solve(piece: Piece, work: Work, known: KnownInputs) -> list[Part]:
+    """Rows of a tensor in all its types."""
+    name, rows = piece.tensor, slice(piece.first, piece.last)
     sensitivity, device = work.sensitivity(name), work.config.device
-    weight = _as_stored(work.base.packed(name), work.base.tensors[name].qtype)
+    own = sensitivity and sensitivity.rows(piece.first, piece.last)
+    weight = _as_stored(work.base.packed(name)[rows], work.base.tensors[name].qtype)
     # Of the largest tensors, the vocabulary's, the rows of all types would not fit.
     choices = work.plan.choices(name)
     steps = [(q,) for q in choices] if weight.numel() > ALL_TYPES_AT_ONCE else [choices]
-    solved: dict[QuantType, Solved] = {}
+    parts: list[Part] = []
     methods, n_sweeps = work.config.methods, work.n_sweeps
     with known.borrowed(name) as inputs:
         for types in steps:
-            given = rows_of(work.donors, name, types)
-            solved |= solve_tensor(
-                weight, types, methods, inputs, sensitivity, n_sweeps, given, device
-            )
-    return solved
+            given = {key: r[rows] for key, r in rows_of(work.donors, name, types).items()}
+            parts += solve_parts(weight, types, methods, inputs, own, n_sweeps, given, device)
+    return parts
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from quantkit.hub.download import (
     Progress,
     cache_dir,
     cached_folder,
+    cached_snapshot,
     check_disk,
     damaged_files,
     download,

@@ -79,8 +79,13 @@ def cached_folder(info: ModelInfo) -> Path:
     """
     if info.local_path is not None:
         return Path(info.local_path)
-    repo = constants.REPO_ID_SEPARATOR.join(["models", *info.id.split("/")])
-    return cache_dir() / repo / "snapshots" / info.sha
+    return cached_snapshot(info.id, info.sha)
+
+
+def cached_snapshot(repo: str, revision: str) -> Path:
+    """Return the place of a repository's commit in the Hub's cache."""
+    folder = constants.REPO_ID_SEPARATOR.join(["models", *repo.split("/")])
+    return cache_dir() / folder / "snapshots" / revision
 
 
 def damaged_files(info: ModelInfo, folder: Path) -> list[RepoFile]:

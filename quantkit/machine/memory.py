@@ -1,7 +1,8 @@
 """Decide how much memory a run can take, and spill tensors that do not fit to a file.
 
 QUANTKIT_MEMORY (`12GiB`) is the most that a run may count on, of the machine's memory or of a
-GPU's; without it that is what is free (`quantkit.machine.room`). No result depends on it but
+GPU's; without it that is what is free (`quantkit.machine.room`). Processes that torchrun started
+together on a machine have equal shares of its memory. No result depends on it but
 whether files are tuned, and the run says when they are not.
 """
 
@@ -33,7 +34,8 @@ def free_memory(device: str = "cpu") -> int:
         taken = torch.cuda.memory_allocated(device)
         unused = torch.cuda.memory_reserved(device) - taken
         free = torch.cuda.mem_get_info(device)[0] + unused
-    return free if limit is None else max(0, min(free, limit - taken))
+    free = free if limit is None else max(0, min(free, limit - taken))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else free
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    device: str = "cpu"  # this process's own, as in "cuda:1"
+    device: str = "cpu"  # this process's own: it sees no other GPU, so "cuda" is the one
     _connections: Connections | None = field(default=None, repr=False)
 
     @property
@@ -140,6 +140,15 @@ class Ranks:
         found = self.gather(value)
         return int(self.tell(min(found, default=None)))
 
+    def union(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of all ranks' tables, which are JSON, to all: in the order of the
+        lowest ranks that have them, and as those have them.
+        """
+        found: dict[str, Any] = {}
+        for own in self.gather(dict(table)):
+            found = {**found, **{key: own[key] for key in own if key not in found}}
+        return dict(self.tell(found))
+
     def local(self, paths: Sequence[Path]) -> list[Path]:
         """Return files of rank 0 as this rank can open them; only rank 0's `paths` are looked at.
 
@@ -188,6 +197,8 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors that are summed by one call: of one type and device, in their order."""
     waiting: dict[object, list[Tensor]] = {}
     for tensor in tensors:
+        if not tensor.numel():
+            continue
         key = tensor.device.type, tensor.dtype
         waiting.setdefault(key, []).append(tensor)
         if sum(t.nbytes for t in waiting[key]) >= _BUCKET_BYTES:

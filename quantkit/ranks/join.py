@@ -84,14 +84,16 @@ def _connect(device: str) -> tuple[Connections, str]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     own = "cpu"
     if device == "cuda":
-        n_gpus = torch.cuda.device_count()
-        if local_rank >= n_gpus:
+        # The only one that it sees: a thread's own device would be the first of all.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [str(local_rank)] if visible is None else visible.split(",")[local_rank:]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[0] if names else ""
+        if torch.cuda.device_count() != 1:
             raise QuantkitError(
-                f"This machine has {n_gpus} GPUs, and process {local_rank + 1} was started on it.",
-                "Give torchrun --nproc-per-node the number of GPUs.",
+                f"There is no GPU for process {local_rank + 1} of this machine.",
+                "Give torchrun --nproc-per-node the number of its GPUs.",
             )
-        own = f"cuda:{local_rank}"
-        torch.cuda.set_device(local_rank)
+        own = device
         # Else a thread of NCCL's ends this process before it has said why.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:

@@ -7,14 +7,94 @@ before validation sees), `calibration.json`, `gradients/fisher.safetensors` and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from quantkit.config.calibration import shown
 from quantkit.files import write_json
+from quantkit.ranks.group import Ranks
+from quantkit.ranks.join import Task
+from quantkit.run.events import EventLog
 from quantkit.run.stage import Run, Stage, StageResult
-from quantkit.sources.snapshot import load_snapshot
+from quantkit.sandbox.untrusted import build
+from quantkit.sources.snapshot import Place, load_snapshot
+from quantkit.tensors import to_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.model.blockwise import BlockwiseModel
+    from quantkit.statistics.fisher import Fisher
+    from quantkit.statistics.hessian import HessianCollector
 
 NAME = "calibrate"
 
 _FISHER_TOKENS = 4096  # gradients are averaged over all positions: few tokens price a layer well
+
+
+_PARTS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the other ranks are told when the stage begins."""
+
+    model: Place
+    dtype: str
+    device: str
+    seed: int
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _take_part(ranks: Ranks, payload: Any) -> None:
+    """Do another rank's share of the stage."""
+    import torch
+
+    from quantkit.calibration.sampling import follow_writer
+    from quantkit.calibration.tokenizer import Tokenizer
+    from quantkit.model.streaming import open_model
+
+    told = build(_Told, payload)
+    folder = told.model.find()
+    model = open_model(folder, getattr(torch, told.dtype), told.device)
+    tokenizer = Tokenizer(folder)
+
+    def write(asked: Any) -> None:
+        follow_writer(ranks, model.model, tokenizer, asked)
+
+    def fisher(_: None) -> None:
+        (path,) = ranks.local([])
+        _gradients(model, path, told.seed, ranks)
+
+    ranks.follow({"write": write, "fisher": fisher})
+
+
+def _gradients(
+    model: BlockwiseModel, path: Path, seed: int, ranks: Ranks, events: EventLog | None = None
+) -> tuple[Fisher, dict[str, HessianCollector]]:
+    """The backward pass over some of the held-out tokens in the file `path`: the Fisher
+    information, and the outer products of the gradients at what is looked up.
+    """
+    import torch
+    from safetensors.numpy import load_file
+
+    from quantkit.config import N_CTX
+    from quantkit.statistics.fisher import output_fisher
+    from quantkit.statistics.hessian import HessianCollector
+
+    ids = torch.from_numpy(load_file(path)["heldout"][: max(1, _FISHER_TOKENS // N_CTX)])
+    lookups = {part: HessianCollector({}) for part in _PARTS}
+
+    def progress(done: int, total: int) -> None:
+        if events is not None:
+            events.progress(NAME, done, total, "gradients at the outputs of every layer")
+
+    return output_fisher(model, ids, seed, lookups, progress=progress, ranks=ranks), lookups
 
 
 class Calibrate(Stage):
@@ -27,7 +107,6 @@ class Calibrate(Stage):
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError for texts that cannot be read."""
-        import torch
         from safetensors.numpy import load_file
 
         from quantkit.calibration.prepare import write_texts
@@ -35,28 +114,23 @@ class Calibrate(Stage):
         from quantkit.config import N_CTX
         from quantkit.model.blockwise import compute_dtype
         from quantkit.model.opening import open_model
-        from quantkit.statistics.fisher import output_fisher
-        from quantkit.statistics.hessian import HessianCollector
         from quantkit.statistics.stored import embedding_file, fisher_file, save_gradients
 
-        made = run.artifacts
+        made, ranks = run.artifacts, run.ranks
         snapshot = load_snapshot(run.dir)
         dtype = compute_dtype(run.config.device)
-        model = open_model(run, NAME, snapshot.folder, dtype, run.config.device)
-        tokenizer = Tokenizer(snapshot.folder)
-        about = write_texts(run, model, tokenizer)
+        told = _Told(Place.of(snapshot), _name(dtype), run.config.device, run.config.seed)
+        with ranks.session(NAME, to_json(told)):
+            model = open_model(run, NAME, snapshot.folder, dtype, run.config.device)
+            about = write_texts(run, model, Tokenizer(snapshot.folder))
+            if not fisher_file(made.gradients).exists():
+                with ranks.task("fisher"):
+                    (path,) = ranks.local([made.tokens])
+                    found = _gradients(model, path, run.config.seed, ranks, run.events)
+                save_gradients(made.gradients, *found)
         stored = load_file(made.tokens)
-        tokens = {part: stored[part] for part in ("train", "heldout")}
+        tokens = {part: stored[part] for part in _PARTS}
         outputs = [made.tokens, *(made.eval_texts / name for name in about.eval)]
-        if not fisher_file(made.gradients).exists():
-            ids = torch.from_numpy(tokens["heldout"][: max(1, _FISHER_TOKENS // N_CTX)])
-            lookups = {part: HessianCollector({}) for part in tokens}
-
-            def progress(done: int, total: int) -> None:
-                run.events.progress(NAME, done, total, "gradients at the outputs of every layer")
-
-            fisher = output_fisher(model, ids, run.config.seed, lookups, progress=progress)
-            save_gradients(made.gradients, fisher, lookups)
         report = {
             "spec": shown(run.config.calibration),
             "note": about.note,
@@ -65,7 +139,7 @@ class Calibrate(Stage):
             "n_tokens": {part: int(ids.size) for part, ids in tokens.items()},
             "n_ctx": N_CTX,
             "seed": run.config.seed,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": _name(dtype),
         }
         outputs += [
             write_json(made.calibration, report),
@@ -73,6 +147,11 @@ class Calibrate(Stage):
             fisher_file(made.gradients),
         ]
         return StageResult(outputs, {"n_tokens": report["n_tokens"], "note": about.note})
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Return the text that the model writes, and the backward pass."""
+        return {NAME: _take_part}
 
     def is_intermediate(self, path: str) -> bool:
         """Gradients are only needed by the quantize stage."""

@@ -13,15 +13,25 @@ The unit of work is one block: after a kill, blocks that are done are only run f
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from quantkit.config import RunConfig
 from quantkit.config.levels import LEFT_OUT
 from quantkit.files import sha256_file
 from quantkit.gguf_file.base import load_base, load_specs
 from quantkit.planning.plan import made_levels
+from quantkit.ranks.group import Ranks
+from quantkit.ranks.join import Task
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.database import write_database
+
+
+def _take_part(ranks: Ranks, payload: Any) -> None:
+    from quantkit.gptq.distributed import take_part  # needs torch
+
+    take_part(ranks, payload)
 
 
 class Quantize(Stage):
@@ -52,6 +62,11 @@ class Quantize(Stage):
             "left_out": made.left_out,
         }
         return StageResult([*outputs, run.artifacts.database], summary)
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Return the pass over the blocks, and what is solved beside it."""
+        return {self.name: _take_part}
 
     def extra_inputs(self, config: RunConfig) -> dict[str, str]:
         """Return the hashes of the files of others that compete."""

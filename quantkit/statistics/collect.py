@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from quantkit.config import N_CTX
 from quantkit.machine.memory import free_memory
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.offload import States
+from quantkit.ranks.group import ALONE, Ranks
 from quantkit.statistics.experts import ExpertCollector, grouped_experts
 from quantkit.statistics.hessian import HessianCollector, is_linear
 from quantkit.statistics.inputs import BlockStatistics
@@ -40,8 +40,11 @@ def walk(
     done: Container[str],
     use: Use,
     spill: Path,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run all blocks over all tokens, int64 (n_sequences, n_ctx) each of `train` and `heldout`.
+    Every rank runs its share of the batches, whose hidden states stay there; the statistics are
+    those of all.
 
     `use` is called with the name and the statistics of every block that is not in `done`, and of
     the head. Where they do not fit in memory they come in turns, for each of which the block is run
@@ -53,13 +56,14 @@ def walk(
     left = [position for position, name in enumerate(names) if name not in done]
     if not left:
         return
-    batches = _batches(tokens, model.device)
+    batches = ranks.share(_batches(tokens, model.device))
+    n_tokens = {part: ids.size for part, ids in tokens.items()}
     states = _embedded(model, batches, spill)
     for index, name in enumerate(names[: left[-1] + 1]):
         if name == HEAD:
-            use(name, [_at_head(model, batches, states)])
+            use(name, [_at_head(model, batches, states, n_tokens, ranks)])
         elif index in left:
-            use(name, _in_turns(model, index, batches, states))
+            use(name, _in_turns(model, index, batches, states, n_tokens, ranks))
         else:
             _run(model, index, batches, states, {})
     states.clear()
@@ -78,8 +82,10 @@ def _embedded(model: BlockwiseModel, batches: Sequence[Batch], spill: Path) -> S
     """The hidden states before the first block: on the model's device where all have room there,
     for most of a pass would go by on their way to memory and back.
     """
-    first = model.trace(batches[0][1])[0]
     kind = model.device.type
+    if not batches:  # fewer than there are ranks
+        return States(spill, 0, kind)
+    first = model.trace(batches[0][1])[0]
     if first.nbytes * len(batches) > ACTIVATIONS_SHARE * free_memory(kind):
         kind = "cpu"
     states = States(spill, int(ACTIVATIONS_SHARE * free_memory(kind)), kind)
@@ -90,33 +96,40 @@ def _embedded(model: BlockwiseModel, batches: Sequence[Batch], spill: Path) -> S
 
 
 def _in_turns(
-    model: BlockwiseModel, index: int, batches: Sequence[Batch], states: States
+    model: BlockwiseModel,
+    index: int,
+    batches: Sequence[Batch],
+    states: States,
+    n_tokens: Mapping[str, int],
+    ranks: Ranks,
 ) -> Iterator[BlockStatistics]:
-    room = int(HESSIANS_SHARE * free_memory(model.device.type))
+    room = ranks.least(int(HESSIANS_SHARE * free_memory(model.device.type)))
     turns: list[Turn] = [Everything()]
     with model.holding(index):
         if most_bytes(model.blocks[index]) > room:
-            watchers = _watchers(model, index, batches, Turn(frozenset(), {}))
+            watchers = _watchers(model, index, n_tokens, Turn(frozenset(), {}))
             _run(model, index, batches, states, watchers, is_last=False)
+            _merge(watchers, ranks, model.device)
             turns = share_out(*watchers["train"], room)
     for turn in turns:
         with model.holding(index):
-            watchers = _watchers(model, index, batches, turn)
+            watchers = _watchers(model, index, n_tokens, turn)
             _run(model, index, batches, states, watchers, is_last=turn is turns[-1])
+            _merge(watchers, ranks, model.device)
         linears = {part: linear for part, (linear, _) in watchers.items()}
         experts = {part: expert for part, (_, expert) in watchers.items()}
         yield BlockStatistics.of(linears, experts)
 
 
+Watchers = dict[str, tuple[HessianCollector, ExpertCollector]]  # by part
+
+
 def _watchers(
-    model: BlockwiseModel, index: int, batches: Sequence[Batch], turn: Turn
-) -> dict[str, tuple[HessianCollector, ExpertCollector]]:
-    """Collectors by part, for linear layers and for stacked weights."""
+    model: BlockwiseModel, index: int, n_tokens: Mapping[str, int], turn: Turn
+) -> Watchers:
+    """Collectors for linear layers and for stacked weights; `n_tokens` are those of all ranks."""
     block, prefix = model.blocks[index], model.block_name(index)
     linears = {f"{prefix}.{n}": m for n, m in block.named_modules() if is_linear(m)}
-    n_tokens = Counter[str]()
-    for part, ids in batches:
-        n_tokens[part] += ids.numel()
     return {
         part: (
             HessianCollector(linears, turn.takes),
@@ -124,6 +137,12 @@ def _watchers(
         )
         for part, n in n_tokens.items()
     }
+
+
+def _merge(watchers: Watchers, ranks: Ranks, device: torch.device) -> None:
+    for collectors in watchers.values():
+        for collector in collectors:
+            collector.merge(ranks, device)
 
 
 def _run(
@@ -150,9 +169,17 @@ def _run(
                 states.put(i, hidden, shared_kv)
 
 
-def _at_head(model: BlockwiseModel, batches: Sequence[Batch], states: States) -> BlockStatistics:
-    collectors = {part: HessianCollector(model.head_linears()) for part, _ in batches}
+def _at_head(
+    model: BlockwiseModel,
+    batches: Sequence[Batch],
+    states: States,
+    n_tokens: Mapping[str, int],
+    ranks: Ranks,
+) -> BlockStatistics:
+    collectors = {part: HessianCollector(model.head_linears()) for part in n_tokens}
     for i, (part, ids) in enumerate(batches):
         with collectors[part].watching():
             model.head_input(states.get(i, ids.device)[0])
+    for collector in collectors.values():
+        collector.merge(ranks, model.device)
     return BlockStatistics.of(collectors)

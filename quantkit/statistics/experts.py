@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from quantkit.ranks.group import Ranks
 from quantkit.statistics.hessian import add_outers, symmetrize
 
 LENT = 64  # tokens that all inputs count which an expert would not have been given: dev/LOG.md
@@ -228,13 +229,8 @@ class ExpertCollector:
         group = next((g for g, names in self.members.items() if name in names), name)
         self._last = (x, group)
         if group not in self.members:
-            n = x.shape[-1]
-            self.members[group], self.widths[group] = (name,), n
-            self.n_experts[group] = len(self._parameters[name])
-            wanted = self.experts[group] = self._wanted(group, self.n_experts[group])
-            self.sums[group] = torch.zeros((len(wanted), n, n), device=x.device)
-            self.n_tokens[group] = torch.zeros(len(wanted), device=x.device)
-            self.weights[group] = torch.zeros(len(wanted), device=x.device)
+            self.members[group] = (name,)
+            self._begin(group, x.shape[-1], len(self._parameters[name]), x.device)
         ends = product.ends
         if product.is_handed_all:
             own = (x != 0).any(1)
@@ -251,6 +247,34 @@ class ExpertCollector:
         self.weights[group][here] += self._share * counts
         if not self._is_lent:
             self.n_tokens[group][here] += counts
+
+    def merge(self, ranks: Ranks, device: torch.device) -> None:
+        """Make groups, sums and counts those of all ranks together, lent tokens included."""
+        if ranks.is_alone:
+            return
+        known = ranks.union(
+            {g: [names, self.widths[g], self.n_experts[g]] for g, names in self.members.items()}
+        )
+        for group, (names, n, n_experts) in known.items():
+            self.members[group] = tuple(names)
+            if group not in self.widths:
+                self._begin(group, n, n_experts, device)
+        self.members = {group: self.members[group] for group in known}  # in the order of all ranks
+        self.widths = {group: self.widths[group] for group in known}
+        self.sums = {group: self.sums[group] for group in known}
+        ranks.sum(
+            tensor
+            for group in known
+            for tensor in (self.sums[group], self.n_tokens[group], self.weights[group])
+        )
+
+    def _begin(self, group: str, n: int, n_experts: int, device: torch.device) -> None:
+        """Begin the sums of a group."""
+        self.widths[group], self.n_experts[group] = n, n_experts
+        wanted = self.experts[group] = self._wanted(group, n_experts)
+        self.sums[group] = torch.zeros((len(wanted), n, n), device=device)
+        self.n_tokens[group] = torch.zeros(len(wanted), device=device)
+        self.weights[group] = torch.zeros(len(wanted), device=device)
 
     def means(self) -> dict[str, torch.Tensor]:
         """Return the Hessians, float32 (n_experts, n, n) by group; the sums are used up.

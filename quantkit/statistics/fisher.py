@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from quantkit.model.blockwise import BlockCall, BlockwiseModel
+from quantkit.ranks.group import ALONE, Ranks
 from quantkit.statistics.experts import (
     ExpertProducts,
     Product,
@@ -30,6 +31,8 @@ from quantkit.statistics.experts import (
     stacked_parameters,
 )
 from quantkit.statistics.hessian import HessianCollector, is_linear
+
+_HEAD = "(head)"
 
 
 @dataclass(frozen=True)
@@ -51,38 +54,49 @@ def output_fisher(
     lookups: Mapping[str, HessianCollector] | None = None,
     batch: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> Fisher:
     """Estimate the Fisher information on sequences `ids` (n_sequences, n_ctx), labels drawn with
-    `seed`.
+    `seed`. Every rank runs its share of the batches; all have the sums.
 
     `lookups` are given C by the name of the embedding module: its first collector of the first
     sequence and every second after it, the other one of the others. `progress` is called with the
     blocks that are done, of all batches, and how many there are.
     """
-    device, n_blocks, n_batches = model.device, len(model.blocks), -(-len(ids) // batch)
+    batch = min(batch, -(-len(ids) // ranks.size))
+    starts = range(0, len(ids), batch)
+    own = ranks.share(starts)
+    device, n_blocks, n_batches = model.device, len(model.blocks), len(own)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
-    head = torch.zeros(())
-    for start in range(0, len(ids), batch):
+    for start in starts:
         part = ids[start : start + batch].to(device)
+        if start not in own:  # its labels are drawn all the same: those after it are as alone
+            for _ in part:
+                torch.rand(ids.shape[1], 1, generator=generator)
+            continue
         states, calls = _boundaries(model, part)
         grads, squares = [], []
         for state in states[-1]:
             grad, probability = _label_gradient(model, state[None], generator)
             grads.append(grad)
             squares.append((probability * (1 - probability)).sum(0))
-        head = head + torch.stack(squares).sum(0)
+        total = torch.stack(squares).sum(0)
+        sums[_HEAD] = sums[_HEAD] + total if _HEAD in sums else total
         gradient = torch.cat(grads)
         for index in reversed(range(len(model.blocks))):
             with model.holding(index):
                 gradient = _backward(model, index, states[index], calls[index], gradient, sums)
-            progress(start // batch * n_blocks + n_blocks - index, n_batches * n_blocks)
+            progress(own.index(start) * n_blocks + n_blocks - index, n_batches * n_blocks)
         scale = _embedding_scale(model, part, states[0]) if lookups else 1.0
         for parity, collector in enumerate((lookups or {}).values()):
-            own = gradient[(start + parity) % 2 :: 2]
-            if len(own):
-                collector.add((model.embedding_name,), scale * own.float())
-    n_tokens = ids.numel()
+            rows = gradient[(start + parity) % 2 :: 2]
+            if len(rows):
+                collector.add((model.embedding_name,), scale * rows.float())
+    sums = _merged(sums, ranks, device)
+    for collector in (lookups or {}).values():
+        collector.merge(ranks, device)
+    n_tokens, head = ids.numel(), sums.pop(_HEAD)
     n_vocab = head.shape[0]
     frequency = torch.bincount(ids.flatten(), minlength=n_vocab)[:n_vocab].float() / n_tokens
     sums |= {name: head for name in model.head_linears()}
@@ -90,6 +104,19 @@ def output_fisher(
         {name: (total / n_tokens).cpu() for name, total in sums.items()},
         frequency.cpu(),
     )
+
+
+def _merged(
+    sums: dict[str, torch.Tensor], ranks: Ranks, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The sums of all ranks, which may have met fewer modules than another."""
+    shapes = ranks.union({name: list(total.shape) for name, total in sums.items()})
+    found = {
+        name: sums[name] if name in sums else torch.zeros(shape, device=device)
+        for name, shape in shapes.items()
+    }
+    ranks.sum(found.values())
+    return found
 
 
 @torch.no_grad()

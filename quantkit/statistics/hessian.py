@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.ranks.group import Ranks
+
 # Columns; H is symmetric, so only panels on and above the diagonal are multiplied.
 _PANEL = 256
 _PANEL_CUDA = 1024  # narrower ones leave a GPU's matrix units waiting
@@ -125,6 +127,24 @@ class HessianCollector:
             self.n_tokens[group] = 0
         add_outer(self.sums[group], x)
         self.n_tokens[group] += len(x)
+
+    def merge(self, ranks: Ranks, device: torch.device) -> None:
+        """Make groups, sums and counts those of all ranks together. A rank may have met fewer
+        groups than another, or none.
+        """
+        if ranks.is_alone:
+            return
+        known = ranks.union({g: [names, self.widths[g]] for g, names in self.members.items()})
+        self.members = {group: tuple(names) for group, (names, _) in known.items()}
+        self.widths = {group: n for group, (_, n) in known.items()}
+        wanted = {group: n for group, n in self.widths.items() if self._wanted(group)}
+        self.sums = {
+            group: self.sums[group] if group in self.sums else torch.zeros((n, n), device=device)
+            for group, n in wanted.items()
+        }
+        counts = torch.tensor([self.n_tokens.get(group, 0) for group in wanted])
+        ranks.sum([*self.sums.values(), counts])
+        self.n_tokens = dict(zip(wanted, counts.tolist(), strict=True))
 
     def means(self) -> dict[str, torch.Tensor]:
         """Return the Hessians, float32 (n, n) by group; the sums are used up."""

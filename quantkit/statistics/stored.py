@@ -58,12 +58,12 @@ def save_gradients(folder: Path, fisher: Fisher, lookups: Mapping[str, HessianCo
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
 
 
-def load_gradients(folder: Path) -> Gradients:
-    """Read what `save_gradients` wrote."""
-    with safe_open(embedding_file(folder), "pt") as file:
+def load_gradients(fisher_path: Path, embedding_path: Path) -> Gradients:
+    """Read what `save_gradients` wrote: `fisher_file` and `embedding_file`."""
+    with safe_open(embedding_path, "pt") as file:
         modules, n_train, on_train = json.loads(file.metadata()["inputs"])
         train, heldout = file.get_tensor("train"), file.get_tensor("heldout")
-    tensors = load_file(fisher_file(folder))
+    tensors = load_file(fisher_path)
     fisher = Fisher(tensors, tensors.pop(_FREQUENCY))
     lookups = InputStatistics(tuple(modules), n_train, train, heldout, on_train)
     return Gradients(fisher, lookups)

@@ -54,6 +54,19 @@ def shown(env: dict[str, str], **options) -> dict:
 
 
 @linux
+def test_a_child_gets_its_secrets_on_stdin() -> None:
+    """Where a library starts it and takes no descriptors; its own input is empty then."""
+    clean = {n: v for n, v in os.environ.items() if not secrets.is_secret(n)}
+    with secrets.on_stdin({"HF_TOKEN": TOKEN}):
+        env = {**clean, secrets.DESCRIPTOR: os.environ[secrets.DESCRIPTOR], "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, "-c", SHOW], env=env, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found["token"] == TOKEN and found["stdin"] == "" and not found["left"]
+    assert not found["seen"] and not found["variables"]
+    assert secrets.DESCRIPTOR not in os.environ
+
+
+@linux
 @pytest.mark.parametrize("name", secrets.HUB)
 def test_a_program_starts_anew_without_its_token(name: str) -> None:
     """Its arguments and its input stay, and its children see nothing."""

@@ -16,6 +16,8 @@ from quantkit.statistics.fisher import Fisher
 from quantkit.statistics.hessian import HessianCollector, add_outer, is_linear, symmetrize
 from quantkit.statistics.inputs import BlockStatistics, InputDiagonal
 from quantkit.statistics.stored import (
+    embedding_file,
+    fisher_file,
     load_gradients,
     load_importances,
     save_gradients,
@@ -201,7 +203,7 @@ def test_gradients_round_trip(tmp_path: Path) -> None:
     for part, collector in lookups.items():
         collector.add(("embed",), rows[part])
     save_gradients(tmp_path, fisher, lookups)
-    loaded = load_gradients(tmp_path)
+    loaded = load_gradients(fisher_file(tmp_path), embedding_file(tmp_path))
     assert set(loaded.fisher.modules) == {"a.b", "lm_head"}
     assert all(torch.equal(loaded.fisher.modules[k], v) for k, v in fisher.modules.items())
     assert torch.equal(loaded.fisher.frequency, fisher.frequency)
