@@ -85,8 +85,8 @@ def test_the_same_number_gives_the_same_bytes(runs: Path, family: str) -> None:
 @pytest.mark.parametrize("family", FOUR)
 @pytest.mark.parametrize("name", ["two", "three"])
 def test_another_number_is_as_good(runs: Path, family: str, name: str) -> None:
-    """Sums of float32 in another order: a code in thousands falls on the other side, and no error
-    of a method differs by more than some 1e-3 of itself.
+    """Sums of float32 in another order: two bytes in a thousand fall on the other side, and the
+    error of no method differs by more than 0.5 % of itself. The bounds are four times that.
     """
     one, other = (RunDir(runs / family / n).artifacts for n in ("one", name))
     texts = [load_file(made.tokens) for made in (one, other)]
@@ -99,7 +99,7 @@ def test_another_number_is_as_good(runs: Path, family: str, name: str) -> None:
             errors = theirs.errors[tensor][qtype].errors
             assert errors.keys() == found.errors.keys()
             for method, error in found.errors.items():
-                assert errors[method].relative == pytest.approx(error.relative, rel=0.01)
+                assert errors[method].relative == pytest.approx(error.relative, rel=0.02)
     for level in ("Q4_K", "Q6_K"):
         a, b = (GgufFile(made.level(level)) for made in (one, other))
         differ = [float((a.packed(t) != b.packed(t)).mean()) for t in a.tensors]
