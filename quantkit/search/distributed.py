@@ -23,6 +23,7 @@ from quantkit.sandbox.untrusted import build
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.fitness import CHUNKS, Fitness, part_of
 from quantkit.search.optimizer import MOST_SEQUENCES, Evaluator
+from quantkit.sources.snapshot import Place
 from quantkit.tensors import to_json
 
 TASK = "search"
@@ -33,7 +34,7 @@ class Setting:
     """What candidates are judged with. Paths are rank 0's."""
 
     space: SearchSpace
-    checkpoint: str
+    model: Place
     row_maps: str
     tokens: str
     levels: dict[str, str]  # the files that the space's candidates lie in, by the names they give
@@ -158,7 +159,7 @@ def _fitness(ranks: Ranks, setting: Setting) -> Fitness:
     row_maps, tokens, *levels = ranks.local(paths)
     dtype = getattr(torch, setting.dtype)
     device = setting.device if ranks.is_alone else ranks.device
-    model = open_model(Path(setting.checkpoint), dtype, device)
+    model = open_model(setting.model.find(), dtype, device)
     maps, ids = load_row_maps(row_maps), load_file(tokens)["heldout"][:MOST_SEQUENCES]
     of_name = dict(zip(setting.levels, levels, strict=True))
     targets = (ranks.scratch() or Path(setting.scratch)) / f"targets-{ranks.rank}.partial"

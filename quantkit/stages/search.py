@@ -44,7 +44,7 @@ from quantkit.search.evopress import EvoPress
 from quantkit.search.expected import AfterTuning, costs_after
 from quantkit.search.optimizer import Evaluator, Optimizer, Problem, Step
 from quantkit.search.propose import Costs, estimated_costs, knapsack, knapsacks, spend, uniform
-from quantkit.sources.snapshot import load_snapshot
+from quantkit.sources.snapshot import Place, load_snapshot
 from quantkit.stages.tune import reason_not_to_tune
 from quantkit.tuning.tuned import FLOAT32_ABOVE_BPW
 
@@ -329,7 +329,7 @@ def _setting(run: Run, space: SearchSpace, limit_bytes: int) -> Setting:
     levels = sorted({c.file for of_tensor in space.candidates for c in of_tensor})
     return Setting(
         space,
-        str(load_snapshot(run.dir).folder),
+        Place.of(load_snapshot(run.dir)),
         str(artifacts.row_maps),
         str(artifacts.tokens),
         {name: str(artifacts.levels / name) for name in levels},

@@ -12,6 +12,7 @@ import torch
 from quantkit.model.streaming import open_model
 from quantkit.ranks.group import Ranks
 from quantkit.sandbox.untrusted import build
+from quantkit.sources.snapshot import Place
 from quantkit.tensors import Candidate, to_json
 from quantkit.tuning.tuned import load_stored, load_tuner
 from quantkit.tuning.tuner import Stored, Tuner
@@ -24,7 +25,7 @@ class Setting:
     """What a file is tuned with. Paths are rank 0's."""
 
     chosen: dict[str, Candidate]  # the file's tensors
-    checkpoint: str
+    model: Place
     row_maps: str
     tokens: str
     levels: dict[str, str]  # the files that the tensors lie in, by the names they give
@@ -58,8 +59,8 @@ def _tuner(ranks: Ranks, setting: Setting, stored: Mapping[str, Stored] | None) 
     if stored is None:
         stored = load_stored(setting.chosen, dict(zip(setting.levels, levels, strict=True)))
     device = setting.device if ranks.is_alone else ranks.device
-    folder, beside = Path(setting.checkpoint), setting.n_beside
-    model = open_model(folder, torch.float32, device, beside)
+    folder = setting.model.find()
+    model = open_model(folder, torch.float32, device, setting.n_beside)
     scratch = ranks.scratch() or Path(setting.scratch)
     return load_tuner(
         model, row_maps, tokens, stored, setting.n_steps, scratch, setting.exact, ranks
