@@ -366,7 +366,7 @@ def test_targets_of_the_most_likely_tokens(tmp_path: Path, monkeypatch: pytest.M
         path = tmp_path / str(n)
         targets = Targets(path, 10, 500, torch.device("cpu"))
         targets.put(3, base)
-        assert path.stat().st_size == 9 * 6 * n == target_bytes(9, 500)
+        assert path.stat().st_size == 10 * 6 * n == target_bytes(10, 500)
         ids = p.topk(n).indices
         kept = p.gather(-1, ids), q.gather(-1, ids)
         left = [(1 - x.exp().sum(-1)).clamp(min=1e-300) for x in kept]
