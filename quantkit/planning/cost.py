@@ -1,27 +1,19 @@
-"""The cost of a run in time, from a model's shapes; `memory` and `disk` have the others.
-
-Work is counted in multiply-adds. What a machine does of them in a second was measured for two cores
-of a server CPU (bf16) and for one H200; other GPUs are scaled by what their makers state for dense
-bf16.
-"""
+"""The cost of a run: time, memory and disk, put together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.config import PROFILES, TUNING_BATCH, RunConfig
+from quantkit.config import RunConfig
 from quantkit.config.levels import LevelPlan
 from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.planning.disk import Footprint
 from quantkit.planning.memory import stage_memory
-from quantkit.planning.nouns import Estimates, PerFile
+from quantkit.planning.nouns import Estimates, PerFile, Seconds
+from quantkit.planning.time import stage_times
 from quantkit.tensors import ONE_INPUT, is_in_block
 
-CORE_SPEED = 6e10  # multiply-adds a second of one virtual core
-GPU_SPEEDS = {
-    **{"T4": 1.3e13, "L4": 2.4e13, "A10G": 1.4e13, "A10": 2.5e13, "L40S": 7e13, "A100": 6e13},
-    **{"RTX PRO 6000": 1e14, "H200": 2e14, "H100": 2e14},
-}
+_PER_FILE = ("search", "tune", "stitch")  # what each file takes; validate, half
 
 
 def estimates(
@@ -33,41 +25,32 @@ def estimates(
 ) -> Estimates:
     """Estimate what the run takes for one file, from the model's shapes, and what each further size
     adds. `disk` are the bytes of the run's folder by stage, of all sizes.
-
-    Time is counted in multiply-adds over what the device does in a second: two cores of a server
-    CPU, or one H200. It is within a factor of two or so.
     """
-    profile = PROFILES[config.profile]
-    chosen = _experts_used(base)
-    n_linear = sum(
-        t.shape[-1] * (t.n_bytes // t.qtype.row_bytes(t.shape[-1])) * _share(t, chosen)
-        for t in _blocks(base)
-    )
-    inputs = _inputs(base)
-    speed = 2 * CORE_SPEED if config.device == "cpu" else GPU_SPEEDS["H200"]
-    n_calibrated = profile.calibration_tokens + profile.heldout_tokens
-    forward = round(n_linear) * n_calibrated
-    gather = n_calibrated * sum(
-        t.shape[-1] ** 2 * (chosen if len(t.shape) == 3 else 1) for t in inputs
-    )
-    solve = len(levels.levels) * 4 * sum(t.n_bytes // 2 * t.shape[-1] for t in _blocks(base))
-    # A step's backward pass takes two forward ones; streams of hidden states pass four times.
-    tuned = 3 * config.tuning_steps * TUNING_BATCH * 512
-    tuned += 4 * n_calibrated if config.tuning_steps else 0
-    search = round(n_linear) * (profile.search_tokens + tuned)
+    times = stage_times(config, base, levels, footprint.base)
+    cpu, gpu = (sum(of.values(), Seconds(0, 0)) for of in (times.cpu, times.gpu))
+    each_cpu, each_gpu = _of_a_file(times.cpu), _of_a_file(times.gpu)
+    stages = {name: round(s.on(1)) for name, s in times.of(config.device).items()}
     return Estimates(
         disk_bytes=footprint.downloaded + max(disk.values()),
         disk=dict(disk),
         memory_bytes=max(memory_by_stage(config, base, levels, 0).values()),
         memory=memory_by_stage(config, base, levels, free_bytes(config.device)),
-        multiply_adds=forward + gather + solve + search,
-        seconds=round(60 + 30 + (forward + gather + solve + search) / speed),
+        cpu=cpu,
+        gpu=gpu,
+        stage_seconds=stages,
+        seconds=round((cpu if config.device == "cpu" else gpu).on(1)),
         n_files=1,
         per_file=PerFile(
-            multiply_adds=search,
-            seconds=round(30 + search / speed),
+            each_cpu, each_gpu, round((each_cpu if config.device == "cpu" else each_gpu).on(1))
         ),
     )
+
+
+def _of_a_file(times: Mapping[str, Seconds]) -> Seconds:
+    """The time that a further file takes. It is measured as well, but the base is not once more."""
+    validate = times["validate"]
+    found = sum((times[name] for name in _PER_FILE), Seconds(0, 0))
+    return found + Seconds(validate.fixed / 2, validate.work / 2)
 
 
 def memory_by_stage(
@@ -106,14 +89,3 @@ def _hessian_bytes(tensor: StoredTensor) -> int:
     from quantkit.statistics.turns import hessian_bytes  # needs torch
 
     return hessian_bytes(tensor.shape[-1], tensor.shape[0] if len(tensor.shape) == 3 else 1)
-
-
-def _experts_used(base: GgufFile) -> int:
-    """How many experts a token is sent to; 0 without experts."""
-    name = base.metadata["general.architecture"]
-    return int(base.metadata.get(f"{name}.expert_used_count", 0))
-
-
-def _share(tensor: StoredTensor, chosen: int) -> float:
-    """The part of a tensor that a token is multiplied with."""
-    return chosen / tensor.shape[0] if len(tensor.shape) == 3 and chosen else 1.0

@@ -52,10 +52,32 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """Time on a kind of machine. `fixed` goes by to start, on disks and where one core works; a
+    device that is faster shortens `work`.
+    """
+
+    fixed: float
+    work: float
+
+    def on(self, speed: float) -> float:
+        """Return the seconds on a device of `speed` times that of the one that they are for."""
+        return self.fixed + self.work / speed
+
+    def times(self, n: int) -> Seconds:
+        """Return `n` times this."""
+        return Seconds(n * self.fixed, n * self.work)
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.fixed + other.fixed, self.work + other.work)
+
+
+@dataclass(frozen=True)
 class PerFile:
     """What each further size adds to a run."""
 
-    multiply_adds: int
+    cpu: Seconds
+    gpu: Seconds
     seconds: int
 
 
@@ -67,7 +89,9 @@ class Estimates:
     disk: dict[str, int]  # stage -> the most bytes that the folder holds
     memory_bytes: int  # what the run needs anywhere
     memory: dict[str, int]  # stage -> peak bytes here, where the model is taken whole if it fits
-    multiply_adds: int
+    cpu: Seconds  # of two cores
+    gpu: Seconds  # of one H200
+    stage_seconds: dict[str, int]  # for one file, on the device that was asked for
     seconds: int
     n_files: int
     per_file: PerFile
@@ -77,7 +101,8 @@ class Estimates:
         more, each = n_files - self.n_files, self.per_file
         return replace(
             self,
-            multiply_adds=self.multiply_adds + more * each.multiply_adds,
+            cpu=self.cpu + each.cpu.times(more),
+            gpu=self.gpu + each.gpu.times(more),
             seconds=self.seconds + more * each.seconds,
             n_files=n_files,
         )

@@ -34,7 +34,7 @@ from quantkit.planning import texts
 from quantkit.planning.cost import estimates, free_bytes
 from quantkit.planning.coverage import foretell, in_words
 from quantkit.planning.disk import by_stage, footprint
-from quantkit.planning.nouns import Plan, PlannedModel, Sizes
+from quantkit.planning.nouns import Estimates, Plan, PlannedModel, Sizes
 from quantkit.sizes import size
 from quantkit.sources.fit import copies, kept_notes
 from quantkit.sources.resolve import read_headers, resolve
@@ -188,6 +188,12 @@ def _by_stage(memory: dict[str, int]) -> str:
     return "about " + ", ".join(f"{size(n)} in {stage}" for stage, n in peaks[:5])
 
 
+def _longest(estimate: Estimates) -> str:
+    """The stages that take longest, of one file."""
+    found = sorted(estimate.stage_seconds.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{name} {max(1, round(seconds / 60))}" for name, seconds in found)
+
+
 def _on_disk(plan: Plan) -> str:
     """The largest peak and where it is, and what comes from the Hub beside it."""
     by_stage, downloaded = plan.estimates.disk, plan.footprint.downloaded
@@ -216,7 +222,7 @@ def render(plan: Plan) -> str:
     lines += [
         f"possible  {sizes.smallest_bytes:,} to {sizes.largest_bytes:,} bytes",
         f"GPTQ      {in_words(plan.coverage)}",
-        f"time      about {max(1, estimate.seconds // 60)} minutes",
+        f"time      about {max(1, round(estimate.seconds / 60))} minutes: {_longest(estimate)}",
         f"disk      {_on_disk(plan)}",
         f"memory    {_by_stage(estimate.memory)}",
         f"context   {_context(plan.context)}",

@@ -28,7 +28,7 @@ from quantkit.hub import jobs
 from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import Coverage
 from quantkit.planning.disk import Footprint
-from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Sizes
+from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Seconds, Sizes
 from quantkit.sandbox import api
 from quantkit.sandbox.untrusted import build
 from quantkit.server.executors import local, registry
@@ -79,10 +79,12 @@ PLAN = Plan(
         disk={"validate": 7_000_000_000},
         memory_bytes=5_000_000_000,
         memory={"calibrate": 5_000_000_000},
-        multiply_adds=400_000_000_000_000,
+        cpu=Seconds(0, 3400),
+        gpu=Seconds(0, 2),
+        stage_seconds={"quantize": 2000, "search": 1400},
         seconds=3400,
         n_files=1,
-        per_file=PerFile(100_000_000_000_000, 600),
+        per_file=PerFile(Seconds(0, 600), Seconds(0, 0.5), 600),
     ),
 )
 

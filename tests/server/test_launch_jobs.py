@@ -29,6 +29,7 @@ from test_app_preview import PLAN
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
+from quantkit.planning.nouns import Seconds
 from quantkit.run.events import Event, EventLog, read_events
 from quantkit.run.folder import RunDir
 from quantkit.server.executors.hf_jobs import dispatch, executor, in_job, wheel
@@ -67,7 +68,8 @@ ORDER = Order("hf_jobs", "cpu-upgrade", hours=2, usd_per_hour=0.03)
 NEEDS = {
     "memory_bytes": 12 * 10**9,
     "disk_bytes": 30 * 10**9,
-    "multiply_adds": 4 * 10**15,
+    "cpu": Seconds(0, 33_000),
+    "gpu": Seconds(0, 20),
     "seconds": 33_000,
 }
 
@@ -380,7 +382,7 @@ def test_how_busy_a_machine_is(said: Any, shown: str, monkeypatch: pytest.Monkey
 
 
 def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
-    def offered(**needs: int) -> tuple[Offer, ...]:
+    def offered(**needs: int | Seconds) -> tuple[Offer, ...]:
         estimates = dataclasses.replace(PLAN.estimates, **{**NEEDS, **needs})
         return offers(dataclasses.replace(PLAN, estimates=estimates), jobs.machines(), "hf_jobs")
 
@@ -388,11 +390,11 @@ def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
     assert "t4-small" in names and names[0] == choose(offered()).machine
     chosen = choose(offered())
     assert chosen.seconds < 3600 * chosen.hours and 0 < chosen.usd <= chosen.most_usd
-    large = offered(memory_bytes=100 * 10**9, multiply_adds=10**18)
+    large = offered(memory_bytes=100 * 10**9, cpu=Seconds(0, 8e6), gpu=Seconds(0, 5000))
     assert choose(large).machine == "h200"
     assert choose(large).device == "cuda"
     # What one GPU would not end in a day is offered on four; what does not fit on one does not fit.
-    longer = offered(memory_bytes=100 * 10**9, multiply_adds=3 * 10**19)
+    longer = offered(memory_bytes=100 * 10**9, cpu=Seconds(0, 2.5e8), gpu=Seconds(0, 150_000))
     assert [(offer.machine, offer.device) for offer in longer] == [("h200x4", "cuda")]
     assert offered(memory_bytes=200 * 10**9) == ()
     with pytest.raises(QuantkitError, match="None of the offered machines"):

@@ -1,14 +1,14 @@
 """Find the Hub's machines that a run fits on, and estimate its time and cost there.
 
-The planner counts a run's work and knows the speeds of machines (`planning.cost`). The times are
-good to a factor of two or so, and are shown as "about".
+The planner says what a run takes on two cores and on one H200, and knows the speeds of GPUs
+(`planning.time`). The times are good to a factor of two or so, and are shown as "about".
 """
 
 from __future__ import annotations
 
 from quantkit.hub.jobs import Machine
-from quantkit.planning.cost import CORE_SPEED, GPU_SPEEDS
-from quantkit.planning.nouns import Plan
+from quantkit.planning.nouns import Estimates, Plan
+from quantkit.planning.time import GPU_SPEEDS, N_CORES
 from quantkit.server.executors.protocol import SHARE, Offer
 
 _STARTING_SECONDS = 420  # image, packages, converter, and getting a machine at all
@@ -28,7 +28,7 @@ def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Of
             continue
         if machine.disk_bytes and needs.disk_bytes > SHARE * machine.disk_bytes:
             continue
-        seconds = _STARTING_SECONDS + needs.multiply_adds / _speed(machine)
+        seconds = _STARTING_SECONDS + _seconds(needs, machine)
         hours = min(_LONGEST_HOURS, max(_SHORTEST_HOURS, round(3 * seconds / 3600)))
         if seconds < 3600 * hours:
             title = f"Job: {machine.name}" + (f" ({machine.gpu})" if machine.gpu else "")
@@ -38,8 +38,8 @@ def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Of
     return tuple(sorted(found, key=lambda offer: (offer.usd, offer.seconds)))
 
 
-def _speed(machine: Machine) -> float:
-    if machine.gpu:
-        known = (speed for name, speed in GPU_SPEEDS.items() if name in machine.gpu.upper())
-        return next(known, 1e13) * machine.n_gpus**_SCALING
-    return CORE_SPEED * machine.n_cpu
+def _seconds(needs: Estimates, machine: Machine) -> float:
+    if not machine.gpu:
+        return needs.cpu.on(machine.n_cpu / N_CORES)
+    known = (speed for name, speed in GPU_SPEEDS.items() if name in machine.gpu.upper())
+    return needs.gpu.on(next(known, 1e13) / GPU_SPEEDS["H200"] * machine.n_gpus**_SCALING)
