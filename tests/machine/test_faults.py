@@ -26,6 +26,7 @@ from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import write_json
 from quantkit.machine import faults, room
+from quantkit.ranks.group import ALONE
 from quantkit.run import terminal
 from quantkit.run.events import Event, EventLog, read_events
 from quantkit.run.folder import Damaged, RunDir, StageRecord, read_json
@@ -112,10 +113,10 @@ def test_a_full_log_does_not_hide_why(tmp_path: Path, small_disk: Path) -> None:
     log = EventLog(small_disk / "events.jsonl")
     with (
         pytest.raises(QuantkitError, match="is full"),
-        pipeline._failures_told(log, small_disk),
+        pipeline._failures_told(log, small_disk, ALONE),
     ):
         WRITERS["events"](small_disk)
-    with pytest.raises(ZeroDivisionError), pipeline._failures_told(log, small_disk):
+    with pytest.raises(ZeroDivisionError), pipeline._failures_told(log, small_disk, ALONE):
         raise ZeroDivisionError
     (small_disk / "fill").unlink()
     EventLog(small_disk / "events.jsonl").emit(None, "note", "again")
@@ -405,6 +406,6 @@ def test_what_is_no_event_is_passed_over(tmp_path: Path, value: object) -> None:
 
 def test_hooks_are_put_back(tmp_path: Path) -> None:
     before = threading.excepthook
-    with pipeline._failures_told(EventLog(tmp_path / "events.jsonl"), tmp_path):
+    with pipeline._failures_told(EventLog(tmp_path / "events.jsonl"), tmp_path, ALONE):
         assert threading.excepthook is not before
     assert threading.excepthook is before
