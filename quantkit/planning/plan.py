@@ -22,6 +22,7 @@ from quantkit.config import RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
 from quantkit.config.levels import LEFT_OUT, LevelPlan, plan_levels, wanted
 from quantkit.errors import printable
+from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
 from quantkit.gguf_file.write import data_bytes
@@ -60,13 +61,17 @@ def specs_of(base: GgufFile) -> dict[str, TensorSpec]:
     }
 
 
+def uniform_bytes(base: GgufFile, levels: LevelPlan) -> dict[QuantType, int]:
+    """Return about the bytes of the uniform file of every level."""
+    header = min(t.offset for t in base.tensors.values()) + _HEADER_MARGIN
+    return {level: header + data_bytes(base, levels.uniform(level)) for level in levels.levels}
+
+
 def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
     """Return the possible sizes. Raises QuantkitError when the budget is outside of them."""
     least_header = min(t.offset for t in base.tensors.values())
     header = least_header + _HEADER_MARGIN
-    uniform = {
-        str(level): header + data_bytes(base, levels.uniform(level)) for level in levels.levels
-    }
+    uniform = {str(level): n_bytes for level, n_bytes in uniform_bytes(base, levels).items()}
     smallest = header + data_bytes(base, {t: levels.choices(t)[0] for t in levels.types})
     # The margin may stay unused: a budget that is named as possible must be so without it.
     largest = least_header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkit.config.budgets import Budget
-from quantkit.config.levels import plan_levels
+from quantkit.config.levels import plan_levels, wanted
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.ggml.types import QuantType
@@ -30,7 +30,7 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.output import lay_out_output, load_provenance
 from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
-from quantkit.planning.plan import budgets_of, made_levels
+from quantkit.planning.plan import budgets_of, uniform_bytes
 from quantkit.ranks.group import Ranks
 from quantkit.ranks.join import Task
 from quantkit.run.folder import read_as, read_json
@@ -70,11 +70,11 @@ class Search(Stage):
         """Raise QuantkitError when all budgets lie outside what the levels can make."""
         base = load_base(run.dir)
         space = make_space(run, base)
-        _check_levels(run, base)
         smallest, largest = _range(run, base)
         budgets, refused = budgets_of(run.config, base, smallest, largest)
         for budget in refused:
             run.events.emit(NAME, "note", f"refused: {budget.target}: {budget.refusal}")
+        _check_levels(run, base, budgets)
         asked = budgets or (Budget("what the types come to", space.limit_bytes),)
         space = _capped(run, space, asked)
         path = run.artifacts.budgets
@@ -115,10 +115,11 @@ class Search(Stage):
         return "validate"
 
 
-def _check_levels(run: Run, base: GgufFile) -> None:
+def _check_levels(run: Run, base: GgufFile, budgets: Sequence[Budget]) -> None:
     """Raise QuantkitError when levels that the sizes can want were not made."""
-    wanted = made_levels(run.config, base, load_specs(run.dir)).levels.levels
-    missing = {f"{q}.gguf" for q in wanted} - {
+    uniform = uniform_bytes(base, plan_levels(load_specs(run.dir), run.config))
+    limits = [budget.limit_bytes for budget in budgets]
+    missing = {f"{q}.gguf" for q in wanted(uniform, limits, run.config)} - {
         Path(output.path).name for output in run.records["quantize"].outputs
     }
     if missing:
