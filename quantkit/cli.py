@@ -30,7 +30,7 @@ from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
 from quantkit.run.terminal import Printer
 from quantkit.sandbox import secrets
-from quantkit.stages import STAGES
+from quantkit.stages import TASKS
 from quantkit.tensors import METHODS, to_json
 
 
@@ -359,9 +359,8 @@ def _execute(config: RunConfig, folder: Path, words: Sequence[str]) -> object:
         raise SystemExit(launch.launch(n, words, told))
     with join.joined(config.device) as ranks:
         if ranks.rank:
-            tasks = {name: task for stage in STAGES for name, task in stage.tasks.items()}
             join.serve(
-                ranks, tasks, lambda error: faults.explain(error) or terminal.bug(error, None)
+                ranks, TASKS, lambda error: faults.explain(error) or terminal.bug(error, None)
             )
         records = pipeline.run(config, folder, Printer(), ranks=ranks)
     report_path = RunDir(folder).artifacts.report.with_suffix(".md")

@@ -6,6 +6,7 @@ until a stage is executed.
 
 from __future__ import annotations
 
+from quantkit.ranks.join import Task
 from quantkit.run.stage import Stage
 from quantkit.stages.calibrate import Calibrate
 from quantkit.stages.convert import Convert
@@ -28,3 +29,6 @@ STAGES: tuple[Stage, ...] = (
     Validate(),
     Publish(),
 )
+
+# What other ranks do, by the names that rank 0 calls it by.
+TASKS: dict[str, Task] = {name: task for stage in STAGES for name, task in stage.tasks.items()}

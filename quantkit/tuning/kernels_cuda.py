@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from quantkit.ggml.formats import Format
-from quantkit.ggml.grids_cuda import clamp, nearest_integer, tl, triton
+from quantkit.ggml.searches_cuda import clamp, nearest_integer, tl, triton
 
 _WEIGHTS = 2048  # of a program, whole groups
 

@@ -10,7 +10,7 @@ from quantkit.calibration import sampling
 from quantkit.errors import QuantkitError
 from quantkit.ranks.join import joined, serve
 from quantkit.run.folder import RunDir
-from quantkit.stages import STAGES
+from quantkit.stages import TASKS
 
 config.PROFILES["demo"] = config.Profile(
     calibration_tokens=10_240,  # three batches, of which a rank of three has one
@@ -29,8 +29,7 @@ sampling._MOST_TEXTS = {"cpu": 8}  # of a batch: several batches, so that ranks 
 def main(until: str, *folders: str) -> int:
     with joined("cpu") as ranks:
         if ranks.rank:
-            tasks = {name: task for stage in STAGES for name, task in stage.tasks.items()}
-            serve(ranks, tasks, lambda error: QuantkitError(f"{type(error).__name__}: {error}"))
+            serve(ranks, TASKS, lambda error: QuantkitError(f"{type(error).__name__}: {error}"))
         for folder in folders:
             asked = pipeline.load_config(RunDir(Path(folder)))
             pipeline.run(asked, Path(folder), until=until, ranks=ranks)

@@ -11,7 +11,7 @@ from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.machine import faults
 from quantkit.ranks.join import joined, serve
-from quantkit.stages import STAGES
+from quantkit.stages import TASKS
 
 
 def main(folder: Path) -> int:
@@ -19,8 +19,7 @@ def main(folder: Path) -> int:
     with joined(config.device) as ranks:
         write_json(folder.with_name(f"rank-{ranks.rank}.json"), os.getpid())
         if ranks.rank:
-            tasks = {name: task for stage in STAGES for name, task in stage.tasks.items()}
-            serve(ranks, tasks, lambda e: faults.explain(e) or QuantkitError(f"bug: {e!r}"))
+            serve(ranks, TASKS, lambda e: faults.explain(e) or QuantkitError(f"bug: {e!r}"))
         try:
             pipeline.run(config, folder, until="tune", ranks=ranks)
         except QuantkitError:
