@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from quantkit.sizes import size
 _AGAIN = "run the same command again: finished work is kept"
 _LITTLE_DISK = 16_000_000  # bytes: a disk with less is what was full
 _FEW_FILES = 16
+_MANY_FILES = 1024  # as many may be open as a run ever needs
 _LITTLE_MEMORY = 1 << 30  # bytes: with less, whatever dies without a reason died for want of it
 
 
@@ -89,7 +91,9 @@ def _of_system(error: BaseException, run: Path | None) -> QuantkitError | None:
     """A sentence for an error of the system, also for one that only a text tells of."""
     text = str(error)
     path: Any = None
-    if isinstance(error, OSError):
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        number, path = _of_safetensors(text)
+    elif isinstance(error, OSError):
         number, path = error.errno, error.filename
     else:
         number = next((n for n, words in _TOLD.items() if re.search(words, text)), None)
@@ -125,6 +129,22 @@ def _of_system(error: BaseException, run: Path | None) -> QuantkitError | None:
     return _of_path(number, path, where or places(run)[0], run)
 
 
+def _of_safetensors(text: str) -> tuple[int | None, str | None]:
+    """Number and path of what safetensors tells of a file that it could not open: always that there
+    is none, with the path in the text alone. Where there is one, its own open says why not; where
+    that works, too, it was refused for want of descriptors that are free again by now.
+    """
+    found = re.fullmatch(r"No such file or directory: (.+)", text, re.DOTALL)
+    if found is None:
+        return None, None
+    try:
+        os.close(os.open(found[1], os.O_RDONLY))
+    except OSError as error:
+        return error.errno, found[1]
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (errno.EMFILE if 0 <= soft < _MANY_FILES else None), found[1]
+
+
 def _of_path(number: int, path: Any, place: Place, run: Path | None) -> QuantkitError | None:
     shown = _shown(path) if path else str(place.folder)
     otherwise = place.otherwise[0].upper() + place.otherwise[1:]
@@ -143,7 +163,7 @@ def _of_path(number: int, path: Any, place: Place, run: Path | None) -> Quantkit
     if number in (errno.EMFILE, errno.ENFILE):
         return QuantkitError(
             "Too many files are open at once.",
-            f"Raise the limit (`ulimit -n`) to 1024 or more, and {_AGAIN}.",
+            f"Raise the limit (`ulimit -n`) to {_MANY_FILES} or more, and {_AGAIN}.",
         )
     if number == errno.EFBIG:
         return QuantkitError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -167,6 +168,32 @@ def test_what_is_not_known_is_not_explained(tmp_path: Path) -> None:
         assert faults.explain(error, tmp_path) is None
     known = QuantkitError("The model is odd.", "Use another.")
     assert faults.explain(known, tmp_path) is known
+
+
+@pytest.mark.parametrize("n_left", [0, 8])
+def test_safetensors_that_may_not_be_opened(tmp_path: Path, n_left: int) -> None:
+    """Its library says of whatever fails that there is no such file; a file may be closed by the
+    time when that is explained.
+    """
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path)
+    n_open = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(path, os.O_RDONLY) for _ in range(n_open + n_left)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, limits[1]))
+    try:
+        with pytest.raises(FileNotFoundError) as error:
+            safetensors.torch.load_file(path)
+        while n_left and taken:
+            os.close(taken.pop())
+        said = explained(error.value, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in taken:
+            os.close(number)
+    assert "Too many files are open" in said
+    path.unlink()
+    assert "is gone" in explained(error.value, tmp_path)
 
 
 # ---- memory

@@ -47,6 +47,7 @@ def test_what_is_stored_as_in_the_base_lies_there(tmp_path: Path) -> None:
     assert head.offset == base.tensors["output.weight"].offset
     key = CandidateKey("token_embd.weight", Q40, "rtn")
     assert index.find(key).file == "Q4_0.gguf"
-    stored = load_stored({"output.weight": head, key.tensor: index.find(key)}, made.levels)
+    chosen = {"output.weight": head, key.tensor: index.find(key)}
+    stored = load_stored(chosen, {c.file: made.levels / c.file for c in chosen.values()})
     assert np.array_equal(stored["output.weight"].packed, base.packed("output.weight"))
     assert stored[key.tensor].qtype == Q40
