@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.utils import logging
 
 from quantkit.checkpoint.codeless import codeless
 from quantkit.checkpoint.quantized import is_stale
@@ -59,6 +60,7 @@ def from_checkpoint(
 
     Raises QuantkitError when transformers cannot load it, or would draw a weight at random.
     """
+    logging.disable_progress_bar()  # it would write over the run's own lines
     with refusals_told(), codeless(folder) as plain:
         kind, config = class_of(plain)
         model, report = kind.from_pretrained(

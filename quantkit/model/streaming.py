@@ -24,7 +24,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from quantkit.checkpoint.safetensors import read_header
 from quantkit.checkpoint.weight_files import few, in_folder, tensors_of
@@ -71,7 +70,6 @@ class StreamedWeights:
 
     def __init__(self, folder: Path, dtype: torch.dtype | str, device: str) -> None:
         """Brings what lies outside of blocks. Raises QuantkitError for what cannot be loaded."""
-        logging.disable_progress_bar()  # a bar for every block
         self._device = device
         self.model = from_checkpoint(folder, dtype, device_map={"": "meta"}).eval()
         with refusals_told():

@@ -88,7 +88,9 @@ def _make(folder: Path) -> None:
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = packaged_gguf()
     with _read_once():
         tokenizer = AutoTokenizer.from_pretrained(
