@@ -157,7 +157,7 @@ def our_files(arguments: argparse.Namespace, run: Path, sizes: list[int]) -> lis
         print(f"{name:10} {record.seconds:6.0f} s", flush=True)
     print(f"quantkit   {time.monotonic() - started:6.0f} s", flush=True)
     directory = RunDir(run)
-    return [directory.artifacts.stitched / made.file for made in load_outputs(directory)]
+    return [directory.artifacts.stitched / made.file for made in load_outputs(directory).outputs]
 
 
 def proposed_files(config: RunConfig, run: Path, sizes: list[int]) -> list[Path]:

@@ -38,6 +38,16 @@ class Output:
         return f"recipes/{self.file.removesuffix('.gguf')}.json"
 
 
-def load_outputs(directory: RunDir) -> tuple[Output, ...]:
-    """Return the files of a run whose stitch stage is finished, by rising budget."""
-    return read_as(dict[str, tuple[Output, ...]], directory.artifacts.outputs)["outputs"]
+@dataclass(frozen=True)
+class Outputs:
+    """The finished files by rising budget, and budgets that a smaller one's file serves as well:
+    their `refusal` says how.
+    """
+
+    outputs: tuple[Output, ...]
+    left_out: tuple[Budget, ...]
+
+
+def load_outputs(directory: RunDir) -> Outputs:
+    """Return what a run whose stitch stage is finished has made."""
+    return read_as(Outputs, directory.artifacts.outputs)

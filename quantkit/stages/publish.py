@@ -44,7 +44,7 @@ class Publish(Stage):
         folder.mkdir(parents=True)
         snapshot = load_snapshot(run.dir)
         validate = run.artifacts.report.parent
-        outputs = load_outputs(run.dir)
+        outputs = load_outputs(run.dir).outputs
         stitched = run.artifacts.stitched
         link(run.artifacts.imatrix, folder / f"{_name(run)}-imatrix.gguf")
         link(run.artifacts.report, folder / "report.json")

@@ -4,12 +4,15 @@ A tuned file is whole already: it gets a second name, and its bytes are not copi
 Writes `<Model>-EVO-<label>.gguf` and, for each, under `recipes/` what makes it again: the recipe,
 and the types alone as `llama-quantize --tensor-type-file` reads them. The
 label is the stock mix that is nearest in size, so that the Hub, llama.cpp and Ollama know what to
-do with the file. `outputs.json` lists the files by their budgets.
+do with the file. `outputs.json` lists the files by their budgets. Of two tuned files the larger is
+never the worse: where tuning left it farther from the original, the smaller one serves for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantkit import __version__
@@ -24,7 +27,7 @@ from quantkit.gptq.errors import Errors
 from quantkit.llamacpp.output import file_name, lay_out_nearest, load_provenance
 from quantkit.llamacpp.stock import tensor_types
 from quantkit.run.folder import OutputFile, read_as, read_json
-from quantkit.run.outputs import Output, load_budgets
+from quantkit.run.outputs import Output, Outputs, load_budgets
 from quantkit.run.recipe import Base, Pinned, Provenance, Published, Recipe, Stored
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.answers import load_allocation
@@ -32,6 +35,7 @@ from quantkit.search.database import load_database
 from quantkit.sources.snapshot import load_snapshot, model_name
 from quantkit.stages.tune import tuned_tensors
 from quantkit.tensors import Candidate, CandidateKey
+from quantkit.tuning.tuned import Tuned, Tunings
 
 NAME = "stitch"
 _ON_A_DEVICE = ("calibrate", "quantize", "search", "tune")  # what decides the bytes of weights
@@ -41,7 +45,7 @@ class Stitch(Stage):
     """Put the final file together."""
 
     name = NAME
-    version = 4
+    version = 5
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError when a tensor's bytes do not have the size that its type and shape
@@ -52,7 +56,10 @@ class Stitch(Stage):
         base, made = load_base(run.dir), load_provenance(run.dir)
         index = load_database(run.artifacts)
         written, outputs = [], []
-        for budget, layout, label, name in _named(run, base, made):
+        kept, left_out = _kept(run)
+        for budget in left_out:
+            run.events.emit(NAME, "note", f"{budget.target}: {budget.refusal}")
+        for budget, layout, label, name in _named(run, base, made, kept):
             allocation = load_allocation(run.artifacts, budget.limit_bytes)
             used = _stored(run, budget, {t: index.find(key) for t, key in allocation.items()})
             output = Output(name, layout.n_bytes, label, budget)
@@ -68,25 +75,63 @@ class Stitch(Stage):
                 write_text(stem.with_suffix(".tensor-types.txt"), tensor_types(recipe.types)),
             ]
             outputs.append(output)
-        summary = {"outputs": outputs}
-        return StageResult([*written, write_json(run.artifacts.outputs, summary)], summary)
+        made_here = Outputs(tuple(outputs), tuple(left_out))
+        written.append(write_json(run.artifacts.outputs, made_here))
+        return StageResult(written, {"outputs": outputs})
 
 
-def _named(run: Run, base: GgufFile, made: Provenance) -> Iterator[tuple[Budget, Layout, str, str]]:
+def _kept(run: Run) -> tuple[list[Budget], list[Budget]]:
+    """The budgets that get a file, and those that a smaller one's serves as well."""
+    tunings = read_as(Tunings, run.artifacts.tuning).budgets
+    return without_worse(
+        [
+            (
+                budget,
+                load_allocation(run.artifacts, budget.limit_bytes),
+                tuned.kl_after if isinstance(tuned, Tuned) else None,
+            )
+            for budget in load_budgets(run.dir)
+            for tuned in (tunings.get(str(budget.limit_bytes)),)
+        ]
+    )
+
+
+def without_worse(
+    found: Sequence[tuple[Budget, Mapping[str, CandidateKey], float | None]],
+) -> tuple[list[Budget], list[Budget]]:
+    """Split budgets, smallest first, into those that get a file and those that a smaller one's
+    serves as well: with the same allocation, or tuned to a smaller KL(original || file) on the
+    same sequences. The latter's `refusal` says so. The KL is None where a file is not tuned.
+    """
+    kept: list[Budget] = []
+    left_out: list[Budget] = []
+    known: list[Mapping[str, CandidateKey]] = []
+    best, of_best = math.inf, ""
+    for budget, allocation, kl in found:
+        if allocation in known:
+            left_out.append(replace(budget, refusal="this is the same file as for a smaller size"))
+        elif kl is not None and kl > best:
+            reason = f"the smaller file for {of_best} is closer to the original"
+            told = f"{reason} (KL {best:.5f} against {kl:.5f})"
+            left_out.append(replace(budget, refusal=told))
+        else:
+            kept.append(budget)
+            if kl is not None:
+                best, of_best = kl, budget.target
+        known.append(allocation)
+    return kept, left_out
+
+
+def _named(
+    run: Run, base: GgufFile, made: Provenance, budgets: Sequence[Budget]
+) -> Iterator[tuple[Budget, Layout, str, str]]:
     """The budgets with layout, label and file name. Where two files would be called after one
-    label, their bits per weight are put in; an allocation that was found for a smaller budget,
-    too, is left out.
+    label, their bits per weight are put in.
     """
     model = model_name(load_snapshot(run.dir))
     found: list[tuple[Budget, Layout, str]] = []
-    known: list[dict[str, CandidateKey]] = []
-    for budget in load_budgets(run.dir):
+    for budget in budgets:
         allocation = load_allocation(run.artifacts, budget.limit_bytes)
-        if allocation in known:
-            text = f"{budget.target}: this is the same file as for a smaller size"
-            run.events.emit(NAME, "note", text)
-            continue
-        known.append(allocation)
         types = {name: key.qtype for name, key in allocation.items()}
         found.append((budget, *lay_out_nearest(base, types, made)))
     labels = [label for _, _, label in found]

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import hub
 from quantkit.config import DEMO_MODEL, RunConfig
-from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.evidence import baselines, devices, integrity
 from quantkit.evidence.baselines import Baseline, as_it_is
@@ -48,8 +47,8 @@ from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.run.check import Check, load_checks
-from quantkit.run.folder import read_json
-from quantkit.run.outputs import Output, load_outputs
+from quantkit.run.folder import read_as, read_json
+from quantkit.run.outputs import Budgets, Output, load_outputs
 from quantkit.run.provenance import code_version
 from quantkit.run.recipe import Recipe
 from quantkit.run.stage import Run, Stage, StageResult
@@ -105,7 +104,7 @@ def _validate(run: Run) -> StageResult:
 
     measures = Measures(lambda said: run.events.emit(NAME, "note", said))
     base, stitched = load_base(run.dir), run.artifacts.stitched
-    outputs = load_outputs(run.dir)
+    outputs = load_outputs(run.dir).outputs
     texts, device = _texts(run), devices.choose(run.config.device, base)
     runtime = device.runtime
     if device.reason:
@@ -339,7 +338,7 @@ def _report(
         device_reason=meter.device.reason,
         texts={name: text_sha256(text) for name, text in texts.items()},
         calibration=build(Calibration, read_json(run.artifacts.calibration)),
-        refused=typed(tuple[Budget, ...], read_json(run.artifacts.budgets)["refused"]),
+        refused=read_as(Budgets, run.artifacts.budgets).refused + load_outputs(run.dir).left_out,
         fallbacks=typed(tuple[Fallback, ...], read_json(run.artifacts.errors)["fallbacks"]),
         unmapped=typed(tuple[str, ...], run.records["convert"].summary["unmapped"]),
         versions=_versions(),

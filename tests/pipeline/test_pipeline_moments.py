@@ -144,7 +144,7 @@ def test_files_of_nearly_one_size(whole_run: tuple[Run, Answer], tmp_path: Path)
         tmp_path / "run", "search", targets=sizes(*(budget.limit_bytes - 300 * i for i in range(6)))
     )
     go_on(run, "stitch")
-    outputs = load_outputs(run.dir)
+    outputs = load_outputs(run.dir).outputs
     names = [output.file for output in outputs]
     assert len(outputs) > 1 and len(set(names)) == len(names)
     for output in outputs:

@@ -240,7 +240,7 @@ class Missing:
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole report. `kind` is run or compare, `texts` are sha256 by name; `refused` are sizes
-    that were asked for and cannot be made. `device` is what all figures were measured on,
+    that were asked for and got no file of their own. `device` is what all figures were measured on,
     `device_reason` why that is not, or not wholly, the GPU that the run was given.
     """
 

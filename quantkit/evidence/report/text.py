@@ -189,7 +189,7 @@ def task_lines(report: Report) -> list[str]:
 
 
 def refused(report: Report) -> list[str]:
-    """Sizes that were asked for and cannot be made, and why."""
+    """Sizes that were asked for and got no file of their own, and why."""
     return [f"{budget.target}: {budget.refusal}" for budget in report.refused or ()]
 
 
