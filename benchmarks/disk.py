@@ -31,9 +31,10 @@ from disk_watch import watched  # noqa: E402
 from quantkit.checkpoint.info import ModelInfo  # noqa: E402
 from quantkit.config import PROFILES, RunConfig  # noqa: E402
 from quantkit.config.targets import BitsPerWeight  # noqa: E402
+from quantkit.ggml.types import STOCK_MIXES  # noqa: E402
 from quantkit.gguf_file.base import load_base, load_specs  # noqa: E402
 from quantkit.gguf_file.read import GgufFile  # noqa: E402
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_bytes  # noqa: E402
+from quantkit.llamacpp.stock import StockRecipe, stock_bytes  # noqa: E402
 from quantkit.markdown import table  # noqa: E402
 from quantkit.pipeline import load_config, open_run  # noqa: E402
 from quantkit.planning.cost import free_bytes  # noqa: E402

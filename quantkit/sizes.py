@@ -10,27 +10,26 @@ from quantkit.errors import UsageError
 _UNITS = {
     "": 1,
     "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
+    **{f"{prefix}{b}": 1000**i for i, prefix in enumerate("kmgt", 1) for b in ("", "b")},
+    **{f"{prefix}i{b}": 1024**i for i, prefix in enumerate("kmgt", 1) for b in ("", "b")},
 }
+_FEWEST_BYTES = 1000  # no model is smaller: a bare number below is of gigabytes
 
 
 def parse_bytes(text: str) -> int:
-    """Parse '90MB' as 90,000,000; MB and GB are decimal, MiB and GiB binary, a bare number is
-    bytes.
+    """Parse '90MB' as 90,000,000; M, MB, G and GB are decimal, MiB and GiB binary. A bare number is
+    bytes, below 1,000 gigabytes. A comma is a point, unless three digits follow it.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).replace(",", ".")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", plain)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(
             f"{text!r} is not a size.", "Write 90MB, 5.5GB, 5GiB or a number of bytes."
         )
-    n_bytes = int(Fraction(match[1]) * _UNITS[match[2].lower()])  # exact: 1.001MB is 1,001,000
+    number, unit = Fraction(match[1]), match[2].lower()
+    if not unit and number < _FEWEST_BYTES:
+        unit = "gb"
+    n_bytes = int(number * _UNITS[unit])  # exact: 1.001MB is 1,001,000
     if n_bytes <= 0:
         raise UsageError(f"{text!r} is not a size.", "It must be above zero.")
     return n_bytes

@@ -6,13 +6,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fractions import Fraction
 
 from quantkit.errors import UsageError
-from quantkit.ggml.types import FILE_TYPES
+from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES
 from quantkit.sizes import parse_bytes
 
-MOST_CONTEXT = 4_000_000  # tokens
+CONTEXT = 8192  # tokens: a long conversation
+MOST_CONTEXT = 4_000_000
 
 BytesOf = Callable[[str], int]
 ContextBytes = Callable[[int], int]
@@ -64,8 +66,9 @@ class BitsPerWeight(_Asked):
     kind: str = field(default="bpw", init=False)
 
     def __post_init__(self) -> None:
+        value = self.value.strip().replace(",", ".")
         try:
-            bpw = float(self.value)
+            bpw = float(value)
         except ValueError:
             bpw = 0.0
         if not 0.5 <= bpw <= 32:
@@ -73,6 +76,7 @@ class BitsPerWeight(_Asked):
                 f"--target-bpw {self.value} is not a number of bits per weight.",
                 "Use something like 4.5.",
             )
+        object.__setattr__(self, "value", value)
 
     def limit_bytes(
         self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
@@ -108,11 +112,15 @@ class LikeMix(_Asked):
     kind: str = field(default="like", init=False)
 
     def __post_init__(self) -> None:
-        if self.value not in FILE_TYPES:
+        label = self.value.strip().upper().replace("-", "_")  # q4_k_m, as Ollama writes it
+        if label not in FILE_TYPES:
+            near = get_close_matches(label, STOCK_MIXES, 3)
             raise UsageError(
                 f"There is no stock mix {self.value!r}.",
-                "Use one of " + ", ".join(FILE_TYPES) + ".",
+                (f"Did you mean {' or '.join(near)}? " if near else "")
+                + f"Use one of {', '.join(STOCK_MIXES)}.",
             )
+        object.__setattr__(self, "value", label)
 
     def limit_bytes(
         self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
@@ -130,12 +138,14 @@ class LikeMix(_Asked):
 @dataclass(frozen=True)
 class FitsMemory(_Asked):
     """The memory that a context leaves, as in 8GB@8192: what llama.cpp takes for the context
-    is not left to the file.
+    is not left to the file. 8GB alone is with `CONTEXT` tokens.
     """
 
     kind: str = field(default="fits", init=False)
 
     def __post_init__(self) -> None:
+        if "@" not in self.value:
+            object.__setattr__(self, "value", f"{self.value.strip()}@{CONTEXT}")
         self.memory_and_context()
 
     def memory_and_context(self) -> tuple[int, int]:

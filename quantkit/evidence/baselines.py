@@ -12,11 +12,11 @@ from pathlib import Path
 
 from quantkit.evidence.report.schema import GIVEN, STOCK, UNIFORM
 from quantkit.ggml.native import Floats
-from quantkit.ggml.types import FILE_TYPES, QUANTIZED
+from quantkit.ggml.types import FILE_TYPES, QUANTIZED, STOCK_MIXES
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
 from quantkit.hub import given
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
+from quantkit.llamacpp.stock import StockRecipe, make_stock, stock_bytes
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,13 @@ FILE_TYPES = {
     for member in gguf.LlamaFileType
     if member is not gguf.LlamaFileType.GUESSED
 }
+# The mixes that people download, smallest first; TQ and MXFP4_MOE are for models trained that way.
+STOCK_MIXES = tuple(
+    """
+    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M Q2_K_S Q2_K IQ3_XXS IQ3_XS IQ3_S IQ3_M Q3_K_S Q3_K_M
+    Q3_K_L IQ4_XS IQ4_NL Q4_0 Q4_K_S Q4_1 Q4_K_M Q5_0 Q5_K_S Q5_1 Q5_K_M Q6_K Q8_0
+    """.split()
+)
 # Types without a label of their own name: a file of them alone has that of a mix.
 _OF_A_MIX = {
     **{f"Q{bits}_K": f"Q{bits}_K_M" for bits in (3, 4, 5)},

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 
 from quantkit import __version__
-from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES, QuantType
 from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout, lay_out
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_bytes
+from quantkit.llamacpp.stock import StockRecipe, stock_bytes
 from quantkit.run.folder import RunDir, read_json
 from quantkit.run.recipe import Provenance
 from quantkit.sources.snapshot import load_snapshot

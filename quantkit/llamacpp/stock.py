@@ -28,14 +28,6 @@ from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout, data_bytes, lay_out
 
-# The mixes that people download, smallest first; TQ and MXFP4_MOE are for models trained that way.
-STOCK_MIXES = tuple(
-    """
-    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M Q2_K_S Q2_K IQ3_XXS IQ3_XS IQ3_S IQ3_M Q3_K_S Q3_K_M
-    Q3_K_L IQ4_XS IQ4_NL Q4_0 Q4_K_S Q4_1 Q4_K_M Q5_0 Q5_K_S Q5_1 Q5_K_M Q6_K Q8_0
-    """.split()
-)
-
 _LINE = re.compile(
     r"^\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[^\]]*\], type = +(?P<old>\w+), "
     r"size = .*?MiB(?: -> .*?MiB \((?P<new>\w+)\))?$",

@@ -22,14 +22,14 @@ from quantkit.config import RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
 from quantkit.config.levels import LEFT_OUT, LevelPlan, plan_levels, wanted
 from quantkit.errors import printable
-from quantkit.ggml.types import QuantType
+from quantkit.ggml.types import STOCK_MIXES, QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
 from quantkit.gguf_file.write import data_bytes
 from quantkit.llamacpp.contexts import ContextMemory, context_memory
 from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.converter.convert import convert
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, quantizable_tensors, stock_bytes
+from quantkit.llamacpp.stock import StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.markdown import table
 from quantkit.planning import texts
 from quantkit.planning.cost import estimates, free_bytes

@@ -24,12 +24,12 @@ from quantkit.config.budgets import Budget
 from quantkit.config.levels import plan_levels, wanted
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
-from quantkit.ggml.types import QuantType
+from quantkit.ggml.types import STOCK_MIXES, QuantType
 from quantkit.gguf_file.base import load_base, load_specs
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import slot_bytes
 from quantkit.llamacpp.output import lay_out_output, load_provenance
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
+from quantkit.llamacpp.stock import StockRecipe, stock_types
 from quantkit.planning.plan import budgets_of, uniform_bytes
 from quantkit.ranks.group import Ranks
 from quantkit.ranks.join import Task

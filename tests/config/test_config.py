@@ -33,15 +33,24 @@ from quantkit.tensors import METHODS, to_json
         ("7b", 7),
         ("0.5gb", 500_000_000),
         ("18446744073709551617", 2**64 + 1),
+        ("8G", 8_000_000_000),
+        ("700m", 700_000_000),
+        ("2Gi", 2**31),
+        ("5,5 GB", 5_500_000_000),
+        ("1,500 MB", 1_500_000_000),
+        ("105,454,720", 105_454_720),
+        ("8", 8_000_000_000),
+        ("0.4", 400_000_000),
+        ("1000", 1000),
     ],
 )
 def test_sizes(text: str, n_bytes: int) -> None:
-    """MB and GB are decimal, MiB and GiB binary, a bare number is bytes."""
+    """MB and GB are decimal, MiB and GiB binary; a bare number is bytes, a small one gigabytes."""
     assert parse_bytes(text) == n_bytes
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "-5GB", "5 G B", "5gigabytes", "0", "0.0MB", "1e9", "nan", "5,5GB", "0.4"]
+    "text", ["", "MB", "-5GB", "5 G B", "5gigabytes", "0", "0.0MB", "1e9", "nan", "5,,5GB", "1,2,3"]
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="size") as error:
@@ -74,10 +83,10 @@ def test_bits_per_weight(value: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
-        *(("bpw", v) for v in ("", "x", "0", "-4", "33", "nan", "inf", "4,5", "4.5bpw")),
-        *(("like", v) for v in ("", "Q4_K", "q4_k_m", "Q4_K_L", "4")),
+        *(("bpw", v) for v in ("", "x", "0", "-4", "33", "nan", "inf", "4,,5", "4.5bpw")),
+        *(("like", v) for v in ("", "Q4_K", "q4 k m", "Q4_K_L", "4")),
         *(("size", v) for v in ("", "big", "-1")),
-        *(("fits", v) for v in ("8GB", "@8192", "8GB@", "8GB@0", "8GB@x", "big@4096", "8GB@-1")),
+        *(("fits", v) for v in ("", "@8192", "8GB@", "8GB@0", "8GB@x", "big@4096", "8GB@-1")),
     ],
 )
 def test_what_is_no_target(kind: str, value: str) -> None:
@@ -90,6 +99,7 @@ def test_what_fits_a_memory_with_a_context() -> None:
     target = FitsMemory("8GB@8192")
     assert target.limit_bytes(1, lambda label: 1 // 0, lambda n: 1000 * n) == 8e9 - 8_192_000
     assert str(target) == "fits 8GB with a context of 8,192"
+    assert FitsMemory("8GB") == target
 
 
 def test_a_stock_mix_as_target() -> None:
@@ -98,7 +108,11 @@ def test_a_stock_mix_as_target() -> None:
     assert target.limit_bytes(1, lambda label: asked.append(label) or 777, lambda n: 1 // 0) == 777
     assert asked == ["Q4_K_M"] and str(target) == "like Q4_K_M"
     for label in FILE_TYPES:
-        LikeMix(label)
+        assert LikeMix(label.lower()) == LikeMix(label)
+    assert LikeMix("iq2-m").mix == "IQ2_M"
+    with pytest.raises(UsageError, match="Q4_KM") as error:
+        LikeMix("Q4_KM")
+    assert error.value.remedy.startswith("Did you mean Q4_K_M")
 
 
 def test_profiles_are_steps_of_the_same_work() -> None:

@@ -20,11 +20,11 @@ from quantkit.evidence.baselines import (
     uniform_baselines,
 )
 from quantkit.ggml import native
-from quantkit.ggml.types import QuantType
+from quantkit.ggml.types import STOCK_MIXES, QuantType
 from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, make_stock, stock_bytes
+from quantkit.llamacpp.stock import StockRecipe, make_stock, stock_bytes
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from quantkit.ggml.types import (
     F32,
     FILE_TYPES,
     QUANTIZED,
+    STOCK_MIXES,
     QuantType,
     fallback,
     file_label,
 )
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
+from quantkit.llamacpp.stock import StockRecipe, stock_types
 
 LABELS = (*STOCK_MIXES, "TQ1_0", "TQ2_0", "MXFP4_MOE")
 MATRIX = "blk.0.ffn_up.weight"

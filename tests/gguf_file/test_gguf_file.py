@@ -16,12 +16,12 @@ from tiny_gguf import Shape, write_llama
 
 from quantkit.errors import QuantkitError
 from quantkit.ggml import native
-from quantkit.ggml.types import BF16, F16, F32, QUANTIZED, QuantType
+from quantkit.ggml.types import BF16, F16, F32, QUANTIZED, STOCK_MIXES, QuantType
 from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.imatrix import read_imatrix, write_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, data_bytes, lay_out, slot_bytes
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_types
+from quantkit.llamacpp.stock import StockRecipe, stock_types
 
 # ggml builds tables for the others first, which takes seconds.
 QUICK = [q for q in QUANTIZED if q.name not in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")]

@@ -17,7 +17,7 @@ import torch
 from tiny_gguf import Shape, write_llama
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES, QuantType
 from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
@@ -25,7 +25,6 @@ from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.llamacpp import stock
 from quantkit.llamacpp.output import nearest_label
 from quantkit.llamacpp.stock import (
-    STOCK_MIXES,
     StockRecipe,
     make_stock,
     quantizable_tensors,

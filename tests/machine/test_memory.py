@@ -34,7 +34,7 @@ def test_a_gpu_has_what_tensors_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1300)
     assert free_memory("cuda") == 5300
-    for said, left in (("4000", 3000), ("9000", 5300), ("500", 0)):
+    for said, left in (("4000", 3000), ("9000", 5300), ("500B", 0)):
         monkeypatch.setenv("QUANTKIT_MEMORY", said)
         assert free_memory("cuda") == left
 

@@ -15,10 +15,10 @@ from quantkit import pipeline
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.config import RunConfig
 from quantkit.config.targets import BitsPerWeight, LikeMix, Target
-from quantkit.ggml.types import QuantType
+from quantkit.ggml.types import STOCK_MIXES, QuantType
 from quantkit.gguf_file.base import load_base, load_specs
 from quantkit.gguf_file.read import GgufFile
-from quantkit.llamacpp.stock import STOCK_MIXES, StockRecipe, stock_bytes
+from quantkit.llamacpp.stock import StockRecipe, stock_bytes
 from quantkit.planning.cost import free_bytes
 from quantkit.planning.disk import Footprint, by_stage, footprint, guessed
 from quantkit.planning.plan import made_levels

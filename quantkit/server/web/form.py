@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from quantkit.config import DEMO_MODEL, PROFILES
-from quantkit.ggml.types import FILE_TYPES, QUANTIZED
+from quantkit.ggml.types import QUANTIZED, STOCK_MIXES
 from quantkit.server.executors.registry import AUTO, HERE
 from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
 from quantkit.server.web.events import asked, growing, quietly, said
@@ -25,7 +25,6 @@ _SUGGESTIONS: list[Any] = [
     "Qwen/Qwen2.5-1.5B-Instruct",
     "meta-llama/Llama-3.2-1B-Instruct",
 ]
-_MIXES = [label for label in FILE_TYPES if label.startswith(("Q", "IQ"))]
 _KINDS = [
     ("Same size as a standard quant", "like"),
     ("Fits my memory", "fits"),
@@ -80,7 +79,7 @@ class Form:
             _KINDS, value="like", label="How big should the file be?", elem_id="size-kind"
         )
         self.like = gr.Dropdown(
-            _MIXES,
+            STOCK_MIXES,
             value="Q4_K_M",
             label="Type",
             info="No larger than llama.cpp's own file of this type.",
