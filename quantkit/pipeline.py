@@ -160,7 +160,7 @@ def publish(
 
     Raises QuantkitError when the run is not validated or the Hub refuses.
     """
-    directory = RunDir(folder)
+    directory = open_run(folder)
     if "validate" not in directory.records():
         raise QuantkitError(
             f"The run in {folder} is not validated, and only validated files are published.",

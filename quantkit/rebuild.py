@@ -166,7 +166,7 @@ def _tune(recipe: Recipe, run: Run, path: Path) -> None:
     def progress(done: int, total: int, message: str) -> None:
         run.events.progress(tune.NAME, done, total, message)
 
-    outcome, _ = tune.tune(run, base, chosen, path, progress)
+    outcome, _ = tune.tune(run, base, chosen, path, progress, recipe.output.label)
     if not outcome.tensors:
         raise QuantkitError(
             "Tuning the file again did not bring it nearer to the original on this machine.",

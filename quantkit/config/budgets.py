@@ -17,6 +17,7 @@ class Budget:
     target: str
     limit_bytes: int
     refusal: str = ""  # why no file of the levels has it; empty when one has
+    mix: str = ""  # the stock mix after which the file is called; empty: after what it holds
 
 
 def settle_budgets(
@@ -39,7 +40,8 @@ def settle_budgets(
     for target in config.targets or _default_targets(config):
         limit = target.limit_bytes(n_parameters, mix_bytes, context_bytes)
         limit = target.within(limit, largest)
-        budget = Budget(str(target), limit, _refusal(target, limit, smallest, largest))
+        refusal = _refusal(target, limit, smallest, largest)
+        budget = Budget(str(target), limit, refusal, target.mix or "")
         if budget.refusal:
             refused.append(budget)
         else:

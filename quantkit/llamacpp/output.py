@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 from quantkit import __version__
-from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES, QuantType
+from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES, QuantType, file_label
 from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout, lay_out
@@ -14,6 +16,10 @@ from quantkit.llamacpp.stock import StockRecipe, stock_bytes
 from quantkit.run.folder import RunDir, read_json
 from quantkit.run.recipe import Provenance
 from quantkit.sources.snapshot import load_snapshot
+
+_TABLES = ("token_embd", "output.", "per_layer_token_embd")  # as large as the vocabulary
+# Mixes that are mostly of a type which is not their name's beginning.
+_ALSO = {"IQ2_S": ("IQ2_M",), "IQ3_XXS": ("IQ3_XS",), "IQ3_S": ("IQ3_M",)}
 
 
 def load_provenance(directory: RunDir) -> Provenance:
@@ -45,40 +51,36 @@ def lay_out_output(
     return lay_out(base, types, fields)
 
 
-def lay_out_nearest(
-    base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance
+def lay_out_labelled(
+    base: GgufFile, types: Mapping[str, QuantType], provenance: Provenance, mix: str
 ) -> tuple[Layout, str]:
-    """Lay out the output under the label of the stock mix that is nearest in size; return both."""
-    layout = lay_out_output(base, types, provenance, "Q8_0")  # the label does not change its size
-    matrices = [layout.types[t.name] for t in base.tensors.values() if len(t.shape) > 1]
-    label = nearest_label(base, layout.n_bytes, matrices)
+    """Lay out the output under the label of the stock mix that was asked for, or where none was
+    (`mix` is empty) of what it holds; return both.
+    """
+    label = mix or label_of(base, types)
     return lay_out_output(base, types, provenance, label), label
 
 
-def nearest_label(base: GgufFile, n_bytes: int, types: Iterable[QuantType] = ()) -> str:
-    """Return the stock mix whose file is nearest in size to `n_bytes`, among those that a file with
-    these `types` can be named after.
+def label_of(base: GgufFile, types: Mapping[str, QuantType]) -> str:
+    """Return llama.cpp's label for a file with these types of tensors: that of the type which holds
+    most of the weights outside of tables, since a large vocabulary at Q8_0 says nothing of the
+    rest. Of several labels of a type (Q4_K_S, Q4_K_M) it is the one whose file is nearest in size.
     """
-    sizes = {label: stock_bytes(base, StockRecipe(label)) for label in _labels(set(types))}
-    return min(sizes, key=lambda label: (abs(sizes[label] - n_bytes), -STOCK_MIXES.index(label)))
-
-
-def _labels(types: set[QuantType]) -> list[str]:
-    """A file of one type is called after that type. No file is called after codebooks that it does
-    not use: where rows are narrow, stock mixes of many names have nearly the same size.
-    """
-    names = {str(qtype) for qtype in types}
-    if len(names) == 1:
-        (name,) = names
-        of_type = [label for label in STOCK_MIXES if f"{label}_".startswith(f"{name}_")]
-        if of_type:
-            return of_type
-    families = {name[:3] for name in names}  # IQ2, IQ3, ...
-    return [
-        label
-        for label in STOCK_MIXES
-        if not names or not label.startswith("IQ") or label[:3] in families
-    ]
+    layout = lay_out(base, types, [])
+    weights: Counter[QuantType] = Counter()
+    for within in (lambda name: not name.startswith(_TABLES), lambda name: True):
+        for name, tensor in base.tensors.items():
+            if within(name) and len(tensor.shape) > 1:
+                weights[layout.types[name]] += math.prod(tensor.shape)
+        if weights:
+            break
+    (qtype, _), *_ = weights.most_common(1)
+    labels = [x for x in STOCK_MIXES if f"{x}_".startswith(f"{qtype}_")]
+    labels += _ALSO.get(str(qtype), ())
+    if not labels:
+        return file_label(qtype)
+    sizes = {label: stock_bytes(base, StockRecipe(label)) for label in labels}
+    return min(sizes, key=lambda label: (abs(sizes[label] - layout.n_bytes), label))
 
 
 def file_name(model: str, label: str, bpw: float | None = None, decimals: int = 2) -> str:

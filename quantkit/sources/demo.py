@@ -130,16 +130,20 @@ def _make(folder: Path) -> None:
 @contextmanager
 def _read_once() -> Iterator[None]:
     """transformers reads a whole GGUF for the tokenizer, the config and the weights, and lists the
-    names of tensors for every one of 397 modules: each takes seconds, and is done once here.
+    names of tensors for every one of 397 modules: each takes seconds, and is done once here. Its
+    bar would write over the run's own lines.
     """
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, function in before.items():
         setattr(gguf, name, cache(function))
+    bar, reading.tqdm = reading.tqdm, lambda items, **_: items
     try:
         yield
     finally:
+        reading.tqdm = bar
         for name, function in before.items():
             setattr(gguf, name, function)
 

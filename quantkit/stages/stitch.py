@@ -2,10 +2,10 @@
 
 A tuned file is whole already: it gets a second name, and its bytes are not copied.
 Writes `<Model>-EVO-<label>.gguf` and, for each, under `recipes/` what makes it again: the recipe,
-and the types alone as `llama-quantize --tensor-type-file` reads them. The
-label is the stock mix that is nearest in size, so that the Hub, llama.cpp and Ollama know what to
-do with the file. `outputs.json` lists the files by their budgets. Of two tuned files the larger is
-never the worse: where tuning left it farther from the original, the smaller one serves for both.
+and the types alone as `llama-quantize --tensor-type-file` reads them. The label is the stock mix
+that was asked for, else that of the type which holds most weights: the Hub, llama.cpp and Ollama
+read it. `outputs.json` lists the files by their budgets. Of two tuned files the larger is never the
+worse: where tuning left it farther from the original, the smaller one serves for both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
 from quantkit.gguf_file.write import Layout
 from quantkit.gptq.errors import Errors
-from quantkit.llamacpp.output import file_name, lay_out_nearest, load_provenance
+from quantkit.llamacpp.output import file_name, lay_out_labelled, load_provenance
 from quantkit.llamacpp.stock import tensor_types
 from quantkit.run.folder import OutputFile, read_as, read_json
 from quantkit.run.outputs import Output, Outputs, load_budgets
@@ -45,7 +45,7 @@ class Stitch(Stage):
     """Put the final file together."""
 
     name = NAME
-    version = 5
+    version = 6
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError when a tensor's bytes do not have the size that its type and shape
@@ -133,7 +133,7 @@ def _named(
     for budget in budgets:
         allocation = load_allocation(run.artifacts, budget.limit_bytes)
         types = {name: key.qtype for name, key in allocation.items()}
-        found.append((budget, *lay_out_nearest(base, types, made)))
+        found.append((budget, *lay_out_labelled(base, types, made, budget.mix)))
     labels = [label for _, _, label in found]
     bpws = [8 * layout.n_bytes / base.n_elements for _, layout, _ in found]
     for decimals in range(2, 17):  # as many as tell all of them apart

@@ -23,7 +23,7 @@ from quantkit.files import write_json
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import Layout
-from quantkit.llamacpp.output import lay_out_nearest, load_provenance
+from quantkit.llamacpp.output import lay_out_labelled, load_provenance
 from quantkit.planning.memory import tuning_bytes, tuning_bytes_beside_model
 from quantkit.ranks.group import Ranks
 from quantkit.ranks.join import Task
@@ -57,7 +57,7 @@ class Tune(Stage):
     """Fine-tune the files, block by block, to bring them closer to the original."""
 
     name = NAME
-    version = 2
+    version = 3
     fields = ("tuning", "profile", "device")
     takes_long = True
 
@@ -115,7 +115,7 @@ def _tune_all(
         chosen = {name: index.find(key) for name, key in allocation.items()}
         path = run.artifacts.tuned(budget.limit_bytes)
         progress = partial(_progress, run, position, len(budgets), what)
-        outcome, files = tune(run, base, chosen, path, progress)
+        outcome, files = tune(run, base, chosen, path, progress, budget.mix)
         said = f"{what}KL {outcome.kl_before:.4f} -> {outcome.kl_after:.4f}"
         run.events.emit(
             NAME, "note", said if outcome.tensors else f"{said}: the untuned file is kept"
@@ -144,16 +144,22 @@ def reason_not_to_tune(run: Run, base: GgufFile) -> str:
 
 
 def tune(
-    run: Run, base: GgufFile, chosen: Mapping[str, Candidate], path: Path, progress: Progress
+    run: Run,
+    base: GgufFile,
+    chosen: Mapping[str, Candidate],
+    path: Path,
+    progress: Progress,
+    mix: str = "",
 ) -> tuple[Outcome, list[Path]]:
     """Tune the file of an allocation, of a run whose quantize stage is finished, into the level
-    file `path`. Return what `tuning.tuned.tune_file` returns.
+    file `path`, laid out as the output that is called after the stock mix `mix`. Return what
+    `tuning.tuned.tune_file` returns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = {c.file: run.artifacts.levels / c.file for c in chosen.values()}
     stored = load_stored(chosen, levels)
     types = {name: candidate.qtype for name, candidate in chosen.items()}
-    layout, _ = lay_out_nearest(base, types, load_provenance(run.dir))
+    layout, _ = lay_out_labelled(base, types, load_provenance(run.dir), mix)
 
     @contextmanager
     def tuning() -> Iterator[Tuner]:

@@ -17,13 +17,13 @@ import torch
 from tiny_gguf import Shape, write_llama
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES, QuantType
+from quantkit.ggml.types import BF16, FILE_TYPES, STOCK_MIXES, QuantType
 from quantkit.gguf_file.fields import Field
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.llamacpp import stock
-from quantkit.llamacpp.output import nearest_label
+from quantkit.llamacpp.output import label_of
 from quantkit.llamacpp.stock import (
     StockRecipe,
     make_stock,
@@ -117,9 +117,22 @@ def test_all_mixes_can_be_asked_for(base: GgufFile) -> None:
     sizes = {label: stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES}
     assert min(sizes.values()) == sizes["IQ1_S"] and max(sizes.values()) == sizes["Q8_0"]
     assert sizes["Q2_K"] <= sizes["Q4_K_M"] <= sizes["Q6_K"]
-    for label, n_bytes in sizes.items():
-        if list(sizes.values()).count(n_bytes) == 1:
-            assert nearest_label(base, n_bytes) == label
+
+
+def test_a_file_is_called_after_what_most_of_it_holds(base: GgufFile) -> None:
+    """Also llama.cpp's own files, but for those whose mixes differ in single tensors."""
+    for label in STOCK_MIXES:
+        types = stock_types(base.path, StockRecipe(label))
+        held = {str(q) for name, q in types.items() if not name.startswith(("token", "output"))}
+        found = label_of(base, types)
+        assert any(found.startswith(q) or q in ("IQ2_S", "IQ3_S", "IQ3_XXS") for q in held)
+        assert found in held | set(STOCK_MIXES)
+    blocks = {name: QuantType("Q4_0") for name in types if name.startswith("blk")}
+    tables = {name: QuantType("Q8_0") for name in types if name not in blocks}
+    assert label_of(base, blocks | tables) == "Q4_0"
+    assert label_of(base, tables) == (
+        "BF16" if base.tensors["blk.0.attn_q.weight"].qtype == BF16 else "F16"
+    )
 
 
 def test_what_is_quantizable(base: GgufFile) -> None:
