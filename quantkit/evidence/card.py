@@ -106,7 +106,7 @@ def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str |
         f"# {_title(info, report)}",
         f"{_origin(info)} as {_size(report)}. The type of every tensor was searched by measuring"
         " the KL divergence to the full-precision model; the weights were quantized with GPTQ onto"
-        " llama.cpp's own grids. It runs in every llama.cpp build.",
+        f" llama.cpp's own grids. {_runtimes(report)}",
         verdicts[0] if len(verdicts) == 1 else reports.bullets(verdicts),
         "## Which file should I choose?",
         _choice(report, repo),
@@ -151,6 +151,10 @@ def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str |
         parts += ["## Fallbacks", reports.set_table(groups)]
     body = "\n\n".join(parts) + "\n"
     return str(ModelCard(f"---\n{card_data(info, measured).to_yaml()}\n---\n\n{body}"))
+
+
+def _runtimes(report: Report) -> str:
+    return " ".join(text.runtimes(report)) or "It runs in every llama.cpp build."
 
 
 def _size(report: Report) -> str:

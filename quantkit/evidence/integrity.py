@@ -69,7 +69,9 @@ def _decoded(rows: native.Bytes, tensor: StoredTensor) -> native.Floats:
 
     found = FORMATS.get(tensor.qtype)
     if found is None:
-        values: native.Floats = gguf.quants.dequantize(rows, tensor.qtype.ggml)
+        values: native.Floats = gguf.quants.dequantize(
+            rows, gguf.GGMLQuantizationType(tensor.qtype.ggml)
+        )
         return np.ascontiguousarray(values, np.float32)
     packed = torch.from_numpy(rows)
     grid = found.grid(packed)

@@ -1,9 +1,9 @@
 """Read and write block formats whose values lie on a grid: their scales and codes in the bytes.
 
 In all of them the value of a weight is `scale * level(code) + minimum`, with scale and minimum
-shared by a group of 16 or 32 columns. `level(code)` is the code itself, or an entry of a table of
-16 (IQ4). GPTQ keeps the scales that ggml chose and decides the codes; so a format reads grid and
-codes out of packed rows and puts other codes in.
+shared by a group of 16 to 64 columns. `level(code)` is the code itself, or an entry of a table of
+16 (IQ4, MXFP4). GPTQ keeps the scales that ggml chose and decides the codes; so a format reads grid
+and codes out of packed rows and puts other codes in.
 
 The layouts are those of ggml-common.h and of `dequantize_row_*` in ggml-quants.c. Tensors are
 torch, on any device: packed rows are uint8 (n_rows, n_blocks, block_bytes), codes int16 (n_rows,
@@ -16,10 +16,14 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.ggml import e8m0
+from quantkit.ggml.fields import bits, half, join_bits, join_nibbles, nibbles
 from quantkit.ggml.types import QuantType
 
 # kvalues_iq4nl of ggml-common.h
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# kvalues_mxfp4 in rising order: there are two zeros, of which code 7 is the negative one
+FP4_TABLE = (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12)
 
 
 @dataclass(frozen=True)
@@ -52,32 +56,6 @@ def levels_of(codes: torch.Tensor, table: tuple[int, ...] | None) -> torch.Tenso
     return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.long()]
 
 
-def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
-    """The float16 at byte `at` of every block, as float32 (n_rows, n_blocks, 1)."""
-    return blocks[..., at : at + 2].contiguous().view(torch.float16).float()
-
-
-def _nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """(..., n) bytes -> (..., 2n): all low nibbles, then all high nibbles."""
-    return torch.cat([packed & 15, packed >> 4], -1)
-
-
-def _join_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    low, high = codes.chunk(2, -1)
-    return low | (high << 4)
-
-
-def _bits(packed: torch.Tensor, n_bits: int, n_fields: int) -> torch.Tensor:
-    """(..., n) bytes -> (..., n_fields, n): field k holds bits k * n_bits and up of every byte."""
-    mask = (1 << n_bits) - 1
-    return torch.stack([(packed >> (n_bits * k)) & mask for k in range(n_fields)], -2)
-
-
-def _join_bits(fields: torch.Tensor, n_bits: int) -> torch.Tensor:
-    shifts = torch.arange(fields.shape[-2], device=fields.device, dtype=torch.uint8) * n_bits
-    return (fields << shifts[:, None]).sum(-2, dtype=torch.uint8)
-
-
 class Format:
     """One block format. Subclasses say where things lie; sizes come from gguf's table."""
 
@@ -89,6 +67,7 @@ class Format:
     d_at = 0  # byte of the block's float16 scale d
     dmin_at: int | None = None  # byte of the block's float16 minimum or minimum scale
     dmin_sign = 1  # value = ... + dmin_sign * dmin * minimum code
+    scale_is_power = False  # d is a power of two, and not a float16
     scale_range: tuple[int, int] | None = None  # of the integers that d is multiplied with
     minimum_range: tuple[int, int] | None = None  # of those that dmin is multiplied with
 
@@ -104,10 +83,10 @@ class Format:
         blocks = self.blocks(packed)
         n_rows = packed.shape[0]
         scale_codes, minimum_codes = self.multipliers(blocks)
-        scale = (_half(blocks, self.d_at) * scale_codes).reshape(n_rows, -1)
+        scale = (self.d_of(blocks) * scale_codes).reshape(n_rows, -1)
         minimum = torch.zeros_like(scale)
         if self.dmin_at is not None:
-            minimum = (self.dmin_sign * _half(blocks, self.dmin_at) * minimum_codes).reshape(
+            minimum = (self.dmin_sign * half(blocks, self.dmin_at) * minimum_codes).reshape(
                 n_rows, -1
             )
         return Grid(scale, minimum, self.group, self.low, self.high, self.table)
@@ -137,15 +116,26 @@ class Format:
         table = torch.tensor(self.table, dtype=torch.float32, device=level.device)
         return torch.bucketize(level, (table[1:] + table[:-1]) / 2)
 
+    def d_of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return d of every block, float32 (n_rows, n_blocks, 1)."""
+        return half(blocks, self.d_at)
+
     def scales(self, packed: torch.Tensor) -> torch.Tensor:
         """Return d of every block, then dmin of every block: float32 (n_rows, n_blocks or 2
         n_blocks).
         """
         blocks = self.blocks(packed)
-        return torch.cat([_half(blocks, at)[..., 0] for at in self._half_at], 1)
+        found = [self.d_of(blocks)]
+        if self.dmin_at is not None:
+            found.append(half(blocks, self.dmin_at))
+        return torch.cat(found, 1)[..., 0]
+
+    def storable(self, scales: torch.Tensor) -> torch.Tensor:
+        """Return what a block stores of float32 `scales`, d or dmin."""
+        return scales.half().float()
 
     def with_scales(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return a copy of packed rows with other `scales`, rounded to float16."""
+        """Return a copy of packed rows with other `scales`, rounded to what is `storable`."""
         blocks = self.blocks(packed).clone()
         parts = scales.half().chunk(len(self._half_at), 1)
         for at, values in zip(self._half_at, parts, strict=True):
@@ -201,10 +191,10 @@ class FourBit(Format):
         self.dmin_at = 2 if name == "Q4_1" else None
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _nibbles(blocks[..., -16:])
+        return nibbles(blocks[..., -16:])
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
-        blocks[..., -16:] = _join_nibbles(stored)
+        blocks[..., -16:] = join_nibbles(stored)
 
 
 class FiveBit(Format):
@@ -219,13 +209,27 @@ class FiveBit(Format):
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         fifth = (
-            _bits(blocks[..., -20:-16], 1, 8).transpose(-1, -2).flatten(-2)
+            bits(blocks[..., -20:-16], 1, 8).transpose(-1, -2).flatten(-2)
         )  # bit j belongs to weight j
-        return _nibbles(blocks[..., -16:]) | (fifth << 4)
+        return nibbles(blocks[..., -16:]) | (fifth << 4)
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
-        blocks[..., -16:] = _join_nibbles(stored & 15)
-        blocks[..., -20:-16] = _join_bits((stored >> 4).unflatten(-1, (4, 8)).transpose(-1, -2), 1)
+        blocks[..., -16:] = join_nibbles(stored & 15)
+        blocks[..., -20:-16] = join_bits((stored >> 4).unflatten(-1, (4, 8)).transpose(-1, -2), 1)
+
+
+class TwoBit(Format):
+    """64 weights: d, which may be negative, 16 bytes of 2-bit codes, four neighbors in each.
+    Q2_0.
+    """
+
+    group, low, high, offset = 64, -1, 2, 1
+
+    def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
+        return bits(blocks[..., 2:], 2, 4).transpose(-1, -2).flatten(-2)
+
+    def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
+        blocks[..., 2:] = join_bits(stored.unflatten(-1, (16, 4)).transpose(-1, -2), 2)
 
 
 class EightBit(Format):
@@ -257,10 +261,10 @@ class Q2K(Format):
         blocks[..., 0:16] = (scale | (minimum << 4)).to(torch.uint8)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _bits(blocks[..., 16:80].unflatten(-1, (2, 32)), 2, 4).flatten(-3)
+        return bits(blocks[..., 16:80].unflatten(-1, (2, 32)), 2, 4).flatten(-3)
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
-        blocks[..., 16:80] = _join_bits(stored.unflatten(-1, (2, 4, 32)), 2).flatten(-2)
+        blocks[..., 16:80] = join_bits(stored.unflatten(-1, (2, 4, 32)), 2).flatten(-2)
 
 
 class Q3K(Format):
@@ -272,8 +276,8 @@ class Q3K(Format):
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         packed = blocks[..., 96:108]
-        low = _nibbles(packed[..., 0:8])
-        high = _bits(packed[..., 8:12], 2, 4).flatten(-2)
+        low = nibbles(packed[..., 0:8])
+        high = bits(packed[..., 8:12], 2, 4).flatten(-2)
         scale = (low | (high << 4)).float() - 32
         return scale, scale
 
@@ -281,17 +285,17 @@ class Q3K(Format):
         self, blocks: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
     ) -> None:
         stored = (scale + 32).to(torch.uint8)
-        blocks[..., 96:104] = _join_nibbles(stored & 15)
-        blocks[..., 104:108] = _join_bits((stored >> 4).unflatten(-1, (4, 4)), 2)
+        blocks[..., 96:104] = join_nibbles(stored & 15)
+        blocks[..., 104:108] = join_bits((stored >> 4).unflatten(-1, (4, 4)), 2)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        low = _bits(blocks[..., 32:96].unflatten(-1, (2, 32)), 2, 4).flatten(-3)
-        high = _bits(blocks[..., 0:32], 1, 8).flatten(-2)
+        low = bits(blocks[..., 32:96].unflatten(-1, (2, 32)), 2, 4).flatten(-3)
+        high = bits(blocks[..., 0:32], 1, 8).flatten(-2)
         return low | (high << 2)
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
-        blocks[..., 32:96] = _join_bits((stored & 3).unflatten(-1, (2, 4, 32)), 2).flatten(-2)
-        blocks[..., 0:32] = _join_bits((stored >> 2).unflatten(-1, (8, 32)), 1)
+        blocks[..., 32:96] = join_bits((stored & 3).unflatten(-1, (2, 4, 32)), 2).flatten(-2)
+        blocks[..., 0:32] = join_bits((stored >> 2).unflatten(-1, (8, 32)), 1)
 
 
 class Q4K(Format):
@@ -316,10 +320,10 @@ class Q4K(Format):
         blocks[..., 12:16] = (s[..., 4:] & 15) | ((m[..., 4:] & 15) << 4)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _nibbles(blocks[..., -128:].unflatten(-1, (4, 32))).flatten(-2)
+        return nibbles(blocks[..., -128:].unflatten(-1, (4, 32))).flatten(-2)
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
-        blocks[..., -128:] = _join_nibbles(stored.unflatten(-1, (4, 64))).flatten(-2)
+        blocks[..., -128:] = join_nibbles(stored.unflatten(-1, (4, 64))).flatten(-2)
 
 
 class Q5K(Q4K):
@@ -328,12 +332,12 @@ class Q5K(Q4K):
     high = 31
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        fifth = _bits(blocks[..., 16:48], 1, 8).flatten(-2)
+        fifth = bits(blocks[..., 16:48], 1, 8).flatten(-2)
         return super().stored_codes(blocks) | (fifth << 4)
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
         super().store_codes(blocks, stored & 15)
-        blocks[..., 16:48] = _join_bits((stored >> 4).unflatten(-1, (8, 32)), 1)
+        blocks[..., 16:48] = join_bits((stored >> 4).unflatten(-1, (8, 32)), 1)
 
 
 class Q6K(Format):
@@ -353,14 +357,14 @@ class Q6K(Format):
         blocks[..., 192:208] = scale.to(torch.int8).view(torch.uint8)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        low = _nibbles(blocks[..., 0:128].unflatten(-1, (2, 64)))  # (..., 2, 128)
-        high = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2, 4).flatten(-2)
+        low = nibbles(blocks[..., 0:128].unflatten(-1, (2, 64)))  # (..., 2, 128)
+        high = bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2, 4).flatten(-2)
         return (low | (high << 4)).flatten(-2)
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
         halves = stored.unflatten(-1, (2, 128))
-        blocks[..., 0:128] = _join_nibbles(halves & 15).flatten(-2)
-        blocks[..., 128:192] = _join_bits((halves >> 4).unflatten(-1, (4, 32)), 2).flatten(-2)
+        blocks[..., 0:128] = join_nibbles(halves & 15).flatten(-2)
+        blocks[..., 128:192] = join_bits((halves >> 4).unflatten(-1, (4, 32)), 2).flatten(-2)
 
 
 class IQ4XS(Format):
@@ -370,8 +374,8 @@ class IQ4XS(Format):
     scale_range = (-32, 31)
 
     def multipliers(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        low = _bits(blocks[..., 4:8], 4, 2).transpose(-1, -2).flatten(-2)
-        high = _bits(blocks[..., 2:4], 2, 4).transpose(-1, -2).flatten(-2)
+        low = bits(blocks[..., 4:8], 4, 2).transpose(-1, -2).flatten(-2)
+        high = bits(blocks[..., 2:4], 2, 4).transpose(-1, -2).flatten(-2)
         scale = (low | (high << 4)).float() - 32
         return scale, scale
 
@@ -380,14 +384,41 @@ class IQ4XS(Format):
     ) -> None:
         stored = (scale + 32).to(torch.uint8)
         low, high = (stored & 15).unflatten(-1, (4, 2)), (stored >> 4).unflatten(-1, (2, 4))
-        blocks[..., 4:8] = _join_bits(low.transpose(-1, -2), 4)
-        blocks[..., 2:4] = _join_bits(high.transpose(-1, -2), 2)
+        blocks[..., 4:8] = join_bits(low.transpose(-1, -2), 4)
+        blocks[..., 2:4] = join_bits(high.transpose(-1, -2), 2)
 
     def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _nibbles(blocks[..., 8:].unflatten(-1, (8, 16))).flatten(-2)
+        return nibbles(blocks[..., 8:].unflatten(-1, (8, 16))).flatten(-2)
 
     def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
-        blocks[..., 8:] = _join_nibbles(stored.unflatten(-1, (8, 32))).flatten(-2)
+        blocks[..., 8:] = join_nibbles(stored.unflatten(-1, (8, 32))).flatten(-2)
+
+
+class MXFP4(FourBit):
+    """32 weights: a byte that is a power of two, 16 bytes of nibbles into E2M1's table."""
+
+    scale_is_power = True
+
+    def __init__(self) -> None:
+        super().__init__("MXFP4", 0, FP4_TABLE)
+
+    def d_of(self, blocks: torch.Tensor) -> torch.Tensor:
+        return e8m0.decode(blocks[..., :1])
+
+    def storable(self, scales: torch.Tensor) -> torch.Tensor:
+        return e8m0.nearest(scales)
+
+    def with_scales(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        blocks = self.blocks(packed).clone()
+        blocks[..., 0] = e8m0.encode(scales)
+        return blocks.view(packed.shape)
+
+    def stored_codes(self, blocks: torch.Tensor) -> torch.Tensor:
+        stored = super().stored_codes(blocks)
+        return torch.where(stored < 8, stored + 8, 15 - stored)
+
+    def store_codes(self, blocks: torch.Tensor, stored: torch.Tensor) -> None:
+        super().store_codes(blocks, torch.where(stored < 8, 15 - stored, stored - 8))
 
 
 FORMATS = {
@@ -399,6 +430,8 @@ FORMATS = {
         FiveBit("Q5_0", -16),
         FiveBit("Q5_1", 0),
         EightBit("Q8_0"),
+        TwoBit("Q2_0"),
+        MXFP4(),
         Q2K("Q2_K"),
         Q3K("Q3_K"),
         Q4K("Q4_K"),

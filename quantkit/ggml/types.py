@@ -1,4 +1,5 @@
-"""Quantization types as GGUF stores them. `gguf.GGML_QUANT_SIZES` is the only table of sizes.
+"""Quantization types as GGUF stores them. Sizes are those of `gguf.GGML_QUANT_SIZES`; what
+llama.cpp has and the gguf package not yet is in `_NEWER`.
 
 A type is a `QuantType`, never a string or a number of bits: Q4_0 and Q4_K both cost 4.5 bits per
 weight and are different things. A *stock mix* (`Q4_K_M`) is the recipe by which `llama-quantize`
@@ -15,6 +16,16 @@ import gguf
 
 from quantkit.errors import UsageError
 
+# Of ggml.h and llama.h of the llama.cpp that requirements.txt pins: number, weights and bytes of a
+# block, and number of the file type.
+_NEWER = {"Q2_0": (42, 64, 18, 41)}
+
+_NUMBERS = {t.name: int(t) for t in gguf.GGMLQuantizationType}
+_SIZES = {t.name: size for t, size in gguf.GGML_QUANT_SIZES.items()}
+for _name, (_number, _size, _bytes, _) in _NEWER.items():
+    _NUMBERS[_name], _SIZES[_name] = _number, (_size, _bytes)
+_NAMES = {number: name for name, number in _NUMBERS.items()}
+
 
 @total_ordering
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class QuantType:
     name: str
 
     def __post_init__(self) -> None:
-        if self.name not in gguf.GGMLQuantizationType.__members__:
+        if self.name not in _SIZES:
             raise UsageError(f"There is no tensor type {self.name!r}.", _use_askable())
 
     @classmethod
@@ -34,22 +45,25 @@ class QuantType:
 
     @classmethod
     def of(cls, ggml: int) -> QuantType:
-        """Return the type with ggml's number `ggml`."""
-        return cls(gguf.GGMLQuantizationType(int(ggml)).name)
+        """Return the type with ggml's number `ggml`. Raises ValueError for a number of none."""
+        if int(ggml) not in _NAMES:
+            raise ValueError(f"{ggml} is no type of ggml")
+        return cls(_NAMES[int(ggml)])
 
     @property
-    def ggml(self) -> gguf.GGMLQuantizationType:
-        return gguf.GGMLQuantizationType[self.name]
+    def ggml(self) -> int:
+        """ggml's number of the type."""
+        return _NUMBERS[self.name]
 
     @property
     def block_size(self) -> int:
         """Weights per block."""
-        return gguf.GGML_QUANT_SIZES[self.ggml][0]
+        return _SIZES[self.name][0]
 
     @property
     def block_bytes(self) -> int:
         """Return the bytes per block."""
-        return gguf.GGML_QUANT_SIZES[self.ggml][1]
+        return _SIZES[self.name][1]
 
     @property
     def bpw(self) -> float:
@@ -96,9 +110,13 @@ F32, F16, BF16 = QuantType("F32"), QuantType("F16"), QuantType("BF16")
 # importance-weighted quantizer worth offering yet.
 _QUANTIZED = """
     IQ1_S IQ1_M TQ1_0 TQ2_0 IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_XS IQ4_NL
-    Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4
+    Q2_K Q3_K Q4_K Q5_K Q6_K Q2_0 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4
 """
 QUANTIZED = tuple(QuantType(name) for name in _QUANTIZED.split())
+KNOWN = tuple(map(QuantType, _SIZES))  # all that a file may hold
+
+# What reads types that older builds of llama.cpp do not know.
+READERS = {QuantType("Q2_0"): "llama.cpp of July 2026 or later (llama-cpp-python 0.3.36)"}
 
 
 def askable(name: str) -> QuantType:
@@ -117,7 +135,7 @@ def _use_askable() -> str:
 
 
 _FALLBACK = {
-    "Q4_0": ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"),
+    "Q4_0": ("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"),
     "IQ4_NL": ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"),
     "Q5_0": ("Q4_K",),
     "Q5_1": ("Q5_K",),
@@ -147,7 +165,7 @@ FILE_TYPES = {
     member.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(member)
     for member in gguf.LlamaFileType
     if member is not gguf.LlamaFileType.GUESSED
-}
+} | {name: file_type for name, (*_, file_type) in _NEWER.items()}
 # The mixes that people download, smallest first; TQ and MXFP4_MOE are for models trained that way.
 STOCK_MIXES = tuple(
     """

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 from gguf import GGUFValueType
 
-from quantkit.ggml.types import QuantType
+from quantkit.ggml.types import KNOWN, QuantType
 from quantkit.gguf_file.fields import LENGTH, SCALARS, Field, pass_texts
 
 _VERSIONS = (2, 3)
@@ -31,7 +30,7 @@ _MOST_NAME = 256
 _MOST_DIMENSIONS = 4
 _ALIGNMENTS = tuple(2**i for i in range(3, 17))
 _LEAST_KEY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes
-_TYPES = {int(number): QuantType.of(number) for number in gguf.GGML_QUANT_SIZES}
+_TYPES = {qtype.ggml: qtype for qtype in KNOWN}
 
 
 class Broken(ValueError):

@@ -3,7 +3,7 @@
 GPTQ decides a column without knowing what later columns will round to, and never touches the scales
 that ggml chose without looking at the Hessian's off-diagonal. Here every stored number of a row
 gets another look while all others stay: the codes of a block one by one, then the integer scale and
-minimum of each of its groups (K-quants), then its float16 d and dmin together. Each step moves to
+minimum of each of its groups (K-quants), then its d and dmin together. Each step moves to
 the best storable value, so tr(E H Eᵀ) never rises; sizes never change.
 
 What is kept up to date is the gradient E H of every row. Inside a block every step reaches only the
@@ -186,7 +186,7 @@ def _move_integers(
 
 
 def _fit_halves(state: RowState, block: Block, gradient: torch.Tensor) -> torch.Tensor:
-    """d and dmin together: the least-squares step, rounded to float16, taken where it helps.
+    """d and dmin together: the least-squares step, rounded as it is stored, taken where it helps.
 
     Returns what that adds to the values.
     """
@@ -211,11 +211,11 @@ def _fit_halves(state: RowState, block: Block, gradient: torch.Tensor) -> torch.
         det = torch.where(both, det, 1.0)
         to_d = torch.where(both, -(vv * au - uv * av) / det, to_d)
         to_m = torch.where(both, -(uu * av - uv * au) / det, to_m)
-    step_d = (d + to_d).half().float() - d
+    step_d = form.storable(d + to_d) - d
     step_m = torch.zeros_like(step_d)
     if form.dmin_at is not None:
         dmin = state.dmin[:, block.index]
-        step_m = (dmin + to_m).half().float() - dmin
+        step_m = form.storable(dmin + to_m) - dmin
     gain = 2 * (step_d * au + step_m * av)
     gain += step_d * step_d * uu + 2 * step_d * step_m * uv + step_m * step_m * vv
     good = free & (gain < 0)
@@ -239,7 +239,9 @@ def _sweep_cpu(state: RowState, hessian: torch.Tensor, n_sweeps: int) -> None:
     fields = (state.codes, state.gradient, state.d, state.dmin, state.scale, state.minimum)
     codes, gradient, d, dmin, scale, minimum = (x.T.contiguous() for x in fields)
     table = np.array(form.table or (), np.float32)
-    shape = kernels_cpu.Shape(width, group, form.low, form.high, form.dmin_sign)
+    shape = kernels_cpu.Shape(
+        width, group, form.low, form.high, form.dmin_sign, form.scale_is_power
+    )
     limits = (*(form.scale_range or (0, -1)), *(form.minimum_range or (0, -1)))
     for _ in range(n_sweeps):
         for first in range(0, n_columns, reach):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from quantkit.gptq.compiled import numba
+from quantkit.gptq.roundings_cpu import round_to_half, round_to_power
 
 _TILE = 64  # rows of one task; in GPTQ's walk 128 columns x 64 rows of float32 are 32 kB
 _FAST = {"contract", "reassoc", "nsz"}  # never nnan: rows may hold anything
@@ -114,22 +115,7 @@ class Shape(NamedTuple):
     low: int
     high: int
     dmin_sign: int
-
-
-@numba.njit(nogil=True, cache=True)
-def round_to_half(x):  # type: ignore[no-untyped-def]
-    """Round the float32 array `x` in place to the nearest float16, ties to even; to the largest
-    finite one where it overflows.
-    """
-    bits = x.view(np.int32)
-    for i in range(x.size):
-        size = bits[i] & 0x7FFFFFFF
-        if size < 0x38800000:  # subnormal: multiples of 2^-24
-            x[i] = np.rint(x[i] * np.float32(16777216.0)) * np.float32(5.9604644775390625e-08)
-        else:
-            odd = (size >> 13) & 1
-            size = min((size + 0xFFF + odd) & ~0x1FFF, 0x477FE000)
-            bits[i] = size | (bits[i] & ~0x7FFFFFFF)
+    is_power: bool  # d is a power of two, and not a float16
 
 
 @numba.njit(inline="always")
@@ -272,7 +258,10 @@ def _fit_halves(level, slope, moved, d, dmin, scale, minimum, hessian, group_sum
             to_m = -(uu[lane] * av[lane] - uv[lane] * au[lane]) / det
         step_d[lane] = d[lane] + to_d
         step_m[lane] = (dmin[lane] if dmin.size > 0 else np.float32(0)) + to_m
-    round_to_half(step_d)
+    if shape.is_power:
+        round_to_power(step_d)
+    else:
+        round_to_half(step_d)
     round_to_half(step_m)
     for lane in range(lanes):
         by_d = step_d[lane] - d[lane]

@@ -153,6 +153,20 @@ def _move_integer(old, unit, slope, curvature, low, high):  # type: ignore[no-un
 
 
 @triton.jit
+def _to_half(x):  # type: ignore[no-untyped-def]
+    return x.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _to_power(x):  # type: ignore[no-untyped-def]
+    """The nearest power of two of x's size that a byte stores: `roundings_cpu.round_to_power`."""
+    size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    denormal = tl.where(size >= 0x00300000, 0x00400000, 0x00200000)
+    normal = tl.minimum((size + 0x00400000) & 0x7F800000, 0x7E800000)
+    return tl.where(size < 0x00600000, denormal, normal).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _descend(  # type: ignore[no-untyped-def]
     codes,
     moved,
@@ -175,6 +189,7 @@ def _descend(  # type: ignore[no-untyped-def]
     low: tl.constexpr,
     high: tl.constexpr,
     sign: tl.constexpr,
+    is_power: tl.constexpr,
     has_table: tl.constexpr,
     has_min: tl.constexpr,
     scale_low: tl.constexpr,
@@ -300,10 +315,10 @@ def _descend(  # type: ignore[no-untyped-def]
             det = tl.where(two, det, 1.0)
             to_d = tl.where(two, tl.div_rn(uv * av - vv * au, det), to_d)
             to_m = tl.where(two, tl.div_rn(uv * au - uu * av, det), to_m)
-        step_d = (own_d + to_d).to(tl.float16).to(tl.float32) - own_d
+        step_d = (_to_power(own_d + to_d) if is_power else _to_half(own_d + to_d)) - own_d
         if has_min:
             old_min = sign * own_min
-            step_m = (old_min + to_m).to(tl.float16).to(tl.float32) - old_min
+            step_m = _to_half(old_min + to_m) - old_min
         gain = 2 * (step_d * au + step_m * av)
         gain += step_d * step_d * uu + 2 * step_d * step_m * uv + step_m * step_m * vv
         good = free & (gain < 0)
@@ -371,6 +386,7 @@ def descend(
         low=form.low,
         high=form.high,
         sign=form.dmin_sign,
+        is_power=form.scale_is_power,
         has_table=form.table is not None,
         has_min=form.dmin_at is not None,
         scale_low=scale_range[0],

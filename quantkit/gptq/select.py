@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from quantkit.ggml import native
+from quantkit.ggml import native, searches
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.gptq.descent import N_SWEEPS, descend, per_expert, row_errors
@@ -254,9 +254,13 @@ def _by_ggml(
 
 def _ggml(weight: torch.Tensor, qtype: QuantType, inputs: Sequence[Inputs]) -> torch.Tensor:
     """ggml's rows of one expert after the other, each under the importances of its inputs, or
-    rounded to nearest; on the device of `weight`, for a GPU makes those of a grid itself.
+    rounded to nearest; on the device of `weight`, for a GPU makes those of a grid itself. Scales
+    that ggml does not search are searched here.
     """
     importances = [own.importance for own in inputs]
+    if inputs and qtype in searches.SEARCHED:
+        own = torch.from_numpy(np.stack(importances))
+        return searches.quantize(weight, qtype, own.to(weight.device))
     if weight.is_cuda and qtype in FORMATS:
         from quantkit.ggml import grids_cuda  # needs triton
 
@@ -269,7 +273,7 @@ def _ggml(weight: torch.Tensor, qtype: QuantType, inputs: Sequence[Inputs]) -> t
             weight.device
         )
     parts = zip(weight.cpu().chunk(len(inputs)), importances, strict=True)
-    found = [torch.from_numpy(native.quantize(w.numpy(), qtype, own)) for w, own in parts]
+    found = [torch.from_numpy(native.quantize(w.numpy(), qtype, i)) for w, i in parts]
     return torch.cat(found).to(weight.device)
 
 

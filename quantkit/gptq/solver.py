@@ -216,16 +216,14 @@ def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list
     """Return the codes, int8 (n_rows, n_columns), of every entry of `rows`; all share the
     factorized input.
 
-    Grids with a table and plain grids are swept apart, the rest together. `walk` replaces the
+    Grids of each table and plain grids are swept apart, the rest together. `walk` replaces the
     fastest column walk of the device, for tests.
     """
     if walk is None:
         walk = _WALKS.get(factor.upper.device.type, walk_columns)
     codes: list[torch.Tensor | None] = [None] * len(rows)
-    for with_table in (False, True):
-        chosen = [i for i, r in enumerate(rows) if (r.grid.table is not None) == with_table]
-        if not chosen:
-            continue
+    for table in dict.fromkeys(r.grid.table for r in rows):
+        chosen = [i for i, r in enumerate(rows) if r.grid.table == table]
         stack = _stack([rows[i] for i in chosen], factor.order)
         _sweep(stack, factor.upper, 0, len(factor.order), walk)
         in_place = torch.empty_like(stack.codes)
@@ -247,10 +245,8 @@ def gptq_experts(
         return [gptq(own, factor) for own, factor in zip(rows, factors, strict=True)]
     upper = torch.stack([factor.upper for factor in factors])
     codes: list[list[torch.Tensor]] = [[torch.empty(0)] * len(rows[0]) for _ in rows]
-    for with_table in (False, True):
-        chosen = [i for i, r in enumerate(rows[0]) if (r.grid.table is not None) == with_table]
-        if not chosen:
-            continue
+    for table in dict.fromkeys(r.grid.table for r in rows[0]):
+        chosen = [i for i, r in enumerate(rows[0]) if r.grid.table == table]
         stacks = [
             _stack([own[i] for i in chosen], f.order) for own, f in zip(rows, factors, strict=True)
         ]

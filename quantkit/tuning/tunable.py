@@ -56,10 +56,10 @@ class Tunable:
         return self.form.nearest(self.level.detach() * self.unit).to(torch.int8)
 
     def stored_halves(self) -> torch.Tensor:
-        """Return d and dmin as they are now in 16 bits, float32 (n_rows, n_blocks or 2
+        """Return d and dmin as they would be stored now, float32 (n_rows, n_blocks or 2
         n_blocks).
         """
-        return (self.halves * (1 + self.scales.detach())).half().float()
+        return self.form.storable(self.halves * (1 + self.scales.detach()))
 
     def weight(self) -> torch.Tensor:
         """Return the weight, float32 (n_rows, n_columns), with gradients."""

@@ -364,6 +364,19 @@ def test_fallbacks_are_grouped() -> None:
     ]
 
 
+def test_types_that_not_every_runtime_reads_are_said() -> None:
+    plain = report.read(values())
+    assert text.runtimes(plain) == []
+    assert "Runtimes" not in report.markdown(plain) + report.html(plain)
+    newer = values()
+    tensor = next(iter(newer["outputs"][0]["tensors"].values()))
+    tensor["qtype"] = "Q2_0"
+    made = report.read(newer)
+    (said,) = text.runtimes(made)
+    assert "Q2_0" in said and "llama-cpp-python" in said
+    assert said in report.markdown(made) and said in report.html(made)
+
+
 def test_the_whole_report() -> None:
     shown = report.markdown(report.read(values()))
     assert shown.startswith("# owner/Tiny\n") and shown.endswith("\n")

@@ -12,6 +12,7 @@ from blocks import (
     ALL_FORMATS,
     HALVES,
     N_COLUMNS,
+    WITH_HALVES,
     finite_halves,
     gguf_values,
     half_lists,
@@ -26,9 +27,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from quantkit.ggml import native
+from quantkit.ggml import e8m0, native
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
+from quantkit.gptq.roundings_cpu import round_to_power
 
 
 @ALL_FORMATS
@@ -53,7 +55,7 @@ def test_any_bytes_are_read_as_ggml_reads_them(
     assert same_bits(ours, gguf_values(packed, qtype))
 
 
-@ALL_FORMATS
+@WITH_HALVES
 def test_all_finite_scales_are_read_as_ggml_reads_them(qtype: QuantType) -> None:
     """All 63,488 finite float16 bit patterns, denormals and negative zero among them."""
     patterns = [bits for bits in range(1 << 16) if bits & 0x7C00 != 0x7C00]
@@ -127,7 +129,7 @@ def test_ggmls_codes_lie_within_the_format(qtype: QuantType) -> None:
     assert form.grid(packed).scale.shape == (8, N_COLUMNS // form.group)
 
 
-@ALL_FORMATS
+@WITH_HALVES
 @examples(20)
 @given(halves=st.lists(finite_halves, min_size=2, max_size=8))
 def test_other_scales_go_in_and_nothing_else_changes(qtype: QuantType, halves: list[int]) -> None:
@@ -201,8 +203,39 @@ def test_nearest_code(qtype: QuantType, level: float) -> None:
     assert abs(levels[code - form.low] - level) == np.abs(levels - level).min()
 
 
+def test_scales_of_one_byte_are_ggmls() -> None:
+    """All 256, the denormal ones and that of NaN, which ggml reads as a number, among them."""
+    qtype = QuantType("MXFP4")
+    packed = np.zeros((256, qtype.block_bytes), np.uint8)
+    packed[:, 0], packed[:, 1:] = np.arange(256), 1  # codes of half, which ggml has doubled
+    scales = FORMATS[qtype].scales(torch.from_numpy(packed)).numpy()
+    assert np.array_equal(scales, native.dequantize(packed, qtype)[:, :1])
+
+
+@given(st.floats(0, 2.0**126, width=32))
+def test_the_nearest_scale_of_one_byte(scale: float) -> None:
+    all_scales = e8m0.decode(torch.arange(255, dtype=torch.uint8)).numpy().astype(np.float64)
+    found = float(e8m0.nearest(torch.tensor([scale]))[0])
+    assert found in all_scales and e8m0.nearest(torch.tensor([-scale])) == found
+    assert abs(found - scale) == np.abs(all_scales - scale).min()
+    compiled = np.array([scale], np.float32)
+    round_to_power(compiled)
+    assert compiled[0] == found
+
+
+def test_bytes_keep_their_scales() -> None:
+    form = FORMATS[QuantType("MXFP4")]
+    packed = torch.from_numpy(native.quantize(weights(), form.qtype))
+    assert torch.equal(form.with_scales(packed, form.scales(packed)), packed)
+    changed = form.with_scales(packed, 4 * form.scales(packed))
+    assert torch.equal(form.codes(changed), form.codes(packed))
+    assert torch.equal(form.scales(changed), 4 * form.scales(packed))
+
+
 def test_the_order_of_the_two_scales_is_as_the_fields_say() -> None:
     """`HALVES` above lists d before dmin; so does every format."""
     for qtype, form in FORMATS.items():
+        if not HALVES[qtype.name]:
+            continue
         fields = [form.d_at] + ([] if form.dmin_at is None else [form.dmin_at])
         assert tuple(fields) == HALVES[qtype.name]

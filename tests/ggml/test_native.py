@@ -31,6 +31,11 @@ from quantkit.ggml import native
 from quantkit.ggml.types import BF16, F16, F32, QUANTIZED, QuantType
 
 
+def kind(qtype: QuantType) -> gguf.GGMLQuantizationType:
+    """gguf-py's own number; ValueError for what it does not have."""
+    return gguf.GGMLQuantizationType(qtype.ggml)
+
+
 @ALL_TYPES
 @examples(10)
 @given(seed=st.integers(0, 2**32 - 1), halves=half_lists)
@@ -53,7 +58,7 @@ def test_plain_types(qtype: QuantType) -> None:
     """Rounding to 16 bits is gguf's, and for values that have 16 bits nothing is lost."""
     values = weights()
     packed = native.quantize(values, qtype)
-    wanted = gguf.quants.quantize(values, qtype.ggml)
+    wanted = gguf.quants.quantize(values, kind(qtype))
     assert packed.tobytes() == wanted.tobytes()
     assert packed.shape == (6, qtype.row_bytes(N_COLUMNS))
     again = native.quantize(native.dequantize(packed, qtype), qtype)
@@ -70,7 +75,7 @@ def test_quantize_is_ggufs_to_the_byte(name: str) -> None:
     values = rng.integers(-64, 65, (16, N_COLUMNS)).astype(np.float32) / np.float32(16)
     values[0] = 0
     values[1, :256] = 0
-    ours, wanted = native.quantize(values, qtype), gguf.quants.quantize(values, qtype.ggml)
+    ours, wanted = native.quantize(values, qtype), gguf.quants.quantize(values, kind(qtype))
     wrong = np.argwhere((ours != wanted).reshape(-1, qtype.block_bytes).any(1))
     assert len(wrong) == 0, f"{len(wrong)} blocks differ, the first is {wrong[:1]}"
 
@@ -78,9 +83,9 @@ def test_quantize_is_ggufs_to_the_byte(name: str) -> None:
 def test_gguf_quantizes_what_is_listed_and_nothing_else() -> None:
     for qtype in QUANTIZED:
         try:
-            gguf.quants.quantize(np.zeros((1, 256), np.float32), qtype.ggml)
+            gguf.quants.quantize(np.zeros((1, 256), np.float32), kind(qtype))
             able = True
-        except NotImplementedError:
+        except (NotImplementedError, ValueError):
             able = False
         assert able == (qtype.name in CAN_QUANTIZE_IN_GGUF)
 

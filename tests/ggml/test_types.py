@@ -24,13 +24,14 @@ from quantkit.ggml.types import (
 )
 from quantkit.llamacpp.stock import StockRecipe, stock_types
 
-LABELS = (*STOCK_MIXES, "TQ1_0", "TQ2_0", "MXFP4_MOE")
+LABELS = (*STOCK_MIXES, "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q2_0")
+SIZES = {qtype.name: sizes for qtype, sizes in gguf.GGML_QUANT_SIZES.items()}
 MATRIX = "blk.0.ffn_up.weight"
 
 
 @pytest.mark.parametrize("qtype", (*QUANTIZED, F32, F16, BF16), ids=str)
 def test_sizes_are_those_of_ggufs_table(qtype: QuantType) -> None:
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype.name]]
+    block_size, block_bytes = SIZES.get(qtype.name, (64, 18))  # of Q2_0 by block_q2_0
     assert (qtype.block_size, qtype.block_bytes) == (block_size, block_bytes)
     assert qtype.bpw == 8 * block_bytes / block_size
     assert qtype.is_quantized == (block_size > 1)
@@ -48,6 +49,7 @@ def test_known_bits_per_weight() -> None:
     wanted = {"Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}
     wanted |= {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "IQ4_XS": 4.25}
     wanted |= {"IQ4_NL": 4.5, "IQ2_S": 2.5625, "IQ3_S": 3.4375, "F16": 16.0, "F32": 32.0}
+    wanted |= {"Q2_0": 2.25, "MXFP4": 4.25}
     assert {name: QuantType(name).bpw for name in wanted} == wanted
 
 
@@ -79,6 +81,7 @@ def test_order_is_by_bytes_then_name() -> None:
 def test_file_types_have_llama_cpps_numbers() -> None:
     """llama.h: LLAMA_FTYPE_ALL_F32 = 0, ..._Q8_0 = 7, ..._Q4_K_M = 15, ..._BF16 = 32."""
     wanted = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q6_K": 18, "IQ4_XS": 30, "BF16": 32}
+    wanted |= {"Q2_0": 41}
     assert {label: FILE_TYPES[label] for label in wanted} == wanted
     assert set(STOCK_MIXES) <= set(FILE_TYPES)
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from quantkit.ggml import native
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
-from quantkit.gptq import kernels_cpu
 from quantkit.gptq.descent import descend, put_together, row_errors, step_block, take_apart
+from quantkit.gptq.roundings_cpu import round_to_half
 from quantkit.gptq.solver import Rows, factorize, gptq
 
 TYPES = tuple(FORMATS)
@@ -172,7 +172,7 @@ def test_broken_scales_count_as_infinitely_bad() -> None:
 
 def rounded(x: np.ndarray) -> np.ndarray:
     out = x.copy()
-    kernels_cpu.round_to_half(out)
+    round_to_half(out)
     return out
 
 

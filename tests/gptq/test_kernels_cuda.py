@@ -217,7 +217,7 @@ def test_interpreted_grids_are_ggmls(qtype: QuantType, is_weighted: bool) -> Non
     compare_grids(qtype, "cpu", is_weighted)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "MXFP4"])
 def test_rounding_without_a_search_is_ggmls(name: str) -> None:
     """To the byte, ties included: a weight half-way between two codes goes where C puts it."""
     qtype, w = QuantType(name), torch.cat([hard_rows(512), torch.arange(-256.0, 256.0)[None] / 2])

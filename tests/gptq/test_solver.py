@@ -112,7 +112,8 @@ def test_it_is_the_papers_algorithm(qtype: QuantType) -> None:
     rows = rows_of(w, h, qtype)
     (ours,) = gptq([rows], factorize(h, DAMPING))
     wanted = textbook(rows, h, DAMPING)
-    assert int((ours != wanted).any(1).sum()) <= 1
+    values = [rows.grid.values(codes) for codes in (ours, wanted)]  # MXFP4 has two zeros
+    assert int((values[0] != values[1]).any(1).sum()) <= 1
     errors = [output_error(rows.grid.values(c) - w, h)[1:] for c in (ours, wanted)]
     assert torch.allclose(*errors, rtol=0.01)
 

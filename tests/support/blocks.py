@@ -12,6 +12,7 @@ from quantkit.ggml.formats import FORMATS, Format
 from quantkit.ggml.types import QUANTIZED, QuantType
 
 N_COLUMNS = 512
+WITH_HALVES = pytest.mark.parametrize("qtype", [q for q in FORMATS if q.name != "MXFP4"], ids=str)
 ALL_FORMATS = pytest.mark.parametrize("qtype", FORMATS, ids=str)
 ALL_TYPES = pytest.mark.parametrize("qtype", QUANTIZED, ids=str)
 
@@ -32,6 +33,7 @@ HALVES = {
     "Q5_0": (0,),
     "Q5_1": (0, 2),
     "Q8_0": (0,),
+    "Q2_0": (0,),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
     "Q4_K": (0, 2),
@@ -67,7 +69,14 @@ def importance(n_columns: int = N_COLUMNS, seed: int = 1) -> np.ndarray:
 
 
 def gguf_values(packed: np.ndarray, qtype: QuantType) -> np.ndarray:
-    return gguf.quants.dequantize(packed, qtype.ggml)
+    """Values as gguf-py reads them, or as is written here for what it cannot."""
+    if qtype.name == "Q2_0":
+        blocks = packed.reshape(-1, 18)
+        d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        codes = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(-1, 64, 2)
+        levels = (codes[..., 0] + 2 * codes[..., 1]).astype(np.float32) - 1
+        return (levels * d).reshape(len(packed), -1)
+    return gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(qtype.ggml))
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:

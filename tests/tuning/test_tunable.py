@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.ggml import native
+from quantkit.ggml import native, searches
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.tuning.tunable import Tunable
@@ -24,9 +24,11 @@ EACH = pytest.mark.parametrize("qtype", tuple(FORMATS), ids=str)
 
 
 def rows(qtype: QuantType, n_rows: int = 8, n_columns: int = 512) -> tuple[torch.Tensor, ...]:
-    """Weights with a row of zeros, and their bytes as ggml rounds them."""
+    """Weights with a row of zeros, and their bytes as ggml rounds them, with scales searched."""
     weight = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(1))
     weight[0] = 0
+    if qtype in searches.SEARCHED:
+        return weight, searches.quantize(weight, qtype, None)
     return weight, torch.from_numpy(native.quantize(weight.numpy(), qtype, None))
 
 

@@ -7,6 +7,7 @@ import re
 
 from evaluators.figures import Mean, PairedTest
 from quantkit.evidence.report.schema import OURS, STOCK, Report, Row
+from quantkit.ggml.types import READERS
 from quantkit.sizes import size
 
 CAPTIONS = {
@@ -219,6 +220,19 @@ def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
         key = (f.asked, f.used, f.reason)
         groups[key] = groups.get(key, 0) + 1
     return [(asked, used, n, reason) for (asked, used, reason), n in groups.items()]
+
+
+def runtimes(report: Report) -> list[str]:
+    """Return what must be said of runtimes, a sentence for each file that not all can read."""
+    lines = []
+    for output in report.outputs:
+        types = {tensor.qtype for tensor in (output.tensors or {}).values()}
+        lines += [
+            f"{output.name} has tensors in {qtype}: it needs {readers}; older builds refuse it."
+            for qtype, readers in READERS.items()
+            if qtype.name in types
+        ]
+    return lines
 
 
 def protocol_line(report: Report) -> str:
