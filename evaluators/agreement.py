@@ -61,28 +61,35 @@ def compare_logits(
     runtime: Runtime = CPU,
 ) -> tuple[Agreement, NDArray[np.float64]]:
     """Return what `measure` does, and the KL of every token [n]."""
-    n = len(ids)
     with Model(file, runtime) as model:
-        if reference.shape[0] != n or reference.shape[1] < model.n_vocab:
-            raise EvaluationError(
-                f"The reference is {reference.shape}, but the file needs ({n}, {model.n_vocab}).",
-                "Compute it for the same tokens and vocabulary.",
-            )
-        model.check_context(n)
-        kl, same = np.empty(n), np.empty(n, np.bool_)
-        with Context(model, n, min(n, 512), n_outputs=min(n, 512)) as context:
-            for start in range(0, n, context.n_step):
-                step = slice(start, min(n, start + context.n_step))
-                count = step.stop - step.start
-                positions = np.arange(start, step.stop, dtype=np.int32)
-                rows = context.decode(ids[step], positions, np.ones(count, np.int8))
-                for first in range(0, count, _BLOCK):
-                    part = slice(start + first, min(step.stop, start + first + _BLOCK))
-                    q = _log_softmax(rows[first : first + _BLOCK])
-                    p = _log_softmax(reference[part, : model.n_vocab])
-                    kl[part] = (np.exp(p) * (p - q)).sum(axis=1)
-                    same[part] = p.argmax(axis=1) == q.argmax(axis=1)
-        check_finite(kl, model.path)
+        return compare_model(model, ids, reference)
+
+
+def compare_model(
+    model: Model, ids: NDArray[np.int32], reference: NDArray[np.float32]
+) -> tuple[Agreement, NDArray[np.float64]]:
+    """Do `compare_logits` of a file that is open."""
+    n = len(ids)
+    if reference.shape[0] != n or reference.shape[1] < model.n_vocab:
+        raise EvaluationError(
+            f"The reference is {reference.shape}, but the file needs ({n}, {model.n_vocab}).",
+            "Compute it for the same tokens and vocabulary.",
+        )
+    model.check_context(n)
+    kl, same = np.empty(n), np.empty(n, np.bool_)
+    with Context(model, n, min(n, 512), n_outputs=min(n, 512)) as context:
+        for start in range(0, n, context.n_step):
+            step = slice(start, min(n, start + context.n_step))
+            count = step.stop - step.start
+            positions = np.arange(start, step.stop, dtype=np.int32)
+            rows = context.decode(ids[step], positions, np.ones(count, np.int8))
+            for first in range(0, count, _BLOCK):
+                part = slice(start + first, min(step.stop, start + first + _BLOCK))
+                q = _log_softmax(rows[first : first + _BLOCK])
+                p = _log_softmax(reference[part, : model.n_vocab])
+                kl[part] = (np.exp(p) * (p - q)).sum(axis=1)
+                same[part] = p.argmax(axis=1) == q.argmax(axis=1)
+    check_finite(kl, model.path)
     trimmed = np.sort(kl)[: n - max(1, n // _TRIMMED)]
     found = Agreement(
         float(kl.mean()), float(trimmed.mean()), float(kl.max()), float(same.mean()), n

@@ -34,7 +34,7 @@ from evaluators.logprobs import RowWorkers
 from evaluators.perplexity import check_finite, mean_nats, perplexity_of
 from evaluators.stats import paired_difference
 from evaluators.texts import text_sha256
-from evaluators.weights import expanded_to_f16
+from evaluators.weights import at_f16
 from evaluators.windows import Windows, scored_logits, window_context
 
 F64 = NDArray[np.float64]
@@ -140,11 +140,22 @@ def measure(
     Raises:
         EvaluationError: a broken file, a vocabulary of another size, logits that are not finite.
     """
-    started = time.monotonic()
+    with Model(file, runtime) as model:
+        return measure_model(base, model, progress, max_windows)
+
+
+def measure_model(
+    base: BaseLogits,
+    model: Model,
+    progress: Progress | None = None,
+    max_windows: int | None = None,
+) -> KLResult:
+    """Do `measure` of a file that is open."""
+    started, file = time.monotonic(), model.path
     tokens: dict[str, TokenScores] = {}
     done = 0
     n_windows = {d: _first(s.windows.n_windows, max_windows) for d, s in base.stores.items()}
-    with Model(file, runtime) as model, RowWorkers(model.n_vocab, runtime.threads) as workers:
+    with RowWorkers(model.n_vocab, model.runtime.threads) as workers:
         same_tokens = True
         for domain, store in base.stores.items():
             if model.n_vocab != store.n_vocab:
@@ -206,13 +217,15 @@ def measure_weights(
     runtime: Runtime = CPU,
     progress: Progress | None = None,
     max_windows: int | None = None,
+    memory: int = 0,
 ) -> KLResult:
     """Measure the file expanded to F16 as `measure` does: the KL of its weights alone.
 
-    `folder` takes the temporary F16 file (2 bytes a parameter); the system's when None.
+    The weights (2 bytes a parameter) are in memory if `memory` bytes hold them, else in a temporary
+    file in `folder`; in the system's when None.
     """
-    with expanded_to_f16(Path(file), folder, runtime) as expanded:
-        return measure(base, expanded, runtime, progress, max_windows)
+    with at_f16(Path(file), folder, runtime, memory) as model:
+        return measure_model(base, model, progress, max_windows)
 
 
 def paired_test(a: KLResult, b: KLResult) -> PairedTest:

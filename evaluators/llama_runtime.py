@@ -24,6 +24,7 @@ from evaluators.closing import Closing
 from evaluators.errors import EvaluationError
 from evaluators.session import Launch, Session, T, as_it_is, plainly, whole_numbers
 
+F16_BYTES = 2
 MAX_STEP = 512  # tokens of one llama_decode; llama.cpp's own ubatch, more is not faster
 _MOST_VOCAB = 1 << 20  # the largest that is known has 262,208: rows of logits are as long
 _FACTS = ("n_vocab", "n_params", "n_ctx_train", "adds_bos", "bos", "eos", "is_recurrent")
@@ -108,18 +109,24 @@ def model_sha256(path: Path) -> str:
 
 class Opened(Closing):
     """A process of llama.cpp's for one file, before anything is loaded there. `writable` is the one
-    folder that it may write into.
+    folder that it may write into; with `holds_weights` it has memory for the weights at F16.
 
     Raises EvaluationError when the file is missing or not a GGUF.
     """
 
     def __init__(
-        self, path: Path | str, runtime: Runtime = CPU, writable: Path | None = None
+        self,
+        path: Path | str,
+        runtime: Runtime = CPU,
+        writable: Path | None = None,
+        holds_weights: bool = False,
     ) -> None:
         self.path = Path(path)
         self.runtime = runtime
         self.n_bytes = check_gguf(self.path)
-        self.session = Session(self.path, shard_paths(self.path), runtime.launch, writable)
+        self.session = Session(
+            self.path, shard_paths(self.path), runtime.launch, writable, holds_weights
+        )
 
     def call(
         self,
@@ -158,9 +165,13 @@ class Model(Opened):
     """
 
     def __init__(
-        self, path: Path | str, runtime: Runtime = CPU, writable: Path | None = None
+        self,
+        path: Path | str,
+        runtime: Runtime = CPU,
+        writable: Path | None = None,
+        holds_weights: bool = False,
     ) -> None:
-        super().__init__(path, runtime, writable)
+        super().__init__(path, runtime, writable, holds_weights)
         try:
             facts = self.session.ask(
                 "open",
@@ -186,6 +197,16 @@ class Model(Opened):
         except BaseException:
             self.close()
             raise
+
+    def expand(self, n_bytes: int) -> bool:
+        """Go on with the weights at F16, in memory, if `n_bytes` hold them and the process was
+        given such memory; return whether it does. Raises EvaluationError when llama.cpp cannot.
+        """
+        expanded = F16_BYTES * self.n_params
+        if expanded > n_bytes or not self.session.ask("can_expand", _SECONDS, bool):
+            return False
+        self.session.ask("expand", _SECONDS + (expanded + self.n_bytes) / _DISK_BYTES_PER_SECOND)
+        return True
 
     def tokenize(
         self, text: str, add_special: bool = True, parse_special: bool = False

@@ -36,8 +36,9 @@ _MOST_LETTERS = 1_000_000
 class _Server:
     """The open model and its one context. Every method without a _ is a request."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, weights: int | None = None) -> None:
         self._memory = memory
+        self._weights = None if weights is None else f"/proc/self/fd/{weights}"
         self._model: Model | None = None
         self._context: Context | None = None
         self._shared = np.empty(0, np.float32)
@@ -53,6 +54,19 @@ class _Server:
         model = self._model = Model(Path(file), Runtime(n_threads, n_gpu_layers))
         facts = ("n_vocab", "n_params", "n_ctx_train", "adds_bos", "bos", "eos", "is_recurrent")
         return {name: getattr(model, name) for name in facts}
+
+    def can_expand(self) -> bool:
+        return self._weights is not None and os.access(self._weights, os.R_OK | os.W_OK)
+
+    def expand(self) -> None:
+        """Go on with the weights at F16, in the memory that was given for them."""
+        from evaluators.weights import expand
+
+        assert self._weights is not None
+        before = self._opened
+        self.close()
+        expand(str(before.path), self._weights, before.runtime.threads)
+        self.open(self._weights, before.runtime.n_threads, before.runtime.n_gpu_layers)
 
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         return self._opened.tokenize(text, add_special, parse_special).tolist()
@@ -151,9 +165,11 @@ def _data_bytes() -> int:
         return int(file.read().split()[5]) * mmap.PAGESIZE
 
 
-def answer_requests(requests: int, answers: int, memory: Memory) -> None:
+def answer_requests(
+    requests: int, answers: int, memory: Memory, weights: int | None = None
+) -> None:
     """Answer until there are no more requests."""
-    server = _Server(memory)
+    server = _Server(memory, weights)
     with open(requests, "rb") as asked, open(answers, "wb", buffering=0) as told:
         for line in asked:
             asking = json.loads(line)
@@ -193,8 +209,10 @@ def _import_the_rest() -> None:
         LOG.start()  # the package has taken llama.cpp's log over
 
 
-def serve(requests: int, answers: int, logits: int) -> None:
-    """Answer requests until there are no more, then end this process."""
+def serve(requests: int, answers: int, logits: int, weights: int | None = None) -> None:
+    """Answer requests until there are no more, then end this process. `weights` is a file in memory
+    for those of an expanded model.
+    """
     os.environ["GGML_NO_BACKTRACE"] = "1"  # made by a debugger that it would start
     _import_bindings_alone()
 
@@ -202,7 +220,7 @@ def serve(requests: int, answers: int, logits: int) -> None:
         n_bytes = max(4 * n_floats, mmap.PAGESIZE)
         return np.frombuffer(mmap.mmap(logits, n_bytes), np.float32, n_floats)
 
-    answer_requests(requests, answers, memory)
+    answer_requests(requests, answers, memory, weights)
     os._exit(0)  # nothing is left to be done that could keep it
 
 

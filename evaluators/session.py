@@ -33,6 +33,8 @@ _MOST_ANSWERED = 1 << 30
 _REMEDY = "Download or make the file again; it may be broken, or need more memory than there is."
 
 
+WEIGHTS = "weights"  # the descriptor of a file in memory for them
+
 Memory = Callable[[int], NDArray[np.float32]]  # so many numbers that both ends see
 
 
@@ -140,7 +142,8 @@ class Session:
     """One process and its file. `close` it; it is closed, too, by every failure but a refusal.
 
     Without a `launch` it is a thread of this very process: for callers that are in one that was
-    made for it already, and may neither start others nor have files in memory.
+    made for it already, and may neither start others nor have files in memory. `holds_weights`
+    gives the process a second file in memory, which it may fill with weights.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class Session:
         parts: Sequence[Path],
         launch: Launch | None = plainly,
         writable: Path | None = None,
+        holds_weights: bool = False,
     ) -> None:
         self._path = path
         self._process: Process | None = None
@@ -158,18 +162,22 @@ class Session:
         theirs, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         os.set_blocking(self._requests, False)
+        weights: int | None = None
         try:
             if launch is None or self._logits is None:
                 self._process = _Here(theirs, answers, self.share)
             else:
                 given = {"requests": theirs, "answers": answers, "logits": self._logits}
+                if holds_weights:
+                    given[WEIGHTS] = weights = os.memfd_create(WEIGHTS)
                 self._process = launch(given, parts, writable)
         except BaseException:
             self.close()
             raise
         finally:
-            os.close(theirs)
-            os.close(answers)
+            for descriptor in (theirs, answers, weights):
+                if descriptor is not None:
+                    os.close(descriptor)
 
     @property
     def is_alive(self) -> bool:

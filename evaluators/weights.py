@@ -19,6 +19,25 @@ from evaluators.logit_store import check_space
 
 
 @contextmanager
+def at_f16(
+    file: Path, folder: Path | None = None, runtime: Runtime = CPU, memory: int = 0
+) -> Iterator[Model]:
+    """Yield the model of `file` with its weights at F16: in memory where `memory` bytes hold them,
+    else from a temporary copy in `folder`, as `expanded_to_f16` makes it. The bytes
+    are the same.
+
+    Raises EvaluationError as `expanded_to_f16`.
+    """
+    if memory and runtime.launch is not None and hasattr(os, "memfd_create"):
+        with Model(file, runtime, holds_weights=True) as model:
+            if model.expand(memory):
+                yield model
+                return
+    with expanded_to_f16(file, folder, runtime) as copy, Model(copy, runtime) as model:
+        yield model
+
+
+@contextmanager
 def expanded_to_f16(
     file: Path, folder: Path | None = None, runtime: Runtime = CPU
 ) -> Iterator[Path]:

@@ -15,6 +15,7 @@ from quantkit.evidence.devices import Device
 from quantkit.evidence.report.measures import Measures
 from quantkit.evidence.report.schema import OURS, Figures, Row, Task, Tests
 from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.place import weights_room
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
@@ -119,13 +120,15 @@ class Meter:
 
     def _weight_kl(self, logits: BaseLogits | None, other: Baseline, path: Path) -> KLResult | None:
         from evaluators import kl
+        from quantkit.machine.memory import free_memory  # needs torch
 
         progress = self.step(f"weight KL of {other.name}")
         if logits is None:
             return None
         folder, n_windows = self._run.artifacts.folder(_STAGE), self._effort.weight_windows
+        memory = weights_room(free_memory())
         measure = partial(
-            kl.measure_weights, logits, path, folder, self._runtime, progress, n_windows
+            kl.measure_weights, logits, path, folder, self._runtime, progress, n_windows, memory
         )
         return self.measures.take(f"weight KL of {other.name}", measure)
 

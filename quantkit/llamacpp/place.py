@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit import sandbox
+from quantkit.machine import room
 from quantkit.sandbox.outcome import reason
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _SERVE = "evaluators.serve:serve"
 _MEMORY = 12 * 2**30  # beside twice the file, which is repacked: caches, activations, logits
 _SECONDS = 30 * 86_400  # measuring takes what it takes; each request has a limit of its own
 _EXPANSION = 16  # a file at F16 beside one of one bit a weight
+_WEIGHTS_SHARE = 0.6  # of the free memory that weights at F16 may take
 
 
 def runtime(n_threads: int = 0, n_gpu_layers: int = 0) -> Runtime:
@@ -34,17 +36,29 @@ def runtime(n_threads: int = 0, n_gpu_layers: int = 0) -> Runtime:
     return Runtime(n_threads, n_gpu_layers, plainly if n_gpu_layers else sandboxed)
 
 
+def weights_room(free: int) -> int:
+    """Return how many bytes of weights at F16 may be in memory of which `free` bytes are free; more
+    go to the disk.
+    """
+    return int(_WEIGHTS_SHARE * free)
+
+
 def sandboxed(
     descriptors: dict[str, int], readable: Sequence[Path], writable: Path | None
 ) -> Sandboxed:
     """Start a sandboxed process, as an `evaluators.session.Launch` does."""
+    from evaluators.session import WEIGHTS
+
     n_bytes = sum(path.stat().st_size for path in readable)
     n_cores = os.cpu_count() or 1
+    expanded = _EXPANSION * n_bytes + 2**20
+    in_memory = min(expanded, weights_room(room.free().n_bytes)) if WEIGHTS in descriptors else 0
     limits = sandbox.Limits(
         cpu_seconds=_SECONDS * n_cores,
         wall_seconds=_SECONDS,
-        memory_bytes=_MEMORY + 2 * n_bytes,
-        file_bytes=_EXPANSION * n_bytes + 2**20 if writable else 0,
+        # What a file in memory holds counts twice: as the file's and, mapped, as the process's.
+        memory_bytes=_MEMORY + 2 * n_bytes + 2 * in_memory,
+        file_bytes=expanded if writable else in_memory,
         n_processes=64 + 4 * n_cores,
     )
     job = sandbox.Job(

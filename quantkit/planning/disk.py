@@ -19,6 +19,7 @@ from quantkit.config.levels import wanted
 from quantkit.config.targets import DEFAULT_TARGET
 from quantkit.ggml.types import F16, QUANTIZED, QuantType
 from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.place import weights_room
 from quantkit.planning.memory import Shapes, offloaded_bytes, tuned_tokens
 from quantkit.run.artifacts import NAMES
 from quantkit.search.optimizer import MOST_SEQUENCES
@@ -45,7 +46,7 @@ class Footprint:
     searched: int  # for a while: targets, and hidden states that do not fit in memory
     is_tuned: bool
     tuned_states: int  # for a while
-    expanded: int  # for a while: a file at F16
+    expanded: int  # for a while: a file at F16, which is in memory where that holds it
     predictions: int  # for a while: the base's, of what validate measures on
 
     def by_stage(self, levels: int, outputs: Sequence[int], stock: int) -> dict[str, int]:
@@ -130,12 +131,15 @@ def guessed(config: RunConfig, info: ModelInfo, free: int, free_host: int) -> di
         n_features=16 * n_blocks * width,
     )
     pinned = [QuantType(q) for pattern, q in config.types if pattern == "default"]
-    uniform = {q: int(q.bpw * n / 8) for q in pinned or map(QuantType, config.level_names)}
+    levels = pinned or [q for q in map(QuantType, config.level_names) if q.is_quantized]
+    uniform = {q: int(q.bpw * n / 8) for q in levels}
     targets = config.targets or (() if pinned else (DEFAULT_TARGET,))
+    largest = max(uniform.values())
     limits = [
-        t.limit_bytes(n, lambda label: int(_bpw(label) * n / 8), lambda _: 0) for t in targets
+        t.within(t.limit_bytes(n, lambda label: int(_bpw(label) * n / 8), lambda _: 0), largest)
+        for t in targets
     ]
-    limits = [min(limit, max(uniform.values())) for limit in limits] or [max(uniform.values())]
+    limits = [min(limit, F16.n_bytes((n,))) for limit in limits] or [largest]
     found = _footprint(config, info, known, free, free_host)
     return by_stage(found, config, uniform, limits, [limit * 9 // 8 for limit in limits])
 
@@ -175,6 +179,7 @@ def _footprint(
 
     profile, width = PROFILES[config.profile], shapes.width
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
+    in_memory = F16.n_bytes((shapes.n_weights,)) <= weights_room(free_host)
     n_sequences = min(MOST_SEQUENCES, profile.heldout_tokens // N_CTX)
     itemsize = compute_dtype(config.device).itemsize
 
@@ -206,7 +211,7 @@ def _footprint(
         tuned_states=sum(beyond(stream, tuner.STATES_SHARE, free) for stream in streams)
         if config.tuning_steps
         else 0,
-        expanded=shapes.expanded,
+        expanded=0 if in_memory else shapes.expanded,
         predictions=_predictions(config, shapes.n_vocab, shapes.n_context),
     )
 

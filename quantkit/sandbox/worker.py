@@ -100,8 +100,10 @@ def set_limits(job: Told, namespaces: bool) -> None:
     memory = job.memory_bytes + job.mapped_bytes
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_CPU, job.cpu_seconds, job.cpu_seconds + 1)
-    # One file; the keeper sums them up. What writes nowhere still has its folder in memory.
-    _lower(resource.RLIMIT_FSIZE, job.file_bytes if job.writable else SCRATCH_BYTES)
+    # One file; the keeper sums them up. What writes nowhere still has its folder in memory, and
+    # may have inherited a file there.
+    scratch = 0 if job.writable else SCRATCH_BYTES
+    _lower(resource.RLIMIT_FSIZE, max(job.file_bytes, scratch))
     _lower(resource.RLIMIT_DATA, memory)
     _lower(resource.RLIMIT_AS, job.address_bytes or memory + _SPARE_BYTES)
     _lower(resource.RLIMIT_NOFILE, 1024)

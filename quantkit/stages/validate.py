@@ -46,6 +46,7 @@ from quantkit.files import sha256_file
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
+from quantkit.llamacpp.place import weights_room
 from quantkit.run.check import Check, load_checks
 from quantkit.run.folder import read_as, read_json
 from quantkit.run.outputs import Budgets, Output, load_outputs
@@ -207,7 +208,8 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
 def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list[Check]:
     """PyTorch with the file's weights against llama.cpp, at F16 and on the file itself."""
     from evaluators import agreement
-    from evaluators.weights import expanded_to_f16
+    from evaluators.weights import at_f16
+    from quantkit.machine.memory import free_memory
     from quantkit.model.row_maps import load_row_maps
 
     names = ("logits at F16 against PyTorch's", "logits of the file against PyTorch's")
@@ -220,16 +222,17 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
     except Exception as error:
         return [_not_made(name, error) for name in names]
 
-    def at_f16() -> Check:
-        with expanded_to_f16(file.path, run.artifacts.folder(NAME), runtime) as f16:
-            found = agreement.measure(f16, ids, logits, runtime)
+    def expanded() -> Check:
+        memory = weights_room(free_memory())
+        with at_f16(file.path, run.artifacts.folder(NAME), runtime, memory) as model:
+            found, _ = agreement.compare_model(model, ids, logits)
         return integrity.logits_check(names[0], file, found, integrity.F16_LIMIT)
 
     def as_it_is() -> Check:
         found = agreement.measure(file.path, ids, logits, runtime)
         return integrity.logits_check(names[1], file, found, integrity.FILE_LIMIT)
 
-    return [_judged(names[0], at_f16), _judged(names[1], as_it_is)]
+    return [_judged(names[0], expanded), _judged(names[1], as_it_is)]
 
 
 def _judged(name: str, make: Callable[[], Check]) -> Check:

@@ -35,6 +35,7 @@ from evaluators.llama_runtime import Model
 from evaluators.perplexity import measure as measure_perplexity
 from evaluators.weights import expanded_to_f16
 from evaluators.windows import cut_windows
+from quantkit.llamacpp.place import runtime as sandboxed_runtime
 
 compute = partial(base_logits.BaseLogits.compute, runtime=ONE, n_ctx=64)
 measure = partial(kl.measure, runtime=ONE)
@@ -251,6 +252,11 @@ def test_weight_kl_leaves_the_rounding_of_activations_out(tiny: TinyFiles, tmp_p
     with compute(tiny.base, {"cats": TEXT}, max_windows=6) as base:
         as_it_runs = measure(base, file)
         weights = kl.measure_weights(base, file, runtime=ONE)
+        for runtime in (ONE, sandboxed_runtime(n_threads=1)):
+            in_memory = kl.measure_weights(base, file, Path("/nowhere"), runtime, memory=1 << 30)
+            assert in_memory.combined == weights.combined
+        with pytest.raises(OSError, match="nowhere"):  # too little memory: to the disk
+            kl.measure_weights(base, file, Path("/nowhere"), ONE, memory=1 << 10)
     with expanded_to_f16(file, runtime=ONE) as expanded:
         assert expanded.stat().st_size > 1.5 * file.stat().st_size
     assert not expanded.exists()

@@ -87,7 +87,7 @@ def test_a_tuned_file_is_counted_once(base: GgufFile) -> None:
 def test_what_does_not_fit_in_memory_lies_on_the_disk(base: GgufFile) -> None:
     config = RunConfig("m", calibration="docs,code")
     much, little = made(base, config), made(base, config, 0)
-    for name in ("compared", "hidden_states", "searched", "tuned_states"):
+    for name in ("compared", "hidden_states", "searched", "tuned_states", "expanded"):
         assert getattr(little, name) > getattr(much, name), name
     assert (
         replace(
@@ -96,6 +96,7 @@ def test_what_does_not_fit_in_memory_lies_on_the_disk(base: GgufFile) -> None:
             hidden_states=much.hidden_states,
             searched=much.searched,
             tuned_states=much.tuned_states,
+            expanded=much.expanded,
         )
         == much
     )
