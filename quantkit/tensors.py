@@ -15,6 +15,7 @@ from typing import Any
 from quantkit.ggml.types import QuantType
 
 METHODS = ("gptq", "imatrix", "rtn")  # best first: the order in which ties are settled
+UNCHANGED = "unchanged"  # in a method's place: the bytes of base.gguf
 # Kinds of tensors of a block that read one input, in every architecture of llama.cpp.
 ONE_INPUT = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
 

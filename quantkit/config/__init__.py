@@ -11,7 +11,7 @@ from pathlib import Path
 from quantkit.config.calibration import parse_spec
 from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.errors import UsageError
-from quantkit.ggml.types import QuantType, askable
+from quantkit.ggml.types import F32, QuantType, askable
 from quantkit.sandbox.untrusted import Damaged, build
 from quantkit.tensors import METHODS
 
@@ -108,7 +108,8 @@ class RunConfig:
     revision: str | None = None
     targets: tuple[Target, ...] = ()  # none: like Q4_K_M, or what the given types come to
     profile: str = "standard"
-    levels: tuple[str, ...] | None = None  # tensor types to choose from; None: the profile's
+    # Tensor types to choose from; None: the profile's, and the 16 bits of the original.
+    levels: tuple[str, ...] | None = None
     levels_from: tuple[str, ...] = ()  # GGUFs of others whose tensors compete: paths or hf://...
     methods: tuple[str, ...] = METHODS
     types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched;
@@ -132,12 +133,12 @@ class RunConfig:
             raise UsageError(
                 f"There is no profile {self.profile!r}.", "Use one of " + ", ".join(PROFILES) + "."
             )
-        for name in self.level_names:
-            if not askable(name).is_quantized:
-                raise UsageError(
-                    f"{name} is not a quantized type.",
-                    "Pin single tensors to it with --types instead.",
-                )
+        whole = [q for q in map(askable, self.level_names) if not q.is_quantized]
+        if F32 in whole or len(whole) == len(self.level_names):
+            raise UsageError(
+                f"{whole[0]} is not a quantized type.",
+                "Name quantized types beside F16 or BF16, or pin single tensors with --types.",
+            )
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise UsageError(

@@ -27,10 +27,12 @@ def settle_budgets(
     context_bytes: Callable[[int], int],
     smallest: int,
     largest: int,
+    largest_made: int,
 ) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
     """Return the budgets of a config by rising bytes, each once, and those that no file of
     `smallest` to `largest` bytes meets. Both are empty when all types are given and no size was
-    asked for.
+    asked for. `largest_made` are the bytes of the largest file that has no tensor as the original
+    has it: a target that names what there is room for asks for no more.
 
     `mix_bytes` and `context_bytes` are as in `Target.limit_bytes`. Raises QuantkitError when there
     are budgets and none can be met.
@@ -39,7 +41,7 @@ def settle_budgets(
     refused = []
     for target in config.targets or _default_targets(config):
         limit = target.limit_bytes(n_parameters, mix_bytes, context_bytes)
-        limit = target.within(limit, largest)
+        limit = target.within(limit, largest_made)
         refusal = _refusal(target, limit, smallest, largest)
         budget = Budget(str(target), limit, refusal, target.mix or "")
         if budget.refusal:

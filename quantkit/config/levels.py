@@ -2,18 +2,19 @@
 
 A *level* is a type that was asked for, such as Q4_K. What a tensor gets for it depends on its
 width: rows that do not divide into 256-blocks fall back to a type of 32-blocks, exactly as in
-llama.cpp.
+llama.cpp. Beside its levels a tensor may stay in the 16 bits that base.gguf has it in, which no
+file has to be made for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quantkit.config import RunConfig, compile_pattern
 from quantkit.errors import UsageError
-from quantkit.ggml.types import QuantType, fallback
+from quantkit.ggml.types import BF16, F16, QuantType, fallback
 from quantkit.tensors import Fallback, TensorSpec
 
 # A level is made where its uniform file has at least and at most so many times the bytes asked for.
@@ -29,10 +30,27 @@ class LevelPlan:
     levels: tuple[QuantType, ...]
     types: dict[str, dict[QuantType, QuantType]]  # tensor -> asked level -> type
     fallbacks: tuple[Fallback, ...]
+    kept: dict[str, QuantType] = field(default_factory=dict)  # what may stay as base.gguf has it
 
     def choices(self, tensor: str) -> tuple[QuantType, ...]:
-        """Return the distinct types of a tensor, smallest first."""
+        """Return the distinct types that a tensor is made in, smallest first."""
         return tuple(sorted(set(self.types[tensor].values())))
+
+    @property
+    def smallest(self) -> dict[str, QuantType]:
+        """Return the types of the smallest file, for the tensors that are quantized."""
+        return {tensor: self.choices(tensor)[0] for tensor in self.types}
+
+    @property
+    def largest_made(self) -> dict[str, QuantType]:
+        """Return the types of the largest file without what stays as base.gguf has it."""
+        return {tensor: self.choices(tensor)[-1] for tensor in self.types}
+
+    @property
+    def largest(self) -> dict[str, QuantType]:
+        """Return the types of the largest file."""
+        made = self.largest_made
+        return {tensor: max(q, self.kept.get(tensor, q)) for tensor, q in made.items()}
 
     def uniform(self, level: QuantType) -> dict[str, QuantType]:
         """Return the types of the uniform file of one level, for the tensors that are quantized."""
@@ -66,14 +84,19 @@ def plan_levels(
     levels: Sequence[QuantType] | None = None,
 ) -> LevelPlan:
     """Decide the types of every quantizable tensor from the config's pins, tensor pattern and
-    levels, or of the latter from those that are wanted of them.
+    levels, or of the latter from those that are wanted of them. Tensors may stay in 16 bits unless
+    levels were given by name without F16 or BF16; both mean the 16 bits of base.gguf.
 
     Raises UsageError when a pattern of `types` or `tensors` names no tensor, or when there is none
     to quantize.
     """
     default = dict(config.types).get("default")
-    asked = tuple(QuantType(name) for name in ((default,) if default else config.level_names))
+    named = tuple(QuantType(name) for name in ((default,) if default else config.level_names))
+    whole = () if default else tuple(q for q in named if not q.is_quantized)
+    asked = tuple(q for q in named if q not in whole)
     levels = asked if levels is None else tuple(levels)
+    may_stay = not default and (config.levels is None or bool(whole))
+    kept: dict[str, QuantType] = {}
     chosen = [spec for spec in specs.values() if spec.quantizable and _is_chosen(spec.name, config)]
     _check_patterns(
         config, [spec.name for spec in specs.values() if spec.quantizable], bool(chosen)
@@ -93,7 +116,14 @@ def plan_levels(
                     used.name,
                     f"rows of {spec.n_columns} do not divide into blocks of {given.block_size}",
                 )
-    return LevelPlan(levels, types, tuple(fallbacks.values()))
+        own = spec.qtype
+        if may_stay and not pinned and (own in (F16, BF16) or whole):
+            kept[spec.name] = own
+            if whole and own not in whole:
+                fallbacks[spec.name, whole[0].name] = Fallback(
+                    spec.name, whole[0].name, own.name, "the original has it so"
+                )
+    return LevelPlan(levels, types, tuple(fallbacks.values()), kept)
 
 
 def _is_chosen(tensor: str, config: RunConfig) -> bool:

@@ -38,7 +38,7 @@ class _Asked(ABC):
         """
 
     def within(self, limit: int, largest: int) -> int:
-        """Return the budget where the largest possible file has `largest` bytes."""
+        """Return the budget where the largest quantized file has `largest` bytes."""
         return limit
 
     def below(self, limit: int, smallest: int) -> str:

@@ -17,6 +17,7 @@ from quantkit.evidence.report.schema import OURS, Output, Report, Row, Search, T
 from quantkit.llamacpp.output import safe_name
 from quantkit.markdown import table
 from quantkit.sizes import size
+from quantkit.tensors import UNCHANGED
 
 _TAGS = ("gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq")
 _NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")  # of the base
@@ -251,13 +252,13 @@ print(llm.create_chat_completion(messages)["choices"][0]["message"]["content"])
 
 
 def _inside(output: Output) -> str:
-    """How many tensors have each type, and by which method."""
+    """How many tensors have each type, and by which method it was made."""
     counts: dict[tuple[str, str], int] = {}
     for tensor in (output.tensors or {}).values():
         key = (tensor.qtype, tensor.method or "")
         counts[key] = counts.get(key, 0) + 1
     said = [
-        f"{n} {qtype}{f' by {method}' if method else ''}"
+        f"{n} {qtype}{' by' * (method not in ('', UNCHANGED))} {method}".rstrip()
         for (qtype, method), n in sorted(counts.items())
     ]
     return f"Quantized tensors: {', '.join(said)}. `{_recipe_of(output)}` names every one."
@@ -277,7 +278,8 @@ def _made(report: Report, config: RunConfig) -> str:
     lines = [
         f"Model revision `{report.revision}`, profile {config.profile}, seed"
         f" {config.seed}. {note[:1].upper() + note[1:]}.",
-        f"Levels to choose from: {', '.join(config.level_names)}; methods:"
+        f"Levels to choose from: {', '.join(config.level_names)}"
+        f"{'' if config.levels else ', or 16 bits as in the original'}; methods:"
         f" {', '.join(config.methods)}.",
         searches[0] if len(searches) == 1 else reports.bullets(searches),
         table(["calibration", "source", "share", "sha256"], mix),

@@ -31,13 +31,15 @@ class PlannedModel:
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of whole files: the budgets that are met, those that cannot be, and what the levels can
-    make. Without budgets every type is given.
+    make; `largest_made_bytes` without tensors that stay as they are. Without budgets every type is
+    given.
     """
 
     budgets: tuple[Budget, ...]
     refused: tuple[Budget, ...]
     smallest_bytes: int
     largest_bytes: int
+    largest_made_bytes: int
     levels: dict[str, int]  # uniform file of each asked level
 
     @property

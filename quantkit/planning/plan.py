@@ -72,11 +72,12 @@ def check_sizes(config: RunConfig, base: GgufFile, levels: LevelPlan) -> Sizes:
     least_header = min(t.offset for t in base.tensors.values())
     header = least_header + _HEADER_MARGIN
     uniform = {str(level): n_bytes for level, n_bytes in uniform_bytes(base, levels).items()}
-    smallest = header + data_bytes(base, {t: levels.choices(t)[0] for t in levels.types})
+    smallest = header + data_bytes(base, levels.smallest)
     # The margin may stay unused: a budget that is named as possible must be so without it.
-    largest = least_header + data_bytes(base, {t: levels.choices(t)[-1] for t in levels.types})
-    budgets, refused = budgets_of(config, base, smallest, largest)
-    return Sizes(budgets, refused, smallest, largest, uniform)
+    largest = least_header + data_bytes(base, levels.largest)
+    largest_made = least_header + data_bytes(base, levels.largest_made)
+    budgets, refused = budgets_of(config, base, smallest, largest, largest_made)
+    return Sizes(budgets, refused, smallest, largest, largest_made, uniform)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def made_levels(config: RunConfig, base: GgufFile, specs: Mapping[str, TensorSpe
 
 
 def budgets_of(
-    config: RunConfig, base: GgufFile, smallest: int, largest: int
+    config: RunConfig, base: GgufFile, smallest: int, largest: int, largest_made: int
 ) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
     """Do `settle_budgets` for the model of a GGUF, whose header is enough."""
 
@@ -113,7 +114,8 @@ def budgets_of(
     def context_bytes(n_tokens: int) -> int:
         return memory().n_bytes(n_tokens)
 
-    return settle_budgets(config, base.n_elements, mix_bytes, context_bytes, smallest, largest)
+    n = base.n_elements
+    return settle_budgets(config, n, mix_bytes, context_bytes, smallest, largest, largest_made)
 
 
 def make_plan(

@@ -38,7 +38,7 @@ class Quantize(Stage):
     """Quantize every tensor to every type, by several methods."""
 
     name = "quantize"
-    version = 7
+    version = 8
     fields = ("profile", "levels", "levels_from", "methods", "types", "tensors", "device")
     takes_long = True
 
@@ -51,7 +51,7 @@ class Quantize(Stage):
         if made.left_out:
             run.events.emit(self.name, "note", f"{', '.join(made.left_out)} left out: {LEFT_OUT}")
         outputs, errors = make_levels(run, made.levels)
-        found = write_database(run.artifacts, errors).candidates
+        found = write_database(run.artifacts, errors, made.levels.kept).candidates
         winners = [won.method for types in errors.errors.values() for won in types.values()]
         summary = {
             "n_fallbacks": len(errors.fallbacks),

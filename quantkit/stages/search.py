@@ -11,7 +11,7 @@ and, in a folder per budget, called after its bytes, `allocation.json` (tensor -
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -62,7 +62,7 @@ class Search(Stage):
     """Find the mix of types that changes the model least at this size."""
 
     name = NAME
-    version = 9
+    version = 10
     fields = ("targets", "max_types", "seed", "profile", "device", "types", "tuning")
     takes_long = True
 
@@ -70,8 +70,7 @@ class Search(Stage):
         """Raise QuantkitError when all budgets lie outside what the levels can make."""
         base = load_base(run.dir)
         space = make_space(run, base)
-        smallest, largest = _range(run, base)
-        budgets, refused = budgets_of(run.config, base, smallest, largest)
+        budgets, refused = budgets_of(run.config, base, *_range(run, base))
         for budget in refused:
             run.events.emit(NAME, "note", f"refused: {budget.target}: {budget.refusal}")
         _check_levels(run, base, budgets)
@@ -129,12 +128,13 @@ def _check_levels(run: Run, base: GgufFile, budgets: Sequence[Budget]) -> None:
         )
 
 
-def _range(run: Run, base: GgufFile) -> tuple[int, int]:
-    """The bytes of the smallest and the largest file of all asked levels, made or left out."""
+def _range(run: Run, base: GgufFile) -> Iterator[int]:
+    """The bytes of the smallest and the largest file of all asked levels, made or left out, and of
+    the largest that has no tensor as the original has it.
+    """
     levels, made = plan_levels(load_specs(run.dir), run.config), load_provenance(run.dir)
-    ends = ({t: levels.choices(t)[k] for t in levels.types} for k in (0, -1))
-    smallest, largest = (lay_out_output(base, end, made, "Q8_0").n_bytes for end in ends)
-    return smallest, largest
+    for types in (levels.smallest, levels.largest, levels.largest_made):
+        yield lay_out_output(base, types, made, "Q8_0").n_bytes
 
 
 def make_space(run: Run, base: GgufFile) -> SearchSpace:

@@ -89,6 +89,29 @@ def test_what_is_no_least_type(types: tuple[tuple[str, str], ...]) -> None:
         RunConfig("m", types=types)
 
 
+@pytest.mark.parametrize("levels", [None, ("Q4_K", "BF16"), ("Q4_K", "F16", "BF16")])
+def test_tensors_may_stay_in_the_16_bits_of_the_original(levels: tuple[str, ...] | None) -> None:
+    made = plan(levels=levels, types=(("attn_q", "Q6_K"),))
+    assert made.kept == {t: BF16 for t in QUANTIZABLE if "attn_q" not in t}, "those are pinned"
+    assert all(level.is_quantized for level in made.levels)
+    largest = made.largest_made | made.kept | {"blk.1.ffn_down.weight": F16}  # no block fits it
+    assert made.largest == largest
+    assert made.smallest["output.weight"] <= made.largest_made["output.weight"] < BF16
+    assert not any(f.asked in ("F16", "BF16") for f in made.fallbacks)
+
+
+def test_other_16_bits_mean_those_of_the_original() -> None:
+    made = plan(levels=("Q4_K", "F16"))
+    assert set(made.kept.values()) == {BF16}
+    found = [(f.tensor, f.used) for f in made.fallbacks if f.asked == "F16"]
+    assert found == [(name, "BF16") for name in QUANTIZABLE]
+
+
+@pytest.mark.parametrize("config", [{}, {"levels": None, "types": (("default", "Q4_0"),)}])
+def test_tensors_stay_only_where_it_is_allowed(config: dict) -> None:
+    assert plan(**config).kept == {}
+
+
 def test_a_default_is_the_only_level() -> None:
     """As llama-quantize --pure: embeddings and head included; patterns still come first."""
     made = plan(types=(("default", "Q4_0"), ("attn_q", "Q6_K")))

@@ -48,6 +48,7 @@ def sentence(answer: Answer, code: int = 1) -> str:
         (("--types", "no-such-map.json"), "type map no-such-map.json cannot be read"),
         (("--levels", "Q4_K,Q9_K"), "Q9_K"),
         (("--levels", "F16"), "F16 is not a quantized type"),
+        (("--levels", "Q4_K,F32"), "F32 is not a quantized type"),
         (("--methods", "gptq,magic"), "Unknown method magic. Use some of gptq, imatrix, rtn"),
         (("--calibration", "tea-leaves"), "text 'tea-leaves'. Use auto, hub, builtin"),
         (("--calibration", "docs:0"), "weight in 'docs:0' is not a positive number"),

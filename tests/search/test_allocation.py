@@ -163,7 +163,7 @@ def exact(base: GgufFile, config: RunConfig, at: int) -> int:
 
 
 def config_of(base: GgufFile, n_bytes: int | None = None) -> RunConfig:
-    targets = () if n_bytes is None else (FileSize(str(n_bytes)),)
+    targets = () if n_bytes is None else (FileSize(f"{n_bytes}B"),)
     return RunConfig("m", targets=targets, levels=LEVELS)
 
 
@@ -179,8 +179,8 @@ def test_the_plans_largest_can_be_reached(base: GgufFile) -> None:
     """'Ask for at most N bytes' names a budget that the search does not refuse as too large."""
     config = config_of(base)
     largest = check_sizes(config, base, plan_levels(specs_of(base), config)).largest_bytes
-    smallest_and_largest = exact(base, config, 0), exact(base, config, -1)
-    (budget,), refused = budgets_of(config_of(base, largest), base, *smallest_and_largest)
+    ends = exact(base, config, 0), exact(base, config, -1), exact(base, config, -1)
+    (budget,), refused = budgets_of(config_of(base, largest), base, *ends)
     assert budget.limit_bytes == largest and not refused
 
 
@@ -196,7 +196,9 @@ def test_every_kind_of_budget(base: GgufFile) -> None:
     n = base.n_elements
 
     def limit(*targets: Target, types: tuple[tuple[str, str], ...] = ()) -> list[int]:
-        budgets, _ = budgets_of(RunConfig("m", targets=targets, types=types), base, 0, 10**12)
+        budgets, _ = budgets_of(
+            RunConfig("m", targets=targets, types=types), base, 0, 10**12, 10**12
+        )
         return [budget.limit_bytes for budget in budgets]
 
     assert limit(BitsPerWeight("4.5")) == [int(4.5 * n / 8)]
@@ -217,7 +219,7 @@ def test_every_kind_of_budget(base: GgufFile) -> None:
 def test_several_budgets_are_sorted_and_refused_one_by_one(base: GgufFile) -> None:
     values = ("900kB", "1B", "500kB", "900kB", "90GB")
     config = RunConfig("m", targets=tuple(FileSize(v) for v in values))
-    budgets, refused = budgets_of(config, base, 100_000, 10**6)
+    budgets, refused = budgets_of(config, base, 100_000, 2 * 10**6, 10**6)
     assert [b.limit_bytes for b in budgets] == [500_000, 900_000], "each once, smallest first"
     assert [b.target for b in refused] == ["1B", "90GB"]
     assert "below the smallest" in refused[0].refusal and "above" in refused[1].refusal
@@ -225,11 +227,11 @@ def test_several_budgets_are_sorted_and_refused_one_by_one(base: GgufFile) -> No
 
 def test_more_memory_than_the_model_can_use_is_no_mistake(base: GgufFile) -> None:
     config = RunConfig("m", targets=(FitsMemory("80GB@64"),))
-    (budget,), refused = budgets_of(config, base, 100_000, 10**6)
+    (budget,), refused = budgets_of(config, base, 100_000, 2 * 10**6, 10**6)
     assert budget.limit_bytes == 10**6 and not refused
     config = RunConfig("m", targets=(FitsMemory("100MB@64"),))
     with pytest.raises(QuantkitError, match=r"does not fit in 0\.1 GB with a context of 64"):
-        budgets_of(config, base, 100_000, 10**6)
+        budgets_of(config, base, 100_000, 2 * 10**6, 10**6)
 
 
 def test_a_search_space_is_a_value(tmp_path: Path) -> None:

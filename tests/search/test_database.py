@@ -14,7 +14,7 @@ from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.gptq.errors import Error, Errors, TypeErrors
 from quantkit.run.artifacts import Artifacts
 from quantkit.search.database import load_database, write_database
-from quantkit.tensors import CandidateKey
+from quantkit.tensors import UNCHANGED, CandidateKey
 from quantkit.tuning.tuned import load_stored
 
 Q40 = QuantType("Q4_0")
@@ -39,12 +39,17 @@ def test_what_is_stored_as_in_the_base_lies_there(tmp_path: Path) -> None:
             if qtype is not None:
                 found[name][str(qtype)] = TypeErrors("rtn", {"rtn": Error(0.1, None)})
         file.finish()
-    written = write_database(made, Errors(dict(found), (), ()))
+    kept = {"token_embd.weight": BF16, "output.weight": BF16}
+    written = write_database(made, Errors(dict(found), (), ()), kept)
     index = load_database(made)
     assert index == written and list(index.candidates) == matrices
     (head,) = index.candidates["output.weight"]
-    assert (made.levels / head.file).resolve() == made.base.resolve()
-    assert head.offset == base.tensors["output.weight"].offset
+    *quantized, table = index.candidates["token_embd.weight"]
+    assert [c.qtype for c in quantized] == [Q40, QuantType("Q8_0")]
+    for stored in (head, table):
+        assert (stored.qtype, stored.method, stored.error) == (BF16, UNCHANGED, 0.0)
+        assert (made.levels / stored.file).resolve() == made.base.resolve()
+        assert stored.offset == base.tensors[stored.tensor].offset
     key = CandidateKey("token_embd.weight", Q40, "rtn")
     assert index.find(key).file == "Q4_0.gguf"
     chosen = {"output.weight": head, key.tensor: index.find(key)}

@@ -51,7 +51,7 @@ PLAN = Plan(
     model=PlannedModel(
         "a/b", "0" * 40, "LlamaForCausalLM", 1_000_000_000, "mit", True, 2_000_000_000
     ),
-    sizes=Sizes((), (), 350_000_000, 1_100_000_000, {}),
+    sizes=Sizes((), (), 350_000_000, 1_100_000_000, 1_000_000_000, {}),
     stock={"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
     context=ContextMemory(100_000, 0, 0, ((2**18, 100_000_000),), 200_000_000, 4096),
     levels=("Q3_K", "Q4_K"),
@@ -121,7 +121,7 @@ def test_what_fits_a_memory() -> None:
     form = RunForm("a/b", "fits", memory="1.4GB", context=4096)
     assert to_config(form, True).targets == (FitsMemory("1.4GB@4096"),)
     assert limits(form) == [1_400_000_000 - PLAN.context.n_bytes(4096)]
-    assert limits(dataclasses.replace(form, memory="80GB")) == [1_100_000_000]
+    assert limits(dataclasses.replace(form, memory="80GB")) == [1_000_000_000]
     with pytest.raises(QuantkitError, match="does not fit in 1 GB with a context of 8,192"):
         limits(dataclasses.replace(form, memory="1GB", context=8192))
 

@@ -33,6 +33,7 @@ def with_sizes(plan: Plan, config: RunConfig) -> Plan:
         plan.context.n_bytes,
         sizes.smallest_bytes,
         sizes.largest_bytes,
+        sizes.largest_made_bytes,
     )
     sizes = replace(sizes, budgets=budgets, refused=refused)
     made = wanted(sizes.uniform, sizes.limits, config)
