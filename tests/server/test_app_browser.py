@@ -232,8 +232,7 @@ def test_the_keyboard_is_enough(browser: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_every_state(browser: Any, tmp_path: Path, shots: Path, width: int, scheme: str) -> None:
     """Every state at this width: nothing is cut off, nothing is wider than the screen."""
     from playwright.sync_api import expect
