@@ -12,7 +12,7 @@ ifeq ($(shell echo | $(CXX) -x c++ -E $(WITHOUT_AMX) - >/dev/null 2>&1 && echo y
 export CMAKE_ARGS ?= -DCMAKE_C_FLAGS="$(WITHOUT_AMX)" -DCMAKE_CXX_FLAGS="$(WITHOUT_AMX)"
 endif
 
-.PHONY: install demo app test test-all lint types docs clean
+.PHONY: install demo app test test-all lock lint types docs clean
 
 install: $(VENV)/installed
 
@@ -30,7 +30,7 @@ demo: install
 	$(BIN)/python -m quantkit run demo:smollm2-135m --like Q4_K_M --profile demo --methods gptq,imatrix --calibration english --out runs/demo
 
 app: install
-	$(BIN)/python app.py
+	$(BIN)/quantkit app
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"
@@ -38,6 +38,14 @@ test: install
 # Two files of tests side by side; a file's tests share their fixtures.
 test-all: install lint types
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25
+
+# The exact versions for requirements.txt: the newest that pyproject.toml allows.
+lock: install
+	$(BIN)/python -m pip install --quiet uv
+	head -2 requirements.txt > requirements.new
+	$(BIN)/uv pip compile pyproject.toml --quiet --no-emit-index-url --no-strip-extras --no-annotate --no-header \
+	  --python-version 3.11 | grep -vE '^(nvidia-|cuda-|triton=)' >> requirements.new
+	mv requirements.new requirements.txt
 
 lint: install
 	$(BIN)/ruff check .

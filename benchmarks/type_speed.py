@@ -3,8 +3,8 @@
     python benchmarks/type_speed.py [--layers 6] [--threads 2] [--types Q4_K,IQ3_S]
 
 Every matrix of a Llama of 2,048 by 5,632 with random weights is stored in one type (32 rows are
-quantized and repeated: the time does not depend on values) and run by `evaluators.speed`: prompts of
-64 tokens, answers of 24, the best of five. The last column is the speed of answers over Q4_K's.
+quantized and repeated: the time does not depend on values) and run by `evaluators.speed`: prompts
+of 64 tokens, answers of 24, the best of five. The last column is the speed of answers over Q4_K's.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:  # a program of its own, not a call
             launch.leave_secrets()
             secrets.hide()
-        words = _readable(sys.argv[1:] if argv is None else argv)
+        words = terminal.readable(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(words)
         arguments.words = words
     except QuantkitError as error:
@@ -67,21 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _readable(arguments: Sequence[str]) -> list[str]:
-    """The arguments. Raises UsageError for a name that is not UTF-8: it cannot stand in JSON, in a
-    GGUF or on the Hub.
-    """
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
-            raise UsageError(
-                f"The name {shown} is not UTF-8.", "Rename it, or give a link to it that is."
-            ) from None
-    return list(arguments)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantkit",
@@ -102,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_options(plan)
     plan.set_defaults(command=_plan)
+
+    app = commands.add_parser("app", help="serve the web page on this machine")
+    app.set_defaults(command=_app)
 
     for name, help_text, function in (
         ("status", "show a run's progress", _status),
@@ -367,7 +355,7 @@ def _execute(config: RunConfig, folder: Path, words: Sequence[str]) -> object:
     with suppress(OSError):
         print(printable(report_path.read_text("utf-8")), file=sys.stderr)
         files = printable(str(RunDir(folder).artifacts.upload.parent))
-        print(f"\nfiles: {files}\nweb page: make app", file=sys.stderr)
+        print(f"\nfiles: {files}\nweb page: quantkit app", file=sys.stderr)
     return {
         "folder": str(folder),
         "stages": {name: record.summary for name, record in records.items()},
@@ -416,6 +404,13 @@ def _clean(arguments: argparse.Namespace) -> object:
     if not arguments.json:
         print(f"{size(freed)} freed; results are kept")
     return {"folder": str(arguments.folder), "freed_bytes": freed}
+
+
+def _app(arguments: argparse.Namespace) -> object:
+    from quantkit.server.web.start import serve
+
+    serve()
+    return {}
 
 
 def _plan(arguments: argparse.Namespace) -> object:

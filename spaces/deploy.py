@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from quantkit.run.provenance import COMMIT_FILE, code_version  # noqa: E402
 
 SOURCES = ("app.py", "LICENSE", "quantkit", "evaluators")
-FOR_THE_WHEEL = ("pyproject.toml", "requirements.txt", "README.md")
+FOR_THE_WHEEL = ("pyproject.toml", "README.md")
 # What an earlier deploy may have left; anything else in the Space stays.
 OURS = ("quantkit/*", "evaluators/*", "*.whl", "app.py", "requirements.txt", "Dockerfile")
 
@@ -160,7 +160,7 @@ def card(docker: bool) -> str:
 
 def gradio_version() -> str:
     for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
-        if line.startswith("gradio"):
+        if line.startswith(("gradio[", "gradio=")):
             return line.partition("==")[2]
     raise ValueError("requirements.txt does not pin gradio")
 

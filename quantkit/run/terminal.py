@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -117,3 +117,18 @@ class Printer:
             except OSError:  # whoever read this has gone, or its disk is full: the work goes on
                 self._is_heard = False
         self._open_line = keep_open
+
+
+def readable(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command. Raise UsageError for a name that is not UTF-8: it cannot stand
+    in JSON, in a GGUF or on the Hub.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            raise UsageError(
+                f"The name {shown} is not UTF-8.", "Rename it, or give a link to it that is."
+            ) from None
+    return list(arguments)

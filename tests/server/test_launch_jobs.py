@@ -119,7 +119,7 @@ def test_a_run_in_a_job(store: RunStore, hub: HubServer) -> None:
     assert spec["secrets"] == {"HF_TOKEN": ALICE}
     assert ALICE not in json.dumps({**spec, "secrets": None})
     assert spec["volumes"][0]["source"] == "alice/quantkit-jobs"
-    assert "quantkit @ https://example.org/quantkit-0.1.0-py3-none-any.whl" in spec["command"]
+    assert "quantkit-gguf @ https://example.org/quantkit-0.1.0-py3-none-any.whl" in spec["command"]
     for path in (store.root / run).rglob("*"):
         assert not path.is_file() or ALICE.encode() not in path.read_bytes(), path
     # What the run made lies in the bucket, for a later Job to go on from.

@@ -82,7 +82,9 @@ def test_the_dry_run_shows_exactly_what_is_pushed(
     lines = re.findall(r"^([0-9a-f]{12}) +[\d,]+  (\S+)$", done.stdout, re.MULTILINE)
     shown = {path: sha256 for sha256, path in lines}
     assert {"app.py", "README.md", "requirements.txt", "LICENSE"} <= shown.keys()
-    assert "quantkit/server/web/style.css" in shown and "quantkit-0.1.0-py3-none-any.whl" in shown
+    assert (
+        "quantkit/server/web/style.css" in shown and "quantkit_gguf-0.1.0-py3-none-any.whl" in shown
+    )
     assert not [path for path in shown if path.startswith(("spaces/", "tests/", "dev/", "."))]
     assert not hub.repos
 

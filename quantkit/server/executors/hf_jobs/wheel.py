@@ -12,6 +12,8 @@ from quantkit.hub import endpoint
 
 _FOLDER = Path(__file__).resolve().parents[4]
 
+_NAME = "quantkit-gguf"  # of the distribution
+
 
 def can_start_jobs(environment: Mapping[str, str] | None = None, folder: Path = _FOLDER) -> bool:
     """Return whether this server has a wheel that a Job can fetch."""
@@ -29,7 +31,7 @@ def job_requirement(environment: Mapping[str, str] | None = None, folder: Path =
     """
     environment = os.environ if environment is None else environment
     if environment.get("QUANTKIT_WHEEL"):
-        return f"quantkit @ {environment['QUANTKIT_WHEEL']}"
+        return f"{_NAME} @ {environment['QUANTKIT_WHEEL']}"
     wheel, space = _wheel(folder), environment.get("SPACE_ID")
     if wheel is None or not space:
         raise QuantkitError(
@@ -37,8 +39,8 @@ def job_requirement(environment: Mapping[str, str] | None = None, folder: Path =
             "Deploy it with spaces/deploy.py, or set QUANTKIT_WHEEL to the wheel's address.",
         )
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return f"quantkit @ {endpoint()}/spaces/{space}/resolve/main/{wheel.name}#sha256={sha256}"
+    return f"{_NAME} @ {endpoint()}/spaces/{space}/resolve/main/{wheel.name}#sha256={sha256}"
 
 
 def _wheel(folder: Path) -> Path | None:
-    return next(iter(sorted(folder.glob("quantkit-*.whl"))), None)
+    return next(iter(sorted(folder.glob(f"{_NAME.replace('-', '_')}-*.whl"))), None)
