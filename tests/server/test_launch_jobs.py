@@ -404,11 +404,11 @@ def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
 
 
 def test_the_wheel_is_pinned_by_its_hash(tmp_path: Path) -> None:
-    (tmp_path / "quantkit-0.1.0-py3-none-any.whl").write_bytes(b"wheel")
+    (tmp_path / "quantkit_gguf-0.1.0-py3-none-any.whl").write_bytes(b"wheel")
     space = {"SPACE_ID": "a/b"}
     assert wheel.can_start_jobs(space, tmp_path) and not wheel.can_start_jobs({}, tmp_path)
     found = wheel.job_requirement(space, tmp_path)
-    assert "/spaces/a/b/resolve/main/quantkit-0.1.0-py3-none-any.whl#sha256=" in found
+    assert "/spaces/a/b/resolve/main/quantkit_gguf-0.1.0-py3-none-any.whl#sha256=" in found
     with pytest.raises(QuantkitError):
         wheel.job_requirement({}, tmp_path)
 
