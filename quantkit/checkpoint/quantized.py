@@ -15,10 +15,14 @@ from quantkit.checkpoint.weight_files import shown
 from quantkit.errors import QuantkitError
 from quantkit.sandbox.untrusted import Settings
 
-FP8, GPTQ, AWQ, MXFP4 = "FP8", "GPTQ", "AWQ", "MXFP4"
+FP8, GPTQ, AWQ, MXFP4, PACKED = "FP8", "GPTQ", "AWQ", "MXFP4", "compressed-tensors"
+INTEGERS = (GPTQ, AWQ, PACKED)  # weights are integers times a scale
 _SCALES = ("weight_scale_inv", "weight_scale")
 _BESIDE = (*_SCALES, "input_scale", "activation_scale", "input_scale_inv")
 _PACKED = ("qweight", "qzeros", "scales", "g_idx")
+_COMPRESSED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
+
+_BESIDE_INTEGERS = (*_COMPRESSED, "input_scale", "input_zero_point", "input_global_scale")
 
 # Methods whose settings only say how weights are stored: with nothing stored so, they say nothing.
 # (BitNet's, for one, also change what the model computes.)
@@ -27,16 +31,15 @@ _STORAGE = frozenset(
     " eetq torchao aqlm vptq spqr higgs".split()
 )
 _PACKED_TYPES = ("U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6", "F8")
-PACKED_PARTS = frozenset(
-    (*_BESIDE, *_PACKED, "weight_packed", "weight_shape", "weight_zero_point", "absmax", "SCB")
-)
+PACKED_PARTS = frozenset((*_BESIDE, *_PACKED, *_COMPRESSED, "absmax", "SCB"))
 _CONSTANT = (".bias", ".masked_bias", "position_ids", "inv_freq")  # masks are bytes, too
 
 
 @dataclass(frozen=True)
 class Source:
     """How a checkpoint is quantized. `block` is (rows, columns) of one FP8 scale where they are
-    blocks; `bits`, `group` and `zero_offset` are those of packed integers.
+    blocks; `bits`, `group` (-1: a row) and `zero_offset` are those of packed integers. `made_by`
+    is who wrote it, where that is not the scheme's name.
     """
 
     scheme: str
@@ -44,6 +47,7 @@ class Source:
     bits: int = 0
     group: int = 0
     zero_offset: int = 0
+    made_by: str = ""
 
     @property
     def is_expanded(self) -> bool:
@@ -57,9 +61,11 @@ class Source:
                 " are quantized."
             )
         better = f" {bases[0]} may have the full weights." if bases else ""
+        carried = " Integers that a type of GGUF holds are carried over as they are."
         return (
-            f"The source is quantized itself ({self.scheme}): it was expanded to 16 bits, but what"
-            f" it had lost stays lost.{better}"
+            f"The source is quantized itself ({self.made_by or self.scheme}): it was expanded to 16"
+            f" bits, but what it had lost stays lost."
+            f"{carried if self.scheme in INTEGERS else ''}{better}"
         )
 
 
@@ -147,7 +153,15 @@ def source_of(model: str, config: Settings, bases: Sequence[str]) -> Source | No
     bits, group = settings.integer("bits"), settings.integer("group_size")
     if not (group == -1 or 0 < group < 2**20):
         bits = 0
-    if method == "gptq" and bits in (2, 4, 8):
+    if method == "compressed-tensors":
+        found = _compressed(settings)
+        if found is not None:
+            return found
+    if method in ("auto-round", "intel/auto-round") and bits in (2, 3, 4, 8):
+        found = _auto_round(settings, bits, group)
+        if found is not None:
+            return found
+    if method == "gptq" and bits in (2, 3, 4, 8):
         offset = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
         return Source(GPTQ, bits=bits, group=group, zero_offset=offset)
     version = settings.text("version", "gemm").lower()
@@ -158,6 +172,43 @@ def source_of(model: str, config: Settings, bases: Sequence[str]) -> Source | No
         f"{model} is quantized already ({name}), in a way that cannot be undone here.",
         f"Give the original instead: {bases[0] if bases else 'the model it was made from'}.",
     )
+
+
+def _compressed(settings: Settings) -> Source | None:
+    """Integers of compressed-tensors: all linears alike, nothing rotated or sparse."""
+    groups = settings.section("config_groups")
+    parts = [groups.section(name) for name in groups]
+    weights = [part.section("weights") for part in parts]
+    formats = {part.text("format", settings.text("format")) for part in parts}
+    kinds = {
+        (w.integer("num_bits"), w.text("strategy"), w.integer("group_size"), w.text("type", "int"))
+        for w in weights
+    }
+    sparse = settings.section("sparsity_config").text("format", "dense") != "dense"
+    rotated = bool(settings.section("transform_config").get("config_groups"))
+    if len(kinds) != 1 or not formats <= {"pack-quantized", "int-quantized"} or sparse or rotated:
+        return None
+    ((bits, strategy, group, kind),) = kinds
+    if bits not in (2, 3, 4, 8) or kind != "int" or strategy not in ("group", "channel"):
+        return None
+    if strategy == "group" and not 0 < group < 2**20:
+        return None
+    return Source(PACKED, bits=bits, group=group if strategy == "group" else -1)
+
+
+def _auto_round(settings: Settings, bits: int, group: int) -> Source | None:
+    """AutoRound's own exports: GPTQ's layout with zeros as they are or one too low, or AWQ's."""
+    form = settings.text("packing_format", settings.text("backend", "auto_round"))
+    layers = settings.section("extra_config")
+    mixed = any(layers.section(n).integer("bits") not in (0, bits, 16, 32) for n in layers)
+    if mixed or settings.text("data_type", "int") != "int" or settings.get("rotation_config"):
+        return None
+    if form == "auto_round:auto_awq" and bits == 4:
+        return Source(AWQ, bits=4, group=group, made_by="AutoRound")
+    offsets = {"auto_round:auto_gptq": 1, "auto_round": 0, "auto_round:gptqmodel": 0}
+    if form not in offsets:
+        return None
+    return Source(GPTQ, bits=bits, group=group, zero_offset=offsets[form], made_by="AutoRound")
 
 
 def _block(model: str, block: object) -> tuple[int, int] | None:
@@ -203,6 +254,10 @@ def expanded(source: Source, tensors: Mapping[str, StoredTensor]) -> dict[str, E
                 _check_scales(source, tensor, [tensors[n] for n in scales[:1]])
                 made[name] = Expanded("BF16", tensor.shape, (name, *scales[:1]))
                 continue
+        elif source.scheme == PACKED and (last in _BESIDE_INTEGERS or tensor.dtype == "I8"):
+            if last in ("weight_packed", "weight"):
+                made[f"{stem}.weight"] = _compressed_weight(source, stem, tensors)
+            continue
         elif last in _PACKED and f"{stem}.qweight" in tensors:
             if last == "qweight":
                 made[f"{stem}.weight"] = _packed(source, stem, tensors)
@@ -234,18 +289,42 @@ def _packed(source: Source, stem: str, tensors: Mapping[str, StoredTensor]) -> E
             f"The checkpoint has {parts[0]} but no {missing[0]}.", "Use another revision."
         )
     words, zeros, scales = (tensors[name] for name in parts)
-    per_word = 32 // source.bits
     if f"{stem}.g_idx" in tensors:
         parts.append(f"{stem}.g_idx")
     if len(words.shape) == 2 and words.dtype == "I32" and scales.dtype in ("F16", "BF16", "F32"):
         rows, columns = words.shape
         is_gptq = source.scheme == GPTQ
-        n_in, n_out = (rows * per_word, columns) if is_gptq else (rows, columns * per_word)
+        along = (rows if is_gptq else columns) * 32 // source.bits  # GPTQ's 3 bits cross words
+        n_in, n_out = (along, columns) if is_gptq else (rows, along)
         n_groups = -(-n_in // source.group) if source.group > 0 else 1
-        wanted = [(n_groups, n_out // per_word), (n_groups, n_out), (n_in,)]
+        wanted = [(n_groups, n_out * source.bits // 32), (n_groups, n_out), (n_in,)]
         if [zeros.shape, scales.shape] == wanted[:2] and zeros.dtype == "I32":
             if len(parts) == 3 or tensors[parts[3]].shape == wanted[2]:
                 return Expanded(scales.dtype, (n_out, n_in), tuple(parts))
+    raise QuantkitError(
+        f"{shown(stem)} is stored as {source.scheme} with shapes that do not fit the settings in"
+        " config.json.",
+        "Use another revision, or give the model it was made from.",
+    )
+
+
+def _compressed_weight(source: Source, stem: str, tensors: Mapping[str, StoredTensor]) -> Expanded:
+    """A weight of compressed-tensors: integers of a byte, or packed along the columns."""
+    name = f"{stem}.weight_packed" if f"{stem}.weight_packed" in tensors else f"{stem}.weight"
+    beside = (f"{stem}.weight_{part}" for part in ("scale", "zero_point", "g_idx"))
+    parts = (name, *(part for part in beside if part in tensors))
+    weight, scale = tensors[name], tensors.get(f"{stem}.weight_scale")
+    if scale is not None and len(weight.shape) == len(scale.shape) == 2:
+        n_out, n_in = weight.shape
+        n_groups = scale.shape[1]
+        if weight.dtype == "I32" and 32 % source.bits == 0:
+            n_in = n_in * 32 // source.bits
+        elif weight.dtype == "I32":
+            n_in = n_groups * source.group
+        fits = n_groups == (-(-n_in // source.group) if source.group > 0 else 1)
+        if fits and n_in > 0 and scale.shape[0] == n_out and weight.dtype in ("I32", "I8"):
+            if scale.dtype in ("F16", "BF16", "F32"):
+                return Expanded(scale.dtype, (n_out, n_in), parts)
     raise QuantkitError(
         f"{shown(stem)} is stored as {source.scheme} with shapes that do not fit the settings in"
         " config.json.",

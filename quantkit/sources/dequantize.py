@@ -6,21 +6,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit.checkpoint.quantized import AWQ, FP8, GPTQ, Expanded, Source, expanded
+from quantkit.checkpoint.quantized import FP8, Expanded, Source, expanded
 from quantkit.checkpoint.safetensors import read_header
 from quantkit.checkpoint.weight_files import INDEX, stored
 from quantkit.errors import QuantkitError
+from quantkit.sources.integers import read_integers
 from quantkit.sources.metadata import strip_config
 
 _SHARD_BYTES = 2_000_000_000  # of one file, and of what is in memory
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the i-th output of a word lies in it
 
 
 def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) -> list[Path]:
@@ -73,8 +73,13 @@ def _expand(parts: list[torch.Tensor], made: Expanded, source: Source) -> torch.
     if source.scheme == FP8:
         values = _fp8(parts[0], parts[1] if len(parts) > 1 else None, source)
         return values.to(torch.bfloat16)
+    return read_integers(named(made, parts), made, source).values()
+
+
+def named(made: Expanded, parts: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the parts of a tensor by the ends of their names."""
     names = [name.rpartition(".")[2] for name in made.sources]
-    return _integers(dict(zip(names, parts, strict=True)), source)
+    return dict(zip(names, parts, strict=True))
 
 
 def _fp8(weight: torch.Tensor, scale: torch.Tensor | None, source: Source) -> torch.Tensor:
@@ -96,24 +101,3 @@ def _fp8(weight: torch.Tensor, scale: torch.Tensor | None, source: Source) -> to
             f"FP8 scales {tuple(scale.shape)} do not fit weights {tuple(weight.shape)}.",
             "The checkpoint is broken or of an unknown kind: give the original model.",
         ) from None
-
-
-def _integers(parts: Mapping[str, torch.Tensor], source: Source) -> torch.Tensor:
-    """Values (n_out, n_in) of GPTQ's or AWQ's packed integers, in the type of their scales."""
-    scales = parts["scales"]
-    zeros = _unpack(parts["qzeros"], source, 1) + source.zero_offset
-    weights = _unpack(parts["qweight"], source, 0 if source.scheme == GPTQ else 1)
-    group = source.group if source.group > 0 else len(weights)
-    groups = parts.get("g_idx", torch.arange(len(weights)) // group).long()
-    values = (weights - zeros[groups]).float() * scales.float()[groups]
-    return values.T.to(scales.dtype)
-
-
-def _unpack(words: torch.Tensor, source: Source, axis: int) -> torch.Tensor:
-    """Integers packed in 32-bit words along an axis, as int32."""
-    order = _AWQ_ORDER if source.scheme == AWQ else range(32 // source.bits)
-    shifts = torch.tensor([i * source.bits for i in order], dtype=torch.int32)
-    mask = 2**source.bits - 1
-    if axis == 0:
-        return ((words[:, None] >> shifts[:, None]) & mask).flatten(0, 1)
-    return ((words[..., None] >> shifts) & mask).flatten(-2)

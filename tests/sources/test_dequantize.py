@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import CHEAP, Run, quantkit
@@ -26,6 +27,7 @@ from quantkit.model.blockwise import load_model
 from quantkit.planning.plan import specs_of
 from quantkit.sandbox.untrusted import Settings
 from quantkit.sources.dequantize import dequantize
+from quantkit.sources.integers import _unpacked
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch
 
@@ -95,6 +97,35 @@ def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return stored, values
 
 
+def compressed(weight: torch.Tensor, bits: int = 4, group: int = 32) -> tuple[Tensors, Any]:
+    """compressed-tensors' integers: signed, with zeros of their own, packed with half of the range
+    added, the codes along the inputs and the zeros along the outputs.
+    """
+    n_out, n_in = weight.shape
+    generator = torch.Generator().manual_seed(n_in)
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (n_out, n_in), generator=generator)
+    zeros = torch.randint(-half, half, (n_out, n_in // group), generator=generator)
+    scales = (torch.rand(n_out, n_in // group, generator=generator) / 50 + 0.01).bfloat16()
+    wide = [x.repeat_interleave(group, 1) for x in (zeros, scales.float())]
+    values = ((codes - wide[0]).float() * wide[1]).bfloat16()
+    stored = {
+        "weight_packed": packed(codes + half, range(32 // bits), bits),
+        "weight_zero_point": packed((zeros + half).T, range(32 // bits), bits).T.contiguous(),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor([n_out, n_in]),
+    }
+    return stored, values
+
+
+def bytes_of(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' W8A8: bytes with a scale a row."""
+    scales = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
+    codes = (weight / scales.float()).round().clamp(-128, 127).to(torch.int8)
+    stored = {"weight": codes, "weight_scale": scales, "input_scale": torch.ones(1)}
+    return stored, (codes.float() * scales.float()).bfloat16()
+
+
 def packed(codes: torch.Tensor, order: Any, bits: int = 4) -> torch.Tensor:
     """The last axis packed into 32-bit words: the i-th field holds the number at order[i]."""
     words = torch.zeros(codes.shape[0], codes.shape[1] * bits // 32, dtype=torch.int64)
@@ -104,12 +135,25 @@ def packed(codes: torch.Tensor, order: Any, bits: int = 4) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
+def compressed_settings(form: str, bits: int, group: int | None) -> dict[str, Any]:
+    strategy = {"strategy": "channel"} if group is None else {"group_size": group}
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", **strategy}
+    groups = {"group_0": {"weights": weights, "targets": ["Linear"]}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "int"}
 KINDS: dict[str, tuple[Callable[..., tuple[Tensors, torch.Tensor]], dict[str, Any]]] = {
     "block fp8": (block_fp8, {"quant_method": "fp8", "weight_block_size": [48, 32]}),
     "row fp8": (row_fp8, {"quant_method": "compressed-tensors", "format": "float-quantized"}),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "compressed": (compressed, compressed_settings("pack-quantized", 4, 32)),
+    "bytes": (bytes_of, compressed_settings("int-quantized", 8, None)),
+    "autoround": (gptq, {**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"}),
+    "autoround awq": (awq, {**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}),
 }
+BFLOAT = ("block fp8", "row fp8", "compressed", "bytes")  # the others are of float16
 
 
 def write(folder: Path, kind: str, n_files: int = 1) -> tuple[Path, Tensors]:
@@ -119,7 +163,7 @@ def write(folder: Path, kind: str, n_files: int = 1) -> tuple[Path, Tensors]:
     stored, wanted = {}, {}
     for name, tensor in load_file(base / "model.safetensors").items():
         if "_proj" not in name:
-            stored[name] = wanted[name] = tensor if "fp8" in kind else tensor.half()
+            stored[name] = wanted[name] = tensor if kind in BFLOAT else tensor.half()
             continue
         parts, wanted[name] = make(tensor.float())
         stem = name.removesuffix("weight")
@@ -135,7 +179,10 @@ def write(folder: Path, kind: str, n_files: int = 1) -> tuple[Path, Tensors]:
         index = {"metadata": {}, "weight_map": where}
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((base / "config.json").read_text())
-    config |= {"quantization_config": settings, "dtype": "bfloat16" if "fp8" in kind else "float16"}
+    config |= {
+        "quantization_config": settings,
+        "dtype": "bfloat16" if kind in BFLOAT else "float16",
+    }
     (base / "config.json").write_text(json.dumps(config))
     return base, wanted
 
@@ -178,6 +225,49 @@ def test_gptq_of_other_widths(tmp_path: Path, bits: int) -> None:
     assert torch.equal(load_file(path)["a.weight"], wanted)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_three_bits_cross_words_or_do_not(dense: bool) -> None:
+    """GPTQ's 32 numbers in three words; compressed-tensors' old files have ten in each."""
+    codes = torch.randint(0, 8, (5, 96), generator=torch.Generator().manual_seed(0))
+    if dense:
+        bits = ((codes[..., None] >> torch.arange(3)) & 1).flatten(1).numpy().astype("uint8")
+        words = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+    else:
+        padded = torch.cat([codes, torch.zeros(5, 4, dtype=codes.dtype)], 1)
+        shifted = padded.view(5, 10, 10) << (3 * torch.arange(10))
+        words = shifted.sum(2).int()
+    assert torch.equal(_unpacked(words, 96, 3), codes.to(torch.int16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transform_config": {"config_groups": {"R1": {}}}},
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"format": "marlin-24"},
+        {"config_groups": {}},
+    ],
+)
+def test_compressed_tensors_that_are_more_than_integers(change: dict[str, Any]) -> None:
+    settings = compressed_settings("pack-quantized", 4, 32) | change
+    with pytest.raises(QuantkitError, match="in a way that cannot be undone"):
+        source_of("x/y", Settings({"quantization_config": settings}), ())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"packing_format": "auto_round:unknown"},
+        {"extra_config": {"a": {"bits": 8}}},
+        {"data_type": "mx_fp"},
+        {"rotation_config": {"kind": "hadamard"}},
+    ],
+)
+def test_auto_rounds_other_exports(change: dict[str, Any]) -> None:
+    with pytest.raises(QuantkitError, match="in a way that cannot be undone"):
+        source_of("x/y", Settings({"quantization_config": AUTO_ROUND | change}), ())
+
+
 def test_zeros_of_the_second_gptq_format() -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     for form, offset in ((None, 1), ("gptq", 1), ("gptq_v2", 0)):
@@ -215,7 +305,7 @@ def test_fetch_says_so(server: HubServer, tmp_path: Path) -> None:
     ("settings", "sentence"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"\(bitsandbytes\)"),
-        ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "GPTQ at 3 bits"),
+        ({"quant_method": "gptq", "bits": 5, "group_size": 128}, "GPTQ at 5 bits"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, r"\(awq\)"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
         ({"quant_method": "aqlm"}, r"\(aqlm\)"),
