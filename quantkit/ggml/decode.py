@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 
 from quantkit.ggml import native
-from quantkit.ggml.formats import FORMATS, Format
+from quantkit.ggml.codebooks import CODEBOOKS
+from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
+
+
+class Readable(Protocol):
+    """A block format that torch can read on any device: scalar grids and codebooks."""
+
+    @property
+    def qtype(self) -> QuantType: ...
+
+    def values(self, packed: torch.Tensor) -> torch.Tensor:
+        """Return the float32 values (n_rows, n_columns) of packed rows uint8 (n_rows,
+        row_bytes).
+        """
+
+
+READABLE: Mapping[QuantType, Readable] = {**FORMATS, **CODEBOOKS}
+"""The types that GPTQ can make."""
 
 AT_ONCE = 1 << 26  # weights: what lies between bytes and values takes several times their size
 
@@ -15,14 +35,14 @@ def values_of(packed: native.Bytes, qtype: QuantType, device: torch.device) -> t
     """Return the values of packed rows, uint8 (n_rows, row_bytes), on `device`: float32 (n_rows,
     n_columns). A GPU decodes the types that it can read itself.
     """
-    form = FORMATS.get(qtype)
+    form = READABLE.get(qtype)
     if form is None or device.type != "cuda":
         return torch.from_numpy(native.dequantize(packed, qtype)).to(device)
     n_columns = packed.shape[1] // qtype.block_bytes * qtype.block_size
     return decoded(form, torch.from_numpy(packed.copy()).to(device), n_columns)
 
 
-def decoded(form: Format, packed: torch.Tensor, n_columns: int) -> torch.Tensor:
+def decoded(form: Readable, packed: torch.Tensor, n_columns: int) -> torch.Tensor:
     """Return the values of packed rows on a device: float32 (n_rows, n_columns), some rows at a
     time.
     """

@@ -440,4 +440,4 @@ FORMATS = {
         IQ4XS("IQ4_XS"),
     )
 }
-"""The types that GPTQ can decide the codes of."""
+"""The types whose codes lie on a grid: GPTQ and tuning decide them one by one."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from quantkit.ggml.decode import Readable
 from quantkit.ggml.formats import Format, levels_of
 from quantkit.gptq import kernels_cpu
 from quantkit.gptq.products import add_product, product
@@ -303,7 +304,7 @@ _SWEEPS = {"cpu": _sweep_cpu, "cuda": _sweep_cuda}
 
 
 def row_errors(
-    form: Format, packed: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor
+    form: Readable, packed: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
     """Return e H eᵀ of every packed row: float32 (n_rows,); inf where scales are not finite."""
     difference = per_expert(form.values(packed) - weight, hessian)

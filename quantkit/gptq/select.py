@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from quantkit.ggml import native, searches
+from quantkit.ggml.codebooks import CODEBOOKS, UNIT
+from quantkit.ggml.decode import READABLE
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
+from quantkit.gptq import codebooks
 from quantkit.gptq.descent import N_SWEEPS, descend, per_expert, row_errors
 from quantkit.gptq.errors import Error, ExpertErrors, TypeErrors
-from quantkit.gptq.solver import Factor, Rows, gptq_experts, output_error
+from quantkit.gptq.solver import Factor, Rows, factorize, gptq_experts, output_error
 from quantkit.machine.memory import free_memory
 from quantkit.statistics.sensitivity import Sensitivity
 
@@ -65,6 +69,12 @@ class Inputs:
         damped = self.train.clone()
         damped.diagonal().copy_(self.factor.diagonal)
         return damped
+
+    @cached_property
+    def by_units(self) -> Factor:
+        """The train Hessian factorized with columns in units of eight, for codebooks."""
+        assert self.factor is not None
+        return factorize(self.train, self.factor.damping, UNIT)
 
 
 def solve_tensor(
@@ -247,7 +257,7 @@ def _by_ggml(
         if exact or not inputs:
             continue
         # Types without a grid for GPTQ: asked for alone, it has to leave them to another method.
-        if "imatrix" in methods or (qtype not in FORMATS and "rtn" not in methods):
+        if "imatrix" in methods or (qtype not in READABLE and "rtn" not in methods):
             packed[qtype, "imatrix"] = _ggml(weight, qtype, inputs)
     return packed
 
@@ -303,8 +313,8 @@ def _parts(
 
 def _values(packed: torch.Tensor, qtype: QuantType) -> torch.Tensor:
     """float32 values of packed rows, on their device; a GPU reads the grids itself."""
-    if packed.is_cuda and qtype in FORMATS:
-        return FORMATS[qtype].values(packed)
+    if packed.is_cuda and qtype in READABLE:
+        return READABLE[qtype].values(packed)
     return torch.from_numpy(native.dequantize(packed.cpu().numpy(), qtype)).to(packed.device)
 
 
@@ -341,30 +351,72 @@ def _gptq(
     inputs: Sequence[Inputs],
     n_sweeps: int,
 ) -> _Packed:
-    """GPTQ of every type that it has a grid for, in one sweep; a row that came out worse than
+    """GPTQ of every type that it has a grid or a codebook for; a row that came out worse than
     ggml's on the train Hessian stays ggml's.
     """
-    types = [qtype for qtype in types if qtype in FORMATS]
-    grids: dict[QuantType, torch.Tensor] = {}
+    rounded: _Packed = {}
     for qtype in types:
-        known = packed.get((qtype, "imatrix"))
-        grids[qtype] = _ggml(weight, qtype, inputs) if known is None else known
+        if qtype in READABLE:
+            known = packed.get((qtype, "imatrix"))
+            rounded[qtype, "gptq"] = _ggml(weight, qtype, inputs) if known is None else known
+    damped, train = _batch([own.damped for own in inputs]), _batch([own.train for own in inputs])
+    found = _onto_grids(weight, rounded, inputs, damped, n_sweeps)
+    found |= _onto_codebooks(weight, rounded, inputs, damped, n_sweeps)
+    for key, ours in found.items():
+        form, theirs = READABLE[key[0]], rounded[key]
+        before = row_errors(form, theirs, weight, train)
+        after = row_errors(form, ours, weight, train)
+        found[key] = torch.where((after <= before)[:, None], ours, theirs)
+    return found
+
+
+def _onto_grids(
+    weight: torch.Tensor,
+    rounded: _Packed,
+    inputs: Sequence[Inputs],
+    damped: torch.Tensor,
+    n_sweeps: int,
+) -> _Packed:
+    """The types of scalar grids, in one sweep."""
+    types = [key for key in rounded if key[0] in FORMATS]
     n = len(inputs)
-    chunks = {q: rows.chunk(n) for q, rows in grids.items()}
+    chunks = {key: rounded[key].chunk(n) for key in types}
     rows = [
-        [Rows(own, FORMATS[q].grid(chunks[q][i])) for q in types]
+        [Rows(own, FORMATS[key[0]].grid(chunks[key][i])) for key in types]
         for i, own in enumerate(weight.chunk(n))
     ]
     codes = gptq_experts(rows, [own.factor for own in inputs if own.factor is not None])
-    damped, train = _batch([own.damped for own in inputs]), _batch([own.train for own in inputs])
     solved: _Packed = {}
-    for i, qtype in enumerate(types):
-        form, rounded = FORMATS[qtype], grids[qtype]
-        start = form.with_codes(rounded, torch.cat([own[i] for own in codes]))
-        ours = descend(form, start, weight, damped, n_sweeps)
-        before = row_errors(form, rounded, weight, train)
-        after = row_errors(form, ours, weight, train)
-        solved[qtype, "gptq"] = torch.where((after <= before)[:, None], ours, rounded)
+    for i, key in enumerate(types):
+        form = FORMATS[key[0]]
+        start = form.with_codes(rounded[key], torch.cat([own[i] for own in codes]))
+        solved[key] = descend(form, start, weight, damped, n_sweeps)
+    return solved
+
+
+def _onto_codebooks(
+    weight: torch.Tensor,
+    rounded: _Packed,
+    inputs: Sequence[Inputs],
+    damped: torch.Tensor,
+    n_sweeps: int,
+) -> _Packed:
+    """The types of codebooks, each expert by itself."""
+    n = len(inputs)
+    hessians = damped if damped.dim() == 3 else damped[None]
+    solved: _Packed = {}
+    for key in rounded:
+        if (book := CODEBOOKS.get(key[0])) is None:
+            continue
+        parts = zip(rounded[key].chunk(n), weight.chunk(n), inputs, hessians, strict=True)
+        solved[key] = torch.cat(
+            [
+                codebooks.descend(
+                    book, codebooks.feedback(book, own, rows, known.by_units), rows, h, n_sweeps
+                )
+                for own, rows, known, h in parts
+            ]
+        )
     return solved
 
 

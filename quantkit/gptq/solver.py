@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -29,10 +30,10 @@ _LEAF = 128  # columns walked one by one before their errors are applied by a ma
 class Factor:
     """A factorized Hessian: what one sweep needs and all stacked rows share.
 
-    `order` (n,) sorts the columns by falling diag(H); `upper` (n, n) is the upper Cholesky factor U
-    of the damped inverse in that order, H⁻¹ = UᵀU. `damping` is the share of mean(diag H) that was
-    added; it exceeds what was asked when the factorization failed at first (`escalated`). `n_dead`
-    columns never saw an input.
+    `order` (n,) sorts the columns, or units of several, by falling diag(H); `upper` (n, n) is the
+    upper Cholesky factor U of the damped inverse in that order, H⁻¹ = UᵀU. `damping` is the share
+    of mean(diag H) that was added; it exceeds what was asked when the factorization failed at first
+    (`escalated`). `n_dead` columns never saw an input.
     """
 
     order: torch.Tensor
@@ -43,8 +44,9 @@ class Factor:
     n_dead: int
 
 
-def factorize(hessian: torch.Tensor, damping: float) -> Factor:
-    """Factorize `hessian` (n, n) with `damping` times the median of its diagonal added.
+def factorize(hessian: torch.Tensor, damping: float, unit: int = 1) -> Factor:
+    """Factorize `hessian` (n, n) with `damping` times the median of its diagonal added. With a
+    `unit`, so many neighboring columns stay together in the order.
 
     Raises QuantkitError when the Hessian is not finite, or not positive definite even at a
     thousandfold damping.
@@ -57,7 +59,8 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factor:
         )
     dead = diagonal <= 0
     typical = diagonal[~dead].median() if bool((~dead).any()) else diagonal.new_ones(())
-    order = torch.argsort(diagonal, descending=True, stable=True)
+    units = torch.argsort(diagonal.view(-1, unit).mean(1), descending=True, stable=True)
+    order = (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()
     for factor in _DAMPINGS:
         raised = torch.where(dead, typical, diagonal + damping * factor * typical)
         damped = hessian[order][:, order]
@@ -195,7 +198,23 @@ _WALKS = {"cpu": _walk_columns_cpu, "cuda": _walk_columns_cuda}
 Walk = Callable[[Stack, torch.Tensor, int, int], None]
 
 
-def _sweep(stack: Stack, upper: torch.Tensor, start: int, end: int, walk: Walk) -> None:
+class _HasWeight(Protocol):
+    """Rows on their way, transposed: float32 (..., n_columns, n_rows) in the factor's order."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+
+_Any = TypeVar("_Any", bound=_HasWeight)
+
+
+def sweep(
+    stack: _Any,
+    upper: torch.Tensor,
+    start: int,
+    end: int,
+    walk: Callable[[_Any, torch.Tensor, int, int], None],
+) -> None:
     """Decide columns start..end and leave their scaled errors in `stack.weight`.
 
     Halves recursively, so that nearly all of the error feedback is matrix products: the left half
@@ -205,11 +224,11 @@ def _sweep(stack: Stack, upper: torch.Tensor, start: int, end: int, walk: Walk) 
         walk(stack, upper, start, end)
         return
     middle = start + max(_LEAF, (end - start) // 2 // _LEAF * _LEAF)
-    _sweep(stack, upper, start, middle, walk)
+    sweep(stack, upper, start, middle, walk)
     weight = stack.weight
     share = upper[..., start:middle, middle:end].mT
     add_product(weight[..., middle:end, :], share, weight[..., start:middle, :], -1)
-    _sweep(stack, upper, middle, end, walk)
+    sweep(stack, upper, middle, end, walk)
 
 
 def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list[torch.Tensor]:
@@ -225,7 +244,7 @@ def gptq(rows: Sequence[Rows], factor: Factor, walk: Walk | None = None) -> list
     for table in dict.fromkeys(r.grid.table for r in rows):
         chosen = [i for i, r in enumerate(rows) if r.grid.table == table]
         stack = _stack([rows[i] for i in chosen], factor.order)
-        _sweep(stack, factor.upper, 0, len(factor.order), walk)
+        sweep(stack, factor.upper, 0, len(factor.order), walk)
         in_place = torch.empty_like(stack.codes)
         in_place[factor.order] = stack.codes
         for i, part in zip(
@@ -261,7 +280,7 @@ def gptq_experts(
             first.table,
             torch.stack([s.codes for s in stacks]),
         )
-        _sweep(stack, upper, 0, upper.shape[-1], _walk_columns_cuda)
+        sweep(stack, upper, 0, upper.shape[-1], _walk_columns_cuda)
         for expert, factor in enumerate(factors):
             in_place = torch.empty_like(first.codes)
             in_place[factor.order] = stack.codes[expert]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from quantkit.ggml import decode, native
-from quantkit.ggml.formats import FORMATS
 from quantkit.machine.memory import free_memory
 from quantkit.model import precision
 from quantkit.model.blockwise import BlockwiseModel
@@ -130,7 +129,7 @@ class Weights:
         path, n_bytes = self._levels[candidate.file], candidate.n_bytes
         packed = np.memmap(path, np.uint8, "r", candidate.offset, (n_bytes,))
         rows = packed.reshape(-1, candidate.qtype.row_bytes(n_columns))
-        form = FORMATS.get(candidate.qtype)
+        form = decode.READABLE.get(candidate.qtype)
         device = self._model.device
         if form is not None and device.type == "cuda":
             return decode.decoded(form, self._on_device(candidate, rows, device), n_columns)

@@ -392,7 +392,7 @@ def test_only_the_asked_methods_compete(methods: tuple[str, ...]) -> None:
 
 
 def test_types_without_a_grid_fall_back_to_imatrix() -> None:
-    h, w, qtype = hessian(256), weight(6, 256), QuantType("IQ3_S")
+    h, w, qtype = hessian(256), weight(6, 256), QuantType("TQ2_0")
     solved = solve_tensor(w, [qtype], ("gptq",), inputs_of(h), None)
     assert solved[qtype].method == "imatrix"
     wanted = native.quantize(w.numpy(), qtype, h.diagonal().numpy().copy())
@@ -400,7 +400,7 @@ def test_types_without_a_grid_fall_back_to_imatrix() -> None:
 
 
 def test_types_without_a_grid_and_rounding_asked() -> None:
-    h, w, qtype = hessian(256), weight(6, 256), QuantType("IQ3_S")
+    h, w, qtype = hessian(256), weight(6, 256), QuantType("TQ2_0")
     inputs = Inputs(h.diagonal().numpy().copy(), h, h, None)
     solved = solve_tensor(w, [qtype], ("rtn",), inputs, None)
     assert set(solved[qtype].errors) == {"rtn"}
