@@ -112,14 +112,16 @@ def planned(
     base: GgufFile,
     specs: Mapping[str, TensorSpec],
     free: tuple[int, int],
+    keeps_levels: bool = False,
 ) -> dict[str, int]:
-    """What `plan` says; prints which levels are made."""
+    """What `plan` says, or what is taken where there is room; prints which levels are made."""
     made = made_levels(config, base, specs)
     print(f"levels: {', '.join(map(str, made.levels.levels))}; left out: {made.left_out}")
     stock = [stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES]
     found = footprint(config, info, base, *free)
     print({name: round(n / base.path.stat().st_size, 3) for name, n in vars(found).items()})
-    return by_stage(found, config, made.sizes.uniform, made.sizes.limits, stock)
+    sizes = made.sizes
+    return by_stage(found, config, sizes.uniform, sizes.limits, stock, keeps_levels)
 
 
 def show(columns: Mapping[str, Mapping[str, int]], base: int) -> None:
@@ -146,7 +148,8 @@ def of_run(model: str, out: Path, options: list[str]) -> None:
     free = free_bytes(config.device), free_bytes("cpu")
     info = load_snapshot(directory).info
     plan = planned(config, info, base, load_specs(directory), free)
-    show({"plan": plan, "run": peaks}, base.path.stat().st_size)
+    roomy = planned(config, info, base, load_specs(directory), free, keeps_levels=True)
+    show({"plan": plan, "where there is room": roomy, "run": peaks}, base.path.stat().st_size)
     sys.exit(code)
 
 

@@ -61,6 +61,17 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, partial)
 
 
+def unlink(path: Path) -> int:
+    """Delete a file if it is there. Return the bytes that are free then: none where it has another
+    name, too.
+    """
+    if not path.exists():
+        return 0
+    stat = path.stat()
+    path.unlink()
+    return stat.st_size if stat.st_nlink == 1 else 0
+
+
 def write_json(path: Path, value: Any) -> Path:
     """Write `value` as indented JSON, whole or not at all."""
     with replacing(path) as partial:

@@ -20,7 +20,7 @@ from pathlib import Path
 from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.files import PARTIAL, READERS, write_json
+from quantkit.files import PARTIAL, READERS, unlink, write_json
 from quantkit.machine import faults, room
 from quantkit.machine.kind import device_kind
 from quantkit.ranks.group import ALONE, Ranks
@@ -388,19 +388,8 @@ def clean(folder: Path) -> int:
         for record in directory.records().values():
             stage = _stage_of(record)
             dropped = [output for output in record.outputs if stage.is_intermediate(output.path)]
-            for output in dropped:
-                freed += _unlink(folder / output.path)
             if dropped:
-                directory.save_record(dataclasses.replace(record, cleaned=True))
+                freed += directory.drop(record.stage, dropped)
         for left in folder.glob(f"*/**/*{PARTIAL}"):
-            freed += _unlink(left)
+            freed += unlink(left)
         return freed
-
-
-def _unlink(path: Path) -> int:
-    """The bytes that are free then: none where the file has another name, too."""
-    if not path.exists():
-        return 0
-    stat = path.stat()
-    path.unlink()
-    return stat.st_size if stat.st_nlink == 1 else 0

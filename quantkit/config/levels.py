@@ -8,18 +8,20 @@ file has to be made for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from quantkit.config import RunConfig, compile_pattern
 from quantkit.errors import UsageError
 from quantkit.ggml.types import BF16, F16, QuantType, fallback
 from quantkit.tensors import Fallback, TensorSpec
 
+T = TypeVar("T")
+
 # A level is made where its uniform file has at least and at most so many times the bytes asked for.
-# Until what the search loses without the others was measured, all are.
-_LEAST, _MOST = 0.0, math.inf
+# Without the others the search loses less than 1 %; a few tensors want far more bits than the rest.
+_LEAST, _MOST = 0.6, 1.9
 LEFT_OUT = "no file of the sizes asked for would want them; --levels makes them"
 
 
@@ -76,6 +78,19 @@ def wanted(
         kept |= {max(below, key=lambda q: uniform[q])} if below else set()
         kept |= {min(above, key=lambda q: uniform[q])} if above else set()
     return tuple(level for level in uniform if level in kept)
+
+
+def around(n_bytes: Mapping[T, int], sizes: Iterable[int], n_around: int) -> list[T]:
+    """Return what is nearest in bytes to some sizes: for every size the largest of at most that,
+    then the next larger one, `n_around` in all, each once.
+    """
+    by_size = sorted(n_bytes, key=lambda x: n_bytes[x])
+    found: dict[T, None] = {}
+    for size in sizes:
+        below = [x for x in by_size if n_bytes[x] <= size][-1:]
+        above = [x for x in by_size if n_bytes[x] > size][:1]
+        found |= dict.fromkeys([*below, *above][:n_around])
+    return list(found)
 
 
 def plan_levels(

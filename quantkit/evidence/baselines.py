@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from quantkit.config.levels import around
 from quantkit.evidence.report.schema import GIVEN, STOCK, UNIFORM
 from quantkit.ggml.native import Floats
 from quantkit.ggml.types import FILE_TYPES, QUANTIZED, STOCK_MIXES
@@ -83,14 +84,10 @@ def stock_around(
 
 def uniform_baselines(levels: Path, sizes: Sequence[int], n_around: int) -> list[Baseline]:
     """Return files of one level in the folder `levels`, quantized like the result but not searched:
-    for every size the largest of at most that, then the next larger one, `n_around` in all.
+    those `around` the sizes.
     """
-    paths = sorted(levels.glob("*.gguf"), key=lambda path: path.stat().st_size)
-    chosen: dict[Path, None] = {}
-    for n_bytes in sizes:
-        below = [path for path in paths if path.stat().st_size <= n_bytes][-1:]
-        above = [path for path in paths if path.stat().st_size > n_bytes][:1]
-        chosen |= dict.fromkeys([*below, *above][:n_around])
+    paths = {path: path.stat().st_size for path in sorted(levels.glob("*.gguf"))}
+    chosen = around(paths, sizes, n_around)
     return [Baseline(UNIFORM, p.stem, partial(as_it_is, p)) for p in chosen]
 
 

@@ -15,7 +15,7 @@ from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
 from quantkit.config import DEMO_MODEL, N_CTX, PROFILES, RunConfig
 from quantkit.config.calibration import AUTO, parse_spec, parts_of
-from quantkit.config.levels import wanted
+from quantkit.config.levels import around, wanted
 from quantkit.config.targets import DEFAULT_TARGET
 from quantkit.ggml.types import F16, QUANTIZED, QuantType
 from quantkit.gguf_file.read import GgufFile
@@ -49,9 +49,16 @@ class Footprint:
     expanded: int  # for a while: a file at F16, which is in memory where that holds it
     predictions: int  # for a while: the base's, of what validate measures on
 
-    def by_stage(self, levels: int, outputs: Sequence[int], stock: int) -> dict[str, int]:
+    def measuring(self, stock: int) -> int:
+        """Return the bytes that validate takes for a while, with the largest stock file."""
+        return self.predictions + self.expanded + stock
+
+    def by_stage(
+        self, levels: int, measured: int, outputs: Sequence[int], stock: int
+    ) -> dict[str, int]:
         """Return the bytes in the folder at the peak of every stage, for `levels` bytes of level
-        files, the bytes of each output and of the largest stock file that it is compared with.
+        files, of which `measured` stay when they are only measured, the bytes of each output and of
+        the largest stock file that it is compared with.
         """
         kept, peaks = _TABLES, {}
 
@@ -67,7 +74,7 @@ class Footprint:
         stage("search", 0, self.searched)
         stage("tune", sum(outputs) if self.is_tuned else 0, self.tuned_states)
         stage("stitch", 0 if self.is_tuned else sum(outputs))
-        stage("validate", 0, max(self.expanded, self.predictions + self.expanded + stock))
+        stage("validate", measured - levels, self.measuring(stock))
         stage("publish", 0)
         # A stage that is new passes what was there before it on.
         return {name: peaks.get(name, kept) for name in NAMES}
@@ -150,14 +157,26 @@ def by_stage(
     uniform: Mapping[QuantType, int],
     limits: Sequence[int],
     stock: Iterable[int],
+    keeps_levels: bool = False,
 ) -> dict[str, int]:
     """Return the bytes in the folder at the peak of every stage, for outputs of at most `limits`
-    bytes, uniform files of the levels and stock files of these sizes.
+    bytes, uniform files of the levels and stock files of these sizes. That is what is needed: where
+    there is room validate keeps the levels that nothing reads any more (`keeps_levels`).
+    """
+    made = {level: uniform[level] for level in wanted(uniform, limits, config)}
+    measured = around(made, limits, PROFILES[config.profile].effort.n_uniform)
+    levels = sum(made.values())
+    kept = levels if keeps_levels else sum(made[level] for level in measured)
+    return footprint.by_stage(levels, kept, limits, largest_stock(stock, limits))
+
+
+def largest_stock(stock: Iterable[int], limits: Sequence[int]) -> int:
+    """Return about the bytes of the largest stock file that outputs of at most `limits` bytes are
+    compared with: the next larger one.
     """
     stock = sorted(stock)
     larger = (next((n for n in stock if n > limit), max(limits)) for limit in limits)
-    levels = sum(uniform[level] for level in wanted(uniform, limits, config))
-    return footprint.by_stage(levels, limits, max((*larger, *limits)))
+    return max((*larger, *limits))
 
 
 def _bpw(label: str) -> float:

@@ -202,11 +202,13 @@ def _longest(estimate: Estimates) -> str:
 
 
 def _on_disk(plan: Plan) -> str:
-    """The largest peak and where it is, and what comes from the Hub beside it."""
+    """The largest peak and where it is, and what comes from the Hub beside it. Where there is room,
+    more is kept.
+    """
     by_stage, downloaded = plan.estimates.disk, plan.footprint.downloaded
     stage = max(by_stage, key=lambda name: by_stage[name])
     beside = f" and {size(downloaded)} in the Hub's cache" if downloaded else ""
-    return f"at most {size(by_stage[stage])} in the run's folder, in {stage}{beside}"
+    return f"{size(by_stage[stage])} are needed in the run's folder, in {stage}{beside}"
 
 
 def render(plan: Plan) -> str:

@@ -9,6 +9,7 @@ and its outputs are whole. Inputs that differ fail closed: a run folder holds on
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -16,14 +17,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from quantkit.errors import QuantkitError
-from quantkit.files import sha256_file, write_json
+from quantkit.files import sha256_file, unlink, write_json
 from quantkit.run.artifacts import NAMES, Artifacts
 from quantkit.sandbox import untrusted
 from quantkit.tensors import to_json
@@ -100,7 +101,7 @@ class StageRecord:
     outputs: tuple[OutputFile, ...]
     seconds: float
     summary: dict[str, object]
-    cleaned: bool = False  # `quantkit clean` dropped its files on purpose
+    cleaned: bool = False  # files of it were dropped on purpose: nothing needs them
     made_on: MadeOn | None = None
 
     @property
@@ -194,6 +195,13 @@ class RunDir:
 
     def save_record(self, record: StageRecord) -> None:
         self._save({**self.records(), record.stage: record})
+
+    def drop(self, stage: str, outputs: Sequence[OutputFile]) -> int:
+        """Delete outputs of a stage that nothing needs any more. Return the bytes that are free
+        then: none of a file that has another name, too.
+        """
+        self.save_record(dataclasses.replace(self.records()[stage], cleaned=True))
+        return sum(unlink(self.path / output.path) for output in outputs)
 
     def forget(self, stage: str) -> None:
         """Drop the records of a stage and of all after it, and what they would take up again.

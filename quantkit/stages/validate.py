@@ -42,6 +42,7 @@ from quantkit.evidence.report.schema import (
     to_json,
 )
 from quantkit.evidence.report.text import without_folders
+from quantkit.evidence.room import make_room
 from quantkit.files import sha256_file
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.imatrix import read_imatrix
@@ -106,6 +107,7 @@ def _validate(run: Run) -> StageResult:
     measures = Measures(lambda said: run.events.emit(NAME, "note", said))
     base, stitched = load_base(run.dir), run.artifacts.stitched
     outputs = load_outputs(run.dir).outputs
+    make_room(run, base, outputs)
     texts, device = _texts(run), devices.choose(run.config.device, base)
     runtime = device.runtime
     if device.reason:

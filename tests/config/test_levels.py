@@ -185,6 +185,13 @@ def kept(*limits: int, **config: object) -> list[str]:
     return [str(q) for q in wanted(UNIFORM, limits, RunConfig("m", **config))]  # type: ignore[arg-type]
 
 
+def test_far_levels_are_left_out() -> None:
+    assert kept(260) == ["Q2_K", "Q3_K", "Q4_K"]
+    assert kept(470) == ["Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+    assert kept(260, 470) == kept() == list(map(str, UNIFORM)), "what any of the sizes wants"
+    assert kept(260, levels=("Q2_K", "Q6_K")) == list(map(str, UNIFORM)), "named ones are made"
+
+
 def test_levels_around_the_sizes_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels_module, "_LEAST", 0.9)
     monkeypatch.setattr(levels_module, "_MOST", 1.2)

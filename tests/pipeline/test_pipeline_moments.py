@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.outputs import load_budgets, load_outputs
 from quantkit.search.answers import load_allocation
+from quantkit.sizes import size
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.statistics import collect
 from quantkit.statistics.inputs import BlockStatistics
@@ -60,6 +62,25 @@ def test_levels_that_are_finished_but_not_recorded(
     assert not list(run.levels.glob("*.partial"))
     record, wanted = run.dir.records()["quantize"], expected.dir.records()["quantize"]
     assert [o.sha256 for o in record.outputs] == [o.sha256 for o in wanted.outputs]
+
+
+def test_levels_go_before_measuring_where_the_disk_is_short(
+    whole_run: tuple[Run, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = whole_run[0].fork(tmp_path / "run", "validate")
+    n_bytes = sum(path.stat().st_size for path in run.levels.glob("*.gguf"))
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.evidence.room.disk_usage", lambda _: SimpleNamespace(free=1000))
+        go_on(run, "validate")
+    assert not list(run.levels.glob("*.gguf")) and run.dir.records()["quantize"].cleaned
+    (said,) = (e.message for e in run.events if "nothing reads them any more" in e.message)
+    assert size(n_bytes) in said
+    kl = run.report["outputs"][0]["weight_kl"]["mean"]
+    assert kl == whole_run[0].report["outputs"][0]["weight_kl"]["mean"]
+    n_events = len(run.events)
+    go_on(run, "publish")
+    done = [e.stage for e in run.events[n_events:] if e.kind == "finished" and e.stage]
+    assert done == ["publish"], "nothing needs the levels"
 
 
 def test_a_turn_is_forgotten_before_the_next(

@@ -27,7 +27,7 @@ from quantkit.run.folder import RunDir
 from quantkit.sandbox.untrusted import Settings
 from quantkit.sources.snapshot import load_snapshot
 
-Q4, Q6 = QuantType("Q4_K"), QuantType("Q6_K")
+Q2, Q4, Q6 = QuantType("Q2_K"), QuantType("Q4_K"), QuantType("Q6_K")
 MUCH = 2**50
 
 
@@ -71,8 +71,14 @@ def test_peaks_add_up(base: GgufFile) -> None:
     begun = peaks["calibrate"]
     assert peaks["quantize"] - begun == sum(UNIFORM.values()) + 2 * known.importances
     assert peaks["stitch"] - peaks["tune"] == LIMIT
-    beside = known.expanded + 52_000_000 + known.predictions
-    assert peaks["validate"] - peaks["publish"] == beside
+    measuring = known.expanded + 52_000_000 + known.predictions
+    assert peaks["validate"] - peaks["publish"] == measuring
+    assert peaks["stitch"] - peaks["publish"] == sum(UNIFORM.values()), "no level is measured"
+    fast = replace(config, profile="fast")
+    wider = by_stage(known, fast, {**UNIFORM, Q2: 30_000_000}, [LIMIT], [52_000_000])
+    assert wider["stitch"] - wider["publish"] == 30_000_000, "those around the file are"
+    kept = by_stage(known, config, UNIFORM, [LIMIT], [52_000_000], keeps_levels=True)
+    assert kept["publish"] == kept["stitch"] == peaks["stitch"]
     several = by_stage(known, config, UNIFORM, [LIMIT, 60_000_000], [52_000_000])
     assert several["stitch"] - peaks["stitch"] == 60_000_000
 
@@ -163,7 +169,7 @@ def test_a_run_takes_what_the_plan_says(
     known = footprint(config, load_snapshot(directory).info, base, free, free)
     sizes = made_levels(config, base, load_specs(directory)).sizes
     stock = [stock_bytes(base, StockRecipe(label)) for label in STOCK_MIXES]
-    plan = by_stage(known, config, sizes.uniform, sizes.limits, stock)
+    plan = by_stage(known, config, sizes.uniform, sizes.limits, stock, keeps_levels=True)
     print({name: (plan[name], peaks.get(name)) for name in plan})
     assert max(peaks.values()) <= 1.05 * max(plan.values())
     assert max(plan.values()) <= 1.2 * max(peaks.values())
