@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__
 from quantkit.config import DEMO_MODEL, PROFILES, RunConfig, load_types_map
+from quantkit.config.devices import DEVICES
 from quantkit.config.targets import FAMILY, BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.machine import faults
@@ -161,7 +162,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--fits",
         metavar="MEM@CTX,...",
-        help="the largest file that fits in MEM with a context of CTX tokens, such as 8GB@8192",
+        help="the largest file that fits with a context of CTX tokens (8192) in MEM: a size, or one"
+        f" of {', '.join(DEVICES)}",
     )
     size.add_argument(
         "--family",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fractions import Fraction
 
+from quantkit.config.devices import DEVICES
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES
 from quantkit.sizes import parse_bytes
@@ -138,7 +139,8 @@ class LikeMix(_Asked):
 @dataclass(frozen=True)
 class FitsMemory(_Asked):
     """The memory that a context leaves, as in 8GB@8192: what llama.cpp takes for the context
-    is not left to the file. 8GB alone is with `CONTEXT` tokens.
+    is not left to the file. 8GB alone is with `CONTEXT` tokens; gpu-8gb and other `DEVICES` stand
+    for what a model can use of their memory.
     """
 
     kind: str = field(default="fits", init=False)
@@ -154,9 +156,10 @@ class FitsMemory(_Asked):
         if not re.fullmatch(r"\d{1,7}", context) or not 1 <= int(context) <= MOST_CONTEXT:
             raise UsageError(
                 f"{self.value!r} does not give a memory size and a context.",
-                "Write 8GB@8192: bytes of memory and tokens of context.",
+                "Write 8GB@8192 (bytes of memory and tokens of context) or gpu-8gb@8192.",
             )
-        return parse_bytes(memory), int(context)
+        device = DEVICES.get(memory.strip().lower())
+        return parse_bytes(device.free if device else memory), int(context)
 
     def limit_bytes(
         self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
@@ -183,7 +186,8 @@ class FitsMemory(_Asked):
 
     def __str__(self) -> str:
         memory, context = self.value.split("@")
-        return f"fits {memory} with a context of {int(context):,}"
+        device = DEVICES.get(memory.strip().lower())
+        return f"fits {device.title if device else memory} with a context of {int(context):,}"
 
 
 Target = BitsPerWeight | FileSize | LikeMix | FitsMemory

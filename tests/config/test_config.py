@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quantkit.config import PROFILES, Profile, RunConfig, compile_pattern, load_types_map
+from quantkit.config.devices import DEVICES
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES, QuantType
@@ -100,6 +101,10 @@ def test_what_fits_a_memory_with_a_context() -> None:
     assert target.limit_bytes(1, lambda label: 1 // 0, lambda n: 1000 * n) == 8e9 - 8_192_000
     assert str(target) == "fits 8GB with a context of 8,192"
     assert FitsMemory("8GB") == target
+    card = FitsMemory("GPU-8GB@4096")
+    assert card.limit_bytes(1, lambda label: 1 // 0, lambda n: 1000 * n) == 7 * 2**30 - 4_096_000
+    assert str(card) == "fits 8 GB card (RTX 3070, 4060) with a context of 4,096"
+    assert all(FitsMemory(name).memory_and_context()[0] > 0 for name in DEVICES)
 
 
 def test_a_stock_mix_as_target() -> None:

@@ -126,6 +126,20 @@ def test_what_fits_a_memory() -> None:
         limits(dataclasses.replace(form, memory="1GB", context=8192))
 
 
+def test_what_fits_several_devices() -> None:
+    """One size for each, with what else was written; those that hold the largest file are one."""
+    form = RunForm("a/b", "fits", devices=("phone-8gb", "gpu-8gb"), memory="1.4", context=4096)
+    targets = to_config(form, True).targets
+    assert [str(target) for target in targets] == [
+        "fits Phone 8 GB with a context of 4,096",
+        "fits 8 GB card (RTX 3070, 4060) with a context of 4,096",
+        "fits 1.4 with a context of 4,096",
+    ]
+    assert limits(form) == [1_400_000_000 - PLAN.context.n_bytes(4096), 1_000_000_000]
+    with pytest.raises(QuantkitError, match="no device"):
+        to_config(dataclasses.replace(form, devices=("toaster",)), True)
+
+
 @pytest.mark.parametrize("fields", [{"memory": ""}, {"memory": "lots"}, {"context": 0}])
 def test_what_is_no_memory(fields: dict[str, Any]) -> None:
     form = RunForm("a/b", **{"size_kind": "fits", "memory": "8GB", **fields})

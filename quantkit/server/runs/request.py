@@ -13,6 +13,7 @@ from typing import Any
 from quantkit import hub
 from quantkit.config import PROFILES, RunConfig, compile_pattern
 from quantkit.config.calibration import AUTO, BUILTIN_TEXTS, HUB_TEXTS, MIXES
+from quantkit.config.devices import DEVICES
 from quantkit.config.targets import (
     FAMILY,
     MOST_CONTEXT,
@@ -55,9 +56,10 @@ class RunForm:
     like: str = "Q4_K_M"
     size: str = ""
     bpw: float | str | None = None
-    memory: str = ""  # with `context`: what the file has to fit in
+    memory: str = ""  # with `context`: what else a file has to fit in
     context: int | float = 8192  # tokens
     family: tuple[str, ...] = ()  # stock mixes whose sizes are all made
+    devices: tuple[str, ...] = ()  # names of `DEVICES`, each to be fitted with `context`
     profile: str = "standard"
     revision: str = ""
     levels: tuple[str, ...] = ()
@@ -170,7 +172,7 @@ def _targets(form: RunForm) -> tuple[Target, ...]:
         mixes = _names(form.family, "stock mix") or FAMILIES["everyday"]
         return tuple(LikeMix(mix) for mix in mixes)
     if kind == "fits":
-        return (FitsMemory(_fits(form)),)
+        return tuple(FitsMemory(value) for value in _fits(form))
     if kind == "like":
         return (LikeMix(_text(form.like, "stock mix", 20)),)
     if kind == "size":
@@ -183,18 +185,22 @@ def _targets(form: RunForm) -> tuple[Target, ...]:
     return (BitsPerWeight(str(form.bpw)[:20]),)
 
 
-def _fits(form: RunForm) -> str:
-    """Memory and context as a target has them. Raises UsageError."""
+def _fits(form: RunForm) -> list[str]:
+    """Memories and the context as targets have them. Raises UsageError."""
     memory, tokens = _text(form.memory, "memory", 30), form.context
-    if not memory:
-        raise UsageError("Enter the memory.", "Write how much there is, such as 8GB.")
+    memories = [_one_of(name, "device", tuple(DEVICES)) for name in _names(form.devices, "device")]
+    memories += [memory] if memory else []
+    if not memories:
+        raise UsageError(
+            "Choose what the file has to fit.", "Pick a device, or write its memory, such as 8GB."
+        )
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or tokens != int(tokens):
         raise UsageError("The context is not a number of tokens.", "Write one such as 8192.")
     if not 1 <= tokens <= MOST_CONTEXT:
         raise UsageError(
             f"A context of {tokens:,} tokens is not possible.", "Enter a context such as 8192."
         )
-    return f"{memory}@{int(tokens)}"
+    return [f"{memory}@{int(tokens)}" for memory in memories]
 
 
 def _seed(value: Any) -> int:

@@ -63,7 +63,8 @@ def add_endpoints(handlers: Handlers) -> None:
             bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
             profile: how much work to spend: demo, fast, standard or thorough.
             revision: branch, tag or commit of the model; empty for its main branch.
-            memory: what has to hold the file and its context, such as 8GB; empty for no limit.
+            memory: what has to hold the file and its context, such as 8GB, or a device such as
+                gpu-8gb or mac-16gb; empty for no limit.
             context: tokens of context that have to fit, too.
         """
         form = RunForm(
@@ -113,7 +114,8 @@ def add_endpoints(handlers: Handlers) -> None:
             revision: branch, tag or commit of the model; empty for its main branch.
             calibration: calibration texts, name[:weight],...; auto chooses.
             seed: seed of the search.
-            memory: what has to hold the file and its context, such as 8GB; empty for no limit.
+            memory: what has to hold the file and its context, such as 8GB, or a device such as
+                gpu-8gb or mac-16gb; empty for no limit.
             context: tokens of context that have to fit, too.
             machine: here, or auto or a name for a Hugging Face Job, billed to the caller.
             publish: owner/name on the Hub to upload the result to; empty for none.

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from quantkit.config import DEMO_MODEL, PROFILES
+from quantkit.config.devices import DEVICES
 from quantkit.ggml.types import QUANTIZED, STOCK_MIXES
 from quantkit.server.executors.registry import AUTO, HERE
 from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
@@ -26,8 +27,8 @@ _SUGGESTIONS: list[Any] = [
     "meta-llama/Llama-3.2-1B-Instruct",
 ]
 _KINDS = [
+    ("Fits what I have", "fits"),
     ("Same size as a standard quant", "like"),
-    ("Fits my memory", "fits"),
     ("File size", "size"),
     ("Bits per weight", "bpw"),
     ("Several sizes", "family"),
@@ -85,11 +86,19 @@ class Form:
             info="No larger than llama.cpp's own file of this type.",
             elem_id="like",
         )
+        self.devices = gr.CheckboxGroup(
+            [(device.title, name) for name, device in DEVICES.items()],
+            value=[],
+            label="What should it run on?",
+            info="The largest file that fits beside its context. For several, one run makes all.",
+            visible=False,
+            elem_id="devices",
+        )
         with gr.Row(visible=False, elem_id="fits") as self.fits:
             self.memory = gr.Textbox(
-                "8GB",
-                label="Memory",
-                info="For the file and its context, such as 8GB or 24GiB.",
+                label="Other memory",
+                info="For the file and its context.",
+                placeholder="8GB",
                 max_length=30,
                 elem_id="memory",
             )
@@ -210,7 +219,8 @@ class Form:
         """The inputs by the names of `RunForm`; where and on which machine are one thing there."""
         return {
             **{"model": self.model, "size_kind": self.kind, "like": self.like, "size": self.size},
-            **{"bpw": self.bpw, "memory": self.memory, "context": self.context},
+            **{"bpw": self.bpw, "devices": self.devices, "memory": self.memory},
+            **{"context": self.context},
             **{"family": self.family, "profile": self.profile},
             **{"where": self.where, "machine": self.machine},
             **{"revision": self.revision, "levels": self.levels, "methods": self.methods},
@@ -235,7 +245,7 @@ class Form:
         handlers = self._handlers
 
         def sizes(kind: str) -> list[Any]:
-            return [gr.update(visible=kind == name) for _, name in _KINDS]
+            return [gr.update(visible=kind == name) for name, made in by_kind.items() for _ in made]
 
         def search(client: Client, token: str, typed: object) -> Any:
             found = handlers.search(str(typed)[:100], client)
@@ -245,8 +255,11 @@ class Form:
             *fields, typed = values
             return map(said, handlers.preview(self.read(fields), token or typed, client))
 
-        by_kind = [self.like, self.fits, self.size, self.bpw, self.family]
-        quietly(self.kind.change, sizes, self.kind, by_kind)
+        by_kind: dict[str, list[gr.components.Component | gr.Row]] = {
+            **{"like": [self.like], "fits": [self.devices, self.fits], "size": [self.size]},
+            **{"bpw": [self.bpw], "family": [self.family]},
+        }
+        quietly(self.kind.change, sizes, self.kind, [x for made in by_kind.values() for x in made])
         quietly(
             self.where.change,
             lambda where: gr.update(visible=where != HERE),
@@ -264,7 +277,7 @@ class Form:
             api_visibility="private",
         )
         shown: list[Any] = [self.model, self.kind, self.like, self.size, self.bpw, self.memory]
-        shown += [self.context, self.family, self.profile, self.where, self.machine]
+        shown += [self.devices, self.context, self.family, self.profile, self.where, self.machine]
         shown += [self.levels, self.types]
         gr.on(
             [component.change for component in shown],
