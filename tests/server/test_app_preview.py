@@ -192,6 +192,11 @@ def test_the_preview_says_what_is_to_be_known(handlers: Handlers) -> None:
     assert next(iter(handlers.preview(RunForm(""), "", ME))) == ""
 
 
+def test_levels_that_are_not_made_are_named() -> None:
+    page = previews.preview(dataclasses.replace(PLAN, left_out=("Q2_K", "Q3_K")))
+    assert "Not made" in page and "Q2_K, Q3_K: no file of the sizes" in page
+
+
 def test_first_facts_come_before_the_planner(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

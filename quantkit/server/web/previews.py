@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantkit.config.budgets import Budget
+from quantkit.config.levels import LEFT_OUT
 from quantkit.hub import RepoChanges
 from quantkit.planning.coverage import in_words
 from quantkit.planning.nouns import Estimates, Plan
@@ -82,6 +83,8 @@ def _facts(plan: Plan, context: int | None) -> list[tuple[str, str]]:
     facts.append(("Under GPTQ", in_words(plan.coverage)))
     disk, memory = size(needs.disk_bytes), size(needs.memory_bytes)
     facts.append(("Disk, memory", f"about {disk}, {memory}"))
+    if plan.left_out:
+        facts.append(("Not made", f"{', '.join(plan.left_out)}: {LEFT_OUT}"))
     n_fallbacks = len({f.tensor for f in plan.fallbacks})
     if n_fallbacks:
         said = f"{n_fallbacks} tensors fall back to a compatible type; the report lists them"
