@@ -52,7 +52,7 @@ def sandboxed(
     n_bytes = sum(path.stat().st_size for path in readable)
     n_cores = os.cpu_count() or 1
     expanded = _EXPANSION * n_bytes + 2**20
-    in_memory = min(expanded, weights_room(room.free().n_bytes)) if WEIGHTS in descriptors else 0
+    in_memory = min(expanded, room.free().n_bytes) if WEIGHTS in descriptors else 0
     limits = sandbox.Limits(
         cpu_seconds=_SECONDS * n_cores,
         wall_seconds=_SECONDS,
