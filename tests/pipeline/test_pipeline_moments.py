@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import Answer, Run
 
@@ -16,14 +17,18 @@ from quantkit import pipeline
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
+from quantkit.gguf_file.read import GgufFile
+from quantkit.rebuild import rebuild
 from quantkit.run.events import EventLog
 from quantkit.run.folder import RunDir, StageRecord, read_json
 from quantkit.run.outputs import load_budgets, load_outputs
+from quantkit.run.recipe import Recipe
 from quantkit.search.answers import load_allocation
 from quantkit.sizes import size
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.statistics import collect
 from quantkit.statistics.inputs import BlockStatistics
+from quantkit.tensors import UNCHANGED
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +86,22 @@ def test_levels_go_before_measuring_where_the_disk_is_short(
     go_on(run, "publish")
     done = [e.stage for e in run.events[n_events:] if e.kind == "finished" and e.stage]
     assert done == ["publish"], "nothing needs the levels"
+
+
+def test_a_size_above_all_levels_leaves_tensors_as_they_are(
+    whole_run: tuple[Run, Answer], tmp_path: Path
+) -> None:
+    largest = max(path.stat().st_size for path in whole_run[0].levels.glob("*.gguf"))
+    n_bytes = (whole_run[0].base.stat().st_size + largest) // 2
+    run = whole_run[0].fork(tmp_path / "run", "search", targets=sizes(n_bytes))
+    go_on(run, "stitch")
+    recipe, file, base = Recipe.load(run.recipe_path), GgufFile(run.output), GgufFile(run.base)
+    kept = [name for name, t in recipe.tensors.items() if t.method == UNCHANGED]
+    assert kept and largest < run.output.stat().st_size <= n_bytes
+    for name in kept:
+        assert recipe.tensors[name].file == "base.gguf"
+        assert np.array_equal(file.packed(name), base.packed(name))
+    assert rebuild(run.recipe_path, run.base, run.levels, tmp_path / "again.gguf").equal
 
 
 def test_a_turn_is_forgotten_before_the_next(
