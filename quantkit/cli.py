@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__
-from quantkit.config import DEMO_MODEL, PROFILES, RunConfig, load_types_map
+from quantkit.config import DEMO_MODEL, PREFERENCES, PROFILES, RunConfig, load_types_map
 from quantkit.config.devices import DEVICES
 from quantkit.config.targets import FAMILY, BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
@@ -193,6 +193,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
     )
     parser.add_argument(
+        "--prefer",
+        choices=PREFERENCES,
+        default="quality",
+        help="speed: no type that is slow on CPUs",
+    )
+    parser.add_argument(
         "--levels-from",
         action="append",
         default=[],
@@ -265,6 +271,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         targets=tuple(targets),
         profile=arguments.profile,
         levels=tuple(arguments.levels.split(",")) if arguments.levels else None,
+        prefer=arguments.prefer,
         levels_from=tuple(_given_file("--levels-from", n) for n in arguments.levels_from),
         methods=tuple(arguments.methods.split(",")),
         types=load_types_map(arguments.types) if arguments.types else (),

@@ -11,7 +11,7 @@ from pathlib import Path
 from quantkit.config.calibration import parse_spec
 from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.errors import UsageError
-from quantkit.ggml.types import F32, QuantType, askable
+from quantkit.ggml.types import CODEBOOKS, F32, QuantType, askable
 from quantkit.sandbox.untrusted import Damaged, build
 from quantkit.tensors import METHODS
 
@@ -50,7 +50,11 @@ class Profile:
     about: str
 
 
-_LEVELS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0")
+_LEVELS = (
+    *(qtype.name for qtype in CODEBOOKS),
+    *("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0"),
+)
+PREFERENCES = ("quality", "speed")
 
 PROFILES = {
     "demo": Profile(
@@ -110,6 +114,7 @@ class RunConfig:
     profile: str = "standard"
     # Tensor types to choose from; None: the profile's, and the 16 bits of the original.
     levels: tuple[str, ...] | None = None
+    prefer: str = "quality"  # speed: of the profile's types none that is slow to decode on a CPU
     levels_from: tuple[str, ...] = ()  # GGUFs of others whose tensors compete: paths or hf://...
     methods: tuple[str, ...] = METHODS
     types: tuple[tuple[str, str], ...] = ()  # (tensor-name regex or "default", type): not searched;
@@ -138,6 +143,11 @@ class RunConfig:
             raise UsageError(
                 f"{whole[0]} is not a quantized type.",
                 "Name quantized types beside F16 or BF16, or pin single tensors with --types.",
+            )
+        if self.prefer not in PREFERENCES:
+            raise UsageError(
+                f"There is no preference {self.prefer!r}.",
+                "Use one of " + ", ".join(PREFERENCES) + ".",
             )
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
@@ -181,7 +191,11 @@ class RunConfig:
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        return self.levels or PROFILES[self.profile].levels
+        """Return the types to choose from; `wanted` says which of a profile's are made."""
+        if self.levels:
+            return self.levels
+        slow = {qtype.name for qtype in CODEBOOKS} if self.prefer == "speed" else set()
+        return tuple(name for name in PROFILES[self.profile].levels if name not in slow)
 
     def pinned_type(self, tensor: str) -> QuantType | None:
         """Return the type that `types` gives to `tensor`: the first pattern found in its name, else

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from quantkit.config import RunConfig, compile_pattern
 from quantkit.errors import UsageError
-from quantkit.ggml.types import BF16, F16, QuantType, fallback
+from quantkit.ggml.types import BF16, CODEBOOKS, F16, QuantType, fallback
 from quantkit.tensors import Fallback, TensorSpec
 
 T = TypeVar("T")
@@ -22,6 +22,7 @@ T = TypeVar("T")
 # A level is made where its uniform file has at least and at most so many times the bytes asked for.
 # Without the others the search loses less than 1 %; a few tensors want far more bits than the rest.
 _LEAST, _MOST = 0.6, 1.9
+_LEAST_OF_CODEBOOKS = 0.8  # scalar types of the same bits are there, and faster
 LEFT_OUT = "no file of the sizes asked for would want them; --levels makes them"
 
 
@@ -73,11 +74,15 @@ def wanted(
     for limit in limits:
         below = [level for level, n_bytes in uniform.items() if n_bytes <= limit]
         above = [level for level, n_bytes in uniform.items() if n_bytes >= limit]
-        kept |= {level for level in below if uniform[level] >= _LEAST * limit}
+        kept |= {level for level in below if uniform[level] >= _least(level) * limit}
         kept |= {level for level in above if uniform[level] <= _MOST * limit}
         kept |= {max(below, key=lambda q: uniform[q])} if below else set()
         kept |= {min(above, key=lambda q: uniform[q])} if above else set()
     return tuple(level for level in uniform if level in kept)
+
+
+def _least(level: QuantType) -> float:
+    return _LEAST_OF_CODEBOOKS if level in CODEBOOKS else _LEAST
 
 
 def around(n_bytes: Mapping[T, int], sizes: Iterable[int], n_around: int) -> list[T]:

@@ -112,12 +112,12 @@ class Codebook:
 
     @property
     def has_signs(self) -> bool:
-        """Whether signs are stored beside the entries."""
+        """Return whether signs are stored beside the entries."""
         return self.signs_stored > 0
 
     @property
     def signs_are_even(self) -> bool:
-        """Whether a unit has an even number of negative columns."""
+        """Return whether a unit has an even number of negative columns."""
         return self.signs_stored == 7
 
     def blocks(self, packed: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Quantize(Stage):
 
     name = "quantize"
     version = 8
-    fields = ("profile", "levels", "levels_from", "methods", "types", "tensors", "device")
+    fields = ("profile", "levels", "prefer", "levels_from", "methods", "types", "tensors", "device")
     takes_long = True
 
     def execute(self, run: Run) -> StageResult:

@@ -15,7 +15,7 @@ from quantkit.config import PROFILES, Profile, RunConfig, compile_pattern, load_
 from quantkit.config.devices import DEVICES
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import UsageError
-from quantkit.ggml.types import FILE_TYPES, QuantType
+from quantkit.ggml.types import CODEBOOKS, FILE_TYPES, QuantType
 from quantkit.sandbox.untrusted import Damaged
 from quantkit.sizes import parse_bytes
 from quantkit.tensors import METHODS, to_json
@@ -195,6 +195,7 @@ def test_every_field_is_compared_but_where_it_is_published_and_what_it_is_measur
         (BitsPerWeight("4"),),
         "fast",
         ("Q4_K",),
+        "speed",
         ("their.gguf",),
         ("rtn",),
         (("default", "Q4_0"),),
@@ -284,6 +285,15 @@ def test_a_tensor_may_be_called_default() -> None:
     """`default` is a word, not a pattern."""
     config = RunConfig("m", types=(("default", "Q4_0"), ("x", "Q8_0")))
     assert str(config.pinned_type("my_default.weight")) == "Q4_0"
+
+
+def test_speed_leaves_codebooks_out() -> None:
+    slow = {qtype.name for qtype in CODEBOOKS}
+    assert slow < set(RunConfig("m").level_names)
+    assert not slow & set(RunConfig("m", prefer="speed").level_names)
+    assert RunConfig("m", levels=("IQ3_S",), prefer="speed").level_names == ("IQ3_S",)
+    with pytest.raises(UsageError, match="no preference"):
+        RunConfig("m", prefer="beauty")
 
 
 def test_level_names() -> None:

@@ -192,6 +192,13 @@ def test_far_levels_are_left_out() -> None:
     assert kept(260, levels=("Q2_K", "Q6_K")) == list(map(str, UNIFORM)), "named ones are made"
 
 
+def test_codebooks_are_made_for_small_files_alone() -> None:
+    codebook = QuantType("IQ3_S")
+    uniform = {**UNIFORM, codebook: 344}
+    assert codebook in wanted(uniform, [400], RunConfig("m"))
+    assert codebook not in wanted(uniform, [470], RunConfig("m"))
+
+
 def test_levels_around_the_sizes_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels_module, "_LEAST", 0.9)
     monkeypatch.setattr(levels_module, "_MOST", 1.2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit import hub
-from quantkit.config import PROFILES, RunConfig, compile_pattern
+from quantkit.config import PREFERENCES, PROFILES, RunConfig, compile_pattern
 from quantkit.config.calibration import AUTO, BUILTIN_TEXTS, HUB_TEXTS, MIXES
 from quantkit.config.devices import DEVICES
 from quantkit.config.targets import (
@@ -63,6 +63,7 @@ class RunForm:
     profile: str = "standard"
     revision: str = ""
     levels: tuple[str, ...] = ()
+    prefer: str = "quality"  # one of PREFERENCES
     methods: tuple[str, ...] = METHODS
     calibration: str = "auto"
     types: str = ""
@@ -87,6 +88,7 @@ def to_config(form: RunForm, public: bool) -> RunConfig:
         targets=_targets(form),
         profile=_one_of(form.profile, "profile", tuple(PROFILES)),
         levels=_names(form.levels, "level") or None,
+        prefer=_one_of(form.prefer, "preference", PREFERENCES),
         methods=_methods(form.methods),
         types=_types(_text(form.types, "type map", _MAX_TYPES_TEXT)),
         calibration=_calibration(_text(form.calibration, "calibration", 300)),
