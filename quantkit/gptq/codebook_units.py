@@ -13,7 +13,7 @@ import torch
 
 from quantkit.ggml.codebooks import UNIT, Codebook
 
-N_LISTED = {8: 6, 4: 3}  # entries that the whole metric compares, by the width of an entry
+N_LISTED = {8: 3, 4: 2}  # entries that the whole metric compares, by the width of an entry
 N_ROUNDS = 2  # of single sign flips, or of pairs where signs are even
 _AT_ONCE = 1 << 24  # rows times entries that are looked at together
 
@@ -74,6 +74,10 @@ def _choose(
         one, other = lists[0][:, :, None], lists[1][:, None, :]
         entry = torch.stack(torch.broadcast_tensors(one, other), -1).flatten(1, 2)
     levels, cost = _signed(book, table[entry].flatten(2), target[:, None], metric)
+    if len(lists) > 1 and book.signs_are_even:  # one half has the wrong sign, or none
+        wrong = torch.arange(lists[0].shape[1], device=target.device) >= N_LISTED[book.width]
+        n_wrong = (wrong[:, None].long() + wrong).flatten()
+        cost = cost.masked_fill(n_wrong != odd.long(), torch.inf)
     best = cost.argmin(1)[:, None, None]
     return Chosen(
         levels.take_along_dim(best, 1).squeeze(1), entry.take_along_dim(best, 1).squeeze(1)

@@ -15,7 +15,7 @@ CPU compiled kernels do the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
@@ -28,6 +28,8 @@ from quantkit.gptq import kernels_codebooks as kernels
 from quantkit.gptq.codebook_units import N_LISTED, N_ROUNDS, choose, sign_bytes
 from quantkit.gptq.products import add_product, product
 from quantkit.gptq.solver import Factor, sweep
+
+LEAST_STEP = 0.25  # of an integer: a scale that is nearer to the best one is not changed
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def _kernel_book(qtype: QuantType) -> kernels.Book:
         int(book.halves),
         N_LISTED[book.width],
         N_ROUNDS,
+        np.float32(LEAST_STEP),
     )
 
 
@@ -187,40 +190,61 @@ def descend(
     step = step or _STEPS.get(packed.device.type, step_block)
     codes = book.codes(packed)
     gradient = product(book.decoded(codes) - weight, hessian)
+    n_blocks = codes.d.shape[1]
+    columns = [slice(index * BLOCK, (index + 1) * BLOCK) for index in range(n_blocks)]
+    blocks = [
+        _block(book, codes, index, gradient[:, own], hessian[own, own].contiguous())
+        for index, own in enumerate(columns)
+    ]
+    for _ in range(n_sweeps):
+        for block, own in zip(blocks, columns, strict=True):
+            add_product(gradient, step(block), hessian[own])
+    return _packed(book, blocks)
+
+
+def fit_scales(
+    book: Codebook,
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    step: Step | None = None,
+) -> torch.Tensor:
+    """Return packed rows uint8 (n_rows, row_bytes) after a sweep of descent under importances
+    alone, float32 (n_columns,). ggml's scales are too large for what is rounded with them: it does
+    not look at codes again once it has rounded scales.
+    """
+    step = step or _STEPS.get(packed.device.type, step_block)
+    codes = book.codes(packed)
+    gradient = (book.decoded(codes) - weight) * importance
     blocks = []
     for index in range(codes.d.shape[1]):
-        columns = slice(index * BLOCK, (index + 1) * BLOCK)
-        own = hessian[columns, columns].contiguous()
-        diagonal = own.view(-1, UNIT, BLOCK // UNIT, UNIT).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        entry, signs, integer = (x.chunk(codes.d.shape[1], 1)[index] for x in _numbers(codes))
-        blocks.append(
-            UnitBlock(
-                book,
-                entry.contiguous(),
-                signs.contiguous(),
-                integer.contiguous(),
-                codes.d[:, index].contiguous(),
-                gradient[:, columns],
-                own,
-                torch.linalg.inv(diagonal).contiguous(),
-            )
-        )
-    for _ in range(n_sweeps):
-        for index, block in enumerate(blocks):
-            change = step(block)
-            add_product(gradient, change, hessian[index * BLOCK : (index + 1) * BLOCK])
+        own = slice(index * BLOCK, (index + 1) * BLOCK)
+        hessian = torch.diag(importance[own])
+        blocks.append(_block(book, codes, index, gradient[:, own], hessian))
+        step(blocks[-1])
+    return _packed(book, blocks)
+
+
+def _block(
+    book: Codebook, codes: Codes, index: int, gradient: torch.Tensor, hessian: torch.Tensor
+) -> UnitBlock:
+    n_blocks = codes.d.shape[1]
     entry, signs, integer = (
-        torch.cat(parts, 1) for parts in zip(*map(_of_block, blocks), strict=True)
+        x.chunk(n_blocks, 1)[index].contiguous() for x in (codes.entry, codes.signs, codes.integer)
+    )
+    own = hessian.view(-1, UNIT, BLOCK // UNIT, UNIT).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    inverses = torch.linalg.inv(own).contiguous()
+    d = codes.d[:, index].contiguous()
+    return UnitBlock(book, entry, signs, integer, d, gradient, hessian, inverses)
+
+
+def _packed(book: Codebook, blocks: Sequence[UnitBlock]) -> torch.Tensor:
+    """The bytes of a row's blocks."""
+    entry, signs, integer = (
+        torch.cat([getattr(block, name) for block in blocks], 1)
+        for name in ("entry", "signs", "integer")
     )
     return book.pack(Codes(entry, signs, integer, torch.stack([b.d for b in blocks], 1)))
-
-
-def _numbers(codes: Codes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return codes.entry, codes.signs, codes.integer
-
-
-def _of_block(block: UnitBlock) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return block.entry, block.signs, block.integer
 
 
 def _step_block_cpu(block: UnitBlock) -> torch.Tensor:
@@ -278,12 +302,9 @@ def step_block(block: UnitBlock) -> torch.Tensor:
         tried, _ = _try_group(block, index, now, block.d * multipliers[integer], half)
         now = best = now.where(free, tried)
         best_integer, best_gain = integer, torch.zeros_like(block.d)
-        along = (now.values * now.slope).sum(1)
-        other = integer + torch.where(along > 0, -1, 1)
-        inside = (other >= 0) & (other < len(multipliers))
-        other = other.clamp(0, len(multipliers) - 1)
+        other = _next_integers(block, own, now, integer)
         tried, gain = _try_group(block, index, now, block.d * multipliers[other], half)
-        good = free & inside & (gain < best_gain)
+        good = free & (other != integer) & (gain < best_gain)
         best, best_gain = best.where(good, tried), torch.where(good, gain, best_gain)
         best_integer = torch.where(good, other, integer)
         if book.halves:
@@ -308,6 +329,20 @@ def step_block(block: UnitBlock) -> torch.Tensor:
     )
     codes = Codes(block.entry, block.signs, block.integer, block.d[:, None])
     return book.decoded(codes) - before
+
+
+def _next_integers(
+    block: UnitBlock, own: slice, now: _Group, integer: torch.Tensor
+) -> torch.Tensor:
+    """The integers to try for a group of every row: the neighbors towards the best scale of its
+    levels, or `integer` where that is near enough.
+    """
+    multipliers = torch.tensor(block.book.multipliers, device=integer.device)
+    curvature = ((now.values @ block.hessian[own, own]) * now.values).sum(1)
+    away = (now.values * now.slope).sum(1) * multipliers[integer]
+    near = away.abs() <= LEAST_STEP * (multipliers[1] - multipliers[0]) * curvature
+    tried = torch.where(near, integer, integer + torch.where(away > 0, -1, 1))
+    return tried.clamp(0, len(multipliers) - 1)
 
 
 def _try_group(

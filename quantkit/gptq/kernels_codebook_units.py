@@ -26,6 +26,7 @@ class Book(NamedTuple):
     halves: int  # 1 where the units of a group share a half of the table
     n_listed: int  # entries that are compared by the whole metric, of each half of a unit
     n_rounds: int  # of sign flips
+    least_step: np.float32  # of an integer: a scale that is nearer to the best is not changed
 
 
 class Scratch(NamedTuple):
@@ -210,6 +211,8 @@ def choose(book, norms, metric, target, low, high, scratch):  # type: ignore[no-
     best, first, second = np.float32(np.inf), low, -1 if width == 8 else low
     for a in range(counts0):
         for b in range(max(1, counts1)):
+            if width == 4 and odd and (a < book.n_listed) == (b < book.n_listed):
+                continue  # one half has the wrong sign
             for i in range(width):
                 trial[i] = book.entries[listed[0, a], i]
             if width == 4:

@@ -196,6 +196,26 @@ def _try_group(book, norms, hessian, inverses, at, s, half, own, steps, target, 
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
+def _next_integer(book, hessian, at, values, slope, code):  # type: ignore[no-untyped-def]
+    """Return the integer to try for a group: the neighbor towards the best scale of its levels, or
+    `code` where that is near enough.
+    """
+    along, curvature = np.float32(0), np.float32(0)
+    for i in range(book.group):
+        share, inner = hessian[at + i], np.float32(0)
+        for j in range(book.group):
+            inner += share[at + j] * values[j]
+        along += values[i] * slope[i]
+        curvature += values[i] * inner
+    step = book.multipliers[1] - book.multipliers[0]
+    away = along * book.multipliers[code]
+    if abs(away) <= book.least_step * step * curvature:
+        return code
+    tried = code - 1 if away > 0 else code + 1
+    return min(max(tried, 0), len(book.multipliers) - 1)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _fit_d(levels, integer, multipliers, group, slope, hessian, d):  # type: ignore[no-untyped-def]
     """Return the d of one block of a row by least squares, or `d` where that is no better."""
     n = len(levels)
@@ -264,11 +284,8 @@ def _descend_rows(  # type: ignore[no-untyped-def]
             _try_group(book, norms, hessian, inverses, at, s, half, now, steps, target, scratch)
             _copy(now, best)
             best_gain, best_code = np.float32(0), code
-            along = np.float32(0)
-            for i in range(group):
-                along += now.values[i] * now.slope[i]
-            tried = code - 1 if along > 0 else code + 1
-            if 0 <= tried < len(book.multipliers):
+            tried = _next_integer(book, hessian, at, now.values, now.slope, code)
+            if tried != code:
                 _copy(now, other)
                 s = own_d * book.multipliers[tried]
                 gain = _try_group(

@@ -409,14 +409,12 @@ def _onto_codebooks(
         if (book := CODEBOOKS.get(key[0])) is None:
             continue
         parts = zip(rounded[key].chunk(n), weight.chunk(n), inputs, hessians, strict=True)
-        solved[key] = torch.cat(
-            [
-                codebooks.descend(
-                    book, codebooks.feedback(book, own, rows, known.by_units), rows, h, n_sweeps
-                )
-                for own, rows, known, h in parts
-            ]
-        )
+        found = []
+        for own, rows, known, hessian in parts:
+            scaled = codebooks.fit_scales(book, own, rows, hessian.diagonal().contiguous())
+            fed = codebooks.feedback(book, scaled, rows, known.by_units)
+            found.append(codebooks.descend(book, fed, rows, hessian, n_sweeps))
+        solved[key] = torch.cat(found)
     return solved
 
 

@@ -15,7 +15,7 @@ from quantkit.ggml import native
 from quantkit.ggml.codebooks import CODEBOOKS, Codebook, Codes
 from quantkit.ggml.types import QuantType
 from quantkit.gptq.codebook_units import choose
-from quantkit.gptq.codebooks import descend, feedback, step_block, walk_units
+from quantkit.gptq.codebooks import descend, feedback, fit_scales, step_block, walk_units
 from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
 
@@ -98,8 +98,9 @@ def test_compiled_and_torch_agree(qtype: QuantType) -> None:
     book, h, w = CODEBOOKS[qtype], hessian(), weight(33)
     w[0] = 0
     w[1, :256] = 0
-    factor = factorize(h, DAMPING, 8)
-    start = scaled(book, w)
+    factor, importance = factorize(h, DAMPING, 8), h.diagonal().contiguous()
+    start = fit_scales(book, scaled(book, w), w, importance)
+    assert int((start != fit_scales(book, scaled(book, w), w, importance, step_block)).sum()) <= 3
     fed = feedback(book, start, w, factor)
     plain = feedback(book, start, w, factor, walk_units)
     assert int((fed != plain).any(1).sum()) <= 2
@@ -138,7 +139,8 @@ def test_bytes_do_not_depend_on_threads_or_on_how_rows_are_cut(qtype: QuantType)
     factor, start = factorize(h, DAMPING, 8), scaled(book, w)
 
     def solved(rows: slice) -> torch.Tensor:
-        fed = feedback(book, start[rows], w[rows], factor)
+        fitted = fit_scales(book, start[rows], w[rows], h.diagonal().contiguous())
+        fed = feedback(book, fitted, w[rows], factor)
         return descend(book, fed, w[rows], h, 1)
 
     whole, n_threads = solved(slice(None)), torch.get_num_threads()
