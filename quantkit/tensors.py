@@ -15,6 +15,9 @@ from typing import Any
 from quantkit.ggml.types import QuantType
 
 METHODS = ("gptq", "imatrix", "rtn")  # best first: the order in which ties are settled
+# Of rows that a quantized source has itself: EXACT where every weight is equal to the bit. They
+# compete wherever there are any, and are not tuned.
+EXACT, CARRIED = "exact", "carried"
 UNCHANGED = "unchanged"  # in a method's place: the bytes of base.gguf
 # Kinds of tensors of a block that read one input, in every architecture of llama.cpp.
 ONE_INPUT = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
@@ -33,6 +36,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     qtype: QuantType
     quantizable: bool  # llama.cpp's own answer: 2-D or 3-D weights, no norms, no router
+    carried: tuple[QuantType, ...] = ()  # that hold what a quantized source has, smallest first
 
     @property
     def n_elements(self) -> int:
@@ -94,6 +98,29 @@ class Fallback:
     asked: str
     used: str
     reason: str
+
+
+@dataclass(frozen=True)
+class CarriedOver:
+    """A tensor of a quantized source in a type that holds it: how many of its weights are equal to
+    the source's, and the square of what the others are off over that of all.
+    """
+
+    tensor: str
+    qtype: str
+    n_weights: int
+    n_equal: int
+    relative: float
+
+    @property
+    def is_exact(self) -> bool:
+        """Return whether every weight is equal."""
+        return self.n_equal == self.n_weights
+
+    @property
+    def method(self) -> str:
+        """Return the name under which its rows compete."""
+        return EXACT if self.is_exact else CARRIED
 
 
 def to_json(value: Any) -> Any:

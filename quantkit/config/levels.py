@@ -126,7 +126,11 @@ def plan_levels(
     for spec in chosen:
         pinned, least = config.pinned_type(spec.name), config.least_type(spec.name)
         types[spec.name] = {}
+        carried = {} if pinned else _carried(spec, levels, least)
         for level in levels:
+            if level in carried:
+                types[spec.name][level] = carried[level]
+                continue
             given = pinned or max(level, least or level)
             used = types[spec.name][level] = fallback(given, spec.n_columns)
             if used != given:
@@ -144,6 +148,22 @@ def plan_levels(
                     spec.name, whole[0].name, own.name, "the original has it so"
                 )
     return LevelPlan(levels, types, tuple(fallbacks.values()), kept)
+
+
+def _carried(
+    spec: TensorSpec, levels: Sequence[QuantType], least: QuantType | None
+) -> dict[QuantType, QuantType]:
+    """The types that hold what a quantized source has, each instead of the next larger level: no
+    other type of the level is as close. The largest level stays, or sizes would be out of reach.
+    """
+    found: dict[QuantType, QuantType] = {}
+    for qtype in spec.carried:
+        above = [level for level in levels if level >= qtype]
+        if above and (least is None or qtype >= least):
+            level = min(above)
+            if level != max(levels) or level.bpw == qtype.bpw:
+                found.setdefault(level, qtype)
+    return found
 
 
 def _is_chosen(tensor: str, config: RunConfig) -> bool:

@@ -138,6 +138,7 @@ def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str |
                 _inside(output),
             )
         ),
+        *([reports.bullets(lines)] if (lines := text.carried(report)) else []),
         "## How it was made",
         _made(report, config),
         "## Checked before upload",

@@ -4,7 +4,7 @@ tensors, as rank 0 does. Rank 0 alone has level files and writes to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class _Told:
     levels: tuple[str, ...]
     types: dict[str, tuple[str, ...]]
     donors: tuple[str, ...]
+    carried: tuple[str, ...]
 
 
 def told(run: Run, work: Work, dtype: torch.dtype) -> Any:
@@ -62,11 +63,12 @@ def told(run: Run, work: Work, dtype: torch.dtype) -> Any:
             tuple(map(str, plan.levels)),
             types,
             tuple(donor.method for donor in work.donors),
+            tuple(work.carried),
         )
     )
 
 
-def files(run: Run, donors: Sequence[Donor]) -> list[Path]:
+def files(run: Run, work: Work) -> list[Path]:
     """Return the files that all ranks read."""
     made = run.artifacts
     gradients = fisher_file(made.gradients), embedding_file(made.gradients)
@@ -75,7 +77,8 @@ def files(run: Run, donors: Sequence[Donor]) -> list[Path]:
         made.base,
         made.row_maps,
         *gradients,
-        *(donor.file.path for donor in donors),
+        *(donor.file.path for donor in work.donors),
+        *work.carried.values(),
     ]
 
 
@@ -89,7 +92,8 @@ def statistics_of(unit: str, work: Work) -> list[BlockStatistics] | None:
 def take_part(ranks: Ranks, payload: Any) -> None:
     """Do another rank's share of the stage."""
     begun = build(_Told, payload)
-    tokens, base, maps, fisher, embedding, *donors = ranks.local([])
+    tokens, base, maps, fisher, embedding, *others = ranks.local([])
+    donors, carried = others[: len(begun.donors)], others[len(begun.donors) :]
     levels = tuple(map(QuantType, begun.levels))
     types = {
         name: dict(zip(levels, map(QuantType, own), strict=True))
@@ -105,6 +109,7 @@ def take_part(ranks: Ranks, payload: Any) -> None:
             Donor(name, GgufFile(path)) for name, path in zip(begun.donors, donors, strict=True)
         ],
         maps=load_row_maps(maps),
+        carried=dict(zip(begun.carried, carried, strict=True)),
         gradients=load_gradients(fisher, embedding),
         ranks=ranks,
     )

@@ -21,6 +21,7 @@ from quantkit.gguf_file.imatrix import write_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.gptq import distributed
+from quantkit.gptq.carried import carried_files
 from quantkit.gptq.donors import open_donors
 from quantkit.gptq.errors import Errors
 from quantkit.gptq.units import Unit, Work
@@ -73,7 +74,7 @@ def _solve_all(run: Run, levels: _Levels) -> None:
     work, made, ranks = levels.work, run.artifacts, run.ranks
     device, dtype = run.config.device, compute_dtype(run.config.device)
     with ranks.session(STAGE, distributed.told(run, work, dtype)):
-        ranks.local(distributed.files(run, work.donors))
+        ranks.local(distributed.files(run, work))
         if HEAD not in levels.done:  # else a killed run had solved all blocks
             model = open_model(run, STAGE, load_snapshot(run.dir).folder, dtype, device)
             levels.n_units += len(block_names(len(model.blocks)))
@@ -107,6 +108,7 @@ class _Levels:
             plan=plan,
             files=files,
             donors=open_donors(run.config.levels_from, specs),
+            carried=carried_files(made.carried),
             maps=load_row_maps(made.row_maps),
             gradients=load_gradients(fisher_file(made.gradients), embedding_file(made.gradients)),
             ranks=run.ranks,

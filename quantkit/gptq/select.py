@@ -26,6 +26,7 @@ from quantkit.gptq.errors import Error, ExpertErrors, TypeErrors
 from quantkit.gptq.solver import Factor, Rows, factorize, gptq_experts, output_error
 from quantkit.machine.memory import free_memory
 from quantkit.statistics.sensitivity import Sensitivity
+from quantkit.tensors import EXACT
 
 STACKED_WEIGHTS = 1 << 26  # weights times types in one sweep: about 600 MB at work
 _STACKED_WEIGHTS_CUDA = 1 << 29  # a GPU needs many rows to be busy
@@ -208,7 +209,7 @@ def solve_rows(
     packed = _by_ggml(weight, types, methods, known)
     if inputs is not None and inputs.factor is not None:
         packed |= _gptq(weight, types, packed, known, n_sweeps)
-    packed |= {key: torch.from_numpy(rows).to(weight.device) for key, rows in given.items()}
+    packed = _with(given, packed, weight.device)
     return _parts(weight, packed, known, [sensitivity])[0]
 
 
@@ -225,6 +226,7 @@ def solve_experts(
     inputs: Sequence[Inputs],
     sensitivities: Sequence[Sensitivity | None],
     n_sweeps: int,
+    given: Mapping[tuple[QuantType, str], native.Bytes] = {},
 ) -> list[Part]:
     """Do `solve_rows` for several experts' weights of one shape, floats (n_experts, n_rows,
     n_columns) on the CPU, each with its own inputs: all of them at once. Of every expert and type
@@ -234,12 +236,20 @@ def solve_experts(
     packed = _by_ggml(rows, types, methods, inputs)
     if inputs[0].factor is not None:
         packed |= _gptq(rows, types, packed, inputs, n_sweeps)
-    parts = _parts(rows, packed, inputs, sensitivities)
+    parts = _parts(rows, _with(given, packed, rows.device), inputs, sensitivities)
     return [part.on_cpu([(q, part.best(q)) for q in types]) for part in parts]
 
 
 # By type and method: the rows of one expert after the other.
 _Packed = dict[tuple[QuantType, str], torch.Tensor]
+
+
+def _with(
+    given: Mapping[tuple[QuantType, str], native.Bytes], packed: _Packed, device: torch.device
+) -> _Packed:
+    """All rows that compete; those that are exactly the source's first, so that they win ties."""
+    theirs = {key: torch.from_numpy(rows).to(device) for key, rows in given.items()}
+    return dict(sorted((packed | theirs).items(), key=lambda item: item[0][1] != EXACT))
 
 
 def _by_ggml(
@@ -297,7 +307,7 @@ def _parts(
     n = len(sensitivities)
     power = [error.relative for error in _errors(weight, inputs, [None] * n)]
     errors = {
-        (qtype, method): _errors(_values(rows, qtype) - weight, inputs, sensitivities)
+        (qtype, method): _errors(_off(rows, qtype, method, weight), inputs, sensitivities)
         for (qtype, method), rows in packed.items()
     }
     rows = {key: found.chunk(n) for key, found in packed.items()}
@@ -309,6 +319,11 @@ def _parts(
         )
         for i in range(n)
     ]
+
+
+def _off(packed: torch.Tensor, qtype: QuantType, method: str, weight: torch.Tensor) -> torch.Tensor:
+    """What rows are off. Those of a quantized source are right, and the base rounds them."""
+    return torch.zeros_like(weight) if method == EXACT else _values(packed, qtype) - weight
 
 
 def _values(packed: torch.Tensor, qtype: QuantType) -> torch.Tensor:

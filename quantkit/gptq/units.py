@@ -8,8 +8,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from quantkit.ggml import native
 from quantkit.ggml.types import BF16, F16, F32, QuantType
 from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.gguf_file.write import SlotFile
+from quantkit.gptq.carried import carried_rows
 from quantkit.gptq.donors import PREFIX, Donor, rows_of
 from quantkit.gptq.errors import Damping, Errors, ExpertErrors, TypeErrors
 from quantkit.gptq.exchange import agree, best_rows, gather
@@ -45,7 +47,7 @@ from quantkit.statistics.inputs import (
 )
 from quantkit.statistics.sensitivity import Sensitivity
 from quantkit.statistics.stored import Gradients, sensitivity_of
-from quantkit.tensors import Fallback
+from quantkit.tensors import CARRIED, EXACT, Fallback
 
 ALL_TYPES_AT_ONCE = 1 << 27  # weights; a larger tensor is solved one type after the other
 
@@ -62,6 +64,7 @@ class Work:
     donors: Sequence[Donor]
     maps: Mapping[str, RowMap]
     gradients: Gradients
+    carried: Mapping[str, Path] = field(default_factory=dict)  # files of rows, by tensor
     ranks: Ranks = ALONE
 
     @cached_property
@@ -262,6 +265,7 @@ def _solve(piece: Piece, work: Work, known: KnownInputs) -> list[Part]:
     with known.borrowed(name) as inputs:
         for types in steps:
             given = {key: r[rows] for key, r in rows_of(work.donors, name, types).items()}
+            given |= carried_rows(work.carried, name, types, rows)
             parts += solve_parts(weight, types, methods, inputs, own, n_sweeps, given, device)
     return parts
 
@@ -283,12 +287,14 @@ class _Stack:
     packed: native.Bytes
     types: tuple[QuantType, ...]
     sensitivity: Sensitivity | None
+    carried: Mapping[str, Path]
 
     @classmethod
     def of(cls, name: str, work: Work) -> _Stack:
         base = work.base
         choices = work.plan.choices(name)
-        return cls(base.tensors[name], base.packed(name), choices, work.sensitivity(name))
+        stored, packed = base.tensors[name], base.packed(name)
+        return cls(stored, packed, choices, work.sensitivity(name), work.carried)
 
     @property
     def at_once(self) -> int:
@@ -304,6 +310,12 @@ class _Stack:
         packed = self.packed[experts.start * n : experts.stop * n]
         own = [self.sensitivity and self.sensitivity.rows(e * n, (e + 1) * n) for e in experts]
         return _as_stored(packed, self.stored.qtype).unflatten(0, (len(experts), n)), own
+
+    def given(self, experts: range) -> dict[tuple[QuantType, str], native.Bytes]:
+        """Return the rows of some experts that the source has itself."""
+        n = self.stored.shape[1]
+        rows = slice(experts.start * n, experts.stop * n)
+        return carried_rows(self.carried, self.stored.name, self.types, rows)
 
 
 _DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
@@ -330,8 +342,10 @@ def _solve_batch(
     parts = []
     for stack in stacks:
         first = statistics.first
-        weight, own = stack.rows(range(first + batch.start, first + batch.stop))
-        parts.append(solve_experts(weight, stack.types, methods, inputs, own, work.n_sweeps))
+        experts = range(first + batch.start, first + batch.stop)
+        weight, own = stack.rows(experts)
+        n_sweeps, given = work.n_sweeps, stack.given(experts)
+        parts.append(solve_experts(weight, stack.types, methods, inputs, own, n_sweeps, given))
     return parts
 
 
@@ -355,7 +369,7 @@ def _method_fallbacks(
 ) -> Iterator[Fallback]:
     """What is to be said where a tensor was made by a method that was not asked for."""
     for qtype, result in solved.items():
-        asked = (*methods, PREFIX)
+        asked = (*methods, PREFIX, EXACT, CARRIED)
         if result.method.startswith(asked) or not qtype.is_quantized:
             continue
         reason = f"{qtype} has no grid for GPTQ" if has_inputs else "no statistics of its inputs"

@@ -117,8 +117,8 @@ def _flip(rows: torch.Tensor, n_parts: int) -> torch.Tensor:
     return parts.mT.reshape(-1, parts.shape[1])
 
 
-def _digests(rows: np.ndarray) -> np.ndarray:
-    """One 64-bit digest per row of a C-contiguous uint8 array, on all cores: uint64 (n_rows,).
+def row_digests(rows: np.ndarray) -> np.ndarray:
+    """Return one 64-bit digest per row of a C-contiguous uint8 array: uint64 (n_rows,).
 
     Multilinear hashing (Lemire and Kaser 2014, "Strongly universal string hashing is fast"), twice:
     whatever two different rows hold, they have one digest with a probability of 2^-64.
@@ -149,8 +149,8 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, "rows")
 
 
-def _row_bytes(weight: torch.Tensor, qtype: QuantType) -> np.ndarray:
-    """Rows of a weight (n_rows, n_columns) as base.gguf stores them: uint8 (n_rows, row_bytes)."""
+def row_bytes(weight: torch.Tensor, qtype: QuantType) -> np.ndarray:
+    """Return a weight's rows (n_rows, n_columns) as base.gguf has them: uint8 (n_rows, n_bytes)."""
     cast = weight.detach().to(_DTYPES[qtype]).contiguous()
     return cast.view(torch.uint8).numpy()
 
@@ -201,7 +201,7 @@ class RowMatcher:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The sorted digests of a weight's rows, cast to a GGUF type, and the row of each."""
         if (name, transposed, qtype) not in self._index:
-            digests = _digests(_row_bytes(_rows(self._read(name), transposed), qtype))
+            digests = row_digests(row_bytes(_rows(self._read(name), transposed), qtype))
             order = np.argsort(digests, kind="stable")
             self._index[name, transposed, qtype] = digests[order], order
         return self._index[name, transposed, qtype]
@@ -238,7 +238,7 @@ class RowMatcher:
     def _match_columns(self, spec: TensorSpec, packed: native.Bytes) -> RowMap | None:
         """The map of a tensor whose columns are a weight's in another order, its rows in theirs."""
         upright = packed.reshape(*spec.shape, -1).swapaxes(0, 1)
-        wanted = _digests(np.ascontiguousarray(upright).reshape(spec.n_columns, -1))
+        wanted = row_digests(np.ascontiguousarray(upright).reshape(spec.n_columns, -1))
         for name, transposed in self._ways:
             shape = self._weights[name].shape
             if transposed:
@@ -246,9 +246,9 @@ class RowMatcher:
             if shape != spec.shape or _first_number(name) != _first_number(spec.name):
                 continue
             weight = self._read(name)
-            digests = _digests(_row_bytes(weight if transposed else weight.mT, spec.qtype))
+            digests = row_digests(row_bytes(weight if transposed else weight.mT, spec.qtype))
             order = np.argsort(digests, kind="stable")
-            columns = _find(wanted, digests[order], order)
+            columns = find_rows(wanted, digests[order], order)
             if columns is not None and len(np.unique(columns)) == len(columns):
                 return RowMap(
                     spec.name,
@@ -262,7 +262,7 @@ class RowMatcher:
         return None
 
     def _match(self, spec: TensorSpec, packed: native.Bytes, flipped: int) -> RowMap | None:
-        wanted = _digests(packed)
+        wanted = row_digests(packed)
         best: tuple[tuple[bool, ...], tuple[str, bool], np.ndarray] | None = None
         for name, transposed in self._ways:
             if self._weights[name].shape[-2 if transposed else -1] != spec.n_columns:
@@ -271,10 +271,10 @@ class RowMatcher:
             if not _has(digests, wanted[0]):
                 continue
             free = ~self._taken.setdefault((name, transposed), np.zeros(len(digests), bool))[order]
-            rows = _find(wanted, digests[free], order[free])
+            rows = find_rows(wanted, digests[free], order[free])
             is_free = rows is not None
             if rows is None:
-                rows = _find(wanted, digests, order)
+                rows = find_rows(wanted, digests, order)
             if rows is None:
                 continue
             misfit = (
@@ -314,8 +314,9 @@ def _first_number(name: str) -> str | None:
     return found[0] if found else None
 
 
-def _find(wanted: np.ndarray, digests: np.ndarray, order: np.ndarray) -> np.ndarray | None:
-    """For each wanted digest a row that has it, or None where one is missing.
+def find_rows(wanted: np.ndarray, digests: np.ndarray, order: np.ndarray) -> np.ndarray | None:
+    """Return for each wanted digest a row that has it, or None where one is missing; `digests` are
+    sorted, `order` are their rows.
 
     Equal rows are handed out in order, so that the map is one to one wherever it can be.
     """

@@ -61,6 +61,11 @@ class Artifacts:
         return self.folder("convert") / "rowmaps.safetensors"
 
     @property
+    def carried(self) -> Path:
+        """Rows of a quantized source that GGUF's types hold: a file for each tensor."""
+        return self.folder("convert") / "carried"
+
+    @property
     def checks(self) -> Path:
         """Return the path of the checks of `base` against its original."""
         return self.folder("convert") / "checks.json"

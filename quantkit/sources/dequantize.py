@@ -6,35 +6,59 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quantkit.checkpoint.quantized import FP8, Expanded, Source, expanded
-from quantkit.checkpoint.safetensors import read_header
+from quantkit.checkpoint.safetensors import StoredTensor, read_header
 from quantkit.checkpoint.weight_files import INDEX, stored
 from quantkit.errors import QuantkitError
 from quantkit.sources.integers import read_integers
 from quantkit.sources.metadata import strip_config
 
+_WEIGHTS = ".safetensors"
 _SHARD_BYTES = 2_000_000_000  # of one file, and of what is in memory
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The stored tensors of a checkpoint, whatever files they lie in."""
+
+    tensors: Mapping[str, StoredTensor]
+    _file_of: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, files: Iterable[str]) -> Checkpoint:
+        """Open the safetensors among `files` in `folder`."""
+        weights = [file for file in files if file.endswith(_WEIGHTS)]
+        headers = ((file, read_header(folder / file).tensors) for file in weights)
+        found = stored(folder.name, headers)
+        opened = {file: safe_open(folder / file, "pt") for file in weights}
+        tensors = {name: tensor for name, (_, tensor) in found.items()}
+        return cls(tensors, {name: opened[file] for name, (file, _) in found.items()})
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor as it is stored."""
+        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def expanded(self, source: Source) -> dict[str, Expanded]:
+        """Return the tensors of the 16-bit checkpoint that is made of it."""
+        return expanded(source, self.tensors)
 
 
 def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) -> list[Path]:
     """Write the model of `files` in `folder` to `out` in 16 bits. Returns the files."""
     files = list(files)
-    weights = [file for file in files if file.endswith(".safetensors")]
-    headers = ((file, read_header(folder / file).tensors) for file in weights)
-    found = stored(folder.name, headers)
-    _copy_rest(folder, [file for file in files if file not in weights], out)
-    opened = {file: safe_open(folder / file, "pt") for file in weights}
-
-    def read(name: str) -> torch.Tensor:
-        return opened[found[name][0]].get_tensor(name)
-
+    checkpoint = Checkpoint.open(folder, files)
+    _copy_rest(folder, [file for file in files if not file.endswith(_WEIGHTS)], out)
+    read = checkpoint.read
     shards: dict[str, str] = {}
     waiting: dict[str, torch.Tensor] = {}
     paths: list[Path] = []
@@ -45,7 +69,7 @@ def dequantize(folder: Path, files: Iterable[str], source: Source, out: Path) ->
         shards.update(dict.fromkeys(waiting, paths[-1].name))
         waiting.clear()
 
-    for name, made in expanded(source, {name: t for name, (_, t) in found.items()}).items():
+    for name, made in checkpoint.expanded(source).items():
         waiting[name] = _expand([read(part) for part in made.sources], made, source).contiguous()
         if sum(t.nbytes for t in waiting.values()) > _SHARD_BYTES:
             flush()

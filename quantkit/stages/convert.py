@@ -16,12 +16,14 @@ model, or be missing for a reason that is known by name (`model.unmapped`). What
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
-from quantkit.checkpoint.quantized import source_of
+from quantkit.checkpoint.quantized import INTEGERS, source_of
 from quantkit.checkpoint.weight_files import few
 from quantkit.config.levels import plan_levels
 from quantkit.errors import QuantkitError
@@ -33,10 +35,12 @@ from quantkit.model.unmapped import reason_of
 from quantkit.planning.plan import check_sizes, specs_of
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sources.snapshot import Snapshot, load_snapshot, model_name
+from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from quantkit.evidence.parity import Original
     from quantkit.llamacpp.tokens import Tokens
+    from quantkit.sources.carry import CarryOver
 
 NAME = "convert"
 
@@ -45,7 +49,7 @@ class Convert(Stage):
     """Write the weights as one full-precision GGUF, with llama.cpp's own converter."""
 
     name = NAME
-    version = 4
+    version = 5
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError when the converter does not know the model, or nothing of it is
@@ -93,12 +97,16 @@ class Convert(Stage):
             )
         _check_unmapped(run, base, unmapped)
         save_row_maps(maps, run.artifacts.row_maps)
+        over = _carry_over(run, snapshot, base, specs)
+        specs = over.specs(specs)
         n_mapped = sum(specs[name].n_elements for name in maps)
         n_all = sum(specs[name].n_elements for name in quantizable)
         tensors = {
             "specs": list(specs.values()),
             "unmapped": unmapped,
             "conversion": result.to_json(),
+            "carried": over.carried,
+            "not_carried": over.missed,
         }
         outputs = [
             base_path,
@@ -106,6 +114,7 @@ class Convert(Stage):
             run.artifacts.row_maps,
             checks,
         ]
+        outputs += sorted(run.artifacts.carried.glob("*"))
         if _make_projector(run, snapshot, run.artifacts.projector):
             outputs.append(run.artifacts.projector)
         summary = {
@@ -113,11 +122,33 @@ class Convert(Stage):
             "mapped_share": round(n_mapped / n_all, 4),
             "unmapped": unmapped,
         }
+        if over.carried or over.missed:
+            summary["carried"] = sum(row.is_exact for row in over.carried)
         return StageResult(outputs, summary)
 
     def last_reader(self, path: str) -> str:
         """Only the encoder is published."""
         return "publish" if path.endswith("mmproj.gguf") else "validate"
+
+
+def _carry_over(
+    run: Run, snapshot: Snapshot, base: GgufFile, specs: Mapping[str, TensorSpec]
+) -> CarryOver:
+    """Keep what a quantized source has on grids that GGUF's types hold."""
+    from quantkit.sources.carry import CarryOver, carry_over
+
+    info = snapshot.info
+    source = source_of(info.id, info.config, info.base_model)
+    shutil.rmtree(run.artifacts.carried, ignore_errors=True)
+    if source is None or source.scheme not in INTEGERS:
+        return CarryOver()
+    files = [file.path for file in info.files]
+    found = carry_over(_own(info), files, source, base, specs, run.artifacts.carried)
+    n_exact = sum(row.is_exact for row in found.carried)
+    missed = f", {len(found.missed)} do not" if found.missed else ""
+    about = f"{n_exact} tensors of the source lie exactly on grids of GGUF's types{missed}"
+    run.events.emit(NAME, "note", about)
+    return found
 
 
 def _check(run: Run, snapshot: Snapshot, base: GgufFile, tokens: Tokens) -> Path:

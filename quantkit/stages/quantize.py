@@ -38,7 +38,7 @@ class Quantize(Stage):
     """Quantize every tensor to every type, by several methods."""
 
     name = "quantize"
-    version = 8
+    version = 9
     fields = ("profile", "levels", "prefer", "levels_from", "methods", "types", "tensors", "device")
     takes_long = True
 

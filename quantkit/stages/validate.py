@@ -56,7 +56,7 @@ from quantkit.run.recipe import Recipe
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sandbox.untrusted import build, typed
 from quantkit.sources.snapshot import load_snapshot
-from quantkit.tensors import Fallback
+from quantkit.tensors import CarriedOver, Fallback
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
@@ -75,7 +75,7 @@ class Validate(Stage):
     """Compare it with the original and llama.cpp's own files."""
 
     name = NAME
-    version = 4
+    version = 5
     fields = ("eval_text", "tasks", "compare")
     takes_long = True
 
@@ -320,7 +320,7 @@ def _report(
     from evaluators.texts import text_sha256
 
     first = meter.first.combined if meter.first else None
-    info = load_snapshot(run.dir).info
+    info, converted = load_snapshot(run.dir).info, read_json(run.artifacts.specs)
     speed = meter.measures.take("speed of the base", lambda: meter.speed(base.path))
     return Report(
         kind="run",
@@ -344,7 +344,11 @@ def _report(
         texts={name: text_sha256(text) for name, text in texts.items()},
         calibration=build(Calibration, read_json(run.artifacts.calibration)),
         refused=read_as(Budgets, run.artifacts.budgets).refused + load_outputs(run.dir).left_out,
-        fallbacks=typed(tuple[Fallback, ...], read_json(run.artifacts.errors)["fallbacks"]),
+        fallbacks=(
+            *typed(tuple[Fallback, ...], converted["not_carried"]),
+            *typed(tuple[Fallback, ...], read_json(run.artifacts.errors)["fallbacks"]),
+        ),
+        carried=typed(tuple[CarriedOver, ...], converted["carried"]) or None,
         unmapped=typed(tuple[str, ...], run.records["convert"].summary["unmapped"]),
         versions=_versions(),
         outputs=outputs,

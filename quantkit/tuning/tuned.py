@@ -20,7 +20,7 @@ from quantkit.gguf_file.write import Layout, SlotFile
 from quantkit.ranks.group import ALONE, Ranks
 from quantkit.run.folder import read_as
 from quantkit.sizes import size
-from quantkit.tensors import Candidate
+from quantkit.tensors import CARRIED, EXACT, Candidate
 
 if TYPE_CHECKING:
     from quantkit.model.blockwise import BlockwiseModel
@@ -110,7 +110,10 @@ def load_stored(chosen: Mapping[str, Candidate], levels: Mapping[str, Path]) -> 
     from quantkit.tuning.tuner import Stored
 
     files = {file: GgufFile(levels[file]) for file in sorted({c.file for c in chosen.values()})}
-    return {n: Stored(c.qtype, files[c.file].packed(n)) for n, c in chosen.items()}
+    return {
+        n: Stored(c.qtype, files[c.file].packed(n), c.method in (EXACT, CARRIED))
+        for n, c in chosen.items()
+    }
 
 
 def load_tuner(

@@ -56,10 +56,13 @@ class Effort:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a file holds it: packed rows uint8 (n_rows, row_bytes)."""
+    """A tensor as a file holds it: packed rows uint8 (n_rows, row_bytes). `is_kept`: they are a
+    quantized source's own, and stay.
+    """
 
     qtype: QuantType
     packed: native.Bytes
+    is_kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -319,7 +322,8 @@ class Tuner:
         return found
 
     def _tune(self, index: int, plain: Mapping[str, torch.Tensor]) -> TunedBlock:
-        names = [name for name in plain if self._stored[name].qtype in FORMATS]
+        stored = {name: self._stored[name] for name in plain}
+        names = [n for n, s in stored.items() if s.qtype in FORMATS and not s.is_kept]
         before = self._error(index, plain)
         if not names or not before:
             return TunedBlock(before, before, {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,25 @@ def test_every_quantizable_tensor_at_every_level() -> None:
     assert made.choices("blk.0.attn_q.weight") == (Q2, Q4, Q6)
     assert made.uniform(Q4)["output.weight"] == Q4
     assert set(made.uniform(Q2)) == set(QUANTIZABLE)
+
+
+def test_what_a_source_has_takes_the_place_of_the_next_larger_level() -> None:
+    name = "blk.0.attn_q.weight"
+
+    def types(carried: list[str], **config: object) -> list[str]:
+        held = tuple(map(QuantType, carried))
+        specs = SPECS | {name: replace(SPECS[name], carried=held)}
+        levels = ("Q2_K", "Q4_K", "Q6_K")
+        made = plan_levels(specs, RunConfig("m", **{"levels": levels, **config}))  # type: ignore[arg-type]
+        assert made.types["output.weight"] == {Q2: Q2, Q4: Q4, Q6: Q6}
+        return [str(q) for q in made.types[name].values()]
+
+    assert types(["Q4_0"]) == ["Q2_K", "Q4_0", "Q6_K"]
+    assert types(["Q2_0", "Q4_0"]) == ["Q2_0", "Q4_0", "Q6_K"]
+    assert types(["Q4_1", "Q5_0"]) == ["Q2_K", "Q4_K", "Q6_K"], "the largest stays"
+    assert types(["Q8_0"]) == ["Q2_K", "Q4_K", "Q6_K"], "no level has the room"
+    assert types(["Q2_0"], types=((name, ">=Q4_K"),)) == ["Q4_K", "Q4_K", "Q6_K"]
+    assert types(["Q4_0"], types=((name, "Q8_0"),)) == ["Q8_0"] * 3
 
 
 def test_fallbacks_by_width_with_their_reason() -> None:

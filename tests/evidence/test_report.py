@@ -377,6 +377,28 @@ def test_types_that_not_every_runtime_reads_are_said() -> None:
     assert said in report.markdown(made) and said in report.html(made)
 
 
+def test_what_is_carried_over_is_counted_where_it_is_used() -> None:
+    made = values()
+    for name, tensor in made["outputs"][0]["tensors"].items():
+        if "attn_q" in name:
+            tensor |= {"qtype": "Q4_0", "method": "exact"}
+        elif "ffn_up" in name:
+            tensor |= {"qtype": "Q4_1", "method": "carried" if "0" in name else "gptq"}
+    row = {"n_weights": 4096, "n_equal": 4096, "relative": 0.0}
+    near = {"qtype": "Q4_1", "n_weights": 4096, "n_equal": 4000, "relative": 1e-8}
+    made["carried"] = [
+        {"tensor": f"blk.{block}.{kind}.weight", **about}
+        for block in range(3)
+        for kind, about in (("attn_q", {"qtype": "Q4_0", **row}), ("ffn_up", near))
+    ]
+    said = text.carried(report.read(made))
+    assert len(said) == 2
+    assert "3 tensors" in said[0] and "exactly as Q4_0: 12,288 of 12,288" in said[0]
+    assert "1 tensors" in said[1] and "4,000 of 4,096" in said[1] and "1e-04 off" in said[1]
+    assert all(line in report.markdown(report.read(made)) for line in said)
+    assert text.carried(report.read(values())) == []
+
+
 def test_the_whole_report() -> None:
     shown = report.markdown(report.read(values()))
     assert shown.startswith("# owner/Tiny\n") and shown.endswith("\n")

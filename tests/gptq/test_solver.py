@@ -19,9 +19,11 @@ from quantkit.gptq import select
 from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import Rows, factorize, gptq, output_error, walk_columns
 from quantkit.statistics.sensitivity import Sensitivity
+from quantkit.tensors import EXACT
 
 TYPES = tuple(FORMATS)
 DAMPING = 0.1
+Q8 = QuantType("Q8_0")
 
 
 def hessian(n: int, seed: int = 0, n_tokens: int = 2048) -> torch.Tensor:
@@ -411,6 +413,24 @@ def test_sixteen_bits_are_exact_or_rounded_and_nothing_competes() -> None:
     solved = solve_tensor(w, [F16], ALL_METHODS, inputs_of(h), None)
     assert solved[F16].method == "rtn"
     assert np.array_equal(solved[F16].packed, native.quantize(w.numpy(), F16))
+
+
+def test_rows_that_a_source_has_itself_win_at_their_type() -> None:
+    """Also of experts, and where the base is rounded; there is no error in them."""
+    q4 = QuantType("Q4_0")
+    w, inputs = experts(256)
+    exact = native.quantize(w.flatten(0, 1).numpy(), q4)
+    original = torch.from_numpy(native.dequantize(exact, q4)).half().view(w.shape)
+    given = {(q4, EXACT): exact}
+    alone = slice(0, len(w[0]))
+    solved = solve_tensor(
+        original[0], [q4, Q8], ALL_METHODS, inputs[0], None, 1, {(q4, EXACT): exact[alone]}
+    )
+    assert solved[q4].method == EXACT and np.array_equal(solved[q4].packed, exact[alone])
+    assert solved[q4].errors[EXACT].relative == 0 and solved[Q8].method != EXACT
+    parts = select.solve_experts(original, [q4, Q8], ALL_METHODS, inputs, [None] * 3, 1, given)
+    made = select.decide_experts(q4, parts)
+    assert made.method == EXACT and np.array_equal(made.packed, exact)
 
 
 def experts(n: int, n_experts: int = 3) -> tuple[torch.Tensor, list[Inputs]]:

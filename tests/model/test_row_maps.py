@@ -17,8 +17,8 @@ from quantkit.ggml.types import BF16, F16, F32, QuantType
 from quantkit.model.row_maps import (
     RowMap,
     RowMatcher,
-    _digests,
     load_row_maps,
+    row_digests,
     save_row_maps,
 )
 from quantkit.tensors import TensorSpec
@@ -341,6 +341,6 @@ def test_digests_tell_rows_apart(n_bytes: int) -> None:
     if n_bytes >= 8:
         changed[-1, :8] = np.roll(row[:8], 4)
     n_apart = len(np.unique(changed, axis=0))
-    digests = _digests(changed)
+    digests = row_digests(changed)
     assert digests.dtype == np.uint64 and len(np.unique(digests)) == n_apart
-    assert (_digests(changed[::-1].copy())[::-1] == digests).all()
+    assert (row_digests(changed[::-1].copy())[::-1] == digests).all()

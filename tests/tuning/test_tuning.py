@@ -181,3 +181,14 @@ def test_types_without_a_grid_stay(world: World) -> None:
     )
     assert name not in (rows := tuner.block(0).rows)
     assert len(rows) == 6
+
+
+def test_what_a_source_has_itself_stays(world: World) -> None:
+    name = next(n for n in world.stored if "layers.0.mlp.up" in n)
+    stored = world.stored | {name: replace(world.stored[name], is_kept=True)}
+    model = BlockwiseModel(copy.deepcopy(world.model))
+    tuner = Tuner(
+        model, world.maps, stored, world.train, world.heldout, EFFORT, world.folder, exact=True
+    )
+    assert name not in (rows := tuner.block(0).rows)
+    assert len(rows) == 6

@@ -28,7 +28,7 @@ from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.run.check import Check
 from quantkit.sandbox import untrusted
-from quantkit.tensors import Fallback
+from quantkit.tensors import CarriedOver, Fallback
 
 SCHEMA = 3
 
@@ -258,6 +258,7 @@ class Report:
     calibration: Calibration | None = None
     refused: tuple[Budget, ...] | None = None
     fallbacks: tuple[Fallback, ...] | None = None
+    carried: tuple[CarriedOver, ...] | None = None
     unmapped: tuple[str, ...] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     outputs: tuple[Output, ...]

@@ -9,6 +9,7 @@ from evaluators.figures import Mean, PairedTest
 from quantkit.evidence.report.schema import OURS, STOCK, Report, Row
 from quantkit.ggml.types import READERS
 from quantkit.sizes import size
+from quantkit.tensors import CarriedOver
 
 CAPTIONS = {
     "frontier": "Quality and size. Lower is closer to the original, further left is smaller;"
@@ -220,6 +221,28 @@ def fallback_groups(report: Report) -> list[tuple[str, str, int, str]]:
         key = (f.asked, f.used, f.reason)
         groups[key] = groups.get(key, 0) + 1
     return [(asked, used, n, reason) for (asked, used, reason), n in groups.items()]
+
+
+def carried(report: Report) -> list[str]:
+    """Return what an output has of a quantized source's own integers, by type: how many weights
+    are equal to the source's, and how far the others are off.
+    """
+    known = {(row.tensor, row.qtype): row for row in report.carried or ()}
+    lines = []
+    for output in report.outputs:
+        used: dict[tuple[str, bool], list[CarriedOver]] = {}
+        for name, tensor in (output.tensors or {}).items():
+            row = known.get((name, tensor.qtype))
+            if row is not None and tensor.method == row.method:
+                used.setdefault((row.qtype, row.is_exact), []).append(row)
+        for (qtype, is_exact), rows in sorted(used.items()):
+            n_weights, n_equal = sum(r.n_weights for r in rows), sum(r.n_equal for r in rows)
+            said = f"{output.name}: {len(rows)} tensors of the source are carried over"
+            equal = f"{n_equal:,} of {n_weights:,} weights are equal to the bit"
+            off = math.sqrt(max(row.relative for row in rows))
+            exactly = f"exactly as {qtype}: {equal}" if is_exact else f"as {qtype}: {equal}"
+            lines.append(f"{said} {exactly}" + (f", at most {off:.0e} off." if off else "."))
+    return lines
 
 
 def runtimes(report: Report) -> list[str]:
