@@ -149,11 +149,13 @@ def stage_memory(
 
 def _solving(shapes: Shapes, levels: LevelPlan) -> int:
     """The tensors of a block: the widest Hessian being factorized, two tensors at work."""
+    from quantkit.ggml.codebooks import CODEBOOKS
     from quantkit.gptq.select import STACKED_WEIGHTS
 
     n_types = len(levels.levels)
+    n_factors = 5 + any(level in CODEBOOKS for level in levels.levels)  # one by units of columns
     sweep = _SWEEP * min(shapes.n_inside * n_types, STACKED_WEIGHTS) // STACKED_WEIGHTS
-    return 5 * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
+    return n_factors * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
 
 
 def parity_fits(n_weights: int, free: int) -> bool:

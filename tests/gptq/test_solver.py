@@ -447,7 +447,7 @@ def experts(n: int, n_experts: int = 3) -> tuple[torch.Tensor, list[Inputs]]:
     return torch.stack(weights), inputs
 
 
-@pytest.mark.parametrize("names", [("Q4_K", "Q2_K"), ("Q4_0", "IQ4_NL")])
+@pytest.mark.parametrize("names", [("Q4_K", "IQ2_XXS"), ("Q4_0", "IQ4_NL")])
 def test_experts_together_are_as_one_by_one(names: tuple[str, ...]) -> None:
     types = [QuantType(name) for name in names]
     weights, inputs = experts(256)
