@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from quantkit.calibration.sources import builtin_text
+from quantkit.model.blockwise import compute_dtype
 
 N_CTX = 256
 
@@ -69,7 +70,8 @@ def main() -> None:
             group["lr"] = rate
         at = torch.randint(0, len(ids) - N_CTX, (options.batch,)).tolist()
         batch = torch.stack([ids[a : a + N_CTX] for a in at])
-        with torch.autocast(options.device, torch.bfloat16):
+        is_fast = compute_dtype(options.device) == torch.bfloat16  # a CPU may only emulate it
+        with torch.autocast(options.device, torch.bfloat16, enabled=is_fast):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
