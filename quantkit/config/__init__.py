@@ -11,7 +11,7 @@ from pathlib import Path
 from quantkit.config.calibration import parse_spec
 from quantkit.config.targets import DEFAULT_TARGET, Target
 from quantkit.errors import UsageError
-from quantkit.ggml.types import CODEBOOKS, F32, QuantType, askable
+from quantkit.ggml.types import CODEBOOK_TYPES, F32, QuantType, askable
 from quantkit.sandbox.untrusted import Damaged, build
 from quantkit.tensors import METHODS
 
@@ -51,7 +51,7 @@ class Profile:
 
 
 _LEVELS = (
-    *(qtype.name for qtype in CODEBOOKS),
+    *(qtype.name for qtype in CODEBOOK_TYPES),
     *("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8_0"),
 )
 PREFERENCES = ("quality", "speed")
@@ -194,7 +194,7 @@ class RunConfig:
         """Return the types to choose from; `wanted` says which of a profile's are made."""
         if self.levels:
             return self.levels
-        slow = {qtype.name for qtype in CODEBOOKS} if self.prefer == "speed" else set()
+        slow = {qtype.name for qtype in CODEBOOK_TYPES} if self.prefer == "speed" else set()
         return tuple(name for name in PROFILES[self.profile].levels if name not in slow)
 
     def pinned_type(self, tensor: str) -> QuantType | None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from quantkit.config import RunConfig, compile_pattern
 from quantkit.errors import UsageError
-from quantkit.ggml.types import BF16, CODEBOOKS, F16, QuantType, fallback
+from quantkit.ggml.types import BF16, CODEBOOK_TYPES, F16, QuantType, fallback
 from quantkit.tensors import Fallback, TensorSpec
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def wanted(
 
 
 def _least(level: QuantType) -> float:
-    return _LEAST_OF_CODEBOOKS if level in CODEBOOKS else _LEAST
+    return _LEAST_OF_CODEBOOKS if level in CODEBOOK_TYPES else _LEAST
 
 
 def around(n_bytes: Mapping[T, int], sizes: Iterable[int], n_around: int) -> list[T]:

@@ -114,7 +114,7 @@ _QUANTIZED = """
 """
 QUANTIZED = tuple(QuantType(name) for name in _QUANTIZED.split())
 # Small, and slow to decode on a CPU: at 0.46 to 0.70 of Q4_K's speed (benchmarks/type_speed.py).
-CODEBOOKS = tuple(q for q in QUANTIZED if q.name.startswith(("IQ1", "IQ2", "IQ3")))
+CODEBOOK_TYPES = tuple(q for q in QUANTIZED if q.name.startswith(("IQ1", "IQ2", "IQ3")))
 KNOWN = tuple(map(QuantType, _SIZES))  # all that a file may hold
 
 # What reads types that older builds of llama.cpp do not know.

@@ -15,7 +15,7 @@ from quantkit.config import PROFILES, Profile, RunConfig, compile_pattern, load_
 from quantkit.config.devices import DEVICES
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import UsageError
-from quantkit.ggml.types import CODEBOOKS, FILE_TYPES, QuantType
+from quantkit.ggml.types import CODEBOOK_TYPES, FILE_TYPES, QuantType
 from quantkit.sandbox.untrusted import Damaged
 from quantkit.sizes import parse_bytes
 from quantkit.tensors import METHODS, to_json
@@ -288,7 +288,7 @@ def test_a_tensor_may_be_called_default() -> None:
 
 
 def test_speed_leaves_codebooks_out() -> None:
-    slow = {qtype.name for qtype in CODEBOOKS}
+    slow = {qtype.name for qtype in CODEBOOK_TYPES}
     assert slow < set(RunConfig("m").level_names)
     assert not slow & set(RunConfig("m", prefer="speed").level_names)
     assert RunConfig("m", levels=("IQ3_S",), prefer="speed").level_names == ("IQ3_S",)
