@@ -14,6 +14,7 @@ from math import prod
 
 from quantkit.config import N_CTX, PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.levels import LevelPlan
+from quantkit.ggml.types import CODEBOOK_TYPES
 from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.planning.nouns import Seconds
 from quantkit.tensors import is_in_block
@@ -41,6 +42,7 @@ class _Rates:
     block: float  # of a block in one level
     solved: float  # of a weight in one level, and for each of its columns:
     column: float
+    codebook: float  # of a weight in one level of a codebook
     step: float  # of tuning a block, and for each of its weights:
     step_weight: float
     measured: float  # multiply-adds a second of llama.cpp, answers and speed included
@@ -58,6 +60,7 @@ _CPU = _Rates(
     block=0.0,
     solved=2.2e-7,
     column=4e-11,
+    codebook=3.3e-6,
     step=0.01,
     step_weight=3 * TUNING_BATCH * N_CTX / 6e10,
     measured=6e10,
@@ -74,6 +77,7 @@ _GPU = _Rates(
     block=0.12,
     solved=3.6e-9,
     column=0.0,
+    codebook=2e-8,  # a guess: no GPU has run it
     step=0.013,
     step_weight=5.5e-11,
     measured=5e13,
@@ -115,10 +119,11 @@ def _times(
     n_head = prod(base.tensors["token_embd.weight"].shape)
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
     written = _WRITTEN * n_tokens + 3 * N_CTX * profile.eval_windows
-    solved = len(levels.levels) * sum(
-        prod(t.shape) * (rates.solved + rates.column * t.shape[-1])
+    solved = sum(
+        prod(t.shape)
+        * (rates.codebook if qtype in CODEBOOK_TYPES else rates.solved + rates.column * t.shape[-1])
         for t in base.tensors.values()
-        if t.name in levels.types
+        for qtype in set(levels.types.get(t.name, {}).values())
     )
     gathered = n_tokens * sum(t.shape[-1] ** 2 * (chosen or 1) for t in blocks) / 2
     steps = config.tuning_steps * n_blocks
