@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -384,3 +385,9 @@ def test_artifacts_have_names() -> None:
     for path in OURS:
         if path.name not in ("artifacts.py", "folder.py"):
             assert not pattern.search(path.read_text("utf-8")), short(path)
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by name alone, and stops at the second of one name."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, n in names.items() if n > 1]

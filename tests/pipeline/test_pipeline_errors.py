@@ -41,7 +41,7 @@ def sentence(answer: Answer, code: int = 1) -> str:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--like", "Q4_K_XXL"), "no stock mix 'Q4_K_XXL'. Use one of"),
+        (("--like", "Q4_K_XXL"), "no stock mix 'Q4_K_XXL'. Did you mean Q4_K_S"),
         (("--target-size", "5 parsecs"), "'5 parsecs' is not a size. Write 90MB"),
         (("--target-bpw", "400"), "not a number of bits per weight. Use something like 4.5"),
         (("--tensors", "ffn_(down"), "'ffn_(down' is not a regular expression"),
