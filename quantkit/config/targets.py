@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fractions import Fraction
 
-from quantkit.config.devices import DEVICES
+from quantkit.config.devices import DEVICES, Device
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES
 from quantkit.sizes import parse_bytes
@@ -158,7 +158,7 @@ class FitsMemory(_Asked):
                 f"{self.value!r} does not give a memory size and a context.",
                 "Write 8GB@8192 (bytes of memory and tokens of context) or gpu-8gb@8192.",
             )
-        device = DEVICES.get(memory.strip().lower())
+        device = _device(memory)
         return parse_bytes(device.free if device else memory), int(context)
 
     def limit_bytes(
@@ -186,8 +186,12 @@ class FitsMemory(_Asked):
 
     def __str__(self) -> str:
         memory, context = self.value.split("@")
-        device = DEVICES.get(memory.strip().lower())
+        device = _device(memory)
         return f"fits {device.title if device else memory} with a context of {int(context):,}"
+
+
+def _device(memory: str) -> Device | None:
+    return DEVICES.get(memory.strip().lower())
 
 
 Target = BitsPerWeight | FileSize | LikeMix | FitsMemory

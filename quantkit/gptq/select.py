@@ -242,6 +242,7 @@ def solve_experts(
 
 # By type and method: the rows of one expert after the other.
 _Packed = dict[tuple[QuantType, str], torch.Tensor]
+_Rounded = dict[QuantType, torch.Tensor]
 
 
 def _with(
@@ -369,67 +370,68 @@ def _gptq(
     """GPTQ of every type that it has a grid or a codebook for; a row that came out worse than
     ggml's on the train Hessian stays ggml's.
     """
-    rounded: _Packed = {}
+    rounded: _Rounded = {}
     for qtype in types:
         if qtype in READABLE:
             known = packed.get((qtype, "imatrix"))
-            rounded[qtype, "gptq"] = _ggml(weight, qtype, inputs) if known is None else known
+            rounded[qtype] = _ggml(weight, qtype, inputs) if known is None else known
     damped, train = _batch([own.damped for own in inputs]), _batch([own.train for own in inputs])
     found = _onto_grids(weight, rounded, inputs, damped, n_sweeps)
     found |= _onto_codebooks(weight, rounded, inputs, damped, n_sweeps)
-    for key, ours in found.items():
-        form, theirs = READABLE[key[0]], rounded[key]
+    solved: _Packed = {}
+    for qtype, ours in found.items():
+        form, theirs = READABLE[qtype], rounded[qtype]
         before = row_errors(form, theirs, weight, train)
         after = row_errors(form, ours, weight, train)
-        found[key] = torch.where((after <= before)[:, None], ours, theirs)
-    return found
+        solved[qtype, "gptq"] = torch.where((after <= before)[:, None], ours, theirs)
+    return solved
 
 
 def _onto_grids(
     weight: torch.Tensor,
-    rounded: _Packed,
+    rounded: _Rounded,
     inputs: Sequence[Inputs],
     damped: torch.Tensor,
     n_sweeps: int,
-) -> _Packed:
+) -> _Rounded:
     """The types of scalar grids, in one sweep."""
-    types = [key for key in rounded if key[0] in FORMATS]
+    types = [qtype for qtype in rounded if qtype in FORMATS]
     n = len(inputs)
-    chunks = {key: rounded[key].chunk(n) for key in types}
+    chunks = {qtype: rounded[qtype].chunk(n) for qtype in types}
     rows = [
-        [Rows(own, FORMATS[key[0]].grid(chunks[key][i])) for key in types]
+        [Rows(own, FORMATS[qtype].grid(chunks[qtype][i])) for qtype in types]
         for i, own in enumerate(weight.chunk(n))
     ]
     codes = gptq_experts(rows, [own.factor for own in inputs if own.factor is not None])
-    solved: _Packed = {}
-    for i, key in enumerate(types):
-        form = FORMATS[key[0]]
-        start = form.with_codes(rounded[key], torch.cat([own[i] for own in codes]))
-        solved[key] = descend(form, start, weight, damped, n_sweeps)
+    solved: _Rounded = {}
+    for i, qtype in enumerate(types):
+        form = FORMATS[qtype]
+        start = form.with_codes(rounded[qtype], torch.cat([own[i] for own in codes]))
+        solved[qtype] = descend(form, start, weight, damped, n_sweeps)
     return solved
 
 
 def _onto_codebooks(
     weight: torch.Tensor,
-    rounded: _Packed,
+    rounded: _Rounded,
     inputs: Sequence[Inputs],
     damped: torch.Tensor,
     n_sweeps: int,
-) -> _Packed:
+) -> _Rounded:
     """The types of codebooks, each expert by itself."""
     n = len(inputs)
     hessians = damped if damped.dim() == 3 else damped[None]
-    solved: _Packed = {}
-    for key in rounded:
-        if (book := CODEBOOKS.get(key[0])) is None:
+    solved: _Rounded = {}
+    for qtype, packed in rounded.items():
+        if (book := CODEBOOKS.get(qtype)) is None:
             continue
-        parts = zip(rounded[key].chunk(n), weight.chunk(n), inputs, hessians, strict=True)
+        parts = zip(packed.chunk(n), weight.chunk(n), inputs, hessians, strict=True)
         found = []
         for own, rows, known, hessian in parts:
             scaled = codebooks.fit_scales(book, own, rows, hessian.diagonal().contiguous())
             fed = codebooks.feedback(book, scaled, rows, known.by_units)
             found.append(codebooks.descend(book, fed, rows, hessian, n_sweeps))
-        solved[key] = torch.cat(found)
+        solved[qtype] = torch.cat(found)
     return solved
 
 

@@ -68,12 +68,10 @@ def label_of(base: GgufFile, types: Mapping[str, QuantType]) -> str:
     """
     layout = lay_out(base, types, [])
     weights: Counter[QuantType] = Counter()
-    for within in (lambda name: not name.startswith(_TABLES), lambda name: True):
-        for name, tensor in base.tensors.items():
-            if within(name) and len(tensor.shape) > 1:
-                weights[layout.types[name]] += math.prod(tensor.shape)
-        if weights:
-            break
+    matrices = [t for t in base.tensors.values() if len(t.shape) > 1]
+    outside = [t for t in matrices if not t.name.startswith(_TABLES)]
+    for tensor in outside or matrices:
+        weights[layout.types[tensor.name]] += math.prod(tensor.shape)
     (qtype, _), *_ = weights.most_common(1)
     labels = [x for x in STOCK_MIXES if f"{x}_".startswith(f"{qtype}_")]
     labels += _ALSO.get(str(qtype), ())

@@ -13,6 +13,7 @@ from math import prod
 
 from quantkit.config import N_CTX, PROFILES, TUNING_BATCH, RunConfig
 from quantkit.config.levels import LevelPlan
+from quantkit.ggml.types import CODEBOOK_TYPES
 from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.run.artifacts import NAMES
 from quantkit.search.optimizer import MOST_SEQUENCES
@@ -149,11 +150,10 @@ def stage_memory(
 
 def _solving(shapes: Shapes, levels: LevelPlan) -> int:
     """The tensors of a block: the widest Hessian being factorized, two tensors at work."""
-    from quantkit.ggml.codebooks import CODEBOOKS
     from quantkit.gptq.select import STACKED_WEIGHTS
 
     n_types = len(levels.levels)
-    n_factors = 5 + any(level in CODEBOOKS for level in levels.levels)  # one by units of columns
+    n_factors = 5 + any(level in CODEBOOK_TYPES for level in levels.levels)  # one by units
     sweep = _SWEEP * min(shapes.n_inside * n_types, STACKED_WEIGHTS) // STACKED_WEIGHTS
     return n_factors * 4 * shapes.widest**2 + _AT_ONCE * (4 * shapes.n_inside + sweep)
 

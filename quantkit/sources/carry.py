@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from quantkit.checkpoint.quantized import INTEGERS, Expanded, Source
+from quantkit.checkpoint.quantized import Expanded, Source
 from quantkit.ggml.carry import TYPES, WIDTH, Carried, carry, has_room
 from quantkit.ggml.types import QuantType
 from quantkit.gguf_file.read import GgufFile
@@ -55,10 +55,8 @@ def carry_over(
     out: Path,
 ) -> CarryOver:
     """Write into `out` the rows of every tensor of `base` that a type holds, by type and method: a
-    file for each. The checkpoint is `files` in `folder`.
+    file for each. The checkpoint, of a scheme of integers, is `files` in `folder`.
     """
-    if source.scheme not in INTEGERS:
-        return CarryOver()
     out.mkdir(parents=True, exist_ok=True)
     places = _Places(Checkpoint.open(folder, files), source)
     wanted = [spec for spec in specs.values() if spec.quantizable]
@@ -70,21 +68,18 @@ def carry_over(
         if rows is None:
             continue
         found, reason = _tensor(places, spec, rows)
-        carried += [CarriedOver(spec.name, *about) for about, _ in found]
+        carried += [about for about, _ in found]
         if found:
-            named_rows = {f"{a[0]}/{CarriedOver(spec.name, *a).method}": r for a, r in found}
+            named_rows = {f"{about.qtype}/{about.method}": own for about, own in found}
             save_file(named_rows, out / f"{spec.name}.safetensors")
-        if not any(about[1] == about[2] for about, _ in found):
+        if not any(about.is_exact for about, _ in found):
             missed.append(Fallback(spec.name, EXACT, "quantized", reason))
     return CarryOver(tuple(carried), tuple(missed))
 
 
-_About = tuple[str, int, int, float]
-
-
 def _tensor(
     places: _Places, spec: TensorSpec, rows: np.ndarray
-) -> tuple[list[tuple[_About, torch.Tensor]], str]:
+) -> tuple[list[tuple[CarriedOver, torch.Tensor]], str]:
     """The rows of a tensor in the smallest type that holds them exactly, and in a smaller one that
     holds them nearly; or why there is no exact one.
     """
@@ -93,19 +88,20 @@ def _tensor(
     read = places.integers(rows, spec.n_columns)
     if isinstance(read, str):
         return [], read
-    found: list[tuple[_About, torch.Tensor]] = []
+    found: list[tuple[CarriedOver, torch.Tensor]] = []
     nearest: tuple[float, QuantType] | None = None
     for qtype in TYPES:
         if not has_room(*read, qtype):
             continue
         made = carry(*read, qtype)
-        about = str(qtype), spec.n_elements, made.n_equal, _relative(made)
-        if made.n_equal == spec.n_elements:
+        off = _relative(made)
+        about = CarriedOver(spec.name, str(qtype), spec.n_elements, made.n_equal, off)
+        if about.is_exact:
             return [*found, (about, made.packed)], ""
-        if not found and about[3] <= _NEAR:
+        if not found and off <= _NEAR:
             found.append((about, made.packed))
-        if nearest is None or about[3] < nearest[0]:
-            nearest = about[3], qtype
+        if nearest is None or off < nearest[0]:
+            nearest = off, qtype
     if nearest is None:
         codes = read[0]
         return [], f"no type has room for its codes of {int(codes.min())} to {int(codes.max())}"

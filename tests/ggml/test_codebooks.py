@@ -8,7 +8,7 @@ import torch
 
 from quantkit.ggml import native
 from quantkit.ggml.codebooks import CODEBOOKS, Codes
-from quantkit.ggml.types import QuantType
+from quantkit.ggml.types import CODEBOOK_TYPES, QuantType
 from tests.support.blocks import same_bits
 
 EACH = pytest.mark.parametrize("qtype", CODEBOOKS, ids=str)
@@ -75,3 +75,7 @@ def test_every_entry_and_multiplier_is_libggmls(qtype: QuantType) -> None:
     assert same_bits(book.decoded(codes).numpy(), theirs)
     levels = np.repeat(np.array(book.multipliers, np.float32)[integer], book.group, 1)
     assert np.array_equal(theirs / levels, book.entries.reshape(n_rows, -1))
+
+
+def test_every_type_of_a_codebook_has_one() -> None:
+    assert set(CODEBOOKS) == set(CODEBOOK_TYPES)
