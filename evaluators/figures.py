@@ -138,3 +138,25 @@ class Flips:
     gained: int
     lost: int
     p_value: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Runs of 13 words of a text: `n` in all, and `n_seen` that also stand in the text that a file
+    was calibrated on (`evaluators.overlap`).
+    """
+
+    n: int
+    n_seen: int
+    share: float
+
+
+@dataclass(frozen=True)
+class ItemOverlap:
+    """Items of a task: `n_seen` share 13 words in a row with the text that a file was calibrated
+    on, `n_short` are too short to be judged.
+    """
+
+    n_items: int
+    n_short: int
+    n_seen: int

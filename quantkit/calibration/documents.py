@@ -143,14 +143,31 @@ def interleave(
     A domain that runs out leaves its share to the others. Returns int64 (n, n_tokens), n <=
     n_sequences.
     """
+    rows = [parts[i][row] for i, row in _order(parts, weights, n_sequences)]
+    return np.array(rows, np.int64).reshape(-1, parts[0].shape[1])
+
+
+def n_interleaved(
+    parts: Sequence[np.ndarray], weights: Sequence[float], n_sequences: int
+) -> list[int]:
+    """Return how many rows of each domain `interleave` takes: its first ones."""
+    taken = Counter(i for i, _ in _order(parts, weights, n_sequences))
+    return [taken[i] for i in range(len(parts))]
+
+
+def _order(
+    parts: Sequence[np.ndarray], weights: Sequence[float], n_sequences: int
+) -> Iterator[tuple[int, int]]:
+    """The domain and the row of it that comes next, `n_sequences` times or until none is left."""
     taken = [0] * len(parts)
-    rows: list[np.ndarray] = []
-    while len(rows) < n_sequences:
+    for _ in range(min(n_sequences, sum(map(len, parts)))):
         left = [i for i in range(len(parts)) if taken[i] < len(parts[i])]
-        if not left:
-            break
         due = min(left, key=lambda i: ((taken[i] + 1) / weights[i], i))
-        rows.append(parts[due][taken[due]])
+        yield due, taken[due]
         taken[due] += 1
-    width = parts[0].shape[1]
-    return np.array(rows, np.int64).reshape(-1, width)
+
+
+def unpack(rows: np.ndarray, tokenizer: Any) -> str:
+    """Return the text of rows that `pack` made, which follow each other."""
+    begin = len(_beginning(tokenizer))
+    return str(tokenizer.decode(rows[:, begin:].ravel().tolist()))

@@ -11,7 +11,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from quantkit import hub
-from quantkit.calibration.documents import EVAL_TOKENS, Domain, interleave, pack, split
+from quantkit.calibration.documents import (
+    EVAL_TOKENS,
+    Domain,
+    interleave,
+    n_interleaved,
+    pack,
+    split,
+    unpack,
+)
 from quantkit.calibration.mix import Mix, Reader
 from quantkit.calibration.sources import Described
 from quantkit.config import N_CTX
@@ -43,7 +51,7 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
     same text again everywhere.
     """
     path = run.artifacts.calibration.with_name(_MIX)
-    if path.exists() and run.artifacts.tokens.exists():
+    if path.exists() and run.artifacts.tokens.exists() and run.artifacts.calibrated.exists():
         known = untrusted.build(Texts, read_json(path))
         if all((run.artifacts.eval_texts / name).exists() for name in known.eval):
             run.events.emit(
@@ -51,9 +59,11 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
             )
             return known
     mix = _read_mix(run, model, tokenizer)
-    tokens = _tokens(run, mix.domains, tokenizer)
+    tokens, seen = _tokens(run, mix.domains, tokenizer)
     with replacing(run.artifacts.tokens) as partial:
         save_file(tokens, partial)
+    with replacing(run.artifacts.calibrated) as partial:
+        partial.write_text(seen, "utf-8", newline="")
     texts = _eval_texts(run, mix.domains, tokenizer)
     for name, text in texts.items():
         with replacing(run.artifacts.eval_texts / f"{name}.txt") as partial:
@@ -88,18 +98,21 @@ def _read_mix(run: Run, model: BlockwiseModel, tokenizer: Any) -> Mix:
 
 def _tokens(
     run: Run, domains: Sequence[tuple[Domain, float]], tokenizer: Any
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], str]:
     """Sequences of the train and heldout parts, domains interleaved by weight: int64 (n, N_CTX)
-    each.
+    each. And their text, domain by domain: no more is seen by any stage before validation.
     """
     wanted = {"train": run.profile.calibration_tokens, "heldout": run.profile.heldout_tokens}
     parts = [split(domain, run.config.seed) for domain, _ in domains]
     weights = [weight for _, weight in domains]
     tokens = {}
+    seen: list[str] = []
     for part, n_tokens in wanted.items():
         n = n_tokens // N_CTX
         packed = [pack(p[part], tokenizer, n, N_CTX) for p in parts]
         tokens[part] = interleave(packed, weights, n)
+        taken = n_interleaved(packed, weights, n)
+        seen += [unpack(rows[:k], tokenizer) for rows, k in zip(packed, taken, strict=True) if k]
         if len(tokens[part]) < n:
             run.events.emit(
                 STAGE,
@@ -110,7 +123,7 @@ def _tokens(
             raise QuantkitError(
                 f"The calibration text has fewer than {N_CTX} {part} tokens.", "Give more text."
             )
-    return tokens
+    return tokens, "\n\n".join(seen)
 
 
 def _eval_texts(

@@ -14,6 +14,7 @@ from quantkit.evidence.baselines import Baseline
 from quantkit.evidence.devices import Device
 from quantkit.evidence.report.measures import Measures
 from quantkit.evidence.report.schema import OURS, Figures, Row, Task, Tests
+from quantkit.evidence.report.text import without_folders
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp.place import weights_room
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
     from evaluators.figures import Divergence, SpeedResult
     from evaluators.kl import KLResult, KLSummary
+    from evaluators.overlap import Seen
     from evaluators.tasks.items import TaskItems
     from evaluators.zeroshot import ZeroShotResult
     from quantkit.run.stage import Run
@@ -41,8 +43,10 @@ class Meter:
         items: TaskItems | None,
         measures: Measures,
         n_steps: int,
+        seen: Seen,
     ) -> None:
         self.measures = measures
+        self.seen = seen  # what was calibrated on
         self.device = device
         self._run, self._base, self._runtime, self._items = run, base, device.runtime, items
         self._effort = run.profile.effort
@@ -216,9 +220,10 @@ class Meter:
             **result.accuracy,
             items_sha256=result.items_sha256,
             seconds=result.seconds,
-            source=items.source,
+            source=without_folders(items.source),
             base=reference.accuracy,
             flips=zeroshot.answer_flips(result, reference),
+            overlap=self.seen.overlap_of_items(items.items),
         )
         return {items.name: task}
 

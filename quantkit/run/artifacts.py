@@ -78,6 +78,11 @@ class Artifacts:
         return self.folder("calibrate") / "tokens.safetensors"
 
     @property
+    def calibrated(self) -> Path:
+        """The text of those tokens: all that stages before validation see."""
+        return self.folder("calibrate") / "calibrated.txt"
+
+    @property
     def calibration(self) -> Path:
         """Return what the tokens were taken from, as JSON."""
         return self.folder("calibrate") / "calibration.json"

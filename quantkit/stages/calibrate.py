@@ -1,8 +1,9 @@
 """calibrate: text becomes tokens, and a backward pass says what output errors cost.
 
-Writes `tokens.safetensors` (train and heldout sequences), `eval/<domain>.txt` (text that nothing
-before validation sees), `calibration.json`, `gradients/fisher.safetensors` and
-`gradients/embedding.safetensors` (the gradients' outer products at what is looked up).
+Writes `tokens.safetensors` (train and heldout sequences) and `calibrated.txt` (their text),
+`eval/<domain>.txt` (text that nothing before validation sees), `calibration.json`,
+`gradients/fisher.safetensors` and `gradients/embedding.safetensors` (the gradients' outer products
+at what is looked up).
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Calibrate(Stage):
     """Take the text, and learn from gradients which outputs matter."""
 
     name = NAME
-    version = 6
+    version = 7
     fields = ("calibration", "profile", "seed", "device")
     takes_long = True
 
@@ -130,7 +131,8 @@ class Calibrate(Stage):
                 save_gradients(made.gradients, *found)
         stored = load_file(made.tokens)
         tokens = {part: stored[part] for part in _PARTS}
-        outputs = [made.tokens, *(made.eval_texts / name for name in about.eval)]
+        outputs = [made.tokens, made.calibrated]
+        outputs += [made.eval_texts / name for name in about.eval]
         report = {
             "spec": shown(run.config.calibration),
             "note": about.note,

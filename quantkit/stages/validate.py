@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
     from evaluators.figures import Divergence
     from evaluators.llama_runtime import Runtime
+    from evaluators.overlap import Seen
     from evaluators.tasks.items import TaskItems
 
 NAME = "validate"
@@ -75,7 +76,7 @@ class Validate(Stage):
     """Compare it with the original and llama.cpp's own files."""
 
     name = NAME
-    version = 5
+    version = 6
     fields = ("eval_text", "tasks", "compare")
     takes_long = True
 
@@ -120,7 +121,8 @@ def _validate(run: Run) -> StageResult:
     others = measures.take("files beside ours", lambda: _baselines(run, base, outputs)) or []
     items, reason = measures.take("zero-shot items", lambda: _items(run)) or (None, "see below")
     n_steps = 1 + 3 * (len(ours) + len(others))
-    meter = Meter(run, base, device, items, measures, n_steps)
+    seen = _calibrated(run)
+    meter = Meter(run, base, device, items, measures, n_steps, seen)
     folder = run.artifacts.folder(NAME)
     for left in folder.glob("weight-kl-*"):  # of a run that was killed
         shutil.rmtree(left)
@@ -286,6 +288,13 @@ def _texts(run: Run) -> dict[str, str]:
     return {path.stem: path.read_bytes().decode("utf-8") for path in sorted(folder.glob("*.txt"))}
 
 
+def _calibrated(run: Run) -> Seen:
+    """The text that earlier stages saw, which nothing may have in common that is measured on."""
+    from evaluators.overlap import Seen
+
+    return Seen([run.artifacts.calibrated.read_text("utf-8")])
+
+
 def _items(run: Run) -> tuple[TaskItems | None, str]:
     """The zero-shot items, or the reason why there are none."""
     from evaluators import tasks
@@ -342,6 +351,7 @@ def _report(
         device=meter.device.name,
         device_reason=meter.device.reason,
         texts={name: text_sha256(text) for name, text in texts.items()},
+        overlap={name: meter.seen.overlap(text) for name, text in texts.items()},
         calibration=build(Calibration, read_json(run.artifacts.calibration)),
         refused=read_as(Budgets, run.artifacts.budgets).refused + load_outputs(run.dir).left_out,
         fallbacks=(

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.calibration import sources
-from quantkit.calibration.documents import PARTS, Domain, interleave, pack, split, without
+from quantkit.calibration.documents import (
+    PARTS,
+    Domain,
+    interleave,
+    n_interleaved,
+    pack,
+    split,
+    unpack,
+    without,
+)
 from quantkit.config.calibration import (
     BUILTIN_TEXTS,
     HUB_TEXTS,
@@ -117,6 +126,9 @@ class Bytes:
         self.input_ids = [*self.before, *ids, *self.after] if add_special_tokens else ids
         return self
 
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
 
 @given(st.lists(texts, max_size=8), st.integers(0, 6), st.integers(3, 40), st.booleans())
 def test_packing(docs: list[str], n: int, n_tokens: int, with_bos: bool) -> None:
@@ -129,6 +141,7 @@ def test_packing(docs: list[str], n: int, n_tokens: int, with_bos: bool) -> None
     assert rows.dtype == np.int64 and rows.shape == (n_rows, n_tokens)
     assert (rows[:, :with_bos] == 300).all()
     assert rows[:, int(with_bos) :].flatten().tolist() == stream[: n_rows * body]
+    assert unpack(rows, tokenizer) == tokenizer.decode(stream[: n_rows * body])
 
 
 def test_a_token_at_the_end_is_not_the_beginning() -> None:
@@ -151,6 +164,8 @@ def test_interleaving(parts: list[tuple[int, float]], n: int) -> None:
     assert rows.shape == (min(n, sum(counts)), 4) and rows.dtype == np.int64
     taken = Counter(rows[:, 0].tolist())
     assert all(taken[i] <= c for i, c in enumerate(counts))
+    found = n_interleaved(blocks(counts), [w for _, w in parts], n)
+    assert found == [taken[i] for i in range(len(parts))]
 
 
 def test_interleaving_keeps_to_the_weights_all_along() -> None:

@@ -347,6 +347,26 @@ def test_zero_shot_run_and_not_run() -> None:
         "Tiny-EVO-Q4_K_M.gguf, everyday (200 items): 62.0 ± 3.1 %, full precision 64.0 %;"
         " 7 answers differ from full precision's."
     ]
+    task = done["outputs"][0]["tasks"]["everyday"]
+    task["overlap"] = {"n_items": 200, "n_short": 2, "n_seen": 0}
+    assert text.task_lines(report.read(done))[0].endswith(
+        "; no item overlaps with the calibration text (2 are too short to be judged)."
+    )
+    task["overlap"] = {"n_items": 200, "n_short": 0, "n_seen": 3}
+    assert text.task_lines(report.read(done))[0].endswith(
+        "; 3 items OVERLAP with the calibration text."
+    )
+
+
+def test_text_that_was_seen_is_told() -> None:
+    changed = values()
+    assert "runs of 13 words" not in text.protocol_line(report.read(changed))
+    changed["overlap"] = {
+        "docs": {"n": 1000, "n_seen": 0, "share": 0.0},
+        "code": {"n": 1000, "n_seen": 123, "share": 0.123},
+    }
+    said = text.protocol_line(report.read(changed))
+    assert "(runs of 13 words that the calibration text has, too: docs none, code 12 %)" in said
 
 
 def fallback(tensor: str, asked: str = "Q4_K", reason: str = "rows of 96") -> dict[str, str]:

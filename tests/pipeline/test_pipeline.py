@@ -10,6 +10,7 @@ import llama_cpp
 import pytest
 from commands import Answer, Run, packed_tensors, quantkit
 
+from evaluators.overlap import Seen
 from quantkit.files import sha256_file
 from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.gguf_file.read import GgufFile
@@ -61,6 +62,20 @@ def test_report(run: Run) -> None:
     assert output["tasks"] == {} and output["zero_shot"]["status"] == "not run"
     assert "HF_HUB_OFFLINE is set" in output["zero_shot"]["reason"]
     assert report["versions"].keys() >= {"quantkit", "python", "llama-cpp-python", "torch"}
+
+
+def test_what_was_calibrated_on_is_kept_and_compared(run: Run) -> None:
+    """All text before validation; what is held out shares hardly a run of 13 words with it."""
+    seen = run.dir.artifacts.calibrated.read_text("utf-8")
+    n_tokens = sum(run.report["calibration"]["n_tokens"].values())
+    assert len(seen) > n_tokens  # a token of this tokenizer is more than a letter
+    assert "import" in seen and "expression" in seen
+    overlap = run.report["overlap"]
+    assert {*overlap} == {"docs", "code"}
+    for found in overlap.values():
+        assert found["n"] > 100 and found["share"] == found["n_seen"] / found["n"] < 0.1
+    assert Seen([seen]).overlap(seen[:5000]).share == 1.0
+    assert "runs of 13 words that the calibration text has, too: code " in run.card
 
 
 def test_baselines_are_the_neighbors_in_size(run: Run) -> None:

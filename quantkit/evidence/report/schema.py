@@ -18,8 +18,10 @@ from evaluators.figures import (
     Accuracy,
     Divergence,
     Flips,
+    ItemOverlap,
     Mean,
     MeanNats,
+    Overlap,
     PairedTest,
     Perplexity,
     SpeedResult,
@@ -77,6 +79,7 @@ class Task:
     source: str
     base: dict[str, Accuracy] | None = None
     flips: dict[str, Flips] | None = None
+    overlap: ItemOverlap | None = None  # with the text that the output was calibrated on
 
     @property
     def of_base(self) -> Accuracy | None:
@@ -255,6 +258,7 @@ class Report:
     device: str | None = None
     device_reason: str | None = None
     texts: dict[str, str]
+    overlap: dict[str, Overlap] | None = None  # of each text with what was calibrated on
     calibration: Calibration | None = None
     refused: tuple[Budget, ...] | None = None
     fallbacks: tuple[Fallback, ...] | None = None

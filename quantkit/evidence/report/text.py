@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from evaluators.figures import Mean, PairedTest
+from evaluators.figures import ItemOverlap, Mean, PairedTest
 from quantkit.evidence.report.schema import OURS, STOCK, Report, Row
 from quantkit.ggml.types import READERS
 from quantkit.sizes import size
@@ -184,10 +184,20 @@ def task_lines(report: Report) -> list[str]:
                 text += f", full precision {100 * task.of_base.value:.1f} %"
             if flips := (task.flips or {}).get("acc"):
                 text += f"; {flips.n} answers differ from full precision's"
+            text += _overlapping(task.overlap)
             lines.append(f"{text}.")
     if not lines and (reason := (report.first.zero_shot or {}).get("reason")):
         lines.append(f"Zero-shot tests were not run: {reason.rstrip('.')}.")
     return lines
+
+
+def _overlapping(found: ItemOverlap | None) -> str:
+    """Whether a task's items stand in the calibration text, as a clause after others."""
+    if found is None:
+        return ""
+    said = f"{found.n_seen} items OVERLAP with" if found.n_seen else "no item overlaps with"
+    short = f" ({found.n_short} are too short to be judged)" if found.n_short else ""
+    return f"; {said} the calibration text{short}"
 
 
 def refused(report: Report) -> list[str]:
@@ -262,12 +272,24 @@ def protocol_line(report: Report) -> str:
     """Return how it was measured, on what text and on what device."""
     text = f"Protocol: {report.protocol}. Text: {', '.join(report.texts)}"
     if report.kind == "run":
-        text += ", not seen by any earlier stage"
+        text += f", not seen by any earlier stage{_seen_before(report)}"
     if report.n_windows:
         text += f"; {report.n_windows} windows"
     if report.weight_windows and report.weight_windows != report.n_windows:
         text += f", {report.weight_windows} of them for the weight KL"
     return f"{text}.{_device(report)}"
+
+
+def _seen_before(report: Report) -> str:
+    """How much of each text the calibration text has, too, as a clause in brackets."""
+    if not report.overlap:
+        return ""
+    said = (f"{name} {_small(found.share)}" for name, found in report.overlap.items())
+    return f" (runs of 13 words that the calibration text has, too: {', '.join(said)})"
+
+
+def _small(share: float) -> str:
+    return "none" if not share else f"{100 * share:.2g} %"
 
 
 def _device(report: Report) -> str:
