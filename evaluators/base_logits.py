@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,8 +46,10 @@ class BaseLogits(Closing):
         texts: dict[str, str],
         stores: dict[str, LogitStore],
         folder: tempfile.TemporaryDirectory[str] | None,
+        picked: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.base = base
+        self.picked = picked  # by domain the numbers of its windows; None: the first ones
         self.n_bytes = n_bytes
         self.texts = texts
         self.stores = stores
@@ -63,6 +65,7 @@ class BaseLogits(Closing):
         cache_dir: Path | str | None = None,
         runtime: Runtime = CPU,
         progress: Progress | None = None,
+        picked: Mapping[str, Sequence[int]] | None = None,
     ) -> BaseLogits:
         """Decode `base` on every text by the llama.cpp protocol, or take it from `cache_dir`.
 
@@ -73,6 +76,7 @@ class BaseLogits(Closing):
             max_windows: of each text; all full ones when None.
             cache_dir: where stores are kept and looked for; a temporary folder when None.
             progress: called with (windows done, windows in all).
+            picked: {domain: numbers of the windows to decode, from 0}; not with `cache_dir`.
 
         Raises:
             EvaluationError: a broken base, a text shorter than a window, too little disk, or a
@@ -80,6 +84,8 @@ class BaseLogits(Closing):
         """
         if not texts:
             raise EvaluationError("There is no text to measure on.", "Give at least one.")
+        if picked is not None and (cache_dir is not None or picked.keys() != texts.keys()):
+            raise ValueError("windows are picked of every text, and not kept")
         base = Path(base)
         n_bytes = check_gguf(base)
         base_sha256 = model_sha256(base)
@@ -104,13 +110,13 @@ class BaseLogits(Closing):
             paths = {domain: folder / _store_name(base, key) for domain, key in keys.items()}
             missing = {domain: texts[domain] for domain in texts if not paths[domain].exists()}
             if missing:
-                _write_stores(base, missing, keys, paths, runtime, progress)
+                _write_stores(base, missing, keys, paths, runtime, progress, picked)
             stores = {domain: open_store(paths[domain], keys[domain]) for domain in texts}
         except BaseException:
             if temporary:
                 temporary.cleanup()
             raise
-        return cls(base, n_bytes, dict(texts), stores, temporary)
+        return cls(base, n_bytes, dict(texts), stores, temporary, picked)
 
     @property
     def n_windows(self) -> int:
@@ -132,6 +138,7 @@ def _write_stores(
     paths: Mapping[str, Path],
     runtime: Runtime,
     progress: Progress | None,
+    picked: Mapping[str, Sequence[int]] | None,
 ) -> None:
     first_key = keys[next(iter(texts))]
     with Model(base, runtime) as model, RowWorkers(model.n_vocab, runtime.threads) as workers:
@@ -139,6 +146,8 @@ def _write_stores(
             domain: cut_windows(model, text, "llama.cpp", first_key.n_ctx, first_key.max_windows)
             for domain, text in texts.items()
         }
+        if picked is not None:
+            cut = {domain: windows.picked(picked[domain]) for domain, windows in cut.items()}
         check_space(
             paths[next(iter(texts))].parent,
             sum(store_bytes(w.n_windows, w.n_ctx, w.first, model.n_vocab) for w in cut.values()),

@@ -58,6 +58,18 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class WindowMeans:
+    """A mean for each window of a text: KL and -log p in nats, the base's -log p, and the share of
+    tokens with the base's most likely next one.
+    """
+
+    kl: tuple[float, ...]
+    nll: tuple[float, ...]
+    base_nll: tuple[float, ...]
+    top1: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class PairedTest:
     """Mean difference of two files on the same windows (a - b; below zero, a is better).
 

@@ -27,7 +27,7 @@ from evaluators.base_logits import BaseLogits
 from evaluators.command import Progress
 from evaluators.devices import check_gpu
 from evaluators.errors import EvaluationError
-from evaluators.figures import Divergence, MeanNats, PairedTest, Perplexity
+from evaluators.figures import Divergence, MeanNats, PairedTest, Perplexity, WindowMeans
 from evaluators.llama_runtime import CPU, Model, Runtime
 from evaluators.logit_store import LogitStore
 from evaluators.logprobs import RowWorkers
@@ -51,6 +51,11 @@ class TokenScores:
     nll: F64
     base_nll: F64
     same_top: NDArray[np.bool_]
+
+    def by_window(self) -> WindowMeans:
+        """Return the mean of every window."""
+        columns = (self.kl, self.nll, self.base_nll, self.same_top)
+        return WindowMeans(*(tuple(map(float, array.mean(axis=1))) for array in columns))
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ def measure_model(
                     "Compare files of the same model.",
                 )
             model.check_context(store.windows.n_ctx)
-            same_tokens &= _cuts_alike(model, base.texts[domain], store.windows)
+            picked = base.picked and base.picked[domain]
+            same_tokens &= _cuts_alike(model, base.texts[domain], store.windows, picked)
 
             def advance(n: int, _total: int, before: int = done) -> None:
                 if progress:
@@ -286,15 +292,19 @@ def _score(
     return TokenScores(kl, nll, store.rows.nll[: kl.size].reshape(shape), same)
 
 
-def _cuts_alike(model: Model, text: str, windows: Windows) -> bool:
-    """Whether the model's own tokenizer gives the base's windows."""
-    ids = model.tokenize(text)[: windows.tokens.size]
-    if ids.size != windows.tokens.size:
+def _cuts_alike(model: Model, text: str, windows: Windows, picked: Sequence[int] | None) -> bool:
+    """Whether the model's own tokenizer gives the base's windows, the first or the `picked` ones of
+    the text.
+    """
+    ids, n_ctx = model.tokenize(text), windows.n_ctx
+    found = ids[: len(ids) // n_ctx * n_ctx].reshape(-1, n_ctx)
+    which = list(range(windows.n_windows) if picked is None else picked)
+    if max(which) >= len(found):
         return False
-    ids = ids.reshape(windows.tokens.shape)
+    found = found[which]
     if model.adds_bos:
-        ids[:, 0] = model.bos
-    return bool(np.array_equal(ids, windows.tokens))
+        found[:, 0] = model.bos
+    return bool(np.array_equal(found, windows.tokens))
 
 
 def measure_files(

@@ -12,7 +12,8 @@ Both drop the tail that does not fill a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,21 @@ class Windows:
     def n_scored(self) -> int:
         """Return the scored tokens of one window."""
         return n_scored(self.n_ctx, self.first)
+
+    def picked(self, which: Sequence[int]) -> Windows:
+        """Return some of the windows, by their numbers. Raises EvaluationError where one is not
+        there.
+        """
+        if not which or not all(0 <= i < self.n_windows for i in which):
+            raise EvaluationError(
+                f"The text has {self.n_windows} windows, not those that are asked for.",
+                "Count them from 0.",
+            )
+        return Windows(self.tokens[list(which)], self.first)
+
+    def sha256(self) -> str:
+        """Return the hex sha256 of the token ids, 32-bit little-endian, window after window."""
+        return hashlib.sha256(self.tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def n_scored(n_ctx: int, first: int) -> int:

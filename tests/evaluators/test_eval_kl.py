@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import subprocess
@@ -428,3 +429,33 @@ def test_two_files_need_two_windows_before_the_work(tiny: TinyFiles) -> None:
             kl.measure_files(base, [tiny.noisy, tiny.base / "never opened"], runtime=ONE)
         rows, _ = kl.measure_files(base, [tiny.noisy], runtime=ONE)
     assert rows[0]["kl"]["ci95"] is None
+
+
+def test_picked_windows_are_those_of_the_whole(tiny: TinyFiles, texts: dict[str, Path]) -> None:
+    """The same figures window by window, by whatever windows stand beside them."""
+    read = {name: path.read_text() for name, path in texts.items()}
+    with compute(tiny.base, read) as base:
+        whole = measure(base, tiny.noisy)
+    n_windows = {name: len(scores.kl) for name, scores in whole.tokens.items()}
+    picked = {"cats": (2, 0), "digits": (n_windows["digits"] - 1,)}
+    with compute(tiny.base, read, picked=picked) as base:
+        assert base.n_windows == 3
+        some = measure(base, tiny.noisy)
+    assert some.same_tokens
+    for name, which in picked.items():
+        found, wanted = some.tokens[name].by_window(), whole.tokens[name].by_window()
+        for column in ("kl", "nll", "base_nll", "top1"):
+            assert getattr(found, column) == tuple(getattr(wanted, column)[i] for i in which)
+    assert whole.tokens["cats"].by_window().kl == pytest.approx(whole.tokens["cats"].kl.mean(1))
+    with pytest.raises(EvaluationError, match="windows, not those"):
+        compute(tiny.base, read, picked={**picked, "cats": (n_windows["cats"],)})
+    with pytest.raises(ValueError, match="picked of every text"):
+        compute(tiny.base, read, picked={"cats": (0,)})
+
+
+def test_tokens_have_a_sum(tiny: TinyFiles) -> None:
+    with Model(tiny.base, ONE) as model:
+        windows = cut_windows(model, TEXT, n_ctx=64)
+    ids = b"".join(int(i).to_bytes(4, "little") for row in windows.tokens for i in row)
+    assert windows.sha256() == hashlib.sha256(ids).hexdigest()
+    assert windows.picked([1]).sha256() != windows.picked([0]).sha256()
