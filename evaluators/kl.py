@@ -170,7 +170,7 @@ def measure_model(
                     "Compare files of the same model.",
                 )
             model.check_context(store.windows.n_ctx)
-            picked = base.picked and base.picked[domain]
+            picked = None if base.picked is None else base.picked[domain]
             same_tokens &= _cuts_alike(model, base.texts[domain], store.windows, picked)
 
             def advance(n: int, _total: int, before: int = done) -> None:

@@ -18,12 +18,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__
-from quantkit.config import DEMO_MODEL, PREFERENCES, PROFILES, RunConfig, load_types_map
-from quantkit.config.devices import DEVICES
-from quantkit.config.targets import FAMILY, BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
+from quantkit.config import RunConfig, load_types_map
+from quantkit.config.targets import BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.machine import faults
-from quantkit.planning import compare_options
+from quantkit.planning import compare_options, model_options
 from quantkit.ranks import join, launch
 from quantkit.run import terminal
 from quantkit.run.artifacts import NAMES
@@ -32,7 +31,7 @@ from quantkit.run.folder import RunDir
 from quantkit.run.terminal import Printer
 from quantkit.sandbox import secrets
 from quantkit.stages import TASKS
-from quantkit.tensors import METHODS, to_json
+from quantkit.tensors import to_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run all stages, or continue an interrupted run")
-    _add_model_options(run)
+    model_options.add(run)
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
     run.add_argument("--publish", metavar="REPO", help="upload the result to this Hub repository")
     _add_visibility(run)
@@ -86,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan", help="show what a run would make and cost, without running it"
     )
-    _add_model_options(plan)
+    model_options.add(plan)
     plan.set_defaults(command=_plan)
 
     app = commands.add_parser("app", help="serve the web page on this machine")
@@ -140,103 +139,6 @@ def _add_visibility(parser: argparse.ArgumentParser) -> None:
     seen.add_argument("--private", action="store_true", help="make the repository private")
     seen.add_argument(
         "--public", action="store_true", help="make it public even if the model is private or gated"
-    )
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help=f"a Hub id, a Hub URL, a local folder, or {DEMO_MODEL}"
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--target-bpw", metavar="X,...", help="bits per weight of the whole file, such as 4.5"
-    )
-    size.add_argument(
-        "--target-size", metavar="S,...", help="bytes of the whole file, such as 90MB or 5.5GB"
-    )
-    size.add_argument(
-        "--like",
-        metavar="TYPE,...",
-        help="at most llama.cpp's size for this type (default: Q4_K_M)",
-    )
-    size.add_argument(
-        "--fits",
-        metavar="MEM@CTX,...",
-        help="the largest file that fits with a context of CTX tokens (8192) in MEM: a size, or one"
-        f" of {', '.join(DEVICES)}",
-    )
-    size.add_argument(
-        "--family",
-        action="store_const",
-        const=",".join(FAMILY),
-        help=f"one file for each of {', '.join(FAMILY)}, all made in one run",
-    )
-    parser.add_argument(
-        "--profile", choices=PROFILES, default="standard", help="amount of work (default: standard)"
-    )
-    parser.add_argument(
-        "--types",
-        type=Path,
-        metavar="MAP.json",
-        help="fix the types of matching tensors; `>=Q5_K` sets a minimum",
-    )
-    parser.add_argument(
-        "--max-types", type=int, metavar="N", help="use at most N different types in the file"
-    )
-    parser.add_argument(
-        "--tuning",
-        type=int,
-        metavar="STEPS",
-        help="gradient steps to fine-tune each block; 0 turns tuning off (default: the profile's)",
-    )
-    parser.add_argument(
-        "--levels", metavar="LIST", help="types to choose from, such as Q3_K,Q4_K,Q6_K"
-    )
-    parser.add_argument(
-        "--prefer",
-        choices=PREFERENCES,
-        default="quality",
-        help="speed: no type that is slow on CPUs",
-    )
-    parser.add_argument(
-        "--levels-from",
-        action="append",
-        default=[],
-        metavar="GGUF",
-        help="let tensors of this GGUF of the same model compete: a path or hf://...",
-    )
-    parser.add_argument(
-        "--methods",
-        metavar="LIST",
-        default=",".join(METHODS),
-        help="methods that compete for each tensor (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tensors", metavar="REGEX", help="quantize only tensors whose name matches"
-    )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the model")
-    parser.add_argument(
-        "--calibration",
-        metavar="SPEC",
-        default="auto",
-        help="calibration text: name[:weight],... (default: auto)",
-    )
-    parser.add_argument(
-        "--eval-text", metavar="FILE", help="validate on this text instead of the held-out tenth"
-    )
-    parser.add_argument(
-        "--tasks", metavar="FILE", help="validate on these multiple-choice items, too (JSON lines)"
-    )
-    parser.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="GGUF",
-        help="also measure this GGUF of the same model: a path or hf://owner/name/file.gguf",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda uses all visible GPUs"
     )
 
 
