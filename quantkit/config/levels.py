@@ -23,6 +23,10 @@ T = TypeVar("T")
 # Without the others the search loses less than 1 %; a few tensors want far more bits than the rest.
 _LEAST, _MOST = 0.6, 1.9
 _LEAST_OF_CODEBOOKS = 0.8  # scalar types of the same bits are there, and faster
+# Of two types whose errors are alike nobody wants the larger (dev/LOG.md, "Which levels a size
+# wants"), where most rows divide into the smaller one's blocks.
+_NO_BETTER_THAN = {QuantType("Q4_1"): QuantType("Q4_K")}
+_SAME_SIZE = 0.95  # more of the larger one's bytes are rows that fell back to it
 LEFT_OUT = "no file of the sizes asked for would want them; --levels makes them"
 
 
@@ -70,6 +74,7 @@ def wanted(
     limits = tuple(limits)
     if config.levels is not None or not limits:
         return tuple(uniform)
+    uniform = {q: n for q, n in uniform.items() if not _is_no_better(q, uniform)}
     kept: set[QuantType] = set()
     for limit in limits:
         below = [level for level, n_bytes in uniform.items() if n_bytes <= limit]
@@ -79,6 +84,11 @@ def wanted(
         kept |= {max(below, key=lambda q: uniform[q])} if below else set()
         kept |= {min(above, key=lambda q: uniform[q])} if above else set()
     return tuple(level for level in uniform if level in kept)
+
+
+def _is_no_better(level: QuantType, uniform: Mapping[QuantType, int]) -> bool:
+    smaller = _NO_BETTER_THAN.get(level)
+    return smaller in uniform and uniform[smaller] < _SAME_SIZE * uniform[level]
 
 
 def _least(level: QuantType) -> float:

@@ -236,3 +236,12 @@ def test_every_size_can_be_made_of_what_is_wanted(limits: list[int]) -> None:
     made = [UNIFORM[q] for q in wanted(UNIFORM, limits, RunConfig("m"))]
     assert min(made) <= min(limits) and max(made) >= max(limits)
     assert all(n in made for n in limits if n in UNIFORM.values())
+
+
+def test_a_type_that_is_no_better_than_a_smaller_one_is_left_out() -> None:
+    larger = QuantType("Q4_1")
+    assert larger not in wanted({**UNIFORM, larger: 500}, [470], RunConfig("m"))
+    assert larger in wanted({**UNIFORM, larger: 460}, [470], RunConfig("m")), "rows fall back"
+    assert larger in wanted({Q2: 260, larger: 500}, [470], RunConfig("m")), "the other is no level"
+    named = RunConfig("m", levels=("Q4_K", "Q4_1"))
+    assert larger in wanted({Q4: 450, larger: 500}, [470], named), "it was asked for"
