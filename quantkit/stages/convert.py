@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from quantkit.evidence.parity import Original
-    from quantkit.llamacpp.tokens import Tokens
+    from quantkit.model.row_maps import RowMap
     from quantkit.sources.carry import CarryOver
 
 NAME = "convert"
@@ -55,8 +56,8 @@ class Convert(Stage):
         """Raise QuantkitError when the converter does not know the model, or nothing of it is
         found again.
         """
-        from quantkit.model.opening import open_model
-        from quantkit.model.row_maps import RowMatcher, save_row_maps
+        from quantkit.evidence.parity import check_logits
+        from quantkit.model.row_maps import save_row_maps
 
         snapshot = load_snapshot(run.dir)
         base_path = run.artifacts.base
@@ -80,15 +81,20 @@ class Convert(Stage):
         specs = specs_of(base)
         check_sizes(run.config, base, plan_levels(specs, run.config))  # before the long work
         quantizable = {spec.name for spec in specs.values() if spec.quantizable}
-        checks = _check(run, snapshot, base, result.tokens)
-
-        model = open_model(run, NAME, snapshot.folder)
-        matcher = RowMatcher(model.model, model.weight)
-        maps = {}
-        for spec in specs.values():
-            found = matcher.match(spec, base.packed(spec.name)) if spec.quantizable else None
-            if found is not None:
-                maps[spec.name] = found
+        run.events.emit(NAME, "note", "comparing base.gguf with the model that transformers loads")
+        with ThreadPoolExecutor(1, "rows") as pool:  # a child of this thread compares meanwhile
+            matched = pool.submit(_match_rows, run, snapshot, base, specs)
+            original, folder = _originals(snapshot), run.artifacts.folder(NAME)
+            logits, measured = check_logits(base, result.tokens.ids, original, folder)
+            maps = matched.result()
+        run.events.emit(NAME, "note", f"{logits.name}: {logits.about}")
+        found = {
+            "checks": [result.tokens.check, logits],
+            "apart": result.tokens.apart,
+            "text": result.tokens.text,
+            "logits": measured,
+        }
+        checks = write_json(run.artifacts.checks, found)
         unmapped = sorted(quantizable - maps.keys())
         if not maps:
             raise QuantkitError(
@@ -151,24 +157,21 @@ def _carry_over(
     return found
 
 
-def _check(run: Run, snapshot: Snapshot, base: GgufFile, tokens: Tokens) -> Path:
-    """Hold `base.gguf` against its original, and keep what was found. Raises QuantkitError where it
-    is something else.
-    """
-    from quantkit.evidence.parity import check_logits
+def _match_rows(
+    run: Run, snapshot: Snapshot, base: GgufFile, specs: Mapping[str, TensorSpec]
+) -> dict[str, RowMap]:
+    """Where the rows of quantizable tensors come from, as far as they are the model's."""
+    from quantkit.model.opening import open_model
+    from quantkit.model.row_maps import RowMatcher
 
-    run.events.emit(NAME, "note", "comparing base.gguf with the model that transformers loads")
-    logits, measured = check_logits(
-        base, tokens.ids, _originals(snapshot), run.artifacts.folder(NAME)
-    )
-    run.events.emit(NAME, "note", f"{logits.name}: {logits.about}")
+    model = open_model(run, NAME, snapshot.folder)
+    matcher = RowMatcher(model.model, model.weight)
     found = {
-        "checks": [tokens.check, logits],
-        "apart": tokens.apart,
-        "text": tokens.text,
-        "logits": measured,
+        spec.name: matcher.match(spec, base.packed(spec.name))
+        for spec in specs.values()
+        if spec.quantizable
     }
-    return write_json(run.artifacts.checks, found)
+    return {name: map_ for name, map_ in found.items() if map_ is not None}
 
 
 def _originals(snapshot: Snapshot) -> list[Original]:

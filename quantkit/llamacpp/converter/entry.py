@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.llamacpp.converter import added, faster, vocabulary
+from quantkit.llamacpp.converter.ahead import Ahead, Checked
 from quantkit.sandbox.untrusted import Settings
 from quantkit.sandbox.worker import tell
 
@@ -94,9 +95,14 @@ def wrap_writer(job: Conversion) -> None:
         sizes = [tensor.nbytes for tensor in tensors.values()]
         tell(total=sum(sizes))
         if not job.skeleton:
-            for name, info in tensors.items():
-                if isinstance(info.tensor, gguf.LazyNumpyTensor):
-                    info.tensor = Checked(name, info.dtype.name, info.tensor)
+            lazy = {
+                name: Checked(name, info.dtype.name, info.tensor)
+                for name, info in tensors.items()
+                if isinstance(info.tensor, gguf.LazyNumpyTensor)
+            }
+            for name, tensor in lazy.items():
+                tensors[name].tensor = tensor
+            Ahead(lazy.values())
             write_tensors(self)
             return
         self.write_ti_data_to_file()
@@ -120,27 +126,6 @@ def check_blocks(arch: str, keys: Mapping[str, GGUFValue], tensors: Collection[s
     missing = [i for i in range(count.value) if str(i) not in present]
     if present and missing:
         raise ValueError(f"Block {missing[0]} of {count.value} has no tensors")
-
-
-class Checked:
-    """A tensor that is evaluated when it is written, and refused when a number is not finite."""
-
-    def __init__(self, name: str, dtype: str, tensor: Any) -> None:
-        self.name, self.dtype, self.tensor = name, dtype, tensor
-        self.nbytes = tensor.nbytes
-
-    def tofile(self, file: Any) -> None:
-        data = type(self.tensor).to_eager(self.tensor)
-        self.tensor = None
-        # All bits of the exponent set: infinite or not a number.
-        exponents = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-        if self.dtype in exponents:
-            kind, exponent = exponents[self.dtype]
-            bits = data.reshape(-1).view(kind)
-            for start in range(0, bits.size, 2**22):
-                if (bits[start : start + 2**22] & exponent == exponent).any():
-                    raise ValueError(f"{self.name} has a number that is not finite in {self.dtype}")
-        data.tofile(file)
 
 
 def accept_pre_tokenizer(job: Conversion) -> None:
