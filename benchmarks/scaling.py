@@ -99,13 +99,18 @@ class Row:
     n_parameters: int
     base_bytes: int
     stages: dict[str, Measured] = field(default_factory=dict)
-    planned_seconds: int = 0
+    planned: dict[str, int] = field(default_factory=dict)  # seconds by stage
     planned_memory: dict[str, int] = field(default_factory=dict)
     planned_disk: int = 0
 
     @property
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages.values())
+
+    @property
+    def planned_seconds(self) -> int:
+        """Those of the stages that were measured."""
+        return sum(self.planned.get(name, 0) for name in self.stages)
 
     @property
     def disk(self) -> int:
@@ -241,7 +246,8 @@ def planned(options: argparse.Namespace, arguments: list[str], row: Row) -> None
     command = [sys.executable, "-m", "quantkit", "plan", *arguments, "--json"]
     found = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
     estimates = json.loads(found.stdout)["estimates"]
-    row.planned_seconds, row.planned_disk = estimates["seconds"], estimates["disk_bytes"]
+    row.planned = estimates["stage_seconds"]
+    row.planned_disk = max(estimates["disk"][name] for name in row.stages or NAMES)
     row.planned_memory = estimates["memory"]
 
 
@@ -396,10 +402,12 @@ def is_finished(events: Path, stage: str) -> bool:
 
 
 def gpu_bytes() -> int:
-    """The most that is taken of a GPU of this machine, by anybody; 0 without one."""
+    """The most that is taken of a visible GPU, by anybody; 0 without one."""
     if shutil.which("nvidia-smi") is None:
         return 0
     ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        ask.append(f"--id={visible}")
     found = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
     return max(int(line) for line in found.splitlines()) * 2**20
 
@@ -466,7 +474,7 @@ def size_of(folder: Path) -> int:
 def show(row: Row) -> None:
     """Print a run by its stages."""
     print(f"\n{_title(row)}, {row.n_parameters / 1e9:.2f}G parameters\n")
-    head = ["stage", "seconds", "memory", "planned", "of it anonymous", "disk of the run", "GPU"]
+    head = ["stage", "seconds", "planned", "memory", "planned", "of it anonymous", "disk", "GPU"]
     lines = []
     for name in NAMES:
         if (stage := row.stages.get(name)) is None:
@@ -474,7 +482,8 @@ def show(row: Row) -> None:
         sizes = (stage.rss, row.planned_memory.get(name, 0), stage.anonymous)
         gib = [f"{n / 2**30:.2f} GiB" for n in sizes]
         disk, gpu = f"{stage.disk / 1e9:.1f} GB", f"{stage.gpu / 2**30:.2f} GiB"
-        lines.append([name, f"{stage.seconds:.0f}", *gib, disk, gpu if stage.gpu else ""])
+        seconds = f"{stage.seconds:.0f}", f"{row.planned.get(name, 0)}"
+        lines.append([name, *seconds, *gib, disk, gpu if stage.gpu else ""])
     print(table(head, lines))
 
 
