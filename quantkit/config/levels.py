@@ -87,8 +87,8 @@ def wanted(
 
 
 def _is_no_better(level: QuantType, uniform: Mapping[QuantType, int]) -> bool:
-    smaller = _NO_BETTER_THAN.get(level)
-    return smaller in uniform and uniform[smaller] < _SAME_SIZE * uniform[level]
+    smaller = uniform.get(_NO_BETTER_THAN.get(level, level), uniform[level])
+    return smaller < _SAME_SIZE * uniform[level]
 
 
 def _least(level: QuantType) -> float:
