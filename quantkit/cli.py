@@ -28,7 +28,6 @@ from quantkit.run import terminal
 from quantkit.run.artifacts import NAMES
 from quantkit.run.events import read_events
 from quantkit.run.folder import RunDir
-from quantkit.run.terminal import Printer
 from quantkit.sandbox import secrets
 from quantkit.stages import TASKS
 from quantkit.tensors import to_json
@@ -77,7 +76,12 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run all stages, or continue an interrupted run")
     model_options.add(run)
-    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    run.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder (default: runs/ and the names of model and sizes)",
+    )
     run.add_argument("--publish", metavar="REPO", help="upload the result to this Hub repository")
     _add_visibility(run)
     run.set_defaults(command=_run)
@@ -86,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="show what a run would make and cost, without running it"
     )
     model_options.add(plan)
+    plan.add_argument("--all", action="store_true", help="also list all sizes and fallbacks")
     plan.set_defaults(command=_plan)
 
     app = commands.add_parser("app", help="serve the web page on this machine")
@@ -211,8 +216,10 @@ def _given_file(option: str, name: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> object:
-    check_writable_name(str(arguments.out.absolute()))
-    return _execute(_config(arguments), arguments.out, arguments.words)
+    config = _config(arguments)
+    folder = arguments.out or Path("runs", model_options.folder_name(config))
+    check_writable_name(str(folder.absolute()))
+    return _execute(config, folder, arguments.words)
 
 
 def _resume(arguments: argparse.Namespace) -> object:
@@ -261,7 +268,8 @@ def _execute(config: RunConfig, folder: Path, words: Sequence[str]) -> object:
             join.serve(
                 ranks, TASKS, lambda error: faults.explain(error) or terminal.bug(error, None)
             )
-        records = pipeline.run(config, folder, Printer(), ranks=ranks)
+        with terminal.printing() as printer:
+            records = pipeline.run(config, folder, printer, ranks=ranks)
     report_path = RunDir(folder).artifacts.report.with_suffix(".md")
     with suppress(OSError):
         print(printable(report_path.read_text("utf-8")), file=sys.stderr)
@@ -325,20 +333,21 @@ def _app(arguments: argparse.Namespace) -> object:
 
 
 def _plan(arguments: argparse.Namespace) -> object:
-    from quantkit.planning import plan
+    from quantkit.planning import plan, render
 
     made = plan.make_plan(_config(arguments))
     if not arguments.json:
-        print(printable(plan.render(made)))
+        print(printable(render.render(made, everything=arguments.all)))
     return made
 
 
 def _publish(arguments: argparse.Namespace) -> object:
     from quantkit import pipeline
 
-    return pipeline.publish(
-        arguments.folder, arguments.repo, arguments.private, Printer(), public=arguments.public
-    )
+    with terminal.printing() as printer:
+        return pipeline.publish(
+            arguments.folder, arguments.repo, arguments.private, printer, public=arguments.public
+        )
 
 
 def _rebuild(arguments: argparse.Namespace) -> object:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
-from quantkit.config import DEMO_MODEL, PREFERENCES, PROFILES
+from quantkit.config import DEMO_MODEL, PREFERENCES, PROFILES, RunConfig
 from quantkit.config.devices import DEVICES
 from quantkit.config.targets import FAMILY
 from quantkit.tensors import METHODS
@@ -106,3 +107,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda uses all visible GPUs"
     )
+
+
+def folder_name(config: RunConfig) -> str:
+    """Return the name of the folder of a run that was given none: the model and what was asked."""
+    words = [config.model.rstrip("/").rsplit("/", 1)[-1], *(t.value for t in config.targets)]
+    name = re.sub(r"[^A-Za-z0-9._@-]+", "-", "-".join(words)).strip("-.")
+    return name[:100] or "model"

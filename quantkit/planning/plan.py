@@ -9,7 +9,6 @@ that names nothing and a budget that cannot be met are refused before any weight
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +19,7 @@ from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
 from quantkit.config import RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
-from quantkit.config.levels import LEFT_OUT, LevelPlan, plan_levels, wanted
-from quantkit.errors import printable
+from quantkit.config.levels import LevelPlan, plan_levels, wanted
 from quantkit.ggml.types import STOCK_MIXES, QuantType
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
@@ -30,13 +28,11 @@ from quantkit.llamacpp.contexts import ContextMemory, context_memory
 from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.converter.convert import convert
 from quantkit.llamacpp.stock import StockRecipe, quantizable_tensors, stock_bytes
-from quantkit.markdown import table
 from quantkit.planning import texts
 from quantkit.planning.cost import estimates, free_bytes
-from quantkit.planning.coverage import foretell, in_words
+from quantkit.planning.coverage import foretell
 from quantkit.planning.disk import by_stage, footprint
-from quantkit.planning.nouns import Estimates, Plan, PlannedModel, Sizes
-from quantkit.sizes import size
+from quantkit.planning.nouns import Plan, PlannedModel, Sizes
 from quantkit.sources.fit import copies, kept_notes
 from quantkit.sources.resolve import read_headers, resolve
 from quantkit.tensors import TensorSpec
@@ -182,71 +178,3 @@ def make_plan(
             warnings=(*warnings, *conversion.warnings, *conversion.tokens.notes),
             estimates=one_file.for_files(max(1, len(sizes.budgets))),
         )
-
-
-def _context(memory: ContextMemory) -> str:
-    n_tokens = memory.usual_tokens
-    return f"{n_tokens:,} tokens take {size(memory.n_bytes(n_tokens))} in addition to the file"
-
-
-def _by_stage(memory: dict[str, int]) -> str:
-    """The largest peak first."""
-    peaks = sorted(memory.items(), key=lambda item: -item[1])
-    return "about " + ", ".join(f"{size(n)} in {stage}" for stage, n in peaks[:5])
-
-
-def _longest(estimate: Estimates) -> str:
-    """The stages that take longest, of one file."""
-    found = sorted(estimate.stage_seconds.items(), key=lambda item: -item[1])[:4]
-    return ", ".join(f"{name} {max(1, round(seconds / 60))}" for name, seconds in found)
-
-
-def _on_disk(plan: Plan) -> str:
-    """The largest peak and where it is, and what comes from the Hub beside it. Where there is room,
-    more is kept.
-    """
-    by_stage, downloaded = plan.estimates.disk, plan.footprint.downloaded
-    stage = max(by_stage, key=lambda name: by_stage[name])
-    beside = f" and {size(downloaded)} in the Hub's cache" if downloaded else ""
-    return f"{size(by_stage[stage])} are needed in the run's folder, in {stage}{beside}"
-
-
-def render(plan: Plan) -> str:
-    """Render the plan for people."""
-    model, sizes, estimate = plan.model, plan.sizes, plan.estimates
-    lines = [
-        f"{printable(model.id, '')} at {model.sha[:12]}",
-        f"  {model.architecture}, {model.n_parameters / 1e6:,.0f}M parameters,"
-        f" license {printable(model.license or 'not stated', '')},"
-        f" {size(model.download_bytes)} of source files",
-        "",
-    ]
-    for budget in sizes.budgets:
-        limit = budget.limit_bytes
-        bpw = 8 * limit / model.n_parameters
-        lines.append(f"budget    {budget.target}: {limit:,} bytes ({bpw:.2f} bpw)")
-    if not sizes.budgets:
-        lines.append("budget    every type is given")
-    lines += [f"refused   {budget.target}: {budget.refusal}" for budget in sizes.refused]
-    lines += [
-        f"possible  {sizes.smallest_bytes:,} to {sizes.largest_bytes:,} bytes",
-        f"GPTQ      {in_words(plan.coverage)}",
-        f"time      about {max(1, round(estimate.seconds / 60))} minutes: {_longest(estimate)}",
-        f"disk      {_on_disk(plan)}",
-        f"memory    {_by_stage(estimate.memory)}",
-        f"context   {_context(plan.context)}",
-        "",
-        table(["level, uniform", "bytes"], [[name, f"{n:,}"] for name, n in sizes.levels.items()]),
-        "",
-        table(["llama.cpp mix", "bytes"], [[name, f"{n:,}"] for name, n in plan.stock.items()]),
-    ]
-    if plan.left_out:
-        names = ", ".join(plan.left_out)
-        lines += ["", f"left out: {names}: {LEFT_OUT}"]
-    groups = Counter((f.asked, f.used, f.reason) for f in plan.fallbacks)
-    if groups:
-        rows = [[asked, used, str(n), reason] for (asked, used, reason), n in groups.items()]
-        lines += ["", table(["asked", "used", "tensors", "reason"], rows)]
-    lines += ["", *(f"note: {printable(warning, '')}" for warning in plan.warnings)]
-    lines += [f"sandbox that reads the model: {plan.sandbox}"]
-    return "\n".join(lines).rstrip()

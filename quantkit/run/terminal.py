@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -85,13 +85,23 @@ def settle_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def printing() -> Iterator[Callable[[Event], None]]:
+    """Yield what shows events on stderr: with a bar on a terminal, else as lines."""
+    if not sys.stderr.isatty():
+        yield Printer()
+        return
+    from quantkit.run.live import Live  # needs rich
+
+    with Live() as live:
+        yield live
+
+
 class Printer:
-    """Prints events to stderr as they come: a line per stage, progress in place on a terminal."""
+    """Prints events to stderr as they come, a line each; of progress every quarter of a stage."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._on_terminal = sys.stderr.isatty()
-        self._open_line = False
         self._is_heard = True
         self._last_percent = -100
 
@@ -100,23 +110,20 @@ class Printer:
         head = f"{seconds // 60:3d}:{seconds % 60:02d}  {event.stage or '':<10}"
         if event.kind == "progress":
             percent = 100 * event.data["done"] // max(event.data["total"], 1)
-            if not self._on_terminal and percent < self._last_percent + 25 and percent < 100:
+            if percent < self._last_percent + 25 and percent < 100:
                 return
             self._last_percent = percent
-            self._write(f"{head} {percent:3d} %  {event.message}", keep_open=self._on_terminal)
-        elif event.kind in ("started", "finished", "skipped", "note", "failed"):
+            self._write(f"{head} {percent:3d} %  {event.message}")
+        else:
             self._last_percent = -100
-            self._write(f"{head} {event.kind}  {event.message}".rstrip(), keep_open=False)
+            self._write(f"{head} {event.kind}  {event.message}".rstrip())
 
-    def _write(self, text: str, keep_open: bool) -> None:
-        start = "\r\033[K" if self._open_line else ""
+    def _write(self, text: str) -> None:
         if self._is_heard:
             try:
-                end = "" if keep_open else "\n"
-                print(start + printable(text, ""), end=end, file=sys.stderr, flush=True)
+                print(printable(text, ""), file=sys.stderr, flush=True)
             except OSError:  # whoever read this has gone, or its disk is full: the work goes on
                 self._is_heard = False
-        self._open_line = keep_open
 
 
 def readable(arguments: Sequence[str]) -> list[str]:

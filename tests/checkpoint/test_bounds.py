@@ -24,7 +24,8 @@ from quantkit.errors import QuantkitError
 from quantkit.hub.card_data import read_card
 from quantkit.llamacpp.converter.snapshot import sanitize
 from quantkit.planning.nouns import Plan
-from quantkit.planning.plan import make_plan, render
+from quantkit.planning.plan import make_plan
+from quantkit.planning.render import render
 from quantkit.sandbox.untrusted import build
 from quantkit.tensors import to_json
 
@@ -221,7 +222,11 @@ def test_a_plan_in_json(llama: Path) -> None:
     assert build(Plan, told) == plan and told["schema"] == 1
     assert len(plan.sizes.budgets) == len(plan.sizes.refused) == 1
     assert list(told)[:4] == ["schema", "model", "sizes", "stock"]
-    assert "0.5" in render(plan) and f"{plan.sizes.budgets[0].limit_bytes:,} bytes" in render(plan)
+    said, everything = render(plan), render(plan, everything=True)
+    assert "0.5" in said and f"{plan.sizes.budgets[0].limit_bytes:,} bytes" in said
+    assert len(said.splitlines()) <= 10 + len(plan.warnings) + len(plan.sizes.budgets)
+    shown = {f"| {label} | {n_bytes:,} |" for label, n_bytes in plan.stock.items()}
+    assert shown <= set(everything.splitlines()) and not shown & set(said.splitlines())
 
 
 def test_the_tiny_model_is_within_bounds() -> None:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from quantkit.config import PROFILES, Profile, RunConfig, compile_pattern, load_types_map
 from quantkit.config.devices import DEVICES
-from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
+from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix, Target
 from quantkit.errors import UsageError
 from quantkit.ggml.types import CODEBOOK_TYPES, FILE_TYPES, QuantType
+from quantkit.planning import model_options
 from quantkit.sandbox.untrusted import Damaged
 from quantkit.sizes import parse_bytes
 from quantkit.tensors import METHODS, to_json
@@ -341,3 +342,18 @@ def test_configs_are_values() -> None:
         config.seed = 3  # type: ignore[misc]
     assert replace(config, seed=3).changed_fields(config) == ["seed"]
     assert hash(config) == hash(RunConfig("m"))
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "name"),
+    [
+        ("Qwen/Qwen3-8B", (BitsPerWeight("3.1"), BitsPerWeight("4.5")), "Qwen3-8B-3.1-4.5"),
+        ("models/my tune/", (FitsMemory("8GB@8192"),), "my-tune-8GB@8192"),
+        ("demo:smollm2-135m", (), "demo-smollm2-135m"),
+        ("../..", (), "model"),
+    ],
+)
+def test_the_folder_of_a_run_that_is_given_none(
+    model: str, targets: tuple[Target, ...], name: str
+) -> None:
+    assert model_options.folder_name(RunConfig(model, targets=targets)) == name
