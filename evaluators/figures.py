@@ -172,3 +172,98 @@ class ItemOverlap:
     n_items: int
     n_short: int
     n_seen: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """`n_yes` of `n`, and Wilson's interval of the share."""
+
+    value: float
+    ci95: Interval
+    n_yes: int
+    n: int
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The share of the base's answers and of the file's to the same prompts, of which something is
+    true. `p_value` is that of the prompts where only one's is being a coin's work (McNemar, exact).
+    """
+
+    base: Share
+    file: Share
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, a ratio or a quantile over `n` documents or prompts, which are the unit of `ci95`.
+    Below 20 of them the interval is rough (`is_rough`), of one or two there is none.
+    """
+
+    value: float
+    ci95: Interval | None
+    n: int
+
+    @property
+    def is_rough(self) -> bool:
+        return self.n < LEAST_DOCUMENTS
+
+
+LEAST_DOCUMENTS = 20  # from here on intervals cover as they say: benchmarks/interval_coverage.py
+
+
+@dataclass(frozen=True)
+class OnDocuments:
+    """KL(base || file) in nats over `n_tokens` tokens of documents, and the share with the base's
+    most likely next token.
+    """
+
+    kl: Estimate
+    median: Estimate
+    p99: Estimate
+    p999: Estimate
+    max: float
+    top1: Estimate
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Answers that think first: how many of the base's do, the ratio of what is thought in
+    characters, and which come to an end of it.
+    """
+
+    n: int
+    length: Estimate
+    finished: SideBySide
+
+
+@dataclass(frozen=True)
+class AnswersBeside:
+    """A file's greedy answers beside the base's, of at most `n_new` tokens each.
+
+    `before_difference` are the tokens of an answer before the first that differs, `length` the
+    ratio of tokens (file over base). `agreement`: having read the base's answer up to a token, the
+    share of those that the file would choose, too; what follows from a first difference does not
+    count there. `asked`: chat template, or plain text. Tool calls and JSON are None where no prompt
+    asks for them; `same_calls` are of those that the base's answers make.
+    """
+
+    n_prompts: int
+    n_left_out: int
+    n_new: int
+    n_tokens: int
+    prompts_sha256: str
+    asked: str
+    reason: str | None = field(default=None, kw_only=True)
+    identical: Share
+    before_difference: Estimate
+    agreement: Estimate
+    length: Estimate
+    unfinished: SideBySide
+    loops: SideBySide
+    tool_calls: SideBySide | None = None
+    same_calls: Share | None = None
+    json: SideBySide | None = None
+    thinking: Thinking | None = None

@@ -170,13 +170,15 @@ class Model(Closing):
             n -= 1
         return ids[:n].copy()
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, special ones left out."""
+    def text_of(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of tokens; special ones are left out unless `special`."""
         tokens = (lib.llama_token * len(ids))(*ids)
         capacity = 64 + 16 * len(ids)
         while True:
             buffer = ctypes.create_string_buffer(capacity)
-            n = lib.llama_detokenize(self._vocab, tokens, len(ids), buffer, capacity, False, False)
+            n = lib.llama_detokenize(
+                self._vocab, tokens, len(ids), buffer, capacity, False, special
+            )
             if n >= 0:
                 return buffer.raw[:n].decode("utf-8", "replace")
             capacity = -n
@@ -210,11 +212,18 @@ class Context(Closing):
     and `n_outputs` rows of logits at a time.
 
     With `n_seqs` > 1 the cells are one pool (`kv_unified`) and a token may belong to several
-    sequences, which is how a shared prefix is computed once.
+    sequences, which is how a shared prefix is computed once. `apart`, every sequence has an equal
+    part of the cells, and only looks at those: less work where nothing is shared.
     """
 
     def __init__(
-        self, model: Model, n_ctx: int, n_step: int, n_outputs: int, n_seqs: int = 1
+        self,
+        model: Model,
+        n_ctx: int,
+        n_step: int,
+        n_outputs: int,
+        n_seqs: int = 1,
+        apart: bool = False,
     ) -> None:
         self.model = model
         self.n_step = n_step
@@ -226,7 +235,7 @@ class Context(Closing):
         params.n_seq_max = n_seqs
         # llama.cpp keeps at least one row per sequence
         params.n_outputs_max = max(n_outputs, n_seqs)
-        params.kv_unified = n_seqs > 1
+        params.kv_unified = n_seqs > 1 and not apart
         params.n_threads = params.n_threads_batch = model.runtime.threads
         # Without layers on the GPU nothing else may wander there either: the CPU means the CPU.
         params.offload_kqv = params.op_offload = model.runtime.n_gpu_layers != 0
@@ -243,6 +252,10 @@ class Context(Closing):
     def clear(self) -> None:
         """Forget every sequence."""
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+
+    def forget(self, sequence: int) -> None:
+        """Forget one sequence, so that another can take its place."""
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), sequence, -1, -1)
 
     def decode(
         self,

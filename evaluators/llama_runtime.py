@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,16 +227,29 @@ class Model(Opened):
         )
         return np.array(ids, dtype=np.int32)
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, special ones left out."""
-        return self.session.ask("text", _SECONDS, str, ids=list(ids))
+    def text_of(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of tokens; special ones are left out unless `special`."""
+        return self.session.ask("text", _SECONDS, str, ids=list(ids), special=special)
 
     def ends(self) -> frozenset[int]:
         """Return the tokens that end an answer."""
         return frozenset(self.session.ask("ends", _SECONDS, whole_numbers))
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str | None:
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        asks: bool = True,
+        thinks: bool | None = None,
+    ) -> str | None:
         """Render `messages` with the file's own chat template; None without one.
+
+        Args:
+            messages: as the OpenAI API has them, tool calls with arguments as objects.
+            tools: the functions that may be called, as that API has them.
+            asks: end where the assistant begins to answer (`add_generation_prompt`).
+            thinks: what the switches `enable_thinking` and `thinking` of a template are set to;
+                None leaves them to the template.
 
         Raises EvaluationError when the template cannot be used; the model may be gone then.
         """
@@ -244,7 +257,10 @@ class Model(Opened):
             "render",
             _RENDER_SECONDS,
             lambda said: None if said is None else str(said),
-            messages=list(messages),
+            messages=[dict(message) for message in messages],
+            tools=None if tools is None else [dict(tool) for tool in tools],
+            asks=asks,
+            thinks=thinks,
         )
 
     def check_context(self, n_ctx: int) -> None:
@@ -257,11 +273,18 @@ class Context(Closing):
     and `n_outputs` rows of logits at a time.
 
     With `n_seqs` > 1 the cells are one pool (`kv_unified`) and a token may belong to several
-    sequences, which is how a shared prefix is computed once.
+    sequences, which is how a shared prefix is computed once. `apart`, every sequence has an equal
+    part of the cells, and only looks at those: less work where nothing is shared.
     """
 
     def __init__(
-        self, model: Model, n_ctx: int, n_step: int, n_outputs: int, n_seqs: int = 1
+        self,
+        model: Model,
+        n_ctx: int,
+        n_step: int,
+        n_outputs: int,
+        n_seqs: int = 1,
+        apart: bool = False,
     ) -> None:
         self.model = model
         self.n_step = n_step
@@ -275,12 +298,17 @@ class Context(Closing):
             n_step=n_step,
             n_outputs=n_outputs,
             n_seqs=n_seqs,
+            apart=apart,
         )
         self._is_open = True
 
     def clear(self) -> None:
         """Forget every sequence."""
         self.model.session.ask("clear", _SECONDS)
+
+    def forget(self, sequence: int) -> None:
+        """Forget one sequence, so that another can take its place."""
+        self.model.session.ask("forget", _SECONDS, sequence=sequence)
 
     def decode(
         self,

@@ -71,22 +71,26 @@ class _Server:
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         return self._opened.tokenize(text, add_special, parse_special).tolist()
 
-    def text(self, ids: list[int]) -> str:
-        return self._opened.text_of(ids)
+    def text(self, ids: list[int], special: bool) -> str:
+        return self._opened.text_of(ids, special)
 
     def ends(self) -> list[int]:
         return self._opened.ends()
 
-    def context(self, n_ctx: int, n_step: int, n_outputs: int, n_seqs: int) -> None:
+    def context(self, n_ctx: int, n_step: int, n_outputs: int, n_seqs: int, apart: bool) -> None:
         from evaluators.llama_native import Context
 
         model = self._opened
-        self._context = Context(model, n_ctx, n_step, n_outputs, n_seqs)
+        self._context = Context(model, n_ctx, n_step, n_outputs, n_seqs, apart)
         self._shared = self._memory(n_outputs * model.n_vocab)
 
     def clear(self) -> None:
         assert self._context is not None
         self._context.clear()
+
+    def forget(self, sequence: int) -> None:
+        assert self._context is not None
+        self._context.forget(sequence)
 
     def decode(
         self,
@@ -114,7 +118,13 @@ class _Server:
         if self._model is not None:
             self._model.close()
 
-    def render(self, messages: list[dict[str, str]]) -> str | None:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        asks: bool,
+        thinks: bool | None,
+    ) -> str | None:
         """Render the chat template, a stranger's program: it can loop forever or ask for all
         memory.
         """
@@ -136,10 +146,12 @@ class _Server:
                 resource.setrlimit(resource.RLIMIT_DATA, (least, hard))
             signal.alarm(_RENDER_SECONDS)
             formatter = Jinja2ChatFormatter(
-                source, self._opened.token_text("eos"), self._opened.token_text("bos")
+                source, self._opened.token_text("eos"), self._opened.token_text("bos"), asks
             )
-            messages_: Any = messages
-            prompt = formatter(messages=messages_).prompt
+            said: dict[str, Any] = {"messages": messages, "tools": tools}
+            if thinks is not None:
+                said |= {"enable_thinking": thinks, "thinking": thinks}
+            prompt = formatter(**said).prompt
         except Exception as error:  # a template can raise anything
             about = str(error).rstrip(". ") or type(error).__name__
             raise EvaluationError(f"The chat template cannot be rendered: {about}.") from error
