@@ -116,9 +116,15 @@ class Chat:
             said = whole[len(before) :] if whole.startswith(before) else ""
             if all(word in said for word in _essentials(talk.messages[-1])):
                 reply = said
-        ids = self._model.tokenize(reply, add_special=False, parse_special=True)
+        asked_ids = self.tokens_of(before)
+        # Cut with what stands before it: alone it may get a space in front that nobody would say.
+        both = self.tokens_of(before + reply)
+        if np.array_equal(both[: len(asked_ids)], asked_ids):
+            ids = both[len(asked_ids) :]
+        else:
+            ids = self._model.tokenize(reply, add_special=False, parse_special=True)
         at = np.flatnonzero(np.isin(ids, list(self._model.ends())))
-        return self.tokens_of(before), ids[: at[0] + 1] if len(at) else ids
+        return asked_ids, ids[: at[0] + 1] if len(at) else ids
 
     def _rendered(
         self, messages: Sequence[Message], talk: Conversation, asks: bool, thinks: bool

@@ -39,9 +39,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation whose last message, the assistant's, is scored."""
+    """A conversation whose last message, the assistant's, is scored. `group`: what its domain and
+    others are together, such as languages.
+    """
 
     domain: str
+    group: str | None
     talk: Conversation
 
 
@@ -66,7 +69,8 @@ def dialogues(path: Path | None = None, limit: int | None = None) -> tuple[Dialo
         if talk.messages[-1]["role"] != "assistant" or len(talk.messages) < 2:
             raise _wrong(where, "its last message is not an assistant's answer")
         domain = str(row.get("domain", "chat"))
-        by_domain.setdefault(domain, []).append(Dialogue(domain, talk))
+        group = str(row["group"]) if row.get("group") else None
+        by_domain.setdefault(domain, []).append(Dialogue(domain, group, talk))
     found = tuple(one for of in by_domain.values() for one in of[:limit])
     if not found:
         raise EvaluationError(

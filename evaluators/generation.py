@@ -92,8 +92,9 @@ def _asked(chat: Chat, model: Model, prompts: Sequence[Prompt], n_new: int) -> A
             continue
         ids = chat.tokens_of(text)
         if len(ids) + n_new <= model.n_ctx_train:
-            begun = text.rstrip().rpartition("\n")[2]
-            kept.append((prompt, ids, begun if begun in ("<think>", "<thought>") else ""))
+            end = text.rstrip()
+            begun = next((tag for tag in ("<think>", "<thought>") if end.endswith(tag)), "")
+            kept.append((prompt, ids, begun))
     if not kept:
         raise EvaluationError(
             f"No prompt can be given to {model.path}{': ' + reason.rstrip('.') if reason else ''}.",

@@ -5,7 +5,8 @@
 KL(base || file) in nats over the whole vocabulary, for the second half of every window, as
 `llama-perplexity --kl-divergence` takes it; but exact where that drops tokens with log p <= -16.
 Beside it the share of tokens with the same most likely next token, both perplexities and their
-ratio. `--weight-kl` adds the KL of the weights alone (`evaluators.weights`).
+ratio. `--weight-kl` adds the KL of the weights alone (`evaluators.weights`). With `--domains`
+instead of a text: through the chat template, by domain (`evaluators.domains`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators import command
+from evaluators import command, domains
 from evaluators.base_logits import BaseLogits
 from evaluators.command import Progress
 from evaluators.devices import check_gpu
@@ -348,6 +349,8 @@ def measure_files(
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    if options.domains:
+        return domains.evaluate(options)
     runtime = command.runtime_of(options)
     texts = command.read_domains(options)
     if options.save and len(options.files) > 1:
@@ -379,11 +382,14 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the table of one or several files, and each domain's KL where there are several."""
+    if "floor" in result:
+        domains.show(result)
+        return
     rows = rows_of(result)
-    domains = list(rows[0]["domains"]) if len(rows[0]["domains"]) > 1 else []
+    names = list(rows[0]["domains"]) if len(rows[0]["domains"]) > 1 else []
     weights = "weight_kl" in rows[0]
     headers = ["file", "bytes", "KL", *(["weight KL"] if weights else []), "median", "99.9 %"]
-    headers += ["same top-1", "perplexity", "ln ratio", *domains]
+    headers += ["same top-1", "perplexity", "ln ratio", *names]
     headers += ["KL - first's"] if "versus_first" in rows[-1] else []
     lines = []
     for row in rows:
@@ -395,7 +401,7 @@ def show(result: dict[str, Any]) -> None:
         line += [f"{100 * row['top1']:.2f} ± {100 * row['top1_stderr']:.2f} %"]
         line += [f"{row['perplexity']['value']:.4f}"]
         line += [command.with_error(ratio["mean"], ratio["stderr"], 5)]
-        line += [f"{row['domains'][domain]['kl']['mean']:.5f}" for domain in domains]
+        line += [f"{row['domains'][domain]['kl']['mean']:.5f}" for domain in names]
         if "versus_first" in rows[-1]:
             line += [_versus(row.get("versus_first"))]
         lines.append(line)
@@ -429,6 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     command.add_text_options(parser)
     add_kl_options(parser)
+    domains.add_options(parser)
     parser.add_argument(
         "--save", type=Path, metavar="FILE.npz", help="save per-token KL and -log p"
     )

@@ -157,7 +157,7 @@ def wilson(n_yes: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-N_RESAMPLES = 2000
+N_RESAMPLES = 1000
 _RESAMPLE_SEED = 20_250_101  # the same figures give the same interval
 
 
@@ -227,7 +227,7 @@ def quantile_intervals(
         return [(value, None) for value in found]
     document = np.repeat(np.arange(n), [len(of) for of in values])[order]
     rng = np.random.default_rng(_RESAMPLE_SEED)
-    drawn = np.empty((N_RESAMPLES // 4, len(quantiles)))
+    drawn = np.empty((N_RESAMPLES // 2, len(quantiles)))
     for i in range(len(drawn)):
         weight = np.bincount(rng.integers(0, n, n), minlength=n)[document].cumsum()
         at = np.searchsorted(weight, np.array(quantiles) * weight[-1])

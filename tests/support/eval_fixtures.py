@@ -53,6 +53,7 @@ class TinySpec:
     n_ctx_train: int = 256
     add_bos: bool = True
     add_eos: bool = False
+    template: str | None = None  # for chat
 
 
 def pieces(spec: TinySpec) -> list[str]:
@@ -156,6 +157,8 @@ def _finish(writer: gguf.GGUFWriter, spec: TinySpec, tensors: dict[str, np.ndarr
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(spec.add_bos)
     writer.add_add_eos_token(spec.add_eos)
+    if spec.template is not None:
+        writer.add_chat_template(spec.template)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
