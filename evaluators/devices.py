@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 
+import llama_cpp
 import llama_cpp.llama_cpp as lib
 
 from evaluators.errors import EvaluationError
@@ -32,6 +33,23 @@ def gpus() -> tuple[str, ...]:
         for device in found
         if ggml.ggml_backend_dev_type(device) in _GPUS
     )
+
+
+def build() -> dict[str, str]:
+    """Return what tells this build of llama.cpp from others, as far as its library knows:
+    `llama_cpp_python`, `ggml` (version and commit) and `system` (what it uses of the processor).
+    """
+    told = []
+    for name in ("ggml_version", "ggml_commit"):
+        function = getattr(lib._lib, name, None)  # not in older ones
+        if function is not None:
+            function.restype = ctypes.c_char_p
+            told.append(function().decode("utf-8", "replace"))
+    return {
+        "llama_cpp_python": llama_cpp.__version__,
+        "ggml": " ".join(told),
+        "system": " ".join(lib.llama_print_system_info().decode("utf-8", "replace").split()),
+    }
 
 
 def check_gpu() -> None:

@@ -22,7 +22,7 @@ from quantkit.config import RunConfig, load_types_map
 from quantkit.config.targets import BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.machine import faults
-from quantkit.planning import compare_options, model_options
+from quantkit.planning import compare_options, model_options, verify_options
 from quantkit.ranks import join, launch
 from quantkit.run import terminal
 from quantkit.run.artifacts import NAMES
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return terminal.failed(QuantkitError("interrupted; run the same command again to continue"))
     except Exception as error:
         return terminal.failed(faults.explain(error, folder) or terminal.bug(error, folder))
-    return 0
+    return int(getattr(arguments, "status", 0))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="compare any GGUFs of the same model")
     compare_options.add(compare)
     compare.set_defaults(command=_compare)
+
+    verify = commands.add_parser(
+        "verify", help="check published files against their receipt, and measure them again"
+    )
+    verify_options.add(verify)
+    verify.set_defaults(command=_verify)
 
     rebuild = commands.add_parser("rebuild", help="make a published file again from its recipe")
     rebuild.add_argument("recipe", type=Path, metavar="RECIPE", help="recipes/NAME.json")
@@ -348,6 +354,23 @@ def _publish(arguments: argparse.Namespace) -> object:
         return pipeline.publish(
             arguments.folder, arguments.repo, arguments.private, printer, public=arguments.public
         )
+
+
+def _verify(arguments: argparse.Namespace) -> object:
+    from quantkit.verifying import findings
+    from quantkit.verifying.verify import Asked, verify
+
+    asked = Asked(**verify_options.chosen(arguments))
+    try:
+        with terminal.printing() as printer:
+            verdict = verify(asked, printer, lambda said: print(printable(said), file=sys.stderr))
+    except QuantkitError as error:  # nothing was found wrong: it could not be looked at
+        terminal.failed(error)
+        raise SystemExit(findings.NOT_CHECKED) from None
+    arguments.status = verdict.status
+    if not arguments.json:
+        print(findings.render(verdict))
+    return {**to_json(verdict), "status": verdict.status, "verdict": verdict.sentence}
 
 
 def _rebuild(arguments: argparse.Namespace) -> object:

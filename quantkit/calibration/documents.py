@@ -29,11 +29,14 @@ _EVAL_SHARE = 0.30
 
 @dataclass(frozen=True)
 class Domain:
-    """Documents of one kind, in a fixed order, and where they come from."""
+    """Documents of one kind, in a fixed order, and where they come from. Without a `license` they
+    stay on this machine.
+    """
 
     name: str
     source: str
     documents: tuple[str, ...]
+    license: str | None = None
 
     @property
     def sha256(self) -> str:

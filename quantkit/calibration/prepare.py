@@ -65,14 +65,17 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
     with replacing(run.artifacts.calibrated) as partial:
         partial.write_text(seen, "utf-8", newline="")
     texts = _eval_texts(run, mix.domains, tokenizer)
-    for name, text in texts.items():
+    for name, text in texts.values():
         with replacing(run.artifacts.eval_texts / f"{name}.txt") as partial:
             partial.write_text(text, "utf-8", newline="")
     about = Texts(
         mix.note,
-        tuple(Described.of(domain, weight) for domain, weight in mix.domains),
+        tuple(
+            Described.of(domain, weight, texts[i][0] if i in texts else None)
+            for i, (domain, weight) in enumerate(mix.domains)
+        ),
         {code: round(bits, 3) for code, bits in mix.languages.items()},
-        tuple(f"{name}.txt" for name in texts),
+        tuple(f"{name}.txt" for name, _ in texts.values()),
     )
     write_json(path, about)
     return about
@@ -128,12 +131,13 @@ def _tokens(
 
 def _eval_texts(
     run: Run, domains: Sequence[tuple[Domain, float]], tokenizer: Any
-) -> dict[str, str]:
-    """What is held out of each domain for validation, by a name for its file. Domains with less
-    than a window of it are left out: better now than after the long work.
+) -> dict[int, tuple[str, str]]:
+    """What is held out of each domain for validation, by the domain's number: a name for its file,
+    and the text. Domains with less than a window of it are left out: better now than after the long
+    work.
     """
-    found: dict[str, str] = {}
-    for domain, _ in domains:
+    found: dict[int, tuple[str, str]] = {}
+    for i, (domain, _) in enumerate(domains):
         text = "\n\n".join(split(domain, run.config.seed)["eval"])
         if len(tokenizer(text, verbose=False).input_ids) < EVAL_TOKENS:
             run.events.emit(
@@ -141,9 +145,9 @@ def _eval_texts(
             )
             continue
         name = Path(domain.name).stem
-        while name in found:  # notes.txt and notes.jsonl
+        while name in {other for other, _ in found.values()}:  # notes.txt and notes.jsonl
             name += "-"
-        found[name] = text
+        found[i] = name, text
     if not found and run.config.eval_text is None:
         raise QuantkitError(
             f"No calibration text is long enough to hold out {EVAL_TOKENS} tokens for validation.",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.calibration.documents import Domain, up_to
-from quantkit.config.calibration import HUB_TEXTS
+from quantkit.config.calibration import HUB_TEXTS, license_of
 from quantkit.errors import QuantkitError
 
 
@@ -85,9 +85,11 @@ def hub_text(
 
 
 def domain(name: str, source: str, documents: Iterable[str]) -> Domain:
-    """Make a Domain of documents, without empty ones and NUL bytes."""
+    """Make a Domain of a text of `quantkit.config.calibration`, without empty documents and NUL
+    bytes.
+    """
     kept = (text.replace("\0", "").strip() for text in documents)
-    return Domain(name, source, tuple(text for text in kept if len(text) >= 50))
+    return Domain(name, source, tuple(text for text in kept if len(text) >= 50), license_of(name))
 
 
 def builtin_text(name: str, limit: int) -> Domain | None:
@@ -103,7 +105,9 @@ _BUILTIN = {"docs": ("documentation", python_docs), "code": ("standard library",
 
 @dataclass(frozen=True)
 class Described:
-    """What the report says about a domain of the calibration text."""
+    """What the report says about a domain of the calibration text. `held_out` is the name of the
+    text to validate on that is held out of it, if it is long enough.
+    """
 
     name: str
     source: str
@@ -111,8 +115,19 @@ class Described:
     n_documents: int
     n_characters: int
     sha256: str
+    license: str | None = None
+    held_out: str | None = None
 
     @classmethod
-    def of(cls, d: Domain, weight: float) -> Described:
+    def of(cls, d: Domain, weight: float, held_out: str | None) -> Described:
         n_characters = sum(map(len, d.documents))
-        return cls(d.name, d.source, round(weight, 4), len(d.documents), n_characters, d.sha256)
+        return cls(
+            d.name,
+            d.source,
+            round(weight, 4),
+            len(d.documents),
+            n_characters,
+            d.sha256,
+            d.license,
+            held_out,
+        )

@@ -20,22 +20,28 @@ from quantkit.errors import UsageError, check_writable_name
 
 @dataclass(frozen=True)
 class HubText:
-    """A dataset on the Hub and the column that holds its text (or a list of chat messages)."""
+    """A dataset on the Hub and the column that holds its text (or a list of chat messages). Without
+    a `license` of its own its texts have many, and are not handed on.
+    """
 
     repo: str
     config: str | None
     split: str
     column: str
+    license: str | None
 
 
+_ODC = "ODC-By 1.0"
 HUB_TEXTS = {
-    "fineweb-edu": HubText("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
-    "c4": HubText("allenai/c4", "en", "train", "text"),
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "code-hub": HubText("bigcode/the-stack-smol-xs", "python", "train", "content"),
-    "chat": HubText("HuggingFaceH4/ultrachat_200k", "default", "train_sft", "messages"),
+    "fineweb-edu": HubText("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text", _ODC),
+    "c4": HubText("allenai/c4", "en", "train", "text", _ODC),
+    "wikitext2": HubText(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "CC BY-SA 3.0"
+    ),
+    "code-hub": HubText("bigcode/the-stack-smol-xs", "python", "train", "content", None),
+    "chat": HubText("HuggingFaceH4/ultrachat_200k", "default", "train_sft", "messages", "MIT"),
 } | {
-    f"lang-{code}": HubText("HuggingFaceFW/fineweb-2", language.config, "train", "text")
+    f"lang-{code}": HubText("HuggingFaceFW/fineweb-2", language.config, "train", "text", _ODC)
     for code, language in LANGUAGES.items()
 }
 WRITTEN = ("prose", "dialogue", *(f"prose-{code}" for code in LANGUAGES))  # by the model itself
@@ -78,6 +84,18 @@ def language_of(name: str) -> str | None:
     """Return the code of the language of a text with this name; None for English and code."""
     kind, _, code = name.partition("-")
     return code if kind in ("lang", "prose") and code in LANGUAGES else None
+
+
+def license_of(name: str) -> str | None:
+    """Return the license by which a text of this name may be published beside what was measured on
+    it; None where it may not. A user's own files have no such name, and are never published.
+    """
+    if name in HUB_TEXTS:
+        return HUB_TEXTS[name].license
+    return "written by the model itself" if name in WRITTEN else _OF_CPYTHON.get(name)
+
+
+_OF_CPYTHON = dict.fromkeys(("docs", "code"), "PSF-2.0")
 
 
 def parts_of(mix: str, weight: float = 1.0) -> Iterator[Request]:

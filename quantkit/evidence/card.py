@@ -28,6 +28,20 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
     from, measured results.
     """
     kept = metadata(info.card, _repo(info))
+    tags = dict.fromkeys([*_TAGS, *tags_of(info.card.get("tags"))])
+    return ModelCardData(
+        model_name=_title(info, report),
+        base_model=_base_model(info),
+        base_model_relation="quantized",
+        quantized_by="quantkit",
+        tags=[tag for tag in tags if tag not in _NOT_OURS],
+        eval_results=results(report),
+        **{"pipeline_tag": "text-generation", **kept},
+    )
+
+
+def results(report: Report) -> list[EvalResult]:
+    """Return the figures that stand in the card's YAML."""
     results = []
     for output in report.outputs:
         text_name = "held-out text" + _of_one(report, output)
@@ -40,16 +54,7 @@ def card_data(info: ModelInfo, report: Report) -> ModelCardData:
             _result(name + _of_one(report, output), "accuracy", "Accuracy", task.acc.value)
             for name, task in (output.tasks or {}).items()
         ]
-    tags = dict.fromkeys([*_TAGS, *tags_of(info.card.get("tags"))])
-    return ModelCardData(
-        model_name=_title(info, report),
-        base_model=_base_model(info),
-        base_model_relation="quantized",
-        quantized_by="quantkit",
-        tags=[tag for tag in tags if tag not in _NOT_OURS],
-        eval_results=[r for r in results if not math.isnan(r.metric_value)],
-        **{"pipeline_tag": "text-generation", **kept},
-    )
+    return [r for r in results if not math.isnan(r.metric_value)]
 
 
 def _title(info: ModelInfo, report: Report) -> str:
@@ -91,24 +96,30 @@ def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:
     )
 
 
-def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str | None) -> str:
+def model_card(
+    info: ModelInfo,
+    measured: Report,
+    config: RunConfig,
+    repo: str | None,
+    receipt_sha256: str | None = None,
+) -> str:
     """Return the whole card as Markdown with YAML in front.
 
     Args:
         measured: the report of a run.
         config: what the run was asked for.
         repo: where it will be published; None leaves a place to fill in.
+        receipt_sha256: the sum of the receipt beside the card, if there is one.
     """
-    report = reports.read(all_markdown(to_json(measured)))
+    report = _escaped(measured)
     outputs = report.outputs
     middle = outputs[len(outputs) // 2]  # of several sizes the commands name the one in the middle
-    verdicts = text.verdicts(report)
     parts = [
         f"# {_title(info, report)}",
         f"{_origin(info)} as {_size(report)}. The type of every tensor was searched by measuring"
         " the KL divergence to the full-precision model; the weights were quantized with GPTQ onto"
         f" llama.cpp's own grids. {_runtimes(report)}",
-        verdicts[0] if len(verdicts) == 1 else reports.bullets(verdicts),
+        _verdict(report),
         "## Which file should I choose?",
         _choice(report, repo),
         "## Measured",
@@ -120,10 +131,8 @@ def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str |
         " the activations of quantized files, which costs each the same few thousandths.",
         *_losses(report),
         *_missing(report),
-        reports.set_table(tables.domains(report)),
-        *([reports.set_table(spoken)] if (spoken := tables.languages(report)) else []),
-        *([reports.set_table(long)] if (long := tables.long_contexts(report)) else []),
-        *([reports.bullets(lines)] if (lines := text.task_lines(report)) else []),
+        *_details(report),
+        *(["## Verify it", _verify(repo, receipt_sha256)] if receipt_sha256 else []),
         "## Run it",
         _commands(middle.name, middle.label, repo or "<owner>/<repo>"),
         "## What is inside",
@@ -153,6 +162,53 @@ def model_card(info: ModelInfo, measured: Report, config: RunConfig, repo: str |
         parts += ["## Fallbacks", reports.set_table(groups)]
     body = "\n\n".join(parts) + "\n"
     return str(ModelCard(f"---\n{card_data(info, measured).to_yaml()}\n---\n\n{body}"))
+
+
+def _escaped(measured: Report) -> Report:
+    return reports.read(all_markdown(to_json(measured)))
+
+
+def evidence(measured: Report, repo: str | None) -> list[str]:
+    """Return the parts of a card that hold its figures: each stands in it as it is."""
+    report = _escaped(measured)
+    return [
+        _verdict(report),
+        _choice(report, repo),
+        _measured(report, repo),
+        text.protocol_line(report),
+        *_losses(report),
+        *_missing(report),
+        *_details(report),
+        *(_sum(output) for output in report.outputs),
+    ]
+
+
+def _verdict(report: Report) -> str:
+    verdicts = text.verdicts(report)
+    return verdicts[0] if len(verdicts) == 1 else reports.bullets(verdicts)
+
+
+def _details(report: Report) -> list[str]:
+    """The figures by kind of text, in long contexts and on tasks."""
+    return [
+        reports.set_table(tables.domains(report)),
+        *([reports.set_table(spoken)] if (spoken := tables.languages(report)) else []),
+        *([reports.set_table(long)] if (long := tables.long_contexts(report)) else []),
+        *([reports.bullets(lines)] if (lines := text.task_lines(report)) else []),
+    ]
+
+
+def _sum(output: Output) -> str:
+    return f"sha256 of `{output.name}`:\n`{output.sha256}`"
+
+
+def _verify(repo: str | None, receipt_sha256: str) -> str:
+    return (
+        f"```\nquantkit verify {repo or '<owner>/<repo>'}\n```\n\n"
+        "measures windows of the texts again that it draws itself, makes the full-precision file"
+        " for that, and compares what comes out, all files and this card with `receipt.json`"
+        f" (its sum: `{receipt_sha256}`)."
+    )
 
 
 def _runtimes(report: Report) -> str:
@@ -287,7 +343,7 @@ def _made(report: Report, config: RunConfig) -> str:
         f"The same again, from the full-precision GGUF (sha256 `{report.base.sha256}`):",
         f"```\n{rebuild}\n```",
         "Type lists for `llama-quantize --tensor-type-file` are in `recipes/`, too.",
-        "\n".join(f"sha256 of `{o.name}`:\n`{o.sha256}`\n" for o in report.outputs).rstrip(),
+        "\n\n".join(map(_sum, report.outputs)),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".",
     ]
     return "\n\n".join(lines)

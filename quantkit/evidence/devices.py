@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantkit.evidence.receipt.schema import Engine
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp import place
 from quantkit.sizes import size
@@ -35,6 +36,12 @@ class Device:
     @property
     def is_gpu(self) -> bool:
         return self.runtime.n_gpu_layers != 0
+
+    def engine(self) -> Engine:
+        """Return the build that measures, for a receipt."""
+        from evaluators.devices import build
+
+        return Engine(**build(), device=self.name, n_threads=self.runtime.threads)
 
 
 def choose(device: str, base: GgufFile) -> Device:

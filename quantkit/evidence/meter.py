@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from quantkit.evidence.baselines import Baseline
 from quantkit.evidence.devices import Device
+from quantkit.evidence.receipt.claims import Claims
+from quantkit.evidence.receipt.schema import OF_FILE, OF_WEIGHTS
 from quantkit.evidence.report.measures import Measures
 from quantkit.evidence.report.schema import OURS, Figures, Row, Task, Tests
 from quantkit.evidence.report.text import without_folders
@@ -53,6 +55,7 @@ class Meter:
         self._n_steps, self._at = n_steps, 0
         self._ours: dict[str, tuple[KLResult | None, KLResult | None]] = {}
         self._answers: dict[str, ZeroShotResult] = {}
+        self.claims = Claims()
         self.long: dict[int, BaseLogits] = {}  # by tokens of a window
         self.first: KLResult | None = None
         self.n_weight_windows = 0
@@ -92,7 +95,9 @@ class Meter:
         if logits is None:
             return None
         measure = partial(kl.measure, logits, path, self._runtime, progress)
-        return self.measures.take(f"KL of {other.name}", measure)
+        found = self.measures.take(f"KL of {other.name}", measure)
+        self.claims.add_windows(other, OF_FILE, found)
+        return found
 
     def _row(
         self, logits: BaseLogits | None, other: Baseline, path: Path, result: KLResult | None
@@ -118,7 +123,7 @@ class Meter:
         return replace(
             row,
             speed=take(f"speed of {name}", lambda: self.speed(path)),
-            tasks=take(f"answers of {name}", lambda: self._tasks(path, progress)) or {},
+            tasks=take(f"answers of {name}", lambda: self._tasks(other, path, progress)) or {},
             long=self._long(other, path),
         )
 
@@ -134,7 +139,9 @@ class Meter:
         measure = partial(
             kl.measure_weights, logits, path, folder, self._runtime, progress, n_windows, memory
         )
-        return self.measures.take(f"weight KL of {other.name}", measure)
+        found = self.measures.take(f"weight KL of {other.name}", measure)
+        self.claims.add_windows(other, OF_WEIGHTS, found)
+        return found
 
     def _long(self, other: Baseline, path: Path) -> dict[str, Divergence]:
         from evaluators import kl
@@ -146,6 +153,8 @@ class Meter:
             )
             for n, logits in self.long.items()
         }
+        for result in found.values():
+            self.claims.add_windows(other, OF_FILE, result)
         return {str(n): result.combined.kl for n, result in found.items() if result is not None}
 
     def _tests(
@@ -203,7 +212,9 @@ class Meter:
         result = speed.measure(path, n_ctx, n_prompt, n_generate, n_repeats, self._runtime)
         return replace(result, file=path.name)  # the report is published: no folders
 
-    def _tasks(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, Task]:
+    def _tasks(
+        self, other: Baseline, path: Path, progress: Callable[[int, int], None]
+    ) -> dict[str, Task]:
         """Zero-shot accuracy beside the base's, and the answers that differ."""
         from evaluators import zeroshot
 
@@ -214,13 +225,15 @@ class Meter:
             self._answers[items.name] = zeroshot.run(self._base.path, items, runtime=self._runtime)
         reference = self._answers[items.name]
         result = zeroshot.run(path, items, runtime=self._runtime, progress=progress)
+        source, is_given = without_folders(items.source), self._run.config.tasks is not None
+        self.claims.add_answers(other, source, is_given, result, reference)
         task = Task(
             task=result.task,
             n_items=result.n_items,
             **result.accuracy,
             items_sha256=result.items_sha256,
             seconds=result.seconds,
-            source=without_folders(items.source),
+            source=source,
             base=reference.accuracy,
             flips=zeroshot.answer_flips(result, reference),
             overlap=self.seen.overlap_of_items(items.items),

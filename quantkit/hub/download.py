@@ -59,7 +59,7 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
     if info.local_path is not None:
         _check_sizes(info, Path(info.local_path))
         return Path(info.local_path)
-    folder = snapshot(info, info.files, token, progress)
+    folder = snapshot(info.id, info.sha, info.files, token, progress)
     try:
         _check_sizes(info, folder)
     except QuantkitError:
@@ -68,7 +68,7 @@ def download(info: ModelInfo, token: str | None, progress: Progress | None = Non
             logger.warning("%s in the cache is damaged; downloading it again", file.path)
             (folder / file.path).resolve().unlink(missing_ok=True)
             (folder / file.path).unlink(missing_ok=True)
-        folder = snapshot(info, info.files, token, progress)
+        folder = snapshot(info.id, info.sha, info.files, token, progress)
         _check_sizes(info, folder)
     return folder
 
@@ -111,10 +111,14 @@ def _check_sizes(info: ModelInfo, folder: Path) -> None:
 
 
 def snapshot(
-    info: ModelInfo, files: Sequence[RepoFile], token: str | None, progress: Progress | None
+    repo_id: str,
+    sha: str,
+    files: Sequence[RepoFile],
+    token: str | None,
+    progress: Progress | None,
 ) -> Path:
-    """Call snapshot_download for exactly these files."""
-    cache, here = cache_dir(), cached_folder(info)
+    """Call snapshot_download for exactly these files of a commit."""
+    cache, here = cache_dir(), cached_snapshot(repo_id, sha)
     n_total = sum(file.n_bytes for file in files)
     n_cached = sum(file.n_bytes for file in files if (here / file.path).is_file())
     check_disk(cache, n_total - n_cached)
@@ -122,8 +126,8 @@ def snapshot(
 
     def fetch() -> str:
         return snapshot_download(
-            info.id,
-            revision=info.sha,
+            repo_id,
+            revision=sha,
             allow_patterns=[glob.escape(file.path) for file in files],
             token=token or False,
             endpoint=endpoint(),
@@ -133,7 +137,7 @@ def snapshot(
             max_workers=4,
         )
 
-    folder = Path(call(fetch, Asked(info.id, info.sha), token, PATIENT))
+    folder = Path(call(fetch, Asked(repo_id, sha), token, PATIENT))
     if progress is not None:
         progress(n_total, n_total)
     return folder

@@ -178,6 +178,11 @@ class Artifacts:
         return self.folder("validate") / "report.json"
 
     @property
+    def receipt(self) -> Path:
+        """The means of every window, by which anybody can measure it again."""
+        return self.folder("validate") / "receipt.json"
+
+    @property
     def upload(self) -> Path:
         """The folder of what is published."""
         return self.folder("publish") / "upload"

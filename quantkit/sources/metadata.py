@@ -65,7 +65,7 @@ def _small_files(info: ModelInfo, token: str | None) -> Path:
     if info.local_path:
         return Path(info.local_path)
     small = [file for file in info.files if file.path not in info.weights]
-    return snapshot(info, small, token, progress=None)
+    return snapshot(info.id, info.sha, small, token, progress=None)
 
 
 def _make_shells(

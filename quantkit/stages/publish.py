@@ -1,9 +1,9 @@
 """publish: everything a downloader needs in one folder, and that folder on the Hub when it was
 asked for.
 
-Stages GGUFs, imatrix, recipes, report and model card under `upload/` (hard links: no second copy of
-a weight). Only a validated run comes here. Without a repository the folder stays as it is, ready
-for `quantkit publish`.
+Stages GGUFs, imatrix, recipes, report, receipt and model card under `upload/` (hard links: no
+second copy of a weight). Only a validated run comes here. Without a repository the folder stays as
+it is, ready for `quantkit publish`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.config.calibration import shown
 from quantkit.errors import QuantkitError
+from quantkit.evidence import receipt as receipts
 from quantkit.evidence.card import model_card
+from quantkit.evidence.receipt import Receipt
+from quantkit.evidence.receipt.make import complete
 from quantkit.evidence.report import read
 from quantkit.evidence.report.text import without_folders
 from quantkit.files import link, write_json, write_text
@@ -35,7 +38,7 @@ class Publish(Stage):
     """Gather the files, and upload them if you asked for it."""
 
     name = NAME
-    version = 2
+    version = 3
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError for whatever the Hub refuses."""
@@ -59,11 +62,14 @@ class Publish(Stage):
             write_json(folder / output.recipe, recipe)
         for path in sorted((stitched / "recipes").glob("*.txt")):
             link(path, folder / "recipes" / path.name)
+        _texts(run, folder)
         (folder / "plots").mkdir()
         for path in sorted((validate / "plots").iterdir()):
             link(path, folder / "plots" / path.name)
+        receipt = receipts.to_json(_with_sums(run, folder))
+        write_json(folder / receipts.NAME, receipt)
         report = read(read_json(run.artifacts.report))
-        card = model_card(snapshot.info, report, run.config, run.config.publish)
+        card = model_card(snapshot.info, report, run.config, run.config.publish, receipt["sha256"])
         write_text(folder / "README.md", card)
         staged = sorted(path for path in folder.rglob("*") if path.is_file())
         if run.config.publish is None:
@@ -77,6 +83,20 @@ class Publish(Stage):
     def is_current(self, config: RunConfig, record: StageRecord) -> bool:
         """Return False if a repository is asked for: on the Hub it may be gone, or changed."""
         return config.publish is None
+
+
+def _texts(run: Run, folder: Path) -> None:
+    """Stage the texts that were measured on, where their licenses allow it."""
+    found, _ = receipts.read(run.artifacts.receipt)
+    for text in found.texts:
+        if text.file is not None:
+            link(run.artifacts.eval_texts / f"{text.name}.txt", folder / text.file)
+
+
+def _with_sums(run: Run, folder: Path) -> Receipt:
+    """The receipt with the sums of all that is staged."""
+    found, _ = receipts.read(run.artifacts.receipt)
+    return complete(found, folder, _known(run, folder))
 
 
 def _without_folders(config: Mapping[str, object]) -> dict[str, object]:
@@ -137,7 +157,8 @@ def _known(run: Run, folder: Path) -> dict[str, str]:
     for stage in ("stitch", "validate"):
         for output in run.records[stage].outputs:
             name = output.path.partition("/")[2]
-            if not (name.startswith("recipes/") and name.endswith(".json")):  # written anew here
+            is_recipe = name.startswith("recipes/") and name.endswith(".json")
+            if not is_recipe and name != receipts.NAME:  # written anew here
                 paths[name] = output.path
     sums = {o.path: o.sha256 for record in run.records.values() for o in record.outputs}
     return {n: sums[path] for n, path in paths.items() if path in sums and (folder / n).exists()}

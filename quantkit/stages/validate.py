@@ -4,7 +4,8 @@ KL divergence of the files and of their weights alone, perplexity, top-1 agreeme
 answers, speed and memory, on text that no earlier stage has seen. Beside the output stand stock
 files made here with the same imatrix, the uniform files of our own levels, and whatever the user
 names; each is tested against the output, window by window. Before that the file must be what it
-should be (`evidence.integrity`). Writes `report.json`, `report.md`, `report.html` and `plots/`.
+should be (`evidence.integrity`). Writes `report.json`, `report.md`, `report.html` and `plots/`, and
+`receipt.json`, by which anybody can measure it again.
 It measures with `evaluators`, which the search never looks at: it does not grade itself.
 """
 
@@ -28,6 +29,8 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence import baselines, devices, integrity
 from quantkit.evidence.baselines import Baseline, as_it_is
 from quantkit.evidence.meter import Meter
+from quantkit.evidence.receipt import write as write_receipt
+from quantkit.evidence.receipt.make import LONG, of_run
 from quantkit.evidence.report import Report, Row, write_report
 from quantkit.evidence.report import schema as reported
 from quantkit.evidence.report.measures import Measures, reason_of
@@ -139,7 +142,9 @@ def _validate(run: Run) -> StageResult:
             "KL and perplexity",
             lambda: predictions(texts, N_CTX, windows, kept, runtime, progress),
         )
-        joined = {"long": "\n\n".join(texts.values())}
+        if logits is not None:
+            meter.claims.add_tokens(logits)
+        joined = {LONG: "\n\n".join(texts.values())}
         for n_ctx in run.profile.effort.long:
 
             def long(n_ctx: int = n_ctx) -> BaseLogits:
@@ -149,6 +154,7 @@ def _validate(run: Run) -> StageResult:
             known = measures.take(f"KL in a context of {n_ctx:,} tokens", long)
             if known is not None:
                 meter.long[n_ctx] = known
+                meter.claims.add_tokens(known)
         measured = {file.name: meter.ours(logits, file) for file in ours}
         on_base = meter.device_kl(logits, "full precision", base.path)
         rows = [row for other in others if (row := meter.beside(logits, other))]
@@ -160,7 +166,10 @@ def _validate(run: Run) -> StageResult:
         {"name": row.name, "n_bytes": row.n_bytes, "top1": row.top1, "kl": row.kl.mean}
         for row in report.outputs
     ]
-    return StageResult(write_report(folder, report, measures), {"files": to_json(files)})
+    written = write_report(folder, report, measures)
+    receipt = of_run(run, report, meter.claims, device.engine())
+    written.append(write_receipt(run.artifacts.receipt, receipt))
+    return StageResult(written, {"files": to_json(files)})
 
 
 def _check_trained(base: GgufFile, n_ctx: int) -> None:

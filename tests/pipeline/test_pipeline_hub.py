@@ -150,6 +150,22 @@ def test_from_the_hub_to_the_hub(
     everything = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
     assert str(tmp_path).encode() not in everything  # nothing of this machine
 
+    verified = quantkit("verify", "alice/Tiny-Llama-GGUF", "--json", env=env)
+    assert verified.code == 0, verified.out + verified.err
+    states = {f["name"]: f["passed"] for f in verified.json["findings"]}
+    assert states["full-precision file"] and states[f"{name}, KL"]  # made again, measured again
+    assert verified.json["name"] == f"alice/Tiny-Llama-GGUF at {repo.head.sha[:12]}"
+    assert_no_secret_in(run, verified)
+
+    data = bytearray((folder / name).read_bytes())  # somebody changes a byte of it
+    data[-1] ^= 1
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    server.add_model("alice/Tiny-Llama-GGUF", {**files, name: bytes(data)}, private=True)
+    spoiled = quantkit("verify", "alice/Tiny-Llama-GGUF", "--json", env=env)
+    assert spoiled.code == 1 and name in spoiled.json["verdict"]
+    pinned = ("alice/Tiny-Llama-GGUF", "--revision", published["commit"], "--sample", "1")
+    assert quantkit("verify", *pinned, env=env).code == 0
+
 
 def test_publish_a_finished_run(
     server: HubServer, env: dict[str, str], whole_run: tuple[Run, Answer], tmp_path: Path
@@ -160,7 +176,8 @@ def test_publish_a_finished_run(
     assert answer.json["published"] and answer.json["url"] == f"{server.url()}/alice/tiny"
     folder = download(server, "alice/tiny", tmp_path)
     assert sha256_file(folder / run.output.name) == sha256_file(run.output)
-    names = {"README.md", "report.json", run.output.name, "Tiny-Llama-imatrix.gguf"}
+    names = {"README.md", "report.json", "receipt.json", "Tiny-Llama-imatrix.gguf"}
+    names.add(run.output.name)
     assert {p.name for p in folder.iterdir() if p.is_file()} - {".gitattributes"} == names
     assert json.loads((folder / "report.json").read_text()) == run.report
     card = front_matter(folder / "README.md")  # a local folder without a card names no base

@@ -146,6 +146,11 @@ class Run:
         return report
 
     @property
+    def card(self) -> str:
+        """The model card as it is published."""
+        return (self.dir.artifacts.upload / "README.md").read_text("utf-8")
+
+    @property
     def recipe(self) -> dict[str, Any]:
         recipe: dict[str, Any] = read_json(self.recipe_path)
         return recipe

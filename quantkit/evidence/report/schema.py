@@ -207,7 +207,9 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationText:
-    """One text that the file was calibrated on, and its share."""
+    """One text that the file was calibrated on, and its share; `held_out` is the name of what was
+    held out of it to validate on, which may be published if it has a `license`.
+    """
 
     name: str
     source: str
@@ -215,6 +217,8 @@ class CalibrationText:
     n_documents: int | None = None
     n_characters: int | None = None
     sha256: str
+    license: str | None = None
+    held_out: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,223 @@
+"""What a receipt holds: frozen dataclasses whose fields are those of `receipt.json`.
+
+To let the receipt cover another measure, add a dataclass of its units (windows, items, prompts:
+whatever can be measured again one by one), a field of `Receipt` that holds them, and raise
+`SCHEMA`: a verifier that does not know it must not pass over it. `claims` then collects it, and
+`quantkit.verifying.again` measures it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evaluators.figures import WindowMeans
+from quantkit.errors import QuantkitError
+from quantkit.evidence.report import schema as reported
+from quantkit.files import write_json
+from quantkit.sandbox import untrusted
+
+SCHEMA = 1
+NAME = "receipt.json"
+
+OF_FILE, OF_WEIGHTS = "kl", "weight-kl"  # of the file as it runs; of its weights alone, at F16
+
+MOST_BYTES, _MOST_ITEMS = 32_000_000, 1_000_000
+_SUM = "sha256"
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """A file's bytes."""
+
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The build of llama.cpp that measured, as far as its library tells, and where it ran."""
+
+    llama_cpp_python: str
+    ggml: str  # version and commit
+    system: str  # what the build uses of the processor
+    device: str
+    n_threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsedText:
+    """A text to measure on. It lies in `file` beside the receipt if its license allows; `joins`
+    are the texts that it consists of, with blank lines between.
+    """
+
+    name: str
+    sha256: str
+    source: str
+    license: str | None = None
+    file: str | None = None
+    joins: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class UsedTokens:
+    """The windows of a text: sha256 of their token ids (`evaluators.windows.Windows.sha256`)."""
+
+    text: str
+    n_ctx: int
+    n_windows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Windows:
+    """One file on the first windows of one text. `kind` is a report's row's, `measure` OF_FILE or
+    OF_WEIGHTS.
+    """
+
+    file: str
+    kind: str
+    measure: str
+    text: str
+    n_ctx: int
+    means: WindowMeans
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one file and the base pick of every item of a task, by `acc`. `is_given`: the items are
+    a file of whoever made this, called `source`, and not a task that the evaluators know.
+    """
+
+    file: str
+    kind: str
+    task: str
+    source: str
+    is_given: bool
+    items_sha256: str
+    picks: tuple[int, ...]
+    base_picks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far figures that are measured again may be from the claimed ones: rounding of another
+    build or processor (`limits` says where the numbers are from). Of one window's mean KL `kl`
+    nats and `kl_share` of the claim, of the mean KL of all windows that are measured again
+    `mean_share` of it and `kl`; of a mean -log p `nll`; of a share of equal tokens `top1`; and
+    `picks` of all answers may be others.
+    """
+
+    kl: float
+    kl_share: float
+    mean_share: float
+    nll: float
+    top1: float
+    picks: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A whole receipt. `source` is what `quantkit run` was given, where others can get it, and
+    `revision` the commit; `files` are all that were published with the receipt, but for the card.
+    """
+
+    schema: int = field(default=SCHEMA, init=False)
+    model: str
+    source: str | None = None
+    revision: str | None = None
+    seed: int
+    commands: tuple[str, ...]
+    versions: dict[str, str]
+    engine: Engine
+    base: FileSum
+    files: dict[str, FileSum]
+    texts: tuple[UsedText, ...]
+    tokens: tuple[UsedTokens, ...]
+    windows: tuple[Windows, ...]
+    answers: tuple[Answers, ...]
+    tolerance: Tolerance
+    not_covered: tuple[str, ...]  # figures of the report that it does not let anybody measure again
+
+    def text(self, name: str) -> UsedText | None:
+        return next((text for text in self.texts if text.name == name), None)
+
+
+def to_json(receipt: Receipt) -> dict[str, Any]:
+    """Return the receipt as JSON, with the sum of all of it."""
+    value: dict[str, Any] = reported.to_json(receipt)
+    return {**value, _SUM: sum_of(value)}
+
+
+def sum_of(value: Mapping[str, Any]) -> str:
+    """Return the sha256 of a receipt's JSON but for its sum: keys in order, no spaces, UTF-8."""
+    rest = {name: item for name, item in value.items() if name != _SUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path: Path, receipt: Receipt) -> Path:
+    return write_json(path, to_json(receipt))
+
+
+def read(path: Path) -> tuple[Receipt, str]:
+    """Read anybody's receipt, and the sum that its contents have. Raises QuantkitError for what is
+    no receipt, has another version, or another sum than it says.
+    """
+    try:
+        value = untrusted.read_json(path, MOST_BYTES, _MOST_ITEMS)
+        if not isinstance(value, dict):
+            raise untrusted.Damaged("it is no object")
+        found = sum_of(value)
+        if value.get(_SUM) != found:
+            raise Changed(
+                "The receipt was changed: its contents do not have the sum that it says.",
+                "Do not trust its figures.",
+            )
+        if value.get("schema") != SCHEMA:
+            raise QuantkitError(
+                f"This receipt has schema {str(value.get('schema'))[:20]}, not {SCHEMA}.",
+                "Use the version of quantkit that made it.",
+            )
+        receipt = untrusted.build(Receipt, value)
+        _check(receipt)
+    except OSError as error:
+        raise QuantkitError(f"The receipt cannot be read ({error.strerror}).") from None
+    except (untrusted.Damaged, UnicodeEncodeError) as error:
+        raise Changed(f"The receipt is damaged: {error}.", "Do not trust its figures.") from None
+    return receipt, found
+
+
+class Changed(QuantkitError):
+    """The receipt is not as it was written."""
+
+
+_MOST_WINDOWS, _MOST_CTX = 100_000, 1_000_000
+
+
+def _check(receipt: Receipt) -> None:
+    """Raise Damaged for names that lead out of a folder, and counts that do not belong together."""
+    named = [*receipt.files, *(text.file for text in receipt.texts if text.file)]
+    for name in named:
+        parts = name.split("/")
+        if not name.isprintable() or len(name) > 300 or set(parts) & {"", ".", ".."}:
+            raise untrusted.Damaged("it names a file that cannot be beside it")
+    cut = {(t.text, t.n_ctx): t for t in receipt.tokens}
+    for tokens in receipt.tokens:
+        if receipt.text(tokens.text) is None or not 0 < tokens.n_windows <= _MOST_WINDOWS:
+            raise untrusted.Damaged("it has tokens of no text")
+        if not 4 <= tokens.n_ctx <= _MOST_CTX:
+            raise untrusted.Damaged("it has windows of an impossible length")
+    for windows in receipt.windows:
+        known = cut.get((windows.text, windows.n_ctx))
+        means = windows.means
+        lengths = {len(c) for c in (means.kl, means.nll, means.base_nll, means.top1)}
+        if known is None or len(lengths) != 1 or not 0 < max(lengths) <= known.n_windows:
+            raise untrusted.Damaged("it has windows of no text, or not all figures of them")
+    for answers in receipt.answers:
+        if not answers.picks or len(answers.picks) != len(answers.base_picks):
+            raise untrusted.Damaged("it has answers of the file and not of the base")
