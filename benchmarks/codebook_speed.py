@@ -75,7 +75,7 @@ def by_part(weight: torch.Tensor, inputs: Inputs, types: list[QuantType], n_swee
         lap()
         packed = codebooks.fit_scales(book, packed, weight, torch.from_numpy(importance))
         lap()
-        packed = codebooks.feedback(book, packed, weight, inputs.by_units)
+        packed = codebooks.feedback(book, packed, weight, [inputs.by_units])
         lap()
         codebooks.descend(book, packed, weight, inputs.damped, n_sweeps)
         lap()

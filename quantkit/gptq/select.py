@@ -275,13 +275,16 @@ def _by_ggml(
 
 def _ggml(weight: torch.Tensor, qtype: QuantType, inputs: Sequence[Inputs]) -> torch.Tensor:
     """ggml's rows of one expert after the other, each under the importances of its inputs, or
-    rounded to nearest; on the device of `weight`, for a GPU makes those of a grid itself. Scales
-    that ggml does not search are searched here.
+    rounded to nearest; on the device of `weight`, for a GPU makes those of grids and codebooks
+    itself. Scales that ggml does not search are searched here.
     """
     importances = [own.importance for own in inputs]
     if inputs and qtype in searches.SEARCHED:
         own = torch.from_numpy(np.stack(importances))
         return searches.quantize(weight, qtype, own.to(weight.device))
+    if weight.is_cuda and (book := CODEBOOKS.get(qtype)) is not None:
+        shares = torch.from_numpy(np.stack(importances)).to(weight.device) if inputs else None
+        return codebooks.rounded(book, weight, shares)
     if weight.is_cuda and qtype in FORMATS:
         from quantkit.ggml import grids_cuda  # needs triton
 
@@ -418,20 +421,15 @@ def _onto_codebooks(
     damped: torch.Tensor,
     n_sweeps: int,
 ) -> _Rounded:
-    """The types of codebooks, each expert by itself."""
-    n = len(inputs)
-    hessians = damped if damped.dim() == 3 else damped[None]
+    """The types of codebooks, one after the other."""
+    shares = damped.diagonal(dim1=-2, dim2=-1).contiguous()
     solved: _Rounded = {}
     for qtype, packed in rounded.items():
         if (book := CODEBOOKS.get(qtype)) is None:
             continue
-        parts = zip(packed.chunk(n), weight.chunk(n), inputs, hessians, strict=True)
-        found = []
-        for own, rows, known, hessian in parts:
-            scaled = codebooks.fit_scales(book, own, rows, hessian.diagonal().contiguous())
-            fed = codebooks.feedback(book, scaled, rows, known.by_units)
-            found.append(codebooks.descend(book, fed, rows, hessian, n_sweeps))
-        solved[qtype] = torch.cat(found)
+        scaled = codebooks.fit_scales(book, packed, weight, shares)
+        fed = codebooks.feedback(book, scaled, weight, [own.by_units for own in inputs])
+        solved[qtype] = codebooks.descend(book, fed, weight, damped, n_sweeps)
     return solved
 
 

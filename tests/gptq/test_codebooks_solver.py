@@ -14,8 +14,9 @@ import torch
 from quantkit.ggml import native
 from quantkit.ggml.codebooks import CODEBOOKS, Codebook, Codes
 from quantkit.ggml.types import QuantType
+from quantkit.gptq.codebook_steps import step_block, walk_units
 from quantkit.gptq.codebook_units import choose
-from quantkit.gptq.codebooks import descend, feedback, fit_scales, step_block, walk_units
+from quantkit.gptq.codebooks import descend, feedback, fit_scales
 from quantkit.gptq.select import Inputs, solve_tensor
 from quantkit.gptq.solver import factorize
 
@@ -101,8 +102,8 @@ def test_compiled_and_torch_agree(qtype: QuantType) -> None:
     factor, importance = factorize(h, DAMPING, 8), h.diagonal().contiguous()
     start = fit_scales(book, scaled(book, w), w, importance)
     assert int((start != fit_scales(book, scaled(book, w), w, importance, step_block)).sum()) <= 3
-    fed = feedback(book, start, w, factor)
-    plain = feedback(book, start, w, factor, walk_units)
+    fed = feedback(book, start, w, [factor])
+    plain = feedback(book, start, w, [factor], walk_units)
     assert int((fed != plain).any(1).sum()) <= 2
     both = descend(book, fed, w, h, 1), descend(book, fed, w, h, 1, step_block)
     assert int((both[0] != both[1]).any(1).sum()) <= 3
@@ -117,8 +118,8 @@ def test_feedback_beats_rounding_and_every_sweep_lowers_the_error(qtype: QuantTy
     book, h, w = CODEBOOKS[qtype], hessian(), weight(24)
     start = scaled(book, w)
     alone = factorize(torch.diag(h.diagonal()), DAMPING, 8)
-    rounded = error(feedback(book, start, w, alone), qtype, w, h)
-    packed = feedback(book, start, w, factorize(h, DAMPING, 8))
+    rounded = error(feedback(book, start, w, [alone]), qtype, w, h)
+    packed = feedback(book, start, w, [factorize(h, DAMPING, 8)])
     before = error(packed, qtype, w, h)
     assert before.sum() < rounded.sum()
     for _ in range(2):
@@ -140,7 +141,7 @@ def test_bytes_do_not_depend_on_threads_or_on_how_rows_are_cut(qtype: QuantType)
 
     def solved(rows: slice) -> torch.Tensor:
         fitted = fit_scales(book, start[rows], w[rows], h.diagonal().contiguous())
-        fed = feedback(book, fitted, w[rows], factor)
+        fed = feedback(book, fitted, w[rows], [factor])
         return descend(book, fed, w[rows], h, 1)
 
     whole, n_threads = solved(slice(None)), torch.get_num_threads()

@@ -289,7 +289,7 @@ def test_factor() -> None:
 
 @ON_GPU
 def test_a_tensor_at_all_levels() -> None:
-    """The whole competition, with a codebook type, which only ggml can make."""
+    """The whole competition, with a codebook type, whose scales a GPU searches in its own way."""
     h, w = hessian(512), weight(64, 512)
     types = [QuantType(name) for name in ("Q2_K", "Q4_K", "IQ4_XS", "IQ3_S", "Q8_0", "F16")]
     solved = []
@@ -301,7 +301,10 @@ def test_a_tensor_at_all_levels() -> None:
         cpu, cuda = (s[qtype] for s in solved)
         assert cpu.method == cuda.method and set(cpu.errors) == set(cuda.errors)
         for method, error in cpu.errors.items():
-            assert cuda.errors[method].relative == pytest.approx(error.relative, rel=0.01)
+            if qtype in FORMATS or not qtype.is_quantized:
+                assert cuda.errors[method].relative == pytest.approx(error.relative, rel=0.01)
+            else:
+                assert cuda.errors[method].relative < 1.02 * error.relative
 
 
 @pytest.mark.slow
