@@ -16,6 +16,7 @@ from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.config.calibration import shown
 from quantkit.errors import QuantkitError
+from quantkit.evidence import ollama
 from quantkit.evidence import receipt as receipts
 from quantkit.evidence.card import model_card
 from quantkit.evidence.receipt import Receipt
@@ -66,6 +67,9 @@ class Publish(Stage):
         (folder / "plots").mkdir()
         for path in sorted((validate / "plots").iterdir()):
             link(path, folder / "plots" / path.name)
+        sampling = ollama.params(snapshot.folder, folder / outputs[0].file)
+        if sampling:
+            write_json(folder / ollama.NAME, sampling)
         receipt = receipts.to_json(_with_sums(run, folder))
         write_json(folder / receipts.NAME, receipt)
         report = read(read_json(run.artifacts.report))

@@ -71,6 +71,7 @@ def test_from_the_hub_to_the_hub(
     """
     files: dict[str, bytes | str | Path] = {p.name: p for p in tiny_checkpoint.iterdir()}
     files["README.md"] = CARD
+    files["generation_config.json"] = '{"eos_token_id": 2, "temperature": 0.6, "top_p": 0.9}'
     about = yaml.safe_load(CARD.split("---\n")[1])  # the Hub reads it out of the card
     server.add_model("alice/Tiny-Llama", files, private=True, cardData=about)
     sha = server.repos["model", "alice/Tiny-Llama"].head.sha
@@ -129,6 +130,9 @@ def test_from_the_hub_to_the_hub(
     recipe = read_json(folder / "recipes" / "Tiny-Llama-EVO-Q4_K_M.json")
     assert recipe["output"]["sha256"] == expected
     assert (recipe["model"], recipe["revision"]) == ("alice/Tiny-Llama", sha)
+
+    ollama = read_json(folder / "params")
+    assert (ollama["temperature"], ollama["top_p"]) == (0.6, 0.9) and len(ollama["stop"]) == 1
 
     card = front_matter(folder / "README.md")
     assert card["base_model"] == "alice/Tiny-Llama"

@@ -202,8 +202,8 @@ _MOST_PARTS, _MOST_ROWS = 1000, 5000
 
 def _check(receipt: Receipt) -> None:
     """Raise Damaged for names that lead out of a folder, and counts that do not belong together."""
-    parts = receipt.texts, receipt.tokens, receipt.answers, receipt.files
-    if max(map(len, parts)) > _MOST_PARTS or len(receipt.windows) > _MOST_ROWS:
+    lists = receipt.texts, receipt.tokens, receipt.answers, receipt.files
+    if max(map(len, lists)) > _MOST_PARTS or len(receipt.windows) > _MOST_ROWS:
         raise untrusted.Damaged("it holds too much")
     named = [*receipt.files, *(text.file for text in receipt.texts if text.file)]
     for name in named:
