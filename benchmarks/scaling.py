@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -219,8 +220,9 @@ def measure_run(
         try:
             watch(process, options, run, row)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            for pid in family_of(process.pid):  # torchrun's have sessions of their own
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
             write_json(path, row)
 
@@ -440,17 +442,10 @@ def memory_of(pid: int) -> tuple[int, int]:
     `reset_peak`), and without pages of files.
     """
     total = anonymous = 0
-    todo, key = [pid], "VmHWM"
-    while todo:
-        own = todo.pop()
+    key = "VmHWM"
+    for own in family_of(pid):
         try:
             status = Path(f"/proc/{own}/status").read_text()
-            for thread in Path(f"/proc/{own}/task").iterdir():
-                todo += [
-                    child
-                    for child in map(int, (thread / "children").read_text().split())
-                    if child not in todo
-                ]
         except OSError:  # it has ended
             continue
         lines = dict(line.split(":", 1) for line in status.splitlines() if "kB" in line)
@@ -458,6 +453,19 @@ def memory_of(pid: int) -> tuple[int, int]:
         anonymous += 1024 * int(lines.get("RssAnon", "0").split()[0])
         key = "VmRSS"
     return total, anonymous
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and all that it has started, itself first."""
+    found, todo = [], [pid]
+    while todo:
+        own = todo.pop()
+        found.append(own)
+        with suppress(OSError):  # it has ended
+            for thread in Path(f"/proc/{own}/task").iterdir():
+                children = map(int, (thread / "children").read_text().split())
+                todo += [child for child in children if child not in todo]
+    return found
 
 
 def size_of(folder: Path) -> int:
