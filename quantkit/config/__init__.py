@@ -33,6 +33,8 @@ class Effort:
     n_items: int  # zero-shot items
     speed: tuple[int, int, int]  # tokens of prompt and of answer, repeats
     long: tuple[int, ...] = ()  # tokens of a window, for the KL in long contexts
+    answers: tuple[int, int] = (40, 128)  # prompts that all answer, tokens of an answer at most
+    documents: int | None = None  # conversations of each domain, for their KL; None: all
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ PROFILES = {
         eval_windows=2,
         n_sweeps=2,
         tuning_steps=0,
-        effort=Effort(3, 0, 2, 32, 60, (128, 32, 2)),
+        effort=Effort(3, 0, 2, 32, 60, (128, 32, 2), answers=(12, 32), documents=1),
         levels=("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         about="minutes on 2 cores, 135M parameters",
     ),
@@ -75,7 +77,7 @@ PROFILES = {
         eval_windows=20,
         n_sweeps=4,
         tuning_steps=0,
-        effort=Effort(2, 2, 10, None, 200, (256, 32, 2), (4096,)),
+        effort=Effort(2, 2, 10, None, 200, (256, 32, 2), (4096,), (40, 64)),
         levels=_LEVELS,
         about="tens of minutes on 2 cores; a first look",
     ),
@@ -97,7 +99,7 @@ PROFILES = {
         eval_windows=80,
         n_sweeps=4,
         tuning_steps=400,
-        effort=Effort(3, 2, None, None, 2000, (512, 64, 3), (4096, 16_384, 32_768)),
+        effort=Effort(3, 2, None, None, 2000, (512, 64, 3), (4096, 16_384, 32_768), (40, 256)),
         levels=_LEVELS,
         about="overnight on a CPU; when the file will have many users",
     ),

@@ -12,7 +12,7 @@ from quantkit.config import RunConfig
 from quantkit.evidence import report as reports
 from quantkit.evidence.escaping import all_markdown, markdown, metadata, repo_ids, web_link
 from quantkit.evidence.escaping import tags as tags_of
-from quantkit.evidence.report import tables, text
+from quantkit.evidence.report import beside, tables, text
 from quantkit.evidence.report.schema import OURS, Output, Report, Row, Search, Tuning, to_json
 from quantkit.llamacpp.output import safe_name
 from quantkit.markdown import table
@@ -132,6 +132,7 @@ def model_card(
         *_losses(report),
         *_missing(report),
         *_details(report),
+        *_in_use(report),
         *(["## Verify it", _verify(repo, receipt_sha256)] if receipt_sha256 else []),
         "## Run it",
         _commands(middle.name, middle.label, repo or "<owner>/<repo>"),
@@ -276,6 +277,19 @@ def _missing(report: Report) -> list[str]:
     """What could not be measured, and why."""
     lines = text.not_measured(report)
     return ["Not measured:", reports.bullets(lines)] if lines else []
+
+
+def _in_use(report: Report) -> list[str]:
+    """Answers beside the original's, and KL in conversations."""
+    parts = []
+    answers, spoken = beside.answer_table(report), beside.conversation_tables(report)
+    if answers:
+        lines = reports.bullets(beside.answer_lines(report))
+        parts += [f"## {beside.HEADING}", reports.set_table(answers), lines]
+    if spoken:
+        lines = reports.bullets(beside.conversation_lines(report))
+        parts += [f"## {beside.IN_CONVERSATIONS}", *map(reports.set_table, spoken), lines]
+    return parts
 
 
 def _commands(name: str, label: str | None, repo: str) -> str:

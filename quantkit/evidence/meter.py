@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from evaluators.overlap import Seen
     from evaluators.tasks.items import TaskItems
     from evaluators.zeroshot import ZeroShotResult
+    from quantkit.evidence.in_use import InUse
     from quantkit.run.stage import Run
 
 _STAGE = "validate"
@@ -57,6 +58,7 @@ class Meter:
         self._answers: dict[str, ZeroShotResult] = {}
         self.claims = Claims()
         self.long: dict[int, BaseLogits] = {}  # by tokens of a window
+        self.in_use: InUse | None = None
         self.first: KLResult | None = None
         self.n_weight_windows = 0
 
@@ -120,8 +122,10 @@ class Meter:
         )
         if not other.is_rival:
             return row
+        used = self.in_use and self.in_use.of(name, path, self.step(f"conversations with {name}"))
         return replace(
             row,
+            **(used or {}),
             speed=take(f"speed of {name}", lambda: self.speed(path)),
             tasks=take(f"answers of {name}", lambda: self._tasks(other, path, progress)) or {},
             long=self._long(other, path),

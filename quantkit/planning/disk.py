@@ -26,6 +26,7 @@ from quantkit.search.optimizer import MOST_SEQUENCES
 from quantkit.tuning.tuned import HELDOUT
 
 _TABLES = 1_500_000  # report, plots, card, events and tables of a run
+_IN_CONVERSATIONS, _IN_ONE = 12_000, 300  # scored tokens of all conversations, of a long one
 _ROW_BYTES = 40  # of a scored token beside its distribution: evaluators/logit_store.py
 
 
@@ -243,6 +244,8 @@ def _predictions(config: RunConfig, n_vocab: int, n_context: int) -> int:
     n_scored += sum(
         n // 2 for n in profile.effort.long if n <= min(n_context, sum(windows) * N_CTX)
     )
+    n_documents = profile.effort.documents
+    n_scored += _IN_CONVERSATIONS if n_documents is None else 12 * n_documents * _IN_ONE
     return n_scored * (2 * n_vocab + _ROW_BYTES)
 
 

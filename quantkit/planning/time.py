@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quantkit.config import N_CTX, PROFILES, TUNING_BATCH, RunConfig
+from quantkit.config import N_CTX, PROFILES, TUNING_BATCH, Profile, RunConfig
 from quantkit.config.levels import LevelPlan
 from quantkit.ggml.types import CODEBOOK_TYPES
 from quantkit.gguf_file.read import GgufFile, StoredTensor
@@ -26,6 +26,9 @@ GPU_SPEEDS = {  # multiply-adds a second in dense bf16; what their makers state,
 N_CORES = 2  # that CPU times are of
 _WRITTEN = 0.45  # of the calibration text, with the half that texts lose to held-out parts
 _DOMAINS = 4  # that validate measures on
+_PROMPT_TOKENS = 150  # of a prompt with its tools
+_DOCUMENTS, _DOCUMENT_TOKENS = 56, 300  # conversations, and about the tokens of one
+_KINDS = 12  # of conversations
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def _times(
     passes = 4 * n_tokens * n_used / rates.multiply_adds if config.tuning_steps else 0.0
     n_files = 2 + profile.effort.n_uniform + _most(profile.effort.n_below)
     scored = 2 * n_files * _DOMAINS * profile.eval_windows * N_CTX
+    scored += _in_use(profile)
     opened = rates.starts + base_bytes / 1e9
     return {
         "fetch": Seconds(8 + base_bytes / 8e8, 0.0),
@@ -155,6 +159,20 @@ def _times(
             scored * (n_used + n_head) / rates.measured,
         ),
     }
+
+
+def _in_use(profile: Profile) -> int:
+    """Tokens that are read and written for answers and in conversations: by the base, twice, by a
+    file and the one that it is compared with, and by the weights of both.
+    """
+    n_prompts, n_new = profile.effort.answers
+    answered = 3 * n_prompts * 2 * (_PROMPT_TOKENS + n_new)
+    n_documents = (
+        _DOCUMENTS
+        if profile.effort.documents is None
+        else (min(_DOCUMENTS, _KINDS * profile.effort.documents))
+    )
+    return answered + 6 * n_documents * _DOCUMENT_TOKENS
 
 
 def _most(n_below: int | None) -> int:

@@ -28,6 +28,7 @@ from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.evidence import baselines, devices, integrity
 from quantkit.evidence.baselines import Baseline, as_it_is
+from quantkit.evidence.in_use import InUse
 from quantkit.evidence.meter import Meter
 from quantkit.evidence.receipt import write as write_receipt
 from quantkit.evidence.receipt.make import LONG, of_run
@@ -79,7 +80,7 @@ class Validate(Stage):
     """Compare it with the original and llama.cpp's own files."""
 
     name = NAME
-    version = 6
+    version = 7
     fields = ("eval_text", "tasks", "compare")
     takes_long = True
 
@@ -123,7 +124,7 @@ def _validate(run: Run) -> StageResult:
     ]
     others = measures.take("files beside ours", lambda: _baselines(run, base, outputs)) or []
     items, reason = measures.take("zero-shot items", lambda: _items(run)) or (None, "see below")
-    n_steps = 1 + 3 * (len(ours) + len(others))
+    n_steps = 2 + sum(4 if file.is_rival else 3 for file in (*ours, *others))
     seen = _calibrated(run)
     meter = Meter(run, base, device, items, measures, n_steps, seen)
     folder = run.artifacts.folder(NAME)
@@ -155,6 +156,8 @@ def _validate(run: Run) -> StageResult:
             if known is not None:
                 meter.long[n_ctx] = known
                 meter.claims.add_tokens(known)
+        meter.in_use = InUse(base.path, run.profile.effort, runtime, measures, kept, stack, seen)
+        meter.in_use.ask_original(meter.step("the original's answers"))
         measured = {file.name: meter.ours(logits, file) for file in ours}
         on_base = meter.device_kl(logits, "full precision", base.path)
         rows = [row for other in others if (row := meter.beside(logits, other))]
@@ -352,6 +355,7 @@ def _report(
             perplexity=first.base_perplexity if first else NO_PERPLEXITY,
             speed=speed,
             device_kl=on_base,
+            floor=meter.in_use.floor if meter.in_use else None,
         ),
         protocol=f"llama.cpp's windows of {N_CTX} tokens, second half scored,"
         " KL(base || file) in nats",
@@ -361,6 +365,7 @@ def _report(
         device_reason=meter.device.reason,
         texts={name: text_sha256(text) for name, text in texts.items()},
         overlap={name: meter.seen.overlap(text) for name, text in texts.items()},
+        documents=meter.in_use.documents if meter.in_use else None,
         calibration=build(Calibration, read_json(run.artifacts.calibration)),
         refused=read_as(Budgets, run.artifacts.budgets).refused + load_outputs(run.dir).left_out,
         fallbacks=(

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.evidence.report import tables, text
+from quantkit.evidence.report import beside, tables, text
 from quantkit.evidence.report.render import THEMES
 from quantkit.evidence.report.schema import Report
 
@@ -29,7 +29,9 @@ def sections(report: Report) -> str:
 
 def _rendered(template: str, report: Report, figures: Mapping[str, str]) -> str:
     made = _templates().get_template(template)
-    return made.render(report=report, figures=figures, text=text, tables=tables, themes=THEMES)
+    return made.render(
+        report=report, figures=figures, text=text, tables=tables, beside=beside, themes=THEMES
+    )
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from quantkit.evidence.report import tables, text
+from quantkit.evidence.report import beside, tables, text
 from quantkit.evidence.report.schema import OURS, Report
 from quantkit.evidence.report.tables import Table
 from quantkit.markdown import table
@@ -45,6 +45,10 @@ def markdown(report: Report) -> str:
             ("In other languages", tables.languages(report)),
             ("By token", tables.tails(report)),
             ("In long contexts", tables.long_contexts(report)),
+            (beside.HEADING, beside.answer_table(report)),
+            ("", beside.answer_lines(report)),
+            *((beside.IN_CONVERSATIONS, made) for made in beside.conversation_tables(report)),
+            ("", beside.conversation_lines(report)),
             ("Tasks", text.task_lines(report)),
             ("Speed and memory", tables.speeds(report)),
             ("Integrity", tables.checks(report)),
@@ -79,5 +83,8 @@ def _sections(*found: tuple[str, Table | list[str] | None]) -> list[str]:
         part
         for title, made in found
         if made
-        for part in (f"## {title}", set_table(made) if isinstance(made, Table) else bullets(made))
+        for part in (
+            *([f"## {title}"] if title else []),
+            set_table(made) if isinstance(made, Table) else bullets(made),
+        )
     ]

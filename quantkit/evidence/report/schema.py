@@ -16,11 +16,14 @@ from typing import Any
 
 from evaluators.figures import (
     Accuracy,
+    AnswersBeside,
     Divergence,
+    Estimate,
     Flips,
     ItemOverlap,
     Mean,
     MeanNats,
+    OnDocuments,
     Overlap,
     PairedTest,
     Perplexity,
@@ -110,6 +113,9 @@ class Row(Figures, _File):
     tasks: dict[str, Task] | None = None
     long: dict[str, Divergence] | None = None  # by the tokens of a context
     device_kl: Divergence | None = None  # KL(CPU || GPU) of this file, when measured on a GPU
+    answers: AnswersBeside | None = None  # beside the original's
+    conversations: dict[str, OnDocuments] | None = None  # by domain, through the chat template
+    weight_conversations: dict[str, Estimate] | None = None  # their mean KL by the weights alone
 
     @property
     def short(self) -> str:
@@ -203,6 +209,7 @@ class Base:
     perplexity: Perplexity = NO_PERPLEXITY
     speed: SpeedResult | None
     device_kl: Divergence | None = None
+    floor: dict[str, OnDocuments] | None = None  # of conversations: its own weights at F16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +243,23 @@ class Calibration:
     dtype: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """The conversations that the KL in conversations is over. `asked` is how the turns were
+    rendered, chat template or plain text, `reason` why not by the template; `left_out` are domains
+    that the model could not be given, with the reason.
+    """
+
+    n: int
+    n_tokens: int
+    n_scored: int
+    sha256: str
+    asked: str
+    reason: str | None = None
+    left_out: dict[str, str] | None = None
+    overlap: Overlap | None = None  # with the text that was calibrated on
+
+
 @dataclass(frozen=True)
 class Missing:
     """What could not be measured, and why."""
@@ -263,6 +287,7 @@ class Report:
     device_reason: str | None = None
     texts: dict[str, str]
     overlap: dict[str, Overlap] | None = None  # of each text with what was calibrated on
+    documents: Documents | None = None
     calibration: Calibration | None = None
     refused: tuple[Budget, ...] | None = None
     fallbacks: tuple[Fallback, ...] | None = None
