@@ -105,8 +105,10 @@ class InUse:
         )
         return self._stack.enter_context(made)
 
-    def of(self, name: str, path: Path, progress: Progress) -> dict[str, Any]:
-        """Return the fields of a file's row that are measured here."""
+    def of(self, name: str, path: Path, weights: bool, progress: Progress) -> dict[str, Any]:
+        """Return the fields of a file's row that are measured here; `weights`: those of the weights
+        alone, too.
+        """
         from evaluators import document_kl, generation
 
         answers, logits, runtime = self._answers, self._logits, self._runtime
@@ -121,7 +123,8 @@ class InUse:
             read = partial(document_kl.measure, logits, path, runtime, part(progress, 1))
             on_file = self._measures.take(f"KL of {name} in conversations", read)
             found["conversations"] = on_file and on_file.domains
-            weights = partial(
+        if logits is not None and weights:
+            alone = partial(
                 document_kl.measure_weights,
                 logits,
                 path,
@@ -130,7 +133,7 @@ class InUse:
                 part(progress, 2),
                 self._memory(),
             )
-            of_weights = self._measures.take(f"weight KL of {name} in conversations", weights)
+            of_weights = self._measures.take(f"weight KL of {name} in conversations", alone)
             found["weight_conversations"] = of_weights and {
                 domain: figures.kl for domain, figures in of_weights.domains.items()
             }

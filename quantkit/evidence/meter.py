@@ -122,7 +122,8 @@ class Meter:
         )
         if not other.is_rival:
             return row
-        used = self.in_use and self.in_use.of(name, path, self.step(f"conversations with {name}"))
+        talking = self.step(f"conversations with {name}")
+        used = self.in_use and self.in_use.of(name, path, other.kind == OURS, talking)
         return replace(
             row,
             **(used or {}),

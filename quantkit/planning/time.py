@@ -162,8 +162,8 @@ def _times(
 
 
 def _in_use(profile: Profile) -> int:
-    """Tokens that are read and written for answers and in conversations: by the base, twice, by a
-    file and the one that it is compared with, and by the weights of both.
+    """Tokens that are read and written for answers and in conversations: by the base, a file and
+    the one that it is compared with; conversations by the weights of the first two, too.
     """
     n_prompts, n_new = profile.effort.answers
     answered = 3 * n_prompts * 2 * (_PROMPT_TOKENS + n_new)
@@ -172,7 +172,7 @@ def _in_use(profile: Profile) -> int:
         if profile.effort.documents is None
         else (min(_DOCUMENTS, _KINDS * profile.effort.documents))
     )
-    return answered + 6 * n_documents * _DOCUMENT_TOKENS
+    return answered + 5 * n_documents * _DOCUMENT_TOKENS
 
 
 def _most(n_below: int | None) -> int:
