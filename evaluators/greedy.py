@@ -2,9 +2,12 @@
 given answers.
 
 Every prompt has a sequence of its own; the tokens that come next are decoded together, one of each,
-and where an answer ends the next prompt takes its place. Sums on a CPU do not depend on what else
-is in a batch, but for a last bit in some builds; so equal files give equal answers, and a tie
-within that bit may fall either way.
+and where an answer ends the next prompt takes its place.
+
+llama.cpp sums up a row of a batch in another way when it has three neighbors than when it is alone,
+and rounds its activations otherwise for quantized weights: enough for other answers (dev/LOG.md).
+So a batch always has the same number of rows, a multiple of four, of which those of empty places
+are thrown away: an answer then does not depend on what else is asked, and when that ends.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from evaluators.windows import scored_logits
 I32 = NDArray[np.int32]
 
 _MOST_SIDE_BY_SIDE = 16
+_ROWS_TOGETHER = 4  # that llama.cpp's products take at once
 _MOST_CELLS = 16_384  # of keys and values: 2 GB of an 8B model
 _CELLS = 256  # llama.cpp rounds a sequence's cells up to a multiple of these
 _OUTPUT_BYTES = 256 << 20  # of logits in one step
@@ -56,17 +60,20 @@ def answer_all(
     if min(map(len, prompts)) < 1:
         raise EvaluationError("A prompt has no tokens.", "Leave it out.")
     n_cells = -(-longest // _CELLS) * _CELLS
-    n_places = max(1, min(_MOST_SIDE_BY_SIDE, len(prompts), _MOST_CELLS // n_cells))
+    n_places = min(_MOST_SIDE_BY_SIDE, len(prompts), _MOST_CELLS // n_cells)
+    n_places = max(1, -(-n_places // _ROWS_TOGETHER)) * _ROWS_TOGETHER
     with Context(
         model, n_places * n_cells, min(MAX_STEP, n_cells), n_places, n_places, apart=True
     ) as context:
-        return _Table(context, prompts, n_new, n_places).run(progress)
+        return _Table(context, prompts, n_new, n_places, n_cells).run(progress)
 
 
 class _Table:
     """Places at which answers grow."""
 
-    def __init__(self, context: Context, prompts: Sequence[I32], n_new: int, n_places: int) -> None:
+    def __init__(
+        self, context: Context, prompts: Sequence[I32], n_new: int, n_places: int, n_cells: int
+    ) -> None:
         self._context = context
         self._prompts, self._n_new = prompts, n_new
         self._ends = context.model.ends()
@@ -74,6 +81,8 @@ class _Table:
         self._ended = [False] * len(prompts)
         self._at: dict[int, int] = {}  # place -> prompt
         self._free = list(range(n_places))[::-1]
+        self._n_cells = n_cells
+        self._idle = [0] * n_places  # tokens that went to waste at a place since it became free
 
     def run(self, progress: Progress | None) -> list[Answer]:
         left, n_done = list(range(len(self._prompts)))[::-1], 0
@@ -93,6 +102,7 @@ class _Table:
     def _seat(self, prompt: int) -> None:
         """Read a prompt at a free place and take its first token."""
         place, context, ids = self._free.pop(), self._context, self._prompts[prompt]
+        self._clear(place)
         for start in range(0, len(ids), context.n_step):
             part = ids[start : start + context.n_step]
             wanted = np.zeros(len(part), np.int8)
@@ -103,15 +113,28 @@ class _Table:
         self._take(place, logits[0])
 
     def _step(self) -> None:
-        places = sorted(self._at)
-        prompts = [self._at[place] for place in places]
-        tokens = np.array([self._said[prompt][-1] for prompt in prompts], np.int32)
-        at = [len(self._prompts[prompt]) + len(self._said[prompt]) - 1 for prompt in prompts]
-        wanted = np.ones(len(places), np.int8)
-        sequences = [[place] for place in places]
-        logits = self._context.decode(tokens, np.array(at, np.int32), wanted, sequences)
-        for place, row in zip(places, logits, strict=True):
-            self._take(place, row)
+        """Decode the next token of every answer, and one that nobody reads at every other place."""
+        n = len(self._idle)
+        tokens, positions = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        for place in range(n):
+            prompt = self._at.get(place)
+            if prompt is not None:
+                said = self._said[prompt]
+                tokens[place] = said[-1]
+                positions[place] = len(self._prompts[prompt]) + len(said) - 1
+                continue
+            if self._idle[place] == self._n_cells:
+                self._clear(place)
+            tokens[place], positions[place] = self._prompts[0][0], self._idle[place]
+            self._idle[place] += 1
+        sequences = [[place] for place in range(n)]
+        logits = self._context.decode(tokens, positions, np.ones(n, np.int8), sequences)
+        for place in sorted(self._at):
+            self._take(place, logits[place])
+
+    def _clear(self, place: int) -> None:
+        self._context.forget(place)
+        self._idle[place] = 0
 
     def _take(self, place: int, logits: NDArray[np.float32]) -> None:
         """Append the likeliest token; give the place away where the answer is at its end."""
@@ -123,7 +146,7 @@ class _Table:
         if self._ended[prompt] or len(self._said[prompt]) == self._n_new:
             del self._at[place]
             self._free.append(place)
-            self._context.forget(place)
+            self._clear(place)
 
 
 def choices(

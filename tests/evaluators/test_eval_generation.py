@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp.llama_cpp as lib
 import numpy as np
 import pytest
 from eval_fixtures import (
@@ -75,12 +77,25 @@ def test_places_change_nothing(tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch)
     calls: list[tuple[int, int]] = []
     with Model(tiny.base, ONE) as model:
         together = greedy.answer_all(model, PROMPTS, 12, lambda *call: calls.append(call))
-        for n in (1, 3):
+        for n in (1, 5):
             monkeypatch.setattr(greedy, "_MOST_SIDE_BY_SIDE", n)
             assert greedy.answer_all(model, PROMPTS, 12) == together
         assert greedy.answer_all(model, [], 12) == []
     assert calls[-1] == (len(PROMPTS), len(PROMPTS))
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+
+
+def test_what_else_is_asked_changes_nothing(tiny: TinyFiles, tmp_path: Path) -> None:
+    """Of a quantized file, whose rows llama.cpp sums up by fours where it can."""
+    path = tmp_path / "q4.gguf"
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.nthread = lib.LLAMA_FTYPE_MOSTLY_Q4_0, 1
+    assert lib.llama_model_quantize(os.fsencode(tiny.base), os.fsencode(path), params) == 0
+    with Model(path, ONE) as model:
+        every = greedy.answer_all(model, PROMPTS, 30)
+        for part in (PROMPTS[:1], PROMPTS[2:4], PROMPTS[3:]):
+            first = next(i for i, ids in enumerate(PROMPTS) if ids is part[0])
+            assert greedy.answer_all(model, part, 30) == every[first : first + len(part)]
 
 
 def test_an_answer_ends_with_its_token(tmp_path: Path) -> None:

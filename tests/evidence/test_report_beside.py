@@ -67,7 +67,7 @@ def measured(value: dict[str, Any]) -> dict[str, Any]:
         "n_scored": 9_000,
         "sha256": "cd" * 32,
         "asked": "chat template",
-        "left_out": {"tools": "The template <breaks>."},
+        "left_out": dict.fromkeys(("tools", "Thai"), "The template <breaks>."),
         "overlap": {"n": 100, "n_seen": 2, "share": 0.02},
     }
     return value
@@ -128,7 +128,7 @@ def test_conversations_beside_the_file_that_is_compared_with() -> None:
     assert everything[-1] == "0.0400 (0.0200 to 0.0800)"
     first, floor, seen, left_out = beside.conversation_lines(found)
     assert "9,000 scored tokens" in first and "0.000100" in floor
-    assert seen.startswith("2 of 100 runs") and left_out.startswith("Left out, tools: ")
+    assert seen.startswith("2 of 100 runs") and left_out.startswith("Left out, tools, Thai: ")
 
 
 @pytest.mark.parametrize("make", [report.markdown, report.html])

@@ -59,6 +59,16 @@ def test_report(run: Run) -> None:
         assert math.isfinite(row["perplexity"]["value"]) and row["perplexity"]["stderr"] > 0
         assert {*row["domains"]} == {"docs", "code"}
         assert row["bpw"] == pytest.approx(8 * row["n_bytes"] / base["n_parameters"])
+    (rival,) = (row for row in report["baselines"] if "answers" in row)
+    for row in (output, rival):
+        assert row["answers"]["n_prompts"] + row["answers"]["n_left_out"] == 12
+        assert 0 < row["answers"]["agreement"]["value"] < 1
+        assert {"chat", "languages", "all"} < {*row["conversations"]} == {*base["floor"]}
+        assert 0 < row["conversations"]["all"]["kl"]["value"] < 1
+    assert 0 < output["weight_conversations"]["all"]["value"] < 1
+    assert base["floor"]["all"]["kl"]["value"] < output["conversations"]["all"]["kl"]["value"]
+    assert report["documents"]["n_scored"] == output["conversations"]["all"]["n_tokens"]
+    assert report["not_measured"] == []
     assert output["tasks"] == {} and output["zero_shot"]["status"] == "not run"
     assert "HF_HUB_OFFLINE is set" in output["zero_shot"]["reason"]
     assert report["versions"].keys() >= {"quantkit", "python", "llama-cpp-python", "torch"}

@@ -216,5 +216,8 @@ def conversation_lines(report: Report) -> list[str]:
             f"{known.overlap.n_seen:,} of {known.overlap.n:,} runs of 13 words in them also stand"
             " in the text that was calibrated on."
         )
-    lines += [f"Left out, {name}: {reason}" for name, reason in (known.left_out or {}).items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in (known.left_out or {}).items():
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"Left out, {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     return lines
