@@ -19,6 +19,21 @@ class QuantkitError(Exception):
         self.remedy = remedy
 
 
+class NeedsToken(QuantkitError):
+    """Only a token, or one of another account, helps. `step` is what has to be done on the Hub
+    before. The remedy speaks to whoever sits at a terminal; a page asks for the token itself.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        step: str = "",
+        ask: str = "Set HF_TOKEN or run `hf auth login`.",
+    ) -> None:
+        super().__init__(message, f"{step} {ask}".strip())
+        self.step = step
+
+
 class UsageError(QuantkitError):
     """The command or form was filled in wrongly and nothing was started: exit status 2."""
 

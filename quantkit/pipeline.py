@@ -149,7 +149,7 @@ class _Progress:
 
 def _tell(events: EventLog, at: _Progress, error: QuantkitError) -> None:
     with suppress(OSError):  # the log's own disk may be what is full: the caller says the same
-        events.emit(at.stage, "failed", error.message, remedy=error.remedy)
+        events.fail(at.stage, error)
 
 
 def publish(

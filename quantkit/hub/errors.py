@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from quantkit.errors import QuantkitError, UsageError, chain_of
+from quantkit.errors import NeedsToken, QuantkitError, UsageError, chain_of
 
 # Everything that huggingface_hub and what lies under it raise when the Hub, the network or the
 # disk fails. hf_xet reports its errors as RuntimeError.
@@ -53,10 +53,9 @@ _TOKEN_PATTERN = re.compile(r"hf_(?:oauth|jwt)_[\w.\-]+|\bhf_[A-Za-z0-9]{8,}|(?<
 _ASKED = "quantkit.retry_after"  # in an answer's extensions: the seconds that it asked to wait
 _LONGEST_SLEEP = 300  # seconds that huggingface_hub may sleep by itself
 _NUMBERS = re.compile(r"\d+")
-_GET_TOKEN = "set HF_TOKEN or run `hf auth login`"
 
 
-class ModelNotFound(QuantkitError):
+class ModelNotFound(NeedsToken):
     """No such repository, or the token does not see it."""
 
 
@@ -166,9 +165,7 @@ def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
             "Unset it, or give a local folder.",
         )
     if isinstance(error, LocalTokenNotFoundError):
-        return QuantkitError(
-            "You need to be signed in to the Hub for this.", f"Give a token: {_GET_TOKEN}."
-        )
+        return NeedsToken("You need to be signed in to the Hub for this.")
     if isinstance(error, HFValidationError):
         return UsageError(f"{asked.repo_id!r} is not a Hub id.", "Write owner/name.")
     if isinstance(error, httpx2.TimeoutException):
@@ -211,22 +208,21 @@ def _from_answer(error: HfHubHTTPError, asked: Asked, token: str | None) -> Quan
     said = " ".join(scrub(error.server_message or "", token).split())[:300]
     name = asked.repo_id or asked.thing or "the Hub"
     if isinstance(error, GatedRepoError):
-        return QuantkitError(
+        fine = " A fine-grained token needs the permission for gated repositories."
+        return NeedsToken(
             f"{name} is gated: you need to accept its terms first.",
-            f"Open {asked.url}, click “Agree and access repository”, then "
-            + (
-                "run again with a token of that account (a fine-grained token needs the "
-                "permission for gated repositories)."
-                if token
-                else f"{_GET_TOKEN} with a token of that account."
-            ),
+            f"Open {asked.url} and click “Agree and access repository”." + (fine if token else ""),
+            "Then run again with a token of that account."
+            if token
+            else "Then set HF_TOKEN or run `hf auth login` with a token of that account.",
         )
     if isinstance(error, DisabledRepoError):
         return QuantkitError(f"{name} was disabled by the Hub.", "Choose another model.")
     if status == 401 and token and _is_bad_token(error):
-        return QuantkitError(
+        return NeedsToken(
             "The Hub does not accept this token: it is wrong, expired or revoked.",
-            f"Make a new one at {endpoint()}/settings/tokens, then {_GET_TOKEN}; or sign in again.",
+            f"Make a new one at {endpoint()}/settings/tokens.",
+            "Then set HF_TOKEN or run `hf auth login`.",
         )
     if isinstance(error, RevisionNotFoundError):
         return QuantkitError(
@@ -240,7 +236,8 @@ def _from_answer(error: HfHubHTTPError, asked: Asked, token: str | None) -> Quan
         return ModelNotFound(
             f"There is no model {name} on the Hub, or it is private and "
             + ("this token does not see it." if token else "no token was given."),
-            "Check the spelling" + ("." if token else f"; for a private model {_GET_TOKEN}."),
+            "Check the spelling.",
+            "" if token else "For a private model set HF_TOKEN or run `hf auth login`.",
         )
     return _from_status(status, name, said, error, asked, token)
 
@@ -250,22 +247,21 @@ def _from_status(
 ) -> QuantkitError:
     quoted = f" The Hub says: {said}" if said else ""
     if status == 401:
-        return QuantkitError(
-            f"You need to be signed in to read {name}.", f"Give a token: {_GET_TOKEN}."
-        )
+        return NeedsToken(f"You need to be signed in to read {name}.")
     if status == 402:
         return QuantkitError(
             f"The Hub requires payment for this.{quoted}", "Check your billing settings on the Hub."
         )
     if status == 403:
         verb = "write to" if asked.writing else "read"
-        return QuantkitError(
+        return NeedsToken(
             f"This token has no permission to {verb} {name}.{quoted}"
             if token
             else f"{name} may not be {'written' if asked.writing else 'read'} without a token.",
-            "Use a token with the permission to write there."
+            "The token needs the permission to write there."
             if asked.writing
-            else "Use a token whose account and permissions include it.",
+            else "The token's account and permissions have to include it.",
+            "Use one that has it.",
         )
     if status == 429:
         seconds = retry_after(error)

@@ -23,7 +23,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile as RemoteFile
 from huggingface_hub.utils import disable_progress_bars
 
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import NeedsToken, QuantkitError, UsageError
 from quantkit.files import PARTIAL, sha256_file
 from quantkit.hub.client import PATIENT, Asked, call, hf_api
 from quantkit.hub.errors import ModelNotFound
@@ -32,9 +32,8 @@ from quantkit.sandbox.untrusted import Settings
 
 logger = logging.getLogger(__name__)
 
-_NEED_TOKEN = QuantkitError(
-    "Publishing needs a token.",
-    "Set HF_TOKEN to one with write permission, or run `hf auth login`.",
+_NEED_TOKEN = NeedsToken(
+    "Publishing needs a token.", "It needs the permission to write to the repository."
 )
 
 

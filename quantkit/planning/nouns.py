@@ -98,6 +98,18 @@ class Estimates:
     n_files: int
     per_file: PerFile
 
+    @property
+    def by_stage(self) -> dict[str, float]:
+        """Return the seconds of every stage, of all files: `seconds` in all."""
+        more = (self.n_files - 1) * self.per_file.seconds
+        halves = {"search": 2, "tune": 2, "stitch": 2, "validate": 1}  # of a stage
+        shares = {name: n * self.stage_seconds.get(name, 0) for name, n in halves.items()}
+        whole = sum(shares.values()) or 1
+        return {
+            name: seconds + more * shares.get(name, 0) / whole
+            for name, seconds in self.stage_seconds.items()
+        }
+
     def for_files(self, n_files: int) -> Estimates:
         """Return the same for another number of files, which are searched one by one."""
         more, each = n_files - self.n_files, self.per_file

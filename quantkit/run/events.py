@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from quantkit.errors import NeedsToken, QuantkitError
 from quantkit.files import json_line
 from quantkit.run.artifacts import NAMES
 from quantkit.sandbox import untrusted
@@ -48,6 +49,13 @@ class EventLog:
 
     def emit(self, stage: str | None, kind: str, message: str = "", **data: Any) -> None:
         self.append(Event(round(time.time(), 3), stage, kind, message, data))
+
+    def fail(self, stage: str | None, error: QuantkitError) -> None:
+        """Tell why a run ends. `token_step`, where only a token helps, is for pages that ask for
+        it: `remedy` speaks to a terminal.
+        """
+        more = {"token_step": error.step} if isinstance(error, NeedsToken) else {}
+        self.emit(stage, "failed", error.message, remedy=error.remedy, **more)
 
     def append(self, event: Event, most_bytes: int | None = None) -> None:
         """Append an event as it is; nothing where the file would have more than `most_bytes`."""

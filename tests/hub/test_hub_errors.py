@@ -41,7 +41,7 @@ ERRORS = [
     ("not found, token", {}, "alice/none", BOB, None, "this token does not see it"),
     ("private, anonymous", PRIVATE, "alice/x", None, None, "no token was given"),
     ("private, other's token", PRIVATE, "alice/x", BOB, None, "this token does not see it"),
-    ("gated, anonymous", GATED, "alice/x", None, None, "gated.*/alice/x, click “Agree.*HF_TOKEN"),
+    ("gated, anonymous", GATED, "alice/x", None, None, "gated.*/alice/x and.*“Agree.*HF_TOKEN"),
     ("gated, not granted", GATED, "alice/x", BOB, None, "gated.*with a token of that account"),
     ("wrong token", {}, "alice/x", SECRETS[3], None, "does not accept this token.*settings/tokens"),
     ("no revision", {}, "alice/x@v9", None, None, "alice/x has no revision v9"),

@@ -182,12 +182,17 @@ def test_api_errors_are_sentences(page: tuple[str, RunStore, Visitors]) -> None:
         assert "Traceback" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_estimate_asks_the_planner(page: tuple[str, RunStore, Visitors], tmp_path: Path) -> None:
-    """The planner's refusal of a folder without a model arrives as its own sentence."""
+def test_estimate_asks_the_planner(tmp_path: Path) -> None:
+    """The planner's refusal of a folder without a model arrives as its own sentence; what it
+    refuses does not start.
+    """
     (tmp_path / "empty").mkdir()
-    client = Client(page[0], verbose=False)
-    with pytest.raises(AppError) as caught:
-        client.predict(str(tmp_path / "empty"), api_name="/estimate")
+    with fixtures.serving(tmp_path / "runs", planned=False) as (url, store, _):
+        client = Client(url, verbose=False)
+        for name in ("/estimate", "/start_job"):
+            with pytest.raises(AppError) as caught:
+                client.predict(str(tmp_path / "empty"), api_name=name)
+        assert store.runs(None) == ()
     assert "empty has no safetensors weights" in str(caught.value)
 
 

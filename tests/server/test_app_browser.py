@@ -109,7 +109,7 @@ def test_from_the_form_to_the_result(
         page.get_by_role("button", name="Start").click()
         expect(page.locator("#form-error [role=alert]")).to_contain_text("is not a size")
         page.locator("#size input, #size textarea").fill("90MB")
-        page.locator("#profile").get_by_label("demo: minutes").check()
+        page.locator("#profile").get_by_label("Demo:").check()
         page.get_by_role("button", name="Start").click()
 
         # It runs, and its stages move by themselves.

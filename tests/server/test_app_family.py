@@ -21,7 +21,7 @@ def test_a_family(browser, tiny_checkpoint: Path, tmp_path: Path) -> None:  # no
         model.fill(str(tiny_checkpoint))
         model.press("Enter")
         page.get_by_text("Several sizes").click()
-        page.locator("#profile").get_by_label("demo: minutes").check()
+        page.locator("#profile").get_by_label("Demo:").check()
         fill_advanced(page, "Calibration text", "docs,code")
         page.get_by_role("button", name="Start").click()
         page.wait_for_url(re.compile(r"\?job=[\w-]{20,}"))

@@ -16,19 +16,18 @@ import app_fixtures as fixtures
 import gradio_client
 import pytest
 from hub_jobs import hardware
+from hub_server import HubServer
 from huggingface_hub import JobHardwareInfo
+from plans import PLAN, ask
 from tiny_models import tiny_llama
 
 from quantkit import sandbox
 from quantkit.config import RunConfig
 from quantkit.config.budgets import Budget
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
-from quantkit.errors import QuantkitError
+from quantkit.errors import NeedsToken, QuantkitError
 from quantkit.hub import jobs
-from quantkit.llamacpp.contexts import ContextMemory
-from quantkit.planning.coverage import Coverage
-from quantkit.planning.disk import Footprint
-from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Seconds, Sizes
+from quantkit.planning.nouns import Plan
 from quantkit.sandbox import api
 from quantkit.sandbox.untrusted import build
 from quantkit.server.executors import local, registry
@@ -39,58 +38,15 @@ from quantkit.server.previews.sizes import with_sizes
 from quantkit.server.runs.record import load_record
 from quantkit.server.runs.request import RunForm, to_config
 from quantkit.server.runs.store import RunStore
-from quantkit.server.web import handlers as handlers_module
+from quantkit.server.web import form_handlers as handlers_module
 from quantkit.server.web import previews
-from quantkit.server.web.handlers import Client, Handlers
+from quantkit.server.web.form_handlers import Client
+from quantkit.server.web.handlers import Handlers
 from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 ME = Client("visitor:me", None, "1.2.3.4")
-PLAN = Plan(
-    model=PlannedModel(
-        "a/b", "0" * 40, "LlamaForCausalLM", 1_000_000_000, "mit", True, 2_000_000_000
-    ),
-    sizes=Sizes((), (), 350_000_000, 1_100_000_000, 1_000_000_000, {}),
-    stock={"Q3_K_M": 480_000_000, "Q4_K_M": 600_000_000, "Q5_K_M": 700_000_000},
-    context=ContextMemory(100_000, 0, 0, ((2**18, 100_000_000),), 200_000_000, 4096),
-    levels=("Q3_K", "Q4_K"),
-    left_out=(),
-    footprint=Footprint(
-        downloaded=2_000_000_000,
-        fetched=0,
-        base=2_000_000_000,
-        compared=2_000_000_000,
-        calibrated=100_000_000,
-        hidden_states=0,
-        importances=1_000_000,
-        searched=400_000_000,
-        is_tuned=True,
-        tuned_states=0,
-        expanded=2_000_000_000,
-        predictions=1_000_000_000,
-    ),
-    coverage=Coverage(0.9996, {"token_embd": "looked up"}),
-    fallbacks=(),
-    sandbox="the kernel",
-    warnings=(),
-    estimates=Estimates(
-        disk_bytes=9_000_000_000,
-        disk={"validate": 7_000_000_000},
-        memory_bytes=5_000_000_000,
-        memory={"calibrate": 5_000_000_000},
-        cpu=Seconds(0, 3400),
-        gpu=Seconds(0, 2),
-        stage_seconds={"quantize": 2000, "search": 1400},
-        seconds=3400,
-        n_files=1,
-        per_file=PerFile(Seconds(0, 600), Seconds(0, 0.5), 600),
-    ),
-)
-
-
-def ask(config: RunConfig) -> Plan:
-    return with_sizes(PLAN, config)
 
 
 @pytest.fixture
@@ -110,7 +66,7 @@ def handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handle
 
 def shown(handlers: Handlers, **fields: Any) -> str:
     *_, last = handlers.preview(RunForm("a/b", **fields), "", ME)
-    return last
+    return last.html
 
 
 def limits(form: RunForm) -> list[int]:
@@ -151,7 +107,7 @@ def test_a_family_is_one_run_of_several_sizes(handlers: Handlers) -> None:
     mixes = ("Q3_K_M", "Q4_K_M", "Q5_K_M")
     form = RunForm("a/b", "family", family=mixes)
     assert to_config(form, True).targets == tuple(LikeMix(mix) for mix in mixes)
-    job = handlers.start(form, "", ME)
+    (job,) = handlers.start(form, "", ME)
     assert handlers.store.view(job, ME.owner).target == "like Q3_K_M, like Q4_K_M, like Q5_K_M"
     shown_all = shown(handlers, size_kind="family", family=mixes)
     assert "3 files: 480.0 MB, 600.0 MB, 700.0 MB" in shown_all
@@ -189,7 +145,7 @@ def test_the_preview_says_what_is_to_be_known(handlers: Handlers) -> None:
         handlers, size_kind="fits", memory="2GB", context=8192
     )
     assert "does not fit on" in shown(handlers, machine="no-such")
-    assert next(iter(handlers.preview(RunForm(""), "", ME))) == ""
+    assert next(iter(handlers.preview(RunForm(""), "", ME))).html == ""
 
 
 def test_levels_that_are_not_made_are_named() -> None:
@@ -209,25 +165,24 @@ def test_first_facts_come_before_the_planner(
     monkeypatch.setattr(handlers_module, "estimate", late)
     form = RunForm("demo:smollm2-135m", "family", family=("Q4_K_M", "Q6_K"))
     told = handlers.preview(form, "", ME)
-    first = next(told)
-    for words in ("LlamaForCausalLM", "135M parameters", "apache-2.0", "Working out"):
+    first = next(told).html
+    for words in ("135M parameters", "apache-2.0", "Working out"):
         assert words in first, words
     assert "about" not in first
-    assert "the planner was asked" in next(told)
+    assert "the planner was asked" in next(told).html
 
 
 def test_a_run_too_large_for_the_page(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "memory_here", lambda environment: 4e9)
     assert "too large" in shown(handlers) and "needs about 5.00 GB of memory" in shown(handlers)
-    handlers.store.public = True
-    with pytest.raises(QuantkitError, match="too large for this page.*Choose a Job"):
+    with pytest.raises(QuantkitError, match="too large for this machine.*Choose a Job"):
         handlers.start(RunForm("a/b"), "", ME)
 
 
 def test_an_order_for_a_job(handlers: Handlers) -> None:
     with pytest.raises(QuantkitError, match="nobody is signed in"):
         handlers.start(RunForm("a/b", machine="auto"), "", ME)
-    run = handlers.start(RunForm("a/b", machine="t4-small"), "hf_token", ME)
+    (run,) = handlers.start(RunForm("a/b", machine="t4-small"), "hf_token", ME)
     record = load_record(handlers.store.root / run)
     assert record is not None and record.machine == "t4-small" and record.hours
     assert record.usd_per_hour == pytest.approx(0.4, rel=0.01) and record.has_token
@@ -342,3 +297,20 @@ def test_a_real_file_answers() -> None:
     question = [{"role": "user", "content": "Write one sentence about the sea."}]
     first, second = (list(talk.say(packaged_gguf(), question)) for _ in range(2))
     assert len(first) > 5 and first[-1].strip() and first == second
+
+
+def test_the_planner_says_that_a_token_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the process that plans to the page, which asks for it in its own words."""
+    with HubServer() as hub:
+        files = {"config.json": "{}", "model.safetensors": b"x" * 100}
+        hub.add_model("bob/gated", files, gated=True)
+        for name, value in {**hub.env, "HF_HOME": str(tmp_path)}.items():
+            monkeypatch.setenv(name, value)
+        handlers = Handlers(RunStore(tmp_path / "runs"), Visitors(b"k"), False, False)
+        *_, last = handlers.preview(RunForm("bob/gated"), "", ME)
+        with pytest.raises(NeedsToken):
+            handlers.start(RunForm("bob/gated"), "", ME)
+    assert last.wants_token and "Agree and access repository" in last.html
+    assert "Enter a token" in last.html and "hf auth" not in last.html

@@ -23,7 +23,8 @@ from quantkit.errors import QuantkitError
 from quantkit.run.folder import RunDir
 from quantkit.server.runs.store import RunStore
 from quantkit.server.web import previews
-from quantkit.server.web.handlers import Client, Handlers
+from quantkit.server.web.form_handlers import Client
+from quantkit.server.web.handlers import Handlers
 from quantkit.server.web.visitor import Visitors
 
 ME = Client("visitor:alice", None, "1.2.3.4")

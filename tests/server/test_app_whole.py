@@ -64,7 +64,7 @@ def test_from_the_name_to_the_published_repository(
         expect(page.locator("#plan")).to_contain_text("Sizes of this model", timeout=300_000)
         page.get_by_text("Sizes of this model").click()
         page.screenshot(path=shots / "preview-1280-light.png", full_page=True)
-        page.locator("#profile").get_by_label("demo: minutes").check()
+        page.locator("#profile").get_by_label("Demo:").check()
         fill_advanced(page, "Calibration text", "builtin")
         page.get_by_role("button", name="Start").click()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import app_fixtures as fixtures
 import pytest
-from test_app_preview import ask
+from plans import ask
 from test_structure import OURS, imports, module_of, short, tree, walk
 
 from quantkit.config import RunConfig
@@ -37,9 +37,10 @@ from quantkit.server.runs.limits import Limits
 from quantkit.server.runs.record import RunRecord, load_record, owner_hash
 from quantkit.server.runs.request import RunForm
 from quantkit.server.runs.store import RunStore
-from quantkit.server.web import handlers as handlers_module
+from quantkit.server.web import form_handlers as handlers_module
 from quantkit.server.web import view
-from quantkit.server.web.handlers import Client, Handlers
+from quantkit.server.web.form_handlers import Client
+from quantkit.server.web.handlers import Handlers
 from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
@@ -130,7 +131,7 @@ def test_from_the_form_to_the_end(
     monkeypatch.setattr(handlers_module, "estimate", lambda config, *_: ask(config))
     handlers = Handlers(store, Visitors(b"k"), on_space=False, sign_in=False)
     here = store.submit(fixtures.CONFIG, OWNER)
-    run = handlers.start(RunForm("a/b", machine=machine), "", ME)
+    (run,) = handlers.start(RunForm("a/b", machine=machine), "", ME)
     config = RunConfig.from_json(json.loads((store.root / run / "config.json").read_text()))
     assert config.device == "cuda", "as the machine of the offer has it"
     record = load_record(store.root / run)
@@ -181,7 +182,8 @@ def test_the_page_offers_it(store: RunStore, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(handlers_module, "estimate", lambda config, *_: ask(config))
     monkeypatch.setattr(handlers_module, "known_plan", lambda config, token: ask(config))
     handlers = Handlers(store, Visitors(b"k"), on_space=False, sign_in=False)
-    *_, html = handlers.preview(RunForm("a/b", machine="ship:cutter"), "", ME)
+    *_, last = handlers.preview(RunForm("a/b", machine="ship:cutter"), "", ME)
+    html = last.html
     assert '<tr class="ours"><th scope="row">Voyage: cutter' in html and "$0.50" in html
     with pytest.raises(QuantkitError, match="does not fit on 'galleon'"):
         handlers.start(RunForm("a/b", machine="ship:galleon"), "", ME)

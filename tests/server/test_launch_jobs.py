@@ -24,7 +24,7 @@ import pytest
 from hub_server import ALICE, BOB, HubServer, running_hub
 from hypothesis import given
 from hypothesis import strategies as st
-from test_app_preview import PLAN
+from plans import PLAN
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
@@ -393,8 +393,8 @@ def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
     large = offered(memory_bytes=100 * 10**9, cpu=Seconds(0, 8e6), gpu=Seconds(0, 5000))
     assert choose(large).machine == "h200"
     assert choose(large).device == "cuda"
-    # What one GPU would not end in a day is offered on four; what does not fit on one does not fit.
-    longer = offered(memory_bytes=100 * 10**9, cpu=Seconds(0, 2.5e8), gpu=Seconds(0, 150_000))
+    # What one GPU would not end in time is offered on four; what does not fit on one does not fit.
+    longer = offered(memory_bytes=100 * 10**9, cpu=Seconds(0, 2.5e8), gpu=Seconds(0, 350_000))
     assert [(offer.machine, offer.device) for offer in longer] == [("h200x4", "cuda")]
     assert offered(memory_bytes=200 * 10**9) == ()
     with pytest.raises(QuantkitError, match="None of the offered machines"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 from quantkit.config import RunConfig
 from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.server.runs.request import RunForm, check_pattern, check_repo, to_config
+from quantkit.server.executors.protocol import Order
+from quantkit.server.runs.again import form_of
+from quantkit.server.runs.request import RunForm, check_pattern, check_repo, models_of, to_config
 
 
 class TestForm:
@@ -113,3 +116,31 @@ class TestForm:
 
     def test_repositories(self) -> None:
         assert check_repo(" me/My-Model.GGUF ") == "me/My-Model.GGUF"
+
+
+def test_a_field_of_several_models() -> None:
+    """Ids and addresses may be listed; anything else that has a comma or a space is one name."""
+    listed = "a/b, https://huggingface.co/c/d\ndemo:smollm2-135m;a/b"
+    assert models_of(listed) == ("a/b", "https://huggingface.co/c/d", "demo:smollm2-135m")
+    assert models_of("/models/one, two") == ("/models/one, two",)
+    assert models_of("a/b") == ("a/b",)
+    with pytest.raises(UsageError, match="at most 10"):
+        models_of(" ".join(f"a/m{i}" for i in range(11)))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        RunForm("a/b", "like", "Q5_K_M", seed=3, revision="v1", levels=("Q4_K", "Q8_0")),
+        RunForm("a/b", "size", size="5GB", types='{"token_embd": "Q8_0"}', visibility="private"),
+        RunForm("a/b", "bpw", bpw=4.25, methods=("gptq",), publish="me/x", prefer="speed"),
+        RunForm("a/b", "family", family=("Q3_K_M", "Q6_K"), calibration="docs:2,code"),
+        RunForm("a/b", "fits", memory="9GB", context=4096, devices=("gpu-8gb", "mac-16gb")),
+    ],
+)
+def test_a_config_is_a_form_again(form: RunForm) -> None:
+    config = to_config(form, public=True)
+    again = form_of(config, Order())
+    assert to_config(again.form, public=True) == config and not again.left_out
+    more = dataclasses.replace(config, max_types=3)
+    assert form_of(more, Order("hf_jobs", "t4-small")).left_out == ("max_types",)

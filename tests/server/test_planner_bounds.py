@@ -21,7 +21,7 @@ from typing import Any
 
 import app_fixtures as fixtures
 import pytest
-from test_app_preview import PLAN
+from plans import PLAN
 
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError

@@ -317,13 +317,20 @@ def kill_workers(root: Path) -> None:
 
 @contextmanager
 def serving(
-    root: Path, *, public: bool = False, schedule: bool = True
+    root: Path, *, public: bool = False, schedule: bool = True, planned: bool = True
 ) -> Iterator[tuple[str, RunStore, Visitors]]:
-    """The page on a free port, its workers being `work`. Yields its address, store and visitors."""
-    from quantkit.server.web import server
+    """The page on a free port, its workers being `work`; with `planned` every model has one plan.
+    Yields its address, store and visitors.
+    """
+    import plans
+
+    from quantkit.server.web import form_handlers, server
     from quantkit.server.web.page import build_app
 
     command, local.COMMAND = local.COMMAND, (sys.executable, __file__)
+    planner = form_handlers.estimate
+    if planned:
+        form_handlers.estimate = plans.ask_small
     path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)
     store, visitors = RunStore(root, public=public), Visitors(b"test")
     app = build_app(store, visitors)
@@ -337,7 +344,7 @@ def serving(
         store.close()
         if schedule:
             kill_workers(root)
-        local.COMMAND = command
+        local.COMMAND, form_handlers.estimate = command, planner
         if path is None:
             del os.environ["PYTHONPATH"]
         else:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.planning.nouns import Plan
-from quantkit.server.executors.protocol import SHARE, Executor, Order
+from quantkit.server.executors.protocol import ON_PLAN, SHARE, Executor, Order
 from quantkit.sizes import size
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "quantkit", "resume")
@@ -43,10 +43,10 @@ class Local(Executor):
                 f"It needs about {size(needs.disk_bytes)} of disk and this machine has"
                 f" {size(free)} free."
             )
-        if most_seconds is not None and needs.seconds > most_seconds:
+        if most_seconds is not None and ON_PLAN * needs.seconds > most_seconds:
             return (
-                f"It would take about {needs.seconds / 3600:.1f} hours here, and a run may take"
-                f" {most_seconds / 3600:.0f}."
+                f"It would take about {needs.seconds / 3600:.1f} hours here, and a run is stopped"
+                f" after {most_seconds / 3600:.0f}; it may need half as long again."
             )
         return ""
 

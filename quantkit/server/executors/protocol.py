@@ -31,6 +31,7 @@ RESULTS = (
     str(RELATIVE.upload / "README.md"),
 )
 SHARE = 0.9  # of a machine's memory and disk that a run may take
+ON_PLAN = 1.5  # times as long as estimated is still on plan: no limit may end such a run
 _PATIENCE_SECONDS = 8 * 3600
 
 
@@ -43,6 +44,7 @@ class Order:
     hours: int | None = None  # the run is ended after that
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None  # how long it is expected to take
+    stage_seconds: dict[str, float] | None = None  # the same of each stage
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Offer:
     seconds: float
     hours: int  # the run is ended after that
     usd_per_hour: float
+    stage_seconds: dict[str, float] | None = None  # of the run there, without its start
 
     @property
     def usd(self) -> float:
@@ -68,7 +71,12 @@ class Offer:
     @property
     def order(self) -> Order:
         return Order(
-            self.executor, self.machine, self.hours, self.usd_per_hour, round(self.seconds)
+            self.executor,
+            self.machine,
+            self.hours,
+            self.usd_per_hour,
+            round(self.seconds),
+            self.stage_seconds,
         )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quantkit.config import RunConfig
-from quantkit.errors import QuantkitError
+from quantkit.errors import NeedsToken, QuantkitError
 from quantkit.files import write_json
 from quantkit.planning.nouns import Plan
 from quantkit.sandbox import secrets
@@ -173,6 +173,9 @@ def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> Plan:
             elif "error" in told:
                 message, remedy = told["error"]
                 raise QuantkitError(str(message)[:2000], str(remedy)[:2000])
+            elif "needs_token" in told:
+                message, step = told["needs_token"]
+                raise NeedsToken(str(message)[:2000], str(step)[:2000])
             elif told.get("ended") in ("memory", "time"):
                 raise CutOff(f"The preview took too much {told['ended']}.", _REMEDY)
         except (Damaged, ValueError, TypeError):

@@ -3,7 +3,7 @@
     python -m quantkit.server.previews.plan_child CONFIG.json
 
 Tells one JSON object a line: `looked`, the first facts, as soon as they are known; then `plan`, or
-`error` with a sentence and a remedy.
+`error` with a sentence and a remedy, or `needs_token` with a sentence and what to do before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     secrets.hide()
     from quantkit.checkpoint.info import ModelInfo
     from quantkit.config import RunConfig
-    from quantkit.errors import QuantkitError
+    from quantkit.errors import NeedsToken, QuantkitError
     from quantkit.planning.plan import make_plan
     from quantkit.run.folder import read_json
     from quantkit.server.previews.first_look import FirstLook
@@ -32,6 +32,9 @@ def main(argv: list[str]) -> int:
 
     try:
         _tell("plan", make_plan(RunConfig.from_json(read_json(Path(argv[1]))), looked=looked))
+    except NeedsToken as error:
+        _tell("needs_token", [error.message, error.step])
+        return 1
     except QuantkitError as error:
         _tell("error", [error.message, error.remedy])
         return 1

@@ -88,10 +88,15 @@ def check_disk(root: Path, limits: Limits) -> None:
 
 
 def check_limits(
-    followers: Iterable[Follower], mine: str, place: str | None, limits: Limits, public: bool
+    followers: Iterable[Follower],
+    mine: str,
+    place: str | None,
+    limits: Limits,
+    public: bool,
+    n_more: int = 1,
 ) -> None:
     """Raise UsageError when the server, the owner with the hash `mine`, or the `place` that a
-    visitor comes from has enough runs.
+    visitor comes from would have too many runs with `n_more`.
     """
     records = [(follower, follower.record) for follower in followers]
     active = [
@@ -100,15 +105,17 @@ def check_limits(
         if record is not None
         and (record.phase == QUEUED or process.is_alive(record.pid, record.pid_started))
     ]
-    if len(active) >= limits.active:
+    if len(active) + n_more > limits.active:
         raise UsageError("Too many runs are waiting.", "Try again later.")
-    if public and sum(record.owner == mine for record in active) >= limits.active_per_owner:
+    n_mine = sum(record.owner == mine for record in active)
+    if public and n_mine + n_more > limits.active_per_owner:
         raise UsageError(
-            f"You have {limits.active_per_owner} runs waiting or running already.",
+            f"You have {n_mine} runs waiting or running already; {limits.active_per_owner} are"
+            " allowed at once.",
             "Wait for one to finish, or cancel one.",
         )
     n_near = sum(place is not None and record.place == place for record in active)
-    if public and n_near >= limits.active_per_place:
+    if public and n_near + n_more > limits.active_per_place:
         raise UsageError(
             f"{n_near} runs from your address are waiting or running already.",
             "Wait for one to finish, or cancel one.",

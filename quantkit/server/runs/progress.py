@@ -97,6 +97,7 @@ class Progress:
         self.curve: list[KlPoint] = []
         self.outcome: str | None = None  # finished, failed; None: under way or cut off
         self.error, self.remedy = "", ""
+        self.token_step: str | None = None  # where only a token helps: what to do before
         self.published_url: str | None = None
         self.started: float | None = None  # of this attempt
         self.last_time: float | None = None
@@ -120,7 +121,7 @@ class Progress:
 
     def _feed_run(self, event: Event) -> None:
         if event.kind == "started":
-            self.outcome, self.error, self.remedy = None, "", ""
+            self.outcome, self.error, self.remedy, self.token_step = None, "", "", None
             self.started = event.time
             self._eta = None
             self.stages = {
@@ -182,6 +183,8 @@ class Progress:
         remedy = event.data.get("remedy", "")
         self.error = event.message
         self.remedy = shortened(remedy, _LONGEST_URL) if isinstance(remedy, str) else ""
+        step = event.data.get("token_step")
+        self.token_step = shortened(step, _LONGEST_URL) if isinstance(step, str) else None
         if event.stage in self.stages:
             self.stages[event.stage] = replace(self.stages[event.stage], state=FAILED)
 

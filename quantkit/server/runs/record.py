@@ -19,6 +19,7 @@ from pathlib import Path
 
 from quantkit.errors import UsageError
 from quantkit.files import write_json
+from quantkit.run.artifacts import NAMES
 from quantkit.sandbox.untrusted import Damaged, build, moment, read_bytes, read_json
 from quantkit.server.executors.protocol import MACHINE_FILE, Executor, Order
 from quantkit.server.executors.registry import EXECUTORS, of_record
@@ -61,6 +62,7 @@ class RunRecord:
     hours: int | None = None  # after which a run elsewhere is ended
     usd_per_hour: float | None = None
     estimate_seconds: float | None = None  # how long it was expected to take
+    stage_seconds: dict[str, float] | None = None  # the same of each stage
     place: str | None = None  # where its visitor came from: a keyed hash, to count by
     executor: str = ""  # its name; records of before they had names know it by the machine
 
@@ -77,6 +79,9 @@ class RunRecord:
         moment(self.since)
         numbers = (self.hours, self.usd_per_hour, self.estimate_seconds, self.pid)
         if not all(number is None or 0 <= number <= _LARGEST for number in numbers):
+            raise Damaged("it has a number out of range")
+        of_stages = self.stage_seconds or {}
+        if not all(n in NAMES and 0 <= s <= _LARGEST for n, s in of_stages.items()):
             raise Damaged("it has a number out of range")
         texts = (self.reason, self.machine or "", self.pid_started or "", self.place or "")
         if any(len(text) > _LONGEST_TEXT for text in texts):
@@ -95,7 +100,12 @@ class RunRecord:
     def order(self) -> Order:
         """Return what its executor is told."""
         return Order(
-            self.executor, self.machine, self.hours, self.usd_per_hour, self.estimate_seconds
+            self.executor,
+            self.machine,
+            self.hours,
+            self.usd_per_hour,
+            self.estimate_seconds,
+            self.stage_seconds,
         )
 
 

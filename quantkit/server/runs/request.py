@@ -39,6 +39,10 @@ CALIBRATION_TEXTS = (AUTO, *MIXES, *BUILTIN_TEXTS, *HUB_TEXTS)
 _MAX_TYPES_TEXT = 10_000
 _MAX_TYPES = 100
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}", re.ASCII)
+_LISTED = re.compile(
+    r"https?://\S+|demo:\S+|[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}(?:@\S+)?", re.ASCII
+)
+_MOST_MODELS = 10
 _MACHINE = re.compile(r"[a-z0-9][a-z0-9_:-]{0,79}", re.ASCII)
 # A repeated group, a row of optional characters or of groups with alternatives can take exponential
 # time on the right name. A few repeats of single characters, or a few groups, cannot.
@@ -72,6 +76,20 @@ class RunForm:
     publish: str = ""
     visibility: str = "model"  # one of VISIBILITIES
     machine: str = HERE  # as `registry.asked` takes it
+
+
+def models_of(text: Any) -> tuple[str, ...]:
+    """Return the models that a field names: several ids or addresses, one a line or with commas
+    between them, or whatever else it holds as one. Raises UsageError for very many.
+    """
+    parts = tuple(dict.fromkeys(p for p in re.split(r"[\s,;]+", _text(text, "model", 2000)) if p))
+    if len(parts) < 2 or not all(_LISTED.fullmatch(part) for part in parts):
+        return (text,)
+    if len(parts) > _MOST_MODELS:
+        raise UsageError(
+            f"{len(parts)} models are too many at once.", f"Name at most {_MOST_MODELS}."
+        )
+    return parts
 
 
 def to_config(form: RunForm, public: bool) -> RunConfig:
@@ -171,7 +189,9 @@ def _methods(values: Any) -> tuple[str, ...]:
 def _targets(form: RunForm) -> tuple[Target, ...]:
     kind = _one_of(form.size_kind, "kind of size", SIZE_KINDS)
     if kind == "family":
-        mixes = _names(form.family, "stock mix") or FAMILIES["everyday"]
+        mixes = _names(form.family, "stock mix")
+        if not mixes:
+            raise UsageError("Choose at least one size.", "Tick the sizes that you want.")
         return tuple(LikeMix(mix) for mix in mixes)
     if kind == "fits":
         return tuple(FitsMemory(value) for value in _fits(form))

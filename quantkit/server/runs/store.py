@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -80,6 +80,16 @@ class RunStore(Scheduler):
         if found is None:
             raise NoSuchRun
         return found
+
+    def asked(self, run_id: object, owner: str | None) -> tuple[RunConfig, Order]:
+        """Return what a run was asked for, and how it was to be done. Raises QuantkitError."""
+        with self._lock:
+            follower = self._follower(run_id, owner)
+            _check_whole(follower)
+            config, record = follower.config, follower.record
+        if config is None:
+            raise NoSuchRun
+        return config, Order() if record is None else record.order
 
     def log_tail(self, run_id: object, owner: str | None, n_bytes: int = 20_000) -> str:
         """Return the end of what the worker printed."""
@@ -155,6 +165,20 @@ class RunStore(Scheduler):
             self._remember_token(run_id, token)
             save_record(folder, record)
             return run_id
+
+    def submit_all(
+        self,
+        runs: Sequence[tuple[RunConfig, Order]],
+        owner: str,
+        token: str | None = None,
+        place: str | None = None,
+    ) -> tuple[str, ...]:
+        """Queue several runs of an owner, or none of them. Returns their ids. Raises UsageError
+        when a limit would be reached.
+        """
+        with self._lock:
+            self._check_limits(owner_hash(owner), place, len(runs))
+            return tuple(self.submit(config, owner, token, order, place) for config, order in runs)
 
     def cancel(self, run_id: object, owner: str | None, token: str | None = None) -> None:
         """Take a run out of the queue, or end its worker; finished stages stay. A Job that nobody
@@ -268,12 +292,12 @@ class RunStore(Scheduler):
         if token:
             self._tokens[run_id] = token
 
-    def _check_limits(self, owner: str | None, place: str | None) -> None:
+    def _check_limits(self, owner: str | None, place: str | None, n_more: int = 1) -> None:
         """`owner` is a visitor's hash; runs of the command line have none, and no limits."""
         if owner is None:
             return
         check_disk(self.root, self.limits)
-        check_limits(self._scan().values(), owner, place, self.limits, self.public)
+        check_limits(self._scan().values(), owner, place, self.limits, self.public, n_more)
 
 
 def is_public(environment: Mapping[str, str] | None = None) -> bool:

@@ -69,12 +69,14 @@ class RunView(RunSummary):
     stopping: bool = False  # a cancelled run whose process has not ended yet
     error: str = ""
     remedy: str = ""
+    token_step: str | None = None  # where only a token helps: what to do before it is given
     curve: tuple[KlPoint, ...] = ()
     log: tuple[LogLine, ...] = ()
     report: dict[str, Any] | None = None
     allocation: dict[str, str] | None = None  # the type of every tensor of the best mix so far
     files: tuple[ResultFile, ...] = ()
     card: str = ""  # the model card, Markdown
+    had_token: bool = False  # one was given at the start
     publish_to: str | None = None
     published_url: str | None = None
     can_try: bool = False  # the file lies here and can be talked to
@@ -84,6 +86,12 @@ class RunView(RunSummary):
     @property
     def is_active(self) -> bool:
         return self.state in (QUEUED, RUNNING)
+
+    @property
+    def wants_token(self) -> bool:
+        """Return whether a token that is given to go on may be of use."""
+        lost = self.state in (INTERRUPTED, CANCELLED) and (self.had_token or self.is_remote)
+        return self.token_step is not None or lost or bool(self.publish_to)
 
     @property
     def can_resume(self) -> bool:

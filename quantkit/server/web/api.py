@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
-from quantkit.server.runs.request import RunForm, to_config
-from quantkit.server.web.handlers import Client, Handlers, known
+from quantkit.server.runs.request import RunForm, models_of, to_config
+from quantkit.server.web.form_handlers import Client, known
+from quantkit.server.web.handlers import Handlers
 from quantkit.tensors import to_json
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,10 @@ def add_endpoints(handlers: Handlers) -> None:
         if client.username is None and (not key or client.owner is None):
             key = handlers.visitors.new_key()
             client = Client(f"visitor:{handlers.visitors.check(key)}", None, client.address)
-        return {"job_id": handlers.start(form, token.token if token else "", client), "key": key}
+        if len(models_of(model)) > 1:
+            raise UsageError("Those are several models.", "Start a job for each.")
+        (job_id,) = handlers.start(form, token.token if token else "", client)
+        return {"job_id": job_id, "key": key}
 
     @_told
     def job_status(

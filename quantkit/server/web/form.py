@@ -10,13 +10,14 @@ from typing import Any
 
 import gradio as gr
 
-from quantkit.config import DEMO_MODEL, PROFILES
+from quantkit.config import DEMO_MODEL
 from quantkit.config.devices import DEVICES
 from quantkit.ggml.types import QUANTIZED, STOCK_MIXES
 from quantkit.server.executors.registry import AUTO, HERE
 from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
-from quantkit.server.web.events import asked, growing, quietly, said
-from quantkit.server.web.handlers import Client, Handlers
+from quantkit.server.web.events import asked, growing, quietly
+from quantkit.server.web.form_handlers import Client
+from quantkit.server.web.handlers import Handlers
 from quantkit.tensors import METHODS
 
 _SUGGESTIONS: list[Any] = [
@@ -40,6 +41,23 @@ _TYPED = (
     " await new Promise((done) => setTimeout(done, 250));"
     " return key === window.qkKey ? document.querySelector('#model input').value : '' }"
 )
+# The same for fields whose every key would ask the Hub: once the fingers rest, another word.
+_SETTLED = (
+    "async (before) => { const key = window.qkKeys = (window.qkKeys || 0) + 1;"
+    " await new Promise((done) => setTimeout(done, 700));"
+    " return key === window.qkKeys ? String(Date.now()) : before }"
+)
+_ANY_MACHINE = [("the cheapest that finishes within 8 hours", AUTO)]
+_PROFILES = [
+    ("Demo: a try, with the least work", "demo"),
+    ("Quick look", "fast"),
+    ("Standard (recommended)", "standard"),
+    ("Best: much more work, for a file with many users", "thorough"),
+]
+_NO_PLAN = (
+    '<div class="qk-preview qk-empty"><p>What it takes</p>'
+    "<p>Choose a model: its sizes, time and price appear here.</p></div>"
+)
 _CONTEXTS = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
@@ -48,32 +66,54 @@ class Form:
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
+        with gr.Row(elem_classes="qk-new"):
+            with gr.Column(scale=6, min_width=320):
+                self._ask()
+            with gr.Column(scale=5, min_width=320, elem_id="beside"):
+                self._beside()
+        self._wire()
+
+    def _ask(self) -> None:
+        handlers = self._handlers
         places = "." if handlers.store.public else ", or the path of a folder."
         self.model = gr.Dropdown(
             _SUGGESTIONS,
             value=None,
             label="Model",
-            info=f"Type to search the Hugging Face Hub, or paste an id or address{places}",
+            info=f"Type to search the Hugging Face Hub, or paste an id or address{places}"
+            " Several ids, with commas between, are done one after the other.",
             allow_custom_value=True,
             elem_id="model",
         )
         self.typed = gr.Textbox(visible=False, max_length=200)
         self._size()
         self.profile = gr.Radio(
-            [(f"{name}: {profile.about}", name) for name, profile in PROFILES.items()],
+            _PROFILES,
             value="standard",
-            label="How much work should it do?",
+            label="Quality",
+            info="More work makes a better file of the same size.",
             elem_id="profile",
             elem_classes="qk-stack",
         )
         self._where()
         self._advanced()
         self._publish()
-        self.plan = gr.HTML(visible=False, elem_id="plan")
+
+    def _beside(self) -> None:
+        """What the choice comes to, what is in its way, and the button: one column, in sight."""
+        self.plan = gr.HTML(_NO_PLAN, elem_id="plan")
+        self.token = gr.Textbox(
+            label="Hugging Face token",
+            info="For gated and private models, and to publish. Never stored.",
+            type="password",
+            visible=False,
+            elem_id="token",
+        )
+        # Changes once who types a token or a revision has stopped.
+        self.settled = gr.Textbox(visible="hidden", max_length=30, elem_id="settled")
         self.error = gr.HTML(visible=False, elem_id="form-error")
         with gr.Row(elem_classes="qk-buttons"):
             self.start_button = gr.Button("Start", variant="primary", elem_id="start")
-        self._wire()
 
     def _size(self) -> None:
         self.kind = gr.Radio(
@@ -145,10 +185,10 @@ class Form:
             elem_classes="qk-stack",
         )
         self.machine = gr.Dropdown(
-            [("the cheapest that finishes within 8 hours", AUTO)],
+            _ANY_MACHINE,
             value=AUTO,
             label="Machine",
-            info="Time and price of each are in the preview below.",
+            info="All that the run fits on, with its time and price there.",
             visible=False,
             allow_custom_value=True,
             elem_id="machine",
@@ -157,7 +197,10 @@ class Form:
     def _advanced(self) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.revision = gr.Textbox(
-                label="Revision", info="Branch, tag or commit. Empty: main.", max_length=200
+                label="Revision",
+                info="Branch, tag or commit. Empty: main.",
+                max_length=200,
+                elem_id="revision",
             )
             self.levels = gr.Dropdown(
                 [qtype.name for qtype in sorted(QUANTIZED)],
@@ -212,13 +255,6 @@ class Form:
                 max_length=200,
             )
             self.visibility = visibility("visible-to")
-            self.token = gr.Textbox(
-                label="Hugging Face token",
-                info="To publish, and for private or gated models. It is never stored.",
-                type="password",
-                visible=not self._handlers.sign_in,
-                elem_id="token",
-            )
 
     @property
     def _by_name(self) -> dict[str, gr.components.Component]:
@@ -240,6 +276,12 @@ class Form:
         """The inputs, in the order of `read`. The token comes last."""
         return [*self._by_name.values(), self.token]
 
+    def filled(self, form: RunForm) -> list[Any]:
+        """Return updates of `fields` that fill in a form; no token."""
+        where, colon, machine = form.machine.partition(":")
+        given = {**vars(form), "where": where, "machine": machine or AUTO}
+        return [*(gr.update(value=_plain(given[name])) for name in self._by_name), gr.skip()]
+
     def read(self, values: Sequence[Any]) -> RunForm:
         """Return the form's values without the token, as a run is started with them."""
         given = dict(zip(self._by_name, values, strict=True))
@@ -260,7 +302,14 @@ class Form:
 
         def preview(client: Client, token: str, *values: Any) -> Iterator[Any]:
             *fields, typed = values
-            return map(said, handlers.preview(self.read(fields), token or typed, client))
+            form = self.read(fields)
+            for shown in handlers.preview(form, token or typed, client):
+                wanted = bool(shown.wants_token or typed or form.publish)
+                yield [
+                    shown.html or _NO_PLAN,
+                    gr.update(visible=wanted and not handlers.sign_in),
+                    gr.update(choices=[*_ANY_MACHINE, *shown.machines]),
+                ]
 
         by_kind: dict[str, list[gr.components.Component | gr.Row]] = {
             **{"like": [self.like], "fits": [self.devices, self.fits], "size": [self.size]},
@@ -285,12 +334,14 @@ class Form:
         )
         shown: list[Any] = [self.model, self.kind, self.like, self.size, self.bpw, self.memory]
         shown += [self.devices, self.context, self.family, self.profile, self.where, self.machine]
-        shown += [self.levels, self.prefer, self.types]
+        shown += [self.levels, self.prefer, self.types, self.settled]
+        for typed in (self.token, self.revision, self.repo):
+            typed.change(None, self.settled, self.settled, js=_SETTLED, api_visibility="private")
         gr.on(
             [component.change for component in shown],
             growing(handlers, preview),
             self.fields,
-            self.plan,
+            [self.plan, self.token, self.machine],
             trigger_mode="always_last",
             concurrency_limit=16,  # more than may wait (previews.turns): the rest is told at once
             concurrency_id="preview",
@@ -312,6 +363,10 @@ def visibility(elem_id: str) -> gr.Radio:
         info="The terms of a gated model apply to files made from it: check that they allow this.",
         elem_id=elem_id,
     )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _number(value: Any) -> int | float:

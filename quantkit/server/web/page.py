@@ -12,7 +12,9 @@ from quantkit.server.runs.store import RunStore
 from quantkit.server.web.api import add_endpoints
 from quantkit.server.web.events import asked, quietly, said
 from quantkit.server.web.form import Form
-from quantkit.server.web.handlers import CHUNKS, SWITCHES, Client, Handlers, told
+from quantkit.server.web.form_handlers import Client
+from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
+from quantkit.server.web.view import notice
 from quantkit.server.web.visitor import Visitors
 from quantkit.server.web.watch import Watch, short_hash, updates
 
@@ -38,6 +40,8 @@ _NAMES = (*CHUNKS, *SWITCHES, "runs")
 _POLL_SECONDS = 2
 # After Start the address names the run, so that a reload finds it again.
 _SET_URL = "(id) => { if (id) { history.pushState(null, '', '?job=' + id); scrollTo(0, 0) } }"
+
+_TO_THE_FORM = "() => { history.pushState(null, '', location.pathname); scrollTo(0, 0) }"
 
 
 def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
@@ -91,10 +95,18 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
 
         def start(client: Client, token: str, *values: Any) -> list[Any]:
             *fields, typed = values
-            new, ok = told(lambda: handlers.start(form.read(fields), token or typed, client))
+            ids: list[str] = []
+
+            def do() -> str:
+                ids.extend(handlers.start(form.read(fields), token or typed, client))
+                n = len(ids)
+                return notice(f"{n} runs are queued.", "They are below.", "info") if n > 1 else ""
+
+            told, ok = handlers.told(do)
             if not ok:
-                return ["", said(new), *[gr.skip()] * (1 + len(areas) + len(parts))]
-            return [new, said(""), "", *opened(new), *refresh(new, client.owner, {})]
+                return ["", said(told), *[gr.skip()] * (1 + len(areas) + len(parts))]
+            new = ids[0] if len(ids) == 1 else ""
+            return [new, said(told), "", *opened(new), *refresh(new, client.owner, {})]
 
         quietly(app.load, load, None, [run_id, *areas, *parts])
         quietly(gr.Timer(_POLL_SECONDS).tick, asked(handlers, poll), [run_id, sent], parts)
@@ -108,6 +120,31 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
             api_visibility="private",
         ).then(None, run_id, None, js=_SET_URL, api_visibility="private")
         watch.wire(run_id, parts, refresh, areas, opened)
+
+        def edit(client: Client, token: str, current: str) -> list[Any]:
+            """Fill in the form as for this run, and open it."""
+            filled: list[Any] = []
+
+            def do() -> str:
+                again = handlers.again(current, client.owner)
+                filled.extend(form.filled(again.form))
+                left = ", ".join(again.left_out)
+                said = "The form is filled in as for that run."
+                return notice(said, f"It has no field for: {left}." if left else "", "info")
+
+            told, ok = handlers.told(do)
+            if not ok:
+                n = len(areas) + len(form.fields) + len(parts)
+                return [current, said(told), gr.skip(), *[gr.skip()] * n]
+            shown = [*opened(""), *filled, *refresh("", client.owner, {})]
+            return ["", said(""), said(told), *shown]
+
+        quietly(
+            watch.edit.click,
+            asked(handlers, edit),
+            run_id,
+            [run_id, watch.notice, form.error, *areas, *form.fields, *parts],
+        ).then(None, None, None, js=_TO_THE_FORM, api_visibility="private")
         add_endpoints(handlers)
     app.queue(default_concurrency_limit=8, max_size=400)
     return app

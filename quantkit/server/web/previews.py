@@ -17,20 +17,58 @@ from quantkit.server.previews.first_look import FirstLook
 from quantkit.server.web.view import duration, macro, notice
 from quantkit.sizes import size
 
-_SHOWN_MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+# Which of llama.cpp's mixes the table of sizes has, and what they are like.
+_SHOWN_MIXES = {
+    "Q2_K": "clearly worse: when nothing else fits",
+    "Q3_K_M": "a little worse",
+    "IQ4_XS": "good; slower on a CPU",
+    "Q4_K_M": "good: the usual choice",
+    "Q5_K_M": "very close to the original",
+    "Q6_K": "hard to tell from the original",
+    "Q8_0": "like the original",
+}
 _SHOWN_OFFERS = 4
 _looked_at, _preview, _changes = macro("looked_at"), macro("preview"), macro("changes")
+_of_many = macro("of_many")
 
 
 def looked_at(first: FirstLook) -> str:
     """Return the first facts as HTML, while the planner still works out the rest."""
-    facts = [
-        ("Model", f"{first.architecture}, {parameters(first.n_parameters)} parameters"),
-        ("License", _license(first.license, first.gated)),
-    ]
-    if first.n_download_bytes:
-        facts.append(("To read", size(first.n_download_bytes)))
-    return _looked_at(facts)
+    return _looked_at(
+        _model(first.n_parameters, first.license, first.gated, first.n_download_bytes)
+    )
+
+
+def _model(n: int, license: str | None, gated: bool, n_bytes: int) -> list[tuple[str, str]]:
+    facts = [("Model", f"{parameters(n)} parameters"), ("License", _license(license, gated))]
+    return [*facts, ("Download", size(n_bytes))] if n_bytes else facts
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One of several models: its plan, or what is against it."""
+
+    model: str
+    plan: Plan | None
+    why_not: str = ""
+
+    @property
+    def sizes(self) -> str:
+        """Return the sizes of its files."""
+        if self.plan is None:
+            return ""
+        return ", ".join(size(budget.limit_bytes) for budget in self.plan.sizes.budgets)
+
+    @property
+    def time(self) -> str:
+        """Return what it takes."""
+        return _about(self.plan.estimates.seconds) if self.plan is not None else ""
+
+
+def of_many(rows: Sequence[Planned], n_left: int) -> str:
+    """Return the plans of several models as HTML; `n_left` of them are still looked at."""
+    total = sum(row.plan.estimates.seconds for row in rows if row.plan and not row.why_not)
+    return _of_many(rows, n_left, _about(total))
 
 
 def parameters(n: int) -> str:
@@ -59,6 +97,7 @@ def preview(
     try:
         return _preview(
             _facts(plan, context),
+            _details(plan),
             _places(plan.estimates, here, why_not, offers, chosen),
             why_not,
             tokens,
@@ -70,19 +109,26 @@ def preview(
 
 
 def _facts(plan: Plan, context: int | None) -> list[tuple[str, str]]:
-    model, sizes, needs = plan.model, plan.sizes, plan.estimates
-    facts = [
-        ("Model", f"{model.architecture}, {parameters(model.n_parameters)} parameters"),
-        ("License", _license(model.license, model.gated)),
-        ("File", _budget(sizes.budgets, model.n_parameters)),
-    ]
+    model, sizes = plan.model, plan.sizes
+    facts = _model(model.n_parameters, model.license, model.gated, model.download_bytes)
+    facts.append(("File", _budget(sizes.budgets, model.n_parameters)))
     if context is not None:
         beside = size(plan.context.n_bytes(context))
         facts.append(("Context", f"{context:,} tokens take {beside} beside it"))
-    facts.append(("Possible", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"))
-    facts.append(("Under GPTQ", in_words(plan.coverage)))
-    disk, memory = size(needs.disk_bytes), size(needs.memory_bytes)
-    facts.append(("Disk, memory", f"about {disk}, {memory}"))
+    return facts
+
+
+def _details(plan: Plan) -> list[tuple[str, str]]:
+    """What developers ask for."""
+    sizes, needs = plan.sizes, plan.estimates
+    facts = [
+        ("Architecture", plan.model.architecture),
+        ("Size range", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"),
+        ("Covered by GPTQ", in_words(plan.coverage)),
+        ("Disk needed", f"about {size(needs.disk_bytes)}"),
+        ("Memory needed", f"about {size(needs.memory_bytes)}"),
+        ("Types to choose from", ", ".join(plan.levels)),
+    ]
     if plan.left_out:
         facts.append(("Not made", f"{', '.join(plan.left_out)}: {LEFT_OUT}"))
     n_fallbacks = len({f.tensor for f in plan.fallbacks})
@@ -130,9 +176,21 @@ def _places(
         shown.append(chosen)
     for offer in shown:
         limit = f"${offer.most_usd:.2f} at most (stops after {offer.hours} h)"
-        cost = "under $0.01" if offer.usd < 0.01 else f"${offer.usd:.2f}"
-        places.append(_Place(offer.title, limit, _about(offer.seconds), cost, offer == chosen))
+        time = _about(offer.seconds)
+        places.append(_Place(offer.title, limit, time, _usd(offer.usd), offer == chosen))
     return places
+
+
+def machine_choices(offers: Sequence[Offer]) -> list[tuple[str, str]]:
+    """Return the machines of offers as choices: what each is called, takes and costs."""
+    return [
+        (f"{o.title.removeprefix('Job: ')}: {_about(o.seconds)}, {_usd(o.usd)}", o.machine)
+        for o in offers
+    ]
+
+
+def _usd(usd: float) -> str:
+    return "under $0.01" if usd < 0.01 else f"${usd:.2f}"
 
 
 def _about(seconds: float) -> str:
@@ -140,10 +198,13 @@ def _about(seconds: float) -> str:
 
 
 def _stock(plan: Plan, beside: int) -> list[tuple[str, ...]]:
-    """How large llama.cpp's own mixes of this model are, and what each takes in memory."""
+    """How large llama.cpp's own mixes of this model are, what they are like, how fast they answer
+    (what has fewer bytes is read sooner), and what each takes in memory.
+    """
+    whole = 2 * plan.model.n_parameters  # bytes of 16 bits a weight
     return [
-        (name, size(n), f"{8 * n / plan.model.n_parameters:.2f}", size(n + beside))
-        for name in _SHOWN_MIXES
+        (name, size(n), about, f"{whole / n:.1f}×", size(n + beside))
+        for name, about in _SHOWN_MIXES.items()
         if (n := plan.stock.get(name)) is not None
     ]
 

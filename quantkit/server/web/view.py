@@ -73,6 +73,16 @@ log, files = macro("log"), macro("files")
 raw_log, run_list = macro("raw_log"), macro("run_list")
 
 
+def give_token(step: str, sign_in: bool) -> str:
+    """Return how a visitor gives a token, after a `step` on the Hub."""
+    how = (
+        "Sign in above with an account that has access."
+        if sign_in
+        else "Enter a token of an account that has access below."
+    )
+    return f"{step} {how}".strip()
+
+
 def duration(seconds: float) -> str:
     """Return the seconds for people."""
     if seconds < 1:

@@ -14,14 +14,8 @@ from quantkit.evidence.report.text import CAPTIONS
 from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.events import asked, growing, quietly, said
 from quantkit.server.web.form import visibility
-from quantkit.server.web.handlers import (
-    CHUNKS,
-    SWITCHES,
-    Client,
-    Handlers,
-    checked_token,
-    told,
-)
+from quantkit.server.web.form_handlers import Client, checked_token
+from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
 from quantkit.server.web.view import notice
 
 
@@ -37,6 +31,7 @@ class Watch:
             self.resume = gr.Button(
                 "Resume", variant="primary", elem_id="resume", visible=False, size="sm"
             )
+            self.edit = gr.Button("Edit and start again", elem_id="edit", visible=False, size="sm")
             self.delete = gr.Button("Delete", elem_id="delete", visible=False, size="sm")
         # What was given before is gone: tokens are kept in the worker's environment only.
         self.again = gr.Textbox(
@@ -149,6 +144,7 @@ class Watch:
         switches = {
             "can_cancel": self.cancel,
             "can_resume": self.resume,
+            "can_edit": self.edit,
             "can_delete": self.delete,
             "can_publish": self.publish_area,
             "can_try": self.talk_area,
@@ -210,7 +206,7 @@ class Watch:
 
         def compare(client: Client, token: str, current: str, *fields: str) -> list[Any]:
             repo, seen_by, typed = fields
-            found, ok = told(
+            found, ok = handlers.told(
                 lambda: handlers.compare(current, repo, seen_by, client, token or typed)
             )
             return [said(found), gr.update(visible=ok)]
@@ -222,7 +218,7 @@ class Watch:
                 handlers.publish(current, repo, seen_by, collection, client, token or typed)
                 return notice("The upload has started.", "Its progress is above.", "info")
 
-            found, ok = told(do)
+            found, ok = handlers.told(do)
             kept = "" if ok else gr.skip()
             shown = refresh(current, client.owner, {})
             return [said(found), gr.update(visible=not ok), kept, *shown]
@@ -263,7 +259,7 @@ class Watch:
                     for text in handlers.talk(current, prompt, original, client):
                         yield gr.update(value=text, visible=True), gr.skip()
                 except QuantkitError as error:
-                    yield gr.skip(), said(notice(error.message, error.remedy))
+                    yield gr.skip(), said(handlers.notice(error))
 
             return trigger(
                 growing(handlers, talk),

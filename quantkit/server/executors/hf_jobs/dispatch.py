@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
             dispatch = Dispatch(directory, order, token, events)
             return dispatch.run()
         except QuantkitError as error:
-            events.emit(None, "failed", error.message, remedy=error.remedy)
+            events.fail(None, error)
             return 1
         except Ended as ended:
             if dispatch is not None and ended.cancelled:

@@ -6,14 +6,17 @@ The planner says what a run takes on two cores and on one H200, and knows the sp
 
 from __future__ import annotations
 
+from math import ceil
+
 from quantkit.hub.jobs import Machine
 from quantkit.planning.nouns import Estimates, Plan
 from quantkit.planning.time import GPU_SPEEDS, N_CORES
-from quantkit.server.executors.protocol import SHARE, Offer
+from quantkit.server.executors.protocol import ON_PLAN, SHARE, Offer
 
 _STARTING_SECONDS = 420  # image, packages, converter, and getting a machine at all
 _SCALING = 0.85  # two GPUs do 1.8 times what one does
-_SHORTEST_HOURS, _LONGEST_HOURS = 1, 24
+_PATIENCE = 3  # times the estimate, after which a Job is ended
+_LONGEST_HOURS = 72
 
 
 def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Offer, ...]:
@@ -28,13 +31,18 @@ def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Of
             continue
         if machine.disk_bytes and needs.disk_bytes > SHARE * machine.disk_bytes:
             continue
-        seconds = _STARTING_SECONDS + _seconds(needs, machine)
-        hours = min(_LONGEST_HOURS, max(_SHORTEST_HOURS, round(3 * seconds / 3600)))
-        if seconds < 3600 * hours:
+        at_work = _seconds(needs, machine)
+        seconds = _STARTING_SECONDS + at_work
+        hours = min(_LONGEST_HOURS, ceil(_PATIENCE * seconds / 3600))
+        if ON_PLAN * seconds < 3600 * hours:
+            part = at_work / max(needs.seconds, 1)
+            stages = {name: part * planned for name, planned in needs.by_stage.items()}
             title = f"Job: {machine.name}" + (f" ({machine.gpu})" if machine.gpu else "")
             device = "cuda" if machine.gpu else "cpu"
             price = machine.usd_per_hour
-            found.append(Offer(executor, machine.name, title, device, seconds, hours, price))
+            found.append(
+                Offer(executor, machine.name, title, device, seconds, hours, price, stages)
+            )
     return tuple(sorted(found, key=lambda offer: (offer.usd, offer.seconds)))
 
 

@@ -1,0 +1,342 @@
+"""Handle the events of the form, between Gradio and the run store: what a run would take, and
+starting it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit import hub
+from quantkit.config import DEMO_MODEL, RunConfig
+from quantkit.errors import NeedsToken, QuantkitError, UsageError
+from quantkit.planning.nouns import Plan
+from quantkit.server.executors import registry
+from quantkit.server.executors.protocol import Offer, Order, choose
+from quantkit.server.executors.registry import LOCAL
+from quantkit.server.previews.estimate import CutOff, Looked, estimate, known_plan
+from quantkit.server.previews.first_look import DEMO, FirstLook
+from quantkit.server.runs.adopt import adopt
+from quantkit.server.runs.request import RunForm, check_machine, models_of, to_config
+from quantkit.server.runs.store import RunStore
+from quantkit.server.web import previews, view
+from quantkit.server.web.rate_limit import RateLimit
+from quantkit.server.web.visitor import Visitors
+
+logger = logging.getLogger(__name__)
+
+_MAX_TOKEN = 500
+_SEARCH_PAUSE = 60.0  # seconds without asking a Hub that did not answer
+_WELCOME_SECONDS = 3600.0
+_BUG = "Something went wrong."
+_BUG_REMEDY = "Try again; if it keeps happening, report it with the server's log."
+
+
+@dataclass(frozen=True)
+class Client:
+    """The client of a request, as the server verified it; never what a page claims."""
+
+    owner: str | None = None  # a signed-in Hub user or the holder of a cookie; None: neither
+    username: str | None = None
+    address: str = ""  # of the network, to count by: cookies can be thrown away
+
+    @property
+    def counted_as(self) -> str:
+        return f"hf:{self.username}" if self.username else self.address or str(self.owner)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A preview as HTML, and whether it asks for a token."""
+
+    html: str
+    wants_token: bool = False
+    machines: tuple[tuple[str, str], ...] = ()  # to choose from: what they are called, their names
+
+
+class FormHandlers:
+    """Handlers of the form, of the page and of the API."""
+
+    def __init__(self, store: RunStore, visitors: Visitors, on_space: bool, sign_in: bool) -> None:
+        self.store = store
+        self.visitors = visitors
+        self.on_space = on_space
+        self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
+        self.remote = registry.remote()  # places elsewhere that runs may be done at
+        self.rate_limit = RateLimit()
+        self._welcomed: dict[str, float] = {}
+        self._no_search_until = 0.0
+
+    def client(self, request: Any, user: Any) -> Client:
+        """Return who sent a request of the page: the signed-in user, else the holder of its cookie.
+        The gate has found out the address.
+        """
+        address = request.client.host if request.client else ""
+        if user:
+            return Client(f"hf:{user.username}", user.username, address)
+        visitor = self.visitors.of_cookies(request.cookies)
+        return Client(None if visitor is None else f"visitor:{visitor}", None, address)
+
+    def allow(self, action: str, client: Client) -> None:
+        """Raise QuantkitError when a stranger does this too often."""
+        if self.store.public:
+            self.rate_limit.take(action, client.counted_as)
+
+    def welcome(self, client: Client, token: str | None) -> None:
+        """Look, aside and once an hour, for runs of a signed-in user that are known elsewhere
+        alone.
+        """
+        user = client.username
+        if user is None or not token or not self.remote or client.owner is None:
+            return
+        if time.monotonic() < self._welcomed.get(user, -1e9) + _WELCOME_SECONDS:
+            return
+        self._welcomed[user] = time.monotonic()
+        threading.Thread(target=self._adopt, args=(client.owner, token), daemon=True).start()
+
+    def _adopt(self, owner: str, token: str) -> None:
+        for executor in self.remote:
+            try:
+                adopt(self.store.root, owner, executor, executor.found(token))
+            except QuantkitError as error:
+                logger.info("%s was not asked for runs: %s", executor.name, error.message)
+
+    # Errors.
+
+    def notice(self, error: QuantkitError) -> str:
+        """Return what went wrong as HTML, in words for a visitor of the page."""
+        return view.notice(error.message, self.remedy(error))
+
+    def remedy(self, error: QuantkitError) -> str:
+        """Return what a visitor of the page can do about it."""
+        if not isinstance(error, NeedsToken):
+            return error.remedy
+        return view.give_token(error.step, self.sign_in)
+
+    def told(self, action: Callable[[], str]) -> tuple[str, bool]:
+        """Return the action's text and True, or what went wrong as a notice and False: a page never
+        shows a traceback.
+        """
+        try:
+            return action(), True
+        except QuantkitError as error:
+            return self.notice(error), False
+        except Exception:
+            logger.exception("a page event failed")
+            return view.notice(_BUG, _BUG_REMEDY), False
+
+    # Forms.
+
+    def start(self, form: RunForm, token: str, client: Client) -> tuple[str, ...]:
+        """Queue a run of every model that the form names. Returns their ids. Raises QuantkitError:
+        nothing is queued then that the preview refuses, of any of them.
+        """
+        if self.sign_in and client.username is None:
+            raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
+        owner, secret = known(client.owner), checked_token(token)
+        forms = _one_each(form)
+        configs = [to_config(one, self.store.public) for one in forms]  # what is wrong, at once
+        runs = []
+        for one, config in zip(forms, configs, strict=True):
+            self.allow("start", client)
+            order, device = self._order(one, config, secret, client)
+            runs.append((dataclasses.replace(config, device=device), order))
+        place = self.visitors.place(client.counted_as)
+        return self.store.submit_all(runs, owner, secret, place)
+
+    def _order(
+        self, form: RunForm, config: RunConfig, token: str | None, client: Client
+    ) -> tuple[Order, str]:
+        """Where the run is to be done, and on which device. Raises QuantkitError when it cannot be
+        done there.
+        """
+        executor, machine = registry.asked(check_machine(form.machine))
+        if executor.is_remote:
+            if config.model == DEMO_MODEL:
+                raise UsageError("The demo's model is only on this machine.", "Run it here.")
+            executor.check(token)
+            plan = self._plan(config, token, client)
+            offer = choose(executor.offers(plan, token), machine)
+            return offer.order, offer.device
+        try:
+            found = self._plan(config, token, client)
+        except CutOff:  # it says nothing against the run
+            if self.store.public:
+                raise
+            return Order(executor.name), config.device
+        why_not = self._why_not_here(found)
+        if why_not:
+            raise QuantkitError(
+                f"The run is too large for this machine. {why_not}",
+                "Choose " + "".join(f"a {e.noun}, or " for e in self.remote) + "a smaller model.",
+            )
+        needs = found.estimates
+        return Order(
+            executor.name, estimate_seconds=needs.seconds, stage_seconds=needs.by_stage
+        ), config.device
+
+    def estimate(self, form: RunForm, token: str | None, client: Client) -> Plan:
+        """Return the planner's answer. Raises QuantkitError."""
+        return self._plan(to_config(form, self.store.public), token, client)
+
+    def _plan(
+        self, config: RunConfig, token: str | None, client: Client, looked: Looked | None = None
+    ) -> Plan:
+        return estimate(config, token, self.store.public, client.counted_as, looked)
+
+    def _why_not_here(self, plan: Plan) -> str:
+        return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
+
+    def preview(self, form: RunForm, token: str, client: Client) -> Iterator[Shown]:
+        """Yield what the run would take, as HTML: first facts at once, all of it when it is known.
+
+        Empty when no model was named yet.
+        """
+        if not str(form.model or "").strip():
+            yield Shown("")
+            return
+        try:
+            secret = checked_token(token)
+            forms = _one_each(form)
+            if len(forms) > 1:
+                yield from self._preview_of_many(forms, secret, client)
+                return
+            config = to_config(form, self.store.public)
+            for first in self._first_facts(config, secret, client):
+                yield Shown(previews.looked_at(first))
+            yield self._preview(form, config, secret, client)
+        except QuantkitError as error:
+            yield Shown(self.notice(error), isinstance(error, NeedsToken))
+        except Exception:
+            logger.exception("a preview failed")
+            yield Shown(view.notice(_BUG, _BUG_REMEDY))
+
+    def _preview_of_many(
+        self, forms: Sequence[RunForm], token: str | None, client: Client
+    ) -> Iterator[Shown]:
+        """A line for every model, as they become known."""
+        rows: list[previews.Planned] = []
+        wants_token = False
+        for form in forms:
+            try:
+                config = to_config(form, self.store.public)
+                for _ in self._first_facts(config, token, client):
+                    pass
+                plan = self._plan(config, token, client)
+                rows.append(previews.Planned(form.model, plan, self._why_not_here(plan)))
+            except QuantkitError as error:
+                wants_token |= isinstance(error, NeedsToken)
+                said = f"{error.message} {self.remedy(error)}".strip()
+                rows.append(previews.Planned(form.model, None, said))
+            yield Shown(previews.of_many(rows, len(forms) - len(rows)), wants_token)
+
+    def _first_facts(
+        self, config: RunConfig, token: str | None, client: Client
+    ) -> Iterator[FirstLook]:
+        """What is known while the planner is at work; ends when it has ended."""
+        if known_plan(config, token) is not None:
+            return
+        self.allow("preview", client)
+        told: queue.SimpleQueue[FirstLook | None] = queue.SimpleQueue()
+        if config.model == DEMO_MODEL:
+            told.put(DEMO)
+        failed: list[Exception] = []
+
+        def plan() -> None:
+            try:
+                self._plan(config, token, client, told.put)
+            except Exception as error:  # told to whoever waits
+                failed.append(error)
+            finally:
+                told.put(None)
+
+        threading.Thread(target=plan, name="preview", daemon=True).start()
+        while (first := told.get()) is not None:
+            yield first
+        if failed:
+            raise failed[0]
+
+    def _preview(
+        self, form: RunForm, config: RunConfig, token: str | None, client: Client
+    ) -> Shown:
+        plan = self._plan(config, token, client)
+        offered: list[Offer] = []
+        chosen = None
+        wanted, machine = registry.asked(check_machine(form.machine))
+        for executor in self.remote if config.model != DEMO_MODEL else ():
+            try:
+                found = executor.offers(plan, token)
+                offered += found
+                if executor is wanted:
+                    chosen = choose(found, machine)
+            except QuantkitError:
+                if wanted.is_remote:
+                    raise
+        contexts = (t.n_context for t in config.targets if t.n_context)
+        html = previews.preview(
+            plan,
+            context=next(contexts, None),
+            here="This Space" if self.on_space else "This machine",
+            why_not=self._why_not_here(plan),
+            offers=offered,
+            chosen=chosen,
+        )
+        return Shown(html, machines=tuple(previews.machine_choices(offered)))
+
+    def search(self, text: str, client: Client) -> list[str]:
+        """Return the names of models for what was typed so far; empty when the Hub does not
+        answer.
+        """
+        text = text.strip()
+        if len(text) < 2 or "://" in text or time.monotonic() < self._no_search_until:
+            return []
+        if text[0] in "/.~" or text.lower().startswith("demo:"):
+            return []
+        try:
+            self.allow("search", client)
+        except QuantkitError:
+            return []
+        try:
+            return [hit.id for hit in hub.search_models(text, limit=10)]
+        except QuantkitError:
+            self._no_search_until = time.monotonic() + _SEARCH_PAUSE
+            return []
+
+
+def known(owner: str | None) -> str:
+    """Return the visitor. Raises QuantkitError for a browser that sends no cookie."""
+    if owner is None:
+        raise QuantkitError(
+            "This browser keeps no cookies, so its runs could not be found again.",
+            "Allow cookies for this page and reload it.",
+        )
+    return owner
+
+
+def checked_token(token: Any) -> str | None:
+    """Return a token as typed; None for none. Raises QuantkitError without repeating it."""
+    if not token:
+        return None
+    text = token.strip() if isinstance(token, str) else ""
+    if not text or len(text) > _MAX_TOKEN or not text.isascii() or not text.isprintable():
+        raise QuantkitError(
+            "That is not a token.", "Copy it again from your Hugging Face settings."
+        )
+    return text
+
+
+def _one_each(form: RunForm) -> list[RunForm]:
+    """A form for every model that this one names."""
+    names = models_of(form.model)
+    if len(names) > 1 and form.publish:
+        raise UsageError(
+            "Several models cannot be published to one repository.",
+            "Leave the repository empty, and publish each from its own page.",
+        )
+    return [dataclasses.replace(form, model=name) for name in names]

@@ -1,0 +1,104 @@
+"""The form in a real browser: a gated model, a token, several models, and a run once more.
+
+pytest tests/server/test_app_browser_form.py -m browser
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import app_fixtures as fixtures
+import plans
+import pytest
+from test_app_browser import browser, open_page, pytestmark, shots  # noqa: F401
+
+from quantkit.config import RunConfig
+from quantkit.config.targets import FitsMemory
+from quantkit.errors import NeedsToken
+from quantkit.planning.nouns import Plan
+from quantkit.server.web import form_handlers
+
+
+def gated(config: RunConfig, token: str | None, *_: object) -> Plan:
+    """A plan for whoever has a token."""
+    if config.model.startswith("bob/") and token != "hf_aliceToken0123":
+        raise NeedsToken(f"{config.model} is gated.", "Open its page and click “Agree”.")
+    return plans.ask_small(config)
+
+
+@pytest.mark.slow
+def test_a_token_is_asked_for_beside_the_error(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Typing it, without another click, brings the plan; and Start obeys the preview."""
+    from playwright.sync_api import expect
+
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, store, _):
+        monkeypatch.setattr(form_handlers, "estimate", gated)
+        page = open_page(browser, url)
+        expect(page.locator("#plan")).to_contain_text("Choose a model")
+        page.locator("#model input").fill("bob/Gated")
+        page.locator("#model input").press("Tab")
+        expect(page.locator("#plan [role=alert]")).to_contain_text("Enter a token of an account")
+        assert "hf auth login" not in page.locator("#plan").inner_text()
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#form-error")).to_contain_text("bob/Gated is gated.")
+        assert store.runs(None) == ()
+        page.locator("#token input").press_sequentially("hf_aliceToken0123", delay=20)
+        expect(page.locator("#plan")).to_contain_text("135M parameters")
+        expect(page.locator("#plan")).to_contain_text("the usual choice")
+        expect(page.locator("#token input")).to_have_value("hf_aliceToken0123")
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#job-head")).to_contain_text("Next in the queue")
+
+
+@pytest.mark.slow
+def test_several_models_and_one_once_more(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from playwright.sync_api import expect
+
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, store, visitors):
+        monkeypatch.setattr(form_handlers, "estimate", gated)
+        key = visitors.new_key()
+        page = open_page(browser, url, key=key)
+        page.locator("#model input").fill("a/one, bob/two, c/three")
+        page.locator("#model input").press("Tab")
+        expect(page.locator("#plan tbody tr")).to_have_count(3)
+        expect(page.locator("#plan")).to_contain_text("bob/two is gated.")
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#form-error")).to_contain_text("bob/two is gated.")
+        expect(page.locator("#runs")).to_contain_text("No runs yet")  # not the others, either
+        page.locator("#model input").fill("a/one, c/three")
+        page.locator("#model input").press("Tab")
+        expect(page.locator("#plan")).to_contain_text("One run each")
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#form-error")).to_contain_text("2 runs are queued.")
+        expect(page.locator("#runs .qk-jobs li")).to_have_count(2)
+
+        config = dataclasses.replace(
+            fixtures.CONFIG, targets=(FitsMemory("gpu-8gb@4096"),), seed=7, calibration="docs"
+        )
+        why = ("Not enough disk.", "Free 3 GB.")
+        failed = fixtures.write_run(
+            store.root / "failed", config, until="fetch", share=0.1, outcome="failed", error=why
+        )
+        fixtures.own(failed, f"visitor:{visitors.check(key)}")
+        page.goto(f"{url}?job=failed")
+        page.get_by_role("button", name="Edit and start again").click()
+        expect(page.locator("#form-error")).to_contain_text("filled in as for that run")
+        expect(page.locator("#model input")).to_have_value(config.model)
+        expect(page.get_by_label("8 GB card (RTX")).to_be_checked()
+        expect(page.locator("#plan")).to_contain_text("4,096 tokens take")
+        assert page.url == url
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#job-head")).to_contain_text("in the queue")
+        page.wait_for_url("**/?job=*")
+        again, _ = store.asked(page.url.rpartition("=")[2], f"visitor:{visitors.check(key)}")
+        assert again == config
