@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantkit import pipeline
+from quantkit import hub, pipeline
 from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.evidence.receipt import Receipt
@@ -18,6 +19,7 @@ from quantkit.run.folder import RunDir
 from quantkit.verifying.findings import Finding
 
 _NAME = "full-precision file"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ def _made(receipt: Receipt, folder: Path, echo: Callable[[Event], None]) -> Path
             "The file was made of a folder that the receipt does not give.",
             "Give the full-precision GGUF with --base.",
         )
-    if receipt.source == DEMO_MODEL:
-        config = RunConfig(DEMO_MODEL)
-    else:
-        from quantkit import hub
-
-        reference = hub.parse_reference(receipt.source, receipt.revision, allow_local=False)
-        config = RunConfig(reference.id, revision=reference.revision)
+    revision = None if receipt.source == DEMO_MODEL else receipt.revision
+    if receipt.source != DEMO_MODEL and not _COMMIT.fullmatch(revision or ""):
+        raise QuantkitError(
+            "The receipt names no commit of the model.", "Give the full-precision GGUF with --base."
+        )
+    reference = hub.parse_reference(receipt.source, revision, allow_local=False)
+    # Nothing but the file is made; a run that is to make little is estimated to need little disk.
+    little = RunConfig(reference.id, levels=("Q8_0",), types=(("default", "Q8_0"),))
+    config = replace(little, revision=reference.revision, methods=("rtn",), profile="demo")
     pipeline.run(config, folder, echo, until="convert")
     return RunDir(folder).artifacts.base

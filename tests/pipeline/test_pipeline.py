@@ -84,7 +84,8 @@ def test_what_was_calibrated_on_is_kept_and_compared(run: Run) -> None:
     assert {*overlap} == {"docs", "code"}
     for found in overlap.values():
         assert found["n"] > 100 and found["share"] == found["n_seen"] / found["n"] < 0.1
-    assert Seen([seen]).overlap(seen[:5000]).share == 1.0
+    whole_words = seen[:5000].rsplit(None, 1)[0]
+    assert Seen([seen]).overlap(whole_words).share == 1.0
     assert "runs of 13 words that the calibration text has, too: code " in run.card
 
 

@@ -29,6 +29,7 @@ from quantkit.evidence.receipt.schema import (
     Windows,
     sum_of,
 )
+from quantkit.verifying.base import find_base
 from quantkit.verifying.draw import everything, sample
 from quantkit.verifying.findings import Finding, Verdict, render
 
@@ -196,3 +197,23 @@ def test_only_texts_with_a_license_are_published(tmp_path: Path) -> None:
     mine.write_text("my own words. " * 100)
     domain, _ = _file(mine, 1000)
     assert domain.name == "docs" and domain.license is None
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "why"),
+    [
+        (None, "c0ffee" * 6 + "abcd", "does not give"),
+        ("owner/Tiny", "main", "names no commit"),
+        ("owner/Tiny", None, "names no commit"),
+        ("/etc", "c0ffee" * 6 + "abcd", "Local folders cannot be used"),
+        ("../../x", "c0ffee" * 6 + "abcd", "Local folders cannot be used"),
+    ],
+)
+def test_a_base_that_cannot_be_made_again(
+    tmp_path: Path, source: str | None, revision: str | None, why: str
+) -> None:
+    """A receipt leads to no folder of this machine, and to no branch that may move."""
+    made = dataclasses.replace(receipt(), source=source, revision=revision)
+    found = find_base(made, None, tmp_path / "base", lambda _: None)
+    assert found.path is None and found.finding.passed is None
+    assert why in found.finding.about and not (tmp_path / "base").exists()
