@@ -6,6 +6,7 @@ tokens, so that only rounding is between them (`evidence.receipt.limits`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,11 +153,11 @@ class Again:
     ) -> Iterator[Finding]:
         means = {text: scores.by_window() for text, scores in result.tokens.items()}
         limit = self.receipt.tolerance
-        for column, (words, each, of_mean) in {
-            "kl": ("", lambda c: limit.kl + limit.kl_share * c, limit.mean_share),
-            "nll": (", -log p", lambda _: limit.nll, 0.0),
-            "base_nll": (", -log p of the original", lambda _: limit.nll, 0.0),
-            "top1": (", equal tokens", lambda _: limit.top1, 0.0),
+        for column, (words, each) in {
+            "kl": ("", lambda c: limit.kl + limit.kl_share * c),
+            "nll": (", -log p", lambda _: limit.nll),
+            "base_nll": (", -log p of the original", lambda _: limit.nll),
+            "top1": (", equal tokens", lambda _: limit.top1),
         }.items():
             if measure == OF_WEIGHTS and column != "kl":
                 continue
@@ -166,7 +167,7 @@ class Again:
             )
             allowed = np.array([each(value) for value in claimed])
             apart = np.abs(again - claimed)
-            of_all = limit.kl + of_mean * claimed.mean() if column == "kl" else allowed.mean()
+            of_all = allowed.mean() / math.sqrt(len(allowed))  # windows round independently
             wrong = [
                 f"window {i} of {text}: {c:.4g} claimed, {a:.4g} now"
                 for (text, i), c, a, d, most in zip(

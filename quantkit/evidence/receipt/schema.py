@@ -105,16 +105,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far figures that are measured again may be from the claimed ones: rounding of another
-    build or processor (`limits` says where the numbers are from). Of one window's mean KL `kl`
-    nats and `kl_share` of the claim, of the mean KL of all windows that are measured again
-    `mean_share` of it and `kl`; of a mean -log p `nll`; of a share of equal tokens `top1`; and
-    `picks` of all answers may be others.
+    """How far figures of one window that are measured again may be from the claimed ones: rounding
+    of another build or processor (`limits` says where the numbers are from). Of a mean KL `kl` nats
+    and `kl_share` of the claim, of a mean -log p `nll`, of the share of equal tokens `top1`. The
+    mean of n windows may be off by a window's limit over the root of n. Of all answers a share of
+    `picks` may be others, or one answer.
     """
 
     kl: float
     kl_share: float
-    mean_share: float
     nll: float
     top1: float
     picks: float
