@@ -11,12 +11,12 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from evaluators import sandbox
 from quantkit.errors import QuantkitError
 from quantkit.ranks.copies import Copies
 from quantkit.ranks.group import ALONE, Connections, Ranks
 from quantkit.ranks.watch import Watch
 from quantkit.ranks.wire import Wire
-from quantkit.sandbox import kernel
 
 # Rank 0 converts, stitches and validates alone, for hours, while the others wait in a collective
 # for their next task. Who has died is noticed by its connections, not by time.
@@ -80,7 +80,7 @@ def _connect(device: str) -> tuple[Connections, str]:
     import torch
     from torch import distributed
 
-    kernel.die_with_parent(os.getppid())  # torchrun may be killed
+    sandbox.die_with_parent(os.getppid())  # torchrun may be killed
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     own = "cpu"
     if device == "cuda":

@@ -1,21 +1,18 @@
 """Run one function where it can do no harm, for everything that parses a stranger's bytes.
 
+What is started, gives up every right and is kept within limits is evaluators/sandbox.py. Here:
+
     api.py         call, stream, protection
     limits.py      Limits and Crashed
     outcome.py     how it ended, in a sentence
     in_force.py    what of all this the kernel granted
     process.py     the parent's side: start, listen, end
-    told.py        what goes between its processes
-    start.py       how every process is started
-    child.py       what is started: the keeper and the init around the worker
-    usage.py       what the worker takes, as its keeper sees it
-    fork_server.py what is started once, imports torch and transformers, and forks such children
+    start.py       the environment and the home of what is started
+    fork_server.py what is started once, imports torch and transformers, and forks such processes
     fork_client.py the parent's side of it
-    worker.py      gives up every right, then runs the function
-    kernel.py      namespaces, Landlock, capabilities: the kernel's own interfaces
-    seccomp.py     the filter of system calls
-    mounts.py      a file system that holds only what may be read
     places.py      what has to be read whatever the function is
+    untrusted.py   what came back, read as what was asked for
+    secrets.py     tokens, in memory only
 
 Nothing is imported before it is used: the child imports this package, too, and has to be quick.
 """

@@ -19,9 +19,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from evaluators.sandbox import Told, in_memory, start
 from quantkit.sandbox.places import import_path
-from quantkit.sandbox.start import empty_folder, environment, in_memory, remove_empty, start
-from quantkit.sandbox.told import Told
+from quantkit.sandbox.start import empty_folder, environment, remove_empty
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,11 @@ class _Server:
         try:
             with theirs:
                 self._process = start(
-                    _SERVER, told, self.home, [theirs.fileno()], subprocess.DEVNULL
+                    told,
+                    environment(self.home),
+                    [theirs.fileno()],
+                    subprocess.DEVNULL,
+                    str(_SERVER),
                 )
             n_bytes, _ = self._answer(_START_SECONDS)
         except BaseException:
@@ -202,8 +206,8 @@ _client = _Client()
 
 
 def fork(told: Told, descriptors: Mapping[int, int]) -> Forked | None:
-    """Have a process forked that goes on as child.py does with the job `told`. Starts a server if
-    there is none.
+    """Have a process forked that goes on as evaluators/sandbox.py does with the job `told`. Starts
+    a server if there is none.
 
     Args:
         told: the job but for its home, which is the server's: libraries have read it.

@@ -1,7 +1,7 @@
-"""The fork server: `python -I -S -B fork_server.py`, started as child.py is.
+"""The fork server: `python -I -S -B fork_server.py`, started as evaluators/sandbox.py is.
 
 It imports what many jobs need, once, and then forks for every job that it is handed: the fork goes
-on as child.py does, and only there the job is read. This process reads nothing of a stranger, and
+on as that does, and only there the job is read. This process reads nothing of a stranger, and
 has one thread: a fork takes no other along, and a lock that one held would stay locked.
 
 It ends with its parent, or when it had nothing to do for a while. The parent's side is
@@ -23,7 +23,7 @@ from importlib import import_module
 from select import POLLHUP, POLLIN, poll
 from time import monotonic
 
-from quantkit.sandbox import child, kernel
+from evaluators import sandbox
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main() -> None:
         told = json.load(file)
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)  # is 0 now
-    kernel.set_not_dumpable()
+    sandbox.set_not_dumpable()
     control = socket.socket(fileno=told["control"])
     sys.path[:] = told["path"]
     try:
@@ -105,8 +105,8 @@ def _fork(control: socket.socket, numbers: Sequence[int], received: Sequence[int
         os.setsid()
         # A program that was just started is, too, so that it may write the map of its users; main()
         # ends it.
-        kernel.set_dumpable()
-        child.main()
+        sandbox.set_dumpable()
+        sandbox.main()
     except BaseException:
         import traceback
 

@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evaluators import sandbox
+from evaluators.sandbox import Told, Verdict
 from quantkit.sandbox import fork_client, untrusted
 from quantkit.sandbox.fork_client import Forked
 from quantkit.sandbox.in_force import Protection
 from quantkit.sandbox.limits import Limits
 from quantkit.sandbox.places import always_readable, import_path
-from quantkit.sandbox.start import empty_folder, remove_empty, start
-from quantkit.sandbox.told import Told, Verdict
+from quantkit.sandbox.start import empty_folder, environment, remove_empty
 
-_CHILD = Path(__file__).with_name("child.py")
 _MOST_LOG = 4 * 2**20
 _MOST_SAID = 16 * 2**20  # JSON takes twenty times as much when it is read
 _MOST_MESSAGES = 100_000
@@ -131,7 +131,7 @@ class Child:
                 self._home = empty_folder()
                 told = told._replace(home=self._home, owns_home=True)
                 given = [*theirs, *job.inherited]
-                self._process = start(_CHILD, told._asdict(), self._home, given, log_w)
+                self._process = sandbox.start(told._asdict(), environment(self._home), given, log_w)
         finally:
             for descriptor in (*theirs, log_w):
                 os.close(descriptor)

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from evaluators import sandbox
 from quantkit.errors import QuantkitError
-from quantkit.sandbox import kernel
 
 HUB = ("QUANTKIT_HF_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 DESCRIPTOR = "QUANTKIT_SECRETS_FD"
@@ -79,7 +79,7 @@ def hide() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], clean)
-    kernel.set_not_dumpable()
+    sandbox.set_not_dumpable()
 
 
 @contextmanager

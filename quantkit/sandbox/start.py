@@ -1,15 +1,9 @@
-"""Start the processes of the sandbox: fresh interpreters that inherit nothing."""
+"""What the processes of the sandbox start with: an environment, and a home."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 
 
 def environment(home: str) -> dict[str, str]:
@@ -38,37 +32,6 @@ def environment(home: str) -> dict[str, str]:
         # is torch's and llama.cpp's, which have their own.
         "OPENBLAS_NUM_THREADS": "1",
     }
-
-
-def start(
-    script: Path, told: Mapping[str, object], home: str, descriptors: Iterable[int], output: int
-) -> subprocess.Popen[bytes]:
-    """Run a script of this package in a session of its own, with `told` as JSON on its stdin."""
-    with in_memory(told) as stdin:
-        return subprocess.Popen(
-            # -I: no PYTHON* variables, no current folder. -S: no .pth file is run. -B: nothing is
-            # written beside the code.
-            [sys.executable, "-I", "-S", "-B", str(script)],
-            env=environment(home),
-            cwd="/",
-            stdin=stdin,
-            stdout=output,
-            stderr=output,
-            pass_fds=tuple(descriptors),
-            start_new_session=True,
-        )
-
-
-@contextmanager
-def in_memory(told: Mapping[str, object]) -> Iterator[int]:
-    """Yield the descriptor of an unnamed file that holds `told` as JSON, to be read from its
-    beginning.
-    """
-    named = not hasattr(os, "memfd_create")
-    with tempfile.TemporaryFile() if named else os.fdopen(os.memfd_create("job"), "w+b") as file:
-        file.write(json.dumps(told).encode())
-        file.seek(0)
-        yield file.fileno()
 
 
 def empty_folder() -> str:

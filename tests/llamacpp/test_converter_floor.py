@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from evaluators import sandbox as kernel
 from quantkit import sandbox
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.converter import floor
-from quantkit.sandbox import api, kernel
+from quantkit.sandbox import api
 
 PUBLIC = {"QUANTKIT_PUBLIC": "1"}
 ROOT = Path(__file__).parents[2]

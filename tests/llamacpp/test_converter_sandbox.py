@@ -126,7 +126,7 @@ def test_each_way_to_fail_has_a_sentence(run_code, tmp_path, source, limits, sen
     assert not list(tmp_path.glob("base.gguf*"))
 
 
-HOSTILE = "from quantkit.sandbox.worker import tell, _result\nimport os, sys, time\n"
+HOSTILE = "from evaluators.sandbox import tell, _result\nimport os, sys, time\n"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def _children(pid: int | None = None) -> list[int]:
     pid = pid or os.getpid()
     numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     commands = {int(n): Path(f"/proc/{n}/cmdline").read_bytes() for n in numbers}
-    keepers = [n for n, command in commands.items() if b"sandbox/child.py" in command]
+    keepers = [n for n, command in commands.items() if b"evaluators/sandbox.py" in command]
     for n, command in commands.items():
         if b"sandbox/fork_server.py" in command:
             forked = Path(f"/proc/{n}/task/{n}/children").read_text().split()

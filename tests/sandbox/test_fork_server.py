@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from test_sandbox_ends import gone
 
+from evaluators import sandbox as kernel
 from quantkit.llamacpp.converter.install import ensure_converter
-from quantkit.sandbox import Child, Job, Limits, fork_client, kernel
+from quantkit.sandbox import Child, Job, Limits, fork_client
 from quantkit.sandbox.start import environment
 from quantkit.server.previews import keeper
 

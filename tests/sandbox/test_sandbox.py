@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import sandbox_attacks
 
-from quantkit.sandbox import kernel
+from evaluators import sandbox as kernel
 
 pytestmark = pytest.mark.skipif(
     not kernel.KNOWN_MACHINE, reason="the kernel's interfaces are those of Linux"

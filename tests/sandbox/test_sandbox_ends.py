@@ -136,7 +136,7 @@ for _ in range({}): os.mkdir('d' * 250); os.chdir('d' * 250)
 for i in range(40): open(str(i), 'wb').write(bytes(2**20))
 import time
 """
-FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._result, {})\n"
+FORGED = "import os\nfrom evaluators import sandbox\nos.write(sandbox._result, {})\n"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ FORGED = "import os\nfrom quantkit.sandbox import worker\nos.write(worker._resul
         (FORGED.format("b'[1]\\n'"), {}, "answered with more than can be read"),
         ("return 'x' * 2**25", {}, "answered with more than can be read"),
         (
-            "from quantkit.sandbox.worker import tell\nwhile True: tell()",
+            "from evaluators.sandbox import tell\nwhile True: tell()",
             {},
             "answered with more",
         ),
@@ -224,10 +224,11 @@ def test_each_end_has_a_reason(
 def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
     """What its owner alone could hide from a keeper who is no administrator, is too much."""
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from quantkit.sandbox import usage\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from evaluators import sandbox\n"
         "import tempfile; folder = tempfile.mkdtemp(); os.mkdir(folder + '/closed', 0o300)\n"
-        "print(usage.bytes_below(folder)); os.rmdir(folder + '/closed')\n"
-        "print(usage.bytes_below(folder), usage.bytes_below(folder + '/none')); os.rmdir(folder)"
+        "print(sandbox.bytes_below(folder)); os.rmdir(folder + '/closed')\n"
+        "print(sandbox.bytes_below(folder), sandbox.bytes_below(folder + '/none'))\n"
+        "os.rmdir(folder)"
     )
     root = Path(__file__).parents[2]
     script = root / "tests" / "support" / "plain_user.py"
@@ -338,7 +339,7 @@ with sandbox.Child(job) as child:
 def test_it_ends_with_who_started_it(tmp_path: Path, kind: str, whom: str) -> None:
     """However that ends."""
     (tmp_path / "sleeping.py").write_text(
-        "import time\nfrom quantkit.sandbox.worker import tell\n"
+        "import time\nfrom evaluators.sandbox import tell\n"
         "def go():\n    tell(up=True)\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen(

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluators.sandbox import tell
 from quantkit.llamacpp.converter import added, faster, vocabulary
 from quantkit.llamacpp.converter.ahead import Ahead, Checked
 from quantkit.sandbox.untrusted import Settings
-from quantkit.sandbox.worker import tell
 
 if TYPE_CHECKING:
     from gguf.gguf_writer import GGUFValue

@@ -10,9 +10,10 @@ import os
 from collections.abc import Mapping
 from functools import cache
 
+from evaluators.sandbox import set_not_dumpable
 from quantkit import sandbox
 from quantkit.errors import QuantkitError
-from quantkit.sandbox import kernel, secrets
+from quantkit.sandbox import secrets
 from quantkit.sandbox.places import ROOT, import_path
 
 _PROBE = f"{__name__}:writable_code"
@@ -33,7 +34,7 @@ def check_floor(environment: Mapping[str, str] | None = None) -> None:
             f"{open_ones[0]} is in the environment of the process that converts models",
             "Start the page with `python app.py`, which takes it out.",
         )
-    kernel.set_not_dumpable()
+    set_not_dumpable()
     lacking = _lacking()
     if lacking is not None:
         raise _refusal(*lacking)

@@ -20,23 +20,23 @@ import signal
 import subprocess
 import time
 
-from quantkit.sandbox import kernel
+from evaluators import sandbox
 
 _TICK_SECONDS = 0.2
 _NICER = 10
-_FORK_SERVER = os.path.join(os.path.dirname(kernel.__file__), "fork_server.py").encode()
+_FORK_SERVER = f"{sys.path[0]}/quantkit/sandbox/fork_server.py".encode()
 
 
 def main(argv: list[str]) -> None:
     """Start the command, watch it, and end what is left of it."""
     memory, seconds, command = int(argv[1]), float(argv[2]), argv[3:]
-    kernel.set_not_dumpable()  # a token may be on its way through
-    kernel.adopt_orphans()
+    sandbox.set_not_dumpable()  # a token may be on its way through
+    sandbox.adopt_orphans()
     parent = os.getpid()
 
     def prepare() -> None:
         os.nice(_NICER)  # the page answers first
-        if not kernel.die_with_parent(parent):
+        if not sandbox.die_with_parent(parent):
             os._exit(1)
 
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False, preexec_fn=prepare)
