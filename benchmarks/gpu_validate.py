@@ -30,7 +30,7 @@ import llama_cpp.llama_cpp as lib  # noqa: E402
 import numpy as np  # noqa: E402
 from eval_fixtures import TEXT, TinySpec, log_softmax, write_tiny  # noqa: E402
 
-from evaluators import kl, llama_native, speed, tasks, zeroshot  # noqa: E402
+from evaluators import choice_items, kl, llama_native, speed, zeroshot  # noqa: E402
 from evaluators.base_logits import BaseLogits  # noqa: E402
 from evaluators.devices import described  # noqa: E402
 from evaluators.llama_runtime import CPU, Runtime  # noqa: E402
@@ -91,7 +91,7 @@ def parts(
         took[name] = {"seconds": time.perf_counter() - began, "cpu_seconds": cpu}
         return value
 
-    items = tasks.load("everyday", limit=60)
+    items = choice_items.load("everyday", limit=60)
     texts = {"text": text}
     with clocked(
         "base logits",

@@ -21,13 +21,13 @@ import llama_cpp
 
 from evaluators import command, kl, speed, zeroshot
 from evaluators.base_logits import BaseLogits
+from evaluators.choice_items import TaskItems
 from evaluators.devices import described
 from evaluators.figures import PairedTest
 from evaluators.kl import KLResult
 from evaluators.llama_runtime import Runtime
 from evaluators.session import Launch, plainly
 from evaluators.stats import paired_difference
-from evaluators.tasks.items import TaskItems
 from evaluators.zeroshot import ZeroShotResult
 
 

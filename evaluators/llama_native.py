@@ -253,9 +253,20 @@ class Context(Closing):
         """Forget every sequence."""
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
 
-    def forget(self, sequence: int) -> None:
-        """Forget one sequence, so that another can take its place."""
-        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), sequence, -1, -1)
+    def copy(self, source: int, target: int) -> None:
+        """Have one sequence, which is empty, know all that another does."""
+        lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), source, target, -1, -1)
+
+    def forget(self, sequence: int, kept: int = 0) -> None:
+        """Forget one sequence but for its first `kept` tokens, so that another can take its place.
+        Raises EvaluationError where some cannot be kept: a recurrent state is that of all tokens.
+        """
+        memory = lib.llama_get_memory(self._context)
+        if not lib.llama_memory_seq_rm(memory, sequence, kept or -1, -1):
+            raise EvaluationError(
+                f"{self.model.path} cannot go back to its first {kept} tokens.",
+                "Give it every sequence in full.",
+            )
 
     def decode(
         self,

@@ -229,7 +229,18 @@ class Model(Opened):
 
     def text_of(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of tokens; special ones are left out unless `special`."""
-        return self.session.ask("text", _SECONDS, str, ids=list(ids), special=special)
+        return self.texts_of([ids], special)[0]
+
+    def texts_of(self, sequences: Sequence[Sequence[int]], special: bool = False) -> list[str]:
+        """Return the text of each sequence of tokens; special ones as `text_of`."""
+        asked = [list(ids) for ids in sequences]
+
+        def read(found: Any) -> list[str]:
+            if len(found) != len(asked):
+                raise ValueError("there are more or fewer")
+            return [str(text) for text in found]
+
+        return self.session.ask("texts", _SECONDS, read, sequences=asked, special=special)
 
     def ends(self) -> frozenset[int]:
         """Return the tokens that end an answer."""
@@ -306,9 +317,15 @@ class Context(Closing):
         """Forget every sequence."""
         self.model.session.ask("clear", _SECONDS)
 
-    def forget(self, sequence: int) -> None:
-        """Forget one sequence, so that another can take its place."""
-        self.model.session.ask("forget", _SECONDS, sequence=sequence)
+    def copy(self, source: int, target: int) -> None:
+        """Have one sequence, which is empty, know all that another does."""
+        self.model.session.ask("copy", _SECONDS, source=source, target=target)
+
+    def forget(self, sequence: int, kept: int = 0) -> None:
+        """Forget one sequence but for its first `kept` tokens, so that another can take its place.
+        A recurrent model cannot keep some: EvaluationError.
+        """
+        self.model.session.ask("forget", _SECONDS, sequence=sequence, kept=kept)
 
     def decode(
         self,

@@ -68,14 +68,18 @@ class RowWorkers(Closing):
 
     def log_sums(self, logits: F32) -> F64:
         """Log of the sum of exponentials of each row, float64 [n]: log p_i is logit_i less it."""
-        out = np.empty(len(logits))
+        return self.log_sums_and_tops(logits)[0]
+
+    def log_sums_and_tops(self, logits: F32) -> tuple[F64, F32]:
+        """Return `log_sums`, and the largest logit of each row [n]."""
+        sums, tops = np.empty(len(logits)), np.empty(len(logits), np.float32)
 
         def block(rows: slice) -> None:
             x = logits[rows]
-            _, _, out[rows] = self._log_sum(x, self._buffers(len(x))[0])
+            _, tops[rows], sums[rows] = self._log_sum(x, self._buffers(len(x))[0])
 
         self._run(block, len(logits))
-        return out
+        return sums, tops
 
     def nll(self, logits: F32, targets: I32) -> F64:
         """Return -log p of each target, float64 [n]."""

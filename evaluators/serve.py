@@ -71,8 +71,8 @@ class _Server:
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         return self._opened.tokenize(text, add_special, parse_special).tolist()
 
-    def text(self, ids: list[int], special: bool) -> str:
-        return self._opened.text_of(ids, special)
+    def texts(self, sequences: list[list[int]], special: bool) -> list[str]:
+        return [self._opened.text_of(ids, special) for ids in sequences]
 
     def ends(self) -> list[int]:
         return self._opened.ends()
@@ -88,9 +88,13 @@ class _Server:
         assert self._context is not None
         self._context.clear()
 
-    def forget(self, sequence: int) -> None:
+    def copy(self, source: int, target: int) -> None:
         assert self._context is not None
-        self._context.forget(sequence)
+        self._context.copy(source, target)
+
+    def forget(self, sequence: int, kept: int) -> None:
+        assert self._context is not None
+        self._context.forget(sequence, kept)
 
     def decode(
         self,

@@ -14,7 +14,6 @@ A line counts for the very model file (sha256) and item text it was written for,
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -25,15 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from evaluators import command, tasks
-from evaluators.choice_scores import score_items
+from evaluators import choice_items, command
+from evaluators.answer_log import AnswerLog
+from evaluators.choice_items import TaskItems
 from evaluators.command import Progress
 from evaluators.errors import EvaluationError
 from evaluators.figures import Accuracy, Flips
 from evaluators.llama_runtime import CPU, Model, Runtime, check_gguf, model_sha256
 from evaluators.logprobs import RowWorkers
+from evaluators.pair_scores import score_items
 from evaluators.stats import sign_test
-from evaluators.tasks.items import TaskItems
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run(
     """Score every item of a task with a GGUF.
 
     Args:
-        items: from `evaluators.tasks.load`.
+        items: from `evaluators.choice_items.load`.
         out: JSONL that scored items are appended to and taken from.
         progress: called with (items done, items in all).
 
@@ -85,8 +85,8 @@ def run(
     file = Path(file)
     n_bytes = check_gguf(file)
     digests = [item.digest() for item in items.items]
-    log = _ItemLog(out, model_sha256(file)) if out else None
-    known = log.scores if log else {}
+    log = AnswerLog(out, model_sha256(file), "scores") if out else None
+    known = dict(log.answers) if log else {}
     todo = [i for i, digest in enumerate(digests) if digest not in known]
     scores: dict[int, list[float]] = {
         i: known[digest] for i, digest in enumerate(digests) if digest in known
@@ -159,34 +159,6 @@ def _accuracy(picked: Sequence[int], gold: Sequence[int]) -> Accuracy:
     return Accuracy(value, stderr, n)
 
 
-class _ItemLog:
-    """The `--out` file: one JSON object a line, `model` (sha256), `task`, `item`, `scores`."""
-
-    def __init__(self, path: Path, model: str) -> None:
-        self._path = path
-        self._model = model
-        self.scores: dict[str, list[float]] = {}
-        data = path.read_bytes() if path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # a run was killed while it wrote
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        for line in data[:whole].splitlines():
-            try:
-                entry = json.loads(line)
-                if entry["model"] == model:
-                    self.scores[entry["item"]] = entry["scores"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise EvaluationError(
-                    f"{path} holds something other than scored items.", "Choose another --out."
-                ) from None
-
-    def append(self, task: str, item: str, scores: list[float]) -> None:
-        entry = {"model": self._model, "task": task, "item": item, "scores": scores}
-        with self._path.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
-
-
 def run_with_base(
     file: Path,
     base: Path | None,
@@ -222,14 +194,14 @@ def load_sets(options: argparse.Namespace) -> list[TaskItems]:
         raise EvaluationError(
             "--data works with a single --task.", "Run the other tasks separately."
         )
-    return [tasks.load(name, options.data, options.labels, options.limit) for name in names]
+    return [choice_items.load(name, options.data, options.labels, options.limit) for name in names]
 
 
 def add_task_options(parser: argparse._ActionsContainer, required: bool) -> None:
     parser.add_argument(
         "--task",
         action="append",
-        choices=list(tasks.TASKS),
+        choices=list(choice_items.TASKS),
         required=required,
         default=None,
         help="can be repeated",

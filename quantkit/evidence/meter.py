@@ -22,10 +22,10 @@ from quantkit.llamacpp.place import weights_room
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
+    from evaluators.choice_items import TaskItems
     from evaluators.figures import Divergence, SpeedResult
     from evaluators.kl import KLResult, KLSummary
     from evaluators.overlap import Seen
-    from evaluators.tasks.items import TaskItems
     from evaluators.zeroshot import ZeroShotResult
     from quantkit.evidence.in_use import InUse
     from quantkit.run.stage import Run

@@ -22,7 +22,7 @@ def look(config: RunConfig) -> list[str]:
 
 def _check(text: str | None, items: str | None) -> None:
     """Raises QuantkitError when validate could not measure on this text, or ask these questions."""
-    from evaluators import tasks
+    from evaluators import choice_items
     from evaluators.errors import EvaluationError
     from evaluators.texts import read_text
 
@@ -30,6 +30,6 @@ def _check(text: str | None, items: str | None) -> None:
         if text and not read_text(Path(text)).strip():
             raise QuantkitError(f"The text {text} is empty.", "Give another --eval-text.")
         if items:
-            tasks.load("choices", data=Path(items))
+            choice_items.load("choices", data=Path(items))
     except EvaluationError as error:
         raise QuantkitError(error.message, error.remedy) from None

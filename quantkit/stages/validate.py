@@ -64,10 +64,10 @@ from quantkit.tensors import CarriedOver, Fallback
 
 if TYPE_CHECKING:
     from evaluators.base_logits import BaseLogits
+    from evaluators.choice_items import TaskItems
     from evaluators.figures import Divergence
     from evaluators.llama_runtime import Runtime
     from evaluators.overlap import Seen
-    from evaluators.tasks.items import TaskItems
 
 NAME = "validate"
 
@@ -309,19 +309,19 @@ def _calibrated(run: Run) -> Seen:
 
 def _items(run: Run) -> tuple[TaskItems | None, str]:
     """The zero-shot items, or the reason why there are none."""
-    from evaluators import tasks
+    from evaluators import choice_items
     from evaluators.errors import EvaluationError
 
     n_items = run.profile.effort.n_items
     if run.config.tasks:
-        return tasks.load("choices", data=Path(run.config.tasks)), ""
+        return choice_items.load("choices", data=Path(run.config.tasks)), ""
     if run.config.model == DEMO_MODEL:
-        return tasks.load("everyday", limit=n_items), ""
+        return choice_items.load("everyday", limit=n_items), ""
     reason = hub.why_offline(hub.resolve_token())
     if reason:
         return None, f"no --tasks file was given, and {reason}"
     try:
-        return tasks.load("piqa", limit=n_items), ""
+        return choice_items.load("piqa", limit=n_items), ""
     except EvaluationError as error:  # a data set that nobody asked for fails no run
         return None, f"PIQA could not be loaded: {error.message.rstrip('.')}"
 

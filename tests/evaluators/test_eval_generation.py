@@ -25,7 +25,7 @@ from eval_fixtures import (
     write_tiny,
 )
 
-from evaluators import conversations, generation, greedy
+from evaluators import continuations, conversations, generation, greedy
 from evaluators.beside import Asked, Reply, compare_replies
 from evaluators.chat import Chat, Conversation
 from evaluators.conversations import Prompt
@@ -78,7 +78,7 @@ def test_places_change_nothing(tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch)
     with Model(tiny.base, ONE) as model:
         together = greedy.answer_all(model, PROMPTS, 12, lambda *call: calls.append(call))
         for n in (1, 5):
-            monkeypatch.setattr(greedy, "_MOST_SIDE_BY_SIDE", n)
+            monkeypatch.setattr(continuations, "_MOST_SIDE_BY_SIDE", n)
             assert greedy.answer_all(model, PROMPTS, 12) == together
         assert greedy.answer_all(model, [], 12) == []
     assert calls[-1] == (len(PROMPTS), len(PROMPTS))

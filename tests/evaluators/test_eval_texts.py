@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evaluators import tasks
+from evaluators import choice_items
 from evaluators.command import named_paths
 from evaluators.errors import EvaluationError
 from evaluators.texts import load_dataset_text, read_text
@@ -76,7 +76,7 @@ def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(EvaluationError, match="cannot be loaded.*no route to host") as caught:
-        tasks.load("hellaswag")
+        choice_items.load("piqa")
     assert "trace" not in caught.value.message
 
 

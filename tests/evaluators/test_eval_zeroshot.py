@@ -24,12 +24,12 @@ from eval_fixtures import (
     write_tiny_mamba,
 )
 
-from evaluators import choice_scores, tasks, zeroshot
-from evaluators.choice_scores import encode_item, encode_pair, score_items
+from evaluators import choice_items, pair_scores, zeroshot
+from evaluators.choice_items import Item, TaskItems, shared_context
 from evaluators.errors import EvaluationError
-from evaluators.llama_runtime import Model
+from evaluators.llama_runtime import Context, Model
 from evaluators.logprobs import RowWorkers
-from evaluators.tasks.items import Item, TaskItems, shared_context
+from evaluators.pair_scores import Pair, encode_pair, score_items, score_pairs
 
 run = partial(zeroshot.run, runtime=ONE)
 
@@ -37,44 +37,10 @@ __all__ = ["run_json", "tiny"]  # fixtures: used by name
 
 
 def task_item(name: str, row: Mapping[str, Any]) -> Item:
-    return tasks.TASKS[name].item(row)
+    return choice_items.TASKS[name].item(row)
 
 
 # Expected strings below are lm-evaluation-harness 0.4.13's prompts for these very rows.
-
-
-def test_arc_template_from_the_hub_and_from_ai2s_file() -> None:
-    expected = Item(
-        contexts=("Question: Which is a star?\nAnswer:",) * 3,
-        continuations=(" Mars", " the Sun", " the Moon"),
-        n_chars=(4, 7, 8),
-        gold=1,
-    )
-    texts, labels = ["Mars", "the Sun", "the Moon"], ["1", "2", "3"]
-    row = {
-        "question": "Which is a star?",
-        "choices": {"text": texts, "label": labels},
-        "answerKey": "2",
-    }
-    assert task_item("arc_easy", row) == expected
-    pairs = [{"text": text, "label": label} for text, label in zip(texts, "ABC", strict=True)]
-    nested = {"question": {"stem": "Which is a star?", "choices": pairs}, "answerKey": "B"}
-    assert task_item("arc_challenge", nested) == expected
-
-
-def test_hellaswag_template_cleans_up_as_the_harness_does() -> None:
-    row = {
-        "activity_label": "Painting a fence",
-        "ctx_a": "[header] How to paint [title] Buy paint.  Stir.",
-        "ctx_b": "then HE",
-        "endings": [" paints [substeps] slowly. ", "leaves"],
-        "label": "1",
-    }
-    item = task_item("hellaswag", row)
-    assert item.contexts[0] == "Painting a fence: How to paint. Buy paint. Stir. Then he"
-    assert item.continuations == (" paints slowly.", " leaves")
-    assert item.n_chars == (14, 6)
-    assert item.gold == 1
 
 
 def test_piqa_template_keeps_the_spaces_of_the_row() -> None:
@@ -85,25 +51,8 @@ def test_piqa_template_keeps_the_spaces_of_the_row() -> None:
     assert item.n_chars == (10, 17)
 
 
-def test_winogrande_scores_the_rest_after_either_option() -> None:
-    row = {
-        "sentence": "The cup fell on the plate, so the _ broke. ",
-        "option1": "cup",
-        "option2": "plate",
-        "answer": "2",
-    }
-    item = task_item("winogrande", row)
-    assert item.contexts == (
-        "The cup fell on the plate, so the cup",
-        "The cup fell on the plate, so the plate",
-    )
-    assert item.continuations == (" broke.", " broke.")
-    assert item.gold == 1
-    assert tasks.TASKS["winogrande"].metrics == ("acc",)
-
-
 def test_our_own_items_are_sound() -> None:
-    everyday = tasks.load("everyday")
+    everyday = choice_items.load("everyday")
     assert len(everyday.items) == 60
     assert len({item.contexts[0] for item in everyday.items}) == 60
     assert everyday.metrics == ("acc", "acc_norm")
@@ -137,9 +86,9 @@ def test_malformed_items_are_named(tmp_path: Path, row: dict[str, Any], reason: 
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
     with pytest.raises(EvaluationError, match=reason) as caught:
-        tasks.load("choices", path)
+        choice_items.load("choices", path)
     assert "Item 1 of" in caught.value.message
-    assert len(tasks.load("choices", path, limit=1).items) == 1
+    assert len(choice_items.load("choices", path, limit=1).items) == 1
 
 
 @pytest.mark.parametrize("content", ["[1]\n", "{nope\n", ""])
@@ -147,7 +96,7 @@ def test_files_that_hold_no_items(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
     with pytest.raises(EvaluationError, match="not a JSON object|not JSON|no items"):
-        tasks.load("choices", path)
+        choice_items.load("choices", path)
 
 
 def test_labels_beside_the_items(tmp_path: Path) -> None:
@@ -155,15 +104,15 @@ def test_labels_beside_the_items(tmp_path: Path) -> None:
     rows = [{"goal": f"g{i}", "sol1": "a\u2028b", "sol2": "c"} for i in range(3)]
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     labels.write_text("1\n0\n1\n")
-    loaded = tasks.load("piqa", data, labels)
+    loaded = choice_items.load("piqa", data, labels)
     assert [item.gold for item in loaded.items] == [1, 0, 1]
     labels.write_text("1\n0\n")
     with pytest.raises(EvaluationError, match="2 labels for the 3 items"):
-        tasks.load("piqa", data, labels)
+        choice_items.load("piqa", data, labels)
     with pytest.raises(EvaluationError, match="no usable 'label'"):
-        tasks.load("piqa", data)
+        choice_items.load("piqa", data)
     with pytest.raises(EvaluationError, match="needs a file of items"):
-        tasks.load("piqa", labels=labels)
+        choice_items.load("piqa", labels=labels)
 
 
 def test_hub_rows_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,35 +122,43 @@ def test_hub_rows_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(request)
         return [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}] * 5
 
-    monkeypatch.setattr(tasks, "load_dataset_rows", rows)
-    loaded = tasks.load("piqa", limit=3)
+    monkeypatch.setattr(choice_items, "load_dataset_rows", rows)
+    loaded = choice_items.load("piqa", limit=3)
     assert asked == [("baber/piqa", None, "validation")]
     assert len(loaded.items) == 3 and loaded.source == "baber/piqa"
 
 
+def split(model: Model, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The tokens of context and continuation."""
+    pair = encode_pair(model, context, continuation)
+    n_context = len(pair.inputs) - len(pair.targets) + 1
+    assert pair.inputs[n_context:].tolist() == pair.targets[:-1].tolist()
+    return pair.inputs[:n_context].tolist(), pair.targets.tolist()
+
+
 def test_token_split(tiny: TinyFiles) -> None:
     with Model(tiny.base, ONE) as model:
-        head, tail = encode_pair(model, "zz: 1", " q")
-        assert head.tolist() == [1, *byte_ids("zz: 1")]
-        assert tail.tolist() == byte_ids(" q")[3:].tolist()
+        head, tail = split(model, "zz: 1", " q")
+        assert head == [1, *byte_ids("zz: 1")]
+        assert tail == byte_ids(" q")[3:].tolist()
         # spaces at the end of a context belong to the continuation
-        moved_head, moved_tail = encode_pair(model, "zz: 1  ", "q")
-        assert moved_head.tolist() == head.tolist()
-        assert moved_tail.tolist() == byte_ids("  q")[3:].tolist()
+        moved_head, moved_tail = split(model, "zz: 1  ", "q")
+        assert moved_head == head
+        assert moved_tail == byte_ids("  q")[3:].tolist()
         # without a context the model starts from BOS
-        empty_head, empty_tail = encode_pair(model, "", " q")
-        assert empty_head.tolist() == [1]
+        empty_head, empty_tail = split(model, "", " q")
+        assert empty_head == [1]
         assert len(empty_tail) > 0 and empty_tail[0] != 1
 
 
 def test_a_merge_over_the_boundary_follows_the_harness(tiny: TinyFiles) -> None:
     # the vocabulary has " do" and " dog" but not "g": the context's last token changes
     with Model(tiny.base, ONE) as model:
-        head, tail = encode_pair(model, "zz do", "g 123456789")
+        head, tail = split(model, "zz do", "g 123456789")
         whole = model.tokenize("zz dog 123456789")
-        assert head[:-1].tolist() == whole[: len(head) - 1].tolist()
+        assert head[:-1] == whole[: len(head) - 1].tolist()
         assert head[-1] != whole[len(head) - 1]
-        assert tail.tolist() == whole[len(head) :].tolist() == byte_ids(" 123456789")[3:].tolist()
+        assert tail == whole[len(head) :].tolist() == byte_ids(" 123456789")[3:].tolist()
         with pytest.raises(EvaluationError, match="no token to score"):
             encode_pair(model, "zz do", "g")
 
@@ -230,8 +187,6 @@ ITEMS = [
 def test_scores_equal_separate_sequences(tiny: TinyFiles, share: bool) -> None:
     scores: dict[int, list[float]] = {}
     with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
-        encoded = [encode_item(model, item, share) for item in ITEMS]
-        assert (encoded[0].n_shared > 20) == share
         score_items(model, ITEMS, workers, scores.__setitem__, share)
     assert sorted(scores) == list(range(len(ITEMS)))
     for i, item in enumerate(ITEMS):
@@ -256,42 +211,81 @@ def test_a_recurrent_model_gets_every_choice_in_full(tmp_path: Path) -> None:
     assert len({tuple(np.round(values, 1)) for values in together.values()}) == 12
 
 
-def test_prefixes_are_decoded_once(tiny: TinyFiles) -> None:
+class Decoded:
+    """What contexts were asked to decode."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.n_tokens: list[int] = []
+        self.n_rows: list[int] = []
+        original = Context.decode
+
+        def spy(context: Context, *arguments: Any) -> Any:
+            self.n_tokens.append(len(arguments[0]))
+            self.n_rows.append(int(arguments[2].sum()))
+            return original(context, *arguments)
+
+        monkeypatch.setattr(Context, "decode", spy)
+
+
+def test_prefixes_are_decoded_once(tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     twins = [
         Item(("The dog saw 12 and x", "The dog saw 12 and zz"), (ending, ending), (2, 2), 0)
         for ending in (" qq.", " 77.")
     ]
-    with Model(tiny.base, ONE) as model:
-        encoded = [encode_item(model, item) for item in twins]
-    [pack] = choice_scores._packs(encoded, 100, 64, True)
-    assert max(len(sequences) for sequences in pack.tree.members) == 4
-    sequences = {tuple(ids.tolist()) for item in encoded for ids in item.inputs}
-    prefixes = {ids[:n] for ids in sequences for n in range(1, len(ids) + 1)}
-    assert len(pack.tree.tokens) == len(prefixes) < sum(len(ids) for ids in sequences) / 2
-    [apart] = choice_scores._packs(encoded, 100, 64, False)
-    assert len(apart.tree.tokens) == sum(len(ids) for item in encoded for ids in item.inputs)
+    decoded = Decoded(monkeypatch)
+    with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
+        for share in (True, False):
+            score_items(model, twins, workers, lambda *_: None, share)
+        pairs = [
+            encode_pair(model, *texts)
+            for item in twins
+            for texts in zip(item.contexts, item.continuations, strict=True)
+        ]
+    sequences = [pair.inputs.tolist() for pair in pairs]
+    prefixes = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
+    n_all = sum(map(len, sequences))
+    assert decoded.n_tokens == [len(prefixes), n_all] and len(prefixes) < n_all / 2
+
+
+def test_what_is_long_and_shared_is_computed_step_by_step(
+    tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack may be of several steps where sequences share more than they add."""
+    monkeypatch.setattr(pair_scores, "MAX_STEP", 64)
+    many = [shared_context("zq xy. " * 20 + f"{i}", [f" q{i}", " zz"], 0) for i in range(30)]
+    decoded = Decoded(monkeypatch)
+    scores: dict[int, list[float]] = {}
+    with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
+        score_items(model, many, workers, scores.__setitem__)
+        n_inputs = len(encode_pair(model, many[0].contexts[0], " q0").inputs)
+    assert n_inputs > 2 * 64 and max(decoded.n_tokens) == 64
+    assert sum(decoded.n_tokens) < n_inputs + 30 * 24
+    for i in (0, 13, 29):
+        assert scores[i] == pytest.approx(reference_sums(many[i]), rel=2e-3)
 
 
 def test_several_batches_are_needed_and_none_is_too_large(
     tiny: TinyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice_scores, "_OUTPUT_BYTES", 4 * SPEC.n_vocab * 70)
-    packs: list[choice_scores.Pack] = []
-    original = choice_scores._packs
-
-    def spy(*arguments: Any) -> Any:
-        for pack in original(*arguments):
-            packs.append(pack)
-            yield pack
-
-    monkeypatch.setattr(choice_scores, "_packs", spy)
+    monkeypatch.setattr(pair_scores, "_OUTPUT_BYTES", 4 * SPEC.n_vocab * 20)
+    decoded = Decoded(monkeypatch)
     scores: dict[int, list[float]] = {}
     with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
         score_items(model, ITEMS, workers, scores.__setitem__)
-    assert len(packs) > 3
-    assert sorted(i for pack in packs for i in pack.indices) == list(range(len(ITEMS)))
-    assert all(pack.n_outputs <= 70 for pack in packs)
+    assert len(decoded.n_rows) > 3 and max(decoded.n_rows) <= 20
+    assert sorted(scores) == list(range(len(ITEMS)))
     assert scores[2] == pytest.approx(reference_sums(ITEMS[2]), rel=2e-3)
+
+
+def test_whether_greedy_decoding_would_have_said_it(tiny: TinyFiles) -> None:
+    whole = np.array([1, *byte_ids("The dog saw 12")])
+    best = reference_logits(SPEC, whole)[-1].argsort()[::-1].astype(np.int32)
+    pairs = [Pair.of(whole, best[:1]), Pair.of(whole, best[1:2])]
+    found: dict[int, Any] = {}
+    with Model(tiny.base, ONE) as model, RowWorkers(model.n_vocab, 1) as workers:
+        score_pairs(model, pairs, workers, found.__setitem__)
+    assert found[0].is_greedy and not found[1].is_greedy
+    assert found[0].log_p > found[1].log_p
 
 
 def test_items_longer_than_the_model(tiny: TinyFiles) -> None:

@@ -1,13 +1,18 @@
-"""Multiple-choice tasks with lm-evaluation-harness's templates, from the Hub or local files.
+"""Multiple-choice items with lm-evaluation-harness's templates, for the light check that needs no
+harness: PIQA, 60 items of our own, and anybody's in our own format. Every other task is the
+harness's (`evaluators.tasks`).
 
-load("piqa")                                        the Hub's validation split
-load("piqa", data=Path("valid.jsonl"), labels=Path("valid-labels.lst"))
-load("everyday")                                    60 items of our own, in this package
-load("choices", data=Path("mine.jsonl"))            any file of `tasks.choices`' format
+    load("piqa")                                        the Hub's validation split
+    load("piqa", data=Path("valid.jsonl"), labels=Path("valid-labels.lst"))
+    load("everyday")                                    `data/everyday.jsonl`
+    load("choices", data=Path("mine.jsonl"))            any file like it, one object a line:
+
+    {"context": "Question: ...\nAnswer:", "choices": ["a", "b"], "gold": 0}
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +21,93 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.tasks import arc, choices, hellaswag, piqa, winogrande
-from evaluators.tasks.items import Item, TaskItems
 from evaluators.texts import load_dataset_rows, read_text
 
-_ACC = ("acc",)
-_BOTH = ("acc", "acc_norm")
+MAX_CHOICES = 32
+
+
+@dataclass(frozen=True)
+class Item:
+    """The model scores continuations[i] after contexts[i]; the contexts are equal but in
+    WinoGrande. A continuation starts with its delimiter; `n_chars` are the characters of the choice
+    itself, which acc_norm divides by.
+
+    Raises EvaluationError when there is nothing to choose from, a continuation is empty, or the
+    gold answer is none of them.
+    """
+
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    n_chars: tuple[int, ...]
+    gold: int
+
+    def __post_init__(self) -> None:
+        n = len(self.continuations)
+        if not 2 <= n <= MAX_CHOICES:
+            raise EvaluationError(
+                f"It has {n} choices.", f"An item needs 2 to {MAX_CHOICES} of them."
+            )
+        for i, continuation in enumerate(self.continuations):
+            if not continuation.strip():
+                raise EvaluationError(
+                    f"Choice {i} is empty.", "An empty choice has no probability: remove the item."
+                )
+        if not 0 <= self.gold < n:
+            raise EvaluationError(
+                f"The gold answer {self.gold} is not one of the {n} choices.",
+                "Count the choices from 0.",
+            )
+
+    def digest(self) -> str:
+        """Hash of what the model sees; equal items share their scores."""
+        value = json.dumps([self.contexts, self.continuations])
+        return hashlib.sha256(value.encode()).hexdigest()[:16]
+
+
+def shared_context(context: str, choices: list[str], gold: int) -> Item:
+    """Return an item in lm-evaluation-harness's usual form: one context, choices after one
+    space.
+    """
+    return Item(
+        contexts=(context,) * len(choices),
+        continuations=tuple(f" {choice}" for choice in choices),
+        n_chars=tuple(len(choice) for choice in choices),
+        gold=gold,
+    )
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """The items of one task. `metrics` is ("acc", "acc_norm") or ("acc",)."""
+
+    name: str
+    items: tuple[Item, ...]
+    metrics: tuple[str, ...]
+    source: str
+
+    def sha256(self) -> str:
+        """Hash of all items with their gold answers, in order."""
+        value = json.dumps([[item.digest(), item.n_chars, item.gold] for item in self.items])
+        return hashlib.sha256(value.encode()).hexdigest()
+
+
+def _piqa(row: Mapping[str, Any]) -> Item:
+    """PIQA (Bisk et al. 2020): `goal`, `sol1`, `sol2` and `label`; the published archive keeps the
+    labels in a file of their own, one a line.
+    """
+    return shared_context(
+        f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"])
+    )
+
+
+def _choices(row: Mapping[str, Any]) -> Item:
+    """Our own format: the context as it stands, and each choice after it and one space."""
+    choices = row["choices"]
+    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+        raise TypeError("choices must be a list of strings")
+    if not isinstance(row["context"], str):
+        raise TypeError("context must be a string")
+    return shared_context(row["context"], list(choices), int(row["gold"]))
 
 
 @dataclass(frozen=True)
@@ -43,18 +129,11 @@ class Task:
     builtin: Path | None = None
 
 
+_METRICS = ("acc", "acc_norm")
 TASKS: dict[str, Task] = {
-    "arc_easy": Task(arc.item, _BOTH, HubSplit("allenai/ai2_arc", "ARC-Easy", "test")),
-    "arc_challenge": Task(arc.item, _BOTH, HubSplit("allenai/ai2_arc", "ARC-Challenge", "test")),
-    "hellaswag": Task(hellaswag.item, _BOTH, HubSplit("Rowan/hellaswag", None, "validation")),
-    "piqa": Task(piqa.item, _BOTH, HubSplit("baber/piqa", None, "validation")),
-    "winogrande": Task(
-        winogrande.item, _ACC, HubSplit("allenai/winogrande", "winogrande_xl", "validation")
-    ),
-    "everyday": Task(
-        choices.item, _BOTH, builtin=Path(__file__).parent.parent / "data" / "everyday.jsonl"
-    ),
-    "choices": Task(choices.item, _BOTH),
+    "piqa": Task(_piqa, _METRICS, HubSplit("baber/piqa", None, "validation")),
+    "everyday": Task(_choices, _METRICS, builtin=Path(__file__).parent / "data" / "everyday.jsonl"),
+    "choices": Task(_choices, _METRICS),
 }
 
 
