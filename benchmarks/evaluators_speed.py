@@ -1,19 +1,16 @@
 """What the evaluators cost beside the tools that people know.
 
     python benchmarks/evaluators_speed.py perplexity LLAMA_PERPLEXITY FILE.gguf TEXT
-    python benchmarks/evaluators_speed.py zeroshot LM_EVAL CHECKPOINT BASE.gguf PIQA_DIR
     python benchmarks/evaluators_speed.py memory
 
-`perplexity`: llama-perplexity on the same file, text and threads. `zeroshot`: lm-evaluation-harness
-on the HF checkpoint of the same weights; PIQA_DIR holds piqa_valid.jsonl and piqa_labels.lst. The
-sides take turns; times are those of the work without the start (a short run is taken off): wall and
-processor seconds, medians. `memory`: peak beyond the file with a vocabulary of 152k.
+`perplexity`: llama-perplexity on the same file, text and threads. The sides take turns; times are
+those of the work without the start (a short run is taken off): wall and processor seconds, medians.
+`memory`: peak beyond the file with a vocabulary of 152k. Tasks are in harness.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -27,8 +24,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "evaluators"))]
-
-from test_eval_harness import TASK  # noqa: E402
 
 Command = Callable[[int], list[str]]
 
@@ -80,37 +75,6 @@ def perplexity(options: argparse.Namespace) -> None:
     race({"ours": ours, "llama-perplexity": theirs}, 2, 2 + options.n, options.turns)
 
 
-def zeroshot(options: argparse.Namespace) -> None:
-    threads, folder = str(options.threads), Path(options.piqa)
-    data, labels = folder / "piqa_valid.jsonl", folder / "piqa_labels.lst"
-    with tempfile.TemporaryDirectory(prefix="quantkit-bench-") as scratch:
-        joined = Path(scratch, "piqa.json")
-        rows = [json.loads(line) for line in data.read_text("utf-8").split("\n") if line]
-        marked = zip(rows, labels.read_text().split(), strict=True)
-        joined.write_text("".join(json.dumps({**r, "label": int(n)}) + "\n" for r, n in marked))
-        Path(scratch, "piqa_local.yaml").write_text(TASK.replace("DATA", str(joined)))
-
-        def ours(n: int) -> list[str]:
-            command = [sys.executable, "-m", "evaluators.zeroshot", options.file, "--task", "piqa"]
-            command += ["--data", str(data), "--labels", str(labels), "--limit", str(n)]
-            return [*command, "--threads", threads]
-
-        def theirs(dtype: str, batch: int) -> Command:
-            def command(n: int) -> list[str]:
-                made = ["env", f"OMP_NUM_THREADS={threads}", options.peer, "run", "--model", "hf"]
-                made += ["--model_args", f"pretrained={options.checkpoint},dtype={dtype}"]
-                made += ["--device", "cpu", "--batch_size", str(batch), "--limit", str(n)]
-                return [*made, "--tasks", "piqa_local", "--include_path", scratch]
-
-            return command
-
-        sides = {"ours": ours}
-        for batch in options.batch:
-            for dtype in options.dtype:
-                sides[f"lm-eval {dtype} batch {batch}"] = theirs(dtype, batch)
-        race(sides, 8, 8 + options.n, options.turns)
-
-
 def memory(_: argparse.Namespace) -> None:
     from eval_fixtures import SPEC, TEXT, write_tiny
 
@@ -149,18 +113,12 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--n", type=int, help="windows or items; default 12 or 200")
+    parser.add_argument("--n", type=int, help="windows; default 12")
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("perplexity")
     for name in ("peer", "file", "text"):
         one.add_argument(name)
     one.set_defaults(run=perplexity, default=12)
-    two = commands.add_parser("zeroshot")
-    for name in ("peer", "checkpoint", "file", "piqa"):
-        two.add_argument(name)
-    two.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    two.add_argument("--dtype", nargs="+", default=["auto"])
-    two.set_defaults(run=zeroshot, default=200)
     commands.add_parser("memory").set_defaults(run=memory, default=0)
     options = parser.parse_args()
     options.n = options.n or options.default

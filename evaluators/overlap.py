@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators import command, tasks
+from evaluators import choice_items, command
+from evaluators.choice_items import Item
 from evaluators.errors import EvaluationError
 from evaluators.figures import ItemOverlap, Overlap
-from evaluators.tasks.items import Item
 from evaluators.texts import read_text
 
 U64 = NDArray[np.uint64]
@@ -139,7 +139,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "texts": {name: asdict(seen.overlap(read_text(path))) for name, path in named.items()},
     }
     if options.task:
-        items = tasks.load(options.task, data=options.data)
+        items = choice_items.load(options.task, data=options.data)
         found["tasks"] = {items.name: asdict(seen.overlap_of_items(items.items))}
     return found
 
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a UTF-8 text that the file was calibrated on",
     )
     parser.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE")
-    parser.add_argument("--task", choices=tasks.TASKS)
+    parser.add_argument("--task", choices=choice_items.TASKS)
     parser.add_argument("--data", type=Path, metavar="FILE", help="the task's items")
     parser.add_argument("--table", action="store_true", help="print a table instead of JSON")
     return command.run_command(parser, _evaluate, _show, argv)

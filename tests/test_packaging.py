@@ -34,7 +34,8 @@ def test_the_lock_is_of_what_is_asked_for() -> None:
     check(PROJECT["dependencies"], pins)
     assert all(len(pin.specifier) == 1 and not pin.url for pin in pins.values())
     assert "://" not in (ROOT / "requirements.txt").read_text("utf-8")
-    check(PROJECT["optional-dependencies"]["dev"], locked("requirements-dev.txt"))
+    for extra in ("dev", "tasks"):
+        check(PROJECT["optional-dependencies"][extra], locked("requirements-dev.txt"))
 
 
 def test_the_converter_is_of_the_runtime_that_is_installed() -> None:

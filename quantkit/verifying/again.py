@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluators import kl, tasks, zeroshot
+from evaluators import choice_items, kl, zeroshot
 from evaluators.base_logits import BaseLogits
+from evaluators.choice_items import TaskItems
 from evaluators.errors import EvaluationError
 from evaluators.kl import KLResult
 from evaluators.llama_runtime import Model
-from evaluators.tasks.items import TaskItems
 from evaluators.windows import cut_windows
 from evaluators.zeroshot import ZeroShotResult
 from quantkit.evidence.devices import Device
@@ -220,9 +220,9 @@ class Again:
         if answers.is_given and self.items is None:
             raise EvaluationError(f"The items were given as {answers.source}.", "Use --tasks.")
         items = (
-            tasks.load("choices", data=self.items)
+            choice_items.load("choices", data=self.items)
             if answers.is_given
-            else tasks.load(answers.task, limit=n)
+            else choice_items.load(answers.task, limit=n)
         )
         if items.sha256() != answers.items_sha256:
             raise EvaluationError("The items are not those that were answered.", "Use --tasks.")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from evaluators import overlap
+from evaluators.choice_items import shared_context
 from evaluators.overlap import N_WORDS, Seen, words
-from evaluators.tasks.items import shared_context
 
 PARTS = [f"word{i}" for i in range(40)]
 TEXT = " ".join(PARTS)
