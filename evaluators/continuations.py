@@ -85,11 +85,13 @@ def continue_all(
     prompts: Sequence[Prompt],
     done: Callable[[int, Continuation], None],
     share: bool = False,
+    n_places: int = 0,
 ) -> None:
     """Call `done(index, continuation)` for every prompt, as they end.
 
     Args:
         share: compute what prompts begin with in common once, where the model can.
+        n_places: how many are continued side by side, whatever their number; 0: as many as fit.
 
     Raises:
         EvaluationError: a prompt without tokens, or one that leaves no room for its answer; logits
@@ -102,8 +104,9 @@ def continue_all(
     longest = max(len(prompt.ids) + prompt.n_tokens for prompt in prompts)
     model.check_context(longest)
     n_cells = -(-longest // _CELLS) * _CELLS
-    n_places = min(_MOST_SIDE_BY_SIDE, len(prompts), _MOST_CELLS // n_cells)
-    n_places = max(1, -(-n_places // _ROWS_TOGETHER)) * _ROWS_TOGETHER
+    if not n_places:
+        n_places = min(_MOST_SIDE_BY_SIDE, len(prompts), _MOST_CELLS // n_cells)
+        n_places = max(1, -(-n_places // _ROWS_TOGETHER)) * _ROWS_TOGETHER
     with Context(
         model, n_places * n_cells, min(MAX_STEP, n_cells), n_places, n_places, apart=True
     ) as context:
