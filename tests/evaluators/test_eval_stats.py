@@ -141,6 +141,8 @@ def test_intervals_know_their_bounds() -> None:
     assert ratio_interval(3 * ones, ones) == (3.0, 3.0)
     share = ratio_interval(np.array([9.0] * 11 + [1.0]), 10 * ones, most=1.0)
     assert share is not None and share[1] == 1.0 and share[0] < 0.83
+    four = ratio_interval(np.array([1.0, 1.1, 1.2, 4.0]), ones[:4])
+    assert four is not None and four[1] < 10, "drawings of four documents are mostly alike"
     few = ratio_interval(np.array([0.0] * 11 + [1.0]), ones)
     assert few is not None and few[0] == 0.0
     rng = np.random.default_rng(1)

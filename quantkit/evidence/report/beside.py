@@ -129,12 +129,16 @@ def _compared(what: str, both: SideBySide, n_new: int) -> list[str]:
 
 
 def _how(found: AnswersBeside) -> str:
-    said = f"Answers have at most {found.n_new} tokens, through the {found.asked}"
+    said = f"Answers have at most {found.n_new} tokens, {_asked(found.asked)}"
     if found.reason and found.asked != "chat template":
         said += f", because {found.reason.rstrip('.')}"
     if found.n_left_out:
         said += f"; {found.n_left_out} prompts did not fit"
     return f"{said}. Ranges are 95 % intervals over prompts: few prompts, wide ranges."
+
+
+def _asked(asked: str) -> str:
+    return f"through the {asked}" if asked == "chat template" else f"as {asked}"
 
 
 def conversation_tables(report: Report) -> list[Table]:
@@ -195,7 +199,7 @@ def conversation_lines(report: Report) -> list[str]:
     if known is None:
         return []
     said = (
-        f"{known.n} conversations through the {known.asked}, {known.n_scored:,} scored tokens: only"
+        f"{known.n} conversations {_asked(known.asked)}, {known.n_scored:,} scored tokens: only"
         " the assistant's last answer counts."
     )
     if known.reason and known.asked != "chat template":
