@@ -108,8 +108,8 @@ class Tolerance:
     """How far figures of one window that are measured again may be from the claimed ones: rounding
     of another build or processor (`limits` says where the numbers are from). Of a mean KL `kl` nats
     and `kl_share` of the claim, of a mean -log p `nll`, of the share of equal tokens `top1`. The
-    mean of n windows may be off by a window's limit over the root of n. Of all answers a share of
-    `picks` may be others, or one answer.
+    mean of n windows may be off by a window's limit over the root of n. Of n answers `picks` * n
+    may be others, and twice the root of that more.
     """
 
     kl: float
