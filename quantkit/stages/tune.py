@@ -57,7 +57,7 @@ class Tune(Stage):
     """Fine-tune the files, block by block, to bring them closer to the original."""
 
     name = NAME
-    version = 3
+    version = 4
     fields = ("tuning", "profile", "device")
     takes_long = True
 

@@ -20,14 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.func import functional_call
 
 from quantkit.ggml import native
-from quantkit.ggml.decode import values_of
-from quantkit.ggml.formats import FORMATS
+from quantkit.ggml.codebooks import CODEBOOKS
+from quantkit.ggml.decode import READABLE, values_of
 from quantkit.ggml.types import QuantType
 from quantkit.machine.memory import free_memory
 from quantkit.model.blockwise import BlockCall, BlockwiseModel, SharedKV, compute_dtype
@@ -36,6 +37,7 @@ from quantkit.model.row_maps import RowMap
 from quantkit.ranks.group import ALONE, Ranks
 from quantkit.tuning.shards import Shards
 from quantkit.tuning.tunable import Tunable
+from quantkit.tuning.tunable_units import TunableUnits
 
 STATES_SHARE = 0.1  # of the free memory, for each of the streams of hidden states
 ROUNDS = 3  # how often a sequence is seen, where there are enough of them
@@ -52,6 +54,8 @@ class Effort:
     n_batch: int
     rate_codes: float = 5e-3
     rate_scales: float = 5e-4
+    rate_units: float = 1e-2
+    rate_integers: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -323,7 +327,7 @@ class Tuner:
 
     def _tune(self, index: int, plain: Mapping[str, torch.Tensor]) -> TunedBlock:
         stored = {name: self._stored[name] for name in plain}
-        names = [n for n, s in stored.items() if s.qtype in FORMATS and not s.is_kept]
+        names = [n for n, s in stored.items() if s.qtype in READABLE and not s.is_kept]
         before = self._error(index, plain)
         if not names or not before:
             return TunedBlock(before, before, {})
@@ -333,10 +337,7 @@ class Tuner:
         own = {n: shards.own(n, torch.from_numpy(self._stored[n].packed.copy())) for n in names}
         own = {name: packed.to(device) for name, packed in own.items()}
         rows = {name: self._tunable(name, own[name], shards) for name in names if len(own[name])}
-        groups = [
-            {"params": [r.level for r in rows.values()], "lr": self._effort.rate_codes},
-            {"params": [r.scales for r in rows.values()], "lr": self._effort.rate_scales},
-        ]
+        groups = _groups(list(rows.values()), self._effort)
         # Of many weights each has a small share of the gradient: the usual epsilon would hide it.
         on_gpu = self._model.device.type == "cuda"  # there it is one pass over memory
         optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON, fused=on_gpu)
@@ -364,11 +365,13 @@ class Tuner:
         n_rows = {name: len(self._stored[name].packed) for name in names}
         return Shards(self._ranks, self._model, index, maps, n_rows)
 
-    def _tunable(self, name: str, packed: torch.Tensor, shards: Shards) -> Tunable:
+    def _tunable(self, name: str, packed: torch.Tensor, shards: Shards) -> Tunable | TunableUnits:
         """This rank's rows of a tensor, which are stored as `packed`."""
+        qtype = self._stored[name].qtype
+        if qtype in CODEBOOKS:
+            return TunableUnits(qtype, packed)
         map_ = self._maps[name]
         original = map_.gather(self._model.model.get_parameter(map_.parameter).data)
-        qtype = self._stored[name].qtype
         return Tunable(qtype, packed, shards.own(name, original))
 
     def _order(self, index: int) -> Iterator[int]:
@@ -409,6 +412,18 @@ class Tuner:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def _groups(rows: Sequence[Tunable | TunableUnits], effort: Effort) -> list[dict[str, Any]]:
+    """What Adam moves, and how fast."""
+    units = [r for r in rows if isinstance(r, TunableUnits)]
+    by_rate = [
+        (effort.rate_codes, [r.level for r in rows if isinstance(r, Tunable)]),
+        (effort.rate_units, [r.level for r in units]),
+        (effort.rate_scales, [r.scales for r in rows]),
+        (effort.rate_integers, [r.integers for r in units]),
+    ]
+    return [{"params": moved, "lr": rate} for rate, moved in by_rate if moved]
 
 
 def _distance(answer: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

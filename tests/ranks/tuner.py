@@ -33,7 +33,7 @@ def odd_world(folder: Path) -> World:
     for block in range(3):
         name = f"model.layers.{block}.mlp.gate_proj.weight"
         map_, stored = world.maps.pop(name), world.stored.pop(name)
-        rows = torch.arange(96) if map_.rows is None else map_.rows.sort().values
+        rows = torch.arange(256) if map_.rows is None else map_.rows.sort().values
         weight = world.model.get_parameter(name)
         for part, own in (("a", rows[:80]), ("b", rows[80:])):
             qtype = QuantType("F16") if (block, part) == (1, "b") else stored.qtype

@@ -21,12 +21,13 @@ from quantkit.model.streaming import open_model
 from quantkit.tuning.tuner import Effort, Stored, TunedBlock, Tuner
 
 N_VOCAB, N_CTX, N_BLOCKS = 96, 24, 3
+CODEBOOK_TYPES = QuantType("IQ2_XXS"), QuantType("IQ3_S"), QuantType("IQ1_S")  # of the blocks
 EFFORT = Effort(n_steps=40, n_batch=4, rate_codes=2e-2)
 
 
 class World:
     """A small Llama on the disk, whose matrices a file holds in Q4_0, rows of every other permuted;
-    the embeddings in Q8_0.
+    the embeddings in Q8_0, the last matrix of every block in a codebook.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +35,7 @@ class World:
         config = LlamaConfig(
             vocab_size=N_VOCAB,
             hidden_size=64,
-            intermediate_size=96,
+            intermediate_size=256,
             num_hidden_layers=N_BLOCKS,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -52,8 +53,12 @@ class World:
             order = torch.randperm(len(weight), generator=generator)
             rows = None if len(self.maps) % 2 else order
             self.maps[name] = RowMap(name, name, False, rows, name.removesuffix(".weight"), False)
+            values = self.maps[name].gather(weight).contiguous().numpy()
             qtype = QuantType("Q8_0" if "embed" in name else "Q4_0")
-            packed = native.quantize(self.maps[name].gather(weight).contiguous().numpy(), qtype)
+            if "down_proj" in name:
+                qtype = CODEBOOK_TYPES[int(name.split(".")[2])]
+            importance = np.ones(values.shape[1], np.float32)
+            packed = native.quantize(values, qtype, importance)
             self.stored[name] = Stored(qtype, packed)
         self.model.lm_head.weight.mul_(3)
         self.stored["lm_head.weight"] = Stored(
@@ -64,8 +69,8 @@ class World:
             ),
         )
         self.model.save_pretrained(folder / "model")
-        ids = torch.randint(0, N_VOCAB, (24, N_CTX), generator=generator)
-        self.train, self.heldout = ids[:16], ids[16:]
+        ids = torch.randint(0, N_VOCAB, (72, N_CTX), generator=generator)
+        self.train, self.heldout = ids[:64], ids[64:]
 
     def tuner(
         self, effort: Effort = EFFORT, model: BlockwiseModel | None = None, name: str = "a"
