@@ -165,7 +165,7 @@ def test_beyond_the_table_nothing_pulls_further(qtype: QuantType) -> None:
 def test_unit_kernels_are_the_torch_form(qtype: QuantType) -> None:
     from quantkit.tuning import kernels_units_cuda
 
-    weight, packed = rows(qtype)
+    weight, packed = rows(qtype, 5, 256)  # more than one program's units
     tunable = TunableUnits(qtype, packed)
     moved(tunable, 1.0, 6)
     pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
