@@ -282,12 +282,12 @@ def values(
 
 
 def gradients(
+    unit: float,
+    bound: float,
     pull: np.ndarray,
     level: np.ndarray,
     values: np.ndarray,
     scale: np.ndarray,
-    unit: float,
-    bound: float,
     to_level: np.ndarray,
     along: np.ndarray,
 ) -> None:

@@ -210,12 +210,12 @@ def values(
 
 
 def gradients(
+    unit: float,
+    bound: float,
     pull: torch.Tensor,
     level: torch.Tensor,
     values: torch.Tensor,
     scale: torch.Tensor,
-    unit: float,
-    bound: float,
     to_level: torch.Tensor,
     along: torch.Tensor,
 ) -> None:

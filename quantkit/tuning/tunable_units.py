@@ -134,12 +134,12 @@ class _Values(torch.autograd.Function):
         rows: TunableUnits = ctx.rows
         level, values = ctx.saved_tensors
         to_level, along = torch.empty_like(level), torch.empty_like(ctx.scale)
-        arguments = gradient.contiguous(), level.detach(), values, ctx.scale
+        tensors = gradient.contiguous(), level.detach(), values, ctx.scale, to_level, along
         if level.is_cuda:
-            _cuda().gradients(*arguments, rows.unit, rows.bound, to_level, along)
+            _cuda().gradients(rows.unit, rows.bound, *tensors)
         else:
-            arrays = [x.numpy() for x in (*arguments, to_level, along)]
-            kernels_units_cpu.gradients(*arrays[:4], rows.unit, rows.bound, *arrays[4:])
+            arrays = (x.numpy() for x in tensors)
+            kernels_units_cpu.gradients(rows.unit, rows.bound, *arrays)
         step = rows.book.multipliers[1] - rows.book.multipliers[0]
         per_block = along.unflatten(1, (rows.d.shape[1], -1)).sum(2)
         d = rows.stored_d()

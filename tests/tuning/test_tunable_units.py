@@ -181,7 +181,7 @@ def test_unit_kernels_are_the_torch_form(qtype: QuantType) -> None:
     assert (values.cpu() != expected).sum() <= 2 * UNIT
     to_level, along = torch.empty_like(level), torch.empty_like(scale)
     kernels_units_cuda.gradients(
-        pull.to(device), level, values, scale, tunable.unit, tunable.bound, to_level, along
+        tunable.unit, tunable.bound, pull.to(device), level, values, scale, to_level, along
     )
     assert torch.allclose(to_level.cpu(), tunable.level.grad, rtol=1e-6, atol=0)
     by_group = (pull * expected).unflatten(1, (-1, tunable.book.group)).sum(2)
