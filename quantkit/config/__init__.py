@@ -66,7 +66,7 @@ PROFILES = {
         eval_windows=2,
         n_sweeps=2,
         tuning_steps=0,
-        effort=Effort(3, 0, 2, 32, 60, (128, 32, 2), answers=(12, 32), documents=1),
+        effort=Effort(3, 0, 2, 32, 60, (128, 32, 2), answers=(8, 32), documents=1),
         levels=("Q4_K", "Q4_1", "Q5_K", "Q6_K"),
         about="minutes on 2 cores, 135M parameters",
     ),

@@ -61,7 +61,7 @@ def test_report(run: Run) -> None:
         assert row["bpw"] == pytest.approx(8 * row["n_bytes"] / base["n_parameters"])
     (rival,) = (row for row in report["baselines"] if "answers" in row)
     for row in (output, rival):
-        assert row["answers"]["n_prompts"] + row["answers"]["n_left_out"] == 12
+        assert row["answers"]["n_prompts"] + row["answers"]["n_left_out"] == 8
         assert 0 < row["answers"]["agreement"]["value"] < 1
         assert {"chat", "languages", "all"} < {*row["conversations"]} == {*base["floor"]}
         assert 0 < row["conversations"]["all"]["kl"]["value"] < 1
