@@ -259,11 +259,13 @@ def test_the_builtin_texts_are_there_and_do_not_overlap() -> None:
 
 def test_the_description_of_a_mix() -> None:
     domain = Domain("d", "somewhere", ("ab", "c"))
-    assert to_json(sources.Described.of(domain, 1 / 3)) == {
+    assert to_json(sources.Described.of(domain, 1 / 3, "d")) == {
         "name": "d",
         "source": "somewhere",
         "weight": 0.3333,
         "n_documents": 2,
         "n_characters": 3,
         "sha256": domain.sha256,
+        "license": None,
+        "held_out": "d",
     }
