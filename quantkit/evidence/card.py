@@ -180,6 +180,7 @@ def evidence(measured: Report, repo: str | None) -> list[str]:
         *_losses(report),
         *_missing(report),
         *_details(report),
+        *_in_use(report),
         *(_sum(output) for output in report.outputs),
     ]
 

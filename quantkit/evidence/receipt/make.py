@@ -22,6 +22,7 @@ LONG = "(all texts)"  # joined, for long contexts
 
 _NOT_COVERED = (
     "the files beside ours, whose windows the receipt has",
+    "answers beside the original's, and KL in conversations",
     "speed and memory, which are the machine's",
     "medians, percentiles and the largest KL",
     "the checks of integrity and the chat turn",
