@@ -224,6 +224,8 @@ class Reader:
             for (name, _), n in zip(wanted, counts, strict=True)
             if name != "dialogue"
         ]
+        n_dialogues = sum(counts) - sum(n for _, _, n in free)
+        writer.n_expected = sum(counts) * _NEW_TOKENS + n_dialogues * sampling.QUESTION_TOKENS
         texts = iter(writer.free_texts(free, _NEW_TOKENS) if free else ())
         return [
             writer.dialogues(self._chat, n, _NEW_TOKENS) if name == "dialogue" else next(texts)

@@ -26,12 +26,14 @@ from quantkit.config import N_CTX
 from quantkit.errors import QuantkitError
 from quantkit.files import PARTIAL, replacing, write_json
 from quantkit.model.blockwise import BlockwiseModel
+from quantkit.run.events import EventLog
 from quantkit.run.folder import read_json
 from quantkit.run.stage import Run
 from quantkit.sandbox import untrusted
 
 STAGE = "calibrate"
 _MIX = "mix.json"
+_GRADIENTS = 2400  # tokens that the model writes in the time that the Fisher information takes
 _WRITTEN = f"written.json{PARTIAL}"  # until the stage is recorded
 
 
@@ -45,7 +47,29 @@ class Texts:
     eval: tuple[str, ...]
 
 
-def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
+class Bar:
+    """One progress bar over what the stage does: the model writes text, then gradients are
+    taken, which is as much work as writing `_GRADIENTS` tokens.
+    """
+
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
+        self._n_written = 0
+
+    def written(self, done: int, total: int, message: str) -> None:
+        """Tell how many tokens of the text that the model writes are there."""
+        self._n_written = total
+        self._events.progress(STAGE, done, total + _GRADIENTS, message)
+
+    def gradients(self, done: int, total: int) -> None:
+        """Tell how far the gradients are."""
+        part = _GRADIENTS * done // max(total, 1)
+        whole = self._n_written + _GRADIENTS
+        message = "gradients at the outputs of every layer"
+        self._events.progress(STAGE, self._n_written + part, whole, message)
+
+
+def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any, bar: Bar) -> Texts:
     """Write the tokens and the texts to validate on; return what the report says of them. Once: a
     killed stage goes on with the text that it began with, for neither the Hub nor a model gives the
     same text again everywhere.
@@ -58,7 +82,7 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
                 STAGE, "note", f"continuing with the text that was read before: {known.note}"
             )
             return known
-    mix = _read_mix(run, model, tokenizer)
+    mix = _read_mix(run, model, tokenizer, bar)
     tokens, seen = _tokens(run, mix.domains, tokenizer)
     with replacing(run.artifacts.tokens) as partial:
         save_file(tokens, partial)
@@ -81,17 +105,13 @@ def write_texts(run: Run, model: BlockwiseModel, tokenizer: Any) -> Texts:
     return about
 
 
-def _read_mix(run: Run, model: BlockwiseModel, tokenizer: Any) -> Mix:
+def _read_mix(run: Run, model: BlockwiseModel, tokenizer: Any, bar: Bar) -> Mix:
     """The calibration mix as documents."""
-
-    def progress(done: int, total: int, message: str) -> None:
-        run.events.progress(STAGE, done, total, message)
-
     profile = run.profile
     token, seed = hub.resolve_token(), run.config.seed
     kept = run.artifacts.calibration.with_name(_WRITTEN)
     reader = Reader(
-        model.model, tokenizer, token, seed, progress, model.is_streamed, kept, ranks=run.ranks
+        model.model, tokenizer, token, seed, bar.written, model.is_streamed, kept, ranks=run.ranks
     )
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
     mix = reader.mix(run.config.calibration, n_tokens, profile.eval_windows * N_CTX)

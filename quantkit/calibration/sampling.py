@@ -33,7 +33,7 @@ _MOST_TEXTS = {"cpu": 128, "cuda": 1024}
 _BATCH_BYTES = 2**32  # of keys, values and logits of a batch: a few sequences of any model fit
 _LOGIT_BYTES = 12  # of each: as the model gives it, in float32, and where others are put out
 _LIKELIEST = 64  # tokens that are drawn from; nucleus sampling would sort the vocabulary every step
-_QUESTION_TOKENS = 64
+QUESTION_TOKENS = 64
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 Progress = Callable[[int, int, str], None]
 
@@ -206,6 +206,8 @@ class Writer:
         self._ranks = ranks
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
         self._progress, self._path = progress, kept
+        self.n_expected = 0  # tokens that are to be written in all, for the progress
+        self._n_before = 0  # tokens of what was written so far
         there = kept is not None and kept.exists()
         self._kept = read_as(dict[str, list[str]], kept) if kept and there else {}
 
@@ -231,7 +233,7 @@ class Writer:
         marked = chat.render([{"role": "user", "content": _MARK}])
         start = marked[: marked.index(_MARK)]
         prompts = [self._prompt("question", i, start) for i in range(n_texts)]
-        said = self.continued(prompts, _QUESTION_TOKENS, "the model writes questions")
+        said = self.continued(prompts, QUESTION_TOKENS, "the model writes questions")
         turns = [[{"role": "user", "content": q.strip() or "Hello!"}] for q in said]
         asked = [chat.render(turn, add_generation_prompt=True) for turn in turns]
         prompts = [self._prompt("answer", i, text) for i, text in enumerate(asked)]
@@ -251,16 +253,22 @@ class Writer:
         n = texts_at_once(self._model, 2 * n_new)  # prompts are shorter than what is written
         n_done, n_side = 0, n * self._ranks.size
 
+        def tell(n_texts: int) -> None:
+            """Progress over all that is written, in tokens."""
+            whole = max(self.n_expected, self._n_before + len(prompts) * n_new)
+            self._progress(self._n_before + n_texts * n_new, whole, message)
+
         def on_step(step: int) -> None:
             done = n_done + min(n_side, len(prompts) - n_done) * step // n_new
-            self._progress(min(done, len(prompts) - 1), len(prompts), message)
+            tell(min(done, len(prompts) - 1))
 
         texts: list[str] = []
         for n_done in range(0, len(prompts), n_side):
             side = prompts[n_done : n_done + n_side]
             batches = [side[i : i + n] for i in range(0, len(side), n)]
             texts += [text for found in self._once(batches, n_new, on_step) for text in found]
-        self._progress(len(prompts), len(prompts), message)
+        tell(len(prompts))
+        self._n_before += len(prompts) * n_new
         return texts
 
     def _once(

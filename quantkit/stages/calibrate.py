@@ -17,7 +17,6 @@ from quantkit.config.calibration import shown
 from quantkit.files import write_json
 from quantkit.ranks.group import Ranks
 from quantkit.ranks.join import Task
-from quantkit.run.events import EventLog
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sandbox.untrusted import build
 from quantkit.sources.snapshot import Place, load_snapshot
@@ -26,6 +25,7 @@ from quantkit.tensors import to_json
 if TYPE_CHECKING:
     import torch
 
+    from quantkit.calibration.prepare import Bar
     from quantkit.model.blockwise import BlockwiseModel
     from quantkit.statistics.fisher import Fisher
     from quantkit.statistics.hessian import HessianCollector
@@ -76,7 +76,7 @@ def _take_part(ranks: Ranks, payload: Any) -> None:
 
 
 def _gradients(
-    model: BlockwiseModel, path: Path, seed: int, ranks: Ranks, events: EventLog | None = None
+    model: BlockwiseModel, path: Path, seed: int, ranks: Ranks, bar: Bar | None = None
 ) -> tuple[Fisher, dict[str, HessianCollector]]:
     """The backward pass over some of the held-out tokens in the file `path`: the Fisher
     information, and the outer products of the gradients at what is looked up.
@@ -92,8 +92,8 @@ def _gradients(
     lookups = {part: HessianCollector({}) for part in _PARTS}
 
     def progress(done: int, total: int) -> None:
-        if events is not None:
-            events.progress(NAME, done, total, "gradients at the outputs of every layer")
+        if bar is not None:
+            bar.gradients(done, total)
 
     return output_fisher(model, ids, seed, lookups, progress=progress, ranks=ranks), lookups
 
@@ -110,7 +110,7 @@ class Calibrate(Stage):
         """Raise QuantkitError for texts that cannot be read."""
         from safetensors.numpy import load_file
 
-        from quantkit.calibration.prepare import write_texts
+        from quantkit.calibration.prepare import Bar, write_texts
         from quantkit.calibration.tokenizer import Tokenizer
         from quantkit.config import N_CTX
         from quantkit.model.blockwise import compute_dtype
@@ -123,11 +123,12 @@ class Calibrate(Stage):
         told = _Told(Place.of(snapshot), _name(dtype), run.config.device, run.config.seed)
         with ranks.session(NAME, to_json(told)):
             model = open_model(run, NAME, snapshot.folder, dtype, run.config.device)
-            about = write_texts(run, model, Tokenizer(snapshot.folder))
+            bar = Bar(run.events)
+            about = write_texts(run, model, Tokenizer(snapshot.folder), bar)
             if not fisher_file(made.gradients).exists():
                 with ranks.task("fisher"):
                     (path,) = ranks.local([made.tokens])
-                    found = _gradients(model, path, run.config.seed, ranks, run.events)
+                    found = _gradients(model, path, run.config.seed, ranks, bar)
                 save_gradients(made.gradients, *found)
         stored = load_file(made.tokens)
         tokens = {part: stored[part] for part in _PARTS}

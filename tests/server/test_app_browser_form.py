@@ -6,6 +6,7 @@ pytest tests/server/test_app_browser_form.py -m browser
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,32 @@ def test_several_models_and_one_once_more(
         page.wait_for_url("**/?job=*")
         again, _ = store.asked(page.url.rpartition("=")[2], f"visitor:{visitors.check(key)}")
         assert again == config
+
+
+@pytest.mark.slow
+def test_a_run_is_told_of_in_the_tab_and_by_a_notification(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from playwright.sync_api import expect
+
+    monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "1.5")
+    with fixtures.serving(tmp_path / "runs") as (url, _, _visitors):
+        page = open_page(browser, url)
+        page.add_init_script(
+            "window.told = []; window.Notification = class { constructor(text) { told.push(text) }"
+            " static requestPermission() { return Promise.resolve('granted') } }"
+        )
+        page.reload()
+        page.locator("#model input").fill("demo:smollm2-135m")
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#job-stages")).to_contain_text(re.compile(r"\d+ %"))
+        expect(page).to_have_title(re.compile(r"^\d+ % · \w+ · demo:smollm2-135m · quantkit$"))
+        page.get_by_role("button", name="Notify me").click()
+        expect(page.locator("body > .qk-sr")).to_contain_text(re.compile("told when|Stage"))
+        expect(page).to_have_title("Finished · demo:smollm2-135m · quantkit")
+        page.wait_for_function("told.length === 1")
+        assert page.evaluate("told[0]") == "demo:smollm2-135m: finished."
+        page.get_by_role("link", name="Back to all runs").click()
+        expect(page).to_have_title("quantkit")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.run.events import Event
+from quantkit.calibration.prepare import Bar
+from quantkit.run.events import Event, EventLog
 from quantkit.server.runs.progress import Progress
 
 
@@ -82,3 +83,65 @@ class TestProgress:
         ):
             progress.feed(event)
         assert progress.curve == [] and progress.published_url is None
+
+
+PLANNED = {"convert": 10.0, "calibrate": 20.0, "quantize": 40.0, "search": 30.0}
+
+
+def test_the_time_of_the_whole_run_follows_what_was_measured() -> None:
+    """A machine half as fast as planned needs about twice as long, and a download says nothing."""
+    progress = Progress()
+    assert progress.overall(None, 0) is None
+
+    def told(moment: float, stage: str, kind: str, **data: float) -> None:
+        progress.feed(Event(moment, stage, kind, "", data))
+
+    def left(now: float) -> float:
+        found = progress.overall(PLANNED, now)
+        assert found is not None
+        return found.seconds_left
+
+    assert left(0) == pytest.approx(100)
+    told(0, "fetch", "started")
+    told(500, "fetch", "finished", seconds=500)
+    assert left(500) == pytest.approx(100)
+    told(500, "convert", "started")
+    told(520, "convert", "finished", seconds=20)
+    told(520, "calibrate", "started")
+    told(560, "calibrate", "finished", seconds=40)
+    assert 70 * 1.6 < left(560) < 70 * 2
+    told(560, "quantize", "started")
+    # What the stage itself says counts before the plan.
+    told(560, "quantize", "progress", done=0, total=100)
+    told(570, "quantize", "progress", done=50, total=100)
+    assert 10 + 30 * 1.6 < left(570) < 10 + 30 * 2
+    percent = [progress.overall(PLANNED, 570 + i).percent for i in range(3)]  # type: ignore[union-attr]
+    assert percent == sorted(percent) and 0 < percent[0] < 100
+
+
+def test_the_percent_of_a_run_never_falls() -> None:
+    progress = Progress()
+    progress.feed(Event(0, "search", "started"))
+    shown = []
+    for moment, done in [(0, 0), (10, 50), (60, 60), (200, 70)]:
+        progress.feed(Event(moment, "search", "progress", "", {"done": done, "total": 100}))
+        found = progress.overall({"search": 20, "validate": 30}, moment)
+        assert found is not None
+        shown.append(found.percent)
+    assert shown == sorted(shown)
+    progress.feed(Event(300, None, "started"))
+    found = progress.overall({"search": 20, "validate": 30}, 300)
+    assert found is not None and found.percent == 0
+
+
+def test_calibrate_has_one_bar_for_its_parts(tmp_path: Path) -> None:
+    """Text, dialogues and gradients: it ends once."""
+    events: list[Event] = []
+    bar = Bar(EventLog(tmp_path / "events.jsonl", events.append))
+    for done in (0, 500, 1000):
+        bar.written(done, 1000, "the model writes")
+    bar.gradients(1, 2)
+    bar.gradients(2, 2)
+    shares = [event.data["done"] / event.data["total"] for event in events]
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert [share for share in shares if share == 1] == [1]

@@ -256,6 +256,7 @@ class Follower:
             stages=tuple(progress.stages.values()),
             message=current.message if current else "",
             eta_seconds=progress.eta_seconds(time.time()) if running else None,
+            overall=progress.overall(record.stage_seconds, time.time()) if running else None,
             machine=record.machine,
             usd_per_hour=record.usd_per_hour,
             hours=record.hours,

@@ -7,14 +7,14 @@ from them, so a restarted server knows as much as one that has watched from the 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.run.artifacts import NAMES
 from quantkit.run.events import Event
 from quantkit.sandbox.untrusted import shortened
-
-WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+from quantkit.server.runs.overall import DONE, FAILED, RUNNING, Overall, StageView, overall
 
 _LOG_LINES = 400
 _CURVE_POINTS = 4000
@@ -23,18 +23,6 @@ _MOST_NATS = 1e6  # of a KL divergence
 _LONGEST_SECONDS, _LONGEST_URL = 1e9, 2000
 # Too early an estimate is worse than none.
 _MIN_SHARE, _MIN_SECONDS = 0.04, 3.0
-
-
-@dataclass(frozen=True)
-class StageView:
-    """One of the nine stages as the page shows it."""
-
-    name: str
-    state: str = WAITING  # waiting, running, done or failed
-    percent: int | None = None
-    message: str = ""
-    seconds: float | None = None  # how long it took
-    started: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +90,7 @@ class Progress:
         self.started: float | None = None  # of this attempt
         self.last_time: float | None = None
         self._eta: _Eta | None = None
+        self._shown = 0  # percent of the run, so far
 
     @property
     def current(self) -> StageView | None:
@@ -111,6 +100,16 @@ class Progress:
     def eta_seconds(self, now: float) -> float | None:
         """Return the seconds left of the current stage; None when unknown."""
         return None if self._eta is None else self._eta.left(now)
+
+    def overall(self, planned: Mapping[str, float] | None, now: float) -> Overall | None:
+        """Return how far the run is, by the planned seconds of its stages; never less than before.
+        None where nothing was planned.
+        """
+        found = overall(self.stages.values(), planned, self.eta_seconds(now), now)
+        if found is not None:
+            self._shown = max(self._shown, found.percent)
+            found = replace(found, percent=self._shown)
+        return found
 
     def feed(self, event: Event) -> None:
         self.last_time = event.time
@@ -123,7 +122,7 @@ class Progress:
         if event.kind == "started":
             self.outcome, self.error, self.remedy, self.token_step = None, "", "", None
             self.started = event.time
-            self._eta = None
+            self._eta, self._shown = None, 0
             self.stages = {
                 name: StageView(name, seconds=stage.seconds) for name, stage in self.stages.items()
             }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.server.executors.protocol import RemoteState
+from quantkit.server.runs.overall import Overall
 from quantkit.server.runs.progress import KlPoint, LogLine, StageView
 
 QUEUED, RUNNING, FINISHED = "queued", "running", "finished"
@@ -59,6 +60,7 @@ class RunView(RunSummary):
     seed: int = 0
     message: str = ""
     eta_seconds: float | None = None  # of the current stage
+    overall: Overall | None = None  # of the whole run, while it is at work
     wait_seconds: float | None = None  # until a queued run starts
     executor: str = "local"
     is_remote: bool = False  # whether the work is done elsewhere

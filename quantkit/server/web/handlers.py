@@ -19,7 +19,7 @@ from quantkit.server.web.form_handlers import Client, FormHandlers, checked_toke
 # The parts of a run's page that are sent only when they changed, in the order of the outputs.
 CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw", *PLOTS)
 SWITCHES = (
-    *("can_cancel", "can_resume", "can_edit", "can_delete", "can_publish", "can_try"),
+    *("can_cancel", "can_resume", "can_notify", "can_edit", "can_delete", "can_publish", "can_try"),
     *("has_card", "is_there", "may_give_token"),
 )
 
@@ -111,6 +111,7 @@ class Handlers(FormHandlers):
             **results.plots(run),
             "can_cancel": run.can_cancel,
             "can_resume": run.can_resume,
+            "can_notify": run.is_active,
             "can_edit": not run.is_active and run.state != DAMAGED,
             "can_delete": run.can_delete,
             "can_publish": run.can_publish,

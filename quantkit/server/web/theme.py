@@ -7,31 +7,16 @@ from pathlib import Path
 import gradio as gr
 
 CSS_PATH = Path(__file__).with_name("style.css")
-# Start and Delete change the address in place; the browser's way back then loads what it names.
 # Gradio puts every rule of style.css below its own frame, so what is meant for the frame is here.
-# Each request of the page carries the token that only the page can ask for (see `gate`); after a
-# new cookie it asks once more.
-HEAD = """<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>@media (max-width: 560px) { .gradio-container > .main { padding: 16px !important } }</style>
-<script>addEventListener("popstate", () => location.reload());
-(() => {
-  const plain = window.fetch.bind(window);
-  const ask = () => plain(new URL("session", document.baseURI)).then(a => a.ok ? a.text() : "");
-  let token = ask();
-  window.fetch = async (what, how) => {
-    const asked = new Request(what, how);
-    if (new URL(asked.url).origin !== location.origin) return plain(asked);
-    const send = async () => {
-      const one = asked.clone();
-      one.headers.set("x-quantkit-page", await token);
-      return plain(one);
-    };
-    const answer = await send();
-    if (answer.status !== 403) return answer;
-    token = ask();
-    return send();
-  };
-})();</script>"""
+HEAD = (
+    """<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>.qk-sr { position: absolute; width: 1px; height: 1px; overflow: hidden;
+ clip-path: inset(50%) }
+@media (max-width: 560px) { .gradio-container > .main { padding: 16px !important } }</style>
+<script>"""
+    + Path(__file__).with_name("page.js").read_text("utf-8")
+    + "</script>"
+)
 
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")

@@ -58,7 +58,7 @@ def _templates() -> Environment:
         **{"ago": ago, "model_name": model_name, "facts": _facts, "in_line": _in_line},
         **{"machine": _machine, "took": _took, "with_error": _with_error, "clock": _clock},
         **{"in_words": _in_words, "last_lines": _last_lines, "file_url": _file_url},
-        **{"web_url": _web_url},
+        **{"web_url": _web_url, "stage_place": _stage_place, "moment": _moment},
     }
     return made
 
@@ -174,6 +174,16 @@ def _took(stage: StageView) -> str:
 
 def _with_error(point: KlPoint) -> str:
     return reports.with_error(reports.Mean(point.kl, point.stderr))
+
+
+def _stage_place(run: RunView) -> int:
+    """The number of the stage at work."""
+    names = [stage.name for stage in run.stages]
+    return names.index(run.current) + 1 if run.current in names else 0
+
+
+def _moment(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def _clock(moment: float) -> str:

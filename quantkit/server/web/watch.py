@@ -31,6 +31,9 @@ class Watch:
             self.resume = gr.Button(
                 "Resume", variant="primary", elem_id="resume", visible=False, size="sm"
             )
+            self.notify = gr.Button(
+                "Notify me when it is done", elem_id="notify", visible=False, size="sm"
+            )
             self.edit = gr.Button("Edit and start again", elem_id="edit", visible=False, size="sm")
             self.delete = gr.Button("Delete", elem_id="delete", visible=False, size="sm")
         # What was given before is gone: tokens are kept in the worker's environment only.
@@ -144,6 +147,7 @@ class Watch:
         switches = {
             "can_cancel": self.cancel,
             "can_resume": self.resume,
+            "can_notify": self.notify,
             "can_edit": self.edit,
             "can_delete": self.delete,
             "can_publish": self.publish_area,
@@ -182,6 +186,7 @@ class Watch:
             shown = [*opened(left), *refresh(left, client.owner, {})]
             return [left, gr.update(visible=False), said(notice), *shown]
 
+        self.notify.click(None, None, None, js="() => qkNotify()", api_visibility="private")
         given, shown = [run_id, self.again], [self.notice, *parts]
         quietly(self.cancel.click, acting(store.cancel), given, shown)
         resumed = quietly(self.resume.click, acting(store.resume), given, shown)
