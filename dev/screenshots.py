@@ -6,6 +6,7 @@ docs/example. Light and dark, desktop and phone, as small PNGs into docs/images.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", 
 import app_fixtures as fixtures  # noqa: E402
 from test_app_browser import CHROMIUM, FLAGS  # noqa: E402
 
+from quantkit.run.folder import RunDir  # noqa: E402
 from quantkit.server.web.visitor import COOKIE  # noqa: E402
 
 SIZES = {"desktop": (900, 860), "phone": (390, 844)}
@@ -32,12 +34,16 @@ def show_the_example(run: Path) -> None:
     """Give a finished run the measured report, and its file the measured size."""
     example = ROOT / "docs" / "example" / "report.json"
     shutil.copy(example, run / "8-validate" / "report.json")
-    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
-    for stage in manifest["stages"].values():
-        for output in stage["outputs"]:
-            if output["path"].endswith(fixtures.GGUF):
-                output["n_bytes"] = json.loads(example.read_text())["outputs"][0]["n_bytes"]
-    (run / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    n_bytes = json.loads(example.read_text("utf-8"))["outputs"][0]["n_bytes"]
+    directory = RunDir(run)
+    for record in directory.records().values():
+        outputs = tuple(
+            dataclasses.replace(output, n_bytes=n_bytes)
+            if output.path.endswith(fixtures.GGUF)
+            else output
+            for output in record.outputs
+        )
+        directory.save_record(dataclasses.replace(record, outputs=outputs))
 
 
 def save(page: Page, path: Path) -> None:

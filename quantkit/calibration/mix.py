@@ -100,7 +100,8 @@ class Reader:
             wanted.append((request, int(share * n_tokens / (1 - PARTS["eval"])) + beside))
         domains: list[tuple[Domain, float]] = []
         seen: set[str] = set()
-        found, remarks = self.read(wanted)
+        may_replace = parse_spec(spec)[0].name == AUTO
+        found, remarks = self.read(wanted, may_replace)
         for request, domain in zip(requests, found, strict=True):
             domains.append((without(domain, seen), request.weight / total))
             seen |= set(domain.documents)
@@ -176,18 +177,32 @@ class Reader:
             return tuple(requests), ""
         return read, "; no text written by the model, which is larger than half of the memory"
 
-    def read(self, wanted: Sequence[tuple[Request, int]]) -> tuple[list[Domain], list[str]]:
+    def read(
+        self, wanted: Sequence[tuple[Request, int]], may_replace: bool = False
+    ) -> tuple[list[Domain], list[str]]:
         """Read texts of files, of the Hub, of CPython and of the model's own, each with about so
-        many tokens. Return them, and clauses on what is not used as it stands in a file.
+        many tokens. With `may_replace` a text of the Hub that does not come is CPython's
+        documentation instead. Return them, and clauses on what is not as it was asked for.
         """
         texts: dict[int, Domain] = {}
+        n_before = 0
         remarks: list[str] = []
         for i, (request, n_tokens) in enumerate(wanted):
             if request.is_file:
                 texts[i], more = _file(Path(request.name), n_tokens)
                 remarks += more
             elif request.name not in WRITTEN:
-                texts[i] = self._of_others(request.name, 2 * n_tokens * _CHARACTERS_PER_TOKEN)
+                n_characters = 2 * n_tokens * _CHARACTERS_PER_TOKEN
+                try:
+                    texts[i] = self._of_others(request.name, n_characters)
+                except QuantkitError as error:
+                    if not may_replace:
+                        raise
+                    n_before += n_characters
+                    texts[i] = self._instead(n_before, n_characters)
+                    remarks.append(
+                        f"Python's documentation instead of {request.name}: {_why(error)}"
+                    )
         # Last, and all together: it takes longest, and the others may be missing.
         left = [i for i in range(len(wanted)) if i not in texts]
         written = self._written([(wanted[i][0].name, wanted[i][1]) for i in left])
@@ -203,6 +218,16 @@ class Reader:
             return builtin
         texts = sources.hub_text(name, n_characters, self.token, self._rendered)
         return sources.domain(name, HUB_TEXTS[name].repo, texts)
+
+    def _instead(self, n_before: int, n_characters: int) -> Domain:
+        """The documentation behind what stands in for other texts already."""
+        whole = self._of_others(_ADDED[0], n_before)
+        last: list[str] = []
+        for text in reversed(whole.documents):
+            if sum(map(len, last)) >= n_characters:
+                break
+            last.append(text)
+        return sources.domain(_ADDED[0], whole.source, last)
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         """Chat messages as the model reads them."""
@@ -231,6 +256,10 @@ class Reader:
             writer.dialogues(self._chat, n, _NEW_TOKENS) if name == "dialogue" else next(texts)
             for (name, _), n in zip(wanted, counts, strict=True)
         ]
+
+
+def _why(error: QuantkitError) -> str:
+    return error.message.rstrip(".")
 
 
 def _starts(name: str) -> list[str]:

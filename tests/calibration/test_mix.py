@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from tiny_models import tiny_llama
 from transformers import GenerationConfig
 
 from quantkit import hub
-from quantkit.calibration import knowledge, mix, sampling
+from quantkit.calibration import knowledge, mix, sampling, sources
 from quantkit.calibration.documents import Domain
 from quantkit.calibration.mix import Reader
 from quantkit.config.calibration import Request
@@ -268,3 +268,24 @@ def test_files_are_named_without_their_folders(tmp_path: Path, reader: Reader) -
     made = reader.mix(str(path), 1000, 100)
     assert [(d.name, d.source) for d, _ in made.domains] == [("notes.txt", "notes.txt")]
     assert str(tmp_path) not in made.note and mix.shown(f"docs,{path}") == "docs,notes.txt"
+
+
+def test_a_text_that_does_not_come_is_replaced_and_said(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of auto alone: what was named is not replaced by anything."""
+
+    def hub_text(name: str, *_: Any) -> Iterator[str]:
+        if name == "c4":
+            raise QuantkitError("The dataset allenai/c4 cannot be read.")
+        yield from (f"{name} {i} " * 40 for i in range(200))
+
+    monkeypatch.setattr(sources, "hub_text", hub_text)
+    wanted = [(Request("fineweb-edu", 2), 300), (Request("c4", 1), 300)]
+    (edu, instead), remarks = reader.read(wanted, may_replace=True)
+    assert edu.documents[0].startswith("fineweb-edu") and instead.documents
+    assert remarks == [
+        "Python's documentation instead of c4: The dataset allenai/c4 cannot be read"
+    ]
+    with pytest.raises(QuantkitError, match="allenai/c4"):
+        reader.read(wanted)

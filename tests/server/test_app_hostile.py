@@ -62,7 +62,11 @@ def site(
 ) -> Iterator[tuple[str, RunStore, Visitors, str]]:
     """A public page with a run of hers; yields also his cookie."""
     root = tmp_path_factory.mktemp("web") / "runs"
-    with fixtures.serving(root, public=True, schedule=False) as (url, store, visitors):
+    with fixtures.serving(root, public=True, planned=False, schedule=False) as (
+        url,
+        store,
+        visitors,
+    ):
         hers = visitors.new_key()
         fixtures.own(fixtures.write_run(root / "hers"), f"visitor:{visitors.check(hers)}")
         fixtures.write_run(root / "local")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from quantkit.config import RunConfig
+from quantkit.config.calibration import AUTO
 from quantkit.config.devices import DEVICES
 from quantkit.config.targets import DEFAULT_TARGET, BitsPerWeight, FileSize, FitsMemory, LikeMix
 from quantkit.server.executors.protocol import Order
@@ -29,6 +31,9 @@ def form_of(config: RunConfig, order: Order) -> Again:
     plain = RunConfig(config.model)
     left_out = [n for n in _NOT_IN_THE_FORM if getattr(config, n) != getattr(plain, n)]
     size, fits = _size(config)
+    named = [r for r in re.split(r"(?<!\\),", config.calibration) if "/" not in r]
+    if len(named) < len(re.split(r"(?<!\\),", config.calibration)):
+        left_out.append("the text of your own, which has to be chosen again")
     where = HERE if order.executor == LOCAL.name else f"{order.executor}:{order.machine}"
     form = RunForm(
         model=config.model,
@@ -38,7 +43,7 @@ def form_of(config: RunConfig, order: Order) -> Again:
         levels=config.levels or (),
         prefer=config.prefer,
         methods=config.methods,
-        calibration=config.calibration,
+        calibration=",".join(named) or AUTO,
         types=json.dumps(dict(config.types)) if config.types else "",
         seed=config.seed,
         device=config.device,

@@ -274,6 +274,7 @@ class Follower:
             files=files,
             card=self._read(str(RELATIVE.upload / "README.md"), _read_card) or "",
             had_token=record.has_token,
+            shared=record.shared,
             publish_to=config.publish,
             published_url=progress.published_url,
             can_try=not running and any(f.is_here and views.is_model(f.name) for f in files),

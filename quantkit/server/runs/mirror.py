@@ -27,11 +27,13 @@ from quantkit.server.executors.protocol import (
 from quantkit.server.runs.adopt import DELETED_FILE
 from quantkit.server.runs.clock import FILE as CLOCK_FILE
 from quantkit.server.runs.record import RECORD_FILE, load_record
+from quantkit.server.runs.texts import FILE as OWN_TEXT
 
 logger = logging.getLogger(__name__)
 
 _KEPT = (
     *(RECORD_FILE, "config.json", "events.jsonl", LOG_FILE, REMOTE_LOG_FILE, MACHINE_FILE),
+    OWN_TEXT,
     *RESULTS,
 )
 _UPLOAD = str(RELATIVE.upload)

@@ -33,6 +33,7 @@ _MOST_BYTES = 100_000
 _LARGEST, _LONGEST_TEXT = 1e12, 2000
 _OWNER = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _OWNER_IN_RUINS = re.compile(rb'"owner"\s*:\s*"([0-9a-f]{64})"')
+_SHARE = re.compile(r"[A-Za-z0-9_-]{32}", re.ASCII)
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
@@ -64,6 +65,7 @@ class RunRecord:
     estimate_seconds: float | None = None  # how long it was expected to take
     stage_seconds: dict[str, float] | None = None  # the same of each stage
     place: str | None = None  # where its visitor came from: a keyed hash, to count by
+    shared: str | None = None  # what its link has in it, where its owner opened it up
     executor: str = ""  # its name; records of before they had names know it by the machine
 
     def __post_init__(self) -> None:
@@ -83,6 +85,8 @@ class RunRecord:
         of_stages = self.stage_seconds or {}
         if not all(n in NAMES and 0 <= s <= _LARGEST for n, s in of_stages.items()):
             raise Damaged("it has a number out of range")
+        if self.shared is not None and not _SHARE.fullmatch(self.shared):
+            raise Damaged("its link is none")
         texts = (self.reason, self.machine or "", self.pid_started or "", self.place or "")
         if any(len(text) > _LONGEST_TEXT for text in texts):
             raise Damaged("it has a text that is too long")
@@ -116,6 +120,11 @@ def new_run_id() -> str:
     while (run_id := secrets.token_urlsafe(16)).startswith(("-", "_")):
         pass
     return run_id
+
+
+def new_share() -> str:
+    """Return what stands in a link that nobody can guess."""
+    return secrets.token_urlsafe(24)
 
 
 def run_folder(root: Path, run_id: object) -> Path:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from hmac import compare_digest
 from pathlib import Path
 
 from quantkit.config import RunConfig
+from quantkit.config.calibration import AUTO
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import write_json
 from quantkit.hub import PublishedFile
 from quantkit.run.folder import RunDir
 from quantkit.server.executors import process
 from quantkit.server.executors.protocol import LOG_FILE, REMOTE_LOG_FILE, Order
-from quantkit.server.runs import view
+from quantkit.server.runs import texts, view
 from quantkit.server.runs.follow import Follower, tail
 from quantkit.server.runs.limits import (
     PUBLIC_LIMITS,
@@ -36,6 +39,7 @@ from quantkit.server.runs.record import (
     NoSuchRun,
     RunRecord,
     new_run_id,
+    new_share,
     owner_hash,
     run_folder,
     save_record,
@@ -106,6 +110,52 @@ class RunStore(Scheduler):
             raise NoSuchRun
         return path
 
+    def result_paths(self, run_id: object, owner: str | None) -> dict[str, Path]:
+        """Return where all result files lie that are on this machine, by name."""
+        with self._lock:
+            return _paths(self._follower(run_id, owner))
+
+    # What its owner opened up.
+
+    def share(self, run_id: object, owner: str | None, is_open: bool) -> None:
+        """Open a finished run up to everybody who has its link, or close it again: a link that was
+        closed never leads there again. Raises QuantkitError.
+        """
+        with self._lock:
+            follower = self._follower(run_id, owner)
+            found, record = follower.view(None), follower.record
+            if record is None or found is None or (is_open and not found.can_share):
+                raise UsageError("There is no result to share.", "Wait until the run has finished.")
+            if is_open != (record.shared is not None):
+                shared = new_share() if is_open else None
+                save_record(follower.folder, dataclasses.replace(record, shared=shared))
+                follower.load()
+
+    def shared(self, share: str) -> RunView:
+        """Return a run by its link: what it made, nothing of how or by whom. Raises NoSuchRun."""
+        with self._lock:
+            follower = self._opened(share)
+            found = told(follower, lambda: follower.view(None))
+        if found is None or not found.report or found.is_active:
+            raise NoSuchRun
+        return dataclasses.replace(found, id="", log=(), card="", publish_to=None, remote=None)
+
+    def shared_path(self, share: str, name: str) -> Path:
+        """Return where a file of an opened run lies. Raises NoSuchRun."""
+        with self._lock:
+            paths = _paths(self._opened(share))
+        if name not in paths:
+            raise NoSuchRun
+        return paths[name]
+
+    def _opened(self, share: str) -> Follower:
+        for follower in self._scan().values():
+            record = follower.record
+            if record is not None and record.shared and compare_digest(record.shared, share):
+                guarded(follower, follower.refresh)
+                return follower
+        raise NoSuchRun
+
     def staged(
         self, run_id: object, owner: str | None
     ) -> tuple[tuple[PublishedFile, ...], dict[str, Path]]:
@@ -141,9 +191,10 @@ class RunStore(Scheduler):
         token: str | None = None,
         order: Order | None = None,
         place: str | None = None,
+        text: Path | None = None,
     ) -> str:
-        """Queue a run of an owner that came from `place`. Returns its id. Raises UsageError when a
-        limit is reached.
+        """Queue a run of an owner that came from `place`, with `text` to calibrate on. Returns its
+        id. Raises UsageError when a limit is reached.
         """
         order = order or Order()
         with self._lock:
@@ -151,6 +202,11 @@ class RunStore(Scheduler):
             run_id = new_run_id()
             folder = self.root / run_id
             folder.mkdir(parents=True)
+            if text is not None:
+                shutil.copyfile(text, folder / texts.FILE)
+                own = str((folder / texts.FILE).absolute()).replace(",", "\\,")
+                beside = "" if config.calibration == AUTO else f",{config.calibration}"
+                config = dataclasses.replace(config, calibration=own + beside)
             write_json(RunDir(folder).config_path, config)
             now = time.time()
             record = RunRecord(
@@ -172,13 +228,16 @@ class RunStore(Scheduler):
         owner: str,
         token: str | None = None,
         place: str | None = None,
+        text: Path | None = None,
     ) -> tuple[str, ...]:
-        """Queue several runs of an owner, or none of them. Returns their ids. Raises UsageError
-        when a limit would be reached.
+        """Queue several runs of an owner, or none of them. Each gets a copy of `text` to calibrate
+        on. Returns their ids. Raises UsageError when a limit would be reached.
         """
         with self._lock:
             self._check_limits(owner_hash(owner), place, len(runs))
-            return tuple(self.submit(config, owner, token, order, place) for config, order in runs)
+            return tuple(
+                self.submit(config, owner, token, order, place, text) for config, order in runs
+            )
 
     def cancel(self, run_id: object, owner: str | None, token: str | None = None) -> None:
         """Take a run out of the queue, or end its worker; finished stages stay. A Job that nobody
@@ -319,6 +378,11 @@ def open_store(environment: Mapping[str, str] | None = None) -> RunStore:
     public = is_public(environment)
     limits = PUBLIC_LIMITS if public else Limits()
     return RunStore(root, dataclasses.replace(limits, workers=int(text)), public)
+
+
+def _paths(follower: Follower) -> dict[str, Path]:
+    found = {file.name: follower.file_path(file.name) for file in follower.files()}
+    return {name: path for name, path in found.items() if path is not None and path.is_file()}
 
 
 def _check_whole(follower: Follower) -> None:

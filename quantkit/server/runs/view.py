@@ -79,6 +79,7 @@ class RunView(RunSummary):
     files: tuple[ResultFile, ...] = ()
     card: str = ""  # the model card, Markdown
     had_token: bool = False  # one was given at the start
+    shared: str | None = None  # what stands in its link, where it is open to everybody
     publish_to: str | None = None
     published_url: str | None = None
     can_try: bool = False  # the file lies here and can be talked to
@@ -118,6 +119,11 @@ class RunView(RunSummary):
         if self.state == DAMAGED:
             return True
         return not self.is_active and not self.is_local and not self.is_unattended
+
+    @property
+    def can_share(self) -> bool:
+        """Return whether there is a result that could be opened up."""
+        return bool(self.report) and not self.is_active and not self.is_local
 
     @property
     def can_publish(self) -> bool:

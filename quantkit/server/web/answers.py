@@ -52,7 +52,10 @@ class Answer:
                 for name, value in message.get("headers", [])
                 if not name.lower().startswith(b"access-control-")
             ]
-            message = {**message, "headers": [*kept, *self._headers]}
+            # A page of ours that needs less has a policy of its own.
+            own = {name.lower() for name, _ in kept} & {b"content-security-policy"}
+            added = [header for header in self._headers if header[0] not in own]
+            message = {**message, "headers": [*kept, *added]}
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         await self._send(message)

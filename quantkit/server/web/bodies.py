@@ -127,6 +127,12 @@ def check_event(body: Any, path: str, events: Events) -> None:
         raise Refused(422, "The events take no batches.")
 
 
+def check_text(body: Any) -> None:
+    """Check a request that sends a text: `{"text": base64}`. Raises Refused."""
+    if not isinstance(body, dict) or body.keys() != {"text"} or not isinstance(body["text"], str):
+        raise Refused(422, "Send a text, as base64.")
+
+
 def check_call(body: Any, path: str, events: Events) -> None:
     """Check a request to a documented endpoint. Raises Refused."""
     name = check_name(path, events)

@@ -12,6 +12,8 @@ from typing import Literal
 
 import gradio
 
+from quantkit.server.runs.texts import MOST_BYTES
+
 # What a door asks of who knocks (see `gate`):
 #   page     anybody, also from a link of another site
 #   public   anybody; it is told nothing of the visitor
@@ -68,7 +70,10 @@ DOORS = (
     _door(("GET",), rf"/gradio_api/call(?:/v2)?/{_NAME}/{_ID}", "api", "api", lasts="events"),
     _door(("POST",), r"/gradio_api/mcp/?", "api", "api", _MAX_BODY, lasts="events"),
     _door(("GET", "DELETE"), r"/gradio_api/mcp/?", "api", "api", lasts="events"),
+    _door(("POST",), r"/texts", "act", "text", 4 * MOST_BYTES // 3 + 1000),
     _door(_READ, r"/files/[^/]{1,100}/[^/]{1,255}", "own", "file", lasts="file"),
+    _door(("GET",), rf"/archive/{_ID}", "own", "file", lasts="file"),
+    _door(_READ, rf"/shared/{_ID}(?:/[^/]{{1,255}})?", "public", "file", lasts="file"),
 )
 
 # Times in seconds, for an address and for a visitor. A page asks every two seconds, and many
@@ -79,6 +84,7 @@ RATES = {
     "act": (6000, 60.0),
     "api": (600, 60.0),
     "file": (600, 60.0),
+    "text": (12, 60.0),
     "sign": (60, 60.0),
 }
 

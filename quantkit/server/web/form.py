@@ -54,6 +54,13 @@ _PROFILES = [
     ("Standard (recommended)", "standard"),
     ("Best: much more work, for a file with many users", "thorough"),
 ]
+_OWN_TEXT = (
+    '<div class="qk-own"><label for="own-text">Text of your own</label>'
+    '<p id="own-text-help" class="qk-help">A text file like what the model will be used for, at'
+    " most 4 MB. It is kept with the run and deleted with it.</p>"
+    '<input type="file" id="own-text" aria-describedby="own-text-help own-text-said">'
+    '<p id="own-text-said" role="status"></p></div>'
+)
 _NO_PLAN = (
     '<div class="qk-preview qk-empty"><p>What it takes</p>'
     "<p>Choose a model: its sizes, time and price appear here.</p></div>"
@@ -227,6 +234,8 @@ class Form:
                 info=f"name[:weight], … of {', '.join(CALIBRATION_TEXTS)}.",
                 max_length=300,
             )
+            gr.HTML(_OWN_TEXT)
+            self.own_text = gr.Textbox(visible="hidden", max_length=30, elem_id="own-text-id")
             self.types = gr.Textbox(
                 label="Pinned types",
                 info="JSON of tensor patterns to types. The search leaves these tensors alone.",
@@ -267,6 +276,7 @@ class Form:
             **{"where": self.where, "machine": self.machine},
             **{"revision": self.revision, "levels": self.levels, "prefer": self.prefer},
             **{"methods": self.methods},
+            **{"own_text": self.own_text},
             **{"calibration": self.calibration, "types": self.types, "seed": self.seed},
             **{"device": self.device, "publish": self.repo, "visibility": self.visibility},
         }

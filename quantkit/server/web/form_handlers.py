@@ -22,6 +22,7 @@ from quantkit.server.executors.protocol import Offer, Order, choose
 from quantkit.server.executors.registry import LOCAL
 from quantkit.server.previews.estimate import CutOff, Looked, estimate, known_plan
 from quantkit.server.previews.first_look import DEMO, FirstLook
+from quantkit.server.runs import texts
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.request import RunForm, check_machine, models_of, to_config
 from quantkit.server.runs.store import RunStore
@@ -141,14 +142,17 @@ class FormHandlers:
             raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
         owner, secret = known(client.owner), checked_token(token)
         forms = _one_each(form)
+        text = texts.kept(self.store.root, owner, form.own_text) if form.own_text else None
         configs = [to_config(one, self.store.public) for one in forms]  # what is wrong, at once
         runs = []
         for one, config in zip(forms, configs, strict=True):
             self.allow("start", client)
             order, device = self._order(one, config, secret, client)
+            if text is not None and order.executor != LOCAL.name:
+                raise UsageError("Your own text cannot be used there.", "Choose this machine.")
             runs.append((dataclasses.replace(config, device=device), order))
         place = self.visitors.place(client.counted_as)
-        return self.store.submit_all(runs, owner, secret, place)
+        return self.store.submit_all(runs, owner, secret, place, text)
 
     def _order(
         self, form: RunForm, config: RunConfig, token: str | None, client: Client

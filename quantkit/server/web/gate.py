@@ -202,7 +202,9 @@ class _Request:
 
         if self._scope["method"] == "POST":
             parsed = bodies.parse(body)
-            if door.kind == "act":
+            if door.rate == "text":
+                bodies.check_text(parsed)
+            elif door.kind == "act":
                 bodies.check_event(parsed, path, events)
                 if parsed.get("session_hash") is not None:
                     body = orjson.dumps({**parsed, "session_hash": own(parsed["session_hash"])})

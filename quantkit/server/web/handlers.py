@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from quantkit import hub
@@ -11,16 +12,19 @@ from quantkit.errors import QuantkitError
 from quantkit.server.previews.talk import check_prompt, say
 from quantkit.server.runs.again import Again, form_of
 from quantkit.server.runs.request import check_collection, check_repo, check_visibility
-from quantkit.server.runs.view import DAMAGED
+from quantkit.server.runs.view import DAMAGED, RunView
 from quantkit.server.web import previews, results, view
 from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.form_handlers import Client, FormHandlers, checked_token
 
 # The parts of a run's page that are sent only when they changed, in the order of the outputs.
-CHUNKS = ("head", "stages", "results", "report", "files", "curve", "card", "log", "raw", *PLOTS)
+CHUNKS = (
+    *("head", "stages", "share", "results", "report", "files", "curve", "card", "log", "raw"),
+    *PLOTS,
+)
 SWITCHES = (
-    *("can_cancel", "can_resume", "can_notify", "can_edit", "can_delete", "can_publish", "can_try"),
-    *("has_card", "is_there", "may_give_token"),
+    *("can_cancel", "can_resume", "can_notify", "can_edit", "can_open", "can_close"),
+    *("can_delete", "can_publish", "can_try", "has_card", "is_there", "may_give_token"),
 )
 
 
@@ -103,7 +107,8 @@ class Handlers(FormHandlers):
             "stages": view.stages(run),
             "curve": view.curve(run),
             "files": view.files(run) + view.strip(run),
-            "results": results.results(run),
+            "share": view.share(run),
+            "results": results.results(run, paths=self._paths(run, owner)),
             "report": results.report(run),
             "card": view.card(run),
             "log": view.log(run),
@@ -112,6 +117,8 @@ class Handlers(FormHandlers):
             "can_cancel": run.can_cancel,
             "can_resume": run.can_resume,
             "can_notify": run.is_active,
+            "can_open": run.can_share and not run.shared,
+            "can_close": bool(run.shared),
             "can_edit": not run.is_active and run.state != DAMAGED,
             "can_delete": run.can_delete,
             "can_publish": run.can_publish,
@@ -120,6 +127,12 @@ class Handlers(FormHandlers):
             "is_there": True,
             "may_give_token": run.can_resume and not self.sign_in and run.wants_token,
         }
+
+    def _paths(self, run: RunView, owner: str | None) -> dict[str, Path]:
+        """Where the files of a result lie, for who sits at this machine."""
+        if self.store.public or not run.report:
+            return {}
+        return self.store.result_paths(run.id, owner)
 
     def run_list(self, owner: str | None) -> str:
         return self.told(lambda: view.run_list(self.store.runs(owner)))[0]

@@ -69,6 +69,36 @@ addEventListener("popstate", () => location.reload());
     setTimeout(() => { button.textContent = word; button.focus(); }, 1500);
   });
 
+  // A text of one's own is sent by itself; the form has what the server calls it.
+  const base64 = (file) => new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.onload = () => done(String(reader.result).replace(/^[^,]*,/, ""));
+    reader.onerror = failed;
+    reader.readAsDataURL(file);
+  });
+  const send = async (file) => {
+    if (!file) return ["", ""];
+    if (file.size > 4e6) return ["", "The file is larger than 4 MB."];
+    const answer = await fetch(new URL("texts", document.baseURI), {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify({ text: await base64(file) }),
+    });
+    if (!answer.ok) return ["", await answer.text()];
+    const { id, n_characters: n } = await answer.json();
+    return [id, `${n.toLocaleString()} characters are used to calibrate.`];
+  };
+  addEventListener("change", async (event) => {
+    if (event.target.id !== "own-text") return;
+    const told = document.getElementById("own-text-said");
+    told.textContent = "Sending …";
+    const [id, text] = await send(event.target.files[0]).catch(() => ["", "It could not be sent."]);
+    const field = document.querySelector("#own-text-id textarea, #own-text-id input");
+    field.value = id;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+    told.textContent = text;
+  });
+
   const look = () => {
     if (!live.isConnected && document.body) document.body.append(live);
     const at = document.querySelector("#job-stages [data-qk-title]");
@@ -84,6 +114,10 @@ addEventListener("popstate", () => location.reload());
         asked.delete(id);
         new Notification(head.dataset.qkSay, { tag: id });
       }
+    }
+    for (const link of document.querySelectorAll("[data-qk-url]")) {
+      const whole = new URL(link.dataset.qkUrl, document.baseURI).href;
+      if (link.textContent !== whole) link.textContent = whole;
     }
     for (const time of document.querySelectorAll("#job time[datetime]:not([data-qk-local])")) {
       time.dataset.qkLocal = "";

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from quantkit.errors import QuantkitError
 from quantkit.evidence import report as reports
 from quantkit.evidence.report import text
 from quantkit.evidence.report.schema import Output, Report
 from quantkit.server.runs.view import RunView
+from quantkit.server.web import run_with
 from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
-from quantkit.server.web.view import macro, notice
+from quantkit.server.web.view import file_url, macro, notice
 from quantkit.sizes import size
 
 T = TypeVar("T")
-_made_of = macro("tiles")
+Paths = Mapping[str, Path]
+_made_of = macro("result")
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +29,17 @@ _MOST_MADE = 32
 _made: dict[tuple[int, str], tuple[Any, Any]] = {}  # by identity and use: read, and made of it
 
 
-def results(run: RunView) -> str:
-    """Return the main figures of every file as HTML; empty before the run is validated."""
+def results(run: RunView, root: str = "", paths: Paths | None = None) -> str:
+    """Return every file as HTML: what it is worth, its main figures, how to get and to run it;
+    empty before the run is validated. `root` is the address of its files, if that is not the
+    page's own; `paths` are where they lie, for who sits at this machine.
+    """
     report = _read(run)
     try:
-        return "" if report is None else "".join(_tiles(report, row) for row in report.outputs)
+        if report is None:
+            return ""
+        files = [_result(run, report, row, root, paths or {}) for row in report.outputs]
+        return "".join(files)
     except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
         logger.warning("a report has no figures to show: %s", type(error).__name__)
         return ""
@@ -43,7 +53,7 @@ def report(run: RunView) -> str:
         if found is None:
             return notice(*_UNREADABLE)
         try:
-            return f'<div class="qk-report">{reports.sections(found)}</div>'
+            return f'<div class="qk-report">{_folded(reports.sections(found))}</div>'
         except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
             # Numbers that no measurement gives: a report from elsewhere.
             logger.warning("a report cannot be drawn: %s", type(error).__name__)
@@ -65,6 +75,14 @@ def plots(run: RunView) -> dict[str, str]:
         if best:
             found["tensor-map"] = _once(best, "map", lambda: tensor_map(best))
     return {name: found.get(name, "") for name in PLOTS}
+
+
+def _folded(html: str) -> str:
+    """The same with every section behind its title. What a stranger named is escaped in it, so
+    these tags are the template's.
+    """
+    html = html.replace('<section class="qk-section"><h3>', '<details class="qk-fold"><summary>')
+    return html.replace("</h3>", "</summary>").replace("</section>", "</details>")
 
 
 def _once(value: Any, use: str, make: Callable[[], T]) -> T:
@@ -92,7 +110,7 @@ def _parsed(report: dict[str, Any] | None) -> Report | None:
         return None
 
 
-def _tiles(report: Report, row: Output) -> str:
+def _result(run: RunView, report: Report, row: Output, root: str, paths: Paths) -> str:
     tiles = [
         (size(row.n_bytes), f"{row.bpw:.2f} bits per weight"),
         (text.number(row.kl.value), "mean KL divergence"),
@@ -102,4 +120,16 @@ def _tiles(report: Report, row: Output) -> str:
     if best is not None and best.kl.value and row.kl.is_known:
         ratio = row.kl.value / best.kl.value
         tiles.insert(1, (f"{ratio:.2f}×", f"the KL of {best.title}"))
-    return _made_of(row.name, tiles)
+    file = next((f for f in run.files if f.name == row.name), None)
+    is_here = file is not None and file.is_here
+    has_some = is_here or run.published_url
+    commands = run_with.commands(row.name, run.published_url, paths.get(row.name))
+    commands = commands if has_some else []
+    verdict = text.verdict(report.about(row))
+    address = _address(run, row.name, root) if is_here else None
+    n = len(report.outputs)
+    return _made_of(row.name, size(row.n_bytes), n, verdict, tiles, address, commands)
+
+
+def _address(run: RunView, name: str, root: str) -> str:
+    return f"{root}{quote(name)}" if root else file_url(run, name)

@@ -6,23 +6,18 @@ import atexit
 import importlib.util
 import logging
 import os
-import time
 from typing import Any
 
 import gradio as gr
 from gradio import http_server
 from gradio.utils import get_space
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
-from quantkit.errors import QuantkitError
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import shortened
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.runs.store import RunStore, open_store
-from quantkit.server.web import listen
+from quantkit.server.web import downloads, listen
 from quantkit.server.web.bodies import Events
 from quantkit.server.web.fairness import FairQueue
 from quantkit.server.web.gate import Gate
@@ -84,44 +79,8 @@ def launch(
         state_session_capacity=100,  # the page keeps nothing in them, and strangers can make them
         mcp_server=importlib.util.find_spec("mcp") is not None,
         app_kwargs={
-            "routes": [_download_route(store, visitors)],
+            "routes": downloads.routes(store, visitors),
             "middleware": [Middleware(FairQueue, blocks=app)],
         },
         **options,
     )
-
-
-def _download_route(store: RunStore, visitors: Visitors) -> Route:
-    """`files/<run>/<name>`: result files of one's own runs, from disk, in ranges.
-
-    Gradio's file components would copy a GGUF into its cache, and its static paths are public.
-    """
-
-    def download(request: Request) -> Response:
-        owner = _owner(request, visitors)
-        name = request.path_params["name"]
-        try:
-            path = store.result_path(request.path_params["job"], name, owner)
-        except QuantkitError as error:
-            return PlainTextResponse(str(error), 404)
-        return FileResponse(
-            path,
-            filename=name,
-            media_type="application/octet-stream",
-            headers={"cache-control": "private, no-cache"},
-        )
-
-    return Route("/files/{job}/{name}", download, methods=["GET", "HEAD"])
-
-
-def _owner(request: Request, visitors: Visitors) -> str | None:
-    """Who asks for a file: the signed-in Hub user, the cookie, or an API caller's key."""
-    if get_space() is not None:
-        signed_in = request.scope.get("session", {}).get("oauth_info") or {}
-        user = (signed_in.get("userinfo") or {}).get("preferred_username")
-        if user and signed_in.get("expires_at", 0) > time.time():
-            return f"hf:{user}"
-    visitor = visitors.of_cookies(request.cookies) or visitors.check(
-        request.headers.get("x-quantkit-key")
-    )
-    return None if visitor is None else f"visitor:{visitor}"

@@ -57,7 +57,7 @@ def _templates() -> Environment:
         **{"HAPPENS": _HAPPENS, "size": size, "duration": duration, "time_left": time_left},
         **{"ago": ago, "model_name": model_name, "facts": _facts, "in_line": _in_line},
         **{"machine": _machine, "took": _took, "with_error": _with_error, "clock": _clock},
-        **{"in_words": _in_words, "last_lines": _last_lines, "file_url": _file_url},
+        **{"in_words": _in_words, "last_lines": _last_lines, "file_url": file_url},
         **{"web_url": _web_url, "stage_place": _stage_place, "moment": _moment},
     }
     return made
@@ -68,7 +68,7 @@ notice = macro("notice")
 # Of a run: title and state; what it is at, while it is; what each stage took; the search's curve;
 # what happened; what can be downloaded.
 head, stages, strip, curve = macro("head"), macro("stages"), macro("strip"), macro("curve")
-log, files = macro("log"), macro("files")
+log, files, share = macro("log"), macro("files"), macro("share")
 # Of the worker's output; of the visitor's runs.
 raw_log, run_list = macro("raw_log"), macro("run_list")
 
@@ -202,7 +202,7 @@ def _last_lines(text: str) -> str:
     return "\n".join(lines[-150:])
 
 
-def _file_url(run: RunView, name: str) -> str:
+def file_url(run: RunView, name: str) -> str:
     return f"files/{quote(run.id)}/{quote(name)}"
 
 
@@ -225,7 +225,7 @@ def card(run: RunView) -> str:
         if token.type == "link_open":
             token.attrs |= {"rel": "noopener", "target": "_blank"}
         elif token.type == "image" and name in here:
-            token.attrs["src"] = _file_url(run, name)
+            token.attrs["src"] = file_url(run, name)
         elif token.type == "image":
             token.type = "text"  # what the picture shows
     return _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})

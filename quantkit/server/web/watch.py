@@ -31,6 +31,8 @@ class Watch:
             self.resume = gr.Button(
                 "Resume", variant="primary", elem_id="resume", visible=False, size="sm"
             )
+            self.open = gr.Button("Share", elem_id="share", visible=False, size="sm")
+            self.close = gr.Button("Stop sharing", elem_id="unshare", visible=False, size="sm")
             self.notify = gr.Button(
                 "Notify me when it is done", elem_id="notify", visible=False, size="sm"
             )
@@ -51,7 +53,7 @@ class Watch:
             )
             self.keep = gr.Button("Keep the run", elem_id="keep", size="sm")
         self.notice = gr.HTML(visible=False, elem_id="job-notice")
-        self._show("stages", "results")
+        self._show("stages", "share", "results")
         self._draw("frontier")
         with gr.Column(visible=False, elem_id="talk-area") as self.talk_area:
             with gr.Accordion("Try it", open=False, elem_id="talk"):
@@ -148,6 +150,8 @@ class Watch:
             "can_cancel": self.cancel,
             "can_resume": self.resume,
             "can_notify": self.notify,
+            "can_open": self.open,
+            "can_close": self.close,
             "can_edit": self.edit,
             "can_delete": self.delete,
             "can_publish": self.publish_area,
@@ -186,6 +190,13 @@ class Watch:
             shown = [*opened(left), *refresh(left, client.owner, {})]
             return [left, gr.update(visible=False), said(notice), *shown]
 
+        for button, is_open in ((self.open, True), (self.close, False)):
+
+            def turn(client: Client, token: str, current: str, is_open: bool = is_open) -> Any:
+                said_so = handlers.act(lambda: store.share(current, client.owner, is_open), client)
+                return [said(said_so), *refresh(current, client.owner, {})]
+
+            quietly(button.click, asked(handlers, turn), run_id, [self.notice, *parts])
         self.notify.click(None, None, None, js="() => qkNotify()", api_visibility="private")
         given, shown = [run_id, self.again], [self.notice, *parts]
         quietly(self.cancel.click, acting(store.cancel), given, shown)

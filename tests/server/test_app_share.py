@@ -1,0 +1,147 @@
+"""A result that its owner opened up, all of its files as one archive, and the commands that run it.
+
+pytest tests/server/test_app_share.py
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import app_fixtures as fixtures
+import pytest
+from test_app_browser import browser, open_page, shots  # noqa: F401
+
+from quantkit.server.runs.record import NoSuchRun, load_record
+from quantkit.server.runs.store import RunStore
+from quantkit.server.web import run_with
+from quantkit.server.web.visitor import COOKIE, Visitors
+
+HOSTILE = "<img src=x onerror=alert(1)>.gguf"
+
+
+@pytest.fixture
+def site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, RunStore, Visitors]]:
+    made = fixtures.make_report()
+    made["baselines"][0] |= {"kind": "given", "name": HOSTILE}
+    monkeypatch.setattr(fixtures, "make_report", lambda: made)
+    with fixtures.serving(tmp_path / "runs", public=True, schedule=False) as served:
+        yield served
+
+
+def own(store: RunStore, visitors: Visitors, name: str = "done") -> tuple[str, str]:
+    """A finished run's key and owner."""
+    key = visitors.new_key()
+    owner = f"visitor:{visitors.check(key)}"
+    fixtures.own(fixtures.write_run(store.root / name), owner)
+    return key, owner
+
+
+def share_of(store: RunStore, name: str = "done") -> str:
+    record = load_record(store.root / name)
+    assert record is not None and record.shared is not None
+    return record.shared
+
+
+def test_a_link_shows_the_result_and_nothing_else(site: tuple[str, RunStore, Visitors]) -> None:
+    url, store, visitors = site
+    key, owner = own(store, visitors)
+    status, headers, _ = fixtures.ask(url, "GET", "/shared/" + "A" * 32)
+    assert status == 404 and "script" not in headers["content-security-policy"]
+    with pytest.raises(NoSuchRun):
+        store.share("done", "visitor:somebody else", True)
+    store.share("done", owner, True)
+    share = share_of(store)
+    assert len(share) == 32
+
+    status, headers, body = fixtures.ask(url, "GET", f"/shared/{share}")
+    page = body.decode()
+    assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+    assert "set-cookie" not in headers and headers["x-robots-tag"] == "noindex"
+    assert "below that of the best llama.cpp file" in page and "By domain" in page
+    assert "&lt;img src=x" in page and "<img src=x" not in page and "<script" not in page
+    for secret in ("/done/", "job.json", str(store.root), key, "log.txt", "config.json"):
+        assert secret not in page, secret
+    status, headers, body = fixtures.ask(url, "GET", f"/shared/{share}/{fixtures.GGUF}")
+    assert (status, body[:4]) == (200, b"GGUF")
+    assert headers["content-disposition"].startswith("attachment")
+    for name in ("config.json", "job.json", "..%2Fjob.json", "log.txt", "events.jsonl"):
+        assert fixtures.ask(url, "GET", f"/shared/{share}/{name}")[0] == 404, name
+
+    store.share("done", owner, False)
+    for path in (f"/shared/{share}", f"/shared/{share}/{fixtures.GGUF}"):
+        assert fixtures.ask(url, "GET", path)[0] == 404
+    store.share("done", owner, True)
+    assert share_of(store) != share, "a link that was closed stays closed"
+
+
+def test_a_run_that_made_nothing_has_no_link(site: tuple[str, RunStore, Visitors]) -> None:
+    _, store, visitors = site
+    owner = f"visitor:{visitors.check(visitors.new_key())}"
+    fixtures.own(fixtures.write_run(store.root / "half", until="search", outcome=None), owner)
+    with pytest.raises(Exception, match="no result to share"):
+        store.share("half", owner, True)
+
+
+def test_all_files_come_as_one_archive(site: tuple[str, RunStore, Visitors]) -> None:
+    url, store, visitors = site
+    key, _ = own(store, visitors)
+    cookie = {"Cookie": f"{COOKIE}={key}"}
+    status, headers, body = fixtures.ask(url, "GET", "/archive/done", headers=cookie)
+    assert status == 200 and "quantkit.zip" in headers["content-disposition"]
+    with zipfile.ZipFile(io.BytesIO(body)) as made:
+        assert made.testzip() is None
+        assert {fixtures.GGUF, "README.md", "report.json"} <= set(made.namelist())
+        whole = (store.root / "done" / "7-stitch" / fixtures.GGUF).read_bytes()
+        assert made.read(fixtures.GGUF) == whole
+    other = {"Cookie": f"{COOKIE}={visitors.new_key()}"}
+    assert fixtures.ask(url, "GET", "/archive/done", headers=other)[0] == 404
+
+
+def test_commands_to_run_a_file() -> None:
+    name = "Some Model-Q4_K_M.gguf"
+    here = dict(run_with.commands(name, None, Path("/models/it's") / name))
+    assert here["llama.cpp"] == """llama-server -m '/models/it'"'"'s/Some Model-Q4_K_M.gguf'"""
+    assert "ollama create some-model-q4_k_m" in here["Ollama"]
+    away = dict(run_with.commands(name, "https://huggingface.co/you/x-GGUF", None))
+    assert away == {
+        "Ollama": "ollama run hf.co/you/x-GGUF:Q4_K_M",
+        "LM Studio": "lms get https://huggingface.co/you/x-GGUF",
+        "llama.cpp": "llama-server -hf you/x-GGUF:Q4_K_M",
+    }
+    loaded = dict(run_with.commands(name, "https://x/$(rm)/y", None))
+    assert loaded["llama.cpp"] == f"llama-server -m '{name}'"
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_first_screen_of_a_result(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    """What it is worth, how to run it, and a link that others can open until it is closed."""
+    from playwright.sync_api import expect
+
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, store, visitors):
+        key, _ = own(store, visitors)
+        page = open_page(browser, url, key=key)
+        page.goto(f"{url}?job=done")
+        first = page.locator("#job-results .qk-result")
+        expect(first).to_contain_text("below that of the best llama.cpp file")
+        expect(first).to_contain_text(f"{store.root}/done")
+        page.evaluate("document.execCommand = () => { window.copied = getSelection() + '' }")
+        page.evaluate("navigator.clipboard.writeText = (text) => { window.copied = text }")
+        page.get_by_role("button", name="Copy the command for llama.cpp").click()
+        page.wait_for_function("(window.copied || '').startsWith('llama-server -m ')")
+        assert page.locator("#job-report details:not([open])").count() >= 3
+        page.get_by_role("button", name="Share", exact=True).click()
+        link = page.locator("#share-link")
+        expect(link).to_contain_text(f"{url}shared/")
+        stranger = open_page(browser, link.inner_text())
+        expect(stranger.locator("body")).to_contain_text("smaller (Q4")
+        page.get_by_role("button", name="Stop sharing").click()
+        expect(link).to_have_count(0)
+        stranger.reload()
+        expect(stranger.locator("body")).to_contain_text("no such run")
