@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+from huggingface_hub.hf_api import RepoFile
 
 from quantkit import hub
 from quantkit.errors import UsageError
@@ -53,6 +56,22 @@ def short_names(names: Sequence[str]) -> list[str]:
     return found
 
 
+def gguf_files(repo_id: str, token: str | None) -> dict[str, int]:
+    """Return the models of a repository that are one GGUF each, and their bytes: no imatrix, no
+    projector, no part of a larger one. Raises QuantkitError.
+    """
+    api, asked = hf_api(token), Asked(repo_id)
+    tree = call(lambda: list(api.list_repo_tree(repo_id, recursive=True)), asked, token)
+    return {
+        entry.path: entry.size
+        for entry in tree
+        if isinstance(entry, RepoFile)
+        and entry.path.lower().endswith(".gguf")
+        and not _NO_MODEL.search(entry.path.lower())
+    }
+
+
+_NO_MODEL = re.compile(r"imatrix|mmproj|-\d{5}-of-\d{5}\.gguf$")
 _EXAMPLE = "Give a local .gguf, or hf://owner/name/file.gguf."
 
 

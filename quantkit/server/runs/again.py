@@ -47,6 +47,7 @@ def form_of(config: RunConfig, order: Order) -> Again:
         types=json.dumps(dict(config.types)) if config.types else "",
         seed=config.seed,
         device=config.device,
+        compare=", ".join(n.removeprefix("hf://") for n in config.compare if "hf://" in n),
         publish=config.publish or "",
         visibility="private" if config.private else "public" if config.public else "model",
         machine=where,

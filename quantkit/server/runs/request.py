@@ -75,6 +75,7 @@ class RunForm:
     device: str = "cpu"
     publish: str = ""
     visibility: str = "model"  # one of VISIBILITIES
+    compare: str = ""  # as `runs.compared` takes it
     own_text: str = ""  # what `runs.texts` calls a text that was sent
     machine: str = HERE  # as `registry.asked` takes it
 

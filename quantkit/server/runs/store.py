@@ -302,6 +302,29 @@ class RunStore(Scheduler):
             write_json(follower.dir.config_path, asked)
             self._queue_again(follower, token)
 
+    def compare(
+        self, run_id: object, owner: str | None, files: Sequence[str], token: str | None
+    ) -> None:
+        """Queue the measurement of other files beside those of a finished run. Raises
+        QuantkitError.
+        """
+        with self._lock:
+            follower = self._follower(run_id, owner)
+            _check_whole(follower)
+            if follower.state() in (view.QUEUED, view.RUNNING):
+                raise UsageError("This run is still running.", "Compare when it has finished.")
+            config, record = follower.config, follower.record
+            if config is None or (record is not None and record.is_remote):
+                raise UsageError("Its files are not here.", "Compare them from the command line.")
+            if follower.base_path() is None:
+                raise UsageError(
+                    "The original is no longer on this machine.", "Start the run again with them."
+                )
+            self._check_limits(follower.owner, follower.place)
+            named = tuple(dict.fromkeys([*config.compare, *files]))
+            write_json(follower.dir.config_path, dataclasses.replace(config, compare=named))
+            self._queue_again(follower, token)
+
     def delete(self, run_id: object, owner: str | None) -> None:
         """Remove a run and all its files. Raises UsageError while it is at work."""
         with self._lock:

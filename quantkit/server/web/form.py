@@ -234,6 +234,13 @@ class Form:
                 info=f"name[:weight], … of {', '.join(CALIBRATION_TEXTS)}.",
                 max_length=300,
             )
+            self.compare = gr.Textbox(
+                label="Compare with",
+                info="GGUFs of others, measured beside yours: repositories or files on the Hub.",
+                placeholder="bartowski/SmolLM2-135M-Instruct-GGUF",
+                max_length=2000,
+                elem_id="compare-with",
+            )
             gr.HTML(_OWN_TEXT)
             self.own_text = gr.Textbox(visible="hidden", max_length=30, elem_id="own-text-id")
             self.types = gr.Textbox(
@@ -276,7 +283,7 @@ class Form:
             **{"where": self.where, "machine": self.machine},
             **{"revision": self.revision, "levels": self.levels, "prefer": self.prefer},
             **{"methods": self.methods},
-            **{"own_text": self.own_text},
+            **{"compare": self.compare, "own_text": self.own_text},
             **{"calibration": self.calibration, "types": self.types, "seed": self.seed},
             **{"device": self.device, "publish": self.repo, "visibility": self.visibility},
         }

@@ -22,7 +22,7 @@ from quantkit.server.executors.protocol import Offer, Order, choose
 from quantkit.server.executors.registry import LOCAL
 from quantkit.server.previews.estimate import CutOff, Looked, estimate, known_plan
 from quantkit.server.previews.first_look import DEMO, FirstLook
-from quantkit.server.runs import texts
+from quantkit.server.runs import compared, texts
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.request import RunForm, check_machine, models_of, to_config
 from quantkit.server.runs.store import RunStore
@@ -142,6 +142,7 @@ class FormHandlers:
             raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
         owner, secret = known(client.owner), checked_token(token)
         forms = _one_each(form)
+        others = compared.parse(form.compare)
         text = texts.kept(self.store.root, owner, form.own_text) if form.own_text else None
         configs = [to_config(one, self.store.public) for one in forms]  # what is wrong, at once
         runs = []
@@ -150,9 +151,17 @@ class FormHandlers:
             order, device = self._order(one, config, secret, client)
             if text is not None and order.executor != LOCAL.name:
                 raise UsageError("Your own text cannot be used there.", "Choose this machine.")
-            runs.append((dataclasses.replace(config, device=device), order))
+            files: tuple[str, ...] = ()
+            if others:
+                limits = self._plan(config, secret, client).sizes.limits
+                files = compared.settle(others, limits, self._secret(secret))
+            runs.append((dataclasses.replace(config, device=device, compare=files), order))
         place = self.visitors.place(client.counted_as)
         return self.store.submit_all(runs, owner, secret, place, text)
+
+    def _secret(self, given: str | None) -> str | None:
+        """The token that was given; on one's own machine, else what it is logged in with."""
+        return given if given is not None or self.store.public else hub.resolve_token()
 
     def _order(
         self, form: RunForm, config: RunConfig, token: str | None, client: Client

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from quantkit import hub
-from quantkit.errors import QuantkitError
+from quantkit.errors import NeedsToken, QuantkitError, UsageError
+from quantkit.hub import jobs
 from quantkit.server.previews.talk import check_prompt, say
+from quantkit.server.runs import compared
 from quantkit.server.runs.again import Again, form_of
 from quantkit.server.runs.request import check_collection, check_repo, check_visibility
 from quantkit.server.runs.view import DAMAGED, RunView
@@ -24,7 +27,15 @@ CHUNKS = (
 )
 SWITCHES = (
     *("can_cancel", "can_resume", "can_notify", "can_edit", "can_open", "can_close"),
-    *("can_delete", "can_publish", "can_try", "has_card", "is_there", "may_give_token"),
+    *(
+        "can_delete",
+        "can_compare",
+        "can_publish",
+        "can_try",
+        "has_card",
+        "is_there",
+        "may_give_token",
+    ),
 )
 
 
@@ -52,13 +63,36 @@ class Handlers(FormHandlers):
         visibility = check_visibility(visibility)
         files, places = self.store.staged(run_id, client.owner)
         self.allow("compare", client)
-        secret = checked_token(token)
-        if secret is None and not self.store.public:
-            secret = hub.resolve_token()  # one's own machine is logged in with it
+        secret = self._secret(checked_token(token))
+        repo = self.proposed(run_id, repo, secret, client)
         closed = self.store.closed(run_id, client.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
-        changes = hub.compare(files, places, check_repo(repo), secret, private)
+        changes = hub.compare(files, places, repo, secret, private)
         return previews.changes(changes, closed)
+
+    def compare_with(self, run_id: Any, named: str, client: Client, token: str) -> None:
+        """Queue the measurement of others' files beside a run's. Raises QuantkitError."""
+        names, secret = compared.parse(named), checked_token(token)
+        if not names:
+            raise UsageError("Name what to compare with.", "Write owner/name of a repository.")
+        self.allow("publish", client)
+        run = self.store.view(run_id, client.owner)
+        sizes = [file.n_bytes for file in run.files if file.is_model]
+        files = compared.settle(names, sizes, self._secret(secret))
+        self.store.compare(run_id, client.owner, files, secret)
+
+    def proposed(self, run_id: Any, repo: str, secret: str | None, client: Client) -> str:
+        """Return the repository as given, else the account's own with the model's name. Raises
+        QuantkitError.
+        """
+        if repo.strip():
+            return check_repo(repo)
+        token = self._secret(secret)
+        if client.username is None and token is None:
+            raise NeedsToken("Publishing needs a token.", "It needs the permission to write.")
+        user = client.username or jobs.account(str(token))
+        name = view.model_name(self.store.view(run_id, client.owner).model).partition("@")[0]
+        return check_repo(f"{user}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-GGUF")
 
     def publish(
         self, run_id: Any, repo: str, visibility: str, collection: str, client: Client, token: str
@@ -66,7 +100,8 @@ class Handlers(FormHandlers):
         """Queue the upload of a validated run. Raises QuantkitError."""
         secret = checked_token(token)  # none on one's own machine: what it is logged in with
         self.allow("publish", client)
-        slug, repo = check_collection(collection), check_repo(repo)
+        slug = check_collection(collection)
+        repo = self.proposed(run_id, repo, secret, client)
         seen_by = check_visibility(visibility)
         self.store.publish(run_id, client.owner, repo, seen_by, secret, slug)
 
@@ -121,6 +156,7 @@ class Handlers(FormHandlers):
             "can_close": bool(run.shared),
             "can_edit": not run.is_active and run.state != DAMAGED,
             "can_delete": run.can_delete,
+            "can_compare": run.can_publish and not run.is_remote and run.has_base,
             "can_publish": run.can_publish,
             "can_try": run.can_try,
             "has_card": bool(run.card),

@@ -115,6 +115,10 @@ addEventListener("popstate", () => location.reload());
         new Notification(head.dataset.qkSay, { tag: id });
       }
     }
+    // Gradio's radios have no name: with one they are a group, one stop of Tab, moved in by arrows.
+    document.querySelectorAll("fieldset").forEach((group, i) => {
+      for (const radio of group.querySelectorAll("input[type=radio]")) radio.name ||= `qk-${i}`;
+    });
     for (const link of document.querySelectorAll("[data-qk-url]")) {
       const whole = new URL(link.dataset.qkUrl, document.baseURI).href;
       if (link.textContent !== whole) link.textContent = whole;

@@ -58,6 +58,18 @@ class Watch:
         with gr.Column(visible=False, elem_id="talk-area") as self.talk_area:
             with gr.Accordion("Try it", open=False, elem_id="talk"):
                 self._talk()
+        with gr.Column(visible=False, elem_id="beside-area") as self.beside_area:
+            with gr.Accordion("Compare with other GGUFs", open=False, elem_id="beside-others"):
+                self.others = gr.Textbox(
+                    label="Files or repositories on the Hub",
+                    info="Each is downloaded and measured beside the files of this run.",
+                    placeholder="bartowski/SmolLM2-135M-Instruct-GGUF",
+                    max_length=2000,
+                    elem_id="others",
+                )
+                with gr.Row(elem_classes="qk-buttons"):
+                    self.measure = gr.Button("Measure them", elem_id="measure", size="sm")
+                self.others_notice = gr.HTML(visible=False, elem_id="others-notice")
         with gr.Column(visible=False, elem_id="publish-area") as self.publish_area:
             with gr.Accordion("Publish to the Hugging Face Hub", open=False, elem_id="publish-now"):
                 self._publish()
@@ -119,7 +131,11 @@ class Watch:
             " recipe, report and model card. Other files in the repository stay.</p>"
         )
         self.repo = gr.Textbox(
-            label="Repository", placeholder="you/my-model-GGUF", max_length=200, elem_id="repo"
+            label="Repository",
+            info="Empty: the model's name with -GGUF, in your account.",
+            placeholder="you/my-model-GGUF",
+            max_length=200,
+            elem_id="repo",
         )
         self.visibility = visibility("visibility")
         self.token = gr.Textbox(
@@ -154,6 +170,7 @@ class Watch:
             "can_close": self.close,
             "can_edit": self.edit,
             "can_delete": self.delete,
+            "can_compare": self.beside_area,
             "can_publish": self.publish_area,
             "can_try": self.talk_area,
             "has_card": self.card,
@@ -212,6 +229,22 @@ class Watch:
             js="(id) => { if (!id) history.pushState(null, '', location.pathname) }",
             api_visibility="private",
         )
+
+        def measure(client: Client, token: str, current: str, named: str) -> list[Any]:
+            def do() -> str:
+                handlers.compare_with(current, named, client, token)
+                gr.Info("The comparison is queued.")
+                return ""
+
+            told, _ = handlers.told(do)
+            return [said(told), *refresh(current, client.owner, {})]
+
+        quietly(
+            self.measure.click,
+            asked(handlers, measure),
+            [run_id, self.others],
+            [self.others_notice, *parts],
+        )
         self._wire_publish(run_id, parts, refresh)
         self._wire_talk(run_id)
 
@@ -232,6 +265,7 @@ class Watch:
 
             def do() -> str:
                 handlers.publish(current, repo, seen_by, collection, client, token or typed)
+                gr.Info("The upload has started. Its progress is at the top of the page.")
                 return notice("The upload has started.", "Its progress is above.", "info")
 
             found, ok = handlers.told(do)

@@ -1,0 +1,73 @@
+"""The page for keyboards and screen readers, by axe-core in a real browser.
+
+pytest tests/server/test_app_accessible.py -m browser
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import app_fixtures as fixtures
+import pytest
+from test_app_browser import browser, open_page, pytestmark, shots  # noqa: F401
+
+_FIND = """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
+  .filter((found) => ["serious", "critical"].includes(found.impact))
+  .map((found) => found.id + ": " + found.nodes.map((node) => node.html).join(" ").slice(0, 500))"""
+
+
+def check(page: Any, source: str, what: str) -> None:
+    """Fail for whatever axe-core calls serious."""
+    page.evaluate(source)
+    assert page.evaluate(_FIND) == [], what
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_serious_in_any_state(browser: Any, tmp_path: Path, scheme: str) -> None:  # noqa: F811
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+    source = Path(axe.__file__).with_name("axe.min.js").read_text("utf-8")
+    worker = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+    try:
+        with fixtures.serving(tmp_path / "runs", schedule=False) as (url, store, visitors):
+            key = visitors.new_key()
+            owner = f"visitor:{visitors.check(key)}"
+            states = fixtures.make_states(store.root, owner, worker.pid)
+            page = open_page(browser, url, 1280, scheme, key)
+            page.locator("#model input").fill("a/b")
+            page.locator("#model input").press("Tab")
+            page.locator("#plan .qk-sizes").first.wait_for()
+            page.get_by_role("button", name="Advanced").click()
+            page.locator("#compare-with").wait_for()
+            check(page, source, "form")
+            for state in ("running", "finished", "failed", "cancelled"):
+                page.goto(f"{url}?job={states[state]}")
+                page.locator("#job-head .qk-head").wait_for()
+                page.wait_for_timeout(300)
+                check(page, source, state)
+            store.share(states["finished"], owner, True)
+            share = store.view(states["finished"], owner).shared
+            page.goto(f"{url}shared/{share}")
+            assert page.locator(".qk-result").count() == 1
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+@pytest.mark.slow
+def test_radios_are_one_group(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    """One stop of Tab, and arrows move on."""
+    from playwright.sync_api import expect
+
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _visitors):
+        page = open_page(browser, url)
+        page.wait_for_function("document.querySelector('#size-kind input').name !== ''")
+        page.get_by_label("Same size as a standard quant").focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.get_by_label("File size", exact=True)).to_be_checked()
+        expect(page.locator("#size")).to_be_visible()
+        assert page.evaluate("document.activeElement.type") == "radio"
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.type") != "radio"
