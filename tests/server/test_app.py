@@ -36,6 +36,10 @@ from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import COOKIE, Visitors
 
 ROOT = Path(__file__).parents[2]
+ENDPOINTS = {
+    *("estimate", "start_job", "job_status", "cancel_job", "list_jobs"),
+    *("resume_job", "publish_job", "share_job"),
+}
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 
 
@@ -65,9 +69,9 @@ def get(url: str, cookie: str = "", **headers: str) -> tuple[int, dict[str, str]
 def test_only_the_documented_endpoints_are_public(tmp_path: Path) -> None:
     app = build_app(RunStore(tmp_path), Visitors(b"k"))
     shown = {fn.api_name for fn in app.fns.values() if fn.api_visibility != "private"}
-    assert shown == {"estimate", "start_job", "job_status", "cancel_job"}
+    assert shown == ENDPOINTS
     names = set(app.get_api_info()["named_endpoints"])
-    assert names == {"/estimate", "/start_job", "/job_status", "/cancel_job"}
+    assert names == {f"/{name}" for name in ENDPOINTS}
 
 
 def test_stages_have_one_spelling() -> None:
@@ -154,7 +158,13 @@ def test_api_runs_a_job(page: tuple[str, RunStore, Visitors]) -> None:
     assert (status["state"], status["error"]) == ("finished", "")
     assert [stage["name"] for stage in status["stages"]] == list(NAMES)
     assert status["report"]["outputs"][0]["n_bytes"] > 0
-    assert status["files"][0]["name"] == fixtures.GGUF
+    assert status["files"][0]["name"] == fixtures.GGUF and status["job_id"] == job["job_id"]
+    address = page[0] + status["files"][0]["url"]
+    assert get(address, X_Quantkit_Key=job["key"])[2][:4] == b"GGUF"
+    listed = client.predict(job["key"], api_name="/list_jobs")
+    assert [(one["job_id"], one["state"]) for one in listed] == [(job["job_id"], "finished")]
+    shared = client.predict(job["job_id"], key=job["key"], api_name="/share_job")
+    assert get(page[0] + shared["url"])[0] == 200
     second = client.predict("demo:smollm2-135m", key=job["key"], api_name="/start_job")
     assert second["key"] == job["key"]
     ended = client.predict(second["job_id"], second["key"], api_name="/cancel_job")
@@ -486,7 +496,7 @@ def test_agents_find_four_tools(page: tuple[str, RunStore, Visitors]) -> None:
                 return {t.name: set(t.inputSchema["properties"]) for t in tools}, started, lost
 
     tools, started, lost = asyncio.run(talk())
-    assert set(tools) == {"estimate", "start_job", "job_status", "cancel_job"}
+    assert set(tools) == ENDPOINTS
     assert {"model", "memory", "context", "machine", "key"} <= tools["start_job"]
     assert "job_id" in started.content[0].text and not started.isError
     assert lost.isError and lost.content[0].text.startswith("There is no such run")

@@ -1,4 +1,4 @@
-"""The documented API endpoints: `estimate`, `start_job`, `job_status`, `cancel_job`.
+"""The documented API endpoints: what a run would take, and what can be done with runs.
 
 For gradio_client, plain HTTP and agents. A caller is known by its `key`: `start_job` returns one,
 and it is given to the other calls. On a Space a caller signs in with its Hub token instead
@@ -17,6 +17,7 @@ import gradio as gr
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub import jobs
 from quantkit.server.runs.request import RunForm, models_of, to_config
+from quantkit.server.web import view
 from quantkit.server.web.form_handlers import Client, known
 from quantkit.server.web.handlers import Handlers
 from quantkit.tensors import to_json
@@ -51,6 +52,8 @@ def add_endpoints(handlers: Handlers) -> None:
         revision: str = "",
         memory: str = "",
         context: int = 8192,
+        family: str = "",
+        levels: str = "",
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
@@ -67,15 +70,19 @@ def add_endpoints(handlers: Handlers) -> None:
             memory: what has to hold the file and its context, such as 8GB, or a device such as
                 gpu-8gb or mac-16gb; empty for no limit.
             context: tokens of context that have to fit, too.
+            family: stock mixes with commas, such as Q3_K_M,Q4_K_M: a file of each one's size.
+            levels: types to choose from with commas, such as Q4_K,Q6_K; empty for the profile's.
         """
         form = RunForm(
             model,
-            _kind(memory, size, bpw),
+            _kind(memory, size, bpw, family),
             like,
             size,
             bpw,
             memory,
             context,
+            family=_listed(family),
+            levels=_listed(levels),
             profile=profile,
             revision=revision,
         )
@@ -97,6 +104,9 @@ def add_endpoints(handlers: Handlers) -> None:
         seed: int = 0,
         memory: str = "",
         context: int = 8192,
+        family: str = "",
+        levels: str = "",
+        compare: str = "",
         machine: str = "here",
         publish: str = "",
         visibility: str = "model",
@@ -118,6 +128,10 @@ def add_endpoints(handlers: Handlers) -> None:
             memory: what has to hold the file and its context, such as 8GB, or a device such as
                 gpu-8gb or mac-16gb; empty for no limit.
             context: tokens of context that have to fit, too.
+            family: stock mixes with commas, such as Q3_K_M,Q4_K_M: a file of each one's size.
+            levels: types to choose from with commas, such as Q4_K,Q6_K; empty for the profile's.
+            compare: GGUFs of others on the Hub to measure beside it, owner/name or
+                owner/name/file.gguf, with commas.
             machine: here, or auto or a name for a Hugging Face Job, billed to the caller.
             publish: owner/name on the Hub to upload the result to; empty for none.
             visibility: of that repository: model (private if that is private or gated), private or
@@ -126,12 +140,14 @@ def add_endpoints(handlers: Handlers) -> None:
         """
         form = RunForm(
             model,
-            _kind(memory, size, bpw),
+            _kind(memory, size, bpw, family),
             like,
             size,
             bpw,
             memory,
             context,
+            family=_listed(family),
+            levels=_listed(levels),
             profile=profile,
             revision=revision,
             calibration=calibration,
@@ -139,6 +155,7 @@ def add_endpoints(handlers: Handlers) -> None:
             publish=publish,
             visibility=visibility,
             machine=machine,
+            compare=compare,
         )
         client = asker_of(key, request, user, token)
         if client.username is None and (not key or client.owner is None):
@@ -157,18 +174,113 @@ def add_endpoints(handlers: Handlers) -> None:
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
-        """Return a job's progress: its state, its nine stages, and the report when there is one.
+        """Return a job's progress: its state, its nine stages, the addresses of its files, and the
+        report when there is one.
 
         Args:
             job_id: as `start_job` returned it.
             key: as `start_job` returned it.
         """
         owner = asker_of(key, request, user, token).owner
-        job = to_json(handlers.store.view(job_id, owner))
+        run = handlers.store.view(job_id, owner)
+        job = to_json(run)
+        job["job_id"] = job.pop("id")
         job["job"] = job.pop("remote")  # as clients have known it
+        for file in job["files"]:
+            file["url"] = view.file_url(run, file["name"])
         for left_out in ("log", "allocation", "card", "curve", "percent"):
             job.pop(left_out)
         return _without_paths(job)
+
+    @_told
+    def list_jobs(
+        request: gr.Request,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> list:
+        """Return the caller's jobs, newest first: job_id, model, sizes, profile, state, stage.
+
+        Args:
+            key: as `start_job` returned it.
+        """
+        runs = handlers.store.runs(known(asker_of(key, request, user, token).owner))
+        return [
+            {
+                **{"job_id": run.id, "model": run.model, "target": run.target},
+                **{"profile": run.profile, "state": run.state, "created": run.created},
+                **{"stage": run.current, "percent": run.percent, "position": run.position},
+            }
+            for run in runs
+        ]
+
+    @_told
+    def resume_job(
+        request: gr.Request,
+        job_id: str,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """Go on with a job that failed, was interrupted or cancelled, from its finished stages.
+
+        Args:
+            job_id: as `start_job` returned it.
+            key: as `start_job` returned it.
+        """
+        client = asker_of(key, request, user, token)
+        handlers.allow("start", client)
+        owner = known(client.owner)
+        handlers.store.resume(job_id, owner, token.token if token else None)
+        return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
+
+    @_told
+    def publish_job(
+        request: gr.Request,
+        job_id: str,
+        repo: str = "",
+        visibility: str = "model",
+        collection: str = "",
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """Upload the files of a finished job to a repository of the Hub, with its card and report.
+
+        Args:
+            job_id: as `start_job` returned it.
+            repo: owner/name; empty for the model's name with -GGUF, in the caller's account.
+            visibility: model (private if that is private or gated), private or public.
+            collection: the last part of a collection's URL; empty for none.
+            key: as `start_job` returned it.
+        """
+        client = asker_of(key, request, user, token)
+        owner, secret = known(client.owner), token.token if token else ""
+        handlers.publish(job_id, repo, visibility, collection, client, secret)
+        return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
+
+    @_told
+    def share_job(
+        request: gr.Request,
+        job_id: str,
+        is_open: bool = True,
+        key: str = "",
+        user: gr.OAuthProfile | None = None,
+        token: gr.OAuthToken | None = None,
+    ) -> dict:
+        """Open a finished job's result to everybody who has its link, or close it again.
+
+        Args:
+            job_id: as `start_job` returned it.
+            is_open: false to close it.
+            key: as `start_job` returned it.
+        """
+        client = asker_of(key, request, user, token)
+        owner = known(client.owner)
+        handlers.allow("act", client)
+        handlers.store.share(job_id, owner, is_open)
+        share = handlers.store.view(job_id, owner).shared
+        return {"job_id": job_id, "url": f"shared/{share}" if share else ""}
 
     @_told
     def cancel_job(
@@ -191,12 +303,17 @@ def add_endpoints(handlers: Handlers) -> None:
     gr.api(estimate, api_name="estimate", concurrency_limit=16, concurrency_id="preview")
     gr.api(start_job, api_name="start_job", concurrency_limit=8)
     gr.api(job_status, api_name="job_status", concurrency_limit=8)
-    gr.api(cancel_job, api_name="cancel_job", concurrency_limit=8)
+    for endpoint in (cancel_job, list_jobs, resume_job, publish_job, share_job):
+        gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=8)
 
 
-def _kind(memory: str, size: str, bpw: float) -> str:
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in str(text).split(",") if part.strip())
+
+
+def _kind(memory: str, size: str, bpw: float, family: str) -> str:
     """What the size is given as: the first of these that is."""
-    given = {"fits": memory, "size": size, "bpw": bpw}
+    given = {"fits": memory, "size": size, "bpw": bpw, "family": family}
     return next((kind for kind, value in given.items() if value), "like")
 
 

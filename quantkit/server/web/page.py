@@ -11,10 +11,11 @@ from gradio.utils import get_space
 from quantkit.server.runs.store import RunStore
 from quantkit.server.web.api import add_endpoints
 from quantkit.server.web.events import asked, quietly, said
+from quantkit.server.web.first_run import missing
 from quantkit.server.web.form import Form
 from quantkit.server.web.form_handlers import Client
 from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
-from quantkit.server.web.view import notice
+from quantkit.server.web.view import first_run, notice
 from quantkit.server.web.visitor import Visitors
 from quantkit.server.web.watch import Watch, short_hash, updates
 
@@ -77,6 +78,8 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
 
     with Page(title="quantkit", analytics_enabled=False) as app:
         gr.HTML(_HEADER)
+        if lacks := missing(os.environ):
+            gr.HTML(first_run(lacks), elem_id="first-run")
         if sign_in:
             gr.LoginButton(elem_id="sign-in", size="sm")
         # Both in the page and not in the server's session: a tab goes on after the server

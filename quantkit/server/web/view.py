@@ -71,6 +71,7 @@ head, stages, strip, curve = macro("head"), macro("stages"), macro("strip"), mac
 log, files, share = macro("log"), macro("files"), macro("share")
 # Of the worker's output; of the visitor's runs.
 raw_log, run_list = macro("raw_log"), macro("run_list")
+first_run = macro("first_run")  # of what a Space lacks
 
 
 def give_token(step: str, sign_in: bool) -> str:

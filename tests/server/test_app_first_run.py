@@ -1,0 +1,24 @@
+"""What the page says to the owner of a Space that was duplicated.
+
+pytest tests/server/test_app_first_run.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantkit.server.web.first_run import missing
+from quantkit.server.web.view import first_run
+
+
+def test_a_space_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing({}) == ()
+    bare = {"SYSTEM": "spaces", "SPACE_ID": "me/quantkit"}
+    html = first_run(missing(bare))
+    for words in ("3 things", "hf_oauth: true", "wheel", "/data"):
+        assert words in html, words
+    monkeypatch.setenv("QUANTKIT_WHEEL", "https://example.org/q.whl")
+    whole = {**bare, "OAUTH_CLIENT_ID": "x", "QUANTKIT_DATA": str(tmp_path)}
+    assert missing(whole) == ()
