@@ -18,7 +18,7 @@ from quantkit.ggml.searches_cuda import tl, triton
 from quantkit.ggml.types import QuantType
 from quantkit.tuning.units import Points
 
-_UNITS = 128  # of a program
+_UNITS = 256  # of a program: two for each thread share what is read of the table
 _WEIGHTS = 2048  # of a program that sums gradients, whole groups
 
 
