@@ -48,6 +48,7 @@ class _Rates:
     codebook: float  # of a weight in one level of a codebook
     step: float  # of tuning a block, and for each of its weights:
     step_weight: float
+    step_codebook: float  # the same, more, where its type is a codebook
     measured: float  # multiply-adds a second of llama.cpp, answers and speed included
     stock: float  # of a weight that llama.cpp quantizes
 
@@ -66,6 +67,7 @@ _CPU = _Rates(
     codebook=3.3e-6,
     step=0.01,
     step_weight=3 * TUNING_BATCH * N_CTX / 6e10,
+    step_codebook=1.7e-8,
     measured=6e10,
     stock=8e-8,
 )
@@ -83,6 +85,7 @@ _GPU = _Rates(
     codebook=2e-8,  # a guess: no GPU has run it
     step=0.013,
     step_weight=5.5e-11,
+    step_codebook=1e-10,  # by counting instructions: no GPU has run it
     measured=5e13,
     stock=9e-9,
 )
@@ -130,7 +133,10 @@ def _times(
     )
     gathered = n_tokens * sum(t.shape[-1] ** 2 * (chosen or 1) for t in blocks) / 2
     steps = config.tuning_steps * n_blocks
-    tuned = steps * (rates.step + rates.step_weight * n_used / max(n_blocks, 1))
+    made = [q for t in blocks for q in set(levels.types.get(t.name, {}).values())]
+    share = sum(q in CODEBOOK_TYPES for q in made) / max(len(made), 1)  # which, nobody knows yet
+    step_weight = rates.step_weight + share * rates.step_codebook
+    tuned = steps * (rates.step + step_weight * n_used / max(n_blocks, 1))
     passes = 4 * n_tokens * n_used / rates.multiply_adds if config.tuning_steps else 0.0
     n_files = 2 + profile.effort.n_uniform + _most(profile.effort.n_below)
     scored = 2 * n_files * _DOMAINS * profile.eval_windows * N_CTX
