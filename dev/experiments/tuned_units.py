@@ -30,14 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from quantkit.ggml.codebooks import UNIT
 from quantkit.ggml.decode import values_of
 from quantkit.ggml.types import QuantType
 from quantkit.gptq.inputs import make_inputs
 from quantkit.gptq.select import solve_tensor
-from quantkit.model.blockwise import BlockwiseModel
+from quantkit.model.blockwise import BlockwiseModel, load_model, load_tokenizer
 from quantkit.model.row_maps import RowMap
 from quantkit.tuning import tuner as tuning
 from quantkit.tuning.shards import Shards
@@ -129,10 +128,9 @@ class Lab:
     """A model, its text in three parts, and its layers in some types."""
 
     def __init__(self, folder: Path, n_ctx: int, device: str) -> None:
-        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model = self.model.eval().requires_grad_(False).to(device)
+        self.model = load_model(folder, torch.float32, device)
         text = (folder / "eval.txt").read_text("utf-8")
-        ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids)
+        ids = torch.tensor(load_tokenizer(folder)(text, verbose=False).input_ids)
         ids = ids[: len(ids) // n_ctx * n_ctx].view(-1, n_ctx).to(device)
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(1)).to(device)]
         n = len(ids) * 7 // 10
