@@ -27,7 +27,7 @@ from test_app_browser import CHROMIUM, FLAGS  # noqa: E402
 from quantkit.run.folder import RunDir  # noqa: E402
 from quantkit.server.web.visitor import COOKIE  # noqa: E402
 
-SIZES = {"desktop": (900, 860), "phone": (390, 844)}
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 def show_the_example(run: Path) -> None:

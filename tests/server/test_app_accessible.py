@@ -46,6 +46,8 @@ def test_nothing_serious_in_any_state(browser: Any, tmp_path: Path, scheme: str)
                 page.goto(f"{url}?job={states[state]}")
                 page.locator("#job-head .qk-head").wait_for()
                 page.wait_for_timeout(300)
+                # Gradio says "Empty value" of a plot that is still being drawn.
+                page.wait_for_function("!document.querySelector('.qk-plot .empty')")
                 check(page, source, state)
             store.share(states["finished"], owner, True)
             share = store.view(states["finished"], owner).shared
