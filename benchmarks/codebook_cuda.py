@@ -1,18 +1,20 @@
 """Codebook types on an NVIDIA GPU: kernels against torch, seconds at an 8B block's shapes.
 
+    python benchmarks/codebook_cuda.py --quick          # what matters most, some 90 s
     python benchmarks/codebook_cuda.py                  # everything
-    python benchmarks/codebook_cuda.py --parts check,time,tiles,levels --types IQ2_S
+    python benchmarks/codebook_cuda.py --parts time,profile,registers --types IQ2_S
 
 Random weights and correlated inputs: codes are looked for as long as in a real tensor. Kernels are
-compiled first, in a process for each type, all at once. A part that fails prints why, and the next
-goes on.
+compiled into a folder of their own, so that `compile` says what a first run takes. A part that
+fails prints why, and the next goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -44,8 +46,9 @@ TENSORS = {
 }
 LEVELS = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
 LOW_LEVELS = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-TILES = ((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (16, 4))
-TILE_TYPES = ("IQ2_XXS", "IQ2_S", "IQ3_XXS")
+PARTS = ("compile", "check", "levels", "profile", "time", "registers")
+QUICK = PARTS[:4]
+REGISTERS = (64, 80, 96, 128, 168, 255)
 N_SWEEPS = 4
 METHODS = ("gptq", "imatrix")
 
@@ -53,27 +56,29 @@ METHODS = ("gptq", "imatrix")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", default=",".join(map(str, CODEBOOKS)))
-    parser.add_argument("--parts", default="check,time,tiles,levels")
-    parser.add_argument("--compile", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     given = parser.parse_args()
-    if given.compile:
-        name, rows, warps = given.compile
-        with tiles(int(rows), int(warps)):
-            solve_small(CODEBOOKS[QuantType(name)])
-        return
     types = [QuantType(name) for name in given.types.split(",")]
+    wanted = QUICK if given.quick else given.parts.split(",")
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     parts: dict[str, Callable[[list[QuantType]], None]] = {
+        "compile": compile_all,
         "check": check,
-        "time": times,
         "levels": levels,
-        "tiles": try_tiles,
+        "profile": profile,
+        "time": times,
+        "registers": try_registers,
     }
-    attempt(partial(compile_all, types, "tiles" in given.parts))
-    for name, part in parts.items():
-        if name in given.parts.split(","):
-            print(f"== {name}", flush=True)
-            attempt(partial(part, types))
+    with tempfile.TemporaryDirectory() as folder:
+        if "compile" in wanted:
+            os.environ["TRITON_CACHE_DIR"] = folder
+        for name in PARTS:
+            if name in wanted:
+                begun = time.perf_counter()
+                print(f"== {name}", flush=True)
+                attempt(partial(parts[name], types))
+                print(f"   {name} took {time.perf_counter() - begun:.1f} s", flush=True)
 
 
 def attempt(part: Callable[[], None]) -> None:
@@ -84,40 +89,43 @@ def attempt(part: Callable[[], None]) -> None:
     sys.stdout.flush()
 
 
-def compile_all(types: list[QuantType], with_tiles: bool) -> None:
-    """Every kernel in a process of its own: they end up in Triton's cache."""
-    begun = time.perf_counter()
-    default = default_tiles()
-    jobs = [(str(q), *default) for q in types]
-    if with_tiles:
-        jobs += [(n, *t) for n in TILE_TYPES for t in TILES if t != default]
-    own = [sys.executable, __file__, "--compile"]
-    running = [
-        (job, subprocess.Popen([*own, *map(str, job)], stderr=subprocess.PIPE)) for job in jobs
-    ]
-    for job, process in running:
-        _, wrong = process.communicate()
+def compile_all(types: list[QuantType]) -> None:
+    """Every kernel, in threads, as a first run does; and what is compiled nevertheless later."""
+    import triton
+
+    from quantkit.gptq import codebook_compile_cuda as compiler
+
+    torch.zeros(1, device="cuda")
+    compiled = []
+
+    def note(*, src, times, cache_hit, **_) -> None:  # type: ignore[no-untyped-def]
+        if not cache_hit:
+            compiled.append(f"{src.fn.__name__.lstrip('_')} {times.total / 1e6:.1f}")
+
+    triton.knobs.compilation.listener = note
+    for label, own in (("the first alone", types[:1]), ("all others", types)):
+        begun = time.perf_counter()
+        compiler.compile_kernels(frozenset(own), torch.device("cuda"))
         taken = time.perf_counter() - begun
-        print(f"compiled {job}: {taken:.0f} s", "" if not process.returncode else wrong[-800:])
-
-
-def default_tiles() -> tuple[int, int]:
-    from quantkit.gptq import kernels_codebook_step_cuda as step
-
-    return step.ROWS, step.WARPS
+        print(f"{label}: {taken:.1f} s for {len(compiled)} ({', '.join(compiled)})", flush=True)
+        compiled.clear()
+    begun = time.perf_counter()
+    for qtype in types:
+        solve_small(CODEBOOKS[qtype])
+    taken = time.perf_counter() - begun
+    print(f"a small tensor in each: {taken:.1f} s, compiled once more: {compiled}", flush=True)
+    triton.knobs.compilation.listener = None
 
 
 @contextmanager
-def tiles(rows: int, warps: int) -> Iterator[None]:
+def registers(n: int) -> Iterator[None]:
     from quantkit.gptq import kernels_codebook_step_cuda as step
     from quantkit.gptq import kernels_codebook_walk_cuda as walk
 
-    before = [(module, module.ROWS, module.WARPS) for module in (step, walk)]
-    for module, _, _ in before:
-        module.ROWS, module.WARPS = rows, warps
+    before = step.REGISTERS, walk.REGISTERS
+    step.REGISTERS = walk.REGISTERS = n
     yield
-    for module, *old in before:
-        module.ROWS, module.WARPS = old
+    step.REGISTERS, walk.REGISTERS = before
 
 
 def hessian(n: int, seed: int = 0) -> torch.Tensor:
@@ -278,20 +286,43 @@ def levels(_: list[QuantType]) -> None:
     print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-def try_tiles(_: list[QuantType]) -> None:
-    """Rows and warps of a program, for large and small tensors."""
+def profile(_: list[QuantType]) -> None:
+    """Where the GPU is busy while a tensor is solved at the four low levels."""
     known = inputs_of(hessian(4096))
-    for name in TILE_TYPES:
+    w = weight(*TENSORS["gate"], "cpu")
+    low = [QuantType(name) for name in LOW_LEVELS]
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    solve_tensor(w, low, METHODS, known, None, N_SWEEPS)
+    torch.cuda.synchronize()
+    print(f"gate, four levels: {time.perf_counter() - begun:.3f} s")
+    with torch.profiler.profile(activities=activities) as found:
+        solve_tensor(w, low, METHODS, known, None, N_SWEEPS)
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.device_time_total)
+    print(f"the GPU's busy time {sum(e.device_time_total for e in events) / 1e6:.3f} s")
+    for event in events[:16]:
+        print(f"  {event.device_time_total / 1e6:.3f} s in {event.count}: {event.key[:90]}")
+
+
+def try_registers(_: list[QuantType]) -> None:
+    """Registers of a lane, for large and small tensors: fewer let more rows run at once."""
+    known = inputs_of(hessian(4096))
+    for name in ("IQ2_XXS", "IQ2_S", "IQ3_XXS"):
         for n_rows in (14336, 4096, 1024):
-            attempt(partial(try_tiles_on, CODEBOOKS[QuantType(name)], n_rows, known))
+            attempt(partial(try_registers_on, CODEBOOKS[QuantType(name)], n_rows, known))
 
 
-def try_tiles_on(book: Codebook, n_rows: int, known: Inputs) -> None:
+def try_registers_on(book: Codebook, n_rows: int, known: Inputs) -> None:
     shares = known.damped.diagonal().contiguous()
     w = weight(n_rows, 4096)
     start = codebooks.rounded(book, w, shares)
-    for rows, warps in TILES:
-        with tiles(rows, warps):
+    small, rows = start[:8].contiguous(), w[:8].contiguous()
+    for n in REGISTERS:
+        with registers(n):
+            codebooks.feedback(book, small, rows, [known.by_units])  # compiled first
+            codebooks.descend(book, small, rows, known.damped, 1)
             laps = Laps()
             codebooks.fit_scales(book, start, w, shares)
             laps.lap("fit")
@@ -299,7 +330,7 @@ def try_tiles_on(book: Codebook, n_rows: int, known: Inputs) -> None:
             laps.lap("feedback")
             codebooks.descend(book, fed, w, known.damped, 1)
             laps.lap("sweep")
-        print(f"{book.qtype} {n_rows} rows, tile {rows}, {warps} warps: {laps}", flush=True)
+        print(f"{book.qtype} {n_rows} rows, {n} registers: {laps}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from quantkit.ggml.searches_cuda import tl, triton
 _TILE, _WARPS = 2048, 4  # weights of one program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_all", "per_row", "rows_each", "n_reaches"])
 def _search(  # type: ignore[no-untyped-def]
     weight,
     shares,
@@ -72,16 +72,18 @@ def group_scales(
     shares: torch.Tensor,
     lists: Sequence[Sequence[float]],
     reaches: Sequence[float],
+    *,
+    only_compile: bool = False,
 ) -> torch.Tensor:
     """Return the scales of groups, float32 (n_rows, n_groups), of float32 (n_rows, n_columns);
     `shares` are importances, (n_experts, n_columns), `lists` the values of entries, `reaches`
-    evenly apart.
+    evenly apart. To compile only returns nothing of use.
     """
     n_rows, n_columns = weight.shape
     per_row = n_columns // book.group
     tile = _TILE // book.group
     scale = torch.empty((n_rows, per_row), device=weight.device)
-    _search[(triton.cdiv(scale.numel(), tile),)](
+    _search.run(
         weight.contiguous(),
         shares.contiguous(),
         scale,
@@ -98,5 +100,7 @@ def group_scales(
         group=book.group,
         tile=tile,
         num_warps=_WARPS,
+        grid=(triton.cdiv(scale.numel(), tile),),
+        warmup=only_compile,
     )
     return scale

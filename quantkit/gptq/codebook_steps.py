@@ -6,12 +6,13 @@ compiled kernels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
 
 from quantkit.ggml.codebooks import BLOCK, UNIT, Codebook, Codes
+from quantkit.gptq.codebook_tables import norms_of
 from quantkit.gptq.codebook_units import choose, sign_bytes
 
 LEAST_STEP = 0.25  # of an integer: a scale that is nearer to the best one is not changed
@@ -68,8 +69,9 @@ class UnitBlock:
 
     `entry` int16 (n_rows, 256 / width), `signs` uint8 (n_rows, 32), `integer` int16 (n_rows,
     n_groups), `d` float32 (n_rows,), `gradient` E H float32 (n_rows, 256); `hessian` (256, 256) is
-    the block's own, `inverses` (32, 8, 8) those of its units. For a GPU's step experts, or blocks
-    that do not depend on each other, may be an axis in front of all.
+    the block's own, `inverses` (32, 8, 8) those of its units; `is_diagonal` says that it is, which
+    saves a GPU's step work. For that step experts, or blocks that do not depend on each other, may
+    be an axis in front of all.
     """
 
     book: Codebook
@@ -80,11 +82,17 @@ class UnitBlock:
     gradient: torch.Tensor
     hessian: torch.Tensor
     inverses: torch.Tensor
+    is_diagonal: bool = field(default=False, kw_only=True)
 
     @cached_property
     def metrics(self) -> torch.Tensor:
         """The own parts of its units of the Hessian, float32 (32, 8, 8)."""
         return own_parts(self.hessian)
+
+    @cached_property
+    def norms(self) -> torch.Tensor:
+        """What `norms_of` says of its metrics."""
+        return norms_of(self.book, self.metrics)
 
 
 Step = Callable[[UnitBlock], torch.Tensor]

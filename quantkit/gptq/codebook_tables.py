@@ -12,9 +12,9 @@ from quantkit.gptq.codebook_units import N_LISTED, N_ROUNDS
 
 
 @cache
-def columns_of(qtype: QuantType, device: torch.device) -> torch.Tensor:
-    """Return the table, float32 (width, n_table)."""
-    return torch.from_numpy(CODEBOOKS[qtype].entries).to(device).T.contiguous()
+def table_of(qtype: QuantType, device: torch.device) -> torch.Tensor:
+    """Return the table, float16 (n_table, width): all of its values are float16."""
+    return torch.from_numpy(CODEBOOKS[qtype].entries).to(device, torch.float16)
 
 
 @cache
@@ -28,7 +28,7 @@ def norms_of(book: Codebook, metrics: torch.Tensor) -> torch.Tensor:
     width, n_table).
     """
     own = metrics.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, book.width))
-    return own @ columns_of(book.qtype, metrics.device).square()
+    return own @ table_of(book.qtype, metrics.device).T.float().square()
 
 
 def sizes_of(book: Codebook) -> dict[str, int]:

@@ -230,7 +230,7 @@ def fit_scales(
         numbers = [*_of_block(codes, index), gradient[:, own]]
         numbers = [x.unflatten(0, (n_experts, -1)) for x in numbers]
         numbers += [hessians[:, index], inverses[:, index]]
-        blocks.append(UnitBlock(book, *numbers))
+        blocks.append(UnitBlock(book, *numbers, is_diagonal=True))
     if step is _step_block_cuda:  # blocks do not depend on each other: all at once
         together = _joined(book, blocks)
         step(together)
@@ -245,7 +245,7 @@ def fit_scales(
 
 
 _NUMBERS = ("entry", "signs", "integer", "d")
-_TENSORS = tuple(field.name for field in fields(UnitBlock) if field.name != "book")
+_TENSORS = tuple(f.name for f in fields(UnitBlock) if f.name not in ("book", "is_diagonal"))
 
 
 def _of_block(codes: Codes, index: int) -> list[torch.Tensor]:
@@ -259,7 +259,8 @@ def _of_block(codes: Codes, index: int) -> list[torch.Tensor]:
 
 def _joined(book: Codebook, blocks: Sequence[UnitBlock]) -> UnitBlock:
     """Blocks with experts in front as one with blocks times experts in front."""
-    return UnitBlock(book, *(torch.cat([getattr(b, name) for b in blocks]) for name in _TENSORS))
+    numbers = (torch.cat([getattr(block, name) for block in blocks]) for name in _TENSORS)
+    return UnitBlock(book, *numbers, is_diagonal=blocks[0].is_diagonal)
 
 
 def _packed(book: Codebook, blocks: Sequence[UnitBlock]) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """The step of the descent onto codebooks on an NVIDIA GPU, in Triton.
 
-A program owns some rows of a block of 256 columns, and takes its groups in turn. What passes from
-lanes of columns to lanes of rows goes through memory, behind barriers. The same in torch is the
-reference: `quantkit.gptq.codebook_steps.step_block`. Imported only where tensors are on a GPU.
+A program of one warp owns one row of a block of 256 columns: it skips what its row does not need,
+and thousands of rows keep the GPU busy. It takes the groups in turn; what earlier ones changed
+reaches a group when its turn comes. d is fitted in a second launch, after a product of all rows.
+The same in torch is the reference: `quantkit.gptq.codebook_steps.step_block`. Imported only where
+tensors are on a GPU.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -15,17 +17,28 @@ import torch
 
 from quantkit.ggml.codebooks import BLOCK
 from quantkit.ggml.searches_cuda import tl, triton
-from quantkit.gptq.codebook_tables import columns_of, multipliers_of, norms_of, sizes_of
-from quantkit.gptq.kernels_codebook_units_cuda import choose, multiplied
+from quantkit.gptq.codebook_tables import multipliers_of, sizes_of, table_of
+from quantkit.gptq.kernels_codebook_units_cuda import choose, lane, lines_of, multiplied
 
 if TYPE_CHECKING:
     from quantkit.gptq.codebook_steps import UnitBlock
 
-ROWS, WARPS = 8, 1
+REGISTERS = 128  # of a lane at most: sixteen rows at once for each multiprocessor
+_FIT_ROWS = 4
 
 
-# One binary for all shapes: it is many seconds until it is compiled.
-@triton.jit(do_not_specialize=["n_rows", "gradient_step", "gradient_row"])
+@triton.jit
+def _reach(values, lines, place):  # type: ignore[no-untyped-def]
+    """Values (1, 8) times eight lines of a group's Hessian: as `place`, (n_units, 8)."""
+    total = tl.zeros(place.shape, tl.float32)
+    values = values + total
+    for j in tl.static_range(8):
+        total += lane(values, j) * tl.load(lines + 256 * j + place)
+    return total
+
+
+# One binary for all shapes: it is seconds until it is compiled.
+@triton.jit(do_not_specialize=["n_rows", "gradient_step", "gradient_row", "is_diagonal"])
 def _descend(  # type: ignore[no-untyped-def]
     entry,
     signs,
@@ -33,19 +46,16 @@ def _descend(  # type: ignore[no-untyped-def]
     d,
     gradient,
     change,
-    slope,
-    level,
-    spare,
-    spare_entry,
-    passed,
+    unit_values,
     hessian,
     inverses,
     norms,
-    columns,
+    table,
     multipliers,
     n_rows,
     gradient_step,
     gradient_row,
+    is_diagonal,
     least_step,
     half_step: tl.constexpr,
     n_integers: tl.constexpr,
@@ -56,277 +66,215 @@ def _descend(  # type: ignore[no-untyped-def]
     sign_kind: tl.constexpr,
     n_listed: tl.constexpr,
     n_rounds: tl.constexpr,
-    tile: tl.constexpr,
 ):
-    passing: tl.constexpr = 48  # numbers of a row that lanes hand over
-    per_unit: tl.constexpr = 8 // width
-    n_groups: tl.constexpr = 256 // group
-    own_entries: tl.constexpr = group // width
+    n_units: tl.constexpr = group // 8
     expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     hessian += expert * 65536
     inverses += expert * 2048
-    norms += expert * 32 * per_unit * n_table
-    start = tl.program_id(0).to(tl.int64) * tile
-    rows = tl.arange(0, tile)
-    inside = start + rows < n_rows
-    gradient += expert * gradient_step + start * gradient_row
-    start += expert * n_rows
-    entry += start * (256 // width)
-    signs += start * 32
-    integer += start * n_groups
-    d += start
-    change += start * 256
-    slope += start * 256
-    level += start * 256
-    spare += start * 64
-    spare_entry += start * (2 * own_entries)
-    passed += start * passing
+    norms += expert * (256 // width) * n_table
+    gradient += expert * gradient_step + row * gradient_row
+    row += expert * n_rows
+    entry += row * (256 // width)
+    signs += row * 32
+    integer += row * (256 // group)
+    change += row * 256
+    unit_values += row * 256
+    own_d = tl.load(d + row)
+    n_groups = 256 // group
+    if own_d == 0:
+        n_groups = 0
+        tl.store(change + tl.arange(0, 256), tl.zeros((256,), tl.float32))
+        tl.store(unit_values + tl.arange(0, 256), tl.zeros((256,), tl.float32))
 
-    index = tl.arange(0, 256)
-    real = inside[:, None] & (index >= 0)[None, :]
-    whole = rows[:, None] * 256 + index[None, :]
-    column = tl.arange(0, group)
-    known = inside[:, None] & (column >= 0)[None, :]
-    pass_at = rows[:, None] * passing + column[None, :]
-    own_d = tl.load(d + rows, mask=inside, other=0.0)
-    free = own_d != 0
-
-    codes = tl.load(entry + rows[:, None] * (256 // width) + index[None, :] // width, mask=real)
-    sizes = tl.load(columns + (index % width)[None, :] * n_table + codes.to(tl.int32), mask=real)
-    if sign_kind > 0:
-        bytes_ = tl.load(signs + rows[:, None] * 32 + index[None, :] // 8, mask=real).to(tl.int32)
-        sizes = tl.where(((bytes_ >> (index % 8)[None, :]) & 1) == 1, -sizes, sizes)
-    codes = tl.load(integer + rows[:, None] * n_groups + index[None, :] // group, mask=real)
-    all_scales = own_d[:, None] * tl.load(multipliers + codes.to(tl.int32), mask=real)
-    tl.store(level + whole, sizes, mask=real)
-    tl.store(change + whole, -sizes * all_scales, mask=real)
-    all_slopes = tl.load(gradient + rows[:, None] * gradient_row + index[None, :], mask=real)
-    tl.store(slope + whole, all_slopes, mask=real)
-
+    unit_at = tl.arange(0, n_units)[:, None]
+    i = tl.arange(0, 8)
+    place = 8 * unit_at + i[None, :]
     for k in range(n_groups):
         at = k * group
-        own_hessian = hessian + at * 256 + at
-        own = rows[:, None] * 256 + at + column[None, :]
-        entry_at = rows * (256 // width) + k * own_entries
-        tl.debug_barrier()
-        code = tl.load(integer + rows * n_groups + k, mask=inside, other=0).to(tl.int32)
+        own_hessian = hessian + at * 257
+        code = tl.load(integer + k).to(tl.int32)
         now = own_d * tl.load(multipliers + code)
-        side = tl.zeros_like(code)
+        entries = tl.load(entry + (at + place) // width).to(tl.int32)
+        levels = tl.load(table + entries * width + place % width).to(tl.float32)
+        if sign_kind > 0:
+            byte = tl.load(signs + (at + place) // 8).to(tl.int32)
+            levels = tl.where(((byte >> (place % 8)) & 1) == 1, -levels, levels)
+        side = 0
         if n_table > n_entries:
-            lowest = tl.load(entry + entry_at, mask=inside, other=0).to(tl.int32)
-            side = (lowest >= n_entries).to(tl.int32)
-        before = tl.load(level + own, mask=known, other=0.0) * now[:, None]
-        slope_of_best = tl.load(slope + own, mask=known, other=0.0)
-        reach = tl.zeros_like(before)  # the group's levels times its Hessian
-        sums = tl.zeros((1, group), tl.float32)
+            side = (tl.load(entry + at // width) >= n_entries).to(tl.int32)
+        # What the groups before changed.
+        slope = tl.load(gradient + at + place)
+        tl.debug_barrier()
+        for unit in range(at // 8 * (1 - is_diagonal)):
+            done = tl.load(change + 8 * unit + i[None, :])
+            slope += _reach(done, hessian + unit * 2048 + at, place)
+
+        before = levels * now
+        reach = tl.zeros((n_units, 8), tl.float32)  # the group's levels times its Hessian
+        sums = tl.zeros((n_units, 8), tl.float32)
         other = code
-        pick = tl.zeros_like(code)
-        best_gain = tl.zeros_like(now)
+        best_levels, best_entries, best_code = levels, entries, code
+        best_gain = now * 0
         # The integer as it is, then the next one, then the other half of the table.
         for trial in range(3 if n_table > n_entries else 2):
-            tl.debug_barrier()
             if trial == 1:
-                for i in range(group):
-                    line = tl.load(own_hessian + i * 256 + column)[None, :]
-                    value = tl.load(level + rows * 256 + at + i, mask=inside, other=0.0)
-                    reach += value[:, None] * line
-                    sums += line
-                levels = tl.load(level + own, mask=known, other=0.0)
-                along = tl.sum(levels * slope_of_best, 1) * now
-                along *= tl.load(multipliers + code)
-                curvature = tl.sum(levels * reach, 1) * now * now
+                levels, entries = best_levels, best_entries
+                for unit in range(n_units):
+                    value = tl.sum(tl.where(unit_at == unit, levels, 0.0), 0)[None, :]
+                    lines = own_hessian + unit * 2048
+                    reach += _reach(value, lines, place)
+                    if n_table > n_entries:
+                        sums += _reach(tl.full((1, 8), 1.0, tl.float32), lines, place)
+                along = tl.sum(tl.sum(levels * slope, 1), 0) * now * tl.load(multipliers + code)
+                curvature = tl.sum(tl.sum(levels * reach, 1), 0) * now * now
                 is_near = tl.abs(along) <= least_step * curvature
                 other = code + tl.where(is_near, 0, tl.where(along > 0, -1, 1))
                 other = tl.minimum(tl.maximum(other, 0), n_integers - 1)
-            active = free
-            scale, delta, half = now, tl.zeros_like(now), side
+            wanted, half, delta = code, side, now * 0
             if trial == 1:
-                active = free & (other != code)
-                scale = own_d * tl.load(multipliers + other)
+                wanted = other
             if trial == 2:
                 half = 1 - side
-                delta = tl.where(side == 0, half_step, -half_step)
-            if tl.max(active.to(tl.int32), 0) > 0:
-                divisor = tl.where(active, scale, 1.0)
+                delta += tl.where(side == 0, half_step, -half_step)
+            if (trial != 1) | (other != code):
+                scale = own_d * tl.load(multipliers + wanted)
+                new_levels = levels + delta
+                new_entries = entries + (half - side) * n_entries
                 step = scale - now
-                levels = tl.load(level + own, mask=known, other=0.0)
-                slopes = slope_of_best + step[:, None] * reach + (delta * scale)[:, None] * sums
-                steps = levels * step[:, None] + (delta * scale)[:, None]
-                gain = tl.sum(steps * (slope_of_best + slopes), 1)
-                for unit in range(group // 8):
-                    tl.debug_barrier()
-                    tl.store(passed + pass_at, slopes, mask=known)
-                    tl.debug_barrier()
-                    metric_at = (at // 8 + unit).to(tl.int64)
-                    towards, old = (), ()
-                    for i in tl.static_range(8):
-                        place = 8 * unit + i
-                        value = tl.load(passed + rows * passing + place, mask=inside, other=0.0)
-                        towards = towards + (value,)
-                        value = tl.load(level + rows * 256 + at + place, mask=inside, other=0.0)
-                        old = old + (value + delta,)
-                    away = multiplied(inverses + metric_at * 64, towards, 8)
-                    # Through memory, so that the layout of other numbers does not become that of
-                    # the look over the table.
-                    wanted = passed + rows * passing + 32
-                    for i in tl.static_range(8):
-                        tl.store(wanted + i, old[i] - away[i] / divisor, mask=inside)
-                    tl.store(wanted + 8, half.to(tl.float32), mask=inside)
-                    tl.debug_barrier()
-                    target = ()
-                    for i in tl.static_range(8):
-                        target = target + (tl.load(wanted + i, mask=inside, other=0.0),)
-                    own_half = tl.load(wanted + 8, mask=inside, other=0.0).to(tl.int32)
-                    new, one, two = choose(
-                        target,
-                        own_half,
-                        hessian + (at + 8 * unit) * 257,
-                        norms + metric_at * per_unit * n_table,
-                        columns,
+                new_slope = slope + step * reach + delta * scale * sums
+                steps = levels * step + delta * scale
+                gain = tl.sum(tl.sum(steps * (slope + new_slope), 1), 0)
+                for unit in range(n_units):
+                    here = unit_at == unit
+                    towards = tl.sum(tl.where(here, new_slope, 0.0), 0)[None, :]
+                    old = tl.sum(tl.where(here, new_levels, 0.0), 0)[None, :]
+                    number = (at // 8 + unit).to(tl.int64)
+                    away = multiplied(towards, lines_of(inverses + number * 64, 8))
+                    metric = hessian + number * 2056
+                    lines = lines_of(metric, 256)
+                    new, found = choose(
+                        old - away / scale,
+                        half,
+                        lines,
+                        tl.load(metric + 257 * i[None, :]),
+                        norms + number * (8 // width) * n_table,
+                        table,
                         n_entries,
                         n_table,
                         width,
                         sign_kind,
                         n_listed,
                         n_rounds,
-                        256,
                     )
-                    moves = ()
-                    for i in tl.static_range(8):
-                        moves = moves + ((new[i] - old[i]) * scale,)
-                    bends = multiplied(hessian + (at + 8 * unit) * 257, moves, 256)
-                    added = moves[0] * (2 * towards[0] + bends[0])
-                    for i in tl.static_range(1, 8):
-                        added += moves[i] * (2 * towards[i] + bends[i])
-                    good = active & (added < 0)
-                    gain += tl.where(good, added, 0.0)
-                    for i in tl.static_range(8):
-                        move = tl.where(good, moves[i], 0.0)
-                        line = tl.load(own_hessian + (8 * unit + i) * 256 + column)
-                        slopes += move[:, None] * line[None, :]
-                        value = tl.where(good, new[i], old[i])
-                        place = 8 * unit + i
-                        if trial == 0:
-                            tl.store(level + rows * 256 + at + place, value, mask=inside)
-                        else:
-                            there = rows * 64 + (trial - 1) * 32
-                            tl.store(spare + there + place, value, mask=inside)
-                    moved = tl.where(half > side, n_entries, tl.where(half < side, -n_entries, 0))
-                    for i in tl.static_range(per_unit):
-                        place = per_unit * unit + i
-                        value = tl.load(entry + entry_at + place, mask=inside, other=0)
-                        value = tl.where(good, one if i == 0 else two, value.to(tl.int32) + moved)
-                        value = value.to(tl.int16)
-                        if trial == 0:
-                            tl.store(entry + entry_at + place, value, mask=inside)
-                        else:
-                            there = rows * (2 * own_entries) + (trial - 1) * own_entries
-                            tl.store(spare_entry + there + place, value, mask=inside)
+                    move = (new - old) * scale
+                    bend = multiplied(move, lines)
+                    added = tl.sum(tl.sum(move * (2 * towards + bend), 1), 0)
+                    if added < 0:
+                        gain += added
+                        new_slope += _reach(move, own_hessian + unit * 2048, place)
+                        new_levels = tl.where(here, new, new_levels)
+                        new_entries = tl.where(here, found, new_entries)
                 if trial == 0:
-                    slope_of_best = slopes
-                else:
-                    better = active & (gain < best_gain)
-                    best_gain = tl.where(better, gain, best_gain)
-                    pick = tl.where(better, trial, pick)
-        tl.debug_barrier()
+                    slope = new_slope
+                if (trial == 0) | (gain < best_gain):
+                    best_levels, best_entries, best_code = new_levels, new_entries, wanted
+                    best_gain = tl.where(trial == 0, 0.0, gain)
 
-        levels = tl.load(level + own, mask=known, other=0.0)
-        taken = known & (pick > 0)[:, None]
-        from_spare = (rows * 64 + (pick - 1) * 32)[:, None] + column[None, :]
-        levels = tl.where(taken, tl.load(spare + from_spare, mask=taken, other=0.0), levels)
-        code = tl.where(pick == 1, other, code)
-        now = own_d * tl.load(multipliers + code)
-        steps = tl.where(free[:, None], levels * now[:, None] - before, 0.0)
-        place = tl.arange(0, own_entries)
-        taken = (inside & (pick > 0))[:, None] & (place >= 0)[None, :]
-        from_spare = (rows * (2 * own_entries) + (pick - 1) * own_entries)[:, None] + place[None, :]
-        value = tl.load(spare_entry + from_spare, mask=taken, other=0)
-        tl.debug_barrier()
-        tl.store(entry + entry_at[:, None] + place[None, :], value, mask=taken)
-        tl.store(level + own, levels, mask=known)
-        tl.store(integer + rows * n_groups + k, code.to(tl.int16), mask=inside)
-        tl.store(passed + pass_at, steps, mask=known)
+        multiplier = tl.load(multipliers + best_code)
+        tl.store(change + at + place, best_levels * (own_d * multiplier) - before)
+        tl.store(unit_values + at + place, best_levels * multiplier)
+        tl.store(entry + (at + place) // width, best_entries.to(tl.int16), mask=place % width == 0)
+        tl.store(integer + k, best_code.to(tl.int16))
         if sign_kind > 0:
-            bits = tl.where(levels < 0, 1 << (column % 8)[None, :], 0)
-            found = tl.sum(bits.reshape(tile, group // 8, 8), 2).to(tl.uint8)
-            sign_at = rows[:, None] * 32 + at // 8 + tl.arange(0, group // 8)[None, :]
-            tl.store(signs + sign_at, found, mask=free[:, None] & (sign_at >= 0))
-        tl.debug_barrier()
-        all_slopes = tl.load(slope + whole, mask=real, other=0.0)
-        for i in range(group):
-            move = tl.load(passed + rows * passing + i, mask=inside, other=0.0)
-            all_slopes += move[:, None] * tl.load(hessian + (at + i) * 256 + index)[None, :]
-        tl.store(slope + whole, all_slopes, mask=real)
-    tl.debug_barrier()
+            bits = tl.sum(tl.where(best_levels < 0, 1 << (place % 8), 0), 1)
+            tl.store(signs + at // 8 + tl.arange(0, n_units), bits.to(tl.uint8))
 
-    codes = tl.load(integer + rows[:, None] * n_groups + index[None, :] // group, mask=real)
-    unit_values = tl.load(level + whole, mask=real, other=0.0)
-    unit_values *= tl.load(multipliers + codes.to(tl.int32), mask=real)
-    tl.debug_barrier()
-    tl.store(level + whole, unit_values, mask=real)
-    tl.debug_barrier()
-    reach = tl.zeros((tile, 256), tl.float32)
-    for i in range(256):
-        value = tl.load(level + rows * 256 + i, mask=inside, other=0.0)
-        reach += value[:, None] * tl.load(hessian + i * 256 + index)[None, :]
-    along = tl.sum(unit_values * tl.load(slope + whole, mask=real, other=0.0), 1)
-    curvature = tl.sum(unit_values * reach, 1)
-    can = (curvature > 0) & free
+
+@triton.jit(do_not_specialize=["n_rows", "gradient_step", "gradient_row"])
+def _fit(  # type: ignore[no-untyped-def]
+    d, gradient, change, unit_values, reach, n_rows, gradient_step, gradient_row, tile: tl.constexpr
+):
+    """d by least squares of rows whose values are d times `unit_values`; `reach` are those times
+    the Hessian, and the gradient is that before `change`.
+    """
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * tile + tl.arange(0, tile).to(tl.int64)
+    inside = row < n_rows
+    real = inside[:, None] & (tl.arange(0, 256) >= 0)[None, :]
+    column = tl.arange(0, 256)[None, :]
+    at = expert * gradient_step + row[:, None] * gradient_row + column
+    slope = tl.load(gradient + at, mask=real, other=0.0)
+    row += expert * n_rows
+    at = row[:, None] * 256 + column
+    unit = tl.load(unit_values + at, mask=real, other=0.0)
+    moved = tl.load(change + at, mask=real, other=0.0)
+    bend = tl.load(reach + at, mask=real, other=0.0)
+    own_d = tl.load(d + row, mask=inside, other=0.0)
+    along = tl.sum(unit * slope + moved * bend, 1)
+    curvature = tl.sum(unit * bend, 1)
+    can = (curvature > 0) & (own_d != 0)
     best_d = own_d - along / tl.where(can, curvature, 1.0)
     step = best_d.to(tl.float16).to(tl.float32) - own_d
     good = can & (step * (2 * along + step * curvature) < 0)
-    own_d += tl.where(good, step, 0.0)
-    tl.store(d + rows, own_d, mask=inside)
-    before = tl.load(change + whole, mask=real, other=0.0)
-    tl.store(change + whole, unit_values * own_d[:, None] + before, mask=real)
+    step = tl.where(good, step, 0.0)
+    tl.store(d + row, own_d + step, mask=inside)
+    tl.store(change + at, moved + unit * step[:, None], mask=real)
 
 
-def descend(block: UnitBlock, least_step: float) -> torch.Tensor:
+def descend(block: UnitBlock, least_step: float, *, only_compile: bool = False) -> torch.Tensor:
     """Descend on one block of 256 columns of all rows, in place; return what was added to the
     values, float32 (..., n_rows, 256). The gradient, of which rows may be apart, is left to the
     caller. Experts, or other blocks that do not depend on each other, may be an axis in front of
-    all tensors.
+    all tensors. To compile only changes nothing, and returns nothing of use.
     """
     book, device = block.book, block.d.device
     n_experts = len(block.d) if block.d.dim() == 2 else 1
     n_rows = block.d.shape[-1]
-    many = n_experts * n_rows
-    floats = torch.empty((many, 2 * BLOCK + 64 + 48), device=device)
-    slope, level, spare, passed = (
-        part.view(-1) for part in floats.view(-1).split([many * n for n in (BLOCK, BLOCK, 64, 48)])
-    )
     change = torch.empty((*block.d.shape, BLOCK), device=device)
-    per_group = book.group // book.width
-    spare_entry = torch.empty((many, 2 * per_group), dtype=torch.int16, device=device)
+    unit_values = torch.empty_like(change)
     n_half = len(book.entries) // 2
     half_step = float(book.entries[n_half, 0] - book.entries[0, 0]) if book.halves else 0.0
     first, second = book.multipliers[:2]
-    _descend[(triton.cdiv(n_rows, ROWS), n_experts)](
+    apart = block.gradient.stride(0), block.gradient.stride(-2)
+    _descend.run(
         block.entry,
         block.signs,
         block.integer,
         block.d,
         block.gradient,
         change,
-        slope,
-        level,
-        spare,
-        spare_entry,
-        passed,
+        unit_values,
         block.hessian,
         block.inverses,
-        norms_of(book, block.metrics),
-        columns_of(book.qtype, device),
+        block.norms,
+        table_of(book.qtype, device),
         multipliers_of(book.qtype, device),
         n_rows,
-        block.gradient.stride(0),
-        block.gradient.stride(-2),
+        *apart,
+        int(block.is_diagonal),
         least_step * (second - first),
         half_step=half_step,
         n_integers=len(book.multipliers),
         group=book.group,
         **sizes_of(book),
-        tile=ROWS,
-        num_warps=WARPS,
+        num_warps=1,
+        maxnreg=REGISTERS,
+        grid=(n_rows, n_experts),
+        warmup=only_compile,
+    )
+    reach = unit_values @ block.hessian
+    _fit.run(
+        block.d,
+        block.gradient,
+        change,
+        unit_values,
+        reach,
+        n_rows,
+        *apart,
+        tile=_FIT_ROWS,
+        num_warps=_FIT_ROWS,
+        grid=(triton.cdiv(n_rows, _FIT_ROWS), n_experts),
+        warmup=only_compile,
     )
     return change

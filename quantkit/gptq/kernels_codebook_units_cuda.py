@@ -1,8 +1,8 @@
-"""The best codes of eight columns of some rows, as a Triton function.
+"""The best codes of the eight columns of one row, as a Triton function.
 
-`quantkit.gptq.codebook_units` says what is computed, and has the same in torch. What belongs to the
-eight columns are tuples of eight tensors (rows,), so that sums over columns need no other lanes.
-Imported only where tensors are on a GPU.
+`quantkit.gptq.codebook_units` says what is computed, and has the same in torch. A program is one
+warp, and what belongs to eight columns is a tensor (8,), of candidates (n, 8): small code, compiled
+in seconds. Imported only where tensors are on a GPU.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -14,97 +14,125 @@ from quantkit.ggml.searches_cuda import tl, triton
 
 
 @triton.jit
-def multiplied(matrix, values, pitch: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return an (8, 8) matrix in memory, its rows `pitch` apart, times a tuple of eight."""
-    found = ()
-    for i in tl.static_range(8):
-        total = tl.load(matrix + pitch * i) * values[0]
-        for j in tl.static_range(1, 8):
-            total += tl.load(matrix + pitch * i + j) * values[j]
-        found = found + (total,)
-    return found
+def lane(values, j: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Column j of (n, 8), for all columns: lanes ask one another."""
+    return tl.gather(values, tl.full(values.shape, j, tl.int32), 1)
 
 
 @triton.jit
-def _flipped(levels, slope, metric, which, good, pitch: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Levels and slope once the sign of column `which` is another, where that is `good`."""
-    step = tl.zeros_like(slope[0])
-    turned, moved = (), ()
-    for i in tl.static_range(8):
-        here = good & (which == i)
-        step = tl.where(here, -2 * levels[i], step)
-        turned = turned + (tl.where(here, -levels[i], levels[i]),)
-    for i in tl.static_range(8):
-        moved = moved + (slope[i] + step * tl.load(metric + pitch * which + i),)
-    return turned, moved
+def lines_of(matrix, pitch: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The lines of a matrix in memory, `pitch` apart: a tuple of eight (1, 8)."""
+    lines = ()
+    for j in tl.static_range(8):
+        lines = lines + (tl.load(matrix + pitch * j + tl.arange(0, 8)[None, :]),)
+    return lines
 
 
 @triton.jit
-def _gains(levels, slope, metric, pitch: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What each sign's flip alone adds to the cost."""
-    found = ()
-    for i in tl.static_range(8):
-        gain = 4 * levels[i] * (levels[i] * tl.load(metric + (pitch + 1) * i) - slope[i])
-        found = found + (gain,)
-    return found
+def multiplied(values, lines):  # type: ignore[no-untyped-def]
+    """Return values (n, 8) times the matrix of these lines."""
+    total = lane(values, 0) * lines[0]
+    for j in tl.static_range(1, 8):
+        total += lane(values, j) * lines[j]
+    return total
 
 
 @triton.jit
-def _best_flip(gains):  # type: ignore[no-untyped-def]
-    best, which = gains[0], tl.zeros_like(gains[0]).to(tl.int32)
-    for i in tl.static_range(1, 8):
-        which = tl.where(gains[i] < best, i, which)
-        best = tl.minimum(best, gains[i])
-    return best, which
+def _candidates(  # type: ignore[no-untyped-def]
+    table,
+    norms,
+    share,
+    odd,
+    n_entries: tl.constexpr,
+    n_table: tl.constexpr,
+    width: tl.constexpr,
+    is_even: tl.constexpr,
+    n_listed: tl.constexpr,
+):
+    """Entries to compare, int32 (4 or 8, 8): that of every column."""
+    n: tl.constexpr = 8 if width == 4 and is_even else 4
+    one = tl.arange(0, n)[:, None]
+    column = tl.arange(0, 8)[None, :]
+    wrong = 2.0 * odd
+    if width == 8:
+        found, _ = shortlist(table, norms, share, wrong, n_entries, 8, is_even, n_listed)
+        entry = tl.where(one == 1, found[1], tl.where(one == 2, found[2], found[0]))
+        return entry + tl.zeros_like(column)
+    else:
+        parts = share.reshape(2, 4)
+        first = (tl.arange(0, 2) == 0)[:, None]
+        left = tl.sum(tl.where(first, parts, 0.0), 0)[None, :]
+        right = tl.sum(tl.where(first, 0.0, parts), 0)[None, :]
+        own = norms + n_table
+        bad_left, left = shortlist(table, norms, left, wrong, n_entries, 4, is_even, n_listed)
+        bad_right, right = shortlist(table, own, right, wrong, n_entries, 4, is_even, n_listed)
+        # One half has the wrong sign, or none: then the lists are the same.
+        of_left = tl.where(one % 4 < 2, left[0], left[1])
+        of_right = tl.where(one % 2 == 0, right[0], right[1])
+        if is_even:
+            other = tl.where(one % 4 < 2, bad_left[0], bad_left[1])
+            of_left = tl.where(one >= 4, other, of_left)
+            other = tl.where(one % 2 == 0, bad_right[0], bad_right[1])
+            of_right = tl.where(one < 4, other, of_right)
+        return tl.where(column < 4, of_left, of_right)
+
+
+@triton.jit
+def _cheapest(gains):  # type: ignore[no-untyped-def]
+    """The least of every row (n, 8), and its column."""
+    best = tl.min(gains, 1)
+    return best, tl.min(tl.where(gains == best[:, None], tl.arange(0, 8)[None, :], 7), 1)
+
+
+@triton.jit
+def _cheapest_pair(gains, levels, lines):  # type: ignore[no-untyped-def]
+    """What the best flip of two columns adds to the cost, and both."""
+    column = tl.arange(0, 8)[None, :]
+    best = tl.full(gains.shape, float("inf"), tl.float32)
+    at = tl.zeros(gains.shape, tl.int32)
+    for j in tl.static_range(1, 8):
+        pair = gains + lane(gains, j) + 8 * levels * lines[j] * lane(levels, j)
+        better = (column < j) & (pair < best)
+        best = tl.where(better, pair, best)
+        at = tl.where(better, 8 * column + j, at)
+    least = tl.min(best, 1)
+    at = tl.min(tl.where(best == least[:, None], at, 63), 1)
+    return least, at // 8, at % 8
 
 
 @triton.jit
 def _signed(  # type: ignore[no-untyped-def]
-    sizes,
-    target,
-    odd,
-    metric,
-    signs: tl.constexpr,
-    n_rounds: tl.constexpr,
-    pitch: tl.constexpr,
+    sizes, target, odd, lines, diagonal, signs: tl.constexpr, n_rounds: tl.constexpr
 ):
-    """Sizes with signs that cost little by the whole metric, and that cost."""
-    levels, off = (), ()
-    for i in tl.static_range(8):
-        own = sizes[i]
-        if signs > 0:
-            own = tl.where(target[i] < 0, -own, own)
-        levels = levels + (own,)
-        off = off + (own - target[i],)
-    slope = multiplied(metric, off, pitch)
-    cost = off[0] * slope[0]
-    for i in tl.static_range(1, 8):
-        cost += off[i] * slope[i]
-    if signs == 2:
-        best, which = _best_flip(_gains(levels, slope, metric, pitch))
-        one_more = odd & (cost == cost)
-        cost += tl.where(one_more, best, 0.0)
-        levels, slope = _flipped(levels, slope, metric, which, one_more, pitch)
+    """Sizes (n, 8) with signs that cost little by the whole metric, and that cost (n,)."""
+    column = tl.arange(0, 8)[None, :]
+    levels = sizes
     if signs > 0:
-        for _ in range(n_rounds):
-            gains = _gains(levels, slope, metric, pitch)
-            if signs == 1:
-                best, which = _best_flip(gains)
-                good = best < 0
-                levels, slope = _flipped(levels, slope, metric, which, good, pitch)
-            else:
-                best = tl.zeros_like(cost)
-                which = tl.zeros_like(cost).to(tl.int32)
-                for i in tl.static_range(7):
-                    for j in tl.static_range(i + 1, 8):
-                        both = 8 * tl.load(metric + pitch * i + j) * levels[i] * levels[j]
-                        pair = gains[i] + gains[j] + both
-                        which = tl.where(pair < best, 8 * i + j, which)
-                        best = tl.minimum(best, pair)
-                good = best < 0
-                levels, slope = _flipped(levels, slope, metric, which // 8, good, pitch)
-                levels, slope = _flipped(levels, slope, metric, which % 8, good, pitch)
-            cost += tl.minimum(best, 0.0)
+        levels = tl.where(target < 0, -sizes, sizes)
+    off = levels - target
+    slope = multiplied(off, lines)
+    cost = tl.sum(off * slope, 1)
+    if signs > 0:
+        # Where one even sign is wrong, the first round flips one column, whatever it costs.
+        going = 1
+        for turn in range(signs - 1 - odd, n_rounds + signs - 1):
+            if going == 1:
+                gains = 4 * levels * (levels * diagonal - slope)
+                if signs == 1:
+                    best, one = _cheapest(gains)
+                    other, good = one, best < 0
+                elif turn == 0:
+                    best, one = _cheapest(gains)
+                    other, good = one, one >= 0
+                else:
+                    best, one, other = _cheapest_pair(gains, levels, lines)
+                    good = best < 0
+                here = good[:, None] & ((column == one[:, None]) | (column == other[:, None]))
+                step = tl.where(here, -2 * levels, 0.0)
+                levels += step
+                slope += multiplied(step, lines)
+                cost += tl.where(good, best, 0.0)
+                going = tl.max(good.to(tl.int32), 0)
     return levels, cost
 
 
@@ -112,71 +140,50 @@ def _signed(  # type: ignore[no-untyped-def]
 def choose(  # type: ignore[no-untyped-def]
     target,
     half,
-    metric,
+    lines,
+    diagonal,
     norms,
-    columns,
+    table,
     n_entries: tl.constexpr,
     n_table: tl.constexpr,
     width: tl.constexpr,
     signs: tl.constexpr,
     n_listed: tl.constexpr,
     n_rounds: tl.constexpr,
-    pitch: tl.constexpr,
 ):
-    """Return signed levels near to the wanted ones `target`, both tuples of eight (rows,), and the
-    one or two entries int32 (rows,).
+    """Return signed levels near to the wanted ones `target`, both (1, 8), and the entry of every
+    column, int32 (1, 8). Of a table of two halves, those of n_entries, `half` says which.
 
-    In memory are `metric` (8, 8), its rows `pitch` apart, `norms` (8 / width, n_table), by its
-    diagonal, and the table, `columns` (width, n_table). `signs`: 0 in the entries, 1 free, 2 even.
+    `lines` are those of the metric, `diagonal` (1, 8) its own. In memory are `norms` (8 / width,
+    n_table), by the diagonal, and the table, float16 (n_table, width). `signs`: 0 in the entries, 1
+    free, 2 even.
     """
-    is_even: tl.constexpr = signs == 2
-    n: tl.constexpr = 8 if width == 4 and is_even else 4  # candidates
-    n_negative = tl.zeros_like(half)
-    share = ()
-    for i in tl.static_range(8):
-        size = target[i]
-        if signs > 0:
-            size = tl.abs(size)
-            n_negative += (target[i] < 0).to(tl.int32)
-        share = share + (2 * tl.load(metric + (pitch + 1) * i) * size,)
-    odd = n_negative % 2 == 1
-    wrong = tl.where(odd, 2.0, 0.0)
-    if width == 8:
-        found = shortlist(
-            columns, norms, half, share, wrong, n_entries, n_table, 8, is_even, n_listed
-        )
-        one = tl.arange(0, n)[None, :]
-        first = tl.where(one == 1, found[1][:, None], found[0][:, None])
-        first = tl.where(one == 2, found[2][:, None], first)
-        second = first
-    else:
-        left = (share[0], share[1], share[2], share[3])
-        right = (share[4], share[5], share[6], share[7])
-        own = norms + n_table
-        a = shortlist(columns, norms, half, left, wrong, n_entries, n_table, 4, False, 2)
-        b = shortlist(columns, own, half, right, wrong, n_entries, n_table, 4, False, 2)
-        one = tl.arange(0, n)[None, :]
-        first = tl.where(one % 4 < 2, a[0][:, None], a[1][:, None])
-        second = tl.where(one % 2 == 0, b[0][:, None], b[1][:, None])
-        if is_even:  # one half has the wrong sign, or none: then the lists are the same
-            a = shortlist(columns, norms, half, left, wrong, n_entries, n_table, 4, True, 2)
-            b = shortlist(columns, own, half, right, wrong, n_entries, n_table, 4, True, 2)
-            other = tl.where(one % 4 < 2, a[0][:, None], a[1][:, None])
-            first = tl.where(one >= 4, other, first)
-            other = tl.where(one % 2 == 0, b[0][:, None], b[1][:, None])
-            second = tl.where(one < 4, other, second)
-    if n_table > n_entries:
-        first += half[:, None] * n_entries
-    sizes, wanted = (), ()
-    for i in tl.static_range(8):
-        entry = first if i < width else second
-        sizes = sizes + (tl.load(columns + (i % width) * n_table + entry),)
-        wanted = wanted + (target[i][:, None],)
-    levels, cost = _signed(sizes, wanted, odd[:, None], metric, signs, n_rounds, pitch)
-    least = tl.min(cost, 1)
-    pick = tl.min(tl.where(cost == least[:, None], one, n), 1)
-    here = one == pick[:, None]
-    best = ()
-    for i in tl.static_range(8):
-        best = best + (tl.sum(tl.where(here, levels[i], 0.0), 1),)
-    return best, tl.sum(tl.where(here, first, 0), 1), tl.sum(tl.where(here, second, 0), 1)
+    size = target
+    odd = 0
+    if signs > 0:
+        size = tl.abs(target)
+        odd = tl.sum(tl.sum((target < 0).to(tl.int32), 1), 0) % 2
+    # The halves of a table differ by a constant, so that the rank of products is that of either.
+    shift = half * n_entries
+    entry = _candidates(
+        table,
+        norms + shift,
+        2 * diagonal * size,
+        odd,
+        n_entries,
+        n_table,
+        width,
+        signs == 2,
+        n_listed,
+    )
+    entry += shift
+    sizes = tl.load(table + entry * width + (tl.arange(0, 8) % width)[None, :]).to(tl.float32)
+    levels, cost = _signed(sizes, target, odd, lines, diagonal, signs, n_rounds)
+    n: tl.constexpr = cost.shape[0]
+    one = tl.arange(0, n)
+    pick = tl.min(tl.where(cost == tl.min(cost, 0), one, n), 0)
+    here = (one == pick)[:, None]
+    return (
+        tl.sum(tl.where(here, levels, 0.0), 0)[None, :],
+        tl.sum(tl.where(here, entry, 0), 0)[None, :],
+    )

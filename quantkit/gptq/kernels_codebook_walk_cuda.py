@@ -1,8 +1,8 @@
 """The walk of GPTQ's block feedback onto codebooks on an NVIDIA GPU, in Triton.
 
-Rows are independent: a program owns some rows and walks the units of eight columns. What passes
-from lanes of columns to lanes of rows goes through memory, behind barriers. The same in torch is
-the reference: `quantkit.gptq.codebook_steps.walk_units`. Imported only where tensors are on a GPU.
+Rows are independent: a program of one warp owns one row and walks its units of eight columns. The
+same in torch is the reference: `quantkit.gptq.codebook_steps.walk_units`. Imported only where
+tensors are on a GPU.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -15,14 +15,14 @@ import torch
 
 from quantkit.ggml.codebooks import UNIT
 from quantkit.ggml.searches_cuda import tl, triton
-from quantkit.gptq.codebook_tables import columns_of, norms_of, sizes_of
-from quantkit.gptq.kernels_codebook_units_cuda import choose
+from quantkit.gptq.codebook_tables import norms_of, sizes_of, table_of
+from quantkit.gptq.kernels_codebook_units_cuda import choose, lane, lines_of
 
 if TYPE_CHECKING:
     from quantkit.gptq.codebook_steps import UnitStack
 
-COLUMNS = 128  # at most, of one launch
-ROWS, WARPS = 8, 1
+UNITS = 16  # at most, of one launch
+REGISTERS = 128  # of a lane at most
 
 
 # One binary for all shapes: it is seconds until it is compiled.
@@ -48,7 +48,7 @@ def _feed(  # type: ignore[no-untyped-def]
     group_of,
     entry,
     signs,
-    columns,
+    table,
     n_columns,
     n_rows,
     weight_step,
@@ -62,86 +62,72 @@ def _feed(  # type: ignore[no-untyped-def]
     sign_kind: tl.constexpr,
     n_listed: tl.constexpr,
     n_rounds: tl.constexpr,
-    wide: tl.constexpr,
-    tile: tl.constexpr,
+    n_units: tl.constexpr,
 ):
     per_unit: tl.constexpr = 8 // width
     expert = tl.program_id(1).to(tl.int64)
-    weight += expert * weight_step
-    entry += expert * entry_step
-    signs += expert * signs_step
+    row = tl.program_id(0)
+    weight += expert * weight_step + row
+    entry += expert * entry_step + row
+    signs += expert * signs_step + row
     upper += expert * n_columns * n_columns
-    scale += expert * scale_step
-    half += expert * scale_step
+    scale += expert * scale_step + row
+    half += expert * scale_step + row
     group_of += expert * unit_step
     metrics += expert * unit_step * 64
     norms += expert * unit_step * per_unit * n_table
-    rows = tl.program_id(0) * tile + tl.arange(0, tile)
-    inside = rows < n_rows
-    index = tl.arange(0, wide)
-    at = index[None, :] * n_rows + rows[:, None]
-    within = inside[:, None] & (index < n_columns)[None, :]
-    held = tl.load(weight + at, mask=within, other=0.0)
+    i = tl.arange(0, 8)[None, :]
+    unit_at = tl.arange(0, n_units)[:, None]
+    place = 8 * unit_at + i
+    within = place < n_columns
+    held = tl.load(weight + place * n_rows, mask=within, other=0.0)
     for unit in range(n_columns // 8):
         first = 8 * unit
-        tl.debug_barrier()
-        tl.store(weight + at, held, mask=within & (index // 8 == unit)[None, :])
-        tl.debug_barrier()
-        group = tl.load(group_of + unit) * n_rows + rows
-        s = tl.load(scale + group, mask=inside, other=0.0)
-        own_half = tl.load(half + group, mask=inside, other=0).to(tl.int32)
-        free = s != 0
-        divisor = tl.where(free, s, 1.0)
-        value, target = (), ()
-        for i in tl.static_range(8):
-            own = tl.load(weight + (first + i) * n_rows + rows, mask=inside, other=0.0)
-            value = value + (own,)
-            target = target + (own / divisor,)
-        level, one, two = choose(
-            target,
-            own_half,
-            metrics + unit * 64,
-            norms + unit * per_unit * n_table,
-            columns,
-            n_entries,
-            n_table,
-            width,
-            sign_kind,
-            n_listed,
-            n_rounds,
-            8,
-        )
-        lowest = own_half * n_entries
-        place = per_unit * unit * n_rows + rows
-        one = tl.where(free, one, lowest)
-        tl.store(entry + place, one.to(tl.int16), mask=inside)
-        if per_unit == 2:
-            two = tl.where(free, two, lowest)
-            tl.store(entry + place + n_rows, two.to(tl.int16), mask=inside)
-        byte = tl.zeros_like(own_half)
-        errors = ()
-        for i in tl.static_range(8):  # the scaled errors: those of the unit by substitution
-            error = value[i] - level[i] * s
-            for j in tl.static_range(i):
-                error -= errors[j] * tl.load(upper + (first + j) * n_columns + first + i)
-            error = error / tl.load(upper + (first + i) * n_columns + first + i)
-            errors = errors + (error,)
-            byte += tl.where(level[i] < 0, 1 << i, 0)
+        group = tl.load(group_of + unit) * n_rows
+        s = tl.load(scale + group)
+        own_half = tl.load(half + group).to(tl.int32)
+        value = tl.sum(tl.where(unit_at == unit, held, 0.0), 0)[None, :]
+        error = value
+        found = tl.zeros_like(i) + own_half * n_entries
+        byte = 0
+        if s != 0:
+            levels, found = choose(
+                value / s,
+                own_half,
+                lines_of(metrics + unit * 64, 8),
+                tl.load(metrics + unit * 64 + 9 * i),
+                norms + unit * per_unit * n_table,
+                table,
+                n_entries,
+                n_table,
+                width,
+                sign_kind,
+                n_listed,
+                n_rounds,
+            )
+            error = value - levels * s
+            byte = tl.sum(tl.sum(tl.where(levels < 0, 1 << i, 0), 1), 0)
+        tl.store(entry + (first + i) // width * n_rows, found.to(tl.int16), mask=i % width == 0)
         if sign_kind > 0:
-            byte = tl.where(free, byte, 0)
-            tl.store(signs + unit * n_rows + rows, byte.to(tl.uint8), mask=inside)
-        for i in tl.static_range(8):
-            line = upper + (first + i) * n_columns + index
-            share = tl.load(line, mask=index < n_columns, other=0.0)
-            held -= errors[i][:, None] * share[None, :]
-        tl.debug_barrier()
-        for i in tl.static_range(8):
-            tl.store(weight + (first + i) * n_rows + rows, errors[i], mask=inside)
+            tl.store(signs + unit * n_rows, tl.cast(byte, tl.uint8))
+        own = upper + first * (n_columns + 1)
+        for j in tl.static_range(8):  # the scaled errors: those of the unit by substitution
+            line = tl.load(own + j * n_columns + i)
+            scaled = lane(error / line, j)
+            error = tl.where(i == j, scaled, error - tl.where(i > j, scaled * line, 0.0))
+        tl.store(weight + (first + i) * n_rows, error)
+        error += tl.zeros(place.shape, tl.float32)
+        later = within & (unit_at > unit)
+        for j in tl.static_range(8):
+            line = upper + (first + j) * n_columns + place
+            held -= lane(error, j) * tl.load(line, mask=later, other=0.0)
 
 
-def feed(stack: UnitStack, upper: torch.Tensor, start: int, end: int) -> None:
+def feed(
+    stack: UnitStack, upper: torch.Tensor, start: int, end: int, *, only_compile: bool = False
+) -> None:
     """Decide the units of at most 128 columns, start..end: their scaled errors replace them in
-    `stack.weight`. Experts may be an axis in front of all tensors.
+    `stack.weight`. Experts may be an axis in front of all tensors. To compile only changes nothing.
     """
     own = slice(start // UNIT, end // UNIT)
     weight, metrics = stack.weight[..., start:end, :], stack.metrics[..., own, :, :]
@@ -149,7 +135,7 @@ def feed(stack: UnitStack, upper: torch.Tensor, start: int, end: int) -> None:
     signs, group_of = stack.signs[..., own, :], stack.group_of[..., own].contiguous()
     n_rows = weight.shape[-1]
     n_experts = len(weight) if weight.dim() == 3 else 1
-    _feed[(triton.cdiv(n_rows, ROWS), n_experts)](
+    _feed.run(
         weight,
         upper[..., start:end, start:end].contiguous(),
         metrics.contiguous(),
@@ -159,7 +145,7 @@ def feed(stack: UnitStack, upper: torch.Tensor, start: int, end: int) -> None:
         group_of,
         entry,
         signs,
-        columns_of(stack.book.qtype, weight.device),
+        table_of(stack.book.qtype, weight.device),
         end - start,
         n_rows,
         weight.stride(0),
@@ -168,7 +154,9 @@ def feed(stack: UnitStack, upper: torch.Tensor, start: int, end: int) -> None:
         stack.scale.stride(0),
         group_of.shape[-1],
         **sizes_of(stack.book),
-        wide=COLUMNS,
-        tile=ROWS,
-        num_warps=WARPS,
+        n_units=UNITS,
+        num_warps=1,
+        maxnreg=REGISTERS,
+        grid=(n_rows, n_experts),
+        warmup=only_compile,
     )

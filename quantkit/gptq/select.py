@@ -205,6 +205,7 @@ def solve_rows(
     given: Mapping[tuple[QuantType, str], native.Bytes] = {},
 ) -> Part:
     """Quantize one piece of a tensor, float32 where it is to be solved, by all allowed methods."""
+    _compile(types, weight.device)
     known = [inputs] if inputs else []
     packed = _by_ggml(weight, types, methods, known)
     if inputs is not None and inputs.factor is not None:
@@ -233,11 +234,20 @@ def solve_experts(
     the best method's rows are left, on the CPU.
     """
     rows = weight.to(inputs[0].heldout.device).float().flatten(0, 1)
+    _compile(types, rows.device)
     packed = _by_ggml(rows, types, methods, inputs)
     if inputs[0].factor is not None:
         packed |= _gptq(rows, types, packed, inputs, n_sweeps)
     parts = _parts(rows, _with(given, packed, rows.device), inputs, sensitivities)
     return [part.on_cpu([(q, part.best(q)) for q in types]) for part in parts]
+
+
+def _compile(types: Sequence[QuantType], device: torch.device) -> None:
+    """What a GPU needs for codebooks, once for all types."""
+    if device.type == "cuda" and not CODEBOOKS.keys().isdisjoint(types):
+        from quantkit.gptq import codebook_compile_cuda  # needs triton
+
+        codebook_compile_cuda.compile_kernels(frozenset(types), device)
 
 
 # By type and method: the rows of one expert after the other.

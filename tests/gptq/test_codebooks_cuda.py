@@ -79,6 +79,23 @@ def compare_experts(qtype: QuantType, w: torch.Tensor, n: int) -> None:
 
 
 @ON_GPU
+def test_all_is_compiled_before_it_is_needed() -> None:
+    """In a fresh process: so this one comes first."""
+    import triton
+
+    from quantkit.gptq.codebook_compile_cuda import compile_kernels
+
+    compile_kernels(frozenset(CODEBOOKS), torch.device("cuda"))
+    asked: list[str] = []
+    triton.knobs.compilation.listener = lambda *, src, **_: asked.append(src.fn.__name__)
+    for qtype in CODEBOOKS:
+        compare(qtype, rows(33, 512).cuda(), hessian(512).cuda(), 6)
+        compare_experts(qtype, rows(40, 512).cuda(), 512)
+    triton.knobs.compilation.listener = None
+    assert asked == []
+
+
+@ON_GPU
 @EACH
 def test_it_does_what_torch_does(qtype: QuantType) -> None:
     compare(qtype, rows(77, 512).cuda(), hessian(512).cuda(), 6)
