@@ -91,7 +91,7 @@ class UnitBlock:
 
     @cached_property
     def norms(self) -> torch.Tensor:
-        """What `norms_of` says of its metrics."""
+        """The norms of entries by its metrics, as `norms_of` returns them."""
         return norms_of(self.book, self.metrics)
 
 

@@ -15,13 +15,13 @@ from quantkit.ggml.searches_cuda import tl, triton
 
 @triton.jit
 def lane(values, j: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Column j of (n, 8), for all columns: lanes ask one another."""
+    """Return column j of (n, 8) for all columns: lanes ask one another."""
     return tl.gather(values, tl.full(values.shape, j, tl.int32), 1)
 
 
 @triton.jit
 def lines_of(matrix, pitch: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The lines of a matrix in memory, `pitch` apart: a tuple of eight (1, 8)."""
+    """Return the lines of a matrix in memory, `pitch` apart: a tuple of eight (1, 8)."""
     lines = ()
     for j in tl.static_range(8):
         lines = lines + (tl.load(matrix + pitch * j + tl.arange(0, 8)[None, :]),)
