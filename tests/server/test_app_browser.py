@@ -7,6 +7,7 @@ Screenshots of every state are kept in QUANTKIT_SCREENSHOTS, else in pytest's te
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import app_fixtures as fixtures
 import pytest
 
+from quantkit.server.runs.record import load_record, save_record
 from quantkit.server.web.visitor import COOKIE
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -203,13 +205,18 @@ def test_cancel_and_resume(browser: Any, tmp_path: Path, monkeypatch: pytest.Mon
     from playwright.sync_api import expect
 
     monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "3")
-    with fixtures.serving(tmp_path / "runs") as (url, _, _visitors):
+    with fixtures.serving(tmp_path / "runs") as (url, store, _visitors):
         page = open_page(browser, url)
         page.locator("#model input").fill("demo:smollm2-135m")
         page.get_by_role("button", name="Start").click()
         expect(page.locator("#job-head")).to_contain_text("Running")
         page.get_by_role("button", name="Cancel").click()
         expect(page.locator("#job-head")).to_contain_text("Cancelled")
+        assert page.locator("#resume-token input").count() == 0, "none was given before"
+        folder = store.root / page.url.rpartition("=")[2]
+        record = load_record(folder)
+        assert record is not None
+        save_record(folder, dataclasses.replace(record, has_token=True))
         monkeypatch.setenv("QUANTKIT_TEST_SECONDS", "0.1")
         page.locator("#resume-token input").fill("hf_givenAgainToken01")
         page.get_by_role("button", name="Resume").click()
@@ -265,7 +272,7 @@ def test_every_state(browser: Any, tmp_path: Path, shots: Path, width: int, sche
                 page.goto(url)
                 page.get_by_role("button", name="Advanced").click()
                 page.get_by_role("button", name="Publish to the Hub").click()
-                page.locator("#token").wait_for()
+                page.locator("#visible-to").wait_for()
                 page.wait_for_timeout(300)
                 page.screenshot(path=shots / f"advanced-{scheme}.png", full_page=True)
     finally:

@@ -28,7 +28,7 @@ def test_what_is_named() -> None:
     assert compared.parse(f"a/b, hf://c/d/x.gguf\n{web}/blob/main/q/y.gguf, {web}/tree/main") == (
         *("a/b", "c/d/x.gguf", "a/b/q/y.gguf"),
     )
-    assert compared.parse(" ") == ()
+    assert compared.parse(" ") == () == compared.parse(None)
     for bad in ("x", "../a/b", "a/../b/x.gguf", "/etc/x.gguf", "https://evil.example/a/b", 3):
         with pytest.raises(UsageError):
             compared.parse(bad)

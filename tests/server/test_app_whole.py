@@ -61,8 +61,8 @@ def test_from_the_name_to_the_published_repository(
         # Before anything runs: what it is, what it takes.
         expect(page.locator("#plan")).to_contain_text("LlamaForCausalLM")
         expect(page.locator("#plan")).to_contain_text("apache-2.0")
-        expect(page.locator("#plan")).to_contain_text("Sizes of this model", timeout=300_000)
-        page.get_by_text("Sizes of this model").click()
+        expect(page.locator("#plan")).to_contain_text("Which size?", timeout=300_000)
+        page.get_by_text("Which size?").click()
         page.screenshot(path=shots / "preview-1280-light.png", full_page=True)
         page.locator("#profile").get_by_label("Demo:").check()
         fill_advanced(page, "Calibration text", "builtin")

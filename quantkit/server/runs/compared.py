@@ -22,6 +22,8 @@ def parse(text: object) -> tuple[str, ...]:
     """Return what a field names: `owner/name` or `owner/name/file.gguf`, with commas between them.
     Raises UsageError.
     """
+    if text is None:  # a field that was never opened
+        return ()
     if not isinstance(text, str) or len(text) > 2000:
         raise UsageError("That names nothing to compare with.", _REMEDY)
     found = [_one(part) for part in re.split(r"[,\n]+", text) if part.strip()]
