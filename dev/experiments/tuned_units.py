@@ -56,14 +56,14 @@ class Trial(Tuner):
 
     norms = toward = 0.0
     found: dict[str, torch.Tensor]
-    _own: dict[str, torch.Tensor]
+    _changes: dict[str, torch.Tensor]
     _moves: bool = True
 
     def block(self, index: int, known: TunedBlock | None = None) -> TunedBlock:
         named = self._model.blocks[index].named_parameters()
         self._gains = {n: p.data.clone() for n, p in named if p.dim() == 1}
-        self._own = {n: torch.zeros_like(p).requires_grad_() for n, p in self._gains.items()}
-        self._own = self._own if self.norms else {}
+        self._changes = {n: torch.zeros_like(p).requires_grad_() for n, p in self._gains.items()}
+        self._changes = self._changes if self.norms else {}
         tuned = super().block(index, known)
         prefix = self._model.block_name(index) + "."
         if tuned.rows:
@@ -71,7 +71,7 @@ class Trial(Tuner):
         return tuned
 
     def _moved(self) -> dict[str, torch.Tensor]:
-        return {n: self._gains[n] * (1 + change) for n, change in self._own.items()}
+        return {n: self._gains[n] * (1 + change) for n, change in self._changes.items()}
 
     def _run(self, *given: Any) -> torch.Tensor:
         *others, weights = given
@@ -84,13 +84,13 @@ class Trial(Tuner):
 
     def _tune(self, index: int, plain: Mapping[str, torch.Tensor]) -> TunedBlock:
         groups = tuning._groups
-        gains = [{"params": list(self._own.values()), "lr": self.norms}] if self._own else []
+        gains = [{"params": list(self._changes.values()), "lr": self.norms}] if self._changes else []
         tuning._groups = lambda rows, effort: groups(rows, effort) + gains
         try:
             tuned = super()._tune(index, plain)
         finally:
             tuning._groups = groups
-        self._own = self._own if tuned.rows else {}
+        self._changes = self._changes if tuned.rows else {}
         return tuned
 
     def _tunable(self, name: str, packed: torch.Tensor, shards: Shards) -> Any:
