@@ -84,7 +84,9 @@ class Trial(Tuner):
 
     def _tune(self, index: int, plain: Mapping[str, torch.Tensor]) -> TunedBlock:
         groups = tuning._groups
-        gains = [{"params": list(self._changes.values()), "lr": self.norms}] if self._changes else []
+        gains = (
+            [{"params": list(self._changes.values()), "lr": self.norms}] if self._changes else []
+        )
         tuning._groups = lambda rows, effort: groups(rows, effort) + gains
         try:
             tuned = super()._tune(index, plain)
