@@ -65,7 +65,7 @@ def test_radios_are_one_group(browser: Any, tmp_path: Path) -> None:  # noqa: F8
 
     with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _visitors):
         page = open_page(browser, url)
-        page.wait_for_function("document.querySelector('#size-kind input')?.name")
+        page.wait_for_function("document.querySelector('#size-kind input')?.name.startsWith('qk-')")
         page.get_by_label("Same size as a standard quant").focus()
         page.keyboard.press("ArrowRight")
         expect(page.get_by_label("File size", exact=True)).to_be_checked()

@@ -27,7 +27,7 @@ addEventListener("popstate", () => location.reload());
 (() => {
   // What was asked for stays as it was: a run's id, and whether its end is to be told.
   const asked = new Set();
-  let said = "", before = {};
+  let said = "", before = {}, nGroups = 0;
 
   // Heard by screen readers; what Gradio replaces is not.
   const live = document.createElement("div");
@@ -99,6 +99,19 @@ addEventListener("popstate", () => location.reload());
     told.textContent = text;
   });
 
+  // Gradio names each radio otherwise, again with every change: with one name they are a group, one
+  // stop of Tab, moved in by arrows. A name is never that of another group, which would take its
+  // choice away.
+  const nameRadios = () => {
+    for (const group of document.querySelectorAll("fieldset")) {
+      group.dataset.qkGroup ||= `qk-group-${nGroups++}`;
+      for (const radio of group.querySelectorAll("input[type=radio]")) {
+        if (radio.name !== group.dataset.qkGroup) radio.name = group.dataset.qkGroup;
+      }
+    }
+  };
+  addEventListener("keydown", nameRadios, true);
+
   const look = () => {
     if (!live.isConnected && document.body) document.body.append(live);
     const at = document.querySelector("#job-stages [data-qk-title]");
@@ -115,10 +128,7 @@ addEventListener("popstate", () => location.reload());
         new Notification(head.dataset.qkSay, { tag: id });
       }
     }
-    // Gradio's radios have no name: with one they are a group, one stop of Tab, moved in by arrows.
-    document.querySelectorAll("fieldset").forEach((group, i) => {
-      for (const radio of group.querySelectorAll("input[type=radio]")) radio.name ||= `qk-${i}`;
-    });
+    nameRadios();
     for (const link of document.querySelectorAll("[data-qk-url]")) {
       const whole = new URL(link.dataset.qkUrl, document.baseURI).href;
       if (link.textContent !== whole) link.textContent = whole;
