@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from quantkit import sandbox
+from quantkit.checkpoint.codeless import codeless
 from quantkit.errors import QuantkitError
 from quantkit.llamacpp.answering import Answering
 from quantkit.llamacpp.templates import readable
@@ -44,8 +46,11 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         """Raise QuantkitError for a tokenizer that transformers does not load."""
-        given = {"folder": str(folder.absolute())}
-        function, shown = f"{__name__}:serve", readable(folder)
+        # The process may make no links: what it is shown has no code already.
+        self._view = ExitStack()  # ends with this object
+        view = self._view.enter_context(codeless(folder.absolute()))
+        given = {"folder": str(view)}
+        function, shown = f"{__name__}:serve", (view, *readable(folder))
         self._process = Answering(function, given, _LIMITS, _MOST_BYTES, shown, preload=True)
         facts: _Facts = self._ask(_Facts, "facts")
         self.chat_template = facts.chat_template

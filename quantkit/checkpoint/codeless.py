@@ -24,8 +24,7 @@ def codeless(folder: Path) -> Iterator[Path]:
     links to the files that stay as they are.
     """
     cleaned = dict(filter(None, map(_cleaned, sorted(folder.glob("*.json")))))
-    codes = any(path.suffix == ".py" or path.is_dir() for path in folder.iterdir())
-    if not cleaned and not codes:
+    if not cleaned and all(map(_stays, folder.iterdir())):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="quantkit-codeless-") as made:
@@ -33,11 +32,14 @@ def codeless(folder: Path) -> Iterator[Path]:
         for path in folder.iterdir():
             if path.name in cleaned:
                 (view / path.name).write_text(json.dumps(cleaned[path.name]), "utf-8")
-            elif path.suffix != ".py" and (
-                path.is_file() or path.name == "additional_chat_templates"
-            ):
+            elif _stays(path):
                 (view / path.name).symlink_to(path.resolve())
         yield view
+
+
+def _stays(path: Path) -> bool:
+    """Whether something in the folder is no code and no folder that may hold some."""
+    return path.suffix != ".py" and (path.is_file() or path.name == "additional_chat_templates")
 
 
 def strip(folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,30 @@ def test_what_is_told_of_it(both: tuple[Any, Tokenizer]) -> None:
     assert ours.special_tokens_map == theirs.special_tokens_map
     assert ours.chat_template == theirs.chat_template
     assert ours("a b", return_tensors="pt").input_ids.tolist() == [theirs("a b").input_ids]
+
+
+@pytest.mark.parametrize("beside", ["folder", "code", "templates"])
+def test_what_lies_beside_it(both: tuple[Any, Tokenizer], tmp_path: Path, beside: str) -> None:
+    """A download's own folder, or code that the files name: the tokenizer is the same."""
+    theirs, _ = both
+    folder = tiny_llama(tmp_path / "model", tokenizer="bpe")
+    if beside == "folder":
+        (folder / ".cache/huggingface").mkdir(parents=True)
+    elif beside == "templates":
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    else:
+        (folder / "tokenization_x.py").write_text("raise SystemExit")
+        path = folder / "tokenizer_config.json"
+        named = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    before = set(Path(tempfile.gettempdir()).glob("quantkit-codeless-*"))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer("a b").input_ids == theirs("a b").input_ids
+    del tokenizer
+    gc.collect()
+    assert set(Path(tempfile.gettempdir()).glob("quantkit-codeless-*")) <= before
 
 
 @pytest.mark.parametrize("broken", ['{"model": {"type": "BPE"}}', "[", '{"model": 3}'])
