@@ -237,7 +237,7 @@ class Form:
             self.compare = gr.Textbox(
                 label="Compare with",
                 info="GGUFs of others, measured beside yours: repositories or files on the Hub.",
-                placeholder="bartowski/SmolLM2-135M-Instruct-GGUF",
+                placeholder="bartowski/Qwen_Qwen3-0.6B-GGUF",
                 max_length=2000,
                 elem_id="compare-with",
             )

@@ -63,7 +63,7 @@ class Watch:
                 self.others = gr.Textbox(
                     label="Files or repositories on the Hub",
                     info="Each is downloaded and measured beside the files of this run.",
-                    placeholder="bartowski/SmolLM2-135M-Instruct-GGUF",
+                    placeholder="bartowski/Qwen_Qwen3-0.6B-GGUF",
                     max_length=2000,
                     elem_id="others",
                 )
