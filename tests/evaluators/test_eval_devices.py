@@ -57,7 +57,7 @@ def test_a_gpu_that_is_not_there_is_refused_wherever_it_is_asked_for(tiny: TinyF
         (kl.main, ["{base}", "{base}", "--text", "{text}"]),
         (compare.main, ["--base", "{base}", "{base}", "--text", "{text}"]),
         (zeroshot.main, ["{base}", "--task", "everyday"]),
-        (generation.main, ["{base}"]),
+        (generation.main, ["{base}", "{base}"]),
         (speed.main, ["{base}", "--ctx", "128", "--prompt", "32", "--generate", "8"]),
     ],
 )
@@ -78,7 +78,7 @@ def test_no_command_measures_elsewhere(
 def test_layers_without_a_gpu_are_a_contradiction(
     tiny: TinyFiles, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generation.main([str(tiny.base), "--gpu-layers", "2"]) == 1
+    assert generation.main([str(tiny.base), str(tiny.base), "--gpu-layers", "2"]) == 1
     assert "Add --device cuda" in capsys.readouterr().err
 
 

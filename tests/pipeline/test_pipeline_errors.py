@@ -67,7 +67,7 @@ def test_wrong_use(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("run", "model"),
+        ("run",),
         ("run", "model", "--out", "x", "--like", "Q4_0", "--target-bpw", "4"),
         ("run", "model", "--out", "x", "--profile", "leisurely"),
         ("walk",),

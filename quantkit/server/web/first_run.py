@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.server.executors.hf_jobs.wheel import can_start_jobs
+from quantkit.server.executors.registry import remote
 from quantkit.server.runs.mirror import state_folder
 
 
@@ -20,7 +20,7 @@ def missing(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
                 "Put hf_oauth: true into the README of this Space, and restart it.",
             )
         )
-    if not can_start_jobs():
+    if not remote():
         found.append(
             (
                 "Jobs cannot be started: the wheel that they install is not in this Space.",

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit import hub
 from quantkit.errors import NeedsToken, QuantkitError, UsageError
-from quantkit.hub import jobs
+from quantkit.hub.jobs import account
 from quantkit.server.previews.talk import check_prompt, say
 from quantkit.server.runs import compared
 from quantkit.server.runs.again import Again, form_of
@@ -85,12 +85,12 @@ class Handlers(FormHandlers):
         """Return the repository as given, else the account's own with the model's name. Raises
         QuantkitError.
         """
-        if repo.strip():
+        if str(repo or "").strip():
             return check_repo(repo)
         token = self._secret(secret)
         if client.username is None and token is None:
             raise NeedsToken("Publishing needs a token.", "It needs the permission to write.")
-        user = client.username or jobs.account(str(token))
+        user = client.username or account(str(token))
         name = view.model_name(self.store.view(run_id, client.owner).model).partition("@")[0]
         return check_repo(f"{user}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-GGUF")
 
