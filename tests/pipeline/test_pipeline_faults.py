@@ -59,7 +59,7 @@ def test_a_ulimit_that_is_too_low(
 ) -> None:
     """Before a segmentation fault could be all that is said: what is there and what is needed."""
     run = whole_run[0].fork(tmp_path / "run", "calibrate")
-    done = quantkit_under("-v 1300000", "resume", run.folder, env=offline)
+    done = quantkit_under("-v 1150000", "resume", run.folder, env=offline)
     assert done.code == 1 and "by `ulimit -v`" in sentence(done.err)
     notes = [e.message for e in run.events if e.kind == "note"]
     assert any("there is little memory: calibrate takes about" in note for note in notes)
