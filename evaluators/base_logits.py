@@ -7,11 +7,8 @@ file then costs one pass of its own: memory holds one model and a window's logit
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import llama_cpp
@@ -107,7 +104,7 @@ class BaseLogits(Closing):
         folder = Path(temporary.name if temporary else cache_dir or "")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            paths = {domain: folder / _store_name(base, key) for domain, key in keys.items()}
+            paths = {domain: folder / key.file_name(base, "logits") for domain, key in keys.items()}
             missing = {domain: texts[domain] for domain in texts if not paths[domain].exists()}
             if missing:
                 _write_stores(base, missing, keys, paths, runtime, progress, picked)
@@ -180,8 +177,3 @@ def _write_windows(
             if progress:
                 progress(done, total)
     return done
-
-
-def _store_name(base: Path, key: StoreKey) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()
-    return f"{base.stem}.{digest[:16]}.logits"

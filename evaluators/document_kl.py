@@ -6,11 +6,9 @@ for windows; then each file takes one pass of its own.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import llama_cpp
@@ -113,8 +111,7 @@ class DocumentLogits(Closing):
         folder = Path(temporary.name if temporary else cache or "")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()
-            path = folder / f"{base.stem}.{digest[:16]}.document-logits"
+            path = folder / key.file_name(base, "document-logits")
             if not path.exists():
                 _write(base, documents, key, rows, path, runtime, progress)
             return cls(base, documents, open_store(path, key), temporary)

@@ -14,6 +14,7 @@ whose key or length is not what was asked for is refused, never recomputed over 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -46,6 +47,11 @@ class StoreKey:
     max_windows: int | None
     llama_cpp_python: str
     n_gpu_layers: int
+
+    def file_name(self, base: Path, kind: str) -> str:
+        """Return the name of a store in a cache: that of the base, and a digest of all of this."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{base.stem}.{digest[:16]}.{kind}"
 
 
 class LogitStore:

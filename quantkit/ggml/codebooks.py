@@ -120,6 +120,13 @@ class Codebook:
         """Return whether a unit has an even number of negative columns."""
         return self.signs_stored == 7
 
+    @property
+    def sign_kind(self) -> int:
+        """Return what kernels are told of signs: 0 where they are in the entries, 1 where they are
+        free, 2 where an even number of a unit's columns is negative.
+        """
+        return (2 if self.signs_are_even else 1) if self.has_signs else 0
+
     def blocks(self, packed: torch.Tensor) -> torch.Tensor:
         """View uint8 (n_rows, row_bytes) as (n_rows, n_blocks, block_bytes)."""
         return packed.view(packed.shape[0], -1, self.qtype.block_bytes)

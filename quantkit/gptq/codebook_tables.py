@@ -38,7 +38,7 @@ def sizes_of(book: Codebook) -> dict[str, int]:
         "n_entries": n_table // 2 if book.halves else n_table,
         "n_table": n_table,
         "width": book.width,
-        "sign_kind": (2 if book.signs_are_even else 1) if book.has_signs else 0,
+        "sign_kind": book.sign_kind,
         "n_listed": N_LISTED[book.width],
         "n_rounds": N_ROUNDS,
     }

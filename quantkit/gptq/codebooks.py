@@ -115,7 +115,7 @@ def _kernel_book(qtype: QuantType) -> kernels.Book:
     return kernels.Book(
         book.entries,
         np.ascontiguousarray(book.entries.T),
-        (2 if book.signs_are_even else 1) if book.has_signs else 0,
+        book.sign_kind,
         book.group,
         np.array(book.multipliers, np.float32),
         int(book.halves),

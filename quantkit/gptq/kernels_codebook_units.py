@@ -65,7 +65,7 @@ def add_norms(book, metric, norms):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
-def _costs(columns, norms, share, at, odd, low, high, cost):  # type: ignore[no-untyped-def]
+def costs(columns, norms, share, at, odd, low, high, cost):  # type: ignore[no-untyped-def]
     """Σ m (|t| - e)² less Σ m t² of entries low..high, with `share` = 2 m |t|; where the signs are
     `odd`, with the least that one wrong sign costs.
     """
@@ -197,12 +197,12 @@ def choose(book, norms, metric, target, low, high, scratch):  # type: ignore[no-
     counts0 = counts1 = 0
     for part in range(8 // width):
         own, cost, at = norms[part], scratch.cost, part * width
-        _costs(book.columns, own, scratch.share, at, False, low, high, cost)
+        costs(book.columns, own, scratch.share, at, False, low, high, cost)
         if width == 8 and odd:
-            _costs(book.columns, own, scratch.share, at, True, low, high, cost)
+            costs(book.columns, own, scratch.share, at, True, low, high, cost)
         n = _least(cost, low, high, book.n_listed, listed[part], scratch.listed_cost)
         if width == 4 and odd:  # either half may have the wrong sign
-            _costs(book.columns, own, scratch.share, at, True, low, high, cost)
+            costs(book.columns, own, scratch.share, at, True, low, high, cost)
             n += _least(cost, low, high, book.n_listed, listed[part, n:], scratch.listed_cost)
         if part == 0:
             counts0 = n

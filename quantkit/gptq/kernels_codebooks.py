@@ -6,15 +6,11 @@ thread owns some rows and walks the units of eight columns, each for all its row
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from quantkit.gptq.compiled import numba
+from quantkit.gptq.compiled import numba, over_rows
 from quantkit.gptq.kernels_codebook_units import (
     FAST,
     Book,
@@ -28,16 +24,6 @@ from quantkit.gptq.kernels_cpu import round_to_half
 __all__ = ["Book", "descend", "feed"]
 
 _TILE = 32  # rows of one task
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, "codebook")
-
-
-def _over_tiles(n_rows: int, work: Callable[[int, int], None]) -> None:
-    starts = range(0, n_rows, _TILE)
-    list(_pool().map(lambda first: work(first, min(first + _TILE, n_rows)), starts))
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
@@ -108,7 +94,7 @@ def feed(
     def work(first: int, last: int) -> None:
         _feed_rows(weight, upper, metrics, scale, group_of, half, book, entry, signs, first, last)
 
-    _over_tiles(weight.shape[1], work)
+    over_rows(weight.shape[1], _TILE, work)
 
 
 class _Group(NamedTuple):
@@ -357,4 +343,4 @@ def descend(
             entry, signs, integer, d, gradient, change, hessian, inverses, book, first, last
         )
 
-    _over_tiles(len(entry), work)
+    over_rows(len(entry), _TILE, work)

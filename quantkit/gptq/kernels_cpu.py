@@ -8,30 +8,15 @@ are the references; they spend their time on calls and thread barriers.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from quantkit.gptq.compiled import numba
+from quantkit.gptq.compiled import numba, over_rows
 from quantkit.gptq.roundings_cpu import round_to_half, round_to_power
 
 _TILE = 64  # rows of one task; in GPTQ's walk 128 columns x 64 rows of float32 are 32 kB
 _FAST = {"contract", "reassoc", "nsz"}  # never nnan: rows may hold anything
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, "gptq")
-
-
-def _over_tiles(n_rows: int, work: Callable[[int, int], None]) -> None:
-    list(
-        _pool().map(lambda first: work(first, min(first + _TILE, n_rows)), range(0, n_rows, _TILE))
-    )
 
 
 @numba.njit(inline="always")
@@ -104,7 +89,7 @@ def gptq(
     def work(first: int, last: int) -> None:
         _gptq_rows(weight, upper, scale, minimum, group_of, low, high, table, codes, first, last)
 
-    _over_tiles(weight.shape[1], work)
+    over_rows(weight.shape[1], _TILE, work)
 
 
 class Shape(NamedTuple):
@@ -431,4 +416,4 @@ def descend(
             last,
         )
 
-    _over_tiles(codes.shape[1], work)
+    over_rows(codes.shape[1], _TILE, work)

@@ -9,9 +9,7 @@ what the second nearest was farther away. Until then nothing is looked up, and n
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -20,9 +18,9 @@ import torch
 
 from quantkit.ggml.codebooks import CODEBOOKS, UNIT, Codebook
 from quantkit.ggml.types import QuantType
-from quantkit.gptq.compiled import numba
+from quantkit.gptq.compiled import numba, over_rows
+from quantkit.gptq.kernels_codebook_units import FAST, costs
 
-_FAST = {"contract", "reassoc", "nsz"}  # never nnan: rows may hold anything
 _SAFE = np.float32(0.999)  # of a way, for what float32 rounds
 _TILE = 16  # rows that a thread takes at once
 
@@ -67,58 +65,19 @@ def _table(qtype: QuantType) -> Table:
     return Table(
         np.ascontiguousarray(book.entries.T),
         np.square(book.entries).sum(1),
-        (2 if book.signs_are_even else 1) if book.has_signs else 0,
+        book.sign_kind,
         book.group,
         len(book.entries) // (2 if book.halves else 1),
     )
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, "tuning")
-
-
-def _over_rows(n_rows: int, work: Callable[[int, int], None]) -> None:
-    starts = range(0, n_rows, _TILE)
-    list(_pool().map(lambda first: work(first, min(first + _TILE, n_rows)), starts))
-
-
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _rank(table, sizes, at, odd, low, high, cost):  # type: ignore[no-untyped-def]
-    """The squared distances of entries low..high to some of the sizes less those sizes' own,
-    where `odd` with the least that one wrong sign adds; return the nearest, its cost and that of
-    the second.
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def _rank(table, twice, at, odd, low, high, cost):  # type: ignore[no-untyped-def]
+    """The squared distances of entries low..high to some of the sizes, of which `twice` is twice,
+    less those sizes' own, where `odd` with the least that one wrong sign adds; return the nearest,
+    its cost and that of the second.
     """
-    columns, norms = table.columns, table.norms
-    width = len(columns)
-    if width == 8:
-        c0, c1, c2, c3 = columns[0], columns[1], columns[2], columns[3]
-        c4, c5, c6, c7 = columns[4], columns[5], columns[6], columns[7]
-        s0, s1, s2, s3 = 2 * sizes[0], 2 * sizes[1], 2 * sizes[2], 2 * sizes[3]
-        s4, s5, s6, s7 = 2 * sizes[4], 2 * sizes[5], 2 * sizes[6], 2 * sizes[7]
-        if odd:
-            for k in range(low, high):
-                p0, p1, p2, p3 = s0 * c0[k], s1 * c1[k], s2 * c2[k], s3 * c3[k]
-                p4, p5, p6, p7 = s4 * c4[k], s5 * c5[k], s6 * c6[k], s7 * c7[k]
-                least = min(min(min(p0, p1), min(p2, p3)), min(min(p4, p5), min(p6, p7)))
-                cost[k] = norms[k] - (((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))) + 2 * least
-        else:
-            for k in range(low, high):
-                one = (s0 * c0[k] + s1 * c1[k]) + (s2 * c2[k] + s3 * c3[k])
-                other = (s4 * c4[k] + s5 * c5[k]) + (s6 * c6[k] + s7 * c7[k])
-                cost[k] = norms[k] - (one + other)
-    else:
-        c0, c1, c2, c3 = columns[0], columns[1], columns[2], columns[3]
-        s0, s1 = 2 * sizes[at], 2 * sizes[at + 1]
-        s2, s3 = 2 * sizes[at + 2], 2 * sizes[at + 3]
-        if odd:
-            for k in range(low, high):
-                p0, p1, p2, p3 = s0 * c0[k], s1 * c1[k], s2 * c2[k], s3 * c3[k]
-                least = min(min(p0, p1), min(p2, p3))
-                cost[k] = norms[k] - ((p0 + p1) + (p2 + p3)) + 2 * least
-        else:
-            for k in range(low, high):
-                cost[k] = norms[k] - ((s0 * c0[k] + s1 * c1[k]) + (s2 * c2[k] + s3 * c3[k]))
+    costs(table.columns, table.norms, twice, at, odd, low, high, cost)
     best, first, second = low, np.float32(np.inf), np.float32(np.inf)
     for k in range(low, high):
         own = cost[k]
@@ -130,14 +89,14 @@ def _rank(table, sizes, at, odd, low, high, cost):  # type: ignore[no-untyped-de
     return best, first, second
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _flips(table, sizes, at, entry, by_flip):  # type: ignore[no-untyped-def]
     """What each wrong sign of an entry adds to its squared distance, written from `at` on."""
     for i in range(len(table.columns)):
         by_flip[at + i] = 4 * sizes[at + i] * table.columns[i, entry]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _two_least(values, start, end):  # type: ignore[no-untyped-def]
     """Where the least value is, it, and the second."""
     where, first, second = start, np.float32(np.inf), np.float32(np.inf)
@@ -149,8 +108,8 @@ def _two_least(values, start, end):  # type: ignore[no-untyped-def]
     return where, first, second
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _look_up(table, target, low, high, sizes, by_flip, cost):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def _look_up(table, target, low, high, sizes, twice, by_flip, cost):  # type: ignore[no-untyped-def]
     """The entries (the second 0 where a unit has one) and the byte of signs of the point nearest
     to `target`, and the squared half of what the second nearest is farther away.
     """
@@ -163,17 +122,18 @@ def _look_up(table, target, low, high, sizes, by_flip, cost):  # type: ignore[no
             sizes[i] = -target[i]
             byte |= 1 << i
             is_odd = not is_odd
+        twice[i] = 2 * sizes[i]
     is_odd = is_odd and table.signs == 2
     one, other = 0, 0
     if width == 8:
-        one, nearest, second = _rank(table, sizes, 0, is_odd, low, high, cost)
+        one, nearest, second = _rank(table, twice, 0, is_odd, low, high, cost)
         _flips(table, sizes, 0, one, by_flip)
     else:
-        one, nearest, second = _rank(table, sizes, 0, False, low, high, cost)
-        other, nearest1, second1 = _rank(table, sizes, 4, False, low, high, cost)
+        one, nearest, second = _rank(table, twice, 0, False, low, high, cost)
+        other, nearest1, second1 = _rank(table, twice, 4, False, low, high, cost)
         if is_odd:  # one of the halves has the wrong sign
-            odd0, wrong0, third0 = _rank(table, sizes, 0, True, low, high, cost)
-            odd1, wrong1, third1 = _rank(table, sizes, 4, True, low, high, cost)
+            odd0, wrong0, third0 = _rank(table, twice, 0, True, low, high, cost)
+            odd1, wrong1, third1 = _rank(table, twice, 4, True, low, high, cost)
             first, last = wrong0 + nearest1, nearest + wrong1
             # The same entry with its next cheapest wrong sign may be the second of a half.
             _flips(table, sizes, 0, odd0, by_flip)
@@ -214,12 +174,12 @@ def _look_up(table, target, low, high, sizes, by_flip, cost):  # type: ignore[no
     return one, other, byte, half * half
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _value_rows(table, places, level, unit, scale, out, first, last):  # type: ignore[no-untyped-def]
     width, n_columns = len(table.columns), level.shape[1]
     cost = np.zeros(len(table.norms), np.float32)
-    sizes, by_flip = np.zeros(8, np.float32), np.zeros(8, np.float32)
-    target = np.zeros(8, np.float32)
+    sizes, twice = np.zeros(8, np.float32), np.zeros(8, np.float32)
+    target, by_flip = np.zeros(8, np.float32), np.zeros(8, np.float32)
     for row in range(first, last):
         for k in range(n_columns // 8):
             at = 8 * k
@@ -233,7 +193,7 @@ def _value_rows(table, places, level, unit, scale, out, first, last):  # type: i
                     places.seen[row, at + i] = level[row, at + i]
                     target[i] = level[row, at + i] * unit
                 one, other, byte, reach = _look_up(
-                    table, target, low, low + table.n_allowed, sizes, by_flip, cost
+                    table, target, low, low + table.n_allowed, sizes, twice, by_flip, cost
                 )
                 places.reach[row, k] = reach
                 places.signs[row, k] = byte
@@ -246,7 +206,7 @@ def _value_rows(table, places, level, unit, scale, out, first, last):  # type: i
                 out[row, at + i] = own * (-size if byte >> i & 1 else size)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _gradient_rows(  # type: ignore[no-untyped-def]
     pull, level, values, scale, unit, bound, to_level, along, first, last
 ):
@@ -278,7 +238,7 @@ def values(
     def work(first: int, last: int) -> None:
         _value_rows(table, places, level, np.float32(unit), scale, out, first, last)
 
-    _over_rows(len(level), work)
+    over_rows(len(level), _TILE, work)
 
 
 def gradients(
@@ -300,4 +260,4 @@ def gradients(
         arguments = pull, level, values, scale, np.float32(unit), np.float32(bound)
         _gradient_rows(*arguments, to_level, along, first, last)
 
-    _over_rows(len(level), work)
+    over_rows(len(level), _TILE, work)
