@@ -7,11 +7,10 @@ the CPU.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from test_codebooks_solver import DAMPING, error, hessian, weight
+from triton_marks import INTERPRETED, ON_GPU
 
 from quantkit.errors import QuantkitError
 from quantkit.ggml import codebook_scales, native
@@ -30,10 +29,6 @@ from quantkit.gptq.select import Inputs, solve_experts, solve_rows
 from quantkit.gptq.solver import factorize
 
 EACH = pytest.mark.parametrize("qtype", CODEBOOKS, ids=str)
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-INTERPRETED = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
-)
 
 
 def rows(n_rows: int, n: int) -> torch.Tensor:

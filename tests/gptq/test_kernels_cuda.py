@@ -7,12 +7,12 @@ Where Triton is installed without a GPU, `TRITON_INTERPRET=1` runs its kernels s
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from triton_marks import INTERPRETED, ON_GPU
 
 from quantkit.errors import QuantkitError
 from quantkit.ggml import native, rounding
@@ -40,10 +40,6 @@ from quantkit.statistics.hessian import add_outer, add_outers, symmetrize
 
 TYPES = tuple(FORMATS)
 EACH = pytest.mark.parametrize("qtype", TYPES, ids=str)
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-INTERPRETED = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
-)
 
 
 def hessian(n: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from triton_marks import INTERPRETED
 
 from quantkit.model.blockwise import BlockwiseModel
 from quantkit.model.streaming import open_model
@@ -365,9 +365,7 @@ def test_grouped_products_give_what_a_loop_over_experts_does(name: str) -> None:
         assert torch.allclose(means[group], hessians, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
-)
+@INTERPRETED
 def test_the_kernel_sums_what_a_loop_does() -> None:
     from quantkit.statistics import kernels_cuda
 

@@ -4,22 +4,16 @@ sees is what the bytes say; a loss falls in bytes, not only in numbers beside th
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
+from triton_marks import HAS_GPU, KERNELS
 
 from quantkit.ggml import native, searches
 from quantkit.ggml.formats import FORMATS
 from quantkit.ggml.types import QuantType
 from quantkit.tuning.tunable import Tunable
 
-ON_GPU = torch.cuda.is_available()
-KERNELS = pytest.mark.skipif(
-    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs an NVIDIA GPU, or triton and TRITON_INTERPRET=1",
-)
 EACH = pytest.mark.parametrize("qtype", tuple(FORMATS), ids=str)
 
 
@@ -115,7 +109,7 @@ def test_kernels_are_the_torch_form(qtype: QuantType) -> None:
     pull = torch.randn(weight.shape, generator=generator)
     values = tunable.weight()
     (values * pull).sum().backward()
-    device = "cuda" if ON_GPU else "cpu"
+    device = "cuda" if HAS_GPU else "cpu"
     level, form = tunable.level.detach().to(device), tunable.form
     scale, minimum = tunable.grid(tunable.stored_halves())
     scale, has_minimum = scale.to(device), minimum is not None

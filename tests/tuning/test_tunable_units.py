@@ -5,11 +5,11 @@ pass sees the nearest allowed point and what the bytes say; a loss falls in byte
 from __future__ import annotations
 
 import itertools
-import os
 
 import numpy as np
 import pytest
 import torch
+from triton_marks import HAS_GPU, KERNELS
 
 from quantkit.ggml import native
 from quantkit.ggml.codebooks import CODEBOOKS, UNIT
@@ -17,11 +17,6 @@ from quantkit.ggml.types import QuantType
 from quantkit.tuning.tunable_units import TunableUnits
 from quantkit.tuning.units import nearest
 
-ON_GPU = torch.cuda.is_available()
-KERNELS = pytest.mark.skipif(
-    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs an NVIDIA GPU, or triton and TRITON_INTERPRET=1",
-)
 EACH = pytest.mark.parametrize("qtype", tuple(CODEBOOKS), ids=str)
 
 
@@ -170,7 +165,7 @@ def test_unit_kernels_are_the_torch_form(qtype: QuantType) -> None:
     moved(tunable, 1.0, 6)
     pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
     (tunable.weight() * pull).sum().backward()
-    device = "cuda" if ON_GPU else "cpu"
+    device = "cuda" if HAS_GPU else "cpu"
     level, scale = tunable.level.detach().to(device), tunable.scale().to(device)
     points, values = kernels_units_cuda.values(
         tunable.book, level, tunable.unit, tunable.half.to(device), scale
