@@ -199,6 +199,8 @@ class BlockwiseModel:
         self.model = model
         self.blocks_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
+        # Where it computes, wherever its tables of the vocabulary lie.
+        self.device: torch.device = next(model.get_input_embeddings().parameters()).device
         self._weights = weights
         self._held: set[int] = set()
         self._prepare: Callable[[int], None] | None = None
@@ -216,10 +218,6 @@ class BlockwiseModel:
         """The module that looks tokens up."""
         table = self.model.get_input_embeddings()
         return next(name for name, module in self.model.named_modules() if module is table)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.get_input_embeddings().parameters()).device
 
     def is_held(self, index: int) -> bool:
         """Return whether block `index` has weights now."""

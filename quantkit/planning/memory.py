@@ -178,7 +178,13 @@ def tuning_bytes(config: RunConfig, base: GgufFile, free: int) -> int:
     """
     shapes = Shapes.of(base)
     beside = _tuned_block(config, shapes, free)
-    return _tuned_model(shapes, beside, free) + beside
+    model = _tuned_model(shapes, beside, free)
+    tables = _tuned_tables(shapes)
+    if config.device == "cpu":
+        return model + beside + tables
+    # What lies outside of blocks is on a GPU before the first block and after the last alone.
+    logits = 4 * _TARGETS_ROWS * shapes.n_vocab
+    return max(model + tables + 4 * logits, model - 4 * shapes.n_outside + beside)
 
 
 def tuning_bytes_beside_model(config: RunConfig, base: GgufFile, free: int) -> int:
@@ -193,7 +199,7 @@ def _tuning(config: RunConfig, shapes: Shapes, free: int) -> int:
     beside = _tuned_block(config, shapes, free)
     model = _tuned_model(shapes, beside, free)
     block = 4 * shapes.n_block if model < 4 * shapes.n_all else 0
-    return _TORCH + model + block + beside + shapes.n_all
+    return _TORCH + model + block + beside + _tuned_tables(shapes) + shapes.n_all
 
 
 def _tuned_model(shapes: Shapes, beside: int, free: int) -> int:
@@ -208,16 +214,20 @@ def _tuned_model(shapes: Shapes, beside: int, free: int) -> int:
 
 
 def _tuned_block(config: RunConfig, shapes: Shapes, free: int) -> int:
-    """A block's weights, levels, gradients and Adam's moments; hidden states of the original and
-    the tuned file.
+    """Bytes beside the original's weights and the tables: a block's weights, levels, gradients and
+    Adam's moments; hidden states of the original and the tuned file.
     """
     from quantkit.tuning.tuner import STATES_SHARE
 
     streams = 2 * 4 * (tuned_tokens(config) + HELDOUT * N_CTX) * shapes.width
     batch = TUNING_BATCH * N_CTX * (32 * shapes.widest + 80 * shapes.width)
-    table = 2 * 4 * shapes.largest  # as the original's and as the file's
     states = min(streams, int(2 * STATES_SHARE * free))
-    return _TUNED_WEIGHT * shapes.n_block + batch + table + states
+    return _TUNED_WEIGHT * shapes.n_block + batch + states
+
+
+def _tuned_tables(shapes: Shapes) -> int:
+    """The table of embeddings and the head as the file has them."""
+    return 2 * 4 * shapes.largest
 
 
 def tuned_tokens(config: RunConfig) -> int:

@@ -134,6 +134,7 @@ class Tuner:
             s: States(scratch / f"tuning-{s}.partial", room, model.device) for s in names
         }
         self._embed()
+        self._lay_outside("cpu")  # no block reads it
 
     @property
     def is_streamed(self) -> bool:
@@ -173,6 +174,13 @@ class Tuner:
     def _wanted(self, batch: int) -> torch.Tensor:
         """The original's hidden state."""
         return self._get("original", batch)[0]
+
+    def _lay_outside(self, device: str | torch.device) -> None:
+        """Move the table of embeddings and the head, as the original and as the file has them."""
+        for name, changed in self._outside.items():
+            parameter = self._model.model.get_parameter(name)
+            parameter.data = parameter.data.to(device)
+            self._outside[name] = changed.to(device)
 
     @contextmanager
     def _outside_as_stored(self) -> Iterator[None]:
@@ -243,6 +251,7 @@ class Tuner:
         """Return KL(original || file) in nats per token on the held-out sequences, before and
         after. All blocks must have been taken.
         """
+        self._lay_outside(self._model.device)
         streams = "plain", "tuned"
         sums = torch.zeros(len(self._batches), self._effort.n_batch, len(streams)).double()
         for i in self._own_heldout:

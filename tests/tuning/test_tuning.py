@@ -142,6 +142,24 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert tuner.kl() == kl
 
 
+def test_blocks_are_tuned_without_what_lies_outside_of_them(
+    world: World, tuned: tuple[list[TunedBlock], tuple[float, float]]
+) -> None:
+    """A GPU does not hold the tables of the vocabulary then."""
+    model = BlockwiseModel(copy.deepcopy(world.model))
+    tuner = world.tuner(model=model, name="outside")
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    tables = {name: model.model.get_parameter(name) for name in names}
+    values = {name: table.data for name, table in tables.items()}
+    for table in tables.values():
+        table.data = torch.full_like(table, torch.nan)
+    blocks = whole(tuner)
+    for name, table in tables.items():
+        table.data = values[name]
+    assert same(blocks, tuned[0])
+    assert tuner.kl() == tuned[1]
+
+
 def test_a_streamed_model_is_tuned_to_the_same_bytes(
     world: World,
     tuned: tuple[list[TunedBlock], tuple[float, float]],
