@@ -8,6 +8,7 @@ from quantkit.config import RunConfig
 from quantkit.config.levels import LevelPlan
 from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.planning.disk import Footprint
+from quantkit.planning.here import here
 from quantkit.planning.memory import stage_memory
 from quantkit.planning.nouns import Estimates, PerFile, Seconds
 from quantkit.planning.time import stage_times
@@ -29,7 +30,9 @@ def estimates(
     times = stage_times(config, base, levels, footprint.base)
     cpu, gpu = (sum(of.values(), Seconds(0, 0)) for of in (times.cpu, times.gpu))
     each_cpu, each_gpu = _of_a_file(times.cpu), _of_a_file(times.gpu)
-    stages = {name: round(s.on(1)) for name, s in times.of(config.device).items()}
+    machine = here(config.device)
+    stages = {name: round(s.on(machine.speed)) for name, s in times.of(config.device).items()}
+    whole, each = (cpu, each_cpu) if config.device == "cpu" else (gpu, each_gpu)
     return Estimates(
         disk_bytes=footprint.downloaded + max(disk.values()),
         disk=dict(disk),
@@ -38,11 +41,10 @@ def estimates(
         cpu=cpu,
         gpu=gpu,
         stage_seconds=stages,
-        seconds=round((cpu if config.device == "cpu" else gpu).on(1)),
+        machine=machine.name,
+        seconds=round(whole.on(machine.speed)),
         n_files=1,
-        per_file=PerFile(
-            each_cpu, each_gpu, round((each_cpu if config.device == "cpu" else each_gpu).on(1))
-        ),
+        per_file=PerFile(each_cpu, each_gpu, round(each.on(machine.speed))),
     )
 
 

@@ -93,6 +93,7 @@ class Estimates:
     memory: dict[str, int]  # stage -> peak bytes here, where the model is taken whole if it fits
     cpu: Seconds  # of two cores
     gpu: Seconds  # of one H200
+    machine: str  # that `stage_seconds` and `seconds` are of, in words
     stage_seconds: dict[str, int]  # for one file, on the device that was asked for
     seconds: int
     n_files: int

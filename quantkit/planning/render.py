@@ -62,7 +62,8 @@ def _time(plan: Plan) -> str:
     """All of it, and the stages that take longest, of one file."""
     stages = sorted(plan.estimates.stage_seconds.items(), key=lambda item: -item[1])[:4]
     longest = ", ".join(f"{name} {max(1, round(seconds / 60))}" for name, seconds in stages)
-    return f"about {max(1, round(plan.estimates.seconds / 60))} minutes: {longest}"
+    minutes = max(1, round(plan.estimates.seconds / 60))
+    return f"about {minutes} minutes on {plan.estimates.machine}: {longest}"
 
 
 def _disk(plan: Plan) -> str:

@@ -19,16 +19,31 @@ from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.planning.nouns import Seconds
 from quantkit.tensors import is_in_block
 
-GPU_SPEEDS = {  # multiply-adds a second in dense bf16; what their makers state, over an H200's
+_GPU_SPEEDS = {  # multiply-adds a second in dense bf16; what their makers state, over an H200's
     **{"T4": 1.3e13, "L4": 2.4e13, "A10G": 1.4e13, "A10": 2.5e13, "L40S": 7e13, "A100": 6e13},
     **{"RTX PRO 6000": 1e14, "H200": 2e14, "H100": 2e14},
+    **{"RTX 3090": 1.4e13, "RTX 4090": 3.3e13, "RTX 5090": 4.2e13},
 }
-N_CORES = 2  # that CPU times are of
+_N_CORES = 2  # that CPU times are of
+_SCALING = 0.85  # two GPUs do 1.8 times what one does
 _WRITTEN = 0.45  # of the calibration text, with the half that texts lose to held-out parts
 _DOMAINS = 4  # that validate measures on
 _PROMPT_TOKENS = 150  # of a prompt with its tools
 _DOCUMENTS, _DOCUMENT_TOKENS = 56, 300  # conversations, and about the tokens of one
 _KINDS = 12  # of conversations
+
+
+def cpu_speed(n_cores: int) -> float:
+    """Return the speed of so many cores over that of those which CPU times are of."""
+    return n_cores / _N_CORES
+
+
+def gpu_speed(name: str, n_gpus: int = 1) -> float:
+    """Return the speed of GPUs that are called `name` over that of one H200; one that nobody knows
+    is taken for a T4.
+    """
+    known = max((key for key in _GPU_SPEEDS if key in name.upper()), key=len, default="T4")
+    return _GPU_SPEEDS[known] / _GPU_SPEEDS["H200"] * float(n_gpus**_SCALING)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ PLAN = Plan(
         memory={"calibrate": 5_000_000_000},
         cpu=Seconds(0, 3400),
         gpu=Seconds(0, 2),
+        machine="2 cores",
         stage_seconds={"quantize": 2000, "search": 1400},
         seconds=3400,
         n_files=1,

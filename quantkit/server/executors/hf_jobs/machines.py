@@ -10,11 +10,10 @@ from math import ceil
 
 from quantkit.hub.jobs import Machine
 from quantkit.planning.nouns import Estimates, Plan
-from quantkit.planning.time import GPU_SPEEDS, N_CORES
+from quantkit.planning.time import cpu_speed, gpu_speed
 from quantkit.server.executors.protocol import ON_PLAN, SHARE, Offer
 
 _STARTING_SECONDS = 420  # image, packages, converter, and getting a machine at all
-_SCALING = 0.85  # two GPUs do 1.8 times what one does
 _PATIENCE = 3  # times the estimate, after which a Job is ended
 _LONGEST_HOURS = 72
 
@@ -48,6 +47,5 @@ def offers(plan: Plan, machines: tuple[Machine, ...], executor: str) -> tuple[Of
 
 def _seconds(needs: Estimates, machine: Machine) -> float:
     if not machine.gpu:
-        return needs.cpu.on(machine.n_cpu / N_CORES)
-    known = (speed for name, speed in GPU_SPEEDS.items() if name in machine.gpu.upper())
-    return needs.gpu.on(next(known, 1e13) / GPU_SPEEDS["H200"] * machine.n_gpus**_SCALING)
+        return needs.cpu.on(cpu_speed(machine.n_cpu))
+    return needs.gpu.on(gpu_speed(machine.gpu, machine.n_gpus))
