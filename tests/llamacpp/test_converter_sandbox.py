@@ -212,7 +212,7 @@ def test_the_child_dies_with_its_parent(run_code, tmp_path: Path):
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (found := _children(parent.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert session(found[0])

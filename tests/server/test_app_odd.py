@@ -268,7 +268,7 @@ def test_one_address_does_not_fill_the_queue(page: Page, address: str) -> None:
                 started.append(json.loads(said.rpartition("data: ")[2])[0])  # after heartbeats
             else:
                 refused = said
-        assert len(started) == 6 and "from your address" in refused
+        assert len(started) == 6 and "from your address" in refused, refused
         places = {load_record(page.root / made["job_id"]).place for made in started}  # type: ignore[union-attr]
         assert places == {page.visitors.place(counted(address.format(1)))}
     finally:

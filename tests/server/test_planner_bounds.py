@@ -45,9 +45,16 @@ RUNAWAY = (
 )
 
 
-def kept(code: str, *arguments: str, memory: int = 150_000_000, seconds: float = 600) -> dict:
+def kept(
+    code: str,
+    *arguments: str,
+    memory: int = 150_000_000,
+    busy: float = 600,
+    seconds: float = 600,
+) -> dict:
     """How a program ended under the keeper."""
-    command = [sys.executable, "-I", "-S", keeper.__file__, str(memory), str(seconds)]
+    limits = map(str, (memory, busy, seconds))
+    command = [sys.executable, "-I", "-S", keeper.__file__, *limits]
     child = subprocess.Popen(
         [*command, sys.executable, "-c", code, *arguments],
         stdin=subprocess.PIPE,
@@ -86,7 +93,21 @@ def test_memory_of_the_whole_tree_is_bounded() -> None:
 
 
 def test_time_is_bounded() -> None:
-    assert kept("while True: pass", seconds=0.5)["ended"] == "time"
+    assert kept("import time; time.sleep(600)", seconds=0.5)["ended"] == "time"
+    assert kept("while True: pass", busy=0.5)["ended"] == "time"
+
+
+def test_processor_time_of_the_whole_tree_is_bounded() -> None:
+    code = (
+        "import subprocess, sys\n"
+        "burn = 'import time\\nwhile time.process_time() < .2: pass'\n"
+        "while True: subprocess.run([sys.executable, '-c', burn])"
+    )
+    assert kept(code, busy=1)["ended"] == "time"
+
+
+def test_who_waits_for_the_cores_is_not_cut_off() -> None:
+    assert kept("import time; time.sleep(2)", busy=1)["ended"] == 0
 
 
 def test_nothing_is_left_behind() -> None:

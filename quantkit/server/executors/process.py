@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from quantkit.sandbox import secrets
@@ -14,6 +15,7 @@ from quantkit.server.executors.protocol import LOG_FILE
 
 # What only the server needs to know.
 _SERVER_VARIABLES = ("OAUTH_CLIENT_ID",)
+_NICE = 15  # the page answers first, then its previews
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -42,7 +44,7 @@ def start(
     """Start, or go on with, the run whose config lies in `folder`, by an executor's command."""
     told = worker_secrets(token, public)
     with (folder / LOG_FILE).open("ab") as log, secrets.handed_on(told) as (more, descriptors):
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [*command, str(folder.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -51,6 +53,9 @@ def start(
             pass_fds=descriptors,
             start_new_session=True,
         )
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, child.pid, _NICE)
+    return child
 
 
 def start_cleaning(folder: Path) -> subprocess.Popen[bytes]:

@@ -34,16 +34,20 @@ Looked = Callable[[FirstLook], None]
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The limits of one preview. For a page they are several times what today's models need."""
+    """The limits of one preview. For a page they are several times what today's models need; by the
+    clock it takes longer beside runs, which a preview leaves the cores to.
+    """
 
+    busy_seconds: float
     seconds: float
     memory_bytes: int
 
 
-_PUBLIC = Bounds(60, 1_500_000_000)
-_PRIVATE = Bounds(600, 16_000_000_000)
+_PUBLIC = Bounds(60, 240, 1_500_000_000)
+_PRIVATE = Bounds(600, 1200, 16_000_000_000)
 _KEEPER = Path(__file__).with_name("keeper.py")
 _REMEDY = "Start the run without it, or try again."
+_PUBLIC_REMEDY = "Try again in ten minutes."  # a public page starts nothing that it has not planned
 _MOST_TOLD_BYTES = 16_000_000
 _KEPT = 64
 _REFUSED_SECONDS = 600.0  # what was cut off is not tried again for so long
@@ -135,7 +139,7 @@ def _ask(config: RunConfig, token: str | None, public: bool, looked: Looked | No
     ) as folder:
         # Whatever it leaves in its folder for temporary files goes with this one.
         asked = write_json(Path(folder) / "asked.json", config)
-        limits = [str(bounds.memory_bytes), str(bounds.seconds)]
+        limits = [str(n) for n in (bounds.memory_bytes, bounds.busy_seconds, bounds.seconds)]
         command = [sys.executable, "-m", "quantkit.server.previews.plan_child", str(asked)]
         with secrets.handed_on(worker_secrets(token, public)) as (more, descriptors):
             child = subprocess.Popen(
@@ -149,13 +153,13 @@ def _ask(config: RunConfig, token: str | None, public: bool, looked: Looked | No
             )
         with child:
             try:
-                return _answer(child, looked)
+                return _answer(child, looked, _PUBLIC_REMEDY if public else _REMEDY)
             finally:
                 assert child.stdin is not None
                 child.stdin.close()
 
 
-def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> Plan:
+def _answer(child: subprocess.Popen[bytes], looked: Looked | None, remedy: str = _REMEDY) -> Plan:
     """The plan that the child tells; what it says is checked like anything from outside."""
     assert child.stdout is not None
     plan: Plan | None = None
@@ -171,15 +175,15 @@ def _answer(child: subprocess.Popen[bytes], looked: Looked | None) -> Plan:
             elif "plan" in told:
                 plan = build(Plan, told["plan"])
             elif "error" in told:
-                message, remedy = told["error"]
-                raise QuantkitError(str(message)[:2000], str(remedy)[:2000])
+                message, step = told["error"]
+                raise QuantkitError(str(message)[:2000], str(step)[:2000])
             elif "needs_token" in told:
                 message, step = told["needs_token"]
                 raise NeedsToken(str(message)[:2000], str(step)[:2000])
             elif told.get("ended") in ("memory", "time"):
-                raise CutOff(f"The preview took too much {told['ended']}.", _REMEDY)
+                raise CutOff(f"The preview took too much {told['ended']}.", remedy)
         except (Damaged, ValueError, TypeError):
             break
     if plan is None:
-        raise QuantkitError("The preview could not be made.", _REMEDY)
+        raise QuantkitError("The preview could not be made.", remedy)
     return plan

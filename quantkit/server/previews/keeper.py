@@ -1,14 +1,15 @@
 """Keeps a planner in bounds: run by its path, with nothing of quantkit but the kernel's interfaces.
 
-    python -I -S keeper.py MEMORY_BYTES WALL_SECONDS COMMAND...
+    python -I -S keeper.py MEMORY_BYTES PROCESSOR_SECONDS WALL_SECONDS COMMAND...
 
-The command and everything that it starts take at most that memory and time together, and end when
-this process ends or its stdin closes: whoever started it is gone then, killed or not. How it ended
-is the last line on stdout.
+The command and everything that it starts take at most that memory and processor time together, and
+end by the clock, too, and when this process ends or its stdin closes: whoever started it is gone
+then, killed or not. How it ended is the last line on stdout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -23,19 +24,19 @@ import time
 from evaluators import sandbox
 
 _TICK_SECONDS = 0.2
-_NICER = 10
+_NICER = 5
 _FORK_SERVER = f"{sys.path[0]}/quantkit/sandbox/fork_server.py".encode()
 
 
 def main(argv: list[str]) -> None:
     """Start the command, watch it, and end what is left of it."""
-    memory, seconds, command = int(argv[1]), float(argv[2]), argv[3:]
+    memory, busy, seconds, command = int(argv[1]), float(argv[2]), float(argv[3]), argv[4:]
     sandbox.set_not_dumpable()  # a token may be on its way through
     sandbox.adopt_orphans()
     parent = os.getpid()
 
     def prepare() -> None:
-        os.nice(_NICER)  # the page answers first
+        os.nice(_NICER)  # after the page, before runs
         if not sandbox.die_with_parent(parent):
             os._exit(1)
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
         peak = max(peak, used)
         if used > memory:
             why = "memory"
-        elif time.monotonic() > deadline:
+        elif time.monotonic() > deadline or processor_seconds(parent) > busy:
             why = "time"
     told = {"ended": why or child.poll(), "peak_bytes": peak}
     try:
@@ -103,6 +104,18 @@ def memory_holders(root: int) -> list[int]:
     servers = [pid for pid in found if _FORK_SERVER in _command(pid)]
     forked = {child for pid in servers for child in children.get(pid, [])}
     return [pid for pid in found if not (pid in forked and pid in servers and pid in children)]
+
+
+def processor_seconds(root: int) -> float:
+    """Return the processor time of its descendants, of those that have ended as far as somebody
+    waited for them.
+    """
+    ticks = 0
+    for pid in descendants(root):
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+            ticks += sum(map(int, fields[11:15]))  # its own and its children's: user, system
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _command(pid: int) -> list[bytes]:
