@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from quantkit.config.budgets import Budget
 from quantkit.files import replacing
@@ -93,3 +94,12 @@ def load_allocation(artifacts: Artifacts, limit_bytes: int) -> dict[str, Candida
     """Return the allocation for one budget, of a run whose search stage is finished."""
     table = read_as(dict[str, Choice], artifacts.answer(limit_bytes) / "allocation.json")
     return {name: CandidateKey(name, row.qtype, row.method) for name, row in table.items()}
+
+
+def load_searched(artifacts: Artifacts, limit_bytes: int) -> Searched | None:
+    """Return what the search for one budget came to, of a run whose search stage is finished; None
+    where nothing was left to search.
+    """
+    path = artifacts.answer(limit_bytes) / "budget.json"
+    found = read_as(cast(Any, Given | Searched), path)
+    return found if isinstance(found, Searched) else None

@@ -4,8 +4,8 @@ A tuned file is whole already: it gets a second name, and its bytes are not copi
 Writes `<Model>-EVO-<label>.gguf` and, for each, under `recipes/` what makes it again: the recipe,
 and the types alone as `llama-quantize --tensor-type-file` reads them. The label is the stock mix
 that was asked for, else that of the type which holds most weights: the Hub, llama.cpp and Ollama
-read it. `outputs.json` lists the files by their budgets. Of two tuned files the larger is never the
-worse: where tuning left it farther from the original, the smaller one serves for both.
+read it. `outputs.json` lists the files by their budgets. Of two files the larger is never the
+worse: where search and tuning left it farther from the original, the smaller one serves for both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from quantkit.run.folder import OutputFile, read_as, read_json
 from quantkit.run.outputs import Output, Outputs, load_budgets
 from quantkit.run.recipe import Base, Pinned, Provenance, Published, Recipe, Stored
 from quantkit.run.stage import Run, Stage, StageResult
-from quantkit.search.answers import load_allocation
+from quantkit.search.answers import load_allocation, load_searched
 from quantkit.search.database import load_database
 from quantkit.sources.snapshot import load_snapshot, model_name
 from quantkit.stages.tune import tuned_tensors
@@ -45,7 +45,7 @@ class Stitch(Stage):
     """Put the final file together."""
 
     name = NAME
-    version = 6
+    version = 7
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError when a tensor's bytes do not have the size that its type and shape
@@ -82,26 +82,31 @@ class Stitch(Stage):
 
 def _kept(run: Run) -> tuple[list[Budget], list[Budget]]:
     """The budgets that get a file, and those that a smaller one's serves as well."""
-    tunings = read_as(Tunings, run.artifacts.tuning).budgets
     return without_worse(
         [
-            (
-                budget,
-                load_allocation(run.artifacts, budget.limit_bytes),
-                tuned.kl_after if isinstance(tuned, Tuned) else None,
-            )
+            (budget, load_allocation(run.artifacts, budget.limit_bytes), _kl(run, budget))
             for budget in load_budgets(run.dir)
-            for tuned in (tunings.get(str(budget.limit_bytes)),)
         ]
     )
+
+
+def _kl(run: Run, budget: Budget) -> float | None:
+    """The KL of a budget's file on sequences that those of all budgets have met: after tuning, or
+    where none is tuned, by the search. None where no search was needed.
+    """
+    tuned = read_as(Tunings, run.artifacts.tuning).budgets.get(str(budget.limit_bytes))
+    if isinstance(tuned, Tuned):
+        return tuned.kl_after
+    searched = load_searched(run.artifacts, budget.limit_bytes)
+    return None if searched is None or searched.expects_tuning else searched.kl
 
 
 def without_worse(
     found: Sequence[tuple[Budget, Mapping[str, CandidateKey], float | None]],
 ) -> tuple[list[Budget], list[Budget]]:
     """Split budgets, smallest first, into those that get a file and those that a smaller one's
-    serves as well: with the same allocation, or tuned to a smaller KL(original || file) on the
-    same sequences. The latter's `refusal` says so. The KL is None where a file is not tuned.
+    serves as well: with the same allocation, or a smaller KL(original || file) on the same
+    sequences. The latter's `refusal` says so. The KL is None where a file's is not known.
     """
     kept: list[Budget] = []
     left_out: list[Budget] = []
