@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from examples import examples
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 from search_spaces import Toy, spaces
 
 from quantkit.config.budgets import Budget
+from quantkit.files import write_json
 from quantkit.ggml.types import QUANTIZED, QuantType
+from quantkit.run.folder import RunDir
+from quantkit.search.answers import Given, Searched, load_searched
 from quantkit.search.evopress import EvoPress
 from quantkit.search.optimizer import Problem, Step
 from quantkit.search.propose import knapsack, spend, uniform
@@ -48,6 +52,17 @@ def test_one_file_for_two_sizes() -> None:
 def test_files_that_nobody_judged_all_stay() -> None:
     found = [(size, types, None) for size, types in zip(SIZES, TYPES, strict=True)]
     assert without_worse(found) == (list(SIZES), [])
+
+
+def test_what_the_search_said_is_read_back(tmp_path: Path) -> None:
+    artifacts = RunDir(tmp_path).artifacts
+    sizes = 100, 90, 50, 200
+    searched = Searched("100 B", *sizes, 4, 4096, 0.3, 0.2, 0.01, False)
+    for limit, answer in ((100, searched), (200, Given("200 B", *sizes))):
+        artifacts.answer(limit).mkdir(parents=True)
+        write_json(artifacts.answer(limit) / "budget.json", answer)
+    assert load_searched(artifacts, 100) == searched
+    assert load_searched(artifacts, 200) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from(QUANTIZED), st.none() | st.floats(0, 9)), max_size=9))
