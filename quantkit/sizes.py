@@ -40,3 +40,9 @@ def size(n_bytes: float) -> str:
     if n_bytes >= 1e9:
         return f"{n_bytes / 1e9:,.2f} GB"
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{max(1, round(n_bytes / 1e3))} kB"
+
+
+def size_for(n_bytes: int) -> str:
+    """Return the least size, as `size` writes sizes, that has room for so many bytes."""
+    step = next((s for least, s in ((10**9, 10**7), (10**6, 10**5)) if n_bytes >= least), 1000)
+    return size(-(-n_bytes // step) * step)

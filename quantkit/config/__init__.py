@@ -133,7 +133,8 @@ class RunConfig:
     publish: str | None = None
     private: bool = False
     public: bool = False  # a private or gated model's file is published privately without this
-    collection: str | None = None  # of the Hub, that the published repository is put into
+    # Of the Hub, that the published repository is put into: the last part of its URL, or a title.
+    collection: str | None = None
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:

@@ -91,8 +91,25 @@ def _kind(file: PublishedFile, remote: RemoteFile | None, path: Path | None) -> 
     return SAME if is_same(file, remote, path or Path(file.path)) else CHANGED
 
 
-def add_to_collection(slug: str, repo_id: str, token: str | None) -> None:
-    """Put a model into a collection; once is enough. Raises QuantkitError."""
+def add_to_collection(
+    collection: str, repo_id: str, token: str | None, private: bool = False
+) -> None:
+    """Put a model into a collection; once is enough. `collection` is the last part of its URL, or
+    the title of one of the model's owner, which is created, `private` or not, if there is none.
+    Raises QuantkitError.
+    """
     api = hf_api(token)
-    asked = Asked(thing=f"the collection {slug}", writing=True)
+    asked = Asked(thing=f"the collection {collection}", writing=True)
+    slug = collection
+    if "/" not in slug:
+        owner = repo_id.partition("/")[0]
+        slug = call(
+            lambda: (
+                api.create_collection(
+                    collection, namespace=owner, private=private, exists_ok=True
+                ).slug
+            ),
+            asked,
+            token,
+        )
     call(lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True), asked, token)

@@ -10,7 +10,7 @@ from quantkit.gguf_file.read import GgufFile, StoredTensor
 from quantkit.planning.disk import Footprint
 from quantkit.planning.here import here
 from quantkit.planning.memory import stage_memory
-from quantkit.planning.nouns import Estimates, PerFile, Seconds
+from quantkit.planning.nouns import Estimates, PerFile, Seconds, Times
 from quantkit.planning.time import stage_times
 from quantkit.tensors import ONE_INPUT, is_in_block
 
@@ -27,25 +27,30 @@ def estimates(
     """Estimate what the run takes for one file, from the model's shapes, and what each further size
     adds. `disk` are the bytes of the run's folder by stage, of all sizes.
     """
-    times = stage_times(config, base, levels, footprint.base)
-    cpu, gpu = (sum(of.values(), Seconds(0, 0)) for of in (times.cpu, times.gpu))
-    each_cpu, each_gpu = _of_a_file(times.cpu), _of_a_file(times.gpu)
     machine = here(config.device)
-    stages = {name: round(s.on(machine.speed)) for name, s in times.of(config.device).items()}
-    whole, each = (cpu, each_cpu) if config.device == "cpu" else (gpu, each_gpu)
+    stages = stage_times(config, base, levels, footprint.base).of(config.device)
     return Estimates(
+        **vars(times(config, base, levels, footprint.base)),
         disk_bytes=footprint.downloaded + max(disk.values()),
         disk=dict(disk),
         memory_bytes=max(memory_by_stage(config, base, levels, 0).values()),
         memory=memory_by_stage(config, base, levels, free_bytes(config.device)),
-        cpu=cpu,
-        gpu=gpu,
-        stage_seconds=stages,
         machine=machine.name,
-        seconds=round(whole.on(machine.speed)),
-        n_files=1,
-        per_file=PerFile(each_cpu, each_gpu, round(each.on(machine.speed))),
+        stage_seconds={n: round(seconds.on(machine.speed)) for n, seconds in stages.items()},
     )
+
+
+def times(config: RunConfig, base: GgufFile, levels: LevelPlan, base_bytes: int) -> Times:
+    """Estimate the time of a run for one file, and what each further size adds; `base_bytes` as in
+    `stage_times`.
+    """
+    found = stage_times(config, base, levels, base_bytes)
+    cpu, gpu = (sum(of.values(), Seconds(0, 0)) for of in (found.cpu, found.gpu))
+    each_cpu, each_gpu = _of_a_file(found.cpu), _of_a_file(found.gpu)
+    whole, each = (cpu, each_cpu) if config.device == "cpu" else (gpu, each_gpu)
+    speed = here(config.device).speed
+    per_file = PerFile(each_cpu, each_gpu, round(each.on(speed)))
+    return Times(cpu=cpu, gpu=gpu, seconds=round(whole.on(speed)), n_files=1, per_file=per_file)
 
 
 def _of_a_file(times: Mapping[str, Seconds]) -> Seconds:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from quantkit.config.budgets import Budget
 from quantkit.ggml.types import QuantType
 from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import Coverage
 from quantkit.planning.disk import Footprint
+from quantkit.search.unspent import Unspent
 from quantkit.tensors import Fallback
 
 
@@ -83,21 +85,38 @@ class PerFile:
     seconds: int
 
 
-@dataclass(frozen=True)
-class Estimates:
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """The time that a run is expected to take for `n_files` sizes."""
+
+    cpu: Seconds  # of two cores
+    gpu: Seconds  # of one H200
+    seconds: int  # on the device that was asked for
+    n_files: int
+    per_file: PerFile
+
+    def for_files(self, n_files: int) -> Self:
+        """Return the same for another number of files, which are searched one by one."""
+        more, each = n_files - self.n_files, self.per_file
+        return replace(
+            self,
+            cpu=self.cpu + each.cpu.times(more),
+            gpu=self.gpu + each.gpu.times(more),
+            seconds=self.seconds + more * each.seconds,
+            n_files=n_files,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates(Times):
     """Disk, memory and time that a run is expected to take for `n_files` sizes."""
 
     disk_bytes: int  # the most that the run's folder holds, and what is downloaded
     disk: dict[str, int]  # stage -> the most bytes that the folder holds
     memory_bytes: int  # what the run needs anywhere
     memory: dict[str, int]  # stage -> peak bytes here, where the model is taken whole if it fits
-    cpu: Seconds  # of two cores
-    gpu: Seconds  # of one H200
     machine: str  # that `stage_seconds` and `seconds` are of, in words
     stage_seconds: dict[str, int]  # for one file, on the device that was asked for
-    seconds: int
-    n_files: int
-    per_file: PerFile
 
     @property
     def by_stage(self) -> dict[str, float]:
@@ -111,16 +130,17 @@ class Estimates:
             for name, seconds in self.stage_seconds.items()
         }
 
-    def for_files(self, n_files: int) -> Estimates:
-        """Return the same for another number of files, which are searched one by one."""
-        more, each = n_files - self.n_files, self.per_file
-        return replace(
-            self,
-            cpu=self.cpu + each.cpu.times(more),
-            gpu=self.gpu + each.gpu.times(more),
-            seconds=self.seconds + more * each.seconds,
-            n_files=n_files,
-        )
+
+@dataclass(frozen=True)
+class Alike:
+    """Tensors of one shape that can have the same types."""
+
+    tensor: str  # the first of them
+    n_tensors: int
+    n_weights: int  # of each
+    types: dict[str, str]  # level -> type
+    kept: str | None  # the type in which they may stay
+    n_bytes: dict[str, int]  # type -> bytes in the file
 
 
 @dataclass(frozen=True)
@@ -140,3 +160,6 @@ class Plan:
     sandbox: str  # what kept the code that reads the model from the rest
     warnings: tuple[str, ...]
     estimates: Estimates
+    profiles: dict[str, Times]  # of the same sizes with every profile
+    alike: tuple[Alike, ...]  # the tensors that types are chosen for
+    unspent: tuple[Unspent, ...]  # budgets of which much is expected to stay unused

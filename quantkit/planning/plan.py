@@ -9,15 +9,15 @@ that names nothing and a budget that cannot be met are refused before any weight
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
-from quantkit.config import RunConfig
+from quantkit.config import PROFILES, RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
 from quantkit.config.levels import LevelPlan, plan_levels, wanted
 from quantkit.ggml.types import STOCK_MIXES, QuantType
@@ -29,10 +29,11 @@ from quantkit.llamacpp.converter.architectures import check_architecture
 from quantkit.llamacpp.converter.convert import convert
 from quantkit.llamacpp.stock import StockRecipe, quantizable_tensors, stock_bytes
 from quantkit.planning import texts
-from quantkit.planning.cost import estimates, free_bytes
+from quantkit.planning.cost import estimates, free_bytes, times
 from quantkit.planning.coverage import foretell
 from quantkit.planning.disk import by_stage, footprint
-from quantkit.planning.nouns import Plan, PlannedModel, Sizes
+from quantkit.planning.nouns import Plan, PlannedModel, Sizes, Times
+from quantkit.planning.spending import foretold, kinds_of
 from quantkit.sources.fit import copies, kept_notes
 from quantkit.sources.resolve import read_headers, resolve
 from quantkit.tensors import TensorSpec
@@ -156,6 +157,9 @@ def make_plan(
         found = footprint(config, info, base, free_bytes(config.device), free_bytes("cpu"))
         disk = by_stage(found, config, sizes.uniform, sizes.limits, stock.values())
         one_file = estimates(config, base, made.levels, found, disk)
+        levels, n_files = tuple(map(str, made.levels.levels)), max(1, len(sizes.budgets))
+        alike = kinds_of(base, plan_levels(specs, config))
+        limits = [budget.limit_bytes for budget in sizes.budgets]
         return Plan(
             model=PlannedModel(
                 id=info.id,
@@ -169,12 +173,33 @@ def make_plan(
             sizes=sizes,
             stock=stock,
             context=context,
-            levels=tuple(map(str, made.levels.levels)),
+            levels=levels,
             left_out=made.left_out,
             footprint=found,
             coverage=coverage,
             fallbacks=made.levels.fallbacks,
             sandbox=conversion.sandbox,
             warnings=(*warnings, *conversion.warnings, *conversion.tokens.notes),
-            estimates=one_file.for_files(max(1, len(sizes.budgets))),
+            estimates=one_file.for_files(n_files),
+            profiles={
+                name: of_one.for_files(n_files)
+                for name, of_one in _by_profile(config, base, specs, sizes.limits, found.base)
+            },
+            alike=alike,
+            unspent=foretold(alike, sizes.smallest_bytes, levels, limits, config.max_types),
         )
+
+
+def _by_profile(
+    config: RunConfig,
+    base: GgufFile,
+    specs: Mapping[str, TensorSpec],
+    limits: Iterable[int],
+    base_bytes: int,
+) -> Iterator[tuple[str, Times]]:
+    """The time that a file takes with each profile: of its own levels and its own work."""
+    for name in PROFILES:
+        other = replace(config, profile=name)
+        uniform = uniform_bytes(base, plan_levels(specs, other))
+        levels = plan_levels(specs, other, wanted(uniform, limits, other))
+        yield name, times(other, base, levels, base_bytes)

@@ -26,6 +26,7 @@ def render(plan: Plan, everything: bool = False) -> str:
     ]
     if not sizes.budgets:
         lines.append("file      every type is given")
+    lines += [f"unspent   {printable(u.sentence(is_expected=True), '')}" for u in plan.unspent]
     lines += [f"refused   {budget.target}: {budget.refusal}" for budget in sizes.refused]
     lines += [
         f"possible  {size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}",

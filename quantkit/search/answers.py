@@ -15,6 +15,7 @@ from quantkit.run.artifacts import Artifacts
 from quantkit.run.folder import read_as
 from quantkit.search.allocation import Choices, SearchSpace
 from quantkit.search.optimizer import Step
+from quantkit.search.unspent import Unspent, unspent
 from quantkit.tensors import CandidateKey, to_json
 
 
@@ -27,6 +28,7 @@ class Answer:
     n_bytes: int
     smallest_bytes: int
     largest_bytes: int
+    unspent: Unspent | None
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ def answer(
     """Sum up what was chosen within a budget, and the last step of the search, if there was one."""
     least, most = space.n_bytes(space.smallest), space.n_bytes(space.largest)
     sizes = budget.target, budget.limit_bytes, space.n_bytes(choices), least, most
+    left = unspent(space, choices)
     if step is None:
-        return Given(*sizes)
+        return Given(*sizes, left)
     kl = step.trace[0][2], step.kl, step.stderr
-    return Searched(*sizes, step.number, step.n_tokens, *kl, expects_tuning)
+    return Searched(*sizes, left, step.number, step.n_tokens, *kl, expects_tuning)
 
 
 @dataclass(frozen=True)

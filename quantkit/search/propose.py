@@ -179,19 +179,17 @@ def spend(space: SearchSpace, choices: Choices, costs: Costs) -> Choices:
     """Use what the budget leaves: the upgrade with the best gain per byte, again and again, until
     none fits.
     """
-    choices = choices.copy()
+    choices, table, sizes = choices.copy(), _table(space, costs), space.padded_bytes
+    rows, columns = np.arange(len(choices)), np.arange(sizes.shape[1])
     while True:
-        upgrades = list(space.upgrades(choices))
-        if not upgrades:
+        steps = sizes - sizes[rows, choices][:, None]
+        is_larger = (columns > choices[:, None]) & (columns < space.n_choices[:, None])
+        fits = is_larger & (steps <= space.limit_bytes - space.n_bytes(choices))
+        if not fits.any():
             return choices
-
-        def gain(upgrade: tuple[int, int]) -> float:
-            tensor, larger = upgrade
-            old = int(choices[tensor])
-            saved = costs[tensor][old] - costs[tensor][larger]
-            return float(saved / max(space.step_bytes(tensor, old, larger), 1))
-
-        tensor, larger = max(upgrades, key=lambda u: (gain(u), -u[0], -u[1]))
+        saved = table[rows, choices][:, None] - table
+        gains = np.where(fits, saved / np.maximum(steps, 1), -np.inf)
+        tensor, larger = np.unravel_index(gains.argmax(), gains.shape)  # the first of equal ones
         choices[tensor] = larger
 
 

@@ -137,7 +137,7 @@ def _upload(run: Run, folder: Path, staged: Sequence[Path]) -> StageResult:
     )
     if run.config.collection is not None:
         try:
-            hub.add_to_collection(run.config.collection, made.repo_id, hub.resolve_token())
+            hub.add_to_collection(run.config.collection, made.repo_id, token, private)
         except QuantkitError as error:  # what was asked for first is done
             run.events.emit(NAME, "note", f"it was not added to the collection: {error}")
     about = {

@@ -55,7 +55,7 @@ def others(hub: HubServer) -> None:
 
 
 def test_what_would_change_in_a_new_repository(handlers: Handlers, hub: HubServer) -> None:
-    html = handlers.compare("done", REPO, "private", ME, ALICE)
+    html = handlers.compare("done", REPO, "private", "", ME, ALICE)
     assert "will be created, private" in html and "4 files are uploaded" in html
     assert html.count('<li class="new">') == 4 and "<pre" not in html
     assert not hub.asked("commit|repos/create|lfs|preupload"), "looking wrote something"
@@ -66,13 +66,13 @@ def test_what_a_gated_model_becomes(handlers: Handlers, hub: HubServer) -> None:
     run = RunDir(handlers.store.root / "done")
     fetched = run.records()["fetch"]
     run.save_record(replace(fetched, summary={**fetched.summary, "closed": "gated"}))
-    html = handlers.compare("done", REPO, "model", ME, ALICE)
+    html = handlers.compare("done", REPO, "model", "", ME, ALICE)
     assert "will be created, private" in html and "Its model is gated" in html
-    html = handlers.compare("done", REPO, "public", ME, ALICE)
+    html = handlers.compare("done", REPO, "public", "", ME, ALICE)
     assert "will be created, public" in html and "gated" not in html
     others(hub)
     with pytest.raises(QuantkitError, match="is public, but"):
-        handlers.compare("done", REPO, "model", ME, ALICE)
+        handlers.compare("done", REPO, "model", "", ME, ALICE)
     handlers.publish("done", REPO, "public", "", ME, ALICE)
     config = json.loads((handlers.store.root / "done" / "config.json").read_text())
     assert (config["private"], config["public"]) == (False, True)
@@ -80,7 +80,7 @@ def test_what_a_gated_model_becomes(handlers: Handlers, hub: HubServer) -> None:
 
 def test_what_would_change_in_an_old_one(handlers: Handlers, hub: HubServer) -> None:
     others(hub)
-    html = handlers.compare("done", REPO, "model", ME, ALICE)
+    html = handlers.compare("done", REPO, "model", "", ME, ALICE)
     assert "exists and is public" in html
     assert '<li class="changed"><b>~</b><span>README.md' in html
     assert '<li class="kept"><b> </b><span>notes.txt' in html
@@ -91,7 +91,7 @@ def test_a_second_time_nothing_changes(handlers: Handlers, hub: HubServer) -> No
     from quantkit import hub as real
 
     real.publish(handlers.store.root / "done" / "9-publish" / "upload", REPO, ALICE)
-    html = handlers.compare("done", REPO, "model", ME, ALICE)
+    html = handlers.compare("done", REPO, "model", "", ME, ALICE)
     assert "nothing is uploaded" in html and html.count('<li class="same">') == 4
 
 
@@ -109,7 +109,7 @@ def test_a_second_time_nothing_changes(handlers: Handlers, hub: HubServer) -> No
 )
 def test_refusals(handlers: Handlers, hub: HubServer, token: str, repo: str, words: str) -> None:
     with pytest.raises(QuantkitError, match=words) as caught:
-        handlers.compare("done", repo, "model", ME, token)
+        handlers.compare("done", repo, "model", "", ME, token)
     assert not token or token not in str(caught.value)
 
 
@@ -130,7 +130,7 @@ def test_every_status_is_a_sentence(
 ) -> None:
     hub.fail_next(r"/api/whoami", status, times=20)
     with pytest.raises(QuantkitError, match=words) as caught:
-        handlers.compare("done", REPO, "model", ME, ALICE)
+        handlers.compare("done", REPO, "model", "", ME, ALICE)
     assert str(caught.value).endswith(".") and ALICE not in str(caught.value)
 
 
@@ -142,18 +142,37 @@ def test_a_hub_that_does_not_answer(
     monkeypatch.setitem(client._SECONDS, "read", 0.2)
     hub.hang_next(r"/api/whoami", 1.0, times=5)
     with pytest.raises(QuantkitError, match="did not answer in time"):
-        handlers.compare("done", REPO, "model", ME, ALICE)
+        handlers.compare("done", REPO, "model", "", ME, ALICE)
 
 
 def test_only_ones_own_runs_are_published(handlers: Handlers) -> None:
     stranger = Client("visitor:mallory", None, "5.6.7.8")
     with pytest.raises(QuantkitError, match="no such run"):
-        handlers.compare("done", REPO, "model", stranger, ALICE)
+        handlers.compare("done", REPO, "model", "", stranger, ALICE)
     with pytest.raises(QuantkitError, match="no such run"):
         handlers.publish("done", REPO, "model", "", stranger, ALICE)
 
 
-@pytest.mark.parametrize("slug", ["x", "a/../b", "https://evil/x/y", "a/b?c", "a/b/c"])
+def test_a_collection_by_its_title_is_made_once(handlers: Handlers, hub: HubServer) -> None:
+    """Of the repository's owner, private with it; what it would be is told before."""
+    from quantkit import hub as ours
+
+    title = "GGUFs by quantkit"
+    html = handlers.compare("done", REPO, "model", title, ME, ALICE)
+    assert f"your collection “{title}”, which is created if you have none" in html
+    hub.add_model(REPO, {})
+    hub.add_model("alice/Other-GGUF", {})
+    for repo in (REPO, "alice/Other-GGUF", REPO):
+        ours.add_to_collection(title, repo, ALICE, private=True)
+    (slug,) = hub.titles
+    assert hub.titles[slug] == title
+    wanted = [{"id": repo, "type": "model"} for repo in (REPO, "alice/Other-GGUF")]
+    assert hub.collections[slug] == wanted
+    with pytest.raises(QuantkitError):
+        ours.add_to_collection(title, "bob/Model-GGUF", ALICE)
+
+
+@pytest.mark.parametrize("slug", ["x" * 60, "a\tb", "a/../b", "https://evil/x/y", "a/b?c", "a/b/c"])
 def test_a_collection_is_one(handlers: Handlers, slug: str) -> None:
     with pytest.raises(QuantkitError, match="is not a collection"):
         handlers.publish("done", REPO, "model", slug, ME, ALICE)

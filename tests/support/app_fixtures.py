@@ -245,7 +245,7 @@ def _upload(folder: Path, config: RunConfig) -> dict[str, Any]:
     token = hub.resolve_token()
     made = hub.publish(folder, config.publish, token, config.private, "Upload")
     if config.collection is not None:
-        hub.add_to_collection(config.collection, made.repo_id, token)
+        hub.add_to_collection(config.collection, made.repo_id, token, config.private)
     return {"url": made.url, "commit": made.sha, "changed": list(made.changed)}
 
 

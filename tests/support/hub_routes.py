@@ -185,21 +185,39 @@ class Routes:
         raise Answer(200, {"url": url})
 
     def _collection(self, path: str, body: bytes) -> None:
+        """Create one (a title that is there answers with its slug), show one, add to one."""
         self._need_user()
+        asked = json.loads(body) if body else {}
         slug, _, what = path.rpartition("/")
+        if not path:
+            title, owner = asked["title"], asked["namespace"]
+            if not self._owns(owner):
+                raise Answer(403, {"error": "You may not write to this namespace"})
+            slug = f"{owner}/{title.lower().replace(' ', '-')}-{len(self.hub.collections):04x}"
+            there = [
+                s for s, t in self.hub.titles.items() if (s.split("/")[0], t) == (owner, title)
+            ]
+            if there:
+                raise Answer(409, {"error": "It exists", "slug": there[0]})
+            self.hub.collections[slug], self.hub.titles[slug] = [], title
+            raise Answer(200, self._about_collection(slug, bool(asked.get("private"))))
+        if path in self.hub.collections:
+            raise Answer(200, self._about_collection(path))
         items = self.hub.collections.get(slug)
         if what not in ("items", "item") or items is None:
             raise Answer(404, {"error": "Collection not found"})
         if not self._owns(slug.split("/")[0]):
             raise Answer(403, {"error": "You may not write to this collection"})
-        item = json.loads(body)["item"]
-        if item in items:
+        if asked["item"] in items:
             raise Answer(409, {"error": "The item is in the collection already"})
-        items.append(item)
-        about: dict[str, Any] = {"title": "t", "position": 1, "owner": {"name": "alice"}}
-        about |= {"private": False, "theme": "blue", "upvotes": 0}
-        about["lastUpdated"] = "2026-01-01T00:00:00.000Z"
-        raise Answer(200, {"slug": slug, "items": [], "description": "", **about})
+        items.append(asked["item"])
+        raise Answer(200, self._about_collection(slug))
+
+    def _about_collection(self, slug: str, private: bool = False) -> dict[str, Any]:
+        about: dict[str, Any] = {"title": self.hub.titles.get(slug, "t"), "position": 1}
+        about |= {"owner": {"name": slug.split("/")[0]}, "private": private, "theme": "blue"}
+        about |= {"upvotes": 0, "lastUpdated": "2026-01-01T00:00:00.000Z"}
+        return {"slug": slug, "items": [], "description": "", **about}
 
     def _search(self, kind: str, query: dict[str, list[str]]) -> None:
         def value(name: str) -> str:

@@ -80,6 +80,7 @@ class HubServer:
         self._lock = threading.RLock()
         self.stopping = threading.Event()
         self.collections: dict[str, list[dict[str, Any]]] = {}  # slug -> items
+        self.titles: dict[str, str] = {}  # of collections that were created, by slug
         self._machines = tempfile.TemporaryDirectory(prefix="test-hub-")
         self.jobs = Jobs(Path(self._machines.name))
         self._servers = {"hub": self._listen("hub")}

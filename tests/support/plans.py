@@ -8,9 +8,18 @@ from quantkit.config import RunConfig
 from quantkit.llamacpp.contexts import ContextMemory
 from quantkit.planning.coverage import Coverage
 from quantkit.planning.disk import Footprint
-from quantkit.planning.nouns import Estimates, PerFile, Plan, PlannedModel, Seconds, Sizes
+from quantkit.planning.nouns import (
+    Estimates,
+    PerFile,
+    Plan,
+    PlannedModel,
+    Seconds,
+    Sizes,
+    Times,
+)
 from quantkit.server.previews.sizes import with_sizes
 
+_EACH = PerFile(Seconds(0, 600), Seconds(0, 0.5), 600)
 PLAN = Plan(
     model=PlannedModel(
         "a/b", "0" * 40, "LlamaForCausalLM", 1_000_000_000, "mit", True, 2_000_000_000
@@ -49,8 +58,16 @@ PLAN = Plan(
         stage_seconds={"quantize": 2000, "search": 1400},
         seconds=3400,
         n_files=1,
-        per_file=PerFile(Seconds(0, 600), Seconds(0, 0.5), 600),
+        per_file=_EACH,
     ),
+    profiles={
+        name: Times(
+            cpu=Seconds(0, n), gpu=Seconds(0, n / 1700), seconds=n, n_files=1, per_file=_EACH
+        )
+        for name, n in {"demo": 400, "fast": 1800, "standard": 3400, "thorough": 7200}.items()
+    },
+    alike=(),
+    unspent=(),
 )
 
 

@@ -33,6 +33,7 @@ from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.run.check import Check
 from quantkit.sandbox import untrusted
+from quantkit.search.unspent import Unspent
 from quantkit.tensors import CarriedOver, Fallback
 
 SCHEMA = 3
@@ -152,6 +153,7 @@ class Search:
     n_bytes: int
     smallest_bytes: int | None = None
     largest_bytes: int | None = None
+    unspent: Unspent | None = None  # what no tensor can spend of the budget
     searched: bool
     reason: str | None = None
     generations: int | None = None

@@ -76,6 +76,12 @@ def best_of_at_most(report: Report) -> Row | None:
     return min(rows, key=lambda row: row.kl.value, default=None)
 
 
+def unspent(report: Report) -> list[str]:
+    """Return a sentence for every output that could not spend its budget."""
+    searches = [output.search for output in report.outputs]
+    return [found.unspent.sentence() for found in searches if found and found.unspent]
+
+
 def verdicts(report: Report) -> list[str]:
     """Return the verdict on every output; with several each begins with the file's name."""
     if len(report.outputs) == 1:
@@ -85,8 +91,13 @@ def verdicts(report: Report) -> list[str]:
 
 def verdict(report: Report) -> str:
     """Return one or two sentences that compare the first file with the best stock file of its size
-    or smaller, or with the compared files. Losses are stated as plainly as wins.
+    or smaller, or with the compared files, and one where its budget cannot be spent. Losses are
+    stated as plainly as wins.
     """
+    return " ".join([_verdict(report), *unspent(report.about(report.first))])
+
+
+def _verdict(report: Report) -> str:
     if report.kind == "compare":
         return _compare_verdict(report)
     ours, best = report.first, best_of_at_most(report)

@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from quantkit.config import RunConfig
+from quantkit.config import PROFILES, RunConfig
 from quantkit.errors import NeedsToken, QuantkitError
 from quantkit.files import write_json
-from quantkit.planning.nouns import Plan
+from quantkit.planning.nouns import Plan, Times
 from quantkit.sandbox import secrets
 from quantkit.sandbox.untrusted import Damaged, build, parse
 from quantkit.server.executors.process import worker_environment, worker_secrets
@@ -117,6 +117,20 @@ def known_plan(config: RunConfig, token: str | None = None) -> Plan | None:
     """Return the plan if the model was planned before, else None."""
     plan = _plan(config, token)
     return None if plan is None else with_sizes(plan, config)
+
+
+def known_times(config: RunConfig, token: str | None = None) -> dict[str, Times]:
+    """Return what the run takes with each profile, if the model was planned with any; else
+    nothing.
+    """
+    for profile in PROFILES:
+        try:
+            plan = known_plan(dataclasses.replace(config, profile=profile), token)
+        except QuantkitError:  # its types cannot make the sizes
+            continue
+        if plan is not None:
+            return plan.profiles
+    return {}
 
 
 def _plan(config: RunConfig, token: str | None) -> Plan | None:

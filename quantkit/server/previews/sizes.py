@@ -10,6 +10,7 @@ from quantkit.config.levels import wanted
 from quantkit.errors import UsageError
 from quantkit.planning.disk import by_stage
 from quantkit.planning.nouns import Plan
+from quantkit.planning.spending import foretold
 
 
 def with_sizes(plan: Plan, config: RunConfig) -> Plan:
@@ -38,13 +39,17 @@ def with_sizes(plan: Plan, config: RunConfig) -> Plan:
     sizes = replace(sizes, budgets=budgets, refused=refused)
     made = wanted(sizes.uniform, sizes.limits, config)
     disk = by_stage(plan.footprint, config, sizes.uniform, sizes.limits, stock.values())
-    estimates = plan.estimates.for_files(max(1, len(budgets)))
+    n_files, levels = max(1, len(budgets)), tuple(map(str, made))
+    estimates = plan.estimates.for_files(n_files)
+    limits = [budget.limit_bytes for budget in budgets]
     return replace(
         plan,
         sizes=sizes,
-        levels=tuple(map(str, made)),
+        levels=levels,
         left_out=tuple(str(level) for level in sizes.uniform if level not in made),
         estimates=replace(
             estimates, disk=disk, disk_bytes=plan.footprint.downloaded + max(disk.values())
         ),
+        profiles={name: times.for_files(n_files) for name, times in plan.profiles.items()},
+        unspent=foretold(plan.alike, sizes.smallest_bytes, levels, limits, config.max_types),
     )

@@ -315,10 +315,12 @@ class Follower:
         places = {file.path: self.folder / folder / file.path for file in files}
         return tuple(files), {name: path for name, path in places.items() if path.is_file()}
 
-    def model_path(self) -> Path | None:
-        """Return the path of the finished GGUF if it is on this machine."""
-        name = next((f.name for f in self.files() if views.is_model(f.name)), None)
-        path = None if name is None else self.file_path(name)
+    def model_path(self, name: str = "") -> Path | None:
+        """Return the path of a finished GGUF, the first without a name, if it is on this
+        machine.
+        """
+        names = [f.name for f in self.files() if f.is_model and name in ("", f.name)]
+        path = self.file_path(names[0]) if names else None
         return path if path is not None and path.is_file() else None
 
     def base_path(self) -> Path | None:

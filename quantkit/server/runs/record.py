@@ -66,6 +66,7 @@ class RunRecord:
     stage_seconds: dict[str, float] | None = None  # the same of each stage
     place: str | None = None  # where its visitor came from: a keyed hash, to count by
     shared: str | None = None  # what its link has in it, where its owner opened it up
+    beside: str | None = None  # as `owner`: another visitor, who has shown the owner's key
     executor: str = ""  # its name; records of before they had names know it by the machine
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class RunRecord:
         object.__setattr__(self, "executor", of_record(self.executor, self.machine))
         if self.executor not in EXECUTORS:
             raise Damaged("its executor is unknown")
-        if self.owner is not None and not _OWNER.fullmatch(self.owner):
+        if not all(_OWNER.fullmatch(who) for who in (self.owner, self.beside) if who is not None):
             raise Damaged("its owner is none")
         if self.phase not in PHASES:
             raise Damaged("its phase is unknown")

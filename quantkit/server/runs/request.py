@@ -43,6 +43,7 @@ _LISTED = re.compile(
     r"https?://\S+|demo:\S+|[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}(?:@\S+)?", re.ASCII
 )
 _MOST_MODELS = 10
+_MOST_TITLE = 59  # characters of a collection's, on the Hub
 _MACHINE = re.compile(r"[a-z0-9][a-z0-9_:-]{0,79}", re.ASCII)
 # A repeated group, a row of optional characters or of groups with alternatives can take exponential
 # time on the right name. A few repeats of single characters, or a few groups, cannot.
@@ -132,15 +133,17 @@ def check_machine(name: Any) -> str:
     return name
 
 
-def check_collection(slug: Any) -> str | None:
-    """Return a collection as its URL names it; None for none. Raises UsageError."""
-    text = _text(slug, "collection", 300).removeprefix("https://huggingface.co/collections/")
+def check_collection(name: Any) -> str | None:
+    """Return a collection as its URL names it, or a title; None for none. Raises UsageError."""
+    text = _text(name, "collection", 300).removeprefix("https://huggingface.co/collections/")
     if not text:
         return None
-    if not _REPO.fullmatch(text) or ".." in text:
+    is_title = "/" not in text and len(text) <= _MOST_TITLE and text.isprintable()
+    if not is_title and (not _REPO.fullmatch(text) or ".." in text):
         raise UsageError(
             f"{text[:80]!r} is not a collection.",
-            "Write the last part of its URL, such as you/my-models-65f1c3.",
+            "Write the last part of its URL, such as you/my-models-65f1c3, or a title of at most"
+            f" {_MOST_TITLE} characters.",
         )
     return text
 

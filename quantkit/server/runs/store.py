@@ -115,6 +115,20 @@ class RunStore(Scheduler):
         with self._lock:
             return _paths(self._follower(run_id, owner))
 
+    def open_beside(self, owner: str, other: str) -> int:
+        """Let `other` see the runs of `owner` and do with them what their owner may; return how
+        many there are.
+        """
+        ours, theirs = owner_hash(owner), owner_hash(other)
+        with self._lock:
+            found = [f for f in self._scan().values() if f.record and f.record.owner == ours]
+            for follower in found:
+                if follower.record and follower.record.beside != theirs and not follower.damage:
+                    record = dataclasses.replace(follower.record, beside=theirs)
+                    save_record(follower.folder, record)
+                    follower.load()
+        return len(found)
+
     # What its owner opened up.
 
     def share(self, run_id: object, owner: str | None, is_open: bool) -> None:
@@ -174,13 +188,15 @@ class RunStore(Scheduler):
         said = "" if record is None else record.summary.get("closed")
         return said if said in ("private", "gated") else ""
 
-    def models(self, run_id: object, owner: str | None) -> tuple[Path | None, Path | None]:
-        """Return the paths of the finished GGUF and of the original, if they are on this
-        machine.
+    def models(
+        self, run_id: object, owner: str | None, name: str = ""
+    ) -> tuple[Path | None, Path | None]:
+        """Return the paths of a finished GGUF, the first without a name, and of the original, if
+        they are on this machine.
         """
         with self._lock:
             follower = self._follower(run_id, owner)
-            return follower.model_path(), follower.base_path()
+            return follower.model_path(name), follower.base_path()
 
     # What a visitor does.
 
@@ -359,7 +375,7 @@ class RunStore(Scheduler):
     def _may_see(self, record: RunRecord | None, owner: str | None) -> bool:
         if record is None or record.owner is None:
             return not self.public
-        return owner is not None and record.owner == owner_hash(owner)
+        return owner is not None and owner_hash(owner) in (record.owner, record.beside)
 
     def _queue_again(self, follower: Follower, token: str | None) -> None:
         record = follower.record

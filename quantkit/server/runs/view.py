@@ -82,7 +82,7 @@ class RunView(RunSummary):
     shared: str | None = None  # what stands in its link, where it is open to everybody
     publish_to: str | None = None
     published_url: str | None = None
-    can_try: bool = False  # the file lies here and can be talked to
+    can_try: bool = False  # a finished file lies here and can be talked to
     has_base: bool = False  # so does the original
     n_dropped: int = 0  # lines of the events file that are no events
 
@@ -95,6 +95,12 @@ class RunView(RunSummary):
         """Return whether a token that is given to go on may be of use."""
         lost = self.state in (INTERRUPTED, CANCELLED) and (self.had_token or self.is_remote)
         return self.token_step is not None or lost or bool(self.publish_to)
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """Return the names of the finished files that can be talked to."""
+        here = (f.name for f in self.files if f.is_here and f.is_model)
+        return tuple(here) if self.can_try else ()
 
     @property
     def can_resume(self) -> bool:

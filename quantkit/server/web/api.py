@@ -251,7 +251,8 @@ def add_endpoints(handlers: Handlers) -> None:
             job_id: as `start_job` returned it.
             repo: owner/name; empty for the model's name with -GGUF, in the caller's account.
             visibility: model (private if that is private or gated), private or public.
-            collection: the last part of a collection's URL; empty for none.
+            collection: the title of one of the caller's, created if there is none, or the last
+                part of a collection's URL; empty for none.
             key: as `start_job` returned it.
         """
         client = asker_of(key, request, user, token)

@@ -5,7 +5,7 @@ enough.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -18,6 +18,7 @@ from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
 from quantkit.server.web.events import asked, growing, quietly
 from quantkit.server.web.form_handlers import Client
 from quantkit.server.web.handlers import Handlers
+from quantkit.server.web.previews import about
 from quantkit.tensors import METHODS
 
 _SUGGESTIONS: list[Any] = [
@@ -95,7 +96,7 @@ class Form:
         self.typed = gr.Textbox(visible=False, max_length=200)
         self._size()
         self.profile = gr.Radio(
-            _PROFILES,
+            profiles({}),
             value="standard",
             label="Quality",
             info="More work makes a better file of the same size.",
@@ -326,6 +327,7 @@ class Form:
                     shown.html or _NO_PLAN,
                     gr.update(visible=wanted and not handlers.sign_in),
                     gr.update(choices=[*_ANY_MACHINE, *shown.machines]),
+                    gr.update(choices=profiles(shown.seconds)),
                 ]
 
         by_kind: dict[str, list[gr.components.Component | gr.Row]] = {
@@ -358,13 +360,21 @@ class Form:
             [component.change for component in shown],
             growing(handlers, preview),
             self.fields,
-            [self.plan, self.token, self.machine],
+            [self.plan, self.token, self.machine, self.profile],
             trigger_mode="always_last",
             concurrency_limit=16,  # more than may wait (previews.turns): the rest is told at once
             concurrency_id="preview",
             show_progress="hidden",
             api_visibility="private",
         )
+
+
+def profiles(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return the profiles as choices, with what a run of the model takes where that is known."""
+    return [
+        (f"{title} · about {about(seconds[name])}" if name in seconds else title, name)
+        for title, name in _PROFILES
+    ]
 
 
 def visibility(elem_id: str) -> gr.Radio:

@@ -9,8 +9,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit import hub
@@ -18,9 +18,9 @@ from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import NeedsToken, QuantkitError, UsageError
 from quantkit.planning.nouns import Plan
 from quantkit.server.executors import registry
-from quantkit.server.executors.protocol import Offer, Order, choose
+from quantkit.server.executors.protocol import Executor, Offer, Order, choose
 from quantkit.server.executors.registry import LOCAL
-from quantkit.server.previews.estimate import CutOff, Looked, estimate, known_plan
+from quantkit.server.previews.estimate import CutOff, Looked, estimate, known_plan, known_times
 from quantkit.server.previews.first_look import DEMO, FirstLook
 from quantkit.server.runs import compared, texts
 from quantkit.server.runs.adopt import adopt
@@ -59,6 +59,7 @@ class Shown:
     html: str
     wants_token: bool = False
     machines: tuple[tuple[str, str], ...] = ()  # to choose from: what they are called, their names
+    seconds: Mapping[str, float] = field(default_factory=dict)  # that the run takes, by profile
 
 
 class FormHandlers:
@@ -222,7 +223,9 @@ class FormHandlers:
                 return
             config = to_config(form, self.store.public)
             for first in self._first_facts(config, secret, client):
-                yield Shown(previews.looked_at(first))
+                known = known_times(config, secret)
+                seconds = {name: float(times.seconds) for name, times in known.items()}
+                yield Shown(previews.looked_at(first), seconds=seconds)
             yield self._preview(form, config, secret, client)
         except QuantkitError as error:
             yield Shown(self.notice(error), isinstance(error, NeedsToken))
@@ -300,7 +303,8 @@ class FormHandlers:
             offers=offered,
             chosen=chosen,
         )
-        return Shown(html, machines=tuple(previews.machine_choices(offered)))
+        seconds = _seconds(plan, wanted, machine, token)
+        return Shown(html, machines=tuple(previews.machine_choices(offered)), seconds=seconds)
 
     def search(self, text: str, client: Client) -> list[str]:
         """Return the names of models for what was typed so far; empty when the Hub does not
@@ -320,6 +324,24 @@ class FormHandlers:
         except QuantkitError:
             self._no_search_until = time.monotonic() + _SEARCH_PAUSE
             return []
+
+
+def _seconds(plan: Plan, place: Executor, machine: str, token: str | None) -> dict[str, float]:
+    """What the run takes there with every profile, those left out that do not fit."""
+    found: dict[str, float] = {}
+    for name, times in plan.profiles.items():
+        if not place.is_remote:
+            found[name] = times.seconds
+            continue
+        needs = dataclasses.replace(
+            plan.estimates, cpu=times.cpu, gpu=times.gpu, seconds=times.seconds
+        )
+        try:
+            offers = place.offers(dataclasses.replace(plan, estimates=needs), token)
+            found[name] = choose(offers, machine).seconds
+        except QuantkitError:
+            continue
+    return found
 
 
 def known(owner: str | None) -> str:

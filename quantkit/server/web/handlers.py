@@ -18,12 +18,12 @@ from quantkit.server.runs.request import check_collection, check_repo, check_vis
 from quantkit.server.runs.view import DAMAGED, RunView
 from quantkit.server.web import previews, results, view
 from quantkit.server.web.charts import PLOTS
-from quantkit.server.web.form_handlers import Client, FormHandlers, checked_token
+from quantkit.server.web.form_handlers import Client, FormHandlers, checked_token, known
 
 # The parts of a run's page that are sent only when they changed, in the order of the outputs.
 CHUNKS = (
     *("head", "stages", "share", "results", "report", "files", "curve", "card", "log", "raw"),
-    *PLOTS,
+    *("tried", "collection", *PLOTS),
 )
 SWITCHES = (
     *("can_cancel", "can_resume", "can_notify", "can_edit", "can_open", "can_close"),
@@ -37,6 +37,7 @@ SWITCHES = (
         "may_give_token",
     ),
 )
+COLLECTION = "GGUFs by quantkit"  # what is proposed
 
 
 class Handlers(FormHandlers):
@@ -58,9 +59,11 @@ class Handlers(FormHandlers):
         """Return the form that starts the same run once more. Raises QuantkitError."""
         return form_of(*self.store.asked(run_id, owner))
 
-    def compare(self, run_id: Any, repo: str, visibility: str, client: Client, token: str) -> str:
+    def compare(
+        self, run_id: Any, repo: str, visibility: str, collection: str, client: Client, token: str
+    ) -> str:
         """Return what publishing would change, as HTML. Raises QuantkitError."""
-        visibility = check_visibility(visibility)
+        visibility, into = check_visibility(visibility), check_collection(collection)
         files, places = self.store.staged(run_id, client.owner)
         self.allow("compare", client)
         secret = self._secret(checked_token(token))
@@ -68,7 +71,7 @@ class Handlers(FormHandlers):
         closed = self.store.closed(run_id, client.owner) if visibility == "model" else ""
         private = bool(closed) or visibility == "private"
         changes = hub.compare(files, places, repo, secret, private)
-        return previews.changes(changes, closed)
+        return previews.changes(changes, closed, into)
 
     def compare_with(self, run_id: Any, named: str, client: Client, token: str) -> None:
         """Queue the measurement of others' files beside a run's. Raises QuantkitError."""
@@ -105,12 +108,14 @@ class Handlers(FormHandlers):
         seen_by = check_visibility(visibility)
         self.store.publish(run_id, client.owner, repo, seen_by, secret, slug)
 
-    def talk(self, run_id: Any, prompt: str, original: bool, client: Client) -> Iterator[str]:
-        """Yield what the finished file, or the original, answers; it grows. Raise
-        QuantkitError.
+    def talk(
+        self, run_id: Any, file: str, prompt: str, original: bool, client: Client
+    ) -> Iterator[str]:
+        """Yield what a finished file, the first without a name, or the original answers; it grows.
+        Raise QuantkitError.
         """
         text = check_prompt(prompt)
-        ours, base = self.store.models(run_id, client.owner)
+        ours, base = self.store.models(run_id, client.owner, str(file or ""))
         path = base if original else ours
         if path is None:
             raise QuantkitError(
@@ -121,6 +126,20 @@ class Handlers(FormHandlers):
             )
         self.allow("talk", client)
         yield from say(path, [{"role": "user", "content": text}])
+
+    def show_runs_of(self, key: Any, client: Client) -> str:
+        """Put the runs of an API key into the list of this browser. Returns a notice as HTML.
+        Raises QuantkitError.
+        """
+        self.allow("act", client)
+        visitor = self.visitors.check(str(key or "").strip())
+        if visitor is None:
+            raise UsageError("That is not a key.", "Copy it from the answer of start_job.")
+        n = self.store.open_beside(f"visitor:{visitor}", known(client.owner))
+        if not n:
+            raise UsageError("This key has no runs.", "Start one with it first.")
+        runs = "1 run is" if n == 1 else f"{n} runs are"
+        return view.notice(f"{runs} in your list.", "Show them again for later ones.", "info")
 
     # What is shown.
 
@@ -148,6 +167,8 @@ class Handlers(FormHandlers):
             "card": view.card(run),
             "log": view.log(run),
             "raw": view.raw_log(raw),
+            "tried": "\n".join(run.tried),
+            "collection": self._collection(run),
             **results.plots(run),
             "can_cancel": run.can_cancel,
             "can_resume": run.can_resume,
@@ -163,6 +184,13 @@ class Handlers(FormHandlers):
             "is_there": True,
             "may_give_token": run.can_resume and not self.sign_in and run.wants_token,
         }
+
+    def _collection(self, run: RunView) -> str:
+        """The collection that is proposed: for several files one of the account's own. An app that
+        people sign in to has no leave to make one.
+        """
+        n_models = sum(file.is_model for file in run.files)
+        return COLLECTION if n_models > 1 and not self.sign_in else ""
 
     def _paths(self, run: RunView, owner: str | None) -> dict[str, Path]:
         """Where the files of a result lie, for who sits at this machine."""

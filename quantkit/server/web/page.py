@@ -93,6 +93,20 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
             watch = Watch(handlers)
         with gr.Column(elem_id="run-list", visible=False) as run_list:
             runs = gr.HTML(elem_id="runs")
+            with gr.Accordion(
+                "Runs of an API key", open=False, elem_id="of-key", visible=not sign_in
+            ):
+                key = gr.Textbox(
+                    label="Key",
+                    info="As start_job returned it. Its runs then stand in this list, too, and can"
+                    " be opened, resumed and published here.",
+                    type="password",
+                    max_length=200,
+                    elem_id="key",
+                )
+                with gr.Row(elem_classes="qk-buttons"):
+                    show_key = gr.Button("Show its runs", elem_id="show-key", size="sm")
+                key_notice = gr.HTML(visible=False, elem_id="key-notice")
         areas = [new_run, run, run_list]
         parts = [*watch.outputs, runs, sent]
 
@@ -148,6 +162,14 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
             run_id,
             [run_id, watch.notice, form.error, *areas, *form.fields, *parts],
         ).then(None, None, None, js=_TO_THE_FORM, api_visibility="private")
+
+        def show_runs(client: Client, token: str, typed: str, known: Any) -> list[Any]:
+            told, _ = handlers.told(lambda: handlers.show_runs_of(typed, client))
+            shown = refresh("", client.owner, known) or [gr.skip()] * len(parts)
+            return [said(told), "", *shown]
+
+        shown = [key_notice, key, *parts]
+        quietly(show_key.click, asked(handlers, show_runs), [key, sent], shown)
         add_endpoints(handlers)
     app.queue(default_concurrency_limit=8, max_size=400)
     return app

@@ -62,13 +62,13 @@ class Planned:
     @property
     def time(self) -> str:
         """Return what it takes."""
-        return _about(self.plan.estimates.seconds) if self.plan is not None else ""
+        return about(self.plan.estimates.seconds) if self.plan is not None else ""
 
 
 def of_many(rows: Sequence[Planned], n_left: int) -> str:
     """Return the plans of several models as HTML; `n_left` of them are still looked at."""
     total = sum(row.plan.estimates.seconds for row in rows if row.plan and not row.why_not)
-    return _of_many(rows, n_left, _about(total))
+    return _of_many(rows, n_left, about(total))
 
 
 def parameters(n: int) -> str:
@@ -93,6 +93,7 @@ def preview(
     the run cannot be done on it; `offers`: of machines elsewhere.
     """
     refused = [f"{budget.target}: {budget.refusal}" for budget in plan.sizes.refused]
+    unspent = [found.sentence(is_expected=True) for found in plan.unspent]
     tokens = context or plan.context.usual_tokens
     try:
         return _preview(
@@ -102,7 +103,7 @@ def preview(
             why_not,
             tokens,
             _stock(plan, plan.context.n_bytes(tokens)),
-            [*refused, *plan.warnings[:10]],
+            [*unspent, *refused, *plan.warnings[:10]],
         )
     except (ArithmeticError, ValueError):  # of numbers that no model has
         return notice("The preview cannot be shown.", "The run itself is not affected.", "info")
@@ -169,14 +170,14 @@ def _places(
     """This machine, and every offer worth a look, with time and cost."""
     places = []
     if here:
-        time, cost = ("—", "too large") if why_not else (_about(needs.seconds), "free")
+        time, cost = ("—", "too large") if why_not else (about(needs.seconds), "free")
         places.append(_Place(here, "", time, cost, chosen is None))
     shown = list(offers[:_SHOWN_OFFERS])
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
     for offer in shown:
         limit = f"${offer.most_usd:.2f} at most (stops after {offer.hours} h)"
-        time = _about(offer.seconds)
+        time = about(offer.seconds)
         places.append(_Place(offer.title, limit, time, _usd(offer.usd), offer == chosen))
     return places
 
@@ -184,7 +185,7 @@ def _places(
 def machine_choices(offers: Sequence[Offer]) -> list[tuple[str, str]]:
     """Return the machines of offers as choices: what each is called, takes and costs."""
     return [
-        (f"{o.title.removeprefix('Job: ')}: {_about(o.seconds)}, {_usd(o.usd)}", o.machine)
+        (f"{o.title.removeprefix('Job: ')}: {about(o.seconds)}, {_usd(o.usd)}", o.machine)
         for o in offers
     ]
 
@@ -193,7 +194,8 @@ def _usd(usd: float) -> str:
     return "under $0.01" if usd < 0.01 else f"${usd:.2f}"
 
 
-def _about(seconds: float) -> str:
+def about(seconds: float) -> str:
+    """Return what a run takes, for people."""
     return duration(max(60.0, seconds))
 
 
@@ -209,8 +211,10 @@ def _stock(plan: Plan, beside: int) -> list[tuple[str, ...]]:
     ]
 
 
-def changes(found: RepoChanges, closed: str = "") -> str:
+def changes(found: RepoChanges, closed: str = "", collection: str | None = None) -> str:
     """Return the files of a repository, each with what publishing does to it. `closed`: what the
-    model is, "private" or "gated", where this is why the repository is private.
+    model is, "private" or "gated", where this is why the repository is private; `collection`: what
+    the repository is put into.
     """
-    return _changes(found, closed, sum(x.kind in ("new", "changed") for x in found.changes))
+    n_sent = sum(x.kind in ("new", "changed") for x in found.changes)
+    return _changes(found, closed, n_sent, collection)

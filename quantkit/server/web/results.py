@@ -128,7 +128,10 @@ def _result(run: RunView, report: Report, row: Output, root: str, paths: Paths) 
     verdict = text.verdict(report.about(row))
     address = _address(run, row.name, root) if is_here else None
     n = len(report.outputs)
-    return _made_of(row.name, size(row.n_bytes), n, verdict, tiles, address, commands)
+    n_here = sum(f.is_here for f in run.files)
+    of_all = row is report.first and n_here > 1 and not root  # a shared page has no archive
+    archive = (f"archive/{quote(run.id)}", n_here) if of_all else None
+    return _made_of(row.name, size(row.n_bytes), n, verdict, tiles, address, archive, commands)
 
 
 def _address(run: RunView, name: str, root: str) -> str:

@@ -15,7 +15,7 @@ from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.events import asked, growing, quietly, said
 from quantkit.server.web.form import visibility
 from quantkit.server.web.form_handlers import Client, checked_token
-from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
+from quantkit.server.web.handlers import CHUNKS, COLLECTION, SWITCHES, Handlers
 from quantkit.server.web.view import notice
 
 
@@ -25,7 +25,9 @@ class Watch:
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
         gr.HTML('<nav class="qk-back"><a href="./">← Back to all runs</a></nav>')
-        self.chunks: dict[str, gr.HTML | gr.Plot] = {"head": gr.HTML(elem_id="job-head")}
+        self.chunks: dict[str, gr.HTML | gr.Plot | gr.Dropdown | gr.Textbox] = {
+            "head": gr.HTML(elem_id="job-head")
+        }
         with gr.Row(elem_classes="qk-buttons"):
             self.cancel = gr.Button("Cancel", elem_id="cancel", visible=False, size="sm")
             self.resume = gr.Button(
@@ -99,6 +101,15 @@ class Watch:
             '<p class="qk-help">Answers have up to 200 tokens and are deterministic: the same'
             " prompt gives the same answer. On a small machine this takes a moment.</p>"
         )
+        # Which files there are is known later, and to the page alone: hence the custom value.
+        self.chunks["tried"] = self.file = gr.Dropdown(
+            [],
+            label="File",
+            info="The file of this run that answers.",
+            visible=False,
+            allow_custom_value=True,
+            elem_id="talk-file",
+        )
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder="What is the capital of France?",
@@ -145,10 +156,11 @@ class Watch:
             visible=not self._handlers.sign_in,
             elem_id="publish-token",
         )
-        self.collection = gr.Textbox(
+        self.chunks["collection"] = self.collection = gr.Textbox(
             label="Collection",
-            info="Optional: the last part of the collection's URL.",
-            placeholder="you/my-models-65f1c3",
+            info="Optional. The title of one of yours, created if there is none, or the last part"
+            " of any collection's URL.",
+            placeholder=COLLECTION,
             max_length=300,
             elem_id="collection",
         )
@@ -188,16 +200,20 @@ class Watch:
         opened: Callable[[str], list[Any]],
     ) -> None:
         """Connect the buttons. `refresh(run, owner, known)` gives the updates of `parts`."""
-        handlers, store = self._handlers, self._handlers.store
+        handlers, store, sent = self._handlers, self._handlers.store, parts[-1]
+
+        def changed(current: str, client: Client, known: Any) -> list[Any]:
+            """Update what an action has changed: what somebody typed elsewhere stays."""
+            return refresh(current, client.owner, known) or [gr.skip()] * len(parts)
 
         def acting(action: Callable[[str, str | None, str | None], None]) -> Callable[..., Any]:
             """Return the event of a button: `action(run, owner, token)`, then what is shown."""
 
-            def act(client: Client, token: str, current: str, typed: str) -> list[Any]:
+            def act(client: Client, token: str, current: str, known: Any, typed: str) -> list[Any]:
                 notice = handlers.act(
                     lambda: action(current, client.owner, checked_token(token or typed)), client
                 )
-                return [said(notice), *refresh(current, client.owner, {})]
+                return [said(notice), *changed(current, client, known)]
 
             return asked(handlers, act)
 
@@ -209,13 +225,15 @@ class Watch:
 
         for button, is_open in ((self.open, True), (self.close, False)):
 
-            def turn(client: Client, token: str, current: str, is_open: bool = is_open) -> Any:
+            def turn(
+                client: Client, token: str, current: str, known: Any, is_open: bool = is_open
+            ) -> list[Any]:
                 said_so = handlers.act(lambda: store.share(current, client.owner, is_open), client)
-                return [said(said_so), *refresh(current, client.owner, {})]
+                return [said(said_so), *changed(current, client, known)]
 
-            quietly(button.click, asked(handlers, turn), run_id, [self.notice, *parts])
+            quietly(button.click, asked(handlers, turn), [run_id, sent], [self.notice, *parts])
         self.notify.click(None, None, None, js="() => qkNotify()", api_visibility="private")
-        given, shown = [run_id, self.again], [self.notice, *parts]
+        given, shown = [run_id, sent, self.again], [self.notice, *parts]
         quietly(self.cancel.click, acting(store.cancel), given, shown)
         resumed = quietly(self.resume.click, acting(store.resume), given, shown)
         quietly(resumed.then, lambda: "", None, self.again)
@@ -230,38 +248,38 @@ class Watch:
             api_visibility="private",
         )
 
-        def measure(client: Client, token: str, current: str, named: str) -> list[Any]:
+        def measure(client: Client, token: str, current: str, known: Any, named: str) -> list[Any]:
             def do() -> str:
                 handlers.compare_with(current, named, client, token)
                 gr.Info("The comparison is queued.")
                 return ""
 
             told, _ = handlers.told(do)
-            return [said(told), *refresh(current, client.owner, {})]
+            return [said(told), *changed(current, client, known)]
 
         quietly(
             self.measure.click,
             asked(handlers, measure),
-            [run_id, self.others],
+            [run_id, sent, self.others],
             [self.others_notice, *parts],
         )
-        self._wire_publish(run_id, parts, refresh)
+        self._wire_publish(run_id, parts, changed)
         self._wire_talk(run_id)
 
     def _wire_publish(
-        self, run_id: gr.Textbox, parts: list[Any], refresh: Callable[..., list[Any]]
+        self, run_id: gr.Textbox, parts: list[Any], changed: Callable[..., list[Any]]
     ) -> None:
         handlers = self._handlers
 
         def compare(client: Client, token: str, current: str, *fields: str) -> list[Any]:
-            repo, seen_by, typed = fields
+            repo, seen_by, collection, typed = fields
             found, ok = handlers.told(
-                lambda: handlers.compare(current, repo, seen_by, client, token or typed)
+                lambda: handlers.compare(current, repo, seen_by, collection, client, token or typed)
             )
             return [said(found), gr.update(visible=ok)]
 
-        def publish(client: Client, token: str, current: str, *fields: str) -> list[Any]:
-            repo, seen_by, collection, typed = fields
+        def publish(client: Client, token: str, current: str, *fields: Any) -> list[Any]:
+            repo, seen_by, collection, typed, known = fields
 
             def do() -> str:
                 handlers.publish(current, repo, seen_by, collection, client, token or typed)
@@ -270,13 +288,13 @@ class Watch:
 
             found, ok = handlers.told(do)
             kept = "" if ok else gr.skip()
-            shown = refresh(current, client.owner, {})
+            shown = changed(current, client, known)
             return [said(found), gr.update(visible=not ok), kept, *shown]
 
-        given = [run_id, self.repo, self.visibility]
+        given = [run_id, self.repo, self.visibility, self.collection, self.token]
         self.compare.click(
             asked(handlers, compare),
-            [*given, self.token],
+            given,
             [self.changes, self.publish],
             show_progress="full",
             show_progress_on=self.changes,
@@ -286,12 +304,12 @@ class Watch:
         quietly(
             self.publish.click,
             asked(handlers, publish),
-            [*given, self.collection, self.token],
+            [*given, parts[-1]],
             [self.changes, self.publish, self.token, *parts],
         )
         # What was shown is for what was asked: another name has to be looked at again.
         quietly(
-            partial(gr.on, [self.repo.input, self.visibility.input]),
+            partial(gr.on, [self.repo.input, self.visibility.input, self.collection.input]),
             lambda: [gr.update(visible=False)] * 2,
             None,
             [self.changes, self.publish],
@@ -303,17 +321,20 @@ class Watch:
         def answer(trigger: Callable[..., Any], original: bool, box: gr.Textbox) -> Any:
             """Wire one of the two to what was asked: the growing answer, and a notice."""
 
-            def talk(client: Client, token: str, current: str, prompt: str) -> Iterator[Any]:
+            def talk(
+                client: Client, token: str, current: str, file: str, prompt: str
+            ) -> Iterator[Any]:
+                label = "The original" if original else file or "This file"
                 try:
-                    yield gr.update(value="", visible=True), said("")
-                    for text in handlers.talk(current, prompt, original, client):
+                    yield gr.update(value="", visible=True, label=label), said("")
+                    for text in handlers.talk(current, file, prompt, original, client):
                         yield gr.update(value=text, visible=True), gr.skip()
                 except QuantkitError as error:
                     yield gr.skip(), said(handlers.notice(error))
 
             return trigger(
                 growing(handlers, talk),
-                [run_id, self.prompt],
+                [run_id, self.file, self.prompt],
                 [box, self.talk_notice],
                 concurrency_limit=2,
                 concurrency_id="talk",
@@ -342,6 +363,11 @@ def updates(
 
 
 def _update(name: str, value: str | bool) -> Any:
+    if name == "collection":
+        return gr.update(value=str(value))
+    if name == "tried":  # a name a line
+        names = str(value).splitlines()
+        return gr.update(choices=names, value=next(iter(names), None), visible=len(names) > 1)
     if name not in PLOTS:
         return gr.update(visible=value) if isinstance(value, bool) else said(value)
     # Vega-Lite's JSON is what Gradio makes of an Altair chart.
