@@ -6,6 +6,7 @@ finished blocks are noted in `done.json`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from quantkit.gguf_file.imatrix import write_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.write import SlotFile, lay_out
 from quantkit.gptq import distributed
+from quantkit.gptq.bar import Bar
 from quantkit.gptq.carried import carried_files
 from quantkit.gptq.donors import open_donors
 from quantkit.gptq.errors import Errors
@@ -77,10 +79,11 @@ def _solve_all(run: Run, levels: _Levels) -> None:
         ranks.local(distributed.files(run, work))
         if HEAD not in levels.done:  # else a killed run had solved all blocks
             model = open_model(run, STAGE, load_snapshot(run.dir).folder, dtype, device)
-            levels.n_units += len(block_names(len(model.blocks)))
+            levels.bar.n_units += len(block_names(len(model.blocks)))
             spill = made.levels / f"activations{PARTIAL}"
             with ranks.task("walk", list(levels.done)):
-                walk(model, load_file(made.tokens), levels.done, levels.solve, spill, ranks)
+                tokens, ran = load_file(made.tokens), levels.bar.ran
+                walk(model, tokens, levels.done, levels.solve, spill, ranks, ran)
             del model
         for name in levels.left():
             with ranks.task("solve", name):
@@ -114,7 +117,8 @@ class _Levels:
             ranks=run.ranks,
         )
         n_known = sum(map(len, self.work.of_module.values()))
-        self.n_units = len(plan.types) - n_known + 1  # and the blocks and the head
+        self.bar = Bar(run.events, STAGE)
+        self.bar.n_units = len(plan.types) - n_known + 1  # and the blocks and the head
 
     def left(self) -> Iterator[str]:
         """Yield the units beside the blocks and the head that are not done when it is their turn.
@@ -132,8 +136,10 @@ class _Levels:
         """Solve a unit unless it is done: the tensors that read what the turns tell of, or without
         them the tensor of this name. It is not solved again, whatever happens afterwards.
         """
+        n_levels = len(self.work.plan.levels)
         if name not in self.done:
-            unit = Unit(self.work)
+            self.bar.begin(name, len(self.done), self._weights(name), turns is not None)
+            unit = Unit(self.work, self.bar.solved)
             unit.solve_all(name, turns)
             errors, importances = unit.end()
             self._keep_importances(name, importances)
@@ -141,9 +147,18 @@ class _Levels:
                 file.flush()
             self.done[name] = errors
             write_json(self._done_path, self.done)
-        text = f"{name}: {len(self.work.plan.levels)} levels"
-        n_done = len(self.done)
-        self._run.events.progress(STAGE, n_done, max(n_done, self.n_units), text)
+        self.bar.end(len(self.done), f"{n_levels} levels")
+
+    def _weights(self, name: str) -> dict[str, int]:
+        """The weights of the tensors of a block, by their names; other units are one tensor."""
+        if not name.startswith("block-"):
+            return {}
+        prefix = f"blk.{int(name.removeprefix('block-'))}."
+        return {
+            tensor: math.prod(self.work.base.tensors[tensor].shape)
+            for tensor in self.work.plan.types
+            if tensor.startswith(prefix)
+        }
 
     def _keep_importances(self, name: str, importances: dict[str, InputDiagonal]) -> None:
         """For `imatrix.gguf`, in which llama.cpp has tensors of blocks alone."""

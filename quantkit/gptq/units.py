@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,8 +83,10 @@ class Work:
 class Unit:
     """Solves tensors as their statistics come, and fills their slots in every file."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, told: Callable[[str, float], None] | None = None) -> None:
+        """`told` is called with a tensor and how much more of it is solved."""
         self._work = work
+        self._told = told or (lambda tensor, share: None)
         self._errors: dict[str, dict[str, ExpertErrors | TypeErrors]] = {}
         self._fallbacks: list[Fallback] = []
         self._dampings: list[Damping] = []
@@ -134,6 +136,7 @@ class Unit:
             types = work.plan.choices(name)
             solved = {q: decide(q, [part for part in parts if q in part.types]) for q in types}
             self._keep(name, solved)
+            self._told(name, 1.0)
             self._fallbacks += _method_fallbacks(name, solved, methods, known.has(name))
             if name not in work.maps and known.has(name):
                 used = f"importances of {sibling_of(name, work.maps)}"
@@ -210,6 +213,8 @@ class Unit:
 
         with self._workers() as pool:
             found = list(pool.map(solve, batches))
+        for name, stack in zip(tensors, stacks, strict=True):
+            self._told(name, n_experts / stack.stored.shape[0])
         # By tensor and rank: every rank has some of the experts.
         parts = {
             i * ranks.size + ranks.rank: [part for batch in found for part in batch[i]]

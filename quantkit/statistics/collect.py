@@ -41,6 +41,7 @@ def walk(
     use: Use,
     spill: Path,
     ranks: Ranks = ALONE,
+    ran: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Run all blocks over all tokens, int64 (n_sequences, n_ctx) each of `train` and `heldout`.
     Every rank runs its share of the batches, whose hidden states stay there; the statistics are
@@ -50,7 +51,8 @@ def walk(
     the head. Where they do not fit in memory they come in turns, for each of which the block is run
     again: it has to let go of a turn before it takes the next, and has to take all. Blocks in
     `done` are run forward, unless nothing that is left comes after them. Hidden states that do not
-    fit in memory go to the file `spill`.
+    fit in memory go to the file `spill`. `ran` is told
+    which share of a block's text was run, between the turns that `use` takes.
     """
     names = block_names(len(model.blocks))
     left = [position for position, name in enumerate(names) if name not in done]
@@ -63,7 +65,7 @@ def walk(
         if name == HEAD:
             use(name, [_at_head(model, batches, states, n_tokens, ranks)])
         elif index in left:
-            use(name, _in_turns(model, index, batches, states, n_tokens, ranks))
+            use(name, _in_turns(model, index, batches, states, n_tokens, ranks, ran))
         else:
             _run(model, index, batches, states, {})
     states.clear()
@@ -102,6 +104,7 @@ def _in_turns(
     states: States,
     n_tokens: Mapping[str, int],
     ranks: Ranks,
+    ran: Callable[[float], None],
 ) -> Iterator[BlockStatistics]:
     room = ranks.least(int(HESSIANS_SHARE * free_memory(model.device.type)))
     turns: list[Turn] = [Everything()]
@@ -111,10 +114,14 @@ def _in_turns(
             _run(model, index, batches, states, watchers, is_last=False)
             _merge(watchers, ranks, model.device)
             turns = share_out(*watchers["train"], room)
-    for turn in turns:
+    for i, turn in enumerate(turns):
+
+        def in_all(share: float, before: int = i) -> None:
+            ran((before + share) / len(turns))
+
         with model.holding(index):
             watchers = _watchers(model, index, n_tokens, turn)
-            _run(model, index, batches, states, watchers, is_last=turn is turns[-1])
+            _run(model, index, batches, states, watchers, is_last=turn is turns[-1], ran=in_all)
             _merge(watchers, ranks, model.device)
         linears = {part: linear for part, (linear, _) in watchers.items()}
         experts = {part: expert for part, (_, expert) in watchers.items()}
@@ -152,6 +159,7 @@ def _run(
     states: States,
     watchers: Mapping[str, Sequence[HessianCollector | ExpertCollector]],
     is_last: bool = True,
+    ran: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Run a block over batches; its watchers see those of a part. The states become those behind
     the block unless it is run again. Whether it is watched or not, its experts are multiplied in
@@ -167,6 +175,7 @@ def _run(
                 hidden = model.run_block(index, hidden, call)
             if is_last:
                 states.put(i, hidden, shared_kv)
+            ran((i + 1) / len(batches))
 
 
 def _at_head(
