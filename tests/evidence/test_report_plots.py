@@ -92,9 +92,21 @@ def test_the_frontier_has_every_file_where_it_belongs() -> None:
     assert best == [0.05, 0.0246, 0.001] and "best" not in ours
 
 
-def test_of_several_outputs_each_is_told_by_its_bits() -> None:
-    labels = [datum["label"] for datum in data(drawn(family())["frontier"])]
-    assert labels.count("ours, 4.50 bits") == 2 and "this file" not in labels
+def test_of_several_outputs_each_has_its_own_name_and_shape() -> None:
+    value = family()
+    third = {**value["outputs"][1], "name": "Tiny-EVO-6.62bpw-Q6_K.gguf", "n_bytes": 2_100_000}
+    value["outputs"].append(third)
+    labels = {"ours, Q4_K_M", "ours, Q6_K", "ours, 6.62bpw-Q6_K"}
+    plots_ = drawn(value)
+    assert labels < {datum["label"] for datum in data(plots_["frontier"])}
+    assert {d["name"] for d in data(plots_["domains"]) if d["kind"] == "ours"} == labels
+    for name in ("frontier", "domains"):
+        assert "this file" not in json.dumps(plots_[name])
+        encoding = next(x["encoding"] for x in plots_[name]["layer"] if "shape" in x["encoding"])
+        shapes = dict(zip(*encoding["shape"]["scale"].values(), strict=True))
+        assert len({shapes[label] for label in labels}) == 3
+        assert shapes["llama.cpp"] == "circle"
+    assert labels < texts(pictures(plots_["domains"])[0]).keys(), "the legend names every file"
 
 
 def test_the_best_so_far_never_goes_up() -> None:

@@ -30,4 +30,5 @@ def test_a_family(browser, tiny_checkpoint: Path, tmp_path: Path) -> None:  # no
         for label in ("Q3_K_M", "Q4_K_M", "Q5_K_M"):
             name = f"Tiny-Llama-EVO-{label}.gguf"
             page.locator("#job-tensor-map select").select_option(name)
-        expect(page.locator("#job-frontier")).to_contain_text("ours, ")
+            expect(page.locator("#job-frontier")).to_contain_text(f"ours, {label}")
+            expect(page.locator("#job-domains")).to_contain_text(f"ours, {label}")

@@ -45,13 +45,14 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+?)(?:\.weight)?")
 # From few bits to many; none is lost on white or on navy.
 _RAMP = ("#f7c948", "#f28c4b", "#dc5b7b", "#9a5cc6", "#4c6fd6", "#2a9d8f")
 _INK, _SOFT, _FAINT, _ACCENT = (COLORS[role] for role in ("ink", "soft", "line", "accent"))
-# What a kind of row is called, and the fill and outline of its points.
+# What a kind of row is called, and the fill and outline of its points; the shapes of several ours.
 _KINDS = {
     OURS: ("ours", _ACCENT, _ACCENT),
     STOCK: ("llama.cpp", COLORS["card"], _SOFT),
     UNIFORM: ("ours, uniform", COLORS["wash"], _ACCENT),
     GIVEN: ("given", _SOFT, _SOFT),
 }
+_SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "triangle-right")
 _TOLD = {"tooltip": {"field": "about"}, "description": {"field": "about"}}
 _CONFIG = {
     "font": FONT,
@@ -145,12 +146,19 @@ def _log(data: Sequence[Datum], *fields: str) -> Spec:
 
 
 def _points(data: Sequence[Datum], legend: Spec | None) -> Spec:
-    """A point for every row, its fill and outline by the field `kind`."""
-    there = {datum["kind"] for datum in data}
-    names, *colors = zip(*(kind for kind in _KINDS.values() if kind[0] in there), strict=True)
-    kind = {"field": "kind", "type": "nominal", "legend": legend}
-    fill, stroke = ({**kind, "scale": {"domain": names, "range": palette}} for palette in colors)
-    return _layer("point", {"fill": fill, "stroke": stroke, **_TOLD})
+    """A point for every row, its fill, outline and shape by the field `name`: files of ours have
+    their own, the others that of their kind.
+    """
+    kinds = {datum["name"]: datum["kind"] for datum in data}
+    looks = [
+        (name, *colors, _SHAPES[i % len(_SHAPES)] if kind == OURS else _SHAPES[0])
+        for kind, (_, *colors) in _KINDS.items()
+        for i, name in enumerate(name for name, of in kinds.items() if of == kind)
+    ]
+    names, *ranges = zip(*looks, strict=True)
+    name = {"field": "name", "type": "nominal", "legend": legend}
+    fill, stroke, shape = ({**name, "scale": {"domain": names, "range": r}} for r in ranges)
+    return _layer("point", {"fill": fill, "stroke": stroke, "shape": shape, **_TOLD})
 
 
 def frontier(report: Report) -> Spec | None:
@@ -163,11 +171,12 @@ def frontier(report: Report) -> Spec | None:
     if len(rows) < 2:
         return None
     unit, name = (1e9, "GB") if rows[-1].n_bytes >= 1e9 else (1e6, "MB")
+    labels = labels_of(report)
     data: list[Datum] = [
         {
             "about": f"{row.title}: {size(row.n_bytes)}, KL {number(row.kl.value)}",
-            "label": _short(row, len(report.outputs) > 1),
-            "kind": _KINDS[row.kind][0],
+            "label": labels.get(row.name) or _short(row),
+            **_kind(row, labels),
             "size": row.n_bytes / unit,
             "kl": row.kl.value,
             "low": max((row.kl.ci95 or (row.kl.value,))[0], row.kl.value / 3),
@@ -177,7 +186,7 @@ def frontier(report: Report) -> Spec | None:
     ]
     best = math.inf
     for datum in data:  # stock files by size: whether one is the best so far
-        if datum["kind"] == _KINDS[STOCK][0]:
+        if datum["kind"] == STOCK:
             datum["best"] = best = min(best, datum["kl"])
     height = max(_HEIGHT, round(1.1 * _LINE * len(data)))
     scale = _log(data, "low", "high")
@@ -187,7 +196,7 @@ def frontier(report: Report) -> Spec | None:
     for datum, place in zip(by_kl, places, strict=True):
         datum["place"] = math.exp(place)
     edge, beyond = {"value": "width"}, {"value": {"expr": "width + 14"}}
-    ours = f"datum.kind == '{_KINDS[OURS][0]}'"
+    ours = f"datum.kind == '{OURS}'"
     color = {"condition": {"test": ours, "value": _ACCENT}, "value": _SOFT}
     label = {"x": edge, "y": {"field": "place"}, "text": {"field": "label"}, "color": color}
     stairs = {"interpolate": "step-after", "strokeDash": [4, 4], "opacity": 0.5}
@@ -211,9 +220,22 @@ def frontier(report: Report) -> Spec | None:
     )
 
 
-def _short(row: Row, is_family: bool) -> str:
-    if row.kind == OURS:
-        return f"ours, {row.bpw:.2f} bits" if is_family else "this file"
+def labels_of(report: Report) -> dict[str, str]:
+    """Return what each of our files is called beside others, by its name: by what the name ends
+    with, as "ours, Q4_K_M". One file alone is "this file".
+    """
+    ours = [row.name for row in report.outputs if row.kind == OURS]
+    ends = {name: name.rpartition("-EVO-")[2].removesuffix(".gguf") for name in ours}
+    return {name: f"ours, {ends[name]}" if len(ours) > 1 else "this file" for name in ours}
+
+
+def _kind(row: Row, labels: Mapping[str, str]) -> Datum:
+    """What a row is, and what a legend calls it."""
+    own = labels[row.name] if row.kind == OURS and len(labels) > 1 else _KINDS[row.kind][0]
+    return {"kind": row.kind, "name": own}
+
+
+def _short(row: Row) -> str:
     return f"uniform {row.name}" if row.kind == UNIFORM else row.short.removesuffix(".gguf")
 
 
@@ -236,10 +258,11 @@ def domains(report: Report) -> Spec | None:
     """Plot one line per domain with every file's KL on it."""
     names = list(report.first.domains)
     rows = [row for row in report.by_size if all(n in row.domains for n in names)]
+    labels = labels_of(report)
     data: list[Datum] = [
         {
             "about": f"{row.title} on {name}: KL {number(row.domains[name].kl.value)}",
-            "kind": _KINDS[row.kind][0],
+            **_kind(row, labels),
             "domain": name,
             "kl": row.domains[name].kl.value,
         }
@@ -257,7 +280,7 @@ def domains(report: Report) -> Spec | None:
             "x": _number("kl", "mean KL divergence, nats", _log(data, "kl")),
             "y": _name("domain", names, grid=True),
         },
-        _points(data, {"orient": "top"}),
+        _points(data, {"orient": "top", "labelLimit": 115}),
     )
 
 
