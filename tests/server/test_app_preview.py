@@ -256,15 +256,15 @@ def test_a_file_answers_without_secrets(
     answering(SAYS)
     fixtures.own(fixtures.write_run(handlers.store.root / "done"), ME.owner)
     assert handlers.store.view("done", ME.owner).can_try
-    *_, last = handlers.talk("done", " hello ", False, ME)
+    *_, last = handlers.talk("done", "", " hello ", False, ME)
     assert last == "You said hello []"
     with pytest.raises(QuantkitError, match="original is no longer"):
-        list(handlers.talk("done", "hello", True, ME))
+        list(handlers.talk("done", "", "hello", True, ME))
     with pytest.raises(QuantkitError, match="no such run"):
-        list(handlers.talk("done", "hello", False, Client("visitor:mallory")))
+        list(handlers.talk("done", "", "hello", False, Client("visitor:mallory")))
     for prompt in ("", "  ", "x" * 5000, None):
         with pytest.raises(QuantkitError):
-            list(handlers.talk("done", prompt, False, ME))  # type: ignore[arg-type]
+            list(handlers.talk("done", "", prompt, False, ME))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
