@@ -28,7 +28,7 @@ class Answer:
     n_bytes: int
     smallest_bytes: int
     largest_bytes: int
-    unspent: Unspent | None
+    unspent: Unspent | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def answer(
     sizes = budget.target, budget.limit_bytes, space.n_bytes(choices), least, most
     left = unspent(space, choices)
     if step is None:
-        return Given(*sizes, left)
+        return Given(*sizes, unspent=left)
     kl = step.trace[0][2], step.kl, step.stderr
-    return Searched(*sizes, left, step.number, step.n_tokens, *kl, expects_tuning)
+    n_tokens = step.n_tokens
+    return Searched(*sizes, step.number, n_tokens, *kl, expects_tuning, unspent=left)
 
 
 @dataclass(frozen=True)
