@@ -60,9 +60,11 @@ class Reply:
 
 
 def compare_replies(
-    asked: Asked, pairs: Sequence[tuple[Reply, Reply]], agreement: Estimate
+    asked: Asked, pairs: Sequence[tuple[Reply, Reply]], agreed: Sequence[int]
 ) -> AnswersBeside:
-    """Return the figures of answers, the base's and the file's to each prompt."""
+    """Return the figures of answers, the base's and the file's to each prompt; `agreed` are the
+    tokens of each of the base's answers that the file would choose, too.
+    """
     n_same, n_base, n_file, parted = [], [], [], []
     for mine, theirs in pairs:
         at = first_difference(mine.answer.tokens, theirs.answer.tokens)
@@ -95,7 +97,7 @@ def compare_replies(
         reason=asked.reason or None,
         identical=_share(not differs for differs in parted),
         before_difference=ratio(np.array(n_same, float), np.ones(len(pairs))),
-        agreement=agreement,
+        agreement=ratio(np.array(agreed, float), np.array(n_base, float), most=1.0),
         length=ratio(np.array(n_file, float), np.array(n_base, float)),
         unfinished=_both(pairs, lambda reply: not reply.answer.ended),
         loops=_both(pairs, lambda reply: not reply.answer.ended and loops(reply.answer.tokens)),

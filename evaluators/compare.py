@@ -4,8 +4,9 @@
 
 A row for each file: KL from the base, top-1 agreement, perplexity; with `--weight-kl` the KL of the
 weights alone, with `--speed` tokens per second and memory, with `--task` zero-shot accuracy and
-answer flips. Every file but the first is tested against the first, window by window: whether their
-KL really differs, and whether their perplexity does.
+answer flips, with `--conversations` KL in conversations by domain, and with `--answers` what each
+answers beside the base. Every file but the first is tested against the first, window by window:
+whether their KL really differs, and whether their perplexity does.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 
 import llama_cpp
 
-from evaluators import command, kl, speed, zeroshot
+from evaluators import command, conversations, document_kl, generation, kl, speed, zeroshot
 from evaluators.base_logits import BaseLogits
 from evaluators.choice_items import TaskItems
 from evaluators.devices import described
+from evaluators.document_kl import DocumentLogits
+from evaluators.documents import gather
 from evaluators.figures import PairedTest
 from evaluators.kl import KLResult
 from evaluators.llama_runtime import Runtime
@@ -72,6 +75,8 @@ def _evaluate(options: argparse.Namespace, launch: Launch = plainly) -> dict[str
             found = kl.between_devices(file, text, runtime, on_cpu, options.ctx)
             row["device_kl"] = asdict(found)
     _add_tasks(options, sets, rows, base_row, runtime)
+    documents = _add_conversations(options, rows, base_row, runtime)
+    _add_answers(options, rows, runtime)
     if options.speed:
         files = [options.base, *options.files]
         for i, (row, file) in enumerate(zip([base_row, *rows], files, strict=True)):
@@ -88,6 +93,7 @@ def _evaluate(options: argparse.Namespace, launch: Launch = plainly) -> dict[str
     return {
         "base": base_row,
         "files": rows,
+        "documents": documents,
         "settings": {
             "protocol": "llama.cpp",
             "n_ctx": options.ctx,
@@ -118,6 +124,58 @@ def _add_tasks(
     base_row["tasks"] = {name: result.to_json() for name, result in answers.items()}
 
 
+def _add_conversations(
+    options: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    base_row: dict[str, Any],
+    runtime: Runtime,
+) -> dict[str, Any] | None:
+    """Add KL in conversations to every row, and the floor to the base's. Returns what was read."""
+    if not options.conversations:
+        return None
+    talks = conversations.dialogues(limit=options.documents)
+    found = gather(options.base, talks, runtime=runtime)
+    line = command.ProgressLine("base conversations")
+    with DocumentLogits.compute(options.base, found, options.cache, runtime, line) as base:
+        floor = document_kl.measure_weights(base, options.base, options.cache, runtime)
+        base_row["floor"] = {name: asdict(one) for name, one in floor.domains.items()}
+        for row, file in zip(rows, options.files, strict=True):
+            line = command.ProgressLine(f"{file.name} conversations")
+            result = document_kl.measure(base, file, runtime, line)
+            row["conversations"] = {name: asdict(one) for name, one in result.domains.items()}
+            if options.weight_kl:
+                alone = document_kl.measure_weights(base, file, options.cache, runtime)
+                row["weight_conversations"] = {
+                    name: asdict(one.kl) for name, one in alone.domains.items()
+                }
+    return {
+        "n": len(found.documents),
+        "n_tokens": found.n_tokens,
+        "n_scored": found.n_scored,
+        "sha256": found.sha256(),
+        "asked": found.asked,
+        "reason": found.reason or None,
+        "left_out": found.left_out or None,
+    }
+
+
+def _add_answers(
+    options: argparse.Namespace, rows: Sequence[dict[str, Any]], runtime: Runtime
+) -> None:
+    if not options.answers:
+        return
+    asked = generation.ask(
+        options.base, conversations.prompts(limit=options.prompts), options.tokens, runtime
+    )
+    line = command.ProgressLine("answers of the base")
+    base = generation.answers(options.base, asked, options.cache, runtime, line)
+    for row, file in zip(rows, options.files, strict=True):
+        line = command.ProgressLine(f"{file.name} answers")
+        row["answers"] = asdict(
+            generation.measure(base, file, options.cache, runtime, line).answers
+        )
+
+
 def _show(result: dict[str, Any]) -> None:
     base = result["base"]
     perplexity = command.with_error(base["perplexity"]["value"], base["perplexity"]["stderr"], 4)
@@ -145,6 +203,26 @@ def _parser() -> argparse.ArgumentParser:
     kl.add_kl_options(parser)
     group = parser.add_argument_group("zero-shot (with --task)")
     zeroshot.add_task_options(group, required=False)
+    group = parser.add_argument_group("use")
+    group.add_argument(
+        "--conversations",
+        action="store_true",
+        help="also measure KL in conversations through the chat template, by domain",
+    )
+    group.add_argument(
+        "--documents", type=command.positive, metavar="N", help="of each domain (default: all)"
+    )
+    group.add_argument(
+        "--answers", action="store_true", help="also compare greedy answers with the base's"
+    )
+    group.add_argument("--prompts", type=command.positive, metavar="N", help="the first N prompts")
+    group.add_argument(
+        "--tokens",
+        type=command.positive,
+        default=generation.NEW_TOKENS,
+        metavar="N",
+        help=f"of an answer at most (default: {generation.NEW_TOKENS})",
+    )
     group = parser.add_argument_group("speed (with --speed)")
     group.add_argument(
         "--speed", action="store_true", help="also measure tokens per second and memory"

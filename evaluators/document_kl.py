@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from evaluators.closing import Closing
 from evaluators.command import Progress
-from evaluators.documents import Document, Documents
+from evaluators.documents import ALL, Document, Documents, names_of
 from evaluators.errors import EvaluationError
 from evaluators.figures import Estimate, OnDocuments
 from evaluators.greedy import documents_context
@@ -37,7 +37,6 @@ from evaluators.weights import at_f16
 from evaluators.windows import Windows, scored_logits
 
 F64 = NDArray[np.float64]
-ALL = "all"  # conversations together, whatever their domain
 
 
 @dataclass(frozen=True)
@@ -249,11 +248,10 @@ def _by_domain(documents: Documents, scores: Sequence[DocumentScores]) -> dict[s
     of: dict[str, list[DocumentScores]] = {}
     groups: dict[str, list[DocumentScores]] = {}
     for one, score in zip(documents.documents, scores, strict=True):
-        of.setdefault(one.domain, []).append(score)
-        if one.group:
-            groups.setdefault(one.group, []).append(score)
-        if not one.domain.endswith(" tokens"):
-            groups.setdefault(ALL, []).append(score)
+        domain, *others = names_of(one.domain, one.group)
+        of.setdefault(domain, []).append(score)
+        for name in others:
+            groups.setdefault(name, []).append(score)
     together = groups.pop(ALL, None)
     every = {**of, **groups, **({ALL: together} if together else {})}
     return {name: summarize(found) for name, found in every.items()}

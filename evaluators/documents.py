@@ -67,6 +67,17 @@ class Documents:
         return sum(len(one.ids) for one in self.documents)
 
 
+ALL = "all"  # conversations together, whatever their domain
+
+
+def names_of(domain: str, group: str | None) -> tuple[str, ...]:
+    """Return what a document counts for: its domain, its group, and with all conversations where it
+    is one.
+    """
+    together = () if domain.endswith(" tokens") else (ALL,)
+    return (domain, *((group,) if group else ()), *together)
+
+
 def long_domain(n_tokens: int) -> str:
     """Return the name of the domain of long documents."""
     return f"{n_tokens:,} tokens"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluators import command, conversations, document_kl
-from evaluators.document_kl import ALL, DocumentLogits
-from evaluators.documents import LONG, gather
+from evaluators.document_kl import DocumentLogits
+from evaluators.documents import ALL, LONG, gather
 from evaluators.errors import EvaluationError
 from evaluators.texts import read_text
 

@@ -25,7 +25,7 @@ import llama_cpp
 import numpy as np
 
 from evaluators import command, conversations, greedy
-from evaluators.beside import Asked, Reply, compare_replies, ratio
+from evaluators.beside import Asked, Reply, compare_replies
 from evaluators.chat import I32, Chat, Gone
 from evaluators.command import Progress
 from evaluators.conversations import Prompt
@@ -49,13 +49,16 @@ class Replies:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A file beside a base. `replies` (texts) stay out of the JSON unless asked for."""
+    """A file beside a base. `replies` (texts) stay out of the JSON unless asked for; `agreed` are
+    the tokens of each of the base's answers that the file would choose, too.
+    """
 
     file: str
     n_bytes: int
     base: str
     answers: AnswersBeside
     replies: tuple[tuple[Reply, Reply], ...]
+    agreed: tuple[int, ...]
 
 
 def ask(
@@ -200,11 +203,14 @@ def measure(
     path, asked = Path(file), base.asked
     replies, chosen = _replies(path, asked, base.replies, cache, runtime, progress)
     pairs = tuple(zip(base.replies, replies, strict=True))
-    equal = [float((a == b).sum()) for a, b in zip(base.choices, chosen, strict=True)]
-    counts = [float(len(ids)) for ids in base.choices]
-    agreed = ratio(np.array(equal), np.array(counts), most=1.0)
+    agreed = equal_choices(base.choices, chosen)
     beside = compare_replies(asked, pairs, agreed)
-    return GenerationResult(str(path), check_gguf(path), base.file, beside, pairs)
+    return GenerationResult(str(path), check_gguf(path), base.file, beside, pairs, agreed)
+
+
+def equal_choices(a: Sequence[I32], b: Sequence[I32]) -> tuple[int, ...]:
+    """Return of each answer how many tokens two models that read it would both choose."""
+    return tuple(int((mine == theirs).sum()) for mine, theirs in zip(a, b, strict=True))
 
 
 # ---- one answer

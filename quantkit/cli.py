@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from quantkit.sizes import size
+from quantkit.sizes import parse_bytes, size
 
 # Waiting threads must sleep: busy-waiting ones starve every other process on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quantkit import __version__
-from quantkit.config import RunConfig, load_types_map
+from quantkit.config import SPLIT_BYTES, RunConfig, load_types_map
 from quantkit.config.targets import BitsPerWeight, FileSize, FitsMemory, LikeMix, Target
 from quantkit.errors import QuantkitError, UsageError, check_writable_name, printable
 from quantkit.machine import faults
@@ -195,6 +195,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         eval_text=arguments.eval_text and _given_file("--eval-text", arguments.eval_text),
         tasks=arguments.tasks and _given_file("--tasks", arguments.tasks),
         compare=tuple(_given_file("--compare", name) for name in arguments.compare),
+        split_bytes=parse_bytes(arguments.split_at) if arguments.split_at else SPLIT_BYTES,
         seed=arguments.seed,
         device=arguments.device,
         publish=getattr(arguments, "publish", None),

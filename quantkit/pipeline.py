@@ -21,6 +21,7 @@ from quantkit import hub
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.files import PARTIAL, READERS, unlink, write_json
+from quantkit.hub import given
 from quantkit.machine import faults, room
 from quantkit.machine.kind import device_kind
 from quantkit.ranks.group import ALONE, Ranks
@@ -69,6 +70,10 @@ def run(
                 events.emit(None, "note", f"the previous attempt: {before}")
             if config.publish:
                 hub.check_write(config.publish, hub.resolve_token(), config.private)
+            if "validate" not in directory.records():
+                why = given.check_there((*config.compare, *config.levels_from), hub.resolve_token())
+                if why:
+                    events.emit(None, "note", f"files to compare with were not looked for: {why}")
             for stage in _to_do(directory, config, events, until):
                 at.stage, at.needs = stage.name, _needs(stage, config, directory)
                 _execute(stage, Run(config, directory, events, ranks), at.needs)

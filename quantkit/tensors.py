@@ -89,6 +89,15 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class FilePart:
+    """One of the files that a large GGUF is published in."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Fallback:
     """A tensor that did not get the type or method that was asked for, and why. Shown in the
     report.

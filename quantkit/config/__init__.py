@@ -18,6 +18,7 @@ from quantkit.tensors import METHODS
 AT_LEAST = ">="  # before a type of `--types`
 DEMO_MODEL = "demo:smollm2-135m"
 MOST_STEPS = 10_000  # of tuning a block
+SPLIT_BYTES = 50_000_000_000  # the Hub takes no larger file
 N_CTX = 512  # tokens of a sequence of calibration, search and tuning
 TUNING_BATCH = 2  # sequences that a step of tuning sees
 
@@ -133,6 +134,7 @@ class RunConfig:
     publish: str | None = None
     private: bool = False
     public: bool = False  # a private or gated model's file is published privately without this
+    split_bytes: int = SPLIT_BYTES  # files of more are published in parts
     # Of the Hub, that the published repository is put into: the last part of its URL, or a title.
     collection: str | None = None
 
@@ -179,6 +181,8 @@ class RunConfig:
             raise UsageError(
                 f"{self.seed} is not a seed.", "Use a number from 0 to 9223372036854775807."
             )
+        if self.split_bytes < 1:
+            raise UsageError("A part has at least one byte.", "Use --split-at 50GB or so.")
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"There is no device {self.device!r}.", "Use cpu or cuda.")
 

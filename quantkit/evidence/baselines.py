@@ -22,8 +22,8 @@ from quantkit.llamacpp.stock import StockRecipe, make_stock, stock_bytes
 
 @dataclass(frozen=True)
 class Baseline:
-    """A file to measure. `open()` gives its path for as long as it is needed; `is_rival` marks the
-    largest stock file of at most our size, which is looked at most closely.
+    """A file to measure. `open()` gives its path for as long as it is needed; `is_rival` marks those that
+    are looked at most closely: the largest stock file of at most our size, and what the user named.
     """
 
     kind: str
@@ -96,7 +96,7 @@ def given_baselines(names: Sequence[str]) -> list[Baseline]:
     one raises QuantkitError.
     """
     shown = zip(given.short_names(names), names, strict=True)
-    return [Baseline(GIVEN, short, partial(_located, name)) for short, name in shown]
+    return [Baseline(GIVEN, short, partial(_located, name), is_rival=True) for short, name in shown]
 
 
 @contextmanager

@@ -14,12 +14,20 @@ from quantkit.evidence.escaping import all_markdown, markdown, metadata, repo_id
 from quantkit.evidence.escaping import tags as tags_of
 from quantkit.evidence.report import beside, tables, text
 from quantkit.evidence.report.schema import OURS, Output, Report, Row, Search, Tuning, to_json
+from quantkit.evidence.run_with import commands
 from quantkit.llamacpp.output import safe_name
 from quantkit.markdown import table
 from quantkit.sizes import size
 from quantkit.tensors import UNCHANGED
 
 _TAGS = ("gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq")
+PROJECT = "https://github.com/quantkit/quantkit"
+BADGE = "made-with-quantkit.png"  # lies in quantkit/data
+_MADE_WITH = (
+    f"[![made with quantkit]({BADGE})]({PROJECT}) Make one like it of any model: `quantkit run"
+    f" MODEL --like Q4_K_M`, or its web page, which also"
+    f" [runs as a Space of your own]({PROJECT}/blob/main/docs/space.md)."
+)
 _NOT_OURS = ("safetensors", "pytorch", "onnx", "transformers.js", "tensorboard")  # of the base
 
 
@@ -120,11 +128,13 @@ def model_card(
         " the KL divergence to the full-precision model; the weights were quantized with GPTQ onto"
         f" llama.cpp's own grids. {_runtimes(report)}",
         _verdict(report),
+        _MADE_WITH,
         "## Which file should I choose?",
         _choice(report, repo),
         "## Measured",
         _measured(report, repo),
         _plot("frontier", "KL divergence over file size, ours and llama.cpp's"),
+        *map(reports.set_table, tables.of_one_size(report)),
         text.protocol_line(report)
         + " The llama.cpp rows were made in the same run from the same base with the same"
         " importance matrix. Weight KL is that of the file expanded to F16: llama.cpp also rounds"
@@ -135,7 +145,7 @@ def model_card(
         *_in_use(report),
         *(["## Verify it", _verify(repo, receipt_sha256)] if receipt_sha256 else []),
         "## Run it",
-        _commands(middle.name, middle.label, repo or "<owner>/<repo>"),
+        commands(middle, repo or "<owner>/<repo>"),
         "## What is inside",
         *(
             part
@@ -176,6 +186,7 @@ def evidence(measured: Report, repo: str | None) -> list[str]:
         _verdict(report),
         _choice(report, repo),
         _measured(report, repo),
+        *map(reports.set_table, tables.of_one_size(report)),
         text.protocol_line(report),
         *_losses(report),
         *_missing(report),
@@ -201,7 +212,10 @@ def _details(report: Report) -> list[str]:
 
 
 def _sum(output: Output) -> str:
-    return f"sha256 of `{output.name}`:\n`{output.sha256}`"
+    said = f"sha256 of `{output.name}`:\n`{output.sha256}`"
+    return "\n\n".join(
+        [said, *(f"sha256 of `{p.name}`:\n`{p.sha256}`" for p in output.parts or ())]
+    )
 
 
 def _verify(repo: str | None, receipt_sha256: str) -> str:
@@ -237,19 +251,28 @@ def _named(info: ModelInfo) -> str:
     return f"{name} ([{base}](https://huggingface.co/{base}))" if base else name
 
 
-def _link(name: str, repo: str | None) -> str:
+def _link(row: Row, repo: str | None) -> str:
+    """A file's name with its link; of one in parts a link for each."""
+    parts = isinstance(row, Output) and row.parts
+    if not parts:
+        return _file_link(row.name, row.name, repo)
+    links = (_file_link(str(i), part.name, repo) for i, part in enumerate(parts, 1))
+    return f"`{row.name}`, in {len(parts)} parts: {', '.join(links)}"
+
+
+def _file_link(said: str, name: str, repo: str | None) -> str:
     if repo is None:
-        return f"`{name}`"
-    return f"[{name}](https://huggingface.co/{repo}/resolve/main/{name}?download=true)"
+        return f"`{said}`"
+    return f"[{said}](https://huggingface.co/{repo}/resolve/main/{name}?download=true)"
 
 
 def _choice(report: Report, repo: str | None) -> str:
     """The files by the memory that they need."""
-    made = tables.choice(report, lambda row: _link(row.name, repo))
+    made = tables.choice(report, lambda row: _link(row, repo))
     base = report.base.speed
     about = (
-        f"Memory is that of a process with a context of {base.n_ctx:,} tokens, measured. Longer"
-        " contexts take more."
+        f"Memory is that of a process with a context of {base.n_ctx:,} tokens, measured; devices"
+        " are the smallest of their kind that leave so much free. Longer contexts take more."
         if base
         else "Memory was not measured; it is about the size of the file, plus its context."
     )
@@ -260,7 +283,7 @@ def _measured(report: Report, repo: str | None) -> str:
     """Every file with all of its figures; ours are links."""
 
     def name(row: Row) -> str:
-        return _link(row.name, repo) if row.kind == OURS else row.title
+        return _link(row, repo) if row.kind == OURS else row.title
 
     return reports.set_table(tables.comparison(report, name, wide=True))
 
@@ -291,36 +314,6 @@ def _in_use(report: Report) -> list[str]:
         lines = reports.bullets(beside.conversation_lines(report))
         parts += [f"## {beside.IN_CONVERSATIONS}", *map(reports.set_table, spoken), lines]
     return parts
-
-
-def _commands(name: str, label: str | None, repo: str) -> str:
-    return f"""llama.cpp:
-
-```
-llama-server -hf {repo}:{label}
-```
-
-Ollama:
-
-```
-ollama run hf.co/{repo}:{label}
-```
-
-LM Studio: search for `{repo}`, or
-
-```
-lms get https://huggingface.co/{repo}
-```
-
-llama-cpp-python:
-
-```python
-from llama_cpp import Llama
-
-llm = Llama.from_pretrained(repo_id="{repo}", filename="{name}", n_ctx=4096)
-messages = [{{"role": "user", "content": "Name three things that float on water."}}]
-print(llm.create_chat_completion(messages)["choices"][0]["message"]["content"])
-```"""
 
 
 def _inside(output: Output) -> str:

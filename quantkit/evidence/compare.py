@@ -11,10 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from evaluators.figures import Divergence, PairedTest, Perplexity, SpeedResult
+from evaluators.figures import Divergence, OnDocuments, PairedTest, Perplexity, SpeedResult
 from quantkit.errors import QuantkitError
 from quantkit.evidence.report import Report, Row, write_report
-from quantkit.evidence.report.schema import GIVEN, Base, Output, Tensor, Tests
+from quantkit.evidence.report.schema import (
+    GIVEN,
+    Base,
+    Documents,
+    Missing,
+    Output,
+    Tensor,
+    Tests,
+)
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
 from quantkit.hub import given
@@ -29,6 +37,7 @@ class _Base:
     perplexity: Perplexity
     speed: SpeedResult | None = None
     device_kl: Divergence | None = None
+    floor: dict[str, OnDocuments] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,7 @@ class Measured:
     base: _Base
     files: tuple[_File, ...]
     settings: _Settings
+    documents: Documents | None = None
 
 
 def compare(base: str, files: Sequence[str], options: Sequence[str], out: Path) -> Report:
@@ -124,7 +134,9 @@ def to_report(
             perplexity=measured.base.perplexity,
             speed=_nameless(measured.base.speed),
             device_kl=measured.base.device_kl,
+            floor=measured.base.floor,
         ),
+        documents=measured.documents,
         outputs=(output,),
         baselines=tuple(sorted(others, key=lambda row: row.n_bytes)),
         protocol=f"{settings.protocol}'s windows of {settings.n_ctx} tokens, second half"
@@ -133,6 +145,20 @@ def to_report(
         device=settings.device,
         texts=settings.texts,
         versions={"llama-cpp-python": settings.llama_cpp_python},
+        not_measured=_not_asked_for(first) or None,
+    )
+
+
+def _not_asked_for(first: Row) -> tuple[Missing, ...]:
+    """What a run's report has, and this one has only when it is asked for."""
+    asked = {
+        "KL in conversations": (first.conversations, "--conversations"),
+        "answers beside the original's": (first.answers, "--answers"),
+    }
+    return tuple(
+        Missing(name, f"{option} was not given")
+        for name, (found, option) in asked.items()
+        if found is None
     )
 
 

@@ -56,7 +56,7 @@ def choose(device: str, base: GgufFile) -> Device:
     if not gpus():
         return Device(on_cpu, on_cpu, described(on_cpu), "this llama-cpp-python finds no GPU")
     free = _free_gpu_memory()
-    n_bytes = base.path.stat().st_size
+    n_bytes = base.n_bytes
     largest = max(4 * math.prod(tensor.shape) for tensor in base.tensors.values())
     n_layers = gpu_layers(n_bytes, _n_blocks(base), [n - largest - _RESERVE_BYTES for n in free])
     runtime = place.runtime(n_gpu_layers=n_layers)

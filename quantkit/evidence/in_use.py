@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.evidence.baselines import Baseline
+from quantkit.evidence.receipt.claims import Claims
+from quantkit.evidence.receipt.schema import BASE, OF_FILE, OF_WEIGHTS
 from quantkit.evidence.report.measures import Measures
-from quantkit.evidence.report.schema import Documents
+from quantkit.evidence.report.schema import OURS, Documents
 from quantkit.llamacpp.place import weights_room
 
 if TYPE_CHECKING:
@@ -41,10 +44,12 @@ class InUse:
         kept: Path,
         stack: ExitStack,
         seen: Seen,
+        claims: Claims,
     ) -> None:
         self._base, self._effort, self._runtime = base, effort, runtime
         self._measures, self._kept, self._stack = measures, kept, stack
         self._seen = seen  # what was calibrated on
+        self._claims = claims
         self._answers: generation.Replies | None = None
         self._logits: DocumentLogits | None = None
         self.floor: dict[str, OnDocuments] | None = None
@@ -74,6 +79,7 @@ class InUse:
             self._memory(),
         )
         found = self._measures.take("the floor of the engine", measure)
+        self._claims.add_talks(BASE, BASE, OF_WEIGHTS, found)
         self.floor = found.domains if found else None
 
     def _asked(self, progress: Progress) -> generation.Replies:
@@ -82,7 +88,9 @@ class InUse:
         n_prompts, n_new = self._effort.answers
         prompts = conversations.prompts(limit=n_prompts)
         asked = generation.ask(self._base, prompts, n_new, self._runtime)
-        return generation.answers(self._base, asked, self._kept, self._runtime, progress)
+        found = generation.answers(self._base, asked, self._kept, self._runtime, progress)
+        self._claims.add_base_replies(found, n_prompts)
+        return found
 
     def _read(self, progress: Progress) -> DocumentLogits:
         from evaluators import conversations
@@ -103,15 +111,17 @@ class InUse:
             left_out=found.left_out or None,
             overlap=self._seen.overlap("\n\n".join(said)),
         )
+        self._claims.add_used_talks(found, self._effort.documents)
         return self._stack.enter_context(made)
 
-    def of(self, name: str, path: Path, weights: bool, progress: Progress) -> dict[str, Any]:
-        """Return the fields of a file's row that are measured here; `weights`: those of the weights
+    def of(self, file: Baseline, path: Path, progress: Progress) -> dict[str, Any]:
+        """Return the fields of a file's row that are measured here; of ours those of the weights
         alone, too.
         """
         from evaluators import document_kl, generation
 
         answers, logits, runtime = self._answers, self._logits, self._runtime
+        name = file.name
         found: dict[str, Any] = {}
         if answers is not None:
             measure = partial(
@@ -119,11 +129,13 @@ class InUse:
             )
             beside = self._measures.take(f"answers of {name} beside the original's", measure)
             found["answers"] = beside and beside.answers
+            self._claims.add_replies(file, beside)
         if logits is not None:
             read = partial(document_kl.measure, logits, path, runtime, part(progress, 1))
             on_file = self._measures.take(f"KL of {name} in conversations", read)
             found["conversations"] = on_file and on_file.domains
-        if logits is not None and weights:
+            self._claims.add_talks(name, file.kind, OF_FILE, on_file)
+        if logits is not None and file.kind == OURS:
             alone = partial(
                 document_kl.measure_weights,
                 logits,
@@ -134,6 +146,7 @@ class InUse:
                 self._memory(),
             )
             of_weights = self._measures.take(f"weight KL of {name} in conversations", alone)
+            self._claims.add_talks(name, file.kind, OF_WEIGHTS, of_weights)
             found["weight_conversations"] = of_weights and {
                 domain: figures.kl for domain, figures in of_weights.domains.items()
             }

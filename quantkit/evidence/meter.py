@@ -123,7 +123,7 @@ class Meter:
         if not other.is_rival:
             return row
         talking = self.step(f"conversations with {name}")
-        used = self.in_use and self.in_use.of(name, path, other.kind == OURS, talking)
+        used = self.in_use and self.in_use.of(other, path, talking)
         return replace(
             row,
             **(used or {}),

@@ -159,7 +159,7 @@ def _limits(base: GgufFile, weight_bytes: int) -> sandbox.Limits:
     """Room for `weight_bytes` in memory beside the file, which is mapped; a slow disk is read at
     some 20 MB a second.
     """
-    gigabytes = 1 + base.path.stat().st_size // 10**9
+    gigabytes = 1 + base.n_bytes // 10**9
     return sandbox.Limits(
         cpu_seconds=1800 + 600 * gigabytes,
         wall_seconds=1800 + 300 * gigabytes,

@@ -12,19 +12,22 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.ggml import native
 from quantkit.gguf_file.fields import Field
-from quantkit.gguf_file.header import Broken, StoredTensor, read_header, shown
+from quantkit.gguf_file.header import Broken, StoredTensor, shown
+from quantkit.gguf_file.parts import read_whole
 
 __all__ = ["GgufFile", "StoredTensor"]
 
 
 class GgufFile:
-    """A GGUF file opened for reading. Tensor bytes are memory-mapped, never copied unless asked."""
+    """A GGUF file opened for reading, or a model in several by its first. Tensor bytes are
+    memory-mapped, never copied unless asked.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises QuantkitError when the file is missing or is not a whole GGUF, whoever made it."""
         self.path = path
         try:
-            header = read_header(path)
+            whole = read_whole(path)
         except FileNotFoundError:
             raise QuantkitError(f"There is no file {path}.", "Check the path.") from None
         except OSError as error:
@@ -36,9 +39,11 @@ class GgufFile:
                 f"{shown(path.name)} is not a whole GGUF file ({error}).",
                 "Download or make it again.",
             ) from error
-        self.tensors = dict(header.tensors)
-        self.fields = header.fields
-        self.alignment = header.alignment  # tensors begin at multiples of this many bytes
+        self.paths = whole.paths  # all parts
+        self.places = whole.places  # of each tensor the file that it lies in
+        self.tensors = dict(whole.tensors)
+        self.fields = whole.fields
+        self.alignment = whole.alignment  # tensors begin at multiples of this many bytes
 
     def packed(self, name: str) -> native.Bytes:
         """Return the rows of a tensor as stored: uint8 (n_rows, row_bytes), mapped from the file
@@ -46,7 +51,7 @@ class GgufFile:
         """
         tensor = self.tensors[name]
         shape = (-1, tensor.qtype.row_bytes(tensor.shape[-1]))
-        mapped = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+        mapped = np.memmap(self.places[name], np.uint8, "r", tensor.offset, (tensor.n_bytes,))
         return mapped.reshape(shape)
 
     def values(self, name: str) -> native.Floats:
@@ -68,6 +73,11 @@ class GgufFile:
                 "Download or make it again.",
             )
         return said
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes of all parts."""
+        return sum(path.stat().st_size for path in self.paths)
 
     @property
     def n_elements(self) -> int:

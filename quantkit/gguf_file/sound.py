@@ -64,16 +64,15 @@ def _wrong(file: GgufFile) -> Iterator[str]:
 def _wrong_counts(file: GgufFile, settings: Mapping[str, Field]) -> Iterator[str]:
     found = [int(match[1]) for name in file.tensors if (match := _BLOCK.match(name))]
     n_blocks = _number(settings, "block_count")
-    is_whole = _number(file.fields, "split.count") in (None, 0, 1)
-    if n_blocks is not None and (found or is_whole):
+    if n_blocks is not None:
         most = max(found, default=-1) + 1
         # A block may be empty; not more of them than there are tensors.
-        if n_blocks < most or (is_whole and n_blocks > most + len(file.tensors)) or n_blocks < 1:
+        if n_blocks < most or n_blocks > most + len(file.tensors) or n_blocks < 1:
             yield f"it says that it has {n_blocks:,} blocks, and has tensors of {most:,}"
     n_experts = _number(settings, "expert_count") or 0
     of_experts = any("exp" in name or "ffn_gate_inp" in name for name in file.tensors)
     # One expert is written by a Llama 4 without any.
-    if n_experts > _MOST_EXPERTS or (n_experts > 1 and is_whole and not of_experts):
+    if n_experts > _MOST_EXPERTS or (n_experts > 1 and not of_experts):
         yield f"it says that it has {n_experts:,} experts, and has no tensors for them"
     width, embedding = _number(settings, "embedding_length"), file.tensors.get(_EMBEDDING)
     if width is not None and embedding is not None and embedding.shape[-1] != width:

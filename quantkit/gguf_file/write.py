@@ -59,17 +59,29 @@ def lay_out(
     for name, n_bytes in sizes.items():
         places[name] = end
         end += slot_bytes(base, n_bytes)
-    parts = [struct.pack("<4sIQQ", b"GGUF", GGUF_VERSION, len(sizes), len(metadata))]
-    parts += [field.packed() for field in metadata.values()]
-    for name, tensor in base.tensors.items():
-        shape, n = tensor.shape[::-1], len(tensor.shape)
-        parts.append(packed_text(name))
-        parts.append(struct.pack(f"<I{n}QIQ", n, *shape, kept[name].ggml, places[name]))
-    header = b"".join(parts)
-    begin = slot_bytes(base, len(header))
-    header += bytes(begin - len(header))
+    entries = [(t.name, t.shape, kept[t.name], places[t.name]) for t in base.tensors.values()]
+    header = pack_header(metadata.values(), entries, base.alignment)
+    begin = len(header)
     offsets = {name: begin + at for name, at in places.items()}
     return Layout(header, offsets, sizes, kept, begin + end)
+
+
+def pack_header(
+    fields: Collection[Field],
+    tensors: Sequence[tuple[str, tuple[int, ...], QuantType, int]],
+    alignment: int,
+) -> bytes:
+    """Return the bytes of a file up to its first tensor. `tensors` are in the file's order: name,
+    shape rows first, type, and offset from the first.
+    """
+    parts = [struct.pack("<4sIQQ", b"GGUF", GGUF_VERSION, len(tensors), len(fields))]
+    parts += [field.packed() for field in fields]
+    for name, shape, qtype, offset in tensors:
+        n = len(shape)
+        parts.append(packed_text(name))
+        parts.append(struct.pack(f"<I{n}QIQ", n, *shape[::-1], qtype.ggml, offset))
+    header = b"".join(parts)
+    return header + bytes(-len(header) % alignment)
 
 
 def slot_bytes(base: GgufFile, n_bytes: int) -> int:

@@ -10,8 +10,10 @@ from pathlib import Path
 from huggingface_hub.hf_api import RepoFile
 
 from quantkit import hub
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.gguf_file.parts import part_names, stem_of
 from quantkit.hub.client import PATIENT, Asked, call, hf_api
+from quantkit.hub.errors import ModelNotFound
 
 _SCHEME = "hf://"
 
@@ -25,7 +27,8 @@ def check_name(name: str) -> None:
 
 
 def locate(name: str) -> Path:
-    """Return the path of the file; one on the Hub is downloaded into the user's cache.
+    """Return the path of the file, of a model in parts that of the first; what is on the Hub is
+    downloaded into the user's cache.
 
     Raises UsageError when it is not there, QuantkitError for whatever the Hub refuses.
     """
@@ -37,9 +40,47 @@ def locate(name: str) -> Path:
         return path
     repo_id, revision, file = _parts(name)
     token = hub.resolve_token()
-    where = {"revision": revision, "cache_dir": hub.cache_dir()}
-    fetch = partial(hf_api(token).hf_hub_download, repo_id, file, **where)
-    return Path(call(fetch, Asked(repo_id, revision), token, PATIENT))
+    first, *others = _files(file)
+
+    def fetch(path: str, revision: str | None) -> Path:
+        where = {"revision": revision, "cache_dir": hub.cache_dir()}
+        ask = partial(hf_api(token).hf_hub_download, repo_id, path, **where)
+        return Path(call(ask, Asked(repo_id, revision), token, PATIENT))
+
+    path = fetch(first, revision)
+    sha = path.parents[first.count("/")].name  # the same commit, though the branch may move
+    for other in others:
+        fetch(other, sha)
+    return path
+
+
+def _files(file: str) -> list[str]:
+    """A file in a repository, or all parts of the model whose first part it is."""
+    folder, slash, own = file.rpartition("/")
+    return [f"{folder}{slash}{part}" for part in part_names(own)]
+
+
+def check_there(names: Sequence[str], token: str | None) -> str | None:
+    """Look for files on the Hub before a run that would miss them at its end. Downloads nothing.
+
+    Returns None, or why the Hub could not be asked, as a sentence. Raises UsageError for a file, or
+    a part of it, that is not there, ModelNotFound for such a repository.
+    """
+    for name in names:
+        if not name.startswith(_SCHEME):
+            continue
+        repo_id, revision, file = _parts(name)
+        wanted, asked = _files(file), Asked(repo_id, revision)
+        ask = partial(hf_api(token).get_paths_info, repo_id, wanted, revision=revision)
+        try:
+            there = {entry.path for entry in call(ask, asked, token)}
+        except ModelNotFound:
+            raise
+        except QuantkitError as error:
+            return error.message
+        if missing := [path for path in wanted if path not in there]:
+            raise UsageError(f"{repo_id} has no file {missing[0]}.", _EXAMPLE)
+    return None
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -57,21 +98,23 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def gguf_files(repo_id: str, token: str | None) -> dict[str, int]:
-    """Return the models of a repository that are one GGUF each, and their bytes: no imatrix, no
-    projector, no part of a larger one. Raises QuantkitError.
+    """Return the models of a repository and their bytes, those in parts by their first: no imatrix,
+    no projector, no model that lacks a part. Raises QuantkitError.
     """
     api, asked = hf_api(token), Asked(repo_id)
     tree = call(lambda: list(api.list_repo_tree(repo_id, recursive=True)), asked, token)
-    return {
-        entry.path: entry.size
-        for entry in tree
-        if isinstance(entry, RepoFile)
-        and entry.path.lower().endswith(".gguf")
-        and not _NO_MODEL.search(entry.path.lower())
-    }
+    sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    found = {}
+    for path in sizes:
+        parts = _files(path)
+        is_later = stem_of(path) is not None and len(parts) == 1
+        is_model = path.lower().endswith(".gguf") and not _NO_MODEL.search(path.lower())
+        if is_model and not is_later and sizes.keys() >= set(parts):
+            found[path] = sum(sizes[part] for part in parts)
+    return found
 
 
-_NO_MODEL = re.compile(r"imatrix|mmproj|-\d{5}-of-\d{5}\.gguf$")
+_NO_MODEL = re.compile(r"imatrix|mmproj")
 _EXAMPLE = "Give a local .gguf, or hf://owner/name/file.gguf."
 
 

@@ -14,6 +14,9 @@ _OPTIONS = (
     ("--task", "NAME", "zero-shot task such as piqa; can be repeated"),
     ("--data", "FILE", "use local items for that task instead of the Hub's"),
     ("--limit", "N", "use only the first N items of each task"),
+    ("--documents", "N", "with --conversations: use only N of each domain"),
+    ("--prompts", "N", "with --answers: use only the first N prompts"),
+    ("--tokens", "N", "with --answers: tokens of an answer at most (default: 128)"),
     ("--cache", "DIR", "keep the base's logits here for the next comparison"),
     ("--threads", "N", "CPU threads (default: all cores)"),
     ("--device", "NAME", "cpu or cuda (default: cpu); cuda uses all GPUs"),
@@ -21,6 +24,8 @@ _OPTIONS = (
 )
 _FLAGS = (
     ("--weight-kl", "also measure the KL of the weights alone"),
+    ("--conversations", "also measure KL in conversations through the chat template, by domain"),
+    ("--answers", "also compare greedy answers with the base's"),
     ("--speed", "also measure tokens per second and memory"),
 )
 

@@ -13,7 +13,7 @@ from math import prod
 from quantkit.calibration.documents import LANGUAGE_TOKENS, PARTS
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
-from quantkit.config import DEMO_MODEL, N_CTX, PROFILES, RunConfig
+from quantkit.config import DEMO_MODEL, N_CTX, PROFILES, SPLIT_BYTES, RunConfig
 from quantkit.config.calibration import AUTO, parse_spec, parts_of
 from quantkit.config.levels import around, wanted
 from quantkit.config.targets import DEFAULT_TARGET
@@ -49,6 +49,7 @@ class Footprint:
     tuned_states: int  # for a while
     expanded: int  # for a while: a file at F16, which is in memory where that holds it
     predictions: int  # for a while: the base's, of what validate measures on
+    split_bytes: int = SPLIT_BYTES  # larger files are published in parts: a second copy
 
     def measuring(self, stock: int) -> int:
         """Return the bytes that validate takes for a while, with the largest stock file."""
@@ -76,7 +77,7 @@ class Footprint:
         stage("tune", sum(outputs) if self.is_tuned else 0, self.tuned_states)
         stage("stitch", 0 if self.is_tuned else sum(outputs))
         stage("validate", measured - levels, self.measuring(stock))
-        stage("publish", 0)
+        stage("publish", sum(n for n in outputs if n > self.split_bytes))
         # A stage that is new passes what was there before it on.
         return {name: peaks.get(name, kept) for name in NAMES}
 
@@ -103,7 +104,7 @@ def footprint(
     """
     shapes, matrices = Shapes.of(base), [t for t in base.tensors.values() if len(t.shape) > 1]
     at_f16 = sum(F16.n_bytes(t.shape) - t.n_bytes for t in matrices)
-    n_bytes = base.path.stat().st_size
+    n_bytes = base.n_bytes
     known = _Shapes(
         base=n_bytes,
         expanded=n_bytes + at_f16,
@@ -233,6 +234,7 @@ def _footprint(
         else 0,
         expanded=0 if in_memory else shapes.expanded,
         predictions=_predictions(config, shapes.n_vocab, shapes.n_context),
+        split_bytes=config.split_bytes,
     )
 
 

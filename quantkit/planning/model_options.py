@@ -103,6 +103,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="GGUF",
         help="also measure this GGUF of the same model: a path or hf://owner/name/file.gguf",
     )
+    parser.add_argument(
+        "--split-at",
+        metavar="SIZE",
+        help="publish a larger file in parts, as llama.cpp loads them (default: 50GB)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda uses all visible GPUs"

@@ -13,6 +13,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add what to verify, and how much of it."""
     parser.add_argument("what", metavar="REPO_OR_FOLDER", help="owner/name on the Hub, or a folder")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--file",
+        action="append",
+        metavar="NAME",
+        help="of several sizes only this GGUF (repeatable); the others are not downloaded",
+    )
     parser.add_argument("--base", type=Path, metavar="BASE.gguf", help="the full-precision file")
     much = parser.add_mutually_exclusive_group()
     much.add_argument(
@@ -50,6 +56,7 @@ def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": arguments.what,
         "revision": arguments.revision,
+        "only": arguments.file and tuple(arguments.file),
         "n_windows": None if arguments.full else arguments.sample,
         "seed": arguments.seed,
         "base": arguments.base,

@@ -183,6 +183,11 @@ class Artifacts:
         return self.folder("validate") / "receipt.json"
 
     @property
+    def parts(self) -> Path:
+        """The folder of the parts of files that are too large for the Hub."""
+        return self.folder("publish") / "parts"
+
+    @property
     def upload(self) -> Path:
         """The folder of what is published."""
         return self.folder("publish") / "upload"

@@ -11,7 +11,7 @@ from quantkit.files import write_json
 from quantkit.ggml.types import FILE_TYPES, QuantType
 from quantkit.run.folder import MadeOn, read_json
 from quantkit.sandbox.untrusted import build
-from quantkit.tensors import Fallback, to_json
+from quantkit.tensors import Fallback, FilePart, to_json
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Published:
     n_bytes: int
     sha256: str
     label: str
+    parts: tuple[FilePart, ...] = ()  # what is published in its place, where it is too large
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,12 @@ class Recipe:
         return {name: tensor.qtype for name, tensor in self.tensors.items()}
 
     def write(self, path: Path) -> Path:
-        """Write it as JSON; of a model that is no adapter nothing is said of that."""
+        """Write it as JSON; nothing is said of adapters or parts where there are none."""
         value = to_json(self)
         if self.adapter_of is None:
             del value["adapter_of"]
+        if not self.output.parts:
+            del value["output"]["parts"]
         return write_json(path, value)
 
     @classmethod

@@ -2,14 +2,16 @@
 asked for.
 
 Stages GGUFs, imatrix, recipes, report, receipt and model card under `upload/` (hard links: no
-second copy of a weight). Only a validated run comes here. Without a repository the folder stays as
-it is, ready for `quantkit publish`.
+second copy of a weight, but for files that are too large for the Hub, which are cut). Only a
+validated run comes here. Without a repository the folder stays as it is, ready for `quantkit
+publish`.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 
 from quantkit import hub
@@ -18,17 +20,20 @@ from quantkit.config.calibration import shown
 from quantkit.errors import QuantkitError
 from quantkit.evidence import ollama
 from quantkit.evidence import receipt as receipts
-from quantkit.evidence.card import model_card
+from quantkit.evidence.card import BADGE, model_card
 from quantkit.evidence.receipt import Receipt
 from quantkit.evidence.receipt.make import complete
+from quantkit.evidence.receipt.schema import Joined
 from quantkit.evidence.report import read
 from quantkit.evidence.report.text import without_folders
-from quantkit.files import link, write_json, write_text
+from quantkit.files import copy_whole, link, sha256_file, write_json, write_text
+from quantkit.gguf_file import cut
 from quantkit.hub.visibility import why_private
 from quantkit.llamacpp.output import safe_name
 from quantkit.run.artifacts import RELATIVE
 from quantkit.run.folder import StageRecord, read_json
 from quantkit.run.outputs import load_outputs
+from quantkit.run.recipe import Published, Recipe
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sources.snapshot import load_snapshot, model_name
 
@@ -39,7 +44,7 @@ class Publish(Stage):
     """Gather the files, and upload them if you asked for it."""
 
     name = NAME
-    version = 3
+    version = 4
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError for whatever the Hub refuses."""
@@ -56,8 +61,14 @@ class Publish(Stage):
         if projector.exists():  # by this name llama.cpp finds it in the repository
             link(projector, folder / f"mmproj-{_name(run)}-F16.gguf")
         (folder / "recipes").mkdir()
+        joined: dict[str, Joined] = {}
         for output in outputs:
-            link(stitched / output.file, folder / output.file)
+            made = Recipe.load(stitched / output.recipe).output
+            for path in _files(run, stitched / output.file, made):
+                link(path, folder / path.name)
+            if made.parts:
+                names = tuple(part.name for part in made.parts)
+                joined[made.file] = Joined(made.n_bytes, made.sha256, names)
             recipe = read_json(stitched / output.recipe)
             recipe["config"] = _without_folders(recipe["config"])
             write_json(folder / output.recipe, recipe)
@@ -67,10 +78,12 @@ class Publish(Stage):
         (folder / "plots").mkdir()
         for path in sorted((validate / "plots").iterdir()):
             link(path, folder / "plots" / path.name)
-        sampling = ollama.params(snapshot.folder, folder / outputs[0].file)
+        with resources.as_file(resources.files("quantkit").joinpath("data", BADGE)) as badge:
+            copy_whole(badge, folder / BADGE)
+        sampling = ollama.params(snapshot.folder, stitched / outputs[0].file)
         if sampling:
             write_json(folder / ollama.NAME, sampling)
-        receipt = receipts.to_json(_with_sums(run, folder))
+        receipt = receipts.to_json(_with_sums(run, folder, joined))
         write_json(folder / receipts.NAME, receipt)
         report = read(read_json(run.artifacts.report))
         card = model_card(snapshot.info, report, run.config, run.config.publish, receipt["sha256"])
@@ -97,10 +110,31 @@ def _texts(run: Run, folder: Path) -> None:
             link(run.artifacts.eval_texts / f"{text.name}.txt", folder / text.file)
 
 
-def _with_sums(run: Run, folder: Path) -> Receipt:
+def _files(run: Run, path: Path, made: Published) -> list[Path]:
+    """The files that a finished one is published in: itself, or its parts, of which those that are
+    there are not written again.
+    """
+    if not made.parts:
+        return [path]
+    folder = run.artifacts.parts
+    parts = cut.cut(path, run.config.split_bytes)
+    for i, (part, known) in enumerate(zip(parts, made.parts, strict=True)):
+        target = folder / known.name
+        if not target.exists() or sha256_file(target) != known.sha256:
+            cut.write(path, part, target)
+            if sha256_file(target) != known.sha256:
+                raise QuantkitError(
+                    f"{path.name} is not the file that was made: its bytes have changed.",
+                    "Check the disk, and resume: the file is made again. Nothing was published.",
+                )
+        run.events.progress(NAME, i + 1, len(parts), f"writing {path.name} in parts")
+    return [folder / part.name for part in made.parts]
+
+
+def _with_sums(run: Run, folder: Path, joined: Mapping[str, Joined]) -> Receipt:
     """The receipt with the sums of all that is staged."""
     found, _ = receipts.read(run.artifacts.receipt)
-    return complete(found, folder, _known(run, folder))
+    return complete(found, folder, _known(run, folder), joined)
 
 
 def _without_folders(config: Mapping[str, object]) -> dict[str, object]:
@@ -126,7 +160,7 @@ def _upload(run: Run, folder: Path, staged: Sequence[Path]) -> StageResult:
     def progress(done: int, total: int) -> None:
         run.events.progress(NAME, done, total, f"uploading to {run.config.publish}")
 
-    files = sorted(path.name for path in folder.glob("*-EVO-*.gguf"))
+    files = sorted(output.file for output in load_outputs(run.dir).outputs)
     message = f"{_name(run)}: {', '.join(files)}"
     why = why_private(run.config, load_snapshot(run.dir).info)
     if why and not run.config.private:
@@ -165,7 +199,11 @@ def _known(run: Run, folder: Path) -> dict[str, str]:
             if not is_recipe and name != receipts.NAME:  # written anew here
                 paths[name] = output.path
     sums = {o.path: o.sha256 for record in run.records.values() for o in record.outputs}
-    return {n: sums[path] for n, path in paths.items() if path in sums and (folder / n).exists()}
+    known = {name: sums[path] for name, path in paths.items() if path in sums}
+    for output in load_outputs(run.dir).outputs:
+        recipe = Recipe.load(run.artifacts.stitched / output.recipe)
+        known |= {part.name: part.sha256 for part in recipe.output.parts}
+    return {name: sha256 for name, sha256 in known.items() if (folder / name).exists()}
 
 
 def _name(run: Run) -> str:

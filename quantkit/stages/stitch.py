@@ -19,6 +19,7 @@ from quantkit import __version__
 from quantkit.config.budgets import Budget
 from quantkit.errors import QuantkitError
 from quantkit.files import link, sha256_file, write_json, write_text
+from quantkit.gguf_file import cut
 from quantkit.gguf_file.base import load_base
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.stitch import stitch
@@ -32,9 +33,10 @@ from quantkit.run.recipe import Base, Pinned, Provenance, Published, Recipe, Sto
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.answers import load_allocation, load_searched
 from quantkit.search.database import load_database
+from quantkit.sizes import size
 from quantkit.sources.snapshot import load_snapshot, model_name
 from quantkit.stages.tune import tuned_tensors
-from quantkit.tensors import Candidate, CandidateKey
+from quantkit.tensors import Candidate, CandidateKey, FilePart
 from quantkit.tuning.tuned import Tuned, Tunings
 
 NAME = "stitch"
@@ -46,6 +48,7 @@ class Stitch(Stage):
 
     name = NAME
     version = 7
+    fields = ("split_bytes",)
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError when a tensor's bytes do not have the size that its type and shape
@@ -200,8 +203,19 @@ def _take_tuned(tuned: Path, path: Path, layout: Layout) -> None:
     link(tuned, path)
 
 
+def _parts(run: Run, path: Path) -> tuple[FilePart, ...]:
+    """What is published of a file that is too large for the Hub; publish writes it."""
+    parts = cut.cut(path, run.config.split_bytes)
+    if parts:
+        said = f"{path.name} will be published in {len(parts)} parts"
+        run.events.emit(NAME, "note", f"{said} of at most {size(run.config.split_bytes)}")
+    return tuple(FilePart(part.name, part.n_bytes, cut.sha256(path, part)) for part in parts)
+
+
 def _recipe(run: Run, path: Path, used: dict[str, Stored], label: str, made: Provenance) -> Recipe:
-    """Everything that makes this file again: base, calibration, levels, every tensor's choice."""
+    """Everything that makes this file again: base, calibration, levels, every tensor's choice; and
+    the parts that it is published in.
+    """
     info = load_snapshot(run.dir).info
     base = run.records["convert"].outputs[0]
     files = _level_files(run)
@@ -211,7 +225,7 @@ def _recipe(run: Run, path: Path, used: dict[str, Stored], label: str, made: Pro
         info.sha,
         run.config,
         Base(base.sha256, base.n_bytes),
-        Published(path.name, path.stat().st_size, sha256_file(path), label),
+        Published(path.name, path.stat().st_size, sha256_file(path), label, _parts(run, path)),
         made,
         read_json(run.artifacts.calibration),
         levels={file: files[file].sha256 for file in sorted({s.file for s in used.values()})},

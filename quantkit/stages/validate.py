@@ -156,7 +156,9 @@ def _validate(run: Run) -> StageResult:
             if known is not None:
                 meter.long[n_ctx] = known
                 meter.claims.add_tokens(known)
-        meter.in_use = InUse(base.path, run.profile.effort, runtime, measures, kept, stack, seen)
+        meter.in_use = InUse(
+            base.path, run.profile.effort, runtime, measures, kept, stack, seen, meter.claims
+        )
         meter.in_use.ask_original(meter.step("the original's answers"))
         measured = {file.name: meter.ours(logits, file) for file in ours}
         on_base = meter.device_kl(logits, "full precision", base.path)
@@ -349,7 +351,7 @@ def _report(
         revision=info.sha,
         base=Base(
             path=str(base.path.relative_to(run.dir.path)),
-            n_bytes=base.path.stat().st_size,
+            n_bytes=base.n_bytes,
             sha256=run.records["convert"].outputs[0].sha256,
             n_parameters=base.n_elements,
             perplexity=first.base_perplexity if first else NO_PERPLEXITY,
@@ -398,6 +400,7 @@ def _output(run: Run, output: Output, row: Row, checks: _Checks, not_asked: str)
         **vars(row),
         path=name,
         sha256=next(o.sha256 for o in run.records["stitch"].outputs if o.path == name),
+        parts=recipe.output.parts or None,
         label=output.label,
         search=build(Search, {**read_json(found / "budget.json"), "tuning": tuned}),
         trace=tuple(build(TracePoint, json.loads(line)) for line in lines if line),

@@ -6,7 +6,7 @@
     sums      every file, against the bytes that the receipt says
     figures   receipt, report and card, against each other
     draw      which windows and items are measured again
-    again     measures them, and compares
+    again     measures them, and compares; again_in_use: conversations and answers
     base      the full-precision file that KL is taken from
     verify    all of it
 

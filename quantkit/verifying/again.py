@@ -27,9 +27,7 @@ from quantkit.evidence.receipt.schema import OF_FILE, OF_WEIGHTS, Answers
 from quantkit.evidence.report.schema import OURS
 from quantkit.llamacpp.place import weights_room
 from quantkit.verifying.draw import Drawn
-from quantkit.verifying.findings import Finding
-
-_ON_CPU = "CPU"
+from quantkit.verifying.findings import Finding, compared, other_device
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,9 @@ class Again:
             if not pairs:
                 continue
             title = f"{name}, {_TITLES[measure]}"
-            if measure == OF_FILE and self._is_other_device():
-                about = f"claimed of {self.receipt.engine.device}, which rounds otherwise than"
-                yield Finding(title, None, f"{about} {self.device.name}: see --device")
+            there, here = self.receipt.engine.device, self.device.name
+            if measure == OF_FILE and (other := other_device(title, there, here)):
+                yield other
                 continue
             self.note(title)
             try:
@@ -126,10 +124,6 @@ class Again:
             if not result.same_tokens:
                 yield Finding(title, False, "the file's tokenizer is not the original's")
             yield from self._compared(title, measure, pairs, result, picked)
-
-    def _is_other_device(self) -> bool:
-        claimed = self.receipt.engine.device
-        return (claimed == _ON_CPU) != (self.device.name == _ON_CPU)
 
     def _claims(
         self, name: str, measure: str, n_ctx: int, picked: Mapping[str, Sequence[int]]
@@ -166,24 +160,8 @@ class Again:
                 [getattr(means[text], column)[picked[text].index(i)] for text, i in claims]
             )
             allowed = np.array([each(value) for value in claimed])
-            apart = np.abs(again - claimed)
-            of_all = allowed.mean() / math.sqrt(len(allowed))  # windows round independently
-            wrong = [
-                f"window {i} of {text}: {c:.4g} claimed, {a:.4g} now"
-                for (text, i), c, a, d, most in zip(
-                    claims, claimed, again, apart, allowed, strict=True
-                )
-                if not d <= most
-            ]
-            passed = not wrong and bool(abs(again.mean() - claimed.mean()) <= of_all)
-            yield Finding(
-                f"{title}{words}",
-                passed,
-                "; ".join(wrong[:3]),
-                float(claimed.mean()),
-                float(again.mean()),
-                float(of_all),
-            )
+            names = [f"window {i} of {text}" for text, i in claims]
+            yield compared(f"{title}{words}", names, claimed, again, allowed)
 
     # ---- answers
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence import card, report
 from quantkit.evidence.receipt.limits import beyond
 from quantkit.evidence.receipt.make import LONG
-from quantkit.evidence.receipt.schema import OF_FILE, OF_WEIGHTS, Receipt, Windows
+from quantkit.evidence.receipt.schema import OF_FILE, OF_WEIGHTS, FileSum, Receipt, Windows
 from quantkit.evidence.report import Report, Row
 from quantkit.hub.card_data import read_card
 from quantkit.sandbox import untrusted
+from quantkit.verifying import figures_in_use
 from quantkit.verifying.findings import Finding
 from quantkit.verifying.places import CARD, REPORT, Place
 
-_ROUNDING = 1e-6  # relative: the receipt has eight digits
+_ROUNDING = 1e-5  # relative: the receipt has eight digits, and intervals are differences
 _MOST_CARD = 4_000_000
 _OF_REPORT, _OF_CARD = f"figures of {REPORT}", f"figures of {CARD}"
 _LINK = re.compile(r"https://huggingface\.co/([\w.-]+(?:/[\w.-]+)?)/resolve/main/", re.ASCII)
@@ -45,6 +47,7 @@ def check_figures(receipt: Receipt, receipt_sha256: str, place: Place) -> list[F
     wrong = list(_wrong_figures(receipt, measured))
     about = f"{wrong[0]} ({len(wrong)} such)" if wrong else "its figures follow from the receipt"
     found.append(Finding(_OF_REPORT, not wrong, about))
+    found += figures_in_use.check_answers(receipt, measured)
     return [*found, _card(measured, receipt_sha256, place)]
 
 
@@ -65,13 +68,29 @@ def _wrong_figures(receipt: Receipt, measured: Report) -> Iterator[str]:
     if measured.texts != known:
         yield "the texts are others"
     for output in measured.outputs:
-        there = receipt.files.get(output.name)
+        there = receipt.joined.get(output.name) or receipt.files.get(output.name)
         if there is None or (there.n_bytes, there.sha256) != (output.n_bytes, output.sha256):
             yield f"{output.name} is another file"
+        for part in output.parts or ():
+            if receipt.files.get(part.name) != FileSum(part.n_bytes, part.sha256):
+                yield f"{part.name} is another file"
+        if {part.name for part in output.parts or ()} != _parts(receipt, output.name):
+            yield f"{output.name} has other parts"
+    if not figures_in_use.are_same(receipt, measured):
+        yield "the conversations are others"
+    for figure, claimed, follows in figures_in_use.floor(receipt, measured):
+        if not _same(claimed, follows):
+            yield f"{figure} is {claimed} in the report and {follows} in the receipt"
     for row in measured.rows:
-        for figure, claimed, follows in _pairs(receipt, measured, row):
+        both = _pairs(receipt, measured, row), figures_in_use.pairs(receipt, row)
+        for figure, claimed, follows in chain(*both):
             if not _same(claimed, follows):
                 yield f"{figure} of {row.name} is {claimed} in the report and {follows} by windows"
+
+
+def _parts(receipt: Receipt, name: str) -> set[str]:
+    whole = receipt.joined.get(name)
+    return set(whole.parts) if whole else set()
 
 
 def _same(a: float | None, b: float | None) -> bool:

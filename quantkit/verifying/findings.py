@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quantkit.errors import printable
 from quantkit.markdown import table
+
+Column = NDArray[np.float64]
 
 VERIFIED, NOT_VERIFIED, NOT_CHECKED = 0, 1, 2  # exit statuses
 
@@ -22,6 +29,38 @@ class Finding:
     claimed: float | None = None
     again: float | None = None
     allowed: float | None = None
+
+
+def compared(
+    title: str, names: Sequence[str], claimed: Column, again: Column, allowed: Column
+) -> Finding:
+    """Return whether figures that were measured again are as claimed, each within what it may
+    differ by and so their mean: what is measured separately is rounded independently.
+
+    Args:
+        names: of what was measured, for those that are off.
+        claimed, again, allowed: float64 (n,).
+    """
+    of_all = float(allowed.mean()) / math.sqrt(len(allowed))
+    wrong = [
+        f"{name}: {c:.4g} claimed, {a:.4g} now"
+        for name, c, a, most in zip(names, claimed, again, allowed, strict=True)
+        if not abs(a - c) <= most
+    ]
+    passed = not wrong and bool(abs(again.mean() - claimed.mean()) <= of_all)
+    means = float(claimed.mean()), float(again.mean())
+    return Finding(title, passed, "; ".join(wrong[:3]), *means, of_all)
+
+
+_ON_CPU = "CPU"
+
+
+def other_device(title: str, claimed: str, here: str) -> Finding | None:
+    """Return the finding that is to be made where a measure was taken; None if it is here."""
+    if (claimed == _ON_CPU) == (here == _ON_CPU):
+        return None
+    about = f"claimed of {claimed}, which rounds otherwise than {here}: see --device"
+    return Finding(title, None, about)
 
 
 @dataclass(frozen=True)

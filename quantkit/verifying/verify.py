@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.evidence import receipt as receipts
 from quantkit.evidence.receipt import Receipt
 from quantkit.evidence.receipt.make import LONG
@@ -32,12 +32,14 @@ _MOST_TEXT = 256_000_000
 
 @dataclass(frozen=True)
 class Asked:
-    """What to verify, and how much of it. `n_windows` None is all; `texts` and `items` are files in
-    place of what could not be published; `work` keeps the full-precision file.
+    """What to verify, and how much of it. `only`: of our files these, by name; `n_windows` None
+    is all; `texts` and `items` are files in place of what could not be published; `work` keeps the
+    full-precision file.
     """
 
     what: str
     revision: str | None = None
+    only: tuple[str, ...] | None = None
     n_windows: int | None = N_WINDOWS
     seed: int | None = None
     base: Path | None = None
@@ -59,11 +61,13 @@ def verify(asked: Asked, echo: Callable[[Event], None], note: Callable[[str], No
         return Verdict(place.name, (Finding(receipts.NAME, False, error.message.rstrip(".")),))
     about = f"whole, its sum is {sha256}"
     found = [Finding(receipts.NAME, True, about)]
-    place = place.bring([*expected(receipt, place), CARD, receipts.NAME])
-    found += check_files(receipt, place)
+    left_out = _left_out(receipt, asked.only)
+    wanted = expected(receipt, place).keys() - left_out
+    place = place.bring([*wanted, CARD, receipts.NAME])
+    found += check_files(receipt, place, left_out)
     found += check_figures(receipt, sha256, place)
     texts, of_texts = _texts(receipt, place, asked.texts)
-    files, of_files = _files(receipt, place, found)
+    files, of_files = _files(receipt, place, found, left_out)
     found += of_texts + of_files
     drawn = _draw(receipt, texts, asked)
     with ExitStack() as stack:
@@ -72,7 +76,32 @@ def verify(asked: Asked, echo: Callable[[Event], None], note: Callable[[str], No
         )
         again = _measured(receipt, files, texts, drawn, asked, folder, echo, note)
     said = drawn.sentence if len(again) > 1 else "Nothing was measured again."
-    return Verdict(place.name, (*found, *again), said, _notes(receipt), receipt.not_covered)
+    not_covered = (*(f"{name}, as asked" for name in sorted(left_out)), *receipt.not_covered)
+    return Verdict(place.name, (*found, *again), said, _notes(receipt), not_covered)
+
+
+def _left_out(receipt: Receipt, only: tuple[str, ...] | None) -> set[str]:
+    """The GGUFs, or their parts, that were not asked for. Raises UsageError for unknown names."""
+    if only is None:
+        return set()
+    ours = _ours(receipt)
+    if unknown := set(only) - ours:
+        raise UsageError(
+            f"The receipt has no file {min(unknown)}.", f"Its files: {', '.join(sorted(ours))}."
+        )
+    return {part for name in ours - set(only) for part in _parts(receipt, name)}
+
+
+def _ours(receipt: Receipt) -> set[str]:
+    """The names of our GGUFs that were measured."""
+    ours = {w.file for w in receipt.windows if w.kind == OURS}
+    return ours | {a.file for a in receipt.answers if a.kind == OURS}
+
+
+def _parts(receipt: Receipt, name: str) -> tuple[str, ...]:
+    """The files that one of ours is published in."""
+    whole = receipt.joined.get(name)
+    return whole.parts if whole else (name,)
 
 
 def _draw(receipt: Receipt, texts: Mapping[str, str], asked: Asked) -> Drawn:
@@ -117,24 +146,26 @@ def _texts(
 
 
 def _files(
-    receipt: Receipt, place: Place, found: list[Finding]
+    receipt: Receipt, place: Place, found: list[Finding], left_out: Collection[str]
 ) -> tuple[dict[str, Path], list[Finding]]:
     """Our GGUFs that are as the receipt says and can be opened; what of the others."""
-    ours = {w.file for w in receipt.windows if w.kind == OURS}
-    ours |= {a.file for a in receipt.answers if a.kind == OURS}
+    ours = _ours(receipt)
     changed = {finding.name for finding in found if finding.passed is False}
     files: dict[str, Path] = {}
     of_files = []
     for name in sorted(ours):
-        if name in changed or name not in receipt.files:
+        names = _parts(receipt, name)
+        if names[0] in left_out:
+            continue
+        if not changed.isdisjoint((name, *names)) or set(names) - receipt.files.keys():
             of_files.append(Finding(f"{name}, KL", None, "not measured: it is not the file"))
             continue
         try:
-            check_sound(GgufFile(place.path(name)))
+            check_sound(GgufFile(place.path(names[0])))
         except QuantkitError as error:
             of_files.append(Finding(f"{name}, KL", None, error.message.rstrip(".")))
             continue
-        files[name] = place.path(name)
+        files[name] = place.path(names[0])
     if not ours:
         of_files.append(Finding("measurements", None, "the receipt has none of a file of ours"))
     return files, of_files
@@ -150,17 +181,25 @@ def _measured(
     echo: Callable[[Event], None],
     note: Callable[[str], None],
 ) -> list[Finding]:
-    if not files or not (drawn.windows or drawn.items):
+    if not files or drawn.is_empty:
         return []
     from quantkit.evidence import devices
     from quantkit.verifying.again import Again
+    from quantkit.verifying.again_in_use import AgainInUse
 
     base = find_base(receipt, asked.base, folder / "base", echo)
     if base.path is None:
         return [base.finding]
     device = devices.choose(asked.device, GgufFile(base.path))
     again = Again(receipt, files, texts, device, folder, note, asked.items)
-    return [base.finding, *again.check_tokens(), *again.measure(base.path, drawn)]
+    in_use = AgainInUse(receipt, files, device, folder, note)
+    return [
+        base.finding,
+        *again.check_tokens(),
+        *again.measure(base.path, drawn),
+        *in_use.talks(base.path, drawn.talks),
+        *in_use.answers(base.path, drawn.prompts),
+    ]
 
 
 def _notes(receipt: Receipt) -> tuple[str, ...]:

@@ -30,7 +30,6 @@ from evaluators.beside import Asked, Reply, compare_replies
 from evaluators.chat import Chat, Conversation
 from evaluators.conversations import Prompt
 from evaluators.errors import EvaluationError
-from evaluators.figures import Estimate
 from evaluators.greedy import Answer
 from evaluators.llama_runtime import Model
 
@@ -239,7 +238,7 @@ def test_the_figures_of_known_answers() -> None:
     prompts = tuple(row[0] for row in rows)
     ids = tuple(np.array([1], np.int32) for _ in rows)
     asked = Asked(prompts, ids, ("",) * len(rows), 30, "chat template", "", 0)
-    found = compare_replies(asked, [row[1:] for row in rows], Estimate(1.0, None, 7))
+    found = compare_replies(asked, [row[1:] for row in rows], (30, 10, 1, 2, 2, 2, 0))
     assert found.identical.n_yes == 3
     assert found.before_difference.value == (30 + 3 + 1 + 1 + 1 + 1 + 1) / 7
     assert found.length.value == (30 + 30 + 1 + 6 + 1) / (30 + 10 + 1 + 6 + 1)

@@ -83,6 +83,11 @@ def test_a_published_folder_is_verified(run: Run, folder: Path, offline: dict[st
     assert kl["claimed"] == pytest.approx(run.report["outputs"][0]["kl"]["mean"], rel=1e-6)
     assert kl["again"] == pytest.approx(kl["claimed"], rel=1e-5)  # the same build on the same CPU
     assert found[f"{GGUF}, weight KL"]["again"] > 0
+    for name in (f"{GGUF}, KL in conversations", f"{GGUF}, weight KL in conversations"):
+        assert found[name]["again"] == pytest.approx(found[name]["claimed"], rel=1e-5)
+    assert "the engine's floor in conversations" in found
+    assert found[f"{GGUF}, answers"]["about"].startswith("at ")
+    assert found["the original's answers"]["passed"] and found["answers of report.json"]["passed"]
     n_files = sum(p.is_file() for p in folder.rglob("*")) - 2  # but receipt and card
     assert found["files"]["about"].startswith(f"{n_files} of {n_files} files")
     assert answer.json["status"] == VERIFIED and answer.json["verdict"].startswith("Verified")
@@ -181,10 +186,10 @@ def test_a_receipt_that_is_none(folder: Path, offline: dict[str, str]) -> None:
     for data in (b"", b"{", b"[" * 10_000, b'{"schema": 1}', b'{"schema": 1, "sha256": 3}'):
         (folder / NAME).write_bytes(data)
         assert look(folder).status == NOT_VERIFIED, data[:20]
-    newer: dict[str, Any] = {"schema": 2}  # whole, and not to be understood
+    newer: dict[str, Any] = {"schema": 3}  # whole, and not to be understood
     (folder / NAME).write_text(json.dumps({**newer, "sha256": sum_of(newer)}))
     answer = quantkit("verify", folder, env=offline)
-    assert answer.code == NOT_CHECKED and "schema 2" in answer.err
+    assert answer.code == NOT_CHECKED and "schema 3" in answer.err
     (folder / NAME).unlink()
     answer = quantkit("verify", folder, env=offline)
     assert answer.code == NOT_CHECKED and "has no receipt.json" in answer.err
@@ -253,6 +258,59 @@ def test_forged_figures_fail_when_they_are_measured(run: Run, folder: Path) -> N
     assert f"{GGUF}, weight KL" not in failed(verdict)
     (finding,) = (f for f in verdict.findings if f.name == f"{GGUF}, KL")
     assert finding.again == pytest.approx(2 * float(finding.claimed or 0), rel=1e-5)
+
+
+def test_forged_answers_and_conversations_fail(run: Run, folder: Path) -> None:
+    """Figures that were changed in the report, and those that were changed everywhere."""
+    kept = {p: p.read_bytes() for p in (folder / "report.json", folder / NAME, folder / "README.md")}
+
+    def put_back() -> None:
+        for path, data in kept.items():
+            path.write_bytes(data)
+
+    report = folder / "report.json"
+    edits: list[Callable[[Any], None]] = [
+        lambda r: r["outputs"][0]["conversations"]["all"]["kl"].update(value=0.0001),
+        lambda r: r["outputs"][0]["conversations"]["all"]["top1"].update(value=0.9999),
+        lambda r: r["outputs"][0]["weight_conversations"]["all"].update(value=0.0001),
+        lambda r: r["base"]["floor"]["all"]["kl"].update(value=0.5),
+        lambda r: r["documents"].update(n_scored=1),
+    ]
+    for edit in edits:
+        change(report, edit)
+        forge(folder, lambda _: None)
+        assert "figures of report.json" in failed(look(folder))
+        put_back()
+    for name in ("identical", "agreement", "length", "unfinished"):
+
+        def better(r: Any, name: str = name) -> None:
+            figure = r["outputs"][0]["answers"][name]
+            figure.get("file", figure)["value"] = 0.123
+
+        change(report, better)
+        forge(folder, lambda _: None)
+        assert "answers of report.json" in failed(look(folder)), name
+        put_back()
+
+    def closer(value: Any) -> None:
+        for talks in value["talks"]:
+            if talks["kind"] == "ours" and talks["measure"] == "kl":
+                talks["kl"] = [kl / 3 for kl in talks["kl"]]
+
+    forge(folder, closer)
+    assert f"{GGUF}, KL in conversations" in failed(look(folder, base=run.base, n_windows=1))
+    put_back()
+
+    def copied(value: Any) -> None:
+        """The original's answers as the file's: every figure of them would be perfect."""
+        base = next(r for r in value["replies"] if r["kind"] == "base")
+        for r in value["replies"]:
+            if r["kind"] == "ours":
+                r.update({key: base[key] for key in ("tokens", "ended", "texts", "agreed")})
+
+    forge(folder, copied)
+    found = failed(look(folder, base=run.base, n_windows=1))
+    assert {f"{GGUF}, answers", "answers of report.json"} & found
 
 
 def test_another_file_under_the_claims_fails(run: Run, folder: Path) -> None:

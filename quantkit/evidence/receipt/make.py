@@ -12,7 +12,7 @@ from quantkit.config import RunConfig
 from quantkit.config.calibration import shown
 from quantkit.evidence.receipt.claims import Claims
 from quantkit.evidence.receipt.limits import TOLERANCE
-from quantkit.evidence.receipt.schema import Engine, FileSum, Receipt, UsedText
+from quantkit.evidence.receipt.schema import Engine, FileSum, Joined, Receipt, UsedText
 from quantkit.evidence.report.schema import CalibrationText, Report
 from quantkit.files import sha256_file
 from quantkit.run.stage import Run
@@ -22,7 +22,6 @@ LONG = "(all texts)"  # joined, for long contexts
 
 _NOT_COVERED = (
     "the files beside ours, whose windows the receipt has",
-    "answers beside the original's, and KL in conversations",
     "speed and memory, which are the machine's",
     "medians, percentiles and the largest KL",
     "the checks of integrity and the chat turn",
@@ -51,6 +50,10 @@ def of_run(run: Run, report: Report, claims: Claims, engine: Engine) -> Receipt:
         tokens=tuple(claims.tokens),
         windows=tuple(claims.windows),
         answers=tuple(claims.answers),
+        used_talks=claims.used_talks,
+        talks=tuple(claims.talks),
+        used_prompts=claims.used_prompts,
+        replies=tuple(claims.replies),
         tolerance=TOLERANCE,
         not_covered=_NOT_COVERED,
     )
@@ -64,9 +67,11 @@ def source_of(config: RunConfig) -> str | None:
     return None if reference.is_local else reference.id
 
 
-def complete(receipt: Receipt, folder: Path, known: Mapping[str, str]) -> Receipt:
-    """Return the receipt with the sums of all files in `folder` but the card; `known` are sums that
-    need not be taken again.
+def complete(
+    receipt: Receipt, folder: Path, known: Mapping[str, str], joined: Mapping[str, Joined]
+) -> Receipt:
+    """Return the receipt with the sums of all files in `folder` but the card. `known` are sums that
+    need not be taken again, `joined` our files that are there in parts.
     """
     paths = {
         path.relative_to(folder).as_posix(): path
@@ -78,7 +83,7 @@ def complete(receipt: Receipt, folder: Path, known: Mapping[str, str]) -> Receip
         for name, path in paths.items()
         if name != "README.md"
     }
-    return replace(receipt, files=files)
+    return replace(receipt, files=files, joined=dict(joined))
 
 
 def _texts(report: Report, claims: Claims, are_given: bool) -> tuple[UsedText, ...]:
@@ -114,16 +119,26 @@ def _commands(report: Report, claims: Claims) -> tuple[str, ...]:
     tasks = {a.task: a for a in claims.answers}.values()
     lines = ["quantkit verify ."]
     for output in report.outputs:
+        name = quote(output.parts[0].name if output.parts else output.name)
         if first is not None:
             chunks = max(t.n_windows for t in claims.tokens if t.n_ctx == first.n_ctx)
             lines.append(
-                f"python -m evaluators.kl base.gguf {quote(output.name)} {texts}"
+                f"python -m evaluators.kl base.gguf {name} {texts}"
                 f" --ctx {first.n_ctx} --chunks {chunks} --weight-kl"
             )
         for a in tasks:
             of = f"--task choices --data {quote(a.source)}" if a.is_given else f"--task {a.task}"
             lines.append(
-                f"python -m evaluators.zeroshot {quote(output.name)} --base base.gguf {of}"
-                f" --limit {len(a.picks)}"
+                f"python -m evaluators.zeroshot {name} --base base.gguf {of} --limit {len(a.picks)}"
+            )
+        if (talks := claims.used_talks) is not None:
+            some = f" --documents {talks.limit}" if talks.limit else ""
+            lines.append(
+                f"python -m evaluators.kl base.gguf {name} --domains --long none --weight-kl{some}"
+            )
+        if (prompts := claims.used_prompts) is not None:
+            lines.append(
+                f"python -m evaluators.generation base.gguf {name} --limit {prompts.n}"
+                f" --tokens {prompts.n_new}"
             )
     return tuple(lines)

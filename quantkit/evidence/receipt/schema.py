@@ -19,11 +19,13 @@ from evaluators.figures import WindowMeans
 from quantkit.errors import QuantkitError
 from quantkit.evidence.report import schema as reported
 from quantkit.files import write_json
+from quantkit.gguf_file.parts import part_names, stem_of
 from quantkit.sandbox import untrusted
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "receipt.json"
 
+BASE = "base"  # the kind, and the name, of the full-precision file
 OF_FILE, OF_WEIGHTS = "kl", "weight-kl"  # of the file as it runs; of its weights alone, at F16
 
 MOST_BYTES, _MOST_ITEMS = 32_000_000, 1_000_000
@@ -36,6 +38,17 @@ class FileSum:
 
     n_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A file that is published in parts: what they are together (`gguf_file.cut`), and their names
+    in order.
+    """
+
+    n_bytes: int
+    sha256: str
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,12 +117,68 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class UsedTalks:
+    """The conversations of the evaluators that were scored, at most `limit` of each domain. By
+    document: its domain and group, and the scored tokens. `sha256` is of their token ids
+    (`evaluators.documents.Documents.sha256`).
+    """
+
+    limit: int | None
+    sha256: str
+    domains: tuple[str, ...]
+    groups: tuple[str | None, ...]
+    n_scored: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Talks:
+    """One file on the conversations, the mean of each. Of BASE the weights alone are the floor."""
+
+    file: str
+    kind: str
+    measure: str
+    kl: tuple[float, ...]
+    top1: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class UsedPrompts:
+    """The first `n` prompts of the evaluators, of which `names` could be asked: what the template
+    has begun of each answer, the most tokens of one, how they were asked. `sha256` is
+    `evaluators.beside.Asked.sha256`.
+    """
+
+    n: int
+    names: tuple[str, ...]
+    begun: tuple[str, ...]
+    n_new: int
+    sha256: str
+    asked: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The greedy answers of one file, or of BASE: token ids, whether the last of them ended it, and
+    the text. `agreed` are the tokens of each of the base's answers that it would choose, too.
+    """
+
+    file: str
+    kind: str
+    tokens: tuple[tuple[int, ...], ...]
+    ended: tuple[bool, ...]
+    texts: tuple[str, ...]
+    agreed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """How far figures of one window that are measured again may be from the claimed ones: rounding
     of another build or processor (`limits` says where the numbers are from). Of a mean KL `kl` nats
     and `kl_share` of the claim, of a mean -log p `nll`, of the share of equal tokens `top1`. The
-    mean of n windows may be off by a window's limit over the root of n. Of n answers `picks` * n
-    may be others, and twice the root of that more.
+    mean of n windows may be off by a window's limit over the root of n; a conversation's limit is
+    that of a window of as many tokens. Of n answers `picks` * n may be others, and twice the root
+    of that more; so `tokens` of those of greedy answers that another token would be likelier than.
     """
 
     kl: float
@@ -117,12 +186,14 @@ class Tolerance:
     nll: float
     top1: float
     picks: float
+    tokens: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
     """A whole receipt. `source` is what `quantkit run` was given, where others can get it, and
-    `revision` the commit; `files` are all that were published with the receipt, but for the card.
+    `revision` the commit; `files` are all that were published with the receipt, but for the card,
+    `joined` are those of our files that are there in parts.
     """
 
     schema: int = field(default=SCHEMA, init=False)
@@ -139,7 +210,12 @@ class Receipt:
     tokens: tuple[UsedTokens, ...]
     windows: tuple[Windows, ...]
     answers: tuple[Answers, ...]
+    used_talks: UsedTalks | None = None
+    talks: tuple[Talks, ...] = ()
+    used_prompts: UsedPrompts | None = None
+    replies: tuple[Replies, ...] = ()
     tolerance: Tolerance
+    joined: dict[str, Joined] = field(default_factory=dict)
     not_covered: tuple[str, ...]  # figures of the report that it does not let anybody measure again
 
     def text(self, name: str) -> UsedText | None:
@@ -209,6 +285,12 @@ def _check(receipt: Receipt) -> None:
         parts = name.split("/")
         if not name.isprintable() or len(name) > 300 or set(parts) & {"", ".", ".."}:
             raise untrusted.Damaged("it names a file that cannot be beside it")
+    for name, whole in receipt.joined.items():
+        # llama.cpp opens the parts by the first one's name: no others may be opened so.
+        first = next(iter(whole.parts), "")
+        is_named = stem_of(first) == name.removesuffix(".gguf") and part_names(first) == whole.parts
+        if not is_named or name in receipt.files or set(whole.parts) - receipt.files.keys():
+            raise untrusted.Damaged("it has parts of a file that are not called after it")
     cut = {(t.text, t.n_ctx): t for t in receipt.tokens}
     for tokens in receipt.tokens:
         if receipt.text(tokens.text) is None or not 0 < tokens.n_windows <= _MOST_WINDOWS:
@@ -224,3 +306,29 @@ def _check(receipt: Receipt) -> None:
     for answers in receipt.answers:
         if not answers.picks or len(answers.picks) != len(answers.base_picks):
             raise untrusted.Damaged("it has answers of the file and not of the base")
+    _check_in_use(receipt)
+
+
+def _check_in_use(receipt: Receipt) -> None:
+    """Raise Damaged for conversations and answers that are not of what was asked."""
+    if len(receipt.talks) > _MOST_PARTS or len(receipt.replies) > _MOST_PARTS:
+        raise untrusted.Damaged("it holds too much")
+    asked, n = receipt.used_talks, 0
+    if asked is not None:
+        n = len(asked.n_scored)
+        is_odd = {len(asked.domains), len(asked.groups)} != {n} or not n
+        if is_odd or not all(0 < k <= _MOST_CTX for k in asked.n_scored):
+            raise untrusted.Damaged("its conversations do not belong together")
+    if any(len(t.kl) != n or len(t.top1) != n for t in receipt.talks):
+        raise untrusted.Damaged("it has figures of other conversations")
+    prompts = receipt.used_prompts
+    n_asked = len(prompts.names) if prompts else 0
+    if prompts and (len(prompts.begun) != n_asked or not 0 < n_asked <= prompts.n <= _MOST_PARTS):
+        raise untrusted.Damaged("its prompts do not belong together")
+    most = prompts.n_new if prompts else 0
+    for r in receipt.replies:
+        if {len(r.tokens), len(r.ended), len(r.texts), len(r.agreed)} != {n_asked}:
+            raise untrusted.Damaged("it has answers to other prompts")
+        for tokens, ended in zip(r.tokens, r.ended, strict=True):
+            if not 0 < len(tokens) <= most or (len(tokens) < most and not ended):
+                raise untrusted.Damaged("it has an answer that neither ended nor reached its limit")

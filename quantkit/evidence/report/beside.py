@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evaluators.figures import AnswersBeside, Estimate, Share, SideBySide
 from quantkit.evidence.report import text
-from quantkit.evidence.report.schema import STOCK, Output, Report, Row
+from quantkit.evidence.report.schema import GIVEN, STOCK, Output, Report, Row
 from quantkit.evidence.report.tables import Line, Table
 
 HEADING = "How it answers, beside the original"
@@ -148,25 +148,25 @@ def conversation_tables(report: Report) -> list[Table]:
     return [_conversations(report, output) for output in report.outputs if output.conversations]
 
 
-def _rival(report: Report, output: Output) -> Row | None:
-    """The largest llama.cpp file of at most the output's size that was measured like it."""
-    rows = [
-        row
-        for row in report.baselines
-        if row.kind == STOCK and row.conversations and row.n_bytes <= output.n_bytes
-    ]
-    return max(rows, key=lambda row: row.n_bytes, default=None)
+def _rivals(report: Report, output: Output) -> list[Row]:
+    """The largest llama.cpp file of at most the output's size that was measured like it, and the
+    files that the user named.
+    """
+    measured = [row for row in report.baselines if row.conversations]
+    stock = [row for row in measured if row.kind == STOCK and row.n_bytes <= output.n_bytes]
+    largest = max(stock, key=lambda row: row.n_bytes, default=None)
+    return [*([largest] if largest else []), *(row for row in measured if row.kind == GIVEN)]
 
 
 def _conversations(report: Report, output: Output) -> Table:
     weights, floor = output.weight_conversations or {}, report.base.floor or {}
-    rival = _rival(report, output)
-    name = f" of {output.name}" if len(report.outputs) > 1 else ""
+    rivals = _rivals(report, output)
+    name = f" of {output.name}" if len(report.outputs) > 1 or report.kind == "compare" else ""
     headers = [f"KL in conversations{name}", "documents", "tokens", "mean KL"]
     headers += ["weight KL"] if weights else []
     headers += ["floor"] if floor else []
     headers += ["median", "99 %", "99.9 %", "same top-1"]
-    headers += [rival.title] if rival else []
+    headers += [rival.title for rival in rivals]
     lines = []
     for domain, found in (output.conversations or {}).items():
         cells = [domain, str(found.kl.n), f"{found.n_tokens:,}", _kl(found.kl)]
@@ -174,7 +174,7 @@ def _conversations(report: Report, output: Output) -> Table:
         cells += [_mean(floor[domain].kl if domain in floor else None)] if floor else []
         cells += [text.number(q.value) for q in (found.median, found.p99, found.p999)]
         cells += [text.percent(found.top1.value)]
-        if rival:
+        for rival in rivals:
             theirs = (rival.conversations or {}).get(domain)
             cells.append(_kl(theirs.kl) if theirs else "-")
         lines.append(Line("", tuple(cells)))

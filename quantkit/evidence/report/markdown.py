@@ -37,6 +37,7 @@ def markdown(report: Report) -> str:
         text.protocol_line(report),
         *_sections(
             (text.losing(report), text.losses(report)),
+            *(("", made) for made in tables.of_one_size(report)),
             ("Carried over", text.carried(report)),
             ("Runtimes", text.runtimes(report)),
             ("Sizes without a file of their own", text.refused(report)),

@@ -34,7 +34,7 @@ from quantkit.errors import QuantkitError
 from quantkit.run.check import Check
 from quantkit.sandbox import untrusted
 from quantkit.search.unspent import Unspent
-from quantkit.tensors import CarriedOver, Fallback
+from quantkit.tensors import CarriedOver, Fallback, FilePart
 
 SCHEMA = 3
 
@@ -191,6 +191,7 @@ class Output(Row):
 
     path: str | None = None
     sha256: str | None = None
+    parts: tuple[FilePart, ...] | None = None  # what is published in its place
     label: str | None = None
     search: Search | None = None
     trace: tuple[TracePoint, ...] | None = None

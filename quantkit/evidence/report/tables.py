@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from evaluators.figures import Mean, Perplexity, SpeedResult
 from quantkit.config.calibration import language_of
+from quantkit.config.devices import DEVICES
 from quantkit.config.languages import LANGUAGES
 from quantkit.evidence.report import text
-from quantkit.evidence.report.schema import OURS, Report, Row
-from quantkit.sizes import size
+from quantkit.evidence.report.schema import GIVEN, OURS, STOCK, Output, Report, Row, Tests
+from quantkit.sizes import parse_bytes, size
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,69 @@ def _rate(speed: SpeedResult | None) -> str:
 def choice(report: Report, name: Callable[[Row], str] = lambda row: row.title) -> Table:
     """Return our files by the memory that they need, and the base."""
     rows = [row for row in report.by_size if row.kind == OURS]
+    base = report.base
+    found = [
+        (row.kind, row.speed, (name(row), size(row.n_bytes), text.with_error(row.kl)))
+        for row in rows
+    ]
+    found.append(("base", base.speed, ("full precision (not included)", size(base.n_bytes), "0")))
+    lines = [Line(kind, (_memory(speed), _fits(speed), *cells)) for kind, speed, cells in found]
+    headers = ("free memory", "runs on", "file", "size", "mean KL")
+    return Table(headers, tuple(lines))
+
+
+def _fits(speed: SpeedResult | None) -> str:
+    """The smallest device of each kind whose free memory holds a file."""
+    if speed is None:
+        return "-"
+    found: dict[str, str] = {}
+    for name, device in DEVICES.items():
+        if speed.peak_rss_bytes <= parse_bytes(device.free):
+            found.setdefault(name.partition("-")[0], _plain(device.title))
+    return ", ".join(found.values()) or "none of those listed by `--fits`"
+
+
+def _plain(title: str) -> str:
+    return title.partition(" (")[0].partition(",")[0]
+
+
+_NEAR = 0.05  # of our size
+
+
+def of_one_size(report: Report) -> list[Table]:
+    """Return for each output the files of others of about its size, if the user named any: those
+    within 5 % of it, and of the named ones at least the nearest.
+    """
+    named = [row for row in report.baselines if row.kind == GIVEN]
+    if report.kind != "run" or not named:
+        return []
+    return [_of_one_size(report, output, named) for output in report.outputs]
+
+
+def _of_one_size(report: Report, output: Output, named: Sequence[Row]) -> Table:
+    def off(row: Row) -> float:
+        return row.n_bytes / output.n_bytes - 1
+
+    near = [r for r in report.baselines if r.kind in (STOCK, GIVEN) and abs(off(r)) <= _NEAR]
+    nearest = min(named, key=lambda row: abs(off(row)))
+    rows = near if nearest in near else [*near, nearest]
     lines = [
         Line(
             row.kind,
-            (_memory(row.speed), name(row), size(row.n_bytes), text.with_error(row.kl)),
+            (
+                row.title,
+                size(row.n_bytes),
+                f"{100 * off(row):+.1f} %",
+                text.with_error(row.kl),
+                f"{row.kl.value / output.kl.value:.2f} times" if output.kl.value else "-",
+                text.tested((row.versus or {}).get(output.name, Tests()).kl),
+            ),
         )
-        for row in rows
+        for row in sorted(rows, key=lambda row: row.n_bytes)
     ]
-    base = report.base
-    cells = (_memory(base.speed), "full precision (not included)", size(base.n_bytes), "0")
-    return Table(("free memory", "file", "size", "mean KL"), (*lines, Line("base", cells)))
+    own = (output.title, size(output.n_bytes), "-", text.with_error(output.kl), "1", "-")
+    headers = ("of about this size", "size", "larger by", "mean KL", "of ours", "against ours")
+    return Table(headers, (Line(OURS, own), *lines))
 
 
 def _memory(speed: SpeedResult | None) -> str:

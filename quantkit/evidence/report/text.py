@@ -6,7 +6,7 @@ import math
 import re
 
 from evaluators.figures import ItemOverlap, Mean, PairedTest
-from quantkit.evidence.report.schema import OURS, STOCK, Report, Row
+from quantkit.evidence.report.schema import GIVEN, OURS, STOCK, Report, Row
 from quantkit.ggml.types import READERS
 from quantkit.sizes import size
 from quantkit.tensors import CarriedOver
@@ -69,10 +69,12 @@ def tested(versus: PairedTest | None) -> str:
     return f"{word} ({chance(versus.p_value)})"
 
 
-def best_of_at_most(report: Report) -> Row | None:
-    """Return the llama.cpp file of at most the first output's size that is closest to the base."""
+def best_of_at_most(report: Report, kind: str = STOCK) -> Row | None:
+    """Return the file of a kind, llama.cpp's own by default, of at most the first output's size
+    that is closest to the base.
+    """
     size = report.first.n_bytes
-    rows = [r for r in report.baselines if r.kind == STOCK and r.n_bytes <= size and r.kl.is_known]
+    rows = [r for r in report.baselines if r.kind == kind and r.n_bytes <= size and r.kl.is_known]
     return min(rows, key=lambda row: row.kl.value, default=None)
 
 
@@ -103,8 +105,15 @@ def _verdict(report: Report) -> str:
     ours, best = report.first, best_of_at_most(report)
     if not ours.kl.is_known:
         return "The KL divergence of this file could not be measured."
-    if best is None:
-        return "No llama.cpp file of this size or smaller was measured."
+    said = [_against(report, best)] if best else []
+    named = best_of_at_most(report, GIVEN)
+    said += [_against_named(report, named)] if named else []
+    return " ".join(said) or "No llama.cpp file of this size or smaller was measured."
+
+
+def _against(report: Report, best: Row) -> str:
+    """How the first file compares with the best stock file of its size or smaller."""
+    ours = report.first
     text = (
         f"The mean KL divergence is {number(ours.kl.value)}, {_compared(ours.kl, best.kl)} that of"
         f" the best llama.cpp file of this size or smaller ({best.short}, {number(best.kl.value)}"
@@ -112,7 +121,26 @@ def _verdict(report: Report) -> str:
     )
     if ours.weight_kl and best.weight_kl and best.weight_kl.value:
         text += f" Its weight KL is {_compared(ours.weight_kl, best.weight_kl)} that file's."
-    return text
+    return text + _rather(report, best)
+
+
+def _against_named(report: Report, best: Row) -> str:
+    """How it compares with the best of the files that the user named, of its size or smaller."""
+    ours = report.first
+    return (
+        f"It is {_compared(ours.kl, best.kl)} that of {best.title} ({number(best.kl.value)}"
+        f"{_surely(report.tests(best).kl)}), the best file of others that was compared and is no"
+        f" larger.{_rather(report, best)}"
+    )
+
+
+def _rather(report: Report, best: Row) -> str:
+    """Plain advice where another file is no larger and closer to the original, by more than
+    chance.
+    """
+    test = report.tests(best).kl
+    loses = best.kl.value < report.first.kl.value and (test is None or test.significant)
+    return f" Use {best.title} rather than this file." if loses else ""
 
 
 def _compared(ours: Mean, best: Mean) -> str:
