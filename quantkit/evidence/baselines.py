@@ -22,8 +22,9 @@ from quantkit.llamacpp.stock import StockRecipe, make_stock, stock_bytes
 
 @dataclass(frozen=True)
 class Baseline:
-    """A file to measure. `open()` gives its path for as long as it is needed; `is_rival` marks those that
-    are looked at most closely: the largest stock file of at most our size, and what the user named.
+    """A file to measure. `open()` gives its path for as long as it is needed; `is_rival` marks
+    those that are looked at most closely: the largest stock file of at most our size, and what the
+    user named.
     """
 
     kind: str
