@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -277,3 +278,29 @@ def test_links_of_licenses() -> None:
     ):
         assert web_link(link, "o/n") is None  # fmt: skip
     assert web_link("https://e.org/a)[b](c", "o/n") == "https://e.org/a%29%5Bb%5D%28c"
+
+
+def test_a_file_in_parts() -> None:
+    """Every part has a link and a sum; Ollama, which cannot load it, is not told to."""
+    value = report_value()
+    output = value["outputs"][0]
+    stem = output["name"].removesuffix(".gguf")
+    output["parts"] = [
+        {"name": f"{stem}-0000{i}-of-00002.gguf", "n_bytes": 500_000, "sha256": f"{i}{i}" * 32}
+        for i in (1, 2)
+    ]
+    text = str(card(value=value).content)
+    for part in output["parts"]:
+        assert f"(https://huggingface.co/me/T/resolve/main/{part['name']}?download=true)" in text
+        assert part["sha256"] in text
+    assert "in 2 parts" in text and f"resolve/main/{output['name']}" not in text
+    first = output["parts"][0]["name"]
+    assert f"llama-gguf-split --merge {first} {output['name']}" in text
+    assert "ollama run hf.co" not in text and "llama-server -hf me/T:Q4_K_M" in text
+    assert "ollama run hf.co/me/T:Q4_K_M" in str(card().content)
+
+
+def test_it_says_with_what_it_was_made() -> None:
+    before, _, _ = str(card().content).partition("## Which file")
+    assert "](made-with-quantkit.png)](https://github.com/quantkit/quantkit)" in before
+    assert files("quantkit").joinpath("data", "made-with-quantkit.png").is_file()

@@ -88,9 +88,7 @@ def test_all_parts_are_published_and_named(
     assert f"resolve/main/{names[-1]}?download=true" in card
 
 
-def test_they_are_verified(
-    run: Run, repository: Path, env: dict[str, str], tmp_path: Path
-) -> None:
+def test_they_are_verified(run: Run, repository: Path, env: dict[str, str], tmp_path: Path) -> None:
     base = ("--base", run.base)
     verified = quantkit("verify", REPO, *base, "--json", env=env)
     assert verified.code == 0, verified.out + verified.err

@@ -262,7 +262,8 @@ def test_forged_figures_fail_when_they_are_measured(run: Run, folder: Path) -> N
 
 def test_forged_answers_and_conversations_fail(run: Run, folder: Path) -> None:
     """Figures that were changed in the report, and those that were changed everywhere."""
-    kept = {p: p.read_bytes() for p in (folder / "report.json", folder / NAME, folder / "README.md")}
+    paths = folder / "report.json", folder / NAME, folder / "README.md"
+    kept = {path: path.read_bytes() for path in paths}
 
     def put_back() -> None:
         for path, data in kept.items():
