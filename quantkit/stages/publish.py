@@ -67,8 +67,8 @@ class Publish(Stage):
             for path in _files(run, stitched / output.file, made):
                 link(path, folder / path.name)
             if made.parts:
-                names = tuple(part.name for part in made.parts)
-                joined[made.file] = Joined(made.n_bytes, made.sha256, names)
+                parts = tuple(part.name for part in made.parts)
+                joined[made.file] = Joined(made.n_bytes, made.sha256, parts)
             recipe = read_json(stitched / output.recipe)
             recipe["config"] = _without_folders(recipe["config"])
             write_json(folder / output.recipe, recipe)
@@ -200,8 +200,8 @@ def _known(run: Run, folder: Path) -> dict[str, str]:
                 paths[name] = output.path
     sums = {o.path: o.sha256 for record in run.records.values() for o in record.outputs}
     known = {name: sums[path] for name, path in paths.items() if path in sums}
-    for output in load_outputs(run.dir).outputs:
-        recipe = Recipe.load(run.artifacts.stitched / output.recipe)
+    for made in load_outputs(run.dir).outputs:
+        recipe = Recipe.load(run.artifacts.stitched / made.recipe)
         known |= {part.name: part.sha256 for part in recipe.output.parts}
     return {name: sha256 for name, sha256 in known.items() if (folder / name).exists()}
 
