@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer, running_hub
 
 from quantkit.cli import main
 from quantkit.config import RunConfig, calibration
 from quantkit.errors import UsageError
+from quantkit.hub import given
+from quantkit.hub.errors import ModelNotFound
 from quantkit.hub.given import short_names
 from quantkit.run.folder import read_json
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with running_hub(monkeypatch, tmp_path) as running:
+        yield running
 
 
 @pytest.mark.parametrize(
@@ -58,3 +68,29 @@ def test_a_run_remembers_where_its_files_are(
     assert main(["run", "missing-model", "--out", "run", *config]) != 0
     found = RunConfig.from_json(read_json(tmp_path / "run" / "config.json"))
     assert (found.eval_text, found.calibration) == (str(tmp_path / "own.txt"),) * 2
+
+
+def test_files_on_the_hub_are_looked_for(server: HubServer) -> None:
+    """Before a run that would miss them at its end; models in parts are whole or not there."""
+    whole = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    names = [*whole, "q/n-00001-of-00002.gguf", "x.gguf", "x-imatrix.gguf"]
+    server.add_model("lab/m", {name: b"x" * (i + 1) for i, name in enumerate(names)})
+    there = ["hf://lab/m/x.gguf", f"hf://lab/m/{whole[0]}", "/a/local.gguf"]
+    assert given.check_there(there, None) is None
+    for missing in ("y.gguf", "q/n-00001-of-00002.gguf"):
+        with pytest.raises(UsageError, match="lab/m has no file"):
+            given.check_there([*there, f"hf://lab/m/{missing}"], None)
+    with pytest.raises(ModelNotFound):
+        given.check_there(["hf://lab/none/x.gguf"], None)
+    assert given.gguf_files("lab/m", None) == {whole[0]: 3, "x.gguf": 4}
+    server.fail_next("/paths-info/", 503, times=50)
+    assert given.check_there(there, None)
+
+
+def test_a_model_in_parts_is_brought_whole(server: HubServer) -> None:
+    """Of one commit, which the branch leaves in the meantime."""
+    whole = ["q/m-00001-of-00002.gguf", "q/m-00002-of-00002.gguf"]
+    server.add_model("lab/m", {name: name.encode() for name in whole})
+    path = given.locate(f"hf://lab/m/{whole[0]}")
+    assert path.read_text() == whole[0]
+    assert (path.parent / "m-00002-of-00002.gguf").read_text() == whole[1]
