@@ -121,6 +121,28 @@ def choices(
     return found
 
 
+def shortfalls(
+    model: Model, prompts: Sequence[I32], answers: Sequence[Answer]
+) -> list[NDArray[np.float64]]:
+    """Return by how many nats each token of given answers is less likely than the likeliest there,
+    the model having read the prompt and the answer up to it [n_tokens]: 0 for what greedy decoding
+    finds, little for near ties that fell otherwise.
+    """
+    found = []
+    lengths = [len(p) + len(a.tokens) for p, a in zip(prompts, answers, strict=True)]
+    most = max((len(answer.tokens) for answer in answers), default=1)
+    with documents_context(model, lengths, most) as context:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = np.concatenate([prompt, np.array(answer.tokens, np.int32)])
+            short = np.empty(len(answer.tokens))
+            for row, logits, targets in scored_logits(context, ids, len(prompt) - 1):
+                said = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+                short[row : row + len(logits)] = logits.max(axis=1) - said
+            check_finite(short, model.path)
+            found.append(short)
+    return found
+
+
 def documents_context(model: Model, n_tokens: Sequence[int], n_scored: int) -> Context:
     """Return a context that decodes documents of so many tokens one after the other, of which at
     most the last `n_scored` leave logits, in steps whose logits stay under 256 MiB.

@@ -2,7 +2,7 @@
 
 Of conversations the KL is taken anew, as of windows. Answers are not given anew: one early token
 that another build rounds otherwise changes all that follows. Each model reads the claimed answers,
-and has to find the claimed token the likeliest at every place, but for close ties: what somebody
+and has to find the claimed token the likeliest at every place, or all but so: what somebody
 made up, or another file said, does not pass for greedy.
 """
 
@@ -202,14 +202,11 @@ class AgainInUse:
                 if model.text_of(said, special=True) != text:
                     return Finding(title, False, "a text is not that of its tokens"), None
             chosen = greedy.choices(model, ids, _answers(claimed))
-        n = sum(map(len, claimed.tokens))
-        n_other = n - sum(
-            int((np.array(tokens, np.int32) == own).sum())
-            for tokens, own in zip(claimed.tokens, chosen, strict=True)
-        )
-        most = self._most(n)
-        about = f"at {n_other} of {n} tokens another one is likelier, at {most} it may be"
-        return Finding(title, n_other <= most, about), chosen
+            short = np.concatenate(greedy.shortfalls(model, ids, _answers(claimed)))
+        mean, most = float(short.mean()), self.receipt.tolerance.tokens
+        about = f"another token is likelier at {int((short > 0).sum())} of {len(short)}"
+        about += f", by {mean:.2g} nats on average of all; close ties make up to {most:g}"
+        return Finding(title, mean <= most, about), chosen
 
     def _beside(
         self,
@@ -240,10 +237,9 @@ class AgainInUse:
             self._most(n) / n,
         )
 
-    def _most(self, n: int) -> int:
-        """How many of `n` tokens may be others: close ties."""
-        expected = self.receipt.tolerance.tokens * n
-        return int(expected + 2 * math.sqrt(expected))
+    def _most(self, n: int) -> float:
+        """How many of `n` equal tokens may be others, as in a window of so many."""
+        return self.receipt.tolerance.top1 * math.sqrt(_WINDOW * n)
 
 
 def _some(found: Replies, drawn: Sequence[int]) -> Replies:

@@ -14,7 +14,7 @@ from quantkit.evidence.receipt.schema import Tolerance
 # Q2_K have root mean squares of at most 0.0004 nats of KL at a KL of 0.006 (0.005 at 0.5), 0.009 of
 # -log p and 0.016 of equal tokens; two of 60 answers were others. The limits are four times that
 # and more, so that of some hundred windows hardly one is beyond them by chance.
-TOLERANCE = Tolerance(kl=0.001, kl_share=0.1, nll=0.04, top1=0.07, picks=0.05, tokens=0.02)
+TOLERANCE = Tolerance(kl=0.001, kl_share=0.1, nll=0.04, top1=0.07, picks=0.05, tokens=0.005)
 
 
 def beyond(stated: Tolerance) -> list[str]:

@@ -178,7 +178,8 @@ class Tolerance:
     and `kl_share` of the claim, of a mean -log p `nll`, of the share of equal tokens `top1`. The
     mean of n windows may be off by a window's limit over the root of n; a conversation's limit is
     that of a window of as many tokens. Of n answers `picks` * n may be others, and twice the root
-    of that more; so `tokens` of those of greedy answers that another token would be likelier than.
+    of that more. Tokens of greedy answers may be `tokens` nats less likely than the likeliest, on
+    average of all.
     """
 
     kl: float
