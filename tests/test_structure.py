@@ -218,6 +218,7 @@ def test_only_checks_look_at_the_evaluators() -> None:
     }
     judges = {"stages.validate", "evidence.meter", "evidence.compare", "llamacpp.tokens"}
     judges |= {"evidence.in_use", "verifying.again", "verifying.figures"}
+    judges |= {"verifying.again_in_use", "verifying.figures_in_use"}
     # Starts them; says what they compute on; opens the texts that they will read.
     looks = {"llamacpp.place", "evidence.devices", "planning.texts"}
     assert found == {f"quantkit.{name}" for name in judges | looks}
