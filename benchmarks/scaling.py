@@ -158,9 +158,11 @@ def measure(options: argparse.Namespace) -> None:
         shapes = Shapes(**{**asdict(shapes), "blocks": options.blocks})
     name = options.shapes + (f"-{options.blocks}" if options.blocks else "")
     model, n_gpus = options.folder / name, n_processes(options)
+    if options.plan:
+        model = model.with_name(f"{name}-empty")
     if not (model / "model.safetensors.index.json").exists():
         began = time.monotonic()
-        write_model(model, shapes, options.device, options.tokenizer)
+        write_model(model, shapes, None if options.plan else options.device, options.tokenizer)
         print(f"checkpoint: {size_of(model) / 1e9:.2f} GB, {time.monotonic() - began:.0f} s")
     label = f"{name}-{options.device}{n_gpus}{options.memory and '-' + options.memory or ''}"
     path, run = options.folder / "rows" / f"{label}.json", options.folder / f"run-{label}"
@@ -253,8 +255,10 @@ def planned(options: argparse.Namespace, arguments: list[str], row: Row) -> None
     row.planned_memory = estimates["memory"]
 
 
-def write_model(folder: Path, shapes: Shapes, device: str, tokenizer: Path | None) -> None:
-    """Write one file of weights a block, several at a time; the index last."""
+def write_model(folder: Path, shapes: Shapes, device: str | None, tokenizer: Path | None) -> None:
+    """Write one file of weights a block, several at a time; the index last. Without a device files
+    have headers, and holes for weights: enough for a plan.
+    """
     from safetensors.torch import save_file
 
     if tokenizer:
@@ -270,15 +274,30 @@ def write_model(folder: Path, shapes: Shapes, device: str, tokenizer: Path | Non
 
     def write(i: int) -> None:
         name = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
+        weight_map.update(dict.fromkeys(parts[i], name))
+        if device is None:
+            return write_holes(folder / name, parts[i])
         tensors = {key: _random(i, j, *of, device) for j, (key, of) in enumerate(parts[i].items())}
         save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(len(parts))))
     n_bytes = sum((folder / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_holes(path: Path, tensors: dict[str, _Of]) -> None:
+    """Write a safetensors file of BF16 tensors that takes no room on the disk."""
+    header, end = {}, 0
+    for name, (rows, columns, _) in tensors.items():
+        begin, end = end, end + 2 * rows * (columns or 1)
+        shape = [rows, columns] if columns else [rows]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def _config(shapes: Shapes):  # type: ignore[no-untyped-def]
@@ -523,7 +542,9 @@ def summary(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Draw seconds, disk and memory over parameters, with the plan's as hollow marks."""
+    """Draw seconds, disk and memory over parameters, with the plan's as hollow marks. What was not
+    measured has no mark; times are those of fetch to stitch.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -531,29 +552,46 @@ def plot(rows: list[Row], path: Path) -> None:
 
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.planned_seconds:
-            where = "CPU" if row.device == "cpu" else f"{row.n_processes} GPU"
-            groups.setdefault(where, []).append(row)
+        where = "CPU" if row.device == "cpu" else f"{row.n_processes} GPU"
+        groups.setdefault(where, []).append(row)
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for where, own in sorted(groups.items()):
         own.sort(key=lambda row: row.n_parameters)
-        sizes = [row.n_parameters / 1e9 for row in own]
         found = [
-            ([row.seconds for row in own], [row.planned_seconds for row in own]),
+            ([to_stitch(row) for row in own], [planned_to_stitch(row) for row in own]),
             ([row.disk / 1e9 for row in own], [row.planned_disk / 1e9 for row in own]),
             (
                 [max(s.rss for s in row.stages.values()) / 2**30 for row in own],
-                [max(row.planned_memory.values()) / 2**30 for row in own],
+                [max(row.planned_memory.values(), default=0) / 2**30 for row in own],
             ),
         ]
         for axis, (measured, planned_) in zip(axes, found, strict=True):
-            (line,) = axis.plot(sizes, measured, "o-", label=where)
-            axis.plot(sizes, planned_, "o", mfc="none", color=line.get_color())
-    for axis, title in zip(axes, ("seconds", "disk, GB", "memory, GiB"), strict=True):
+            (line,) = axis.plot(*_known(own, measured), "o-", label=where)
+            axis.plot(*_known(own, planned_), "o", mfc="none", color=line.get_color())
+    for axis, title in zip(axes, ("seconds to stitch", "disk, GB", "memory, GiB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="parameters, 10⁹", title=title)
         axis.grid(visible=True, which="both", alpha=0.25)
     axes[0].legend(title="filled: measured\nhollow: planned")
     figure.savefig(path)
+
+
+def _known(rows: list[Row], values: list[float]) -> tuple[list[float], list[float]]:
+    """Parameters in 1e9 and values, where there are values."""
+    both = [(row.n_parameters / 1e9, v) for row, v in zip(rows, values, strict=True) if v]
+    return [n for n, _ in both], [v for _, v in both]
+
+
+def to_stitch(row: Row) -> float:
+    """Seconds of fetch to stitch; 0 where one of them is missing."""
+    names = NAMES[: NAMES.index("stitch") + 1]
+    if any(name not in row.stages for name in names if row.planned.get(name)):
+        return 0.0
+    return sum(row.stages[name].seconds for name in names if name in row.stages)
+
+
+def planned_to_stitch(row: Row) -> float:
+    """The same as it was planned."""
+    return float(sum(row.planned.get(n, 0) for n in NAMES[: NAMES.index("stitch") + 1]))
 
 
 if __name__ == "__main__":
