@@ -157,9 +157,7 @@ def measure(options: argparse.Namespace) -> None:
     if options.blocks:
         shapes = Shapes(**{**asdict(shapes), "blocks": options.blocks})
     name = options.shapes + (f"-{options.blocks}" if options.blocks else "")
-    model, n_gpus = options.folder / name, n_processes(options)
-    if options.plan:
-        model = model.with_name(f"{name}-empty")
+    model, n_gpus = options.folder / (name + "-empty" * options.plan), n_processes(options)
     if not (model / "model.safetensors.index.json").exists():
         began = time.monotonic()
         write_model(model, shapes, None if options.plan else options.device, options.tokenizer)
@@ -542,7 +540,7 @@ def summary(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Draw seconds, disk and memory over parameters, with the plan's as hollow marks. What was not
+    """Draw seconds and disk over parameters, with the plan's as hollow marks. What was not
     measured has no mark; times are those of fetch to stitch.
     """
     import matplotlib
@@ -554,22 +552,21 @@ def plot(rows: list[Row], path: Path) -> None:
     for row in rows:
         where = "CPU" if row.device == "cpu" else f"{row.n_processes} GPU"
         groups.setdefault(where, []).append(row)
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for where, own in sorted(groups.items()):
         own.sort(key=lambda row: row.n_parameters)
         found = [
             ([to_stitch(row) for row in own], [planned_to_stitch(row) for row in own]),
             ([row.disk / 1e9 for row in own], [row.planned_disk / 1e9 for row in own]),
-            (
-                [max(s.rss for s in row.stages.values()) / 2**30 for row in own],
-                [max(row.planned_memory.values(), default=0) / 2**30 for row in own],
-            ),
         ]
         for axis, (measured, planned_) in zip(axes, found, strict=True):
             (line,) = axis.plot(*_known(own, measured), "o-", label=where)
             axis.plot(*_known(own, planned_), "o", mfc="none", color=line.get_color())
-    for axis, title in zip(axes, ("seconds to stitch", "disk, GB", "memory, GiB"), strict=True):
+    for axis, title in zip(axes, ("seconds to stitch", "disk, GB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="parameters, 10⁹", title=title)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("{x:g}" if side is axis.yaxis else "")
         axis.grid(visible=True, which="both", alpha=0.25)
     axes[0].legend(title="filled: measured\nhollow: planned")
     figure.savefig(path)
@@ -584,9 +581,9 @@ def _known(rows: list[Row], values: list[float]) -> tuple[list[float], list[floa
 def to_stitch(row: Row) -> float:
     """Seconds of fetch to stitch; 0 where one of them is missing."""
     names = NAMES[: NAMES.index("stitch") + 1]
-    if any(name not in row.stages for name in names if row.planned.get(name)):
+    if any(name not in row.stages for name in names):
         return 0.0
-    return sum(row.stages[name].seconds for name in names if name in row.stages)
+    return sum(row.stages[name].seconds for name in names)
 
 
 def planned_to_stitch(row: Row) -> float:

@@ -25,6 +25,8 @@ _GPU_SPEEDS = {  # multiply-adds a second in dense bf16; what their makers state
     **{"RTX 3090": 1.4e13, "RTX 4090": 3.3e13, "RTX 5090": 4.2e13},
 }
 _N_CORES = 2  # that CPU times are of
+# What cores of which CPU times are true can do: fitted to the demo on two that do less than half.
+CPU_MULTIPLY_ADDS = 2.1e11
 _SCALING = 0.85  # two GPUs do 1.8 times what one does
 _WRITTEN = 0.45  # of the calibration text, with the half that texts lose to held-out parts
 _DOMAINS = 4  # that validate measures on
