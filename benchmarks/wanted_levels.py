@@ -3,12 +3,14 @@
     quantkit run MODEL --out RUN --levels Q2_K,Q3_K,IQ4_XS,Q4_K,Q4_1,Q5_K,Q6_K,Q8_0 ...
     python benchmarks/wanted_levels.py RUN [--bpw 3.5,4.7,6] [--tokens 262144] [--seeds 2]
                                            [--device cuda]
+    python benchmarks/wanted_levels.py RUN --codebooks [--bpw 2.5,3.06,4.5]
     python benchmarks/wanted_levels.py RUN --estimates [--bpw 3.5,4.7,6]
 
 RUN has all levels. For every budget and every range of `_LEAST` and `_MOST` of
-`quantkit.config.levels.wanted`, our search chooses among the types of the levels that are left; its
-answer is judged on a quarter of the held-out sequences, which no search has seen. "types" are the
-searched tensors by the type that they got. Nothing is tuned.
+`quantkit.config.levels.wanted`, or with `--codebooks` every `_LEAST_OF_CODEBOOKS`, our search
+chooses among the types of the levels that are left; its answer is judged on a quarter of the
+held-out sequences, which no search has seen. "types" are the searched tensors by the type that they
+got. Nothing is tuned.
 
 `--estimates` searches nothing, runs in seconds, and is for models whose rows do not divide into
 256-blocks, as if they did: the knapsack chooses by estimated nats. A tensor's at Q8_0 are the
@@ -50,6 +52,7 @@ RANGES = (
     (0.0, math.inf), (0.6, 1.9), (0.7, 1.9), (0.7, 1.6), (0.75, 1.6), (0.7, 1.45), (0.75, 1.45),
     (0.8, 1.45), (0.7, 1.3), (0.75, 1.3), (0.8, 1.3), (0.85, 1.3),
 )  # fmt: skip
+CODEBOOKS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0, math.inf)
 
 
 class Narrow(Judge):
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=262_144, help="of every search")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--codebooks", action="store_true", help="vary their least bytes")
     parser.add_argument("--estimates", action="store_true", help="of the run's database alone")
     given = parser.parse_args()
     if given.estimates:
@@ -172,14 +176,20 @@ def main() -> None:
     uniform = {level: data_bytes(base, plan.uniform(level)) for level in plan.levels}
     judge, space = judge_of(given.run, given.device, prune=False)
     rows = []
+    least, most, codebooks = rule._LEAST, rule._MOST, rule._LEAST_OF_CODEBOOKS
+    ranges = [(a, b, codebooks) for a, b in RANGES[1:]]
+    if given.codebooks:
+        ranges = [(least, most, n) for n in CODEBOOKS]
+    ranges.insert(0, (0.0, math.inf, 0.0))
     for bpw in map(float, given.bpw.split(",")):
         limit = int(bpw * base.n_elements / 8)
         known: dict[tuple[QuantType, ...], str] = {}
         first = math.nan
-        for least, most in RANGES:
-            rule._LEAST, rule._MOST = least, most
+        for bounds in ranges:
+            rule._LEAST, rule._MOST, rule._LEAST_OF_CODEBOOKS = bounds
             levels = rule.wanted(uniform, [limit], replace(config, levels=None))
-            name, said = f"{bpw:g} bpw, {least:g} to {most:g}", ", ".join(map(str, levels))
+            name = f"{bpw:g} bpw, {bounds[0]:g} to {bounds[1]:g}, codebooks from {bounds[2]:g}"
+            said = ", ".join(map(str, levels))
             if levels in known:
                 rows.append([name, said, "as " + known[levels], "", "", ""])
                 continue
