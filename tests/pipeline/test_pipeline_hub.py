@@ -181,7 +181,7 @@ def test_publish_a_finished_run(
     folder = download(server, "alice/tiny", tmp_path)
     assert sha256_file(folder / run.output.name) == sha256_file(run.output)
     names = {"README.md", "report.json", "receipt.json", "Tiny-Llama-imatrix.gguf"}
-    names.add(run.output.name)
+    names |= {run.output.name, "made-with-quantkit.png"}
     assert {p.name for p in folder.iterdir() if p.is_file()} - {".gitattributes"} == names
     assert json.loads((folder / "report.json").read_text()) == run.report
     card = front_matter(folder / "README.md")  # a local folder without a card names no base
