@@ -15,8 +15,10 @@ from test_lora import Q, files_of, pair, write_adapter
 from tiny_models import tiny_llama
 
 from quantkit.errors import QuantkitError
+from quantkit.files import write_json
 from quantkit.hub.visibility import closed, why_private
 from quantkit.run.folder import StageRecord
+from quantkit.run.outputs import Outputs
 from quantkit.sources.snapshot import load_snapshot
 from quantkit.stages import fetch, publish
 
@@ -36,6 +38,7 @@ def fetched(tmp_path: Path, model: str, **asked: Any) -> Any:
     fetch.Fetch().execute(run)
     for stage in ("stitch", "validate"):  # whose files are held against their hashes
         run.dir.save_record(StageRecord(stage, {}, (), 0.0, {}))
+    write_json(run.artifacts.outputs, Outputs((), ()))
     return run
 
 

@@ -142,9 +142,9 @@ def test_the_page_does_not_act_for_others(
     site: tuple[str, RunStore, Visitors, str], name: str
 ) -> None:
     data: dict[str, list[Any]] = {
-        "cancel": ["hers", ""],
-        "resume": ["hers", ""],
-        "publish": ["hers", "evil/repo", "model", "", "hf_aliceSecretToken01"],
+        "cancel": ["hers", {}, ""],
+        "resume": ["hers", {}, ""],
+        "publish": ["hers", "evil/repo", "model", "", "hf_aliceSecretToken01", {}],
     }
     status, body = event(site, name, data.get(name, ["hers"]))
     assert status == 200 and "There is no such run" in body
@@ -198,7 +198,7 @@ def test_fields_out_of_range(
 
 @pytest.mark.parametrize("token", TOKENS)
 def test_tokens_that_are_none(site: tuple[str, RunStore, Visitors, str], token: str) -> None:
-    status, body = event(site, "publish", ["hers", "a/b", "model", "", token])
+    status, body = event(site, "publish", ["hers", "a/b", "model", "", token, {}])
     assert status == 200 and "is not a token" in body and token not in body
 
 
