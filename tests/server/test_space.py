@@ -219,7 +219,7 @@ def test_the_page_cancels_a_lost_job_with_the_sign_in(hub: HubServer, tmp_path: 
     button = next(b._id for b in app.blocks.values() if getattr(b, "elem_id", "") == "cancel")
     (cancel,) = [f for f in app.fns.values() if (button, "click") in f.targets]
     asks = SimpleNamespace(client=None, cookies={})
-    cancel.fn(asks, SimpleNamespace(username="alice"), SimpleNamespace(token=ALICE), "lost", "")
+    cancel.fn(asks, SimpleNamespace(username="alice"), SimpleNamespace(token=ALICE), "lost", {}, "")
     assert job.stage == "CANCELED" and store.view("lost", ALICE_OWNS).state == "cancelled"
 
 
