@@ -23,6 +23,7 @@ from quantkit.config.targets import BitsPerWeight, LikeMix
 from quantkit.errors import QuantkitError
 from quantkit.hub.card_data import read_card
 from quantkit.llamacpp.converter.snapshot import sanitize
+from quantkit.planning.here import here
 from quantkit.planning.nouns import Plan
 from quantkit.planning.plan import make_plan
 from quantkit.planning.render import render
@@ -207,7 +208,7 @@ def test_one_file_takes_search_and_tuning(llama: Path) -> None:
     asked = RunConfig(str(llama), targets=(LikeMix("Q4_K_M"),), profile="demo")
     one = make_plan(asked).estimates
     assert one.seconds == pytest.approx(sum(one.stage_seconds.values()), abs=5)
-    assert one.seconds == round(one.cpu.on(1)) > one.per_file.seconds
+    assert one.seconds == round(one.cpu.on(here("cpu").speed)) > one.per_file.seconds
     assert one.gpu.on(1) > one.per_file.gpu.on(1) > 0
     more = one.for_files(2)
     assert more.seconds == one.seconds + one.per_file.seconds

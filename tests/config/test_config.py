@@ -212,6 +212,7 @@ def test_every_field_is_compared_but_where_it_is_published_and_what_it_is_measur
         "me/it",
         True,
         True,
+        1_000_000,
         "me/all",
     )
     names = [f.name for f in fields(RunConfig)]
