@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +29,23 @@ from quantkit.evidence.report.schema import OURS
 from quantkit.llamacpp.place import weights_room
 from quantkit.verifying.draw import Drawn
 from quantkit.verifying.findings import Finding, compared, other_device
+
+_Result = TypeVar("_Result")
+
+
+def measured_again(
+    title: str, take: Callable[[], _Result], note: Callable[[str], None], elsewhere: Finding | None
+) -> _Result | Finding:
+    """Return what a measure comes to, or the finding that it could not be taken: `elsewhere` where
+    it depends on the device and this is another (`other_device`).
+    """
+    if elsewhere is not None:
+        return elsewhere
+    note(title)
+    try:
+        return take()
+    except EvaluationError as error:
+        return Finding(title, None, error.message.rstrip("."))
 
 
 @dataclass(frozen=True)
@@ -112,14 +130,10 @@ class Again:
                 continue
             title = f"{name}, {_TITLES[measure]}"
             there, here = self.receipt.engine.device, self.device.name
-            if measure == OF_FILE and (other := other_device(title, there, here)):
-                yield other
-                continue
-            self.note(title)
-            try:
-                result = take()
-            except EvaluationError as error:
-                yield Finding(title, None, error.message.rstrip("."))
+            other = other_device(title, there, here) if measure == OF_FILE else None
+            result = measured_again(title, take, self.note, other)
+            if isinstance(result, Finding):
+                yield result
                 continue
             if not result.same_tokens:
                 yield Finding(title, False, "the file's tokenizer is not the original's")

@@ -36,6 +36,7 @@ from quantkit.evidence.receipt.schema import (
 )
 from quantkit.evidence.report.schema import OURS
 from quantkit.llamacpp.place import weights_room
+from quantkit.verifying.again import measured_again
 from quantkit.verifying.findings import Finding, compared, other_device
 
 _WINDOW = 255  # scored tokens of those windows that limits are of
@@ -119,14 +120,10 @@ class AgainInUse:
                 continue
             title = _title(name, measure)
             there, here = self.receipt.engine.device, self.device.name
-            if measure == OF_FILE and (other := other_device(title, there, here)):
-                yield other
-                continue
-            self.note(title)
-            try:
-                result = take()
-            except EvaluationError as error:
-                yield Finding(title, None, error.message.rstrip("."))
+            other = other_device(title, there, here) if measure == OF_FILE else None
+            result = measured_again(title, take, self.note, other)
+            if isinstance(result, Finding):
+                yield result
                 continue
             yield from self._compared(title, measure, claims[0], result, asked, drawn)
 
