@@ -11,7 +11,7 @@ from quantkit.planning.disk import Footprint
 from quantkit.planning.here import here
 from quantkit.planning.memory import stage_memory
 from quantkit.planning.nouns import Estimates, PerFile, Seconds, Times
-from quantkit.planning.time import stage_times
+from quantkit.planning.time import StageTimes, stage_times
 from quantkit.tensors import ONE_INPUT, is_in_block
 
 _PER_FILE = ("search", "tune", "stitch")  # what each file takes; validate, half
@@ -28,9 +28,10 @@ def estimates(
     adds. `disk` are the bytes of the run's folder by stage, of all sizes.
     """
     machine = here(config.device)
-    stages = stage_times(config, base, levels, footprint.base).of(config.device)
+    found = stage_times(config, base, levels, footprint.base)
+    stages = found.of(config.device)
     return Estimates(
-        **vars(times(config, base, levels, footprint.base)),
+        **vars(times(config.device, found)),
         disk_bytes=footprint.downloaded + max(disk.values()),
         disk=dict(disk),
         memory_bytes=max(memory_by_stage(config, base, levels, 0).values()),
@@ -40,15 +41,14 @@ def estimates(
     )
 
 
-def times(config: RunConfig, base: GgufFile, levels: LevelPlan, base_bytes: int) -> Times:
-    """Estimate the time of a run for one file, and what each further size adds; `base_bytes` as in
-    `stage_times`.
+def times(device: str, found: StageTimes) -> Times:
+    """Estimate the time of a run for one file on this machine's `device`, and what each further
+    size adds.
     """
-    found = stage_times(config, base, levels, base_bytes)
     cpu, gpu = (sum(of.values(), Seconds(0, 0)) for of in (found.cpu, found.gpu))
     each_cpu, each_gpu = _of_a_file(found.cpu), _of_a_file(found.gpu)
-    whole, each = (cpu, each_cpu) if config.device == "cpu" else (gpu, each_gpu)
-    speed = here(config.device).speed
+    whole, each = (cpu, each_cpu) if device == "cpu" else (gpu, each_gpu)
+    speed = here(device).speed
     per_file = PerFile(each_cpu, each_gpu, round(each.on(speed)))
     return Times(cpu=cpu, gpu=gpu, seconds=round(whole.on(speed)), n_files=1, per_file=per_file)
 

@@ -34,6 +34,7 @@ from quantkit.planning.coverage import foretell
 from quantkit.planning.disk import by_stage, footprint
 from quantkit.planning.nouns import Plan, PlannedModel, Sizes, Times
 from quantkit.planning.spending import foretold, kinds_of
+from quantkit.planning.time import stage_times
 from quantkit.sources.fit import copies, kept_notes
 from quantkit.sources.resolve import read_headers, resolve
 from quantkit.tensors import TensorSpec
@@ -202,4 +203,4 @@ def _by_profile(
         other = replace(config, profile=name)
         uniform = uniform_bytes(base, plan_levels(specs, other))
         levels = plan_levels(specs, other, wanted(uniform, limits, other))
-        yield name, times(other, base, levels, base_bytes)
+        yield name, times(other.device, stage_times(other, base, levels, base_bytes))
