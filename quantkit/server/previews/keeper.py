@@ -46,11 +46,12 @@ def main(argv: list[str]) -> None:
         closed, _, _ = select.select([0], [], [], _TICK_SECONDS)
         if closed and not os.read(0, 1):
             why = "gone"
-        used = sum(map(memory_bytes, memory_holders(parent)))
+        children = _children()
+        used = sum(map(memory_bytes, _holders(parent, children)))
         peak = max(peak, used)
         if used > memory:
             why = "memory"
-        elif time.monotonic() > deadline or processor_seconds(parent) > busy:
+        elif time.monotonic() > deadline or processor_seconds(_below(parent, children)) > busy:
             why = "time"
     told = {"ended": why or child.poll(), "peak_bytes": peak}
     try:
@@ -99,19 +100,20 @@ def memory_holders(root: int) -> list[int]:
     children of their own, which the worker, the only process that a stranger's bytes reach, cannot
     have.
     """
-    children = _children()
+    return _holders(root, _children())
+
+
+def _holders(root: int, children: dict[int, list[int]]) -> list[int]:
     found = _below(root, children)
     servers = [pid for pid in found if _FORK_SERVER in _command(pid)]
     forked = {child for pid in servers for child in children.get(pid, [])}
     return [pid for pid in found if not (pid in forked and pid in servers and pid in children)]
 
 
-def processor_seconds(root: int) -> float:
-    """Return the processor time of its descendants, of those that have ended as far as somebody
-    waited for them.
-    """
+def processor_seconds(pids: list[int]) -> float:
+    """Return the processor time of processes and of those children that they have waited for."""
     ticks = 0
-    for pid in descendants(root):
+    for pid in pids:
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
             ticks += sum(map(int, fields[11:15]))  # its own and its children's: user, system
