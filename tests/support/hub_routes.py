@@ -82,7 +82,9 @@ class Routes:
                 kind, parts, at = parts[0][:-1], parts[1:], at - 1
             self._resolve(kind, "/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]))
         if path.endswith(".git/info/lfs/objects/batch"):
-            repo = self._repo("model", unquote(path[1 : path.index(".git/info")]))
+            of, _, rest = path[1 : path.index(".git/info")].partition("/")
+            kind = of[:-1] if of in ("datasets", "spaces") else "model"
+            repo = self._repo(kind, unquote(f"{of}/{rest}" if kind == "model" else rest))
             self._need_write(repo)
             raise Answer(
                 200, {"objects": [self._lfs_action(o) for o in json.loads(body)["objects"]]}
