@@ -10,11 +10,11 @@ from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import source_of
 from quantkit.config import RunConfig
 from quantkit.evidence import report as reports
+from quantkit.evidence import run_with
 from quantkit.evidence.escaping import all_markdown, markdown, metadata, repo_ids, web_link
 from quantkit.evidence.escaping import tags as tags_of
 from quantkit.evidence.report import beside, tables, text
 from quantkit.evidence.report.schema import OURS, Output, Report, Row, Search, Tuning, to_json
-from quantkit.evidence.run_with import commands
 from quantkit.llamacpp.output import safe_name
 from quantkit.markdown import table
 from quantkit.sizes import size
@@ -145,7 +145,7 @@ def model_card(
         *_in_use(report),
         *(["## Verify it", _verify(repo, receipt_sha256)] if receipt_sha256 else []),
         "## Run it",
-        commands(middle, repo or "<owner>/<repo>"),
+        run_with.in_markdown(middle, repo or "<owner>/<repo>"),
         "## What is inside",
         *(
             part

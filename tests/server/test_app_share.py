@@ -17,7 +17,6 @@ from test_app_browser import browser, open_page, shots  # noqa: F401
 
 from quantkit.server.runs.record import NoSuchRun, load_record
 from quantkit.server.runs.store import RunStore
-from quantkit.server.web import run_with
 from quantkit.server.web.visitor import COOKIE, Visitors
 
 HOSTILE = "<img src=x onerror=alert(1)>.gguf"
@@ -101,21 +100,6 @@ def test_all_files_come_as_one_archive(site: tuple[str, RunStore, Visitors]) -> 
         assert made.read(fixtures.GGUF) == whole
     other = {"Cookie": f"{COOKIE}={visitors.new_key()}"}
     assert fixtures.ask(url, "GET", "/archive/done", headers=other)[0] == 404
-
-
-def test_commands_to_run_a_file() -> None:
-    name = "Some Model-Q4_K_M.gguf"
-    here = dict(run_with.commands(name, None, Path("/models/it's") / name))
-    assert here["llama.cpp"] == """llama-server -m '/models/it'"'"'s/Some Model-Q4_K_M.gguf'"""
-    assert "ollama create some-model-q4_k_m" in here["Ollama"]
-    away = dict(run_with.commands(name, "https://huggingface.co/you/x-GGUF", None))
-    assert away == {
-        "Ollama": "ollama run hf.co/you/x-GGUF:Q4_K_M",
-        "LM Studio": "lms get https://huggingface.co/you/x-GGUF",
-        "llama.cpp": "llama-server -hf you/x-GGUF:Q4_K_M",
-    }
-    loaded = dict(run_with.commands(name, "https://x/$(rm)/y", None))
-    assert loaded["llama.cpp"] == f"llama-server -m '{name}'"
 
 
 @pytest.mark.slow

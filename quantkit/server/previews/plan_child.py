@@ -3,7 +3,8 @@
     python -m quantkit.server.previews.plan_child CONFIG.json
 
 Tells one JSON object a line: `looked`, the first facts, as soon as they are known; then `plan`, or
-`error` with a sentence and a remedy, or `needs_token` with a sentence and what to do before.
+`error` with a sentence and a remedy, `needs_token` with a sentence and what to do before, or
+`ended` with the limit that was reached.
 """
 
 from __future__ import annotations
@@ -39,16 +40,12 @@ def main(argv: list[str]) -> int:
         _tell("error", [error.message, error.remedy])
         return 1
     except MemoryError:
-        _tell("error", ["The preview needs more memory than it is allowed.", _REMEDY])
+        _tell("ended", "memory")
         return 1
-    except Exception:
+    except Exception:  # a fault of ours: without a plan the page knows what to say
         logging.exception("a preview failed")
-        _tell("error", ["The preview could not be made.", _REMEDY])
         return 1
     return 0
-
-
-_REMEDY = "Start the run without it, or try again."
 
 
 def _tell(kind: str, value: Any) -> None:

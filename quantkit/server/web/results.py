@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +11,10 @@ from urllib.parse import quote
 
 from quantkit.errors import QuantkitError
 from quantkit.evidence import report as reports
+from quantkit.evidence import run_with
 from quantkit.evidence.report import text
 from quantkit.evidence.report.schema import Output, Report
 from quantkit.server.runs.view import RunView
-from quantkit.server.web import run_with
 from quantkit.server.web.charts import PLOTS, kl_curve, of_report, tensor_map
 from quantkit.server.web.view import file_url, macro, notice
 from quantkit.sizes import size
@@ -25,6 +26,8 @@ _made_of = macro("result")
 logger = logging.getLogger(__name__)
 
 _UNREADABLE = "The report of this run cannot be read.", "Download report.json and look into it."
+_REPO = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+)/?", re.ASCII)
+_LABEL = re.compile(r"\w+", re.ASCII)
 _MOST_MADE = 32
 _made: dict[tuple[int, str], tuple[Any, Any]] = {}  # by identity and use: read, and made of it
 
@@ -122,9 +125,7 @@ def _result(run: RunView, report: Report, row: Output, root: str, paths: Paths) 
         tiles.insert(1, (f"{ratio:.2f}×", f"the KL of {best.title}"))
     file = next((f for f in run.files if f.name == row.name), None)
     is_here = file is not None and file.is_here
-    has_some = is_here or run.published_url
-    commands = run_with.commands(row.name, run.published_url, paths.get(row.name))
-    commands = commands if has_some else []
+    commands = _commands(run, row, is_here, paths)
     verdict = text.verdict(report.about(row))
     address = _address(run, row.name, root) if is_here else None
     n = len(report.outputs)
@@ -132,6 +133,14 @@ def _result(run: RunView, report: Report, row: Output, root: str, paths: Paths) 
     of_all = row is report.first and n_here > 1 and not root  # a shared page has no archive
     archive = (f"archive/{quote(run.id)}", n_here) if of_all else None
     return _made_of(row.name, size(row.n_bytes), n, verdict, tiles, address, archive, commands)
+
+
+def _commands(run: RunView, row: Output, is_here: bool, paths: Paths) -> dict[str, str]:
+    """How to run a file, from where it can be had; nothing where it cannot."""
+    repo = _REPO.fullmatch(run.published_url or "")
+    if repo is not None and _LABEL.fullmatch(row.label or ""):
+        return run_with.published(row, repo[1])
+    return run_with.local(row.name, paths.get(row.name)) if is_here or run.published_url else {}
 
 
 def _address(run: RunView, name: str, root: str) -> str:
