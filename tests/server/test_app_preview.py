@@ -39,7 +39,7 @@ from quantkit.server.runs.record import load_record
 from quantkit.server.runs.request import RunForm, to_config
 from quantkit.server.runs.store import RunStore
 from quantkit.server.web import form_handlers as handlers_module
-from quantkit.server.web import previews
+from quantkit.server.web import previews, view
 from quantkit.server.web.form_handlers import Client
 from quantkit.server.web.handlers import Handlers
 from quantkit.server.web.visitor import Visitors
@@ -101,6 +101,20 @@ def test_what_is_no_memory(fields: dict[str, Any]) -> None:
     form = RunForm("a/b", **{"size_kind": "fits", "memory": "8GB", **fields})
     with pytest.raises(QuantkitError):
         to_config(form, True)
+
+
+def test_the_preview_says_where_a_run_is_published(handlers: Handlers) -> None:
+    assert "Will be published" not in shown(handlers)
+    for seen_by, words in (("public", "public"), ("private", "private")):
+        html = shown(handlers, publish="alice/M-GGUF", visibility=seen_by)
+        assert f"<dt>Will be published to</dt><dd>alice/M-GGUF ({words})</dd>" in html
+    assert "(private: the model is gated)" in shown(handlers, publish="alice/M-GGUF")
+
+
+def test_the_notice_of_a_form_names_what_is_left_empty() -> None:
+    html = view.filled_in(("max_types",), "alice/M-GGUF")
+    assert "no field for: max_types." in html and "that run was for alice/M-GGUF" in html
+    assert "repository" not in view.filled_in((), None)
 
 
 def test_a_family_is_one_run_of_several_sizes(handlers: Handlers) -> None:

@@ -12,6 +12,7 @@ from quantkit.config import RunConfig
 from quantkit.config.targets import LikeMix
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.server.executors.protocol import Order
+from quantkit.server.runs import again as runs_again
 from quantkit.server.runs.again import form_of
 from quantkit.server.runs.request import RunForm, check_pattern, check_repo, models_of, to_config
 
@@ -141,6 +142,16 @@ def test_a_field_of_several_models() -> None:
 def test_a_config_is_a_form_again(form: RunForm) -> None:
     config = to_config(form, public=True)
     again = form_of(config, Order())
-    assert to_config(again.form, public=True) == config and not again.left_out
-    more = dataclasses.replace(config, max_types=3)
-    assert form_of(more, Order("hf_jobs", "t4-small")).left_out == ("max_types",)
+    assert to_config(again.form, public=True) == dataclasses.replace(config, publish=None)
+    assert not again.left_out and again.published_to == config.publish
+    more = dataclasses.replace(config, max_types=3, split_bytes=5, collection="mine", device="cuda")
+    there = form_of(more, Order("hf_jobs", "t4-small"))
+    assert there.left_out == ("max_types", "split_bytes", "collection")
+    assert there.form.device == "" and form_of(more, Order()).form.device == "cuda"
+
+
+def test_every_option_is_filled_in_or_named() -> None:
+    """One that is added later, too: nothing is dropped in silence."""
+    filled = {f.name for f in dataclasses.fields(RunForm)} | {"targets", "private", "public"}
+    options = {f.name for f in dataclasses.fields(RunConfig)}
+    assert options - filled == set(runs_again._NOT_IN_THE_FORM)

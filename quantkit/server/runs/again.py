@@ -15,26 +15,34 @@ from quantkit.server.executors.protocol import Order
 from quantkit.server.executors.registry import HERE, LOCAL
 from quantkit.server.runs.request import RunForm
 
-_NOT_IN_THE_FORM = ("levels_from", "max_types", "tuning", "tensors", "eval_text", "tasks")
+_NOT_IN_THE_FORM = (
+    *("levels_from", "max_types", "tuning", "tensors", "eval_text", "tasks"),
+    *("split_bytes", "collection"),
+)
 
 
 @dataclass(frozen=True)
 class Again:
-    """The form that would start a run once more, and the options that it has no field for."""
+    """The form that would start a run once more, and the options that it has no field for. Where
+    the run was to be published is not filled in: what lies there would be replaced unasked.
+    """
 
     form: RunForm
     left_out: tuple[str, ...]
+    published_to: str | None = None
 
 
 def form_of(config: RunConfig, order: Order) -> Again:
-    """Return the form of a run that was started as `order` says."""
+    """Return the form of a run that was started as `order` says. The device of a machine elsewhere
+    says nothing about this one: there it is empty.
+    """
     plain = RunConfig(config.model)
     left_out = [n for n in _NOT_IN_THE_FORM if getattr(config, n) != getattr(plain, n)]
     size, fits = _size(config)
     named = [r for r in re.split(r"(?<!\\),", config.calibration) if "/" not in r]
     if len(named) < len(re.split(r"(?<!\\),", config.calibration)):
         left_out.append("the text of your own, which has to be chosen again")
-    where = HERE if order.executor == LOCAL.name else f"{order.executor}:{order.machine}"
+    is_here = order.executor == LOCAL.name
     form = RunForm(
         model=config.model,
         **size,
@@ -46,13 +54,13 @@ def form_of(config: RunConfig, order: Order) -> Again:
         calibration=",".join(named) or AUTO,
         types=json.dumps(dict(config.types)) if config.types else "",
         seed=config.seed,
-        device=config.device,
+        device=config.device if is_here else "",
         compare=", ".join(n.removeprefix("hf://") for n in config.compare if "hf://" in n),
-        publish=config.publish or "",
         visibility="private" if config.private else "public" if config.public else "model",
-        machine=where,
+        machine=HERE if is_here else f"{order.executor}:{order.machine}",
     )
-    return Again(form, tuple([*left_out, *([] if fits else ["some of its sizes"])]))
+    left_out += [] if fits else ["some of its sizes"]
+    return Again(form, tuple(left_out), config.publish)
 
 
 def _size(config: RunConfig) -> tuple[dict[str, Any], bool]:

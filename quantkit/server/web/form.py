@@ -295,9 +295,12 @@ class Form:
         return [*self._by_name.values(), self.token]
 
     def filled(self, form: RunForm) -> list[Any]:
-        """Return updates of `fields` that fill in a form; no token."""
+        """Return updates of `fields` that fill in a form; no token. Without a device it is this
+        machine's.
+        """
         where, colon, machine = form.machine.partition(":")
         given = {**vars(form), "where": where, "machine": machine or AUTO}
+        given["device"] = form.device or self.device.value
         return [*(gr.update(value=_plain(given[name])) for name in self._by_name), gr.skip()]
 
     def read(self, values: Sequence[Any]) -> RunForm:
@@ -353,7 +356,7 @@ class Form:
         )
         shown: list[Any] = [self.model, self.kind, self.like, self.size, self.bpw, self.memory]
         shown += [self.devices, self.context, self.family, self.profile, self.where, self.machine]
-        shown += [self.levels, self.prefer, self.types, self.settled]
+        shown += [self.levels, self.prefer, self.types, self.visibility, self.settled]
         for typed in (self.token, self.revision, self.repo):
             typed.change(None, self.settled, self.settled, js=_SETTLED, api_visibility="private")
         gr.on(

@@ -302,6 +302,7 @@ class FormHandlers:
             why_not=self._why_not_here(plan),
             offers=offered,
             chosen=chosen,
+            published=(config.publish, form.visibility) if config.publish else None,
         )
         seconds = _seconds(plan, wanted, machine, token)
         return Shown(html, machines=tuple(previews.machine_choices(offered)), seconds=seconds)

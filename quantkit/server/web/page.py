@@ -15,7 +15,7 @@ from quantkit.server.web.first_run import missing
 from quantkit.server.web.form import Form
 from quantkit.server.web.form_handlers import Client
 from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
-from quantkit.server.web.view import first_run, notice
+from quantkit.server.web.view import filled_in, first_run, notice
 from quantkit.server.web.visitor import Visitors
 from quantkit.server.web.watch import Watch, short_hash, updates
 
@@ -145,9 +145,7 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
             def do() -> str:
                 again = handlers.again(current, client.owner)
                 filled.extend(form.filled(again.form))
-                left = ", ".join(again.left_out)
-                said = "The form is filled in as for that run."
-                return notice(said, f"It has no field for: {left}." if left else "", "info")
+                return filled_in(again.left_out, again.published_to)
 
             told, ok = handlers.told(do)
             if not ok:

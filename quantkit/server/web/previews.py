@@ -86,18 +86,20 @@ def preview(
     why_not: str = "",
     offers: Sequence[Offer] = (),
     chosen: Offer | None = None,
+    published: tuple[str, str] | None = None,
 ) -> str:
     """Return the planner's answer as HTML.
 
     `context`: tokens that a fit was asked for; `here`: what this machine is called; `why_not`: why
-    the run cannot be done on it; `offers`: of machines elsewhere.
+    the run cannot be done on it; `offers`: of machines elsewhere; `published`: the repository that
+    it will be uploaded to, and who can see that, as the form has it.
     """
     refused = [f"{budget.target}: {budget.refusal}" for budget in plan.sizes.refused]
     unspent = [found.sentence(is_expected=True) for found in plan.unspent]
     tokens = context or plan.context.usual_tokens
     try:
         return _preview(
-            _facts(plan, context),
+            [*_facts(plan, context), *_published(plan, published)],
             _details(plan),
             _places(plan.estimates, here, why_not, offers, chosen),
             why_not,
@@ -117,6 +119,16 @@ def _facts(plan: Plan, context: int | None) -> list[tuple[str, str]]:
         beside = size(plan.context.n_bytes(context))
         facts.append(("Context", f"{context:,} tokens take {beside} beside it"))
     return facts
+
+
+def _published(plan: Plan, published: tuple[str, str] | None) -> list[tuple[str, str]]:
+    if published is None:
+        return []
+    repo, seen_by = published
+    if seen_by == "model":
+        is_gated = plan.model.gated
+        seen_by = "private: the model is gated" if is_gated else "public unless the model is private"
+    return [("Will be published to", f"{repo} ({seen_by})")]
 
 
 def _details(plan: Plan) -> list[tuple[str, str]]:

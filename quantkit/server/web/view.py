@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -82,6 +82,17 @@ def give_token(step: str, sign_in: bool) -> str:
         else "Enter a token of an account that has access below."
     )
     return f"{step} {how}".strip()
+
+
+def filled_in(left_out: Sequence[str], published_to: str | None) -> str:
+    """Return the notice of a form that is filled in as for an earlier run."""
+    said = [f"It has no field for: {', '.join(left_out)}."] if left_out else []
+    if published_to:
+        said.append(
+            f"The repository is left empty: that run was for {published_to}, and another one"
+            " would replace its files and card."
+        )
+    return notice("The form is filled in as for that run.", " ".join(said), "info")
 
 
 def duration(seconds: float) -> str:
