@@ -55,6 +55,7 @@ class PublishedRepo:
     sha: str  # the commit that holds the files
     files: tuple[PublishedFile, ...]
     changed: tuple[str, ...]  # paths this call wrote; empty when all was there already
+    private: bool  # whether the repository is
 
 
 def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
@@ -162,7 +163,8 @@ def publish(
     call(lambda: api.create_repo(repo_id, private=private, exist_ok=True), asked, token, PATIENT)
     remote = call(lambda: api.model_info(repo_id), asked, token, PATIENT)
     repo_id, asked = remote.id, Asked(remote.id, writing=True)
-    _check_privacy(repo_id, private, bool(remote.private))
+    is_private = bool(remote.private)
+    _check_privacy(repo_id, private, is_private)
     upload = _Upload(api, asked, token, folder, files, message, progress)
     with disable_progress_bars():  # they would write over the run's own lines
         sha = call(upload.push, asked, token, PATIENT)
@@ -172,7 +174,8 @@ def publish(
             f"{left[0].path} in {repo_id} is not the file that was uploaded.",
             "Publish again; if it happens again, something else writes to this repository.",
         )
-    return PublishedRepo(repo_id, asked.url, sha, tuple(files), tuple(sorted(upload.changed)))
+    changed = tuple(sorted(upload.changed))
+    return PublishedRepo(repo_id, asked.url, sha, tuple(files), changed, is_private)
 
 
 def _changed(name: str) -> QuantkitError:

@@ -179,6 +179,7 @@ def _upload(run: Run, folder: Path, staged: Sequence[Path]) -> StageResult:
         "asked": run.config.publish,
         "repo": made.repo_id,
         "url": made.url,
+        "private": made.private,
         "commit": made.sha,
         "files": {file.path: file.sha256 for file in made.files},
         "changed": list(made.changed),

@@ -5,6 +5,7 @@ pytest tests/server/test_app_share.py
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import app_fixtures as fixtures
 import pytest
 from test_app_browser import browser, open_page, shots  # noqa: F401
 
+from quantkit.run.events import EventLog
 from quantkit.server.runs.record import NoSuchRun, load_record
 from quantkit.server.runs.store import RunStore
 from quantkit.server.web.visitor import COOKIE, Visitors
@@ -28,6 +30,7 @@ def site(
 ) -> Iterator[tuple[str, RunStore, Visitors]]:
     made = fixtures.make_report()
     made["baselines"][0] |= {"kind": "given", "name": HOSTILE}
+    made["outputs"][0]["label"] = "Q4_K_M"
     monkeypatch.setattr(fixtures, "make_report", lambda: made)
     with fixtures.serving(tmp_path / "runs", public=True, schedule=False) as served:
         yield served
@@ -74,9 +77,31 @@ def test_a_link_shows_the_result_and_nothing_else(site: tuple[str, RunStore, Vis
 
     store.share("done", owner, False)
     for path in (f"/shared/{share}", f"/shared/{share}/{fixtures.GGUF}"):
-        assert fixtures.ask(url, "GET", path)[0] == 404
+        status, _, body = fixtures.ask(url, "GET", path)
+        assert status == 404 and b"leads to no result" in body and b"your list" not in body
     store.share("done", owner, True)
     assert share_of(store) != share, "a link that was closed stays closed"
+
+
+@pytest.mark.parametrize("is_private", [True, False, None])
+def test_a_link_names_a_public_repository_alone(
+    site: tuple[str, RunStore, Visitors], is_private: bool | None
+) -> None:
+    """A private one has the account in its name; what is not known to be public counts as one."""
+    url, store, visitors = site
+    model = dataclasses.replace(fixtures.CONFIG, model="/home/alice/models/Tiny-Model")
+    folder = fixtures.write_run(store.root / "done", model, outcome=None)
+    known = {} if is_private is None else {"private": is_private}
+    events = EventLog(folder / "events.jsonl")
+    events.emit("publish", "finished", url="https://huggingface.co/alice/secret", **known)
+    events.emit(None, "finished", "all stages are done")
+    owner = f"visitor:{visitors.check(visitors.new_key())}"
+    fixtures.own(folder, owner)
+    store.share("done", owner, True)
+    page = fixtures.ask(url, "GET", f"/shared/{share_of(store)}")[2].decode()
+    assert ("hf.co/alice/secret" in page) == (is_private is False)
+    assert "<h2>Tiny-Model</h2>" in page and "/home" not in page
+    assert store.view("done", owner).published_url, "its owner sees it"
 
 
 def test_a_run_that_made_nothing_has_no_link(site: tuple[str, RunStore, Visitors]) -> None:
@@ -128,4 +153,4 @@ def test_the_first_screen_of_a_result(browser: Any, tmp_path: Path) -> None:  # 
         page.get_by_role("button", name="Stop sharing").click()
         expect(link).to_have_count(0)
         stranger.reload()
-        expect(stranger.locator("body")).to_contain_text("no such run")
+        expect(stranger.locator("body")).to_contain_text("leads to no result")

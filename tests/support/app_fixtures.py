@@ -246,7 +246,8 @@ def _upload(folder: Path, config: RunConfig) -> dict[str, Any]:
     made = hub.publish(folder, config.publish, token, config.private, "Upload")
     if config.collection is not None:
         hub.add_to_collection(config.collection, made.repo_id, token, config.private)
-    return {"url": made.url, "commit": made.sha, "changed": list(made.changed)}
+    about = {"url": made.url, "private": made.private, "commit": made.sha}
+    return {**about, "changed": list(made.changed)}
 
 
 def _finish(

@@ -277,6 +277,7 @@ class Follower:
             shared=record.shared,
             publish_to=config.publish,
             published_url=progress.published_url,
+            repo_is_private=progress.repo_is_private,
             can_try=not running and any(f.is_here and views.is_model(f.name) for f in files),
             has_base=self.base_path() is not None,
             n_dropped=self.n_dropped,

@@ -87,6 +87,7 @@ class Progress:
         self.error, self.remedy = "", ""
         self.token_step: str | None = None  # where only a token helps: what to do before
         self.published_url: str | None = None
+        self.repo_is_private: bool | None = None
         self.started: float | None = None  # of this attempt
         self.last_time: float | None = None
         self._eta: _Eta | None = None
@@ -147,7 +148,9 @@ class Progress:
             self.stages[name] = replace(stage, state=DONE, percent=100, message="", seconds=seconds)
             url = event.data.get("url")
             if name == "publish" and isinstance(url, str) and len(url) <= _LONGEST_URL:
+                private = event.data.get("private")
                 self.published_url = url
+                self.repo_is_private = private if isinstance(private, bool) else None
         elif event.kind == "failed":
             self._end(event)
         self.log.append(LogLine(event.time, name, event.kind, event.message))

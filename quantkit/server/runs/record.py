@@ -47,6 +47,17 @@ class NoSuchRun(UsageError):
         )
 
 
+class NoLink(NoSuchRun):
+    """Nothing is open under a link, or no longer: who has it may have no runs here."""
+
+    def __init__(self) -> None:
+        UsageError.__init__(
+            self,
+            "This link leads to no result, or no longer.",
+            "Ask who gave it to you for another.",
+        )
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """The launcher's record of a run, and its owner. Never holds a token."""

@@ -36,6 +36,7 @@ from quantkit.server.runs.limits import (
 from quantkit.server.runs.record import (
     CANCELLED,
     QUEUED,
+    NoLink,
     NoSuchRun,
     RunRecord,
     new_run_id,
@@ -146,20 +147,24 @@ class RunStore(Scheduler):
                 follower.load()
 
     def shared(self, share: str) -> RunView:
-        """Return a run by its link: what it made, nothing of how or by whom. Raises NoSuchRun."""
+        """Return a run by its link: what it made, nothing of how or by whom, but for the name of a
+        public repository. Raises NoSuchRun.
+        """
         with self._lock:
             follower = self._opened(share)
             found = told(follower, lambda: follower.view(None))
         if found is None or not found.report or found.is_active:
-            raise NoSuchRun
-        return dataclasses.replace(found, id="", log=(), card="", publish_to=None, remote=None)
+            raise NoLink
+        url = found.published_url if found.repo_is_private is False else None
+        shown = dataclasses.replace(found, id="", log=(), card="", publish_to=None, remote=None)
+        return dataclasses.replace(shown, published_url=url)
 
     def shared_path(self, share: str, name: str) -> Path:
         """Return where a file of an opened run lies. Raises NoSuchRun."""
         with self._lock:
             paths = _paths(self._opened(share))
         if name not in paths:
-            raise NoSuchRun
+            raise NoLink
         return paths[name]
 
     def _opened(self, share: str) -> Follower:
@@ -168,7 +173,7 @@ class RunStore(Scheduler):
             if record is not None and record.shared and compare_digest(record.shared, share):
                 guarded(follower, follower.refresh)
                 return follower
-        raise NoSuchRun
+        raise NoLink
 
     def staged(
         self, run_id: object, owner: str | None

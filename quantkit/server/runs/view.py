@@ -82,6 +82,7 @@ class RunView(RunSummary):
     shared: str | None = None  # what stands in its link, where it is open to everybody
     publish_to: str | None = None
     published_url: str | None = None
+    repo_is_private: bool | None = None  # when it was published; None: not known
     can_try: bool = False  # a finished file lies here and can be talked to
     has_base: bool = False  # so does the original
     n_dropped: int = 0  # lines of the events file that are no events

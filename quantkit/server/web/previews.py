@@ -125,9 +125,10 @@ def _published(plan: Plan, published: tuple[str, str] | None) -> list[tuple[str,
     if published is None:
         return []
     repo, seen_by = published
-    if seen_by == "model":
-        is_gated = plan.model.gated
-        seen_by = "private: the model is gated" if is_gated else "public unless the model is private"
+    if seen_by == "model" and plan.model.gated:
+        seen_by = "private: the model is gated"
+    elif seen_by == "model":
+        seen_by = "public unless the model is private"
     return [("Will be published to", f"{repo} ({seen_by})")]
 
 

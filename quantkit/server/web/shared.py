@@ -5,13 +5,15 @@ the same escaping as everywhere.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 from quantkit.errors import QuantkitError
 from quantkit.server.runs.view import RunView
 from quantkit.server.web import results
 from quantkit.server.web.theme import CSS_PATH
-from quantkit.server.web.view import macro, notice
+from quantkit.server.web.view import macro, model_name, notice
 
 _page = macro("shared")
 _PICTURE = "frontier.png"
@@ -20,6 +22,8 @@ _PICTURE = "frontier.png"
 def page(run: RunView, share: str) -> str:
     """Return a finished run for everybody who has its link."""
     root = f"{share}/"
+    if Path(run.model).is_absolute():  # a folder of the machine that made it
+        run = replace(run, model=model_name(run.model))
     picture = next((f.name for f in run.files if f.is_here and f.name == _PICTURE), "")
     return _page(run, style(), results.results(run, root), results.report(run), picture, root)
 
