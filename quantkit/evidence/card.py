@@ -145,7 +145,7 @@ def model_card(
         *_in_use(report),
         *(["## Verify it", _verify(repo, receipt_sha256)] if receipt_sha256 else []),
         "## Run it",
-        run_with.in_markdown(middle, repo or "<owner>/<repo>"),
+        run_with.in_markdown(middle, outputs, repo or "<owner>/<repo>"),
         "## What is inside",
         *(
             part

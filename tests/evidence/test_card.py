@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from importlib.resources import files
 from typing import Any
@@ -298,6 +299,16 @@ def test_a_file_in_parts() -> None:
     assert f"llama-gguf-split --merge {first} {output['name']}" in text
     assert "ollama run hf.co" not in text and "llama-server -hf me/T:Q4_K_M" in text
     assert "ollama run hf.co/me/T:Q4_K_M" in str(card().content)
+
+
+def test_files_of_one_label_are_named_themselves() -> None:
+    value = report_value()
+    first, second = value["outputs"][0], copy.deepcopy(value["outputs"][0])
+    second["name"] = first["name"].replace("Q4_K_M", "4.62bpw-Q4_K_M")
+    value["outputs"].append(second)
+    text = str(card(value=value).content)
+    assert f"llama-server -hf me/T -hff {second['name']}" in text
+    assert f"ollama run hf.co/me/T:{second['name']}" in text
 
 
 def test_it_says_with_what_it_was_made() -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 from quantkit import sandbox
 from quantkit.errors import QuantkitError
+from quantkit.gguf_file.parts import part_names
 
 MAX_PROMPT = 4000  # characters
 MAX_TOKENS = 200
 _CONTEXT = 2048
-_MOST_PARTS, _MOST_ANSWER = 2 * MAX_TOKENS, 100 * MAX_TOKENS  # characters: no token is as long
+_MOST_PIECES, _MOST_ANSWER = 2 * MAX_TOKENS, 100 * MAX_TOKENS  # characters: no token is as long
 _CPU_SECONDS, _WALL_SECONDS = 240, 120
 _EXTRA_BYTES = 6 * 2**30  # of memory beside the file: buffers, the context
 _AT_ONCE = threading.BoundedSemaphore(2)
@@ -37,15 +38,16 @@ def say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
 
 
 def _say(path: Path, messages: Sequence[dict[str, str]]) -> Iterator[str]:
-    limits = sandbox.Limits(
-        _CPU_SECONDS, _WALL_SECONDS, path.stat().st_size + _EXTRA_BYTES, n_processes=256
-    )
+    parts = (path.with_name(name) for name in part_names(path.name))
+    files = [part for part in parts if part.exists()]
+    n_bytes = sum(file.stat().st_size for file in files) + _EXTRA_BYTES
+    limits = sandbox.Limits(_CPU_SECONDS, _WALL_SECONDS, n_bytes, n_processes=256)
     arguments = {"path": str(path.absolute()), "messages": list(messages)}
     text = ""
     try:
-        parts = sandbox.stream(ANSWER, arguments, limits=limits, readable=[path], shape=str)
-        for part in islice(parts, _MOST_PARTS):
-            text = (text + part)[:_MOST_ANSWER]
+        said = sandbox.stream(ANSWER, arguments, limits=limits, readable=files, shape=str)
+        for piece in islice(said, _MOST_PIECES):
+            text = (text + piece)[:_MOST_ANSWER]
             yield text
     except sandbox.Crashed as error:
         if error.reason.startswith(("was stopped", "used up", "needed more")):

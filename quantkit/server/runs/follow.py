@@ -278,7 +278,7 @@ class Follower:
             publish_to=config.publish,
             published_url=progress.published_url,
             repo_is_private=progress.repo_is_private,
-            can_try=not running and any(f.is_here and views.is_model(f.name) for f in files),
+            can_try=not running and any(file.is_here for file in views.models(files)),
             has_base=self.base_path() is not None,
             n_dropped=self.n_dropped,
         )
@@ -320,7 +320,7 @@ class Follower:
         """Return the path of a finished GGUF, the first without a name, if it is on this
         machine.
         """
-        names = [f.name for f in self.files() if f.is_model and name in ("", f.name)]
+        names = [f.name for f in views.models(self.files()) if name in ("", f.name)]
         path = self.file_path(names[0]) if names else None
         return path if path is not None and path.is_file() else None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
+from quantkit.gguf_file.parts import stem_of
 from quantkit.server.executors.protocol import RemoteState
 from quantkit.server.runs.overall import Overall
 from quantkit.server.runs.progress import KlPoint, LogLine, StageView
@@ -49,6 +51,24 @@ class ResultFile:
     def is_model(self) -> bool:
         """Return whether it is a finished model, not what it was made with."""
         return is_model(self.name)
+
+
+def models(files: Iterable[ResultFile]) -> tuple[ResultFile, ...]:
+    """Return the finished models among files that are in order. One in parts is its first part,
+    which opens the others, with the bytes of all; it is here where all are.
+    """
+    found: dict[str, list[ResultFile]] = {}
+    for file in files:
+        if file.is_model:
+            found.setdefault(stem_of(file.name) or file.name, []).append(file)
+    return tuple(
+        replace(
+            parts[0],
+            n_bytes=sum(part.n_bytes for part in parts),
+            is_here=all(part.is_here for part in parts),
+        )
+        for parts in found.values()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +118,14 @@ class RunView(RunSummary):
         return self.token_step is not None or lost or bool(self.publish_to)
 
     @property
+    def models(self) -> tuple[ResultFile, ...]:
+        """Return the finished models, each once."""
+        return models(self.files)
+
+    @property
     def tried(self) -> tuple[str, ...]:
         """Return the names of the finished files that can be talked to."""
-        here = (f.name for f in self.files if f.is_here and f.is_model)
-        return tuple(here) if self.can_try else ()
+        return tuple(file.name for file in self.models if file.is_here) if self.can_try else ()
 
     @property
     def can_resume(self) -> bool:

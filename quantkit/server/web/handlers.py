@@ -80,7 +80,7 @@ class Handlers(FormHandlers):
             raise UsageError("Name what to compare with.", "Write owner/name of a repository.")
         self.allow("publish", client)
         run = self.store.view(run_id, client.owner)
-        sizes = [file.n_bytes for file in run.files if file.is_model]
+        sizes = [file.n_bytes for file in run.models]
         files = compared.settle(names, sizes, self._secret(secret))
         self.store.compare(run_id, client.owner, files, secret)
 
@@ -189,8 +189,7 @@ class Handlers(FormHandlers):
         """The collection that is proposed: for several files one of the account's own. An app that
         people sign in to has no leave to make one.
         """
-        n_models = sum(file.is_model for file in run.files)
-        return COLLECTION if n_models > 1 and not self.sign_in else ""
+        return COLLECTION if len(run.models) > 1 and not self.sign_in else ""
 
     def _paths(self, run: RunView, owner: str | None) -> dict[str, Path]:
         """Where the files of a result lie, for who sits at this machine."""

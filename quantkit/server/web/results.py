@@ -123,24 +123,39 @@ def _result(run: RunView, report: Report, row: Output, root: str, paths: Paths) 
     if best is not None and best.kl.value and row.kl.is_known:
         ratio = row.kl.value / best.kl.value
         tiles.insert(1, (f"{ratio:.2f}×", f"the KL of {best.title}"))
-    file = next((f for f in run.files if f.name == row.name), None)
-    is_here = file is not None and file.is_here
-    commands = _commands(run, row, is_here, paths)
+    names = run_with.names(row)
+    here = [file for file in run.files if file.is_here and file.name in names]
+    here = here if len(here) == len(names) else []  # of half a file nothing is of use
+    commands, note = _commands(run, report, row, bool(here), paths)
     verdict = text.verdict(report.about(row))
-    address = _address(run, row.name, root) if is_here else None
+    downloads = [
+        (
+            f"Download part {i}" if len(here) > 1 else "Download",
+            _address(run, file.name, root),
+            file,
+        )
+        for i, file in enumerate(here, 1)
+    ]
     n = len(report.outputs)
     n_here = sum(f.is_here for f in run.files)
     of_all = row is report.first and n_here > 1 and not root  # a shared page has no archive
     archive = (f"archive/{quote(run.id)}", n_here) if of_all else None
-    return _made_of(row.name, size(row.n_bytes), n, verdict, tiles, address, archive, commands)
+    return _made_of(row.name, n, verdict, tiles, downloads, archive, commands, note)
 
 
-def _commands(run: RunView, row: Output, is_here: bool, paths: Paths) -> dict[str, str]:
-    """How to run a file, from where it can be had; nothing where it cannot."""
+def _commands(
+    run: RunView, report: Report, row: Output, is_here: bool, paths: Paths
+) -> tuple[dict[str, str], str]:
+    """How to run a file, from where it can be had, and what that takes besides; nothing where it
+    cannot.
+    """
     repo = _REPO.fullmatch(run.published_url or "")
     if repo is not None and _LABEL.fullmatch(row.label or ""):
-        return run_with.published(row, repo[1])
-    return run_with.local(row.name, paths.get(row.name)) if is_here or run.published_url else {}
+        note = run_with.PRIVATE if run.repo_is_private else ""
+        return run_with.published(row, report.outputs, repo[1]), note
+    if not is_here and not run.published_url:
+        return {}, ""
+    return run_with.local(row, paths.get(run_with.names(row)[0])), ""
 
 
 def _address(run: RunView, name: str, root: str) -> str:
