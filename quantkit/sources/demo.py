@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.machine.home import home
+from quantkit.machine import room
+from quantkit.machine.home import home, locked
 
 _CARD = """---
 license: apache-2.0
@@ -35,6 +36,7 @@ without changing its function, so that no weight lies on the 4-bit grid it came 
 `quantkit.demo` for the demo and the tests.
 """
 
+_SCRATCH = "demo-made-"
 _LARGEST_DRIFT = 1e-3  # of any logit, by the rescaling
 
 
@@ -60,16 +62,22 @@ def make_checkpoint(folder: Path) -> None:
     """
     kept = home() / f"demo-{_version()}"
     if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix="demo-made-") as scratch:
-            made = Path(scratch, "checkpoint")
-            _make(made)
-            try:
-                made.rename(kept)
-            except OSError:
-                if not kept.is_dir():  # nobody else was faster: a real failure
-                    raise
+        with locked("demo"):
+            _keep(kept)
     shutil.copytree(kept, folder, dirs_exist_ok=True)
+
+
+def _keep(kept: Path) -> None:
+    """Make the checkpoint that is kept, and remove what others left who were killed at it."""
+    if kept.is_dir():  # somebody else has made it meanwhile
+        return
+    for left in kept.parent.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=_SCRATCH) as scratch:
+        made = Path(scratch, "checkpoint")
+        _make(made)
+        room.give_back()  # a preview goes on in this process, within its limit
+        made.rename(kept)
 
 
 def _version() -> str:
@@ -118,11 +126,14 @@ def _make(folder: Path) -> None:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(model)(config)
-    plain.load_state_dict(model.state_dict())
+    # What was read from a GGUF is not saved. This one is, and takes the tensors as they are: the
+    # two together must fit into the memory of a preview (server.previews.estimate).
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.to(torch.bfloat16).state_dict(), assign=True)
     plain.tie_weights()
     folder.mkdir(parents=True, exist_ok=True)
-    plain.to(torch.bfloat16).save_pretrained(folder)
+    plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_CARD, "utf-8")
 

@@ -23,8 +23,10 @@ import app_fixtures as fixtures
 import pytest
 from plans import PLAN
 
-from quantkit.config import RunConfig
+from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.errors import QuantkitError
+from quantkit.files import sha256_file, write_json
+from quantkit.llamacpp.converter.install import install_dir
 from quantkit.planning.nouns import Plan
 from quantkit.server.previews import keeper
 from quantkit.server.previews.turns import Share, Turns
@@ -114,6 +116,23 @@ def test_nothing_is_left_behind() -> None:
     mark = f"runaway-{os.getpid()}"
     assert kept(RUNAWAY, mark)["ended"] == 0
     until(lambda: not running(mark))
+
+
+@pytest.mark.slow
+def test_the_first_preview_of_the_demo_fits_a_public_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes the checkpoint, beside what the planner itself takes."""
+    (tmp_path / install_dir().name).symlink_to(install_dir())
+    monkeypatch.setenv("QUANTKIT_HOME", str(tmp_path))
+    asked = write_json(tmp_path / "asked.json", RunConfig(DEMO_MODEL))
+    code = "import sys\nfrom quantkit.server.previews.plan_child import main\nmain(sys.argv)"
+    memory = estimates._PUBLIC.memory_bytes
+    ended = kept(code, str(asked), memory=memory)
+    assert ended["ended"] == 0 and ended["peak_bytes"] < 0.8 * memory
+    (made,) = tmp_path.glob("demo-*")
+    weights = sha256_file(made / "model.safetensors")
+    assert weights == "73ff19fe049bb820ccd204534f9a261426367e552124e776a510d0cc17ae0ed1"
 
 
 @contextmanager

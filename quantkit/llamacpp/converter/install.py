@@ -12,7 +12,6 @@ named in `KEPT` are taken out. The tree is hashed again at each use.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,13 +19,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from quantkit.errors import QuantkitError
 from quantkit.files import sha256_file
-from quantkit.machine.home import home
+from quantkit.machine.home import home, locked
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +75,7 @@ def ensure_converter(sdist: Path | None = None) -> Path:
     tree = install_dir() / "llama.cpp"
     if tree.is_dir() and tree_sha256(tree) == TREE_SHA256:
         return tree
-    with _lock():
+    with locked("converter"):
         if tree.is_dir():
             if tree_sha256(tree) == TREE_SHA256:  # another process was faster
                 return tree
@@ -116,15 +113,6 @@ def tree_sha256(tree: Path) -> str:
         elif path.is_file():
             lines.append(f"{name} {sha256_file(path)}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
-
-@contextmanager
-def _lock() -> Iterator[None]:
-    """One set-up at a time per home folder."""
-    home().mkdir(parents=True, exist_ok=True)
-    with (home() / "converter.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _install(sdist: Path | None, tree: Path) -> None:
