@@ -146,6 +146,19 @@ def read_start(
     return call(read, Asked(repo_id, sha), token)
 
 
+def is_public(url: str) -> bool:
+    """Return whether anybody gets what lies at an address of the Hub, which is asked once and not
+    waited for: it counts as public when there is no answer.
+    """
+    _limit_waiting()
+    try:
+        headers = build_hf_headers(token=False)
+        answer = get_session().head(url, headers=headers, follow_redirects=False)
+    except CAUGHT:
+        return True
+    return answer.status_code not in (401, 403, 404)
+
+
 def why_offline(token: str | None) -> str | None:
     """Return None when the Hub answers a small question at once, else a clause that says why
     not.

@@ -406,11 +406,29 @@ def test_the_machine_is_chosen_from_the_estimate(hub: HubServer) -> None:
 def test_the_wheel_is_pinned_by_its_hash(tmp_path: Path) -> None:
     (tmp_path / "quantkit_gguf-0.1.0-py3-none-any.whl").write_bytes(b"wheel")
     space = {"SPACE_ID": "a/b"}
-    assert wheel.can_start_jobs(space, tmp_path) and not wheel.can_start_jobs({}, tmp_path)
     found = wheel.job_requirement(space, tmp_path)
     assert "/spaces/a/b/resolve/main/quantkit_gguf-0.1.0-py3-none-any.whl#sha256=" in found
     with pytest.raises(QuantkitError):
         wheel.job_requirement({}, tmp_path)
+
+
+def test_a_private_space_offers_no_jobs(hub: HubServer, tmp_path: Path) -> None:
+    """They would fetch the wheel from it without a token."""
+    name = "quantkit_gguf-0.1.0-py3-none-any.whl"
+    (tmp_path / name).write_bytes(b"wheel")
+    hub.add_model("bob/open", {name: b"wheel"}, kind="space")
+    hub.add_model("bob/closed", {name: b"wheel"}, kind="space", private=True)
+
+    def lacks(space: str) -> str:
+        return " ".join(wheel.lacks({"SPACE_ID": space}, tmp_path) or ())
+
+    assert lacks("bob/open") == "" and "no wheel" in " ".join(wheel.lacks({}, tmp_path) or ())
+    for _ in range(3):
+        assert "This Space is private" in lacks("bob/closed")
+    asked = [request for request in hub.requests if "resolve" in request.path]
+    assert [(request.method, request.user) for request in asked] == [("HEAD", None)] * 2
+    hub.fail_next("/spaces/bob/busy/", 503)
+    assert lacks("bob/busy") == "", "it does not say that it is private"
 
 
 # What is told in a log.

@@ -121,12 +121,14 @@ class Executor(Protocol):
     def command(self, order: Order) -> tuple[str, ...]:
         """Return the worker's program and arguments; the run's folder is added to them."""
 
-    def is_offered(self) -> bool:
-        """Return whether this server can start runs there."""
-        return True
+    def lacks(self) -> tuple[str, str] | None:
+        """Return what this server lacks to start runs there, and what its owner can do about it;
+        None where it can.
+        """
+        return None
 
     def check(self, token: str | None) -> None:
-        """Raise QuantkitError where nothing can be started there, or not for this visitor."""
+        """Raise QuantkitError where nothing can be started there for this visitor."""
         return None
 
     def offers(self, plan: Plan, token: str | None) -> tuple[Offer, ...]:

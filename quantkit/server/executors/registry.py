@@ -24,7 +24,7 @@ def of_record(name: str, machine: str | None) -> str:
 
 def remote() -> tuple[Executor, ...]:
     """Return the executors elsewhere that this server can use."""
-    return tuple(e for e in EXECUTORS.values() if e.is_remote and e.is_offered())
+    return tuple(e for e in EXECUTORS.values() if e.is_remote and e.lacks() is None)
 
 
 def asked(where: str) -> tuple[Executor, str]:

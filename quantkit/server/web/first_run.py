@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.server.executors.registry import remote
+from quantkit.server.executors.registry import EXECUTORS
 from quantkit.server.runs.mirror import state_folder
 
 
@@ -20,13 +20,7 @@ def missing(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
                 "Put hf_oauth: true into the README of this Space, and restart it.",
             )
         )
-    if not remote():
-        found.append(
-            (
-                "Jobs cannot be started: the wheel that they install is not in this Space.",
-                "Duplicate a Space that has it, or deploy with spaces/deploy.py.",
-            )
-        )
+    found += [lack for executor in EXECUTORS.values() if (lack := executor.lacks()) is not None]
     if state_folder(environment) is None:
         found.append(
             (

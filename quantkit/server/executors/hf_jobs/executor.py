@@ -10,11 +10,9 @@ import time
 from collections.abc import Mapping
 
 from quantkit import hub
-from quantkit.errors import UsageError
 from quantkit.hub import jobs
 from quantkit.planning.nouns import Plan
-from quantkit.server.executors.hf_jobs import machines
-from quantkit.server.executors.hf_jobs.wheel import can_start_jobs
+from quantkit.server.executors.hf_jobs import machines, wheel
 from quantkit.server.executors.protocol import Executor, FoundRun, Offer, Order
 from quantkit.tensors import to_json
 
@@ -41,14 +39,10 @@ class HfJobs(Executor):
     def command(self, order: Order) -> tuple[str, ...]:
         return (*COMMAND, json.dumps(to_json(order)))
 
-    def is_offered(self) -> bool:
-        return can_start_jobs()
+    def lacks(self) -> tuple[str, str] | None:
+        return wheel.lacks()
 
     def check(self, token: str | None) -> None:
-        if not can_start_jobs():
-            raise UsageError(
-                "This server cannot start Jobs.", "Run it here, or on a deployed Space."
-            )
         jobs.check_token(token)
 
     def offers(self, plan: Plan, token: str | None) -> tuple[Offer, ...]:
