@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import JobInfo, Volume
 from huggingface_hub.errors import HfHubHTTPError
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import NeedsToken
 from quantkit.hub.client import PATIENT, Asked, call, hf_api
 from quantkit.hub.errors import CAUGHT, translate
 from quantkit.sandbox.untrusted import build
@@ -206,6 +206,7 @@ class FoundRun:
     run_id: str
     config: str  # as the Job was given it
     job: RemoteJob
+    order: str = ""  # the same; Jobs of before there was one have none
 
 
 def runs(labels: Mapping[str, str], token: str) -> tuple[FoundRun, ...]:
@@ -215,11 +216,12 @@ def runs(labels: Mapping[str, str], token: str) -> tuple[FoundRun, ...]:
     found: dict[str, FoundRun] = {}
     for info in _listed(labels, token):
         run_id = (info.labels or {}).get(LABEL)
-        config = (info.environment or {}).get("QUANTKIT_CONFIG")
+        told = info.environment or {}
+        config, order = told.get("QUANTKIT_CONFIG"), told.get("QUANTKIT_ORDER")
         job = _remote(info)
         newer = run_id in found and found[run_id].job.created >= job.created
         if run_id and isinstance(config, str) and not newer:
-            found[run_id] = FoundRun(run_id, config, job)
+            found[run_id] = FoundRun(run_id, config, job, str(order or ""))
     return tuple(found.values())
 
 
@@ -286,12 +288,9 @@ def make_bucket(name: str, token: str) -> str | None:
 
 
 def check_token(token: str | None) -> str:
-    """Return the token. Raises QuantkitError without one."""
+    """Return the token. Raises NeedsToken without one."""
     if not token:
-        raise QuantkitError(
-            "A Job runs in your own account, but nobody is signed in.",
-            "Sign in with Hugging Face first.",
-        )
+        raise NeedsToken("A Job runs in your own account, but nobody is signed in.")
     return token
 
 

@@ -29,6 +29,7 @@ from plans import PLAN
 from quantkit.config import RunConfig
 from quantkit.errors import QuantkitError
 from quantkit.hub import jobs
+from quantkit.planning import plan as plans
 from quantkit.planning.nouns import Seconds
 from quantkit.run.events import Event, EventLog, read_events
 from quantkit.run.folder import RunDir
@@ -117,6 +118,7 @@ def test_a_run_in_a_job(store: RunStore, hub: HubServer) -> None:
     assert spec["flavor"] == "cpu-upgrade" and spec["timeoutSeconds"] == 7200
     assert spec["labels"]["quantkit-run"] == run and spec["labels"]["app"] == "quantkit"
     assert spec["secrets"] == {"HF_TOKEN": ALICE}
+    assert json.loads(spec["environment"]["QUANTKIT_ORDER"]) == to_json(ORDER)
     assert ALICE not in json.dumps({**spec, "secrets": None})
     assert spec["volumes"][0]["source"] == "alice/quantkit-jobs"
     assert "quantkit-gguf @ https://example.org/quantkit-0.1.0-py3-none-any.whl" in spec["command"]
@@ -258,6 +260,36 @@ def test_the_last_word_on_a_machine_is_the_last(
     monkeypatch.setattr(jobs, "load", ends_meanwhile)
     dispatched._watch_machine()
     assert json.loads((tmp_path / "machine.json").read_text())["stage"] == "COMPLETED"
+
+
+def test_a_job_that_did_not_say_its_limit_is_planned_again(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of before they said it, found again and resumed after it had ended."""
+    monkeypatch.setattr(plans, "make_plan", lambda config: PLAN)
+    hub.jobs.command = [sys.executable, "-c", "pass"]
+    directory = RunDir(fixtures.write_run(tmp_path / "found", until="fetch", outcome=None))
+    lost = Order("hf_jobs", "cpu-upgrade")
+    dispatched = dispatch.Dispatch(directory, lost, ALICE, EventLog(directory.events_path))
+    dispatched._tell_machine(dispatched._start())
+    (job,) = hub.jobs.all.values()
+    offer = choose(offers(PLAN, jobs.machines(), "hf_jobs"), "cpu-upgrade")
+    assert job.spec["timeoutSeconds"] == 3600 * offer.hours
+    assert json.loads(job.spec["environment"]["QUANTKIT_ORDER"]) == to_json(offer.order)
+    assert "None h" not in directory.events_path.read_text()
+
+
+def test_a_cost_of_no_known_price_is_not_shown(tmp_path: Path) -> None:
+    order = Order("hf_jobs", "h200")
+    directory = RunDir(fixtures.write_run(tmp_path / "found", until="fetch", outcome=None))
+    dispatched = dispatch.Dispatch(directory, order, ALICE, EventLog(directory.events_path))
+    dispatched._tell_machine(
+        jobs.RemoteJob("1", "alice", "RUNNING", "", "h200", "https://x", 0.0, 3600.0)
+    )
+    fixtures.own(directory.path, OWNER, machine="h200", executor="hf_jobs")
+    seen = RunStore(tmp_path, public=True).view("found", OWNER)
+    assert seen.remote is not None and seen.remote.usd is None
+    assert "Job on h200" in view.head(seen) and "$" not in view.head(seen)
 
 
 @pytest.mark.parametrize(

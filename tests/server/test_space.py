@@ -6,6 +6,7 @@ pytest tests/server/test_space.py
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -183,15 +184,22 @@ def test_runs_are_found_again_by_their_jobs(hub: HubServer, tmp_path: Path) -> N
     """Nothing was kept at all: the visitor's own Jobs still know the runs."""
     hub.jobs.command = [sys.executable, "-c", "print('hello')"]
     config = json.dumps(to_json(fixtures.CONFIG))
+    asked = Order("hf_jobs", "cpu-basic", 2, 0.01, 1800, {"fetch": 60})
     labels, environment = app_labels({}), {"QUANTKIT_CONFIG": config}
     order = jobs.JobOrder("x", ("true",), "cpu-basic", 60, labels, environment)
-    jobs.start(order, "run-of-alice", ALICE)
+    told = {**environment, "QUANTKIT_ORDER": json.dumps(to_json(asked))}
+    jobs.start(dataclasses.replace(order, environment=told), "run-of-alice", ALICE)
+    for name, said in (("of-before", {}), ("lies", {"QUANTKIT_ORDER": '{"hours": -1}'})):
+        jobs.start(dataclasses.replace(order, environment={**environment, **said}), name, ALICE)
     jobs.start(jobs.JobOrder("x", ("y",), "cpu-basic", 60, labels, {}), "no-config", ALICE)
     jobs.start(order, "../evil", ALICE)
     fixtures.own(fixtures.write_run(tmp_path / "theirs"), MALLORY_OWNS)
     jobs.start(order, "theirs", ALICE)
     found = HF_JOBS.found(ALICE)
-    assert adopt(tmp_path, ALICE_OWNS, HF_JOBS, found) == ("run-of-alice",)
+    assert set(adopt(tmp_path, ALICE_OWNS, HF_JOBS, found)) == {"run-of-alice", "of-before"}
+    record, older = load_record(tmp_path / "run-of-alice"), load_record(tmp_path / "of-before")
+    assert record is not None and record.order == asked, "its limit, price and estimate"
+    assert older is not None and older.order == Order("hf_jobs", "cpu-basic")
     store = RunStore(tmp_path, public=True)
     run = store.view("run-of-alice", ALICE_OWNS)
     assert run.can_resume and "found again" in run.error and run.machine == "cpu-basic"

@@ -89,7 +89,7 @@ class RemoteState:
     machine: str
     stage: str  # one of ENDED, or another word while it may be at work
     run_seconds: float
-    usd: float
+    usd: float | None  # None where the price is not known
     metrics: MachineLoad | None = None  # how busy the machine is
 
     @property
@@ -105,6 +105,7 @@ class FoundRun:
     config: str  # a RunConfig as JSON
     machine: str
     created: float
+    order: str = ""  # an Order as JSON, where it is known
 
 
 class Executor(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from quantkit.errors import QuantkitError
 from quantkit.files import write_json
 from quantkit.run.folder import RunDir
 from quantkit.sandbox.untrusted import build, parse
-from quantkit.server.executors.protocol import Executor, FoundRun
+from quantkit.server.executors.protocol import Executor, FoundRun, Order
 from quantkit.server.runs.record import (
     STOPPED,
     RunRecord,
@@ -52,14 +53,15 @@ def adopt(root: Path, owner: str, executor: Executor, found: Iterable[FoundRun])
 
 
 def _record(run: FoundRun, owner: str, executor: Executor) -> RunRecord:
+    order = build(Order, parse(run.order.encode("utf-8"), _MOST_ITEMS)) if run.order else Order()
+    order = dataclasses.replace(order, executor=executor.name, machine=run.machine)
     return RunRecord(
         owner_hash(owner),
         run.created,
         STOPPED,
         time.time(),
         reason=_REASON.format(executor.noun),
-        machine=run.machine,
-        executor=executor.name,
+        **dataclasses.asdict(order),
     )
 
 

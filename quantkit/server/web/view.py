@@ -161,7 +161,9 @@ def _machine(run: RunView) -> str:
         facts.append(f"stopped after {run.hours} h at the latest")
     if run.remote is None:
         return " · ".join(facts)
-    facts.append(f"${run.remote.usd:.2f} so far")
+    if run.remote.usd is not None:
+        when = "when it was last heard of" if run.is_unattended else "so far"
+        facts.append(f"${run.remote.usd:.2f} {when}")
     return " · ".join(facts) + (_load(run.remote.metrics) if run.state == "running" else "")
 
 

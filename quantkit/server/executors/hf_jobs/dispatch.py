@@ -38,6 +38,7 @@ from quantkit.server.executors.protocol import (
     RESULTS,
     Order,
     RemoteState,
+    choose,
 )
 from quantkit.tensors import to_json
 
@@ -162,16 +163,17 @@ class Dispatch:
                 )
             message = "no bucket can be created: a Job that is cut off starts over"
             self._events.emit(None, "note", message)
-        order = self._order
-        assert order.machine is not None
+        order = self._order = self._order if self._order.hours else self._planned(config)
+        assert order.machine is not None and order.hours is not None
         asked = jobs.JobOrder(
             image=IMAGE,
             command=("sh", "-c", _IN_JOB, "sh", *_UV, job_requirement(), *_RUN),
             machine=order.machine,
-            timeout_seconds=3600 * (order.hours or 6),
+            timeout_seconds=3600 * order.hours,
             labels=app_labels(os.environ),
             environment={
                 "QUANTKIT_CONFIG": json.dumps(to_json(config)),
+                "QUANTKIT_ORDER": json.dumps(to_json(order)),  # for who finds the run by its Job
                 **({"QUANTKIT_STATE": f"{MOUNT}/{self._run_id}"} if bucket else {}),
                 "UV_EXTRA_INDEX_URL": "https://abetlen.github.io/llama-cpp-python/whl/cpu",
                 "UV_INDEX_STRATEGY": "unsafe-best-match",
@@ -190,6 +192,15 @@ class Dispatch:
             f"Job {job.id} on {order.machine}{price}, stopped after {order.hours} h at the latest",
         )
         return job
+
+    def _planned(self, config: RunConfig) -> Order:
+        """How to do a run that was found by its Job, which did not say for how long it may take."""
+        from quantkit.planning.plan import make_plan  # much, for a process that listens
+
+        self._events.emit(None, "note", "planning again: the Job did not say what it may take")
+        plan = make_plan(dataclasses.replace(config, device="cpu"))
+        offered = HfJobs().offers(plan, self._token)
+        return choose(offered, self._order.machine or "auto").order
 
     def _wait_for_machine(self) -> None:
         assert self._job is not None
@@ -271,14 +282,14 @@ class Dispatch:
                     self._tell_machine(job, load)
 
     def _tell_machine(self, job: jobs.RemoteJob, load: jobs.MachineLoad | None = None) -> None:
-        price = self._order.usd_per_hour or 0.0
+        price = self._order.usd_per_hour
         state = RemoteState(
             job=job.id,
             url=job.url,
             machine=job.machine,
             stage=job.stage,
             run_seconds=job.run_seconds,
-            usd=round(price * job.run_seconds / 3600, 4),
+            usd=None if price is None else round(price * job.run_seconds / 3600, 4),
             metrics=load,
         )
         write_json(self._dir.path / MACHINE_FILE, state)

@@ -58,8 +58,8 @@ class HfJobs(Executor):
 
     def found(self, token: str) -> tuple[FoundRun, ...]:
         return tuple(
-            FoundRun(run.run_id, run.config, run.job.machine or "unknown", run.job.created)
-            for run in jobs.runs(app_labels(os.environ), token)
+            FoundRun(r.run_id, r.config, r.job.machine or "unknown", r.job.created, r.order)
+            for r in jobs.runs(app_labels(os.environ), token)
         )
 
 
