@@ -171,7 +171,10 @@ def test_a_run_that_nobody_listens_to_is_ended_there(
     assert record is not None and record.pid is not None
     os.killpg(record.pid, signal.SIGKILL)
     until(lambda: state(store, run) == "interrupted")
-    assert store.view(run, OWNER).is_unattended
+    lost = store.view(run, OWNER)
+    assert lost.is_unattended and "may still be running and is billed" in lost.error
+    assert "Resume listens to it again" in lost.remedy and "process ended" not in lost.error
+    assert "$0.50 when it was last heard of" in view.head(lost)
     with pytest.raises(UsageError, match="may still be running"):
         store.delete(run, OWNER)
     store.cancel(run, OWNER, "a token")

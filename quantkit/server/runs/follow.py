@@ -361,6 +361,13 @@ class Follower:
         if state == views.INTERRUPTED:
             if record is not None and record.phase == STOPPED:
                 return record.reason, ""
+            remote = self._read(MACHINE_FILE, _read_machine)
+            if record is not None and record.is_remote and not (remote and remote.has_ended):
+                return (
+                    f"Nobody listens to its {record.done_by.noun} any more, which may still be"
+                    " running and is billed.",
+                    "Resume listens to it again, Cancel ends it.",
+                )
             return (
                 "The run was cut off: its process ended without a message.",
                 "Resume it; finished stages are kept.",
