@@ -87,6 +87,17 @@ def test_what_would_change_in_an_old_one(handlers: Handlers, hub: HubServer) -> 
     assert "-# Old" in html and "+# SmolLM2-135M-Instruct-EVO-Q4_K_M" in html
 
 
+def test_the_repository_of_the_last_time_is_proposed(handlers: Handlers, hub: HubServer) -> None:
+    """In its field, and where that is empty; only a first time is named after the model."""
+    assert handlers.shown("done", ME.owner)["repo"] == ""
+    named = handlers.proposed("done", "", ALICE, ME)
+    assert named == "alice/SmolLM2-135M-Instruct-GGUF"
+    handlers.publish("done", "alice/custom", "model", "", ME, ALICE)
+    assert handlers.shown("done", ME.owner)["repo"] == "alice/custom"
+    assert handlers.proposed("done", " ", ALICE, ME) == "alice/custom"
+    assert handlers.proposed("done", "alice/other", ALICE, ME) == "alice/other"
+
+
 def test_a_second_time_nothing_changes(handlers: Handlers, hub: HubServer) -> None:
     from quantkit import hub as real
 
@@ -228,6 +239,8 @@ def test_from_the_button_to_the_repository(
         page.locator("#publish").click()
         expect(page.locator("#job-head")).to_contain_text("Published:", timeout=300_000)
         assert page.locator("#publish-token input").input_value() == ""
+        expect(page.locator("#changes")).to_be_hidden()
+        expect(page.locator("#repo input, #repo textarea")).to_have_value(REPO)
 
         repo = hub.repos["model", REPO]
         assert len(repo.commits) == n_commits + 1, "a commit was made twice"

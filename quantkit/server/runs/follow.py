@@ -182,18 +182,21 @@ class Follower:
         config = self.config
         if config is None:
             return None
-        current = self.progress.current
+        current, state = self.progress.current, self.state()
+        planned = record.stage_seconds if record and state == views.RUNNING else None
         summary = RunSummary(
             self.folder.name,
             shortened(config.model, _MAX_NAME),
             shortened(config.sizes, _MAX_NAME),
             config.profile,
-            self.state(),
+            state,
             self.created,
             record is None or record.owner is None,
             position,
             current.name if current else None,
             current.percent if current else None,
+            self.progress.overall(planned, time.time()),
+            self.progress.published_url is not None,
         )
         is_settled = summary.state not in (views.QUEUED, views.RUNNING) and not self.is_behind
         if record is not None and is_settled:
@@ -256,7 +259,6 @@ class Follower:
             stages=tuple(progress.stages.values()),
             message=current.message if current else "",
             eta_seconds=progress.eta_seconds(time.time()) if running else None,
-            overall=progress.overall(record.stage_seconds, time.time()) if running else None,
             machine=record.machine,
             usd_per_hour=record.usd_per_hour,
             hours=record.hours,

@@ -30,6 +30,8 @@ class RunSummary:
     position: int | None = None  # in the queue, 1 is next
     current: str | None = None  # the stage at work, or the one that failed
     percent: int | None = None  # of that stage
+    overall: Overall | None = None  # of the whole run, while it is at work
+    is_published: bool = False
 
 
 def is_model(name: str) -> bool:
@@ -80,7 +82,6 @@ class RunView(RunSummary):
     seed: int = 0
     message: str = ""
     eta_seconds: float | None = None  # of the current stage
-    overall: Overall | None = None  # of the whole run, while it is at work
     wait_seconds: float | None = None  # until a queued run starts
     executor: str = "local"
     is_remote: bool = False  # whether the work is done elsewhere

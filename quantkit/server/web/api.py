@@ -249,7 +249,8 @@ def add_endpoints(handlers: Handlers) -> None:
 
         Args:
             job_id: as `start_job` returned it.
-            repo: owner/name; empty for the model's name with -GGUF, in the caller's account.
+            repo: owner/name; empty for the one of the last time, else the model's name with -GGUF,
+                in the caller's account.
             visibility: model (private if that is private or gated), private or public.
             collection: the title of one of the caller's, created if there is none, or the last
                 part of a collection's URL; empty for none.

@@ -23,7 +23,7 @@ from quantkit.server.web.form_handlers import Client, FormHandlers, checked_toke
 # The parts of a run's page that are sent only when they changed, in the order of the outputs.
 CHUNKS = (
     *("head", "stages", "share", "results", "report", "files", "curve", "card", "log", "raw"),
-    *("tried", "collection", *PLOTS),
+    *("tried", "repo", "collection", *PLOTS),
 )
 SWITCHES = (
     *("can_cancel", "can_resume", "can_notify", "can_edit", "can_open", "can_close"),
@@ -85,16 +85,18 @@ class Handlers(FormHandlers):
         self.store.compare(run_id, client.owner, files, secret)
 
     def proposed(self, run_id: Any, repo: str, secret: str | None, client: Client) -> str:
-        """Return the repository as given, else the account's own with the model's name. Raises
-        QuantkitError.
+        """Return the repository as given, else the one of before, else the account's own with the
+        model's name. Raises QuantkitError.
         """
-        if str(repo or "").strip():
-            return check_repo(repo)
+        run = self.store.view(run_id, client.owner)
+        named = repo if str(repo or "").strip() else run.publish_to
+        if named:
+            return check_repo(named)
         token = self._secret(secret)
         if client.username is None and token is None:
             raise NeedsToken("Publishing needs a token.", "It needs the permission to write.")
         user = client.username or account(str(token))
-        name = view.model_name(self.store.view(run_id, client.owner).model).partition("@")[0]
+        name = view.model_name(run.model).partition("@")[0]
         return check_repo(f"{user}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-GGUF")
 
     def publish(
@@ -168,6 +170,7 @@ class Handlers(FormHandlers):
             "log": view.log(run),
             "raw": view.raw_log(raw),
             "tried": "\n".join(run.tried),
+            "repo": run.publish_to or "",
             "collection": self._collection(run),
             **results.plots(run),
             "can_cancel": run.can_cancel,

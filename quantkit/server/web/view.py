@@ -157,13 +157,14 @@ def _machine(run: RunView) -> str:
     facts = [f"{noun} on {run.machine}" if run.machine else noun]
     if run.usd_per_hour:
         facts.append(f"${run.usd_per_hour:.2f} an hour")
-    if run.hours:
+    is_over = run.state == "finished" or (run.remote is not None and run.remote.has_ended)
+    if run.hours and not is_over:
         facts.append(f"stopped after {run.hours} h at the latest")
     if run.remote is None:
         return " · ".join(facts)
     if run.remote.usd is not None:
-        when = "when it was last heard of" if run.is_unattended else "so far"
-        facts.append(f"${run.remote.usd:.2f} {when}")
+        heard = "when it was last heard of" if run.is_unattended else "so far"
+        facts.append(f"${run.remote.usd:.2f} {'in all' if is_over else heard}")
     return " · ".join(facts) + (_load(run.remote.metrics) if run.state == "running" else "")
 
 

@@ -16,7 +16,6 @@ from quantkit.server.web.events import asked, growing, quietly, said
 from quantkit.server.web.form import visibility
 from quantkit.server.web.form_handlers import Client, checked_token
 from quantkit.server.web.handlers import CHUNKS, COLLECTION, SWITCHES, Handlers
-from quantkit.server.web.view import notice
 
 
 class Watch:
@@ -141,9 +140,10 @@ class Watch:
             '<p class="qk-help">Uploads the files above: the GGUF, its importance matrix,'
             " recipe, report and model card. Other files in the repository stay.</p>"
         )
-        self.repo = gr.Textbox(
+        self.chunks["repo"] = self.repo = gr.Textbox(
             label="Repository",
-            info="Empty: the model's name with -GGUF, in your account.",
+            info="Empty: where it was published last, else the model's name with -GGUF, in your"
+            " account.",
             placeholder="you/my-model-GGUF",
             max_length=200,
             elem_id="repo",
@@ -284,7 +284,7 @@ class Watch:
             def do() -> str:
                 handlers.publish(current, repo, seen_by, collection, client, token or typed)
                 gr.Info("The upload has started. Its progress is at the top of the page.")
-                return notice("The upload has started.", "Its progress is above.", "info")
+                return ""
 
             found, ok = handlers.told(do)
             kept = "" if ok else gr.skip()
@@ -363,7 +363,7 @@ def updates(
 
 
 def _update(name: str, value: str | bool) -> Any:
-    if name == "collection":
+    if name in ("repo", "collection"):
         return gr.update(value=str(value))
     if name == "tried":  # a name a line
         names = str(value).splitlines()
