@@ -249,7 +249,6 @@ class Follower:
         record = self.record or RunRecord(None, self.created)
         running = summary.state == views.RUNNING
         rest = _REST if running else 0.0
-        files = self.files()
         current = progress.current
         error, remedy = self._error(summary.state)
         return RunView(
@@ -273,14 +272,13 @@ class Follower:
             log=tuple(progress.log),
             report=self._read(str(RELATIVE.report), _read_report, rest),
             allocation=self._read(str(RELATIVE.best), _read_allocation, rest),
-            files=files,
+            files=self.files(),
             card=self._read(str(RELATIVE.upload / "README.md"), _read_card) or "",
             had_token=record.has_token,
             shared=record.shared,
             publish_to=config.publish,
             published_url=progress.published_url,
             repo_is_private=progress.repo_is_private,
-            can_try=not running and any(file.is_here for file in views.models(files)),
             has_base=self.base_path() is not None,
             n_dropped=self.n_dropped,
         )

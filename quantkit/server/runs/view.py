@@ -104,8 +104,7 @@ class RunView(RunSummary):
     publish_to: str | None = None
     published_url: str | None = None
     repo_is_private: bool | None = None  # when it was published; None: not known
-    can_try: bool = False  # a finished file lies here and can be talked to
-    has_base: bool = False  # so does the original
+    has_base: bool = False  # the original lies here
     n_dropped: int = 0  # lines of the events file that are no events
 
     @property
@@ -125,8 +124,13 @@ class RunView(RunSummary):
 
     @property
     def tried(self) -> tuple[str, ...]:
-        """Return the names of the finished files that can be talked to."""
-        return tuple(file.name for file in self.models if file.is_here) if self.can_try else ()
+        """Return the names of the finished files that lie here and can be talked to."""
+        here = (file.name for file in self.models if file.is_here)
+        return () if self.state == RUNNING else tuple(here)
+
+    @property
+    def can_try(self) -> bool:
+        return bool(self.tried)
 
     @property
     def can_resume(self) -> bool:
