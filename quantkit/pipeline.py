@@ -263,7 +263,7 @@ def _to_do(directory: RunDir, config: RunConfig, events: EventLog, until: str) -
             raise QuantkitError(
                 f"The {stage.name} stage in {directory.path} was made with"
                 f" {name} = {record.inputs.get(name)}, which is now {inputs.get(name)}.",
-                "Start again with another --out.",
+                "Start a new run (with another --out).",
             )
         if not stage.is_current(config, record):
             break

@@ -27,7 +27,7 @@ _LEAST_OF_CODEBOOKS = 0.8  # scalar types of the same bits are there, and faster
 # wants"), where most rows divide into the smaller one's blocks.
 _NO_BETTER_THAN = {QuantType("Q4_1"): QuantType("Q4_K")}
 _SAME_SIZE = 0.95  # more of the larger one's bytes are rows that fell back to it
-LEFT_OUT = "no file of the sizes asked for would want them; --levels makes them"
+LEFT_OUT = "no file of the sizes asked for would want them; they are made when they are named"
 
 
 @dataclass(frozen=True)
@@ -189,13 +189,13 @@ def _check_patterns(config: RunConfig, tensors: Sequence[str], any_chosen: bool)
     if not any_chosen:
         raise UsageError(
             f"No quantizable tensor matches {config.tensors!r}.",
-            "See `quantkit plan` for the names.",
+            "Name some of it, such as ffn_down (`quantkit plan` lists them).",
         )
     for pattern, _ in config.types:
         if pattern != "default" and not any(
             compile_pattern(pattern).search(name) for name in tensors
         ):
             raise UsageError(
-                f"No quantizable tensor matches {pattern!r} of --types.",
-                "See `quantkit plan` for the names.",
+                f"No quantizable tensor matches the pinned {pattern!r}.",
+                "Name some of it, such as ffn_down (`quantkit plan` lists them).",
             )

@@ -74,7 +74,7 @@ class BitsPerWeight(_Asked):
             bpw = 0.0
         if not 0.5 <= bpw <= 32:
             raise UsageError(
-                f"--target-bpw {self.value} is not a number of bits per weight.",
+                f"{self.value} is not a number of bits per weight.",
                 "Use something like 4.5.",
             )
         object.__setattr__(self, "value", value)

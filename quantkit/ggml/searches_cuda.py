@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise QuantkitError(
         "Quantizing on a GPU needs Triton, which is not installed.",
-        "Install PyTorch's CUDA build for Linux, which brings it, or use --device cpu.",
+        "Install PyTorch's CUDA build for Linux, or use --device cpu.",
     ) from error
 
 TINY = tl.constexpr(1e-15)  # ggml takes smaller maxima for zero

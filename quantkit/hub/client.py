@@ -164,7 +164,7 @@ def why_offline(token: str | None) -> str | None:
     not.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return "HF_HUB_OFFLINE is set"
+        return "the Hub is switched off here"
     try:
         call(lambda: hf_api(token).repo_exists("datasets/none"), Asked(), token, waits=())
     except QuantkitError as error:

@@ -161,8 +161,8 @@ def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
     """Errors in which the Hub said nothing."""
     if isinstance(error, OfflineModeIsEnabled):
         return QuantkitError(
-            "Access to the Hub is switched off by HF_HUB_OFFLINE.",
-            "Unset it, or give a local folder.",
+            "Access to the Hub is switched off here.",
+            "Unset HF_HUB_OFFLINE, or give a local folder.",
         )
     if isinstance(error, LocalTokenNotFoundError):
         return NeedsToken("You need to be signed in to the Hub for this.")
@@ -176,7 +176,7 @@ def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
     if isinstance(error, (httpx2.ConnectError, httpx2.ProxyError)):
         return QuantkitError(
             f"The Hub at {endpoint()} cannot be reached.",
-            "Check the network, the proxy and HF_ENDPOINT, then try again.",
+            "Try again. If it lasts, check the network, the proxy and HF_ENDPOINT.",
         )
     if isinstance(error, (httpx2.TransportError, httpx2.StreamError)):
         return QuantkitError(
@@ -184,7 +184,8 @@ def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
         )
     if isinstance(error, json.JSONDecodeError):
         return QuantkitError(
-            f"{endpoint()} does not answer like the Hub.", "Check HF_ENDPOINT and the proxy."
+            f"{endpoint()} does not answer like the Hub.",
+            "Try again. If it lasts, check the proxy and HF_ENDPOINT.",
         )
     if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
         details = " ".join(str(error).split())
@@ -192,7 +193,7 @@ def _without_answer(error: BaseException, asked: Asked) -> QuantkitError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return QuantkitError(
             "Ran out of disk space while downloading from the Hub.",
-            "Free some space, or point HF_HOME to a larger disk, and start again.",
+            "Free some space, or point HF_HOME to a larger disk.",
         )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return QuantkitError(

@@ -154,7 +154,7 @@ def _one_revision(in_text: str | None, asked: str | None) -> str | None:
     """The revision from the address or from --revision; they may not contradict each other."""
     if in_text is not None and asked is not None and in_text != asked:
         raise UsageError(
-            f"The URL names the revision {in_text}, but --revision says {asked}.",
+            f"The URL names the revision {in_text}, but {asked} was asked for, too.",
             "Give only one of them.",
         )
     revision = asked if asked is not None else in_text

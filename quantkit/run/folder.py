@@ -177,12 +177,12 @@ class RunDir:
             if isinstance(schema, int) and schema > _SCHEMA:
                 raise QuantkitError(
                     f"{path} was made by a newer quantkit (schema {schema}).",
-                    "Resume with that one, or choose another --out.",
+                    "Resume with that one, or start a new run (with another --out).",
                 )
             if schema != _SCHEMA:
                 raise QuantkitError(
                     f"{path} was made by an older quantkit with other stages (schema {schema}).",
-                    "Choose another --out: the files that it published stay valid.",
+                    "Start a new run (with another --out): the files that it published stay valid.",
                 )
             if value.get("sha256", fingerprint(stages)) != fingerprint(stages):
                 raise Damaged(path, "its sum is another")

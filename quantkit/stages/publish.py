@@ -164,7 +164,7 @@ def _upload(run: Run, folder: Path, staged: Sequence[Path]) -> StageResult:
     message = f"{_name(run)}: {', '.join(files)}"
     why = why_private(run.config, load_snapshot(run.dir).info)
     if why and not run.config.private:
-        run.events.emit(NAME, "note", f"{why}: published privately (--public overrides this)")
+        run.events.emit(NAME, "note", f"{why}: published privately, as nothing else was asked for")
     private, token = why is not None, hub.resolve_token()
     made = hub.publish(
         folder, run.config.publish, token, private, message, progress, _known(run, folder)

@@ -148,7 +148,7 @@ def test_no_hub_at_all(isolated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(QuantkitError, match="http://127.0.0.1:9 cannot be reached"):
         look("alice/x")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(QuantkitError, match="switched off by HF_HUB_OFFLINE"):
+    with pytest.raises(QuantkitError, match="switched off here. Unset HF_HUB_OFFLINE"):
         look("alice/x")
 
 

@@ -69,7 +69,7 @@ def test_as_its_model(
     run = fetched(tmp_path, "alice/tiny", **asked)
     assert is_published_privately(server, run, tmp_path) == wanted
     notes = run.dir.events_path.read_text()
-    assert ("published privately (--public overrides this)" in notes) == (wanted and not asked)
+    assert ("published privately, as nothing else was asked for" in notes) == (wanted and not asked)
 
 
 @pytest.mark.parametrize("which", ["lora", "base"])

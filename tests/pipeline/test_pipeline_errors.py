@@ -347,7 +347,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_offline(tmp_path: Path, offline: dict[str, str]) -> None:
     said = sentence(quantkit("run", "lab/x", "--out", tmp_path / "run", *CHEAP, env=offline))
-    assert "switched off by HF_HUB_OFFLINE. Unset it, or give a local folder." in said
+    assert "switched off here. Unset HF_HUB_OFFLINE, or give a local folder." in said
 
 
 @pytest.mark.slow

@@ -33,9 +33,9 @@ def unknown_tokenizer(outcome: Outcome, log: Path) -> QuantkitError:
     return QuantkitError(
         f"The converter does not know this model's tokenizer (hash {tokenizer_hash(outcome)}), and "
         "none of llama.cpp's pre-tokenizers splits text as it does.",
-        "If the model was fine-tuned from a known one, put the original's tokenizer.json and "
-        "tokenizer_config.json into a local copy, or try a newer llama.cpp through "
-        f"QUANTKIT_CONVERTER. The full log is {log}.",
+        "Put the tokenizer.json and tokenizer_config.json of the model that it was fine-tuned from "
+        "into a copy of it, or try a newer llama.cpp through QUANTKIT_CONVERTER. The full log is "
+        f"{log}.",
     )
 
 

@@ -68,8 +68,8 @@ def ensure_converter(sdist: Path | None = None) -> Path:
     if other:
         if not (Path(other) / "convert_hf_to_gguf.py").is_file():
             raise QuantkitError(
-                f"QUANTKIT_CONVERTER names {other}, which has no convert_hf_to_gguf.py.",
-                "Set it to the top folder of a llama.cpp checkout, or unset it.",
+                f"The converter {other} has no convert_hf_to_gguf.py.",
+                "Set QUANTKIT_CONVERTER to the top folder of a llama.cpp checkout, or unset it.",
             )
         return Path(other).resolve()
     tree = install_dir() / "llama.cpp"

@@ -26,7 +26,7 @@ from quantkit.server.runs import compared, texts
 from quantkit.server.runs.adopt import adopt
 from quantkit.server.runs.request import RunForm, check_machine, models_of, to_config
 from quantkit.server.runs.store import RunStore
-from quantkit.server.web import previews, view
+from quantkit.server.web import previews, view, words
 from quantkit.server.web.rate_limit import RateLimit
 from quantkit.server.web.visitor import Visitors
 
@@ -70,6 +70,7 @@ class FormHandlers:
         self.visitors = visitors
         self.on_space = on_space
         self.sign_in = sign_in  # whether a Hub user can sign in, and has to before a run
+        self.page = words.of_page(sign_in, store.public)
         self.remote = registry.remote()  # places elsewhere that runs may be done at
         self.rate_limit = RateLimit()
         self._welcomed: dict[str, float] = {}
@@ -113,13 +114,7 @@ class FormHandlers:
 
     def notice(self, error: QuantkitError) -> str:
         """Return what went wrong as HTML, in words for a visitor of the page."""
-        return view.notice(error.message, self.remedy(error))
-
-    def remedy(self, error: QuantkitError) -> str:
-        """Return what a visitor of the page can do about it."""
-        if not isinstance(error, NeedsToken):
-            return error.remedy
-        return view.give_token(error.step, self.sign_in)
+        return view.notice(error.message, self.page.remedy(error))
 
     def told(self, action: Callable[[], str]) -> tuple[str, bool]:
         """Return the action's text and True, or what went wrong as a notice and False: a page never
@@ -140,7 +135,7 @@ class FormHandlers:
         nothing is queued then that the preview refuses, of any of them.
         """
         if self.sign_in and client.username is None:
-            raise QuantkitError("You are not signed in.", "Sign in with Hugging Face first.")
+            raise NeedsToken("You are not signed in.")
         owner, secret = known(client.owner), checked_token(token)
         forms = _one_each(form)
         others = compared.parse(form.compare)
@@ -248,7 +243,7 @@ class FormHandlers:
                 rows.append(previews.Planned(form.model, plan, self._why_not_here(plan)))
             except QuantkitError as error:
                 wants_token |= isinstance(error, NeedsToken)
-                said = f"{error.message} {self.remedy(error)}".strip()
+                said = f"{error.message} {self.page.remedy(error)}".strip()
                 rows.append(previews.Planned(form.model, None, said))
             yield Shown(previews.of_many(rows, len(forms) - len(rows)), wants_token)
 

@@ -112,7 +112,7 @@ class _Request:
         """Judge it, answer it or pass it on. Raises Refused."""
         headers, places, path = self._headers, self._places, self._scope["path"]
         if not places.serves(headers.get("host", "")):
-            raise Refused(421, "This server has another name: see QUANTKIT_HOSTS in docs/space.md.")
+            raise Refused(421, "This server has another name: docs/space.md says how to add one.")
         door = self._door()
         address = places.address(self._peer, headers)
         if self._scope["method"] == "OPTIONS":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,11 +149,8 @@ class Handlers(FormHandlers):
         shown.
         """
         try:
-            run = self.store.view(run_id, owner)
+            run = self.page.run_of(self.store.view(run_id, owner))
             raw = self.store.log_tail(run_id, owner)
-            if run.token_step is not None:
-                remedy = view.give_token(run.token_step, self.sign_in)
-                run = dataclasses.replace(run, remedy=remedy)
         except QuantkitError as error:
             lost = self.notice(error)
             return {**dict.fromkeys(CHUNKS, ""), **dict.fromkeys(SWITCHES, False), "head": lost}

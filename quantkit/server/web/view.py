@@ -74,16 +74,6 @@ raw_log, run_list = macro("raw_log"), macro("run_list")
 first_run = macro("first_run")  # of what a Space lacks
 
 
-def give_token(step: str, sign_in: bool) -> str:
-    """Return how a visitor gives a token, after a `step` on the Hub."""
-    how = (
-        "Sign in above with an account that has access."
-        if sign_in
-        else "Enter a token of an account that has access below."
-    )
-    return f"{step} {how}".strip()
-
-
 def filled_in(left_out: Sequence[str], published_to: str | None) -> str:
     """Return the notice of a form that is filled in as for an earlier run."""
     said = [f"It has no field for: {', '.join(left_out)}."] if left_out else []
