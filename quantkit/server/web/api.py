@@ -1,8 +1,8 @@
 """The documented API endpoints: what a run would take, and what can be done with runs.
 
 For gradio_client, plain HTTP and agents. A caller is known by its `key`: `start_job` returns one,
-and it is given to the other calls. On a Space a caller signs in with its Hub token instead
-(`Client(..., oauth_token=...)`).
+and it is given to the other calls. On a Space a caller signs in with its Hub token instead: in the
+header Authorization, or as `oauth_token` of a call over HTTP.
 """
 
 from __future__ import annotations
@@ -14,34 +14,58 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import NeedsToken, QuantkitError, UsageError
 from quantkit.hub import jobs
 from quantkit.server.runs.request import RunForm, models_of, to_config
-from quantkit.server.web import view
-from quantkit.server.web.form_handlers import Client, known
+from quantkit.server.web import view, words
+from quantkit.server.web.form_handlers import Client, checked_token
 from quantkit.server.web.handlers import Handlers
+from quantkit.server.web.words import Audience
 from quantkit.tensors import to_json
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def add_endpoints(handlers: Handlers) -> None:
-    """Register the endpoints with the Blocks under construction."""
+def add_endpoints(handlers: Handlers) -> frozenset[str]:
+    """Register the endpoints with the Blocks under construction. Return their names."""
 
-    def asker_of(
-        key: str, request: gr.Request, profile: gr.OAuthProfile | None, token: gr.OAuthToken | None
-    ) -> Client:
-        """Return the caller: a signed-in user, the owner of a Hub token, or the holder of a key."""
+    audience = words.of_api(handlers.store.public)
+    told = functools.partial(_told, audience)
+
+    def caller(
+        key: str, request: gr.Request, profile: gr.OAuthProfile | None, given: gr.OAuthToken | None
+    ) -> tuple[Client, str]:
+        """Return the caller, who is a signed-in user, the owner of a Hub token, the holder of a key
+        or nobody known; and the token, empty without one. Raises QuantkitError.
+        """
         client = handlers.client(request, profile)
-        if client.username is None and handlers.on_space and token is not None:
-            name = jobs.account(token.token)
-            return Client(f"hf:{name}", name, client.address)
-        if client.username is None and (visitor := handlers.visitors.check(key)) is not None:
-            return Client(f"visitor:{visitor}", None, client.address)
-        return client
+        token = checked_token(given.token if given else _bearer(request)) or ""
+        key = str(key or "").strip()
+        visitor = handlers.visitors.check(key)
+        if key and visitor is None:
+            raise UsageError("That is not a key.", "Give the one that start_job returned.")
+        if client.username is None and handlers.on_space and token:
+            name = jobs.account(token)
+            return Client(f"hf:{name}", name, client.address), token
+        if client.username is None and visitor is not None:
+            return Client(f"visitor:{visitor}", None, client.address), token
+        return client, token
 
-    @_told
+    def known(
+        key: str, request: gr.Request, profile: gr.OAuthProfile | None, given: gr.OAuthToken | None
+    ) -> tuple[Client, str, str]:
+        """Return the caller, its owner's name of runs and the token. Raises QuantkitError for
+        nobody.
+        """
+        client, token = caller(key, request, profile, given)
+        if client.owner is None:
+            if handlers.sign_in:
+                raise NeedsToken("No token was sent.")
+            raise UsageError("No key was given.", "Give the one that start_job returned.")
+        return client, client.owner, token
+
+    @told
     def estimate(
         request: gr.Request,
         model: str,
@@ -67,8 +91,7 @@ def add_endpoints(handlers: Handlers) -> None:
             bpw: bits per weight of the whole file, such as 4.5; 0 to use size or like.
             profile: how much work to spend: demo, fast, standard or thorough.
             revision: branch, tag or commit of the model; empty for its main branch.
-            memory: what has to hold the file and its context, such as 8GB, or a device such as
-                gpu-8gb or mac-16gb; empty for no limit.
+            memory: for the file and its context, such as 8GB, gpu-8gb or mac-16gb; empty: no limit.
             context: tokens of context that have to fit, too.
             family: stock mixes with commas, such as Q3_K_M,Q4_K_M: a file of each one's size.
             levels: types to choose from with commas, such as Q4_K,Q6_K; empty for the profile's.
@@ -87,11 +110,11 @@ def add_endpoints(handlers: Handlers) -> None:
             revision=revision,
         )
         to_config(form, handlers.store.public)  # what is wrong is said before it is counted
-        client = asker_of("", request, user, token)
+        client, secret = caller("", request, user, token)
         handlers.allow("preview", client)
-        return to_json(handlers.estimate(form, token.token if token else None, client))
+        return to_json(handlers.estimate(form, secret or None, client))
 
-    @_told
+    @told
     def start_job(
         request: gr.Request,
         model: str,
@@ -125,17 +148,14 @@ def add_endpoints(handlers: Handlers) -> None:
             revision: branch, tag or commit of the model; empty for its main branch.
             calibration: calibration texts, name[:weight],...; auto chooses.
             seed: seed of the search.
-            memory: what has to hold the file and its context, such as 8GB, or a device such as
-                gpu-8gb or mac-16gb; empty for no limit.
+            memory: for the file and its context, such as 8GB, gpu-8gb or mac-16gb; empty: no limit.
             context: tokens of context that have to fit, too.
             family: stock mixes with commas, such as Q3_K_M,Q4_K_M: a file of each one's size.
             levels: types to choose from with commas, such as Q4_K,Q6_K; empty for the profile's.
-            compare: GGUFs of others on the Hub to measure beside it, owner/name or
-                owner/name/file.gguf, with commas.
+            compare: repositories or files on the Hub to measure beside it, with commas.
             machine: here, or auto or a name for a Hugging Face Job, billed to the caller.
             publish: owner/name on the Hub to upload the result to; empty for none.
-            visibility: of that repository: model (private if that is private or gated), private or
-                public.
+            visibility: model (private if that is private or gated), private or public.
             key: the key of an earlier answer, to keep jobs together; empty for a new one.
         """
         form = RunForm(
@@ -157,16 +177,16 @@ def add_endpoints(handlers: Handlers) -> None:
             machine=machine,
             compare=compare,
         )
-        client = asker_of(key, request, user, token)
-        if client.username is None and (not key or client.owner is None):
+        client, secret = caller(key, request, user, token)
+        if client.owner is None and not handlers.sign_in:
             key = handlers.visitors.new_key()
             client = Client(f"visitor:{handlers.visitors.check(key)}", None, client.address)
         if len(models_of(model)) > 1:
             raise UsageError("Those are several models.", "Start a job for each.")
-        (job_id,) = handlers.start(form, token.token if token else "", client)
+        (job_id,) = handlers.start(form, secret, client)
         return {"job_id": job_id, "key": key}
 
-    @_told
+    @told
     def job_status(
         request: gr.Request,
         job_id: str,
@@ -181,8 +201,8 @@ def add_endpoints(handlers: Handlers) -> None:
             job_id: as `start_job` returned it.
             key: as `start_job` returned it.
         """
-        owner = asker_of(key, request, user, token).owner
-        run = handlers.store.view(job_id, owner)
+        client, _ = caller(key, request, user, token)
+        run = audience.run_of(handlers.store.view(job_id, client.owner))
         job = to_json(run)
         job["job_id"] = job.pop("id")
         job["job"] = job.pop("remote")  # as clients have known it
@@ -192,7 +212,7 @@ def add_endpoints(handlers: Handlers) -> None:
             job.pop(left_out)
         return _without_paths(job)
 
-    @_told
+    @told
     def list_jobs(
         request: gr.Request,
         key: str = "",
@@ -204,17 +224,17 @@ def add_endpoints(handlers: Handlers) -> None:
         Args:
             key: as `start_job` returned it.
         """
-        runs = handlers.store.runs(known(asker_of(key, request, user, token).owner))
+        _, owner, _ = known(key, request, user, token)
         return [
             {
                 **{"job_id": run.id, "model": run.model, "target": run.target},
                 **{"profile": run.profile, "state": run.state, "created": run.created},
                 **{"stage": run.current, "percent": run.percent, "position": run.position},
             }
-            for run in runs
+            for run in handlers.store.runs(owner)
         ]
 
-    @_told
+    @told
     def resume_job(
         request: gr.Request,
         job_id: str,
@@ -228,13 +248,12 @@ def add_endpoints(handlers: Handlers) -> None:
             job_id: as `start_job` returned it.
             key: as `start_job` returned it.
         """
-        client = asker_of(key, request, user, token)
+        client, owner, secret = known(key, request, user, token)
         handlers.allow("start", client)
-        owner = known(client.owner)
-        handlers.store.resume(job_id, owner, token.token if token else None)
+        handlers.store.resume(job_id, owner, secret or None)
         return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
 
-    @_told
+    @told
     def publish_job(
         request: gr.Request,
         job_id: str,
@@ -249,19 +268,16 @@ def add_endpoints(handlers: Handlers) -> None:
 
         Args:
             job_id: as `start_job` returned it.
-            repo: owner/name; empty for the one of the last time, else the model's name with -GGUF,
-                in the caller's account.
+            repo: owner/name; empty for that of the last time, else the caller's, by the model.
             visibility: model (private if that is private or gated), private or public.
-            collection: the title of one of the caller's, created if there is none, or the last
-                part of a collection's URL; empty for none.
+            collection: the title of one, made if there is none, or the end of its URL; or empty.
             key: as `start_job` returned it.
         """
-        client = asker_of(key, request, user, token)
-        owner, secret = known(client.owner), token.token if token else ""
+        client, owner, secret = known(key, request, user, token)
         handlers.publish(job_id, repo, visibility, collection, client, secret)
         return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
 
-    @_told
+    @told
     def share_job(
         request: gr.Request,
         job_id: str,
@@ -277,14 +293,13 @@ def add_endpoints(handlers: Handlers) -> None:
             is_open: false to close it.
             key: as `start_job` returned it.
         """
-        client = asker_of(key, request, user, token)
-        owner = known(client.owner)
+        client, owner, _ = known(key, request, user, token)
         handlers.allow("act", client)
         handlers.store.share(job_id, owner, is_open)
         share = handlers.store.view(job_id, owner).shared
         return {"job_id": job_id, "url": f"shared/{share}" if share else ""}
 
-    @_told
+    @told
     def cancel_job(
         request: gr.Request,
         job_id: str,
@@ -298,15 +313,17 @@ def add_endpoints(handlers: Handlers) -> None:
             job_id: as `start_job` returned it.
             key: as `start_job` returned it.
         """
-        owner = known(asker_of(key, request, user, token).owner)
-        handlers.store.cancel(job_id, owner, token.token if token else None)
+        _, owner, secret = known(key, request, user, token)
+        handlers.store.cancel(job_id, owner, secret or None)
         return {"job_id": job_id, "state": handlers.store.view(job_id, owner).state}
 
     gr.api(estimate, api_name="estimate", concurrency_limit=16, concurrency_id="preview")
     gr.api(start_job, api_name="start_job", concurrency_limit=8)
     gr.api(job_status, api_name="job_status", concurrency_limit=8)
-    for endpoint in (cancel_job, list_jobs, resume_job, publish_job, share_job):
+    others = (cancel_job, list_jobs, resume_job, publish_job, share_job)
+    for endpoint in others:
         gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=8)
+    return frozenset(made.__name__ for made in (estimate, start_job, job_status, *others))
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -328,7 +345,13 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _told(endpoint: Callable[..., T]) -> Callable[..., T]:
+def _bearer(request: gr.Request) -> str:
+    """The Hub token in the header Authorization; other tokens are a proxy's, and nobody's here."""
+    kind, _, token = str(request.headers.get("authorization", "")).partition(" ")
+    return token.strip() if kind.lower() == "bearer" and token.strip().startswith("hf_") else ""
+
+
+def _told(audience: Audience, endpoint: Callable[..., T]) -> Callable[..., T]:
     """The endpoint, with its signature and its words; what goes wrong becomes one sentence."""
 
     @functools.wraps(endpoint)
@@ -336,7 +359,8 @@ def _told(endpoint: Callable[..., T]) -> Callable[..., T]:
         try:
             return endpoint(*values)
         except QuantkitError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            said = f"{error.message} {audience.remedy(error)}".strip()
+            raise gr.Error(said, print_exception=False) from None
         except Exception:
             logger.exception("an API call failed")
             raise gr.Error("Something went wrong here. Try again.", print_exception=False) from None

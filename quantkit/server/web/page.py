@@ -168,6 +168,9 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
 
         shown = [key_notice, key, *parts]
         quietly(show_key.click, asked(handlers, show_runs), [key, sent], shown)
-        add_endpoints(handlers)
+        endpoints = add_endpoints(handlers)
+    for event in app.fns.values():  # the button to sign in has one that Gradio makes public
+        if event.api_name not in endpoints:
+            event.api_visibility = "private"
     app.queue(default_concurrency_limit=8, max_size=400)
     return app
