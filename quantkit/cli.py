@@ -191,6 +191,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         max_types=arguments.max_types,
         tuning=arguments.tuning,
         tensors=arguments.tensors,
+        equalize=arguments.equalize,
         calibration=calibration.absolute(arguments.calibration),
         eval_text=arguments.eval_text and _given_file("--eval-text", arguments.eval_text),
         tasks=arguments.tasks and _given_file("--tasks", arguments.tasks),

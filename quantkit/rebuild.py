@@ -91,7 +91,7 @@ def _kept(recipe: Recipe, levels: Path, base: Path) -> dict[str, Path]:
     """The level files by name: in the folder or, as a tuned one in that of a run, below it."""
     found = {}
     for name in recipe.levels:
-        if name == RELATIVE.base.name:
+        if name in (RELATIVE.base.name, RELATIVE.equalized_base.name):
             found[name] = base
             continue
         found[name] = levels / name

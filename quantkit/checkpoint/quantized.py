@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from quantkit.checkpoint.safetensors import StoredTensor
 from quantkit.checkpoint.weight_files import shown
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.sandbox.untrusted import Settings
 
 FP8, GPTQ, AWQ, MXFP4, PACKED = "FP8", "GPTQ", "AWQ", "MXFP4", "compressed-tensors"
@@ -66,6 +66,18 @@ class Source:
             f"The source is quantized itself ({self.made_by or self.scheme}): it was expanded to 16"
             f" bits, but what it had lost stays lost."
             f"{carried if self.scheme in INTEGERS else ''}{better}"
+        )
+
+
+def check_equalizable(source: Source | None) -> None:
+    """Raise UsageError for a source whose channels are not to be equalized: it is quantized, and
+    its values would leave the grid that they lie on.
+    """
+    if source is not None:
+        raise UsageError(
+            "The source is quantized itself: with its channels equalized, its values would not lie"
+            " on their grid any more.",
+            "Run it without --equalize.",
         )
 
 

@@ -129,6 +129,7 @@ class RunConfig:
     eval_text: str | None = None
     tasks: str | None = None
     compare: tuple[str, ...] = ()  # GGUFs to measure beside ours: paths or hf://owner/name/file
+    equalize: bool = False  # move powers of two between channels and their readers
     seed: int = 0
     device: str = "cpu"
     publish: str | None = None

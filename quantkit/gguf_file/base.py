@@ -1,4 +1,4 @@
-"""`base.gguf` of a run, and its tensors."""
+"""The full-precision GGUF of a run, and its tensors: what is quantized, and its original."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from quantkit.tensors import TensorSpec
 
 
 def load_base(directory: RunDir) -> GgufFile:
-    """Return `base.gguf` of a run whose convert stage is finished. Every stage asks for it; a
-    header with 100,000s of tokens is read once.
+    """Return what a run quantizes, whose convert stage is finished: `base.gguf`, or the equalized
+    one. Every stage asks for it; a header with 100,000s of tokens is read once.
     """
-    path = directory.artifacts.base
+    return _load(directory.artifacts.quantized)
+
+
+def load_original(directory: RunDir) -> GgufFile:
+    """Return `base.gguf`, the model as it was given: files are measured against it."""
+    return _load(directory.artifacts.base)
+
+
+def _load(path: Path) -> GgufFile:
     found = path.stat() if path.exists() else None
     return _opened(path, (found.st_ino, found.st_size, found.st_mtime_ns) if found else None)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _opened(path: Path, _version: object) -> GgufFile:
     return GgufFile(path)
 

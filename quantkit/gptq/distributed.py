@@ -24,7 +24,7 @@ from quantkit.model.streaming import open_model
 from quantkit.ranks.group import Ranks
 from quantkit.run.stage import Run
 from quantkit.sandbox.untrusted import build
-from quantkit.sources.snapshot import Place, load_snapshot
+from quantkit.sources.snapshot import Place, load_quantized
 from quantkit.statistics.collect import walk
 from quantkit.statistics.inputs import BlockStatistics
 from quantkit.statistics.stored import embedding_file, fisher_file, load_gradients
@@ -58,7 +58,7 @@ def told(run: Run, work: Work, dtype: torch.dtype) -> Any:
     return to_json(
         _Told(
             run.config,
-            Place.of(load_snapshot(run.dir)),
+            Place.of(load_quantized(run.dir)),
             str(dtype).removeprefix("torch."),
             tuple(map(str, plan.levels)),
             types,

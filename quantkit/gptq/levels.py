@@ -32,7 +32,7 @@ from quantkit.model.opening import open_model
 from quantkit.model.row_maps import load_row_maps
 from quantkit.run.folder import read_as, read_json
 from quantkit.run.stage import Run
-from quantkit.sources.snapshot import load_snapshot
+from quantkit.sources.snapshot import load_quantized
 from quantkit.statistics.collect import HEAD, block_names, walk
 from quantkit.statistics.inputs import BlockStatistics, InputDiagonal
 from quantkit.statistics.stored import (
@@ -78,7 +78,7 @@ def _solve_all(run: Run, levels: _Levels) -> None:
     with ranks.session(STAGE, distributed.told(run, work, dtype)):
         ranks.local(distributed.files(run, work))
         if HEAD not in levels.done:  # else a killed run had solved all blocks
-            model = open_model(run, STAGE, load_snapshot(run.dir).folder, dtype, device)
+            model = open_model(run, STAGE, load_quantized(run.dir).folder, dtype, device)
             levels.bar.n_units += len(block_names(len(model.blocks)))
             spill = made.levels / f"activations{PARTIAL}"
             with ranks.task("walk", list(levels.done)):

@@ -40,6 +40,7 @@ class Footprint:
     downloaded: int  # into the Hub's cache, beside the folder
     fetched: int  # weights that fetch writes
     base: int
+    equalized: int  # the checkpoint and the base once more, with channels equalized
     compared: int  # for a while: what convert compares base.gguf with its original by
     calibrated: int
     hidden_states: int  # for a while: those of quantize that do not fit in memory
@@ -70,7 +71,7 @@ class Footprint:
             peaks[name] = kept + for_a_while
 
         stage("fetch", self.fetched)
-        stage("convert", self.base, self.compared)
+        stage("convert", self.base + self.equalized, self.compared)
         stage("calibrate", self.calibrated)
         stage("quantize", levels + self.importances, self.hidden_states + self.importances)
         stage("search", 0, self.searched)
@@ -222,6 +223,7 @@ def _footprint(
         downloaded=0 if info.local_path else info.n_download_bytes,
         fetched=2 * shapes.n_weights if is_written else 0,
         base=shapes.base,
+        equalized=2 * shapes.n_weights + shapes.base if config.equalize else 0,
         compared=shapes.expanded + offloaded_bytes(shapes.n_weights, free_host),
         calibrated=hessian_bytes(width) + 4 * shapes.n_features + 8 * (n_tokens + shapes.n_vocab),
         hidden_states=beyond(itemsize * n_tokens * width, ACTIVATIONS_SHARE, free_host),

@@ -83,6 +83,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensors", metavar="REGEX", help="quantize only tensors whose name matches"
     )
+    parser.add_argument(
+        "--equalize",
+        action="store_true",
+        help="move powers of two between channels and the layers that read them, so that rounding"
+        " costs less",
+    )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the model")
     parser.add_argument(
         "--calibration",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
-from quantkit.checkpoint.quantized import source_of
+from quantkit.checkpoint.quantized import check_equalizable, source_of
 from quantkit.config import PROFILES, RunConfig
 from quantkit.config.budgets import Budget, settle_budgets
 from quantkit.config.levels import LevelPlan, plan_levels, wanted
@@ -136,6 +136,8 @@ def make_plan(
         snapshot, fit = read_headers(info, token, Path(folder))
         copied = copies(fit.tied, info.base or info, token)
         source = source_of(info.id, info.config, info.base_model)
+        if config.equalize:
+            check_equalizable(source)
         warnings = [*said, *info.notes, *fit.notes, *kept_notes(fit.tied, copied)]
         warnings += [] if source is None else [source.sentence(info.base_model)]
         skeleton = Path(folder) / "base.gguf"

@@ -46,6 +46,26 @@ class Artifacts:
         return self.folder("convert") / "base.gguf"
 
     @property
+    def equalized(self) -> Path:
+        """The folder of the checkpoint with its channels equalized, if that was asked for."""
+        return self.folder("convert") / "equalized"
+
+    @property
+    def equalized_base(self) -> Path:
+        """Return the GGUF of `equalized`."""
+        return self.folder("convert") / "equalized.gguf"
+
+    @property
+    def powers(self) -> Path:
+        """The powers of two that the parameters of `equalized` were multiplied by."""
+        return self.folder("convert") / "powers.safetensors"
+
+    @property
+    def quantized(self) -> Path:
+        """Return what is quantized: `equalized_base` where there is one, else `base`."""
+        return self.equalized_base if self.equalized_base.exists() else self.base
+
+    @property
     def projector(self) -> Path:
         """The GGUF of the model's encoder, if it has one that could be converted."""
         return self.folder("convert") / "mmproj.gguf"

@@ -48,10 +48,10 @@ def write_database(
     artifacts: Artifacts, errors: Errors, kept: Mapping[str, QuantType] = {}
 ) -> Database:
     """Index the finished level files, and the tensors `kept`, which may stay in the type that
-    base.gguf has them in. Return what was written.
+    the base has them in. Return what was written.
     """
-    base = GgufFile(artifacts.base)
-    from_levels = os.path.relpath(artifacts.base, artifacts.levels)
+    base = GgufFile(artifacts.quantized)
+    from_levels = os.path.relpath(artifacts.quantized, artifacts.levels)
     found: dict[str, dict[CandidateKey, Candidate]] = {}
 
     def unchanged(name: str) -> Candidate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit import hub
@@ -34,6 +34,14 @@ def load_snapshot(directory: RunDir) -> Snapshot:
     if not is_made and hub.damaged_files(info, folder):
         folder = hub.download(info, hub.resolve_token())
     return Snapshot(info, folder, tuple(value.get("left_out", ())))
+
+
+def load_quantized(directory: RunDir) -> Snapshot:
+    """Return the snapshot with the folder of what is quantized, of a run whose convert stage is
+    finished: the model as it was fetched, or with its channels equalized.
+    """
+    snapshot, equalized = load_snapshot(directory), directory.artifacts.equalized
+    return replace(snapshot, folder=equalized) if equalized.exists() else snapshot
 
 
 @dataclass(frozen=True)

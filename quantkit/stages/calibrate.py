@@ -19,7 +19,7 @@ from quantkit.ranks.group import Ranks
 from quantkit.ranks.join import Task
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sandbox.untrusted import build
-from quantkit.sources.snapshot import Place, load_snapshot
+from quantkit.sources.snapshot import Place, load_quantized
 from quantkit.tensors import to_json
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Calibrate(Stage):
         from quantkit.statistics.stored import embedding_file, fisher_file, save_gradients
 
         made, ranks = run.artifacts, run.ranks
-        snapshot = load_snapshot(run.dir)
+        snapshot = load_quantized(run.dir)
         dtype = compute_dtype(run.config.device)
         told = _Told(Place.of(snapshot), _name(dtype), run.config.device, run.config.seed)
         with ranks.session(NAME, to_json(told)):

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo
 from quantkit.checkpoint.quantized import INTEGERS, source_of
 from quantkit.checkpoint.weight_files import few
+from quantkit.config import N_CTX
 from quantkit.config.levels import plan_levels
 from quantkit.errors import QuantkitError
 from quantkit.files import write_json
@@ -34,16 +36,21 @@ from quantkit.llamacpp.converter.architectures import tables
 from quantkit.llamacpp.converter.convert import convert
 from quantkit.model.unmapped import reason_of
 from quantkit.planning.plan import check_sizes, specs_of
+from quantkit.run.check import Check
 from quantkit.run.stage import Run, Stage, StageResult
-from quantkit.sources.snapshot import Snapshot, load_snapshot, model_name
+from quantkit.sources.snapshot import Place, Snapshot, load_snapshot, model_name
 from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
+    import torch
+
+    from quantkit.calibration.tokenizer import Tokenizer
     from quantkit.evidence.parity import Original
     from quantkit.model.row_maps import RowMap
     from quantkit.sources.carry import CarryOver
 
 NAME = "convert"
+_N_SEQUENCES = 4  # of each text that channels are equalized on
 
 
 class Convert(Stage):
@@ -51,6 +58,7 @@ class Convert(Stage):
 
     name = NAME
     version = 5
+    fields = ("equalize",)
 
     def execute(self, run: Run) -> StageResult:
         """Raise QuantkitError when the converter does not know the model, or nothing of it is
@@ -88,13 +96,6 @@ class Convert(Stage):
             logits, measured = check_logits(base, result.tokens.ids, original, folder)
             maps = matched.result()
         run.events.emit(NAME, "note", f"{logits.name}: {logits.about}")
-        found = {
-            "checks": [result.tokens.check, logits],
-            "apart": result.tokens.apart,
-            "text": result.tokens.text,
-            "logits": measured,
-        }
-        checks = write_json(run.artifacts.checks, found)
         unmapped = sorted(quantizable - maps.keys())
         if not maps:
             raise QuantkitError(
@@ -103,6 +104,14 @@ class Convert(Stage):
             )
         _check_unmapped(run, base, unmapped)
         save_row_maps(maps, run.artifacts.row_maps)
+        equalized, compared = _equalize(run, snapshot, original)
+        found = {
+            "checks": [result.tokens.check, logits, *compared],
+            "apart": result.tokens.apart,
+            "text": result.tokens.text,
+            "logits": measured,
+        }
+        checks = write_json(run.artifacts.checks, found)
         over = _carry_over(run, snapshot, base, specs)
         specs = over.specs(specs)
         n_mapped = sum(specs[name].n_elements for name in maps)
@@ -120,7 +129,7 @@ class Convert(Stage):
             run.artifacts.row_maps,
             checks,
         ]
-        outputs += sorted(run.artifacts.carried.glob("*"))
+        outputs += [*equalized, *sorted(run.artifacts.carried.glob("*"))]
         if _make_projector(run, snapshot, run.artifacts.projector):
             outputs.append(run.artifacts.projector)
         summary = {
@@ -135,6 +144,61 @@ class Convert(Stage):
     def last_reader(self, path: str) -> str:
         """Only the encoder is published."""
         return "publish" if path.endswith("mmproj.gguf") else "validate"
+
+
+def _equalize(
+    run: Run, snapshot: Snapshot, original: Sequence[Original]
+) -> tuple[list[Path], list[Check]]:
+    """Write the model once more with its channels equalized, where that is asked for: the files,
+    and their comparison with the original.
+    """
+    made = run.artifacts
+    shutil.rmtree(made.equalized, ignore_errors=True)
+    for path in (made.equalized_base, made.powers):
+        path.unlink(missing_ok=True)
+    if not run.config.equalize:
+        return [], []
+    from quantkit.calibration.tokenizer import Tokenizer
+    from quantkit.evidence.parity import check_logits
+    from quantkit.model.equalize import equalize
+    from quantkit.model.opening import open_model
+    from quantkit.sources import equalized
+
+    def told(done: int, total: int) -> None:
+        run.events.progress(NAME, done, total, "equalizing the channels of every block")
+
+    model = open_model(run, NAME, snapshot.folder, device=run.config.device)
+    powers = equalize(model, _sample(Tokenizer(snapshot.folder)), told)
+    del model
+    files = equalized.write(snapshot.folder, Place.of(snapshot).files, powers, made.equalized)
+    result = convert(
+        made.equalized,
+        made.equalized_base,
+        model_name=model_name(snapshot),
+        left_out=snapshot.left_out,
+    )
+    base, folder = GgufFile(made.equalized_base), made.folder(NAME)
+    check, _ = check_logits(base, result.tokens.ids, original, folder)
+    check = replace(check, name="logits of the equalized model against the original's")
+    run.events.emit(NAME, "note", f"{check.name}: {check.about}")
+    return [made.equalized_base, powers.save(made.powers), *files], [check]
+
+
+def _sample(tokenizer: Tokenizer) -> torch.Tensor:
+    """The text that channels are equalized on: prose and code, int64 (n_sequences, N_CTX). Where
+    outliers are depends on the model more than on the text.
+    """
+    import torch
+
+    from quantkit.calibration.sources import builtin_text
+
+    rows = []
+    for name in ("docs", "code"):
+        text = builtin_text(name, 16 * N_CTX * _N_SEQUENCES)
+        assert text is not None
+        ids = tokenizer("\n\n".join(text.documents), verbose=False).input_ids
+        rows += [ids[i : i + N_CTX] for i in range(0, N_CTX * _N_SEQUENCES, N_CTX)]
+    return torch.tensor([row for row in rows if len(row) == N_CTX])
 
 
 def _carry_over(

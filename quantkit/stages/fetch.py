@@ -17,7 +17,7 @@ from pathlib import Path
 
 from quantkit import hub
 from quantkit.checkpoint.info import ModelInfo, RepoFile
-from quantkit.checkpoint.quantized import source_of
+from quantkit.checkpoint.quantized import check_equalizable, source_of
 from quantkit.checkpoint.safetensors import scan
 from quantkit.errors import QuantkitError
 from quantkit.files import READERS, write_json
@@ -62,6 +62,8 @@ class Fetch(Stage):
 
         fit = _look_at_headers(run, info, token)
         source = source_of(info.id, info.config, info.base_model)
+        if run.config.equalize:
+            check_equalizable(source)
         if source is not None:
             run.events.emit(NAME, "note", source.sentence(info.base_model))
         folder = own / safe_name(info.id)

@@ -44,7 +44,7 @@ from quantkit.search.evopress import EvoPress
 from quantkit.search.expected import AfterTuning, costs_after
 from quantkit.search.optimizer import Evaluator, Optimizer, Problem, Step
 from quantkit.search.propose import Costs, estimated_costs, knapsack, knapsacks, spend, uniform
-from quantkit.sources.snapshot import Place, load_snapshot
+from quantkit.sources.snapshot import Place, load_quantized
 from quantkit.stages.tune import reason_not_to_tune
 from quantkit.tuning.tuned import FLOAT32_ABOVE_BPW
 
@@ -330,7 +330,7 @@ def _setting(run: Run, space: SearchSpace, limit_bytes: int) -> Setting:
     levels = sorted({c.file for of_tensor in space.candidates for c in of_tensor})
     return Setting(
         space,
-        Place.of(load_snapshot(run.dir)),
+        Place.of(load_quantized(run.dir)),
         str(artifacts.row_maps),
         str(artifacts.tokens),
         {name: str(artifacts.levels / name) for name in levels},

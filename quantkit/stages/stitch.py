@@ -217,7 +217,8 @@ def _recipe(run: Run, path: Path, used: dict[str, Stored], label: str, made: Pro
     the parts that it is published in.
     """
     info = load_snapshot(run.dir).info
-    base = run.records["convert"].outputs[0]
+    name = run.artifacts.quantized.name
+    base = next(o for o in run.records["convert"].outputs if o.path.endswith(name))
     files = _level_files(run)
     return Recipe(
         __version__,

@@ -32,7 +32,7 @@ from quantkit.run.outputs import Budgets
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.search.answers import load_allocation
 from quantkit.search.database import load_database
-from quantkit.sources.snapshot import Place, load_snapshot
+from quantkit.sources.snapshot import Place, load_quantized
 from quantkit.tensors import Candidate, CandidateKey
 from quantkit.tuning.tuned import (
     FLOAT32_ABOVE_BPW,
@@ -185,7 +185,7 @@ def _setting(
     config, artifacts = run.config, run.artifacts
     return Setting(
         dict(chosen),
-        Place.of(load_snapshot(run.dir)),
+        Place.of(load_quantized(run.dir)),
         str(artifacts.row_maps),
         str(artifacts.tokens),
         {c.file: str(artifacts.levels / c.file) for c in chosen.values()},

@@ -48,8 +48,7 @@ from quantkit.evidence.report.schema import (
 from quantkit.evidence.report.text import without_folders
 from quantkit.evidence.room import make_room
 from quantkit.files import sha256_file
-from quantkit.gguf_file.base import load_base
-from quantkit.gguf_file.imatrix import read_imatrix
+from quantkit.gguf_file.base import load_base, load_original
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp.place import weights_room
 from quantkit.run.check import Check, load_checks
@@ -59,7 +58,7 @@ from quantkit.run.provenance import code_version
 from quantkit.run.recipe import Recipe
 from quantkit.run.stage import Run, Stage, StageResult
 from quantkit.sandbox.untrusted import build, typed
-from quantkit.sources.snapshot import load_snapshot
+from quantkit.sources.snapshot import load_quantized, load_snapshot
 from quantkit.tensors import CarriedOver, Fallback
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def _validate(run: Run) -> StageResult:
     from evaluators.base_logits import BaseLogits
 
     measures = Measures(lambda said: run.events.emit(NAME, "note", said))
-    base, stitched = load_base(run.dir), run.artifacts.stitched
+    base, stitched = load_original(run.dir), run.artifacts.stitched
     outputs = load_outputs(run.dir).outputs
     make_room(run, base, outputs)
     texts, device = _texts(run), devices.choose(run.config.device, base)
@@ -118,7 +117,7 @@ def _validate(run: Run) -> StageResult:
     if device.reason:
         run.events.emit(NAME, "note", f"measuring on {device.name}: {device.reason}")
     text = next(iter(texts.values()))
-    checks = {o.file: _checks(run, base, stitched / o.file, text, runtime) for o in outputs}
+    checks = {o.file: _checks(run, stitched / o.file, text, runtime) for o in outputs}
     ours = [
         Baseline(OURS, o.file, partial(as_it_is, stitched / o.file), is_rival=True) for o in outputs
     ]
@@ -192,7 +191,7 @@ class _Checks:
     generation: dict[str, str]
 
 
-def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -> _Checks:
+def _checks(run: Run, ours: Path, text: str, runtime: Runtime) -> _Checks:
     """All integrity checks. Raises QuantkitError when weights or metadata are not what they should
     be; what else fails is an event and stands in the report.
     """
@@ -200,6 +199,7 @@ def _checks(run: Run, base: GgufFile, ours: Path, text: str, runtime: Runtime) -
 
     effort = run.profile.effort
     file = GgufFile(ours)
+    base = load_base(run.dir)
     found = [integrity.same_weights(file, effort.rows), integrity.same_frame(file, base)]
     for check in found:
         if not check.passed:
@@ -232,7 +232,7 @@ def _logit_checks(run: Run, file: GgufFile, text: str, runtime: Runtime) -> list
 
     names = ("logits at F16 against PyTorch's", "logits of the file against PyTorch's")
     maps = load_row_maps(run.artifacts.row_maps)
-    folder = load_snapshot(run.dir).folder
+    folder = load_quantized(run.dir).folder
     try:
         ids = agreement.tokens_of(file.path, text, N_CTX, runtime)
         logits = integrity.torch_logits(folder, maps, file, ids, run.config.device)
@@ -267,7 +267,7 @@ def _not_made(name: str, error: Exception) -> Check:
 
 def _baselines(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Baseline]:
     """Stock files around our sizes, our own uniform files around them, and what the user named."""
-    imatrix = read_imatrix(run.artifacts.imatrix)
+    imatrix = baselines.importances(run.artifacts)
     effort = run.profile.effort
     like = {str(t): t.mix for t in run.config.targets if t.mix}
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}
