@@ -17,9 +17,17 @@ from quantkit.evidence.report import beside, tables, text
 from quantkit.evidence.report.schema import OURS, Output, Report, Row, Search, Tuning, to_json
 from quantkit.llamacpp.output import safe_name
 from quantkit.markdown import table
+from quantkit.run.artifacts import RELATIVE
 from quantkit.sizes import size
 from quantkit.tensors import UNCHANGED
 
+_EQUALIZED = (
+    "Channels are equalized: powers of two were moved from what writes them to the layers that read"
+    " them, so that rounding costs less. At full precision the model answers as before, bit for"
+    " bit, but its weights are others: adapters that were made for the original do not fit this"
+    " file, and the importance matrix is that of the equalized model. llama.cpp's files were made"
+    " of the original."
+)
 _TAGS = ("gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq")
 PROJECT = "https://github.com/quantkit/quantkit"
 BADGE = "made-with-quantkit.png"  # lies in quantkit/data
@@ -336,9 +344,13 @@ def _recipe_of(output: Output) -> str:
 def _made(report: Report, config: RunConfig) -> str:
     texts, note = report.calibration.domains if report.calibration else (), report.calibration_note
     mix = [[t.name, t.source, f"{100 * t.weight:.0f} %", f"`{t.sha256[:16]}…`"] for t in texts]
+    base = RELATIVE.equalized_base.name if config.equalize else RELATIVE.base.name
     rebuild = "\n".join(
-        f"quantkit rebuild {_recipe_of(o)} --base base.gguf --out {o.name}" for o in report.outputs
+        f"quantkit rebuild {_recipe_of(o)} --base {base} --out {o.name}" for o in report.outputs
     )
+    whole = f"the full-precision GGUF (sha256 `{report.base.sha256}`)"
+    if config.equalize:
+        whole = f"`{base}`, which `quantkit run` with `--equalize` leaves in its folder"
     searches = [_search(output.search) for output in report.outputs if output.search]
     lines = [
         f"Model revision `{report.revision}`, profile {config.profile}, seed"
@@ -346,9 +358,10 @@ def _made(report: Report, config: RunConfig) -> str:
         f"Levels to choose from: {', '.join(config.level_names)}"
         f"{'' if config.levels else ', or 16 bits as in the original'}; methods:"
         f" {', '.join(config.methods)}.",
+        *([_EQUALIZED] if config.equalize else []),
         searches[0] if len(searches) == 1 else reports.bullets(searches),
         table(["calibration", "source", "share", "sha256"], mix),
-        f"The same again, from the full-precision GGUF (sha256 `{report.base.sha256}`):",
+        f"The same again, from {whole}:",
         f"```\n{rebuild}\n```",
         "Type lists for `llama-quantize --tensor-type-file` are in `recipes/`, too.",
         "\n\n".join(map(_sum, report.outputs)),

@@ -79,6 +79,15 @@ def card(
     return ModelCard(model_card(info, read(value or report_value()), CONFIG, repo))
 
 
+def test_an_equalized_model_is_rebuilt_from_its_own_base() -> None:
+    """And adapters of the original do not fit it."""
+    report = read(report_value())
+    text = model_card(INFO, report, dataclasses.replace(CONFIG, equalize=True), "me/T")
+    assert "--base equalized.gguf" in text and "--base base.gguf" not in text
+    assert "adapters that were made for the original do not fit" in text
+    assert "equalized" not in str(card().content)
+
+
 def test_the_yaml_is_the_base_cards_and_ours() -> None:
     data = card().data.to_dict()
     assert data["license"] == "apache-2.0" and data["language"] == ["en", "de"]

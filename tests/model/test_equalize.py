@@ -39,7 +39,7 @@ def write_uneven(name: str, folder: Path) -> Path:
     for path in folder.glob("*.safetensors"):
         whole = load_file(path)
         for tensor, values in whole.items():
-            if "layers." in tensor and values.dim() < 3:
+            if tensor.endswith(("norm.weight", "_proj.weight")) and values.dim() < 3:
                 values[3::16] *= 32
                 values[..., 5::16] /= 8
         save_file(whole, path, metadata={"format": "pt"})
