@@ -57,6 +57,7 @@ class _Rates:
     multiply_adds: float  # a second, of a forward pass
     judged: float  # a second, of the search's passes
     bytes: float  # a second: read, hashed or written on the way through a file
+    equalized: float  # of an input of a matrix
     token: float  # that the model writes, and for each of its weights:
     token_weight: float
     block: float  # of a block in one level
@@ -76,6 +77,7 @@ _CPU = _Rates(
     multiply_adds=1.2e11,
     judged=1.5e11,
     bytes=1.6e8,
+    equalized=2e-4,
     token=0.0,
     token_weight=4.3e-11,
     block=0.0,
@@ -94,6 +96,7 @@ _GPU = _Rates(
     multiply_adds=2e14,
     judged=2e14,
     bytes=1.6e8,
+    equalized=2e-5,  # a guess: no GPU has run it
     token=1.3e-4,
     token_weight=3.1e-14,
     block=0.12,
@@ -140,6 +143,8 @@ def _times(
     chosen = _experts_used(base)
     n_used = round(sum(prod(t.shape) * _share(t, chosen) for t in blocks))
     n_head = prod(base.tensors["token_embd.weight"].shape)
+    inputs = sum(t.shape[-1] for t in blocks if len(t.shape) == 2)
+    equalized = rates.equalized * inputs + base_bytes / rates.bytes if config.equalize else 0.0
     n_tokens = profile.calibration_tokens + profile.heldout_tokens
     written = _WRITTEN * n_tokens + 3 * N_CTX * profile.eval_windows
     solved = sum(
@@ -161,7 +166,7 @@ def _times(
     opened = rates.starts + base_bytes / 1e9
     return {
         "fetch": Seconds(8 + base_bytes / 8e8, 0.0),
-        "convert": Seconds(5 + base_bytes / rates.bytes, 0.0),
+        "convert": Seconds(5 + base_bytes / rates.bytes, equalized),
         "calibrate": Seconds(
             opened, written * (rates.token + rates.token_weight * (n_used + n_head))
         ),
