@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from quantkit.calibration.documents import (
     Domain,
     pack,
     split,
+    up_to,
     without,
 )
 from quantkit.config.calibration import (
@@ -103,6 +105,8 @@ class Reader:
         may_replace = parse_spec(spec)[0].name == AUTO
         found, remarks = self.read(wanted, may_replace)
         for request, domain in zip(requests, found, strict=True):
+            if may_replace and not domain.documents:
+                continue  # nothing was left to replace it with: the others have its share
             domains.append((without(domain, seen), request.weight / total))
             seen |= set(domain.documents)
         if self.not_rendered:
@@ -182,10 +186,11 @@ class Reader:
     ) -> tuple[list[Domain], list[str]]:
         """Read texts of files, of the Hub, of CPython and of the model's own, each with about so
         many tokens. With `may_replace` a text of the Hub that does not come is CPython's
-        documentation instead. Return them, and clauses on what is not as it was asked for.
+        documentation instead, empty once all of that is used. Return them, and clauses on what is
+        not as it was asked for.
         """
         texts: dict[int, Domain] = {}
-        n_before = 0
+        used: set[str] = set()
         remarks: list[str] = []
         for i, (request, n_tokens) in enumerate(wanted):
             if request.is_file:
@@ -198,11 +203,10 @@ class Reader:
                 except QuantkitError as error:
                     if not may_replace:
                         raise
-                    n_before += n_characters
-                    texts[i] = self._instead(n_before, n_characters)
-                    remarks.append(
-                        f"Python's documentation instead of {request.name}: {_why(error)}"
-                    )
+                    texts[i] = self._instead(used, n_characters)
+                    used |= set(texts[i].documents)
+                    what = "Python's documentation" if texts[i].documents else "nothing"
+                    remarks.append(f"{what} instead of {request.name}: {_why(error)}")
         # Last, and all together: it takes longest, and the others may be missing.
         left = [i for i in range(len(wanted)) if i not in texts]
         written = self._written([(wanted[i][0].name, wanted[i][1]) for i in left])
@@ -219,15 +223,11 @@ class Reader:
         texts = sources.hub_text(name, n_characters, self.token, self._rendered)
         return sources.domain(name, HUB_TEXTS[name].repo, texts)
 
-    def _instead(self, n_before: int, n_characters: int) -> Domain:
-        """The documentation behind what stands in for other texts already."""
-        whole = self._of_others(_ADDED[0], n_before)
-        last: list[str] = []
-        for text in reversed(whole.documents):
-            if sum(map(len, last)) >= n_characters:
-                break
-            last.append(text)
-        return sources.domain(_ADDED[0], whole.source, last)
+    def _instead(self, used: Container[str], n_characters: int) -> Domain:
+        """The documentation that does not stand in for other texts already."""
+        whole = self._of_others(_ADDED[0], sys.maxsize)
+        left = up_to(n_characters, (text for text in whole.documents if text not in used))
+        return replace(whole, documents=tuple(left))
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         """Chat messages as the model reads them."""

@@ -19,6 +19,7 @@ from quantkit import hub
 from quantkit.calibration import knowledge, mix, sampling, sources
 from quantkit.calibration.documents import Domain
 from quantkit.calibration.mix import Reader
+from quantkit.config import N_CTX, PROFILES
 from quantkit.config.calibration import Request
 from quantkit.config.languages import LANGUAGES, sentences
 from quantkit.errors import QuantkitError
@@ -289,3 +290,26 @@ def test_a_text_that_does_not_come_is_replaced_and_said(
     ]
     with pytest.raises(QuantkitError, match="allenai/c4"):
         reader.read(wanted)
+
+
+def test_auto_outlasts_what_replaces_its_texts(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hub that answers but has no datasets, as a mirror: CPython's documentation is finite."""
+
+    def hub_text(name: str, *_: Any) -> Iterator[str]:
+        raise QuantkitError(f"The dataset {name} cannot be read.")
+
+    monkeypatch.setattr(hub, "why_offline", lambda token: None)
+    monkeypatch.setattr(sources, "hub_text", hub_text)
+    monkeypatch.setattr(Reader, "_written", _documents)
+    _needs(monkeypatch, knowledge.MOST_BITS)
+    profile = PROFILES["standard"]
+    n_tokens = profile.calibration_tokens + profile.heldout_tokens
+    made = reader.mix("auto", n_tokens, profile.eval_windows * N_CTX)
+    texts = [set(domain.documents) for domain, _ in made.domains]
+    assert all(texts) and sum(map(len, texts)) == len(set.union(*texts))
+    assert {"docs", "code", "prose"} == {domain.name for domain, _ in made.domains}
+    assert sum(weight for _, weight in made.domains) == pytest.approx(1)
+    assert "Python's documentation instead of fineweb-edu: The dataset" in made.note
+    assert "nothing instead of lang-de: The dataset" in made.note
