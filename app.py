@@ -15,7 +15,7 @@ from quantkit.server.web.start import serve
 
 def main() -> int:
     try:
-        serve()
+        serve(lambda text: sys.stderr.write(f"{text}\n"))
     except QuantkitError as error:
         sys.stderr.write(f"quantkit: {error}\n")
         return 2

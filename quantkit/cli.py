@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
 
     app = commands.add_parser("app", help="serve the web page on this machine")
+    app.add_argument(
+        "--port",
+        type=int,
+        metavar="N",
+        help="the port to listen on (default: from 7860 on, a free one)",
+    )
     app.set_defaults(command=_app)
 
     for name, help_text, function in (
@@ -336,7 +342,7 @@ def _clean(arguments: argparse.Namespace) -> object:
 def _app(arguments: argparse.Namespace) -> object:
     from quantkit.server.web.start import serve
 
-    serve()
+    serve(lambda text: print(printable(text), flush=True), arguments.port)
     return {}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import socket
 import time
@@ -17,6 +18,7 @@ import uvicorn
 from gradio import http_server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from quantkit.errors import QuantkitError
 from quantkit.server.web.origin import Places, counted
 
 logger = logging.getLogger(__name__)
@@ -143,11 +145,12 @@ def serve(
     """Serve as `gradio.http_server.start_server` does; return name, port, local address and the
     server.
 
-    Raises OSError when no port is free.
+    A port that was asked for is taken or none. Raises QuantkitError when no port is free.
     """
     name = server_name or http_server.LOCALHOST_NAME
-    first = http_server.INITIAL_PORT_VALUE
-    ports = [server_port] if server_port else range(first, first + http_server.TRY_NUM_PORTS)
+    first = server_port or http_server.INITIAL_PORT_VALUE
+    is_asked = server_port or os.environ.get("GRADIO_SERVER_PORT")
+    ports = range(first, first + (1 if is_asked else http_server.TRY_NUM_PORTS))
     bound = _bind(name.strip("[]"), ports)
     table = Connections(places, min(IN_ALL, raise_files() - _SPARE_FILES))
     config = uvicorn.Config(
@@ -170,7 +173,7 @@ def serve(
     return name, port, f"http://{shown}:{port}/", server
 
 
-def _bind(host: str, ports: Any) -> socket.socket:
+def _bind(host: str, ports: range) -> socket.socket:
     for port in ports:
         bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -180,7 +183,11 @@ def _bind(host: str, ports: Any) -> socket.socket:
             return bound
         except OSError:
             bound.close()
-    raise OSError(f"No port of {min(ports)} to {max(ports)} is free: set GRADIO_SERVER_PORT.")
+    named = f"Port {ports[0]} is" if len(ports) == 1 else f"Ports {ports[0]} to {ports[-1]} are"
+    raise QuantkitError(
+        f"{named} taken, or may not be listened on.",
+        "Name a free one with --port or GRADIO_SERVER_PORT.",
+    )
 
 
 def raise_files() -> int:
