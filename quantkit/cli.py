@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -211,8 +212,17 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     )
 
 
+# 5,5GB and 4,5; not 3.5,4.5 nor 2,3,4. A context, as in 8GB@4,096, has no comma either.
+_DECIMAL_COMMA = re.compile(r"(?<![\w.,@])\d+,\d{1,3}(?![\d.,])|(?<=@)\d{1,3},\d{3}(?!\w)")
+
+
 def _listed(given: str | None) -> list[str]:
-    """The entries of a list with commas."""
+    """The entries of a list with commas. Raises UsageError where one may be that of a number."""
+    if given and (found := _DECIMAL_COMMA.search(given)):
+        raise UsageError(
+            f"The comma in {found[0]} can be part of a number or between two.",
+            "Write a point, as in 5.5GB; no comma in a context; and a space after one between two.",
+        )
     return [entry.strip() for entry in given.split(",")] if given is not None else []
 
 

@@ -6,6 +6,7 @@ the memory, three quarters from 64 GB on. A PC or a phone needs the rest for its
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -35,3 +36,23 @@ DEVICES = {
     "pc-32gb": Device("PC 32 GB, no card", "26GiB"),
     "phone-8gb": Device("Phone 8 GB", "4GiB"),
 }
+
+
+def named(text: str) -> str | None:
+    """Return the one of `DEVICES` that people call so, as in RTX 3060, 12GB VRAM or Mac 16 GB; None
+    for what names none or several, and for a size alone.
+    """
+    name = text.strip().lower()
+    if name in DEVICES:
+        return name
+    said = _words(re.sub(r"vram|gpu", "card", name)) - {"nvidia", "geforce"}
+    if all(word == "gb" or word.isdecimal() for word in said):
+        return None
+    found = [key for key, device in DEVICES.items() if said <= _words(device.title.lower())]
+    return found[0] if len(found) == 1 else None
+
+
+def _words(text: str) -> set[str]:
+    """Letters and numbers, each by itself; 5070 Ti is one."""
+    said = text.removesuffix(", no card")
+    return {re.sub(r"\s", "", word) for word in re.findall(r"\d+\s?ti\b|[a-z]+|\d+", said)}

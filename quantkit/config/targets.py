@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fractions import Fraction
 
-from quantkit.config.devices import DEVICES, Device
+from quantkit.config.devices import DEVICES, named
 from quantkit.errors import UsageError
 from quantkit.ggml.types import FILE_TYPES, STOCK_MIXES
 from quantkit.sizes import parse_bytes
@@ -146,8 +146,9 @@ class FitsMemory(_Asked):
     kind: str = field(default="fits", init=False)
 
     def __post_init__(self) -> None:
-        if "@" not in self.value:
-            object.__setattr__(self, "value", f"{self.value.strip()}@{CONTEXT}")
+        memory, at, context = self.value.partition("@")
+        memory = named(memory) or memory.strip()
+        object.__setattr__(self, "value", f"{memory}@{context if at else CONTEXT}")
         self.memory_and_context()
 
     def memory_and_context(self) -> tuple[int, int]:
@@ -158,8 +159,13 @@ class FitsMemory(_Asked):
                 f"{self.value!r} does not give a memory size and a context.",
                 "Write 8GB@8192 (bytes of memory and tokens of context) or gpu-8gb@8192.",
             )
-        device = _device(memory)
-        return parse_bytes(device.free if device else memory), int(context)
+        device = DEVICES.get(memory)
+        try:
+            return parse_bytes(device.free if device else memory), int(context)
+        except UsageError as error:
+            raise UsageError(
+                error.message, f"Write a size such as 7GB, or one of {', '.join(DEVICES)}."
+            ) from None
 
     def limit_bytes(
         self, n_parameters: int, stock_bytes: BytesOf, context_bytes: ContextBytes
@@ -186,12 +192,8 @@ class FitsMemory(_Asked):
 
     def __str__(self) -> str:
         memory, context = self.value.split("@")
-        device = _device(memory)
+        device = DEVICES.get(memory)
         return f"fits {device.title if device else memory} with a context of {int(context):,}"
-
-
-def _device(memory: str) -> Device | None:
-    return DEVICES.get(memory.strip().lower())
 
 
 Target = BitsPerWeight | FileSize | LikeMix | FitsMemory

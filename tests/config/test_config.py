@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from quantkit.cli import _listed, main
 from quantkit.config import PROFILES, Profile, RunConfig, compile_pattern, load_types_map
 from quantkit.config.devices import DEVICES
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix, Target
@@ -358,3 +359,43 @@ def test_the_folder_of_a_run_that_is_given_none(
     model: str, targets: tuple[Target, ...], name: str
 ) -> None:
     assert model_options.folder_name(RunConfig(model, targets=targets)) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "device"),
+    [
+        *((text, "gpu-12gb") for text in ("RTX 3060 12 GB", "12GB VRAM", "rtx3060", "rtx-3060")),
+        *(("NVIDIA GeForce RTX 4090", "gpu-24gb"), ("8GB GPU", "gpu-8gb"), ("A100", "gpu-80gb")),
+        *(("RTX 5070 Ti", "gpu-16gb"), ("Mac 16 GB", "mac-16gb"), ("PC 16 GB", "pc-16gb")),
+    ],
+)
+def test_devices_as_people_call_them(text: str, device: str) -> None:
+    assert FitsMemory(text) == FitsMemory(f"{device}@8192")
+    assert FitsMemory(f"{text}@4096").value == f"{device}@4096"
+
+
+@pytest.mark.parametrize("text", ["RTX 5070", "RTX 3060 8GB", "rtx", "card", "", "toaster"])
+def test_devices_that_are_unknown_or_several(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size") as error:
+        FitsMemory(text)
+    assert "gpu-12gb" in error.value.remedy and "mac-16gb" in error.value.remedy
+    assert FitsMemory("8 GB").memory_and_context() == (8_000_000_000, 8192), "a size stays one"
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        *(("--fits", "5,5 GB"), ("--target-size", "5,5GB"), ("--target-bpw", "4,5")),
+        ("--fits", "8GB@4,096"),
+    ],
+)
+def test_a_comma_in_a_number_does_not_part_it(
+    option: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "a/b", option, text]) == 2
+    assert "Write a point, as in 5.5GB" in capsys.readouterr().err
+
+
+def test_a_comma_parts_numbers() -> None:
+    for text in ("3.5,4.5,6", "2,3,4", "4, 5", "8GB@4096,8GB@8192", "5GB,6GB", "Q4_0,Q5_0"):
+        assert _listed(text) == [part.strip() for part in text.split(",")]

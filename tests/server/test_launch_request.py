@@ -124,7 +124,8 @@ def test_a_field_of_several_models() -> None:
     listed = "a/b, https://huggingface.co/c/d\ndemo:smollm2-135m;a/b"
     assert models_of(listed) == ("a/b", "https://huggingface.co/c/d", "demo:smollm2-135m")
     assert models_of("/models/one, two") == ("/models/one, two",)
-    assert models_of("a/b") == ("a/b",)
+    assert models_of("a/b") == models_of("a/b,") == models_of("a/b, a/b") == ("a/b",)
+    assert models_of("a/b,two") == ("a/b", "two"), "two is refused by itself"
     with pytest.raises(UsageError, match="at most 10"):
         models_of(" ".join(f"a/m{i}" for i in range(11)))
 

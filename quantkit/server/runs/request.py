@@ -85,14 +85,22 @@ def models_of(text: Any) -> tuple[str, ...]:
     """Return the models that a field names: several ids or addresses, one a line or with commas
     between them, or whatever else it holds as one. Raises UsageError for very many.
     """
-    parts = tuple(dict.fromkeys(p for p in re.split(r"[\s,;]+", _text(text, "model", 2000)) if p))
-    if len(parts) < 2 or not all(_LISTED.fullmatch(part) for part in parts):
-        return (text,)
+    whole = _text(text, "model", 2000)
+    parts = _parts(r"[\s,;]+", whole)
+    if not parts or not all(map(_LISTED.fullmatch, parts)):
+        parts = _parts(r"[\n,;]+", whole)  # what is none is refused by itself
+        if not any(map(_LISTED.fullmatch, parts)):
+            return (text,)
     if len(parts) > _MOST_MODELS:
         raise UsageError(
             f"{len(parts)} models are too many at once.", f"Name at most {_MOST_MODELS}."
         )
     return parts
+
+
+def _parts(separator: str, text: str) -> tuple[str, ...]:
+    """What stands between separators, each once."""
+    return tuple(dict.fromkeys(p for part in re.split(separator, text) if (p := part.strip())))
 
 
 def to_config(form: RunForm, public: bool) -> RunConfig:
@@ -219,7 +227,12 @@ def _fits(form: RunForm) -> list[str]:
     memories += [memory] if memory else []
     if not memories:
         raise UsageError(
-            "Choose what the file has to fit.", "Pick a device, or write its memory, such as 8GB."
+            "Choose what the file has to fit.", "Pick a device, or write its memory, such as 7GB."
+        )
+    if "@" in memory:
+        raise UsageError(
+            f"{memory!r} is not a size of memory alone.",
+            "Write it as 7GB: the context has a field of its own.",
         )
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or tokens != int(tokens):
         raise UsageError("The context is not a number of tokens.", "Write one such as 8192.")
