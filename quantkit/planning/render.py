@@ -41,7 +41,9 @@ def render(plan: Plan, everything: bool = False) -> str:
         lines += _tables(plan)
     elif plan.fallbacks:
         tensors = {f.tensor for f in plan.fallbacks}
-        lines.append(f"fallback  {len(tensors)} tensors cannot have every type: --all says which")
+        lines.append(
+            f"fallback  {len(tensors)} tensors cannot have every type: nothing to do (see --all)"
+        )
     lines += [f"note      {printable(warning, '')}" for warning in plan.warnings]
     if everything:
         lines.append(f"sandbox   {plan.sandbox}")

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+import evaluators
+from evaluators import __main__ as programs
 from evaluators import choice_items
 from evaluators.command import named_paths
 from evaluators.errors import EvaluationError
@@ -93,3 +95,13 @@ def test_domains_are_named_by_file_or_by_hand() -> None:
     }
     with pytest.raises(EvaluationError, match="Two texts"):
         named_paths(["a/x.txt", "b/x.txt"])
+
+
+def test_the_programs_are_those_that_can_be_started(capsys: pytest.CaptureFixture[str]) -> None:
+    assert programs.main() == 2
+    said = capsys.readouterr().err
+    for path in Path(evaluators.__file__).parent.glob("*.py"):
+        if path.stem in ("__main__", "sandbox", "serve"):  # started by other programs
+            continue
+        is_one = '__name__ == "__main__"' in path.read_text("utf-8")
+        assert (f"evaluators.{path.stem} " in said) == is_one, path.stem

@@ -299,7 +299,7 @@ def checks(report: Report) -> Table | None:
     found = text.check_lines(report)
     if not found:
         return None
-    return Table(("check", "result", ""), tuple(Line("", line) for line in found))
+    return Table(("check", "result", "what was looked at"), tuple(Line("", line) for line in found))
 
 
 def fallbacks(report: Report) -> Table | None:
