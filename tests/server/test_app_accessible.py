@@ -14,12 +14,13 @@ import pytest
 from test_app_browser import browser, open_page, pytestmark, shots  # noqa: F401
 
 _FIND = """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
-  .filter((found) => ["serious", "critical"].includes(found.impact))
+  .filter((found) => ["serious", "critical"].includes(found.impact)
+    || ["empty-table-header", "page-has-heading-one"].includes(found.id))
   .map((found) => found.id + ": " + found.nodes.map((node) => node.html).join(" ").slice(0, 500))"""
 
 
 def check(page: Any, source: str, what: str) -> None:
-    """Fail for whatever axe-core calls serious."""
+    """Fail for whatever axe-core calls serious, and for headings and tables without words."""
     page.evaluate(source)
     assert page.evaluate(_FIND) == [], what
 
@@ -53,6 +54,7 @@ def test_nothing_serious_in_any_state(browser: Any, tmp_path: Path, scheme: str)
             share = store.view(states["finished"], owner).shared
             page.goto(f"{url}shared/{share}")
             assert page.locator(".qk-result").count() == 1
+            check(page, source, "shared")
     finally:
         worker.kill()
         worker.wait()
@@ -73,3 +75,74 @@ def test_radios_are_one_group(browser: Any, tmp_path: Path) -> None:  # noqa: F8
         assert page.evaluate("document.activeElement.type") == "radio"
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.type") != "radio"
+
+
+_SEEN = """() => { const at = document.activeElement, chip = at.closest('label');
+  const drawn = ['radio', 'checkbox'].includes(at.type) ? chip : at;
+  const { outlineStyle, outlineWidth } = getComputedStyle(drawn);
+  return outlineStyle !== 'none' && parseFloat(outlineWidth) >= 2; }"""
+
+
+@pytest.mark.slow
+def test_a_list_closes_and_the_focus_is_seen(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    from playwright.sync_api import expect
+
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _visitors):
+        page = open_page(browser, url)
+        page.wait_for_function("document.querySelector('#size-kind input')?.name.startsWith('qk-')")
+        for back in ("Tab", "Shift+Tab"):
+            for field in ("#model", "#like"):
+                page.locator(f"{field} input").click()
+                expect(page.locator(f"{field} input")).to_have_attribute("aria-expanded", "true")
+                page.keyboard.press(back)
+                page.wait_for_timeout(300)
+                expect(page.locator(f"{field} input")).to_have_attribute("aria-expanded", "false")
+                expect(page.locator("ul.option-list")).to_have_count(0)
+        page.locator("#model input").focus()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.type") == "radio" and page.evaluate(_SEEN)
+        page.get_by_label("Fits what I have").check()
+        page.locator("#devices input").first.focus()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.type") == "checkbox" and page.evaluate(_SEEN)
+        page.locator("#memory input, #memory textarea").focus()
+        assert page.evaluate(_SEEN)
+
+
+@pytest.mark.slow
+def test_the_focus_is_not_lost(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    """What an action hides was focused; the next stop of Tab would be the top of the page."""
+    from playwright.sync_api import expect
+
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _visitors):
+        page = open_page(browser, url)
+        page.add_init_script(
+            "window.Notification = class { static requestPermission() {"
+            " return Promise.resolve('denied') } }"
+        )
+        page.reload()
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#form-error")).to_contain_text("Enter a model.")
+        page.locator("#model input").press_sequentially("demo:smollm2-135m")
+        page.keyboard.press("Tab")
+        expect(page.locator("#plan")).to_contain_text("135M parameters")
+        expect(page.locator("#form-error")).to_have_count(0)
+        page.get_by_role("button", name="Start").click()
+        expect(page.locator("#job-head h2")).to_be_focused()
+        page.get_by_role("button", name="Notify me").click()
+        expect(page.locator("#notify")).to_contain_text("does not allow notifications")
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.locator("#job-head h2")).to_be_focused()
+        for leave in (lambda: page.locator("#keep").click(), lambda: page.keyboard.press("Escape")):
+            page.locator("#delete").click()
+            expect(page.locator("#keep")).to_be_visible()
+            leave()
+            expect(page.locator("#keep")).to_have_count(0)
+            expect(page.locator("#delete")).to_be_focused()
+        page.get_by_role("button", name="Edit and start again").click()
+        expect(page.locator("#form-error")).to_contain_text("filled in as for that run")
+        expect(page.locator(".qk-header h1")).to_be_focused()
+        page.wait_for_timeout(1000)
+        expect(page.locator("#form-error")).to_contain_text("filled in as for that run")
+        page.locator("#profile").get_by_label("Demo:").check()
+        expect(page.locator("#form-error")).to_have_count(0)

@@ -6,6 +6,7 @@ pytest tests/server/test_app_preview.py
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from huggingface_hub import JobHardwareInfo
 from plans import PLAN, ask
 from tiny_models import tiny_llama
 
-from quantkit import sandbox
+from quantkit import hub, sandbox
 from quantkit.config import RunConfig
 from quantkit.config.budgets import Budget
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
@@ -96,11 +97,20 @@ def test_what_fits_several_devices() -> None:
         to_config(dataclasses.replace(form, devices=("toaster",)), True)
 
 
-@pytest.mark.parametrize("fields", [{"memory": ""}, {"memory": "lots"}, {"context": 0}])
-def test_what_is_no_memory(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"memory": ""}, "Pick a device"),
+        ({"memory": "lots"}, "gpu-12gb, .*mac-16gb"),
+        ({"context": 0}, "such as 8192"),
+        ({"memory": "8GB@4096"}, "the context has a field of its own"),
+    ],
+)
+def test_what_is_no_memory(fields: dict[str, Any], remedy: str) -> None:
     form = RunForm("a/b", **{"size_kind": "fits", "memory": "8GB", **fields})
-    with pytest.raises(QuantkitError):
+    with pytest.raises(QuantkitError) as error:
         to_config(form, True)
+    assert re.search(remedy, error.value.remedy)
 
 
 def test_the_preview_says_where_a_run_is_published(handlers: Handlers) -> None:
@@ -147,7 +157,9 @@ def test_another_size_is_not_planned_again() -> None:
 
 def test_the_preview_says_what_is_to_be_known(handlers: Handlers) -> None:
     html = shown(handlers)
+    assert "Looking at" not in html
     for words in (
+        "<dt>Memory needed</dt><dd>at least 5.00 GB",
         *("LlamaForCausalLM", "1B parameters", "mit, gated", "at most 600.0 MB (4.80 bits"),
         "99.9 % of the linear parameters (not token_embd: looked up)",
         *("This machine", "57 min", "free", "Job: cpu-upgrade", "stops after", "Q5_K_M"),
@@ -179,6 +191,7 @@ def test_first_facts_come_before_the_planner(
     monkeypatch.setattr(handlers_module, "estimate", late)
     form = RunForm("demo:smollm2-135m", "family", family=("Q4_K_M", "Q6_K"))
     told = handlers.preview(form, "", ME)
+    assert "Looking at demo:smollm2-135m …" in next(told).html
     first = next(told).html
     for words in ("135M parameters", "apache-2.0", "Working out"):
         assert words in first, words
@@ -204,6 +217,13 @@ def test_an_order_for_a_job(handlers: Handlers) -> None:
     assert "hf_token" not in "".join(
         path.read_text() for path in (handlers.store.root / run).iterdir()
     )
+
+
+def test_an_address_of_the_hub_is_a_link_and_no_other(handlers: Handlers) -> None:
+    page = f"{hub.endpoint()}/bob/Gated"
+    told = handlers.notice(NeedsToken("Gated.", f"Open {page}, not https://evil.example/<b>."))
+    assert f'Open <a href="{page}" rel="noopener" target="_blank">{page}</a>, not' in told
+    assert told.count("<a ") == 1 and "&lt;b&gt;" in told
 
 
 def test_all_of_it_is_escaped() -> None:

@@ -148,6 +148,10 @@ def test_the_first_screen_of_a_result(browser: Any, tmp_path: Path) -> None:  # 
         page.get_by_role("button", name="Share", exact=True).click()
         link = page.locator("#share-link")
         expect(link).to_contain_text(f"{url}shared/")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.set_viewport_size({"width": 1280, "height": 900})
         stranger = open_page(browser, link.inner_text())
         expect(stranger.locator("body")).to_contain_text("smaller (Q4")
         page.get_by_role("button", name="Stop sharing").click()

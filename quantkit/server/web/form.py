@@ -48,6 +48,8 @@ _SETTLED = (
     " await new Promise((done) => setTimeout(done, 700));"
     " return key === window.qkKeys ? String(Date.now()) : before }"
 )
+# What was said of the choice before this one.
+_CLEARED = "() => ({ __type__: 'update', value: '', visible: false })"
 _ANY_MACHINE = [("the cheapest that finishes within 8 hours", AUTO)]
 _PROFILES = [
     ("Demo: a try, with the least work", "demo"),
@@ -145,8 +147,8 @@ class Form:
         with gr.Row(visible=False, elem_id="fits") as self.fits:
             self.memory = gr.Textbox(
                 label="Other memory",
-                info="For the file and its context.",
-                placeholder="8GB",
+                info="What is free, for file and context: an 8 GB card has about 7.",
+                placeholder="7GB",
                 max_length=30,
                 elem_id="memory",
             )
@@ -357,6 +359,14 @@ class Form:
         shown: list[Any] = [self.model, self.kind, self.like, self.size, self.bpw, self.memory]
         shown += [self.devices, self.context, self.family, self.profile, self.where, self.machine]
         shown += [self.levels, self.prefer, self.types, self.visibility, self.settled]
+        gr.on(
+            [field.input for field in self.fields if hasattr(field, "input")],
+            None,
+            None,
+            self.error,
+            js=_CLEARED,
+            api_visibility="private",
+        )
         for typed in (self.token, self.revision, self.repo):
             typed.change(None, self.settled, self.settled, js=_SETTLED, api_visibility="private")
         gr.on(

@@ -203,7 +203,8 @@ class FormHandlers:
         return LOCAL.why_not(plan, self.store.root, self.store.limits.seconds)
 
     def preview(self, form: RunForm, token: str, client: Client) -> Iterator[Shown]:
-        """Yield what the run would take, as HTML: first facts at once, all of it when it is known.
+        """Yield what the run would take, as HTML: that it is looked at, if the model is not known
+        yet, first facts, and all of it when it is known.
 
         Empty when no model was named yet.
         """
@@ -217,6 +218,8 @@ class FormHandlers:
                 yield from self._preview_of_many(forms, secret, client)
                 return
             config = to_config(form, self.store.public)
+            if not known_times(RunConfig(config.model, config.revision), secret):
+                yield Shown(previews.looking(config.model))
             for first in self._first_facts(config, secret, client):
                 known = known_times(config, secret)
                 seconds = {name: float(times.seconds) for name, times in known.items()}
@@ -234,6 +237,7 @@ class FormHandlers:
         """A line for every model, as they become known."""
         rows: list[previews.Planned] = []
         wants_token = False
+        yield Shown(previews.of_many(rows, len(forms)))
         for form in forms:
             try:
                 config = to_config(form, self.store.public)

@@ -26,7 +26,7 @@ addEventListener("popstate", () => location.reload());
 
 (() => {
   // What was asked for stays as it was: a run's id, and whether its end is to be told.
-  const asked = new Set();
+  const asked = new Set(), answered = {};
   let said = "", before = {}, nGroups = 0;
 
   // Heard by screen readers; what Gradio replaces is not.
@@ -45,17 +45,47 @@ addEventListener("popstate", () => location.reload());
     field.remove();
   };
 
+  const shownId = () => new URL(location).searchParams.get("job");
   window.qkNotify = async () => {
-    const id = new URL(location).searchParams.get("job");
+    const id = shownId();
     if (!id) return;
-    if (!("Notification" in window)) return say("This browser has no notifications.");
-    if (await Notification.requestPermission() === "granted") {
-      asked.add(id);
-      say("You will be told when this run ends, as long as this tab is open.");
-    } else {
-      say("The browser does not allow notifications from this page.");
+    let text = "This browser has no notifications.";
+    if ("Notification" in window) {
+      const allows = await Notification.requestPermission() === "granted";
+      if (allows) asked.add(id);
+      text = allows ? "You will be told when this run ends, as long as this tab is open."
+        : "The browser does not allow notifications from this page.";
     }
+    say(answered[id] = text);
+    look();
   };
+
+  // Where the focus belongs until somebody moves it: what an action hides, and what is drawn anew,
+  // loses it.
+  let home = "";
+  const goHome = () => {
+    const to = home && document.activeElement === document.body && document.querySelector(home);
+    if (!to) return;
+    if (to.tabIndex < 0) to.tabIndex = -1;
+    to.focus({ preventScroll: true });
+  };
+  window.qkFocus = (selector) => {
+    document.activeElement.blur();
+    home = selector;
+    goHome();
+  };
+  setInterval(goHome, 200);
+  addEventListener("focusin", (event) => { if (home && !event.target.matches(home)) home = ""; });
+  addEventListener("pointerdown", () => { home = ""; });
+  addEventListener("keydown", (event) => {
+    const keep = document.querySelector("#keep");
+    if (event.key === "Escape" && keep && keep.checkVisibility()) keep.click();
+  });
+
+  // Gradio answers a key after the focus has moved on, and would open the list again.
+  addEventListener("keydown", (event) => {
+    if (["Tab", "Shift"].includes(event.key) && event.target.role === "combobox") event.stopPropagation();
+  }, true);
 
   addEventListener("click", async (event) => {
     const button = event.target.closest && event.target.closest("[data-qk-copy]");
@@ -66,7 +96,10 @@ addEventListener("popstate", () => location.reload());
     const word = button.textContent;
     button.textContent = "Copied";
     say("Copied.");
-    setTimeout(() => { button.textContent = word; button.focus(); }, 1500);
+    setTimeout(() => {
+      button.textContent = word;
+      if (document.activeElement === document.body) button.focus();
+    }, 1500);
   });
 
   // A text of one's own is sent by itself; the form has what the server calls it.
@@ -127,6 +160,12 @@ addEventListener("popstate", () => location.reload());
         asked.delete(id);
         new Notification(head.dataset.qkSay, { tag: id });
       }
+    }
+    const notify = document.querySelector("#notify");
+    if (notify) {
+      notify.dataset.qkWord ||= notify.textContent;
+      const word = answered[shownId()] || notify.dataset.qkWord;
+      if (notify.textContent !== word) notify.textContent = word;
     }
     nameRadios();
     for (const link of document.querySelectorAll("[data-qk-url]")) {

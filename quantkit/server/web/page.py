@@ -40,9 +40,14 @@ _HEADER = """<header class="qk-header"><h1><a href="./">quantkit</a></h1>
 _NAMES = (*CHUNKS, *SWITCHES, "runs")
 _POLL_SECONDS = 2
 # After Start the address names the run, so that a reload finds it again.
-_SET_URL = "(id) => { if (id) { history.pushState(null, '', '?job=' + id); scrollTo(0, 0) } }"
-
-_TO_THE_FORM = "() => { history.pushState(null, '', location.pathname); scrollTo(0, 0) }"
+_SET_URL = (
+    "(id) => { if (id) { history.pushState(null, '', '?job=' + id); scrollTo(0, 0);"
+    " qkFocus('#job-head h2') } }"
+)
+_TO_THE_FORM = (
+    "() => { history.pushState(null, '', location.pathname); scrollTo(0, 0);"
+    " qkFocus('.qk-header h1') }"
+)
 
 
 def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:

@@ -28,8 +28,18 @@ _SHOWN_MIXES = {
     "Q8_0": "like the original",
 }
 _SHOWN_OFFERS = 4
-_looked_at, _preview, _changes = macro("looked_at"), macro("preview"), macro("changes")
+_looking, _looked_at, _preview, _changes = (
+    macro("looking"),
+    macro("looked_at"),
+    macro("preview"),
+    macro("changes"),
+)
 _of_many = macro("of_many")
+
+
+def looking(model: str) -> str:
+    """Return as HTML that nothing is known yet."""
+    return _looking(model)
 
 
 def looked_at(first: FirstLook) -> str:
@@ -140,7 +150,7 @@ def _details(plan: Plan) -> list[tuple[str, str]]:
         ("Size range", f"{size(sizes.smallest_bytes)} to {size(sizes.largest_bytes)}"),
         ("Covered by GPTQ", in_words(plan.coverage)),
         ("Disk needed", f"about {size(needs.disk_bytes)}"),
-        ("Memory needed", f"about {size(needs.memory_bytes)}"),
+        ("Memory needed", f"at least {size(needs.memory_bytes)}"),
         ("Types to choose from", ", ".join(plan.levels)),
     ]
     if plan.left_out:

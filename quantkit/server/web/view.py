@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,7 +11,9 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
+from markupsafe import Markup
 
+from quantkit import hub
 from quantkit.evidence import report as reports
 from quantkit.hub.jobs import MachineLoad
 from quantkit.server.executors.registry import EXECUTORS
@@ -58,9 +61,17 @@ def _templates() -> Environment:
         **{"ago": ago, "model_name": model_name, "facts": _facts, "in_line": _in_line},
         **{"machine": _machine, "took": _took, "with_error": _with_error, "clock": _clock},
         **{"in_words": _in_words, "last_lines": _last_lines, "file_url": file_url},
-        **{"web_url": _web_url, "stage_place": _stage_place, "moment": _moment},
+        **{"linked": _linked, "web_url": _web_url, "stage_place": _stage_place, "moment": _moment},
     }
     return made
+
+
+def _linked(text: str) -> Markup:
+    """A text whose addresses of the Hub can be clicked; others may be a stranger's."""
+    address = re.escape(hub.endpoint()) + r"/[\w./-]*[\w/-]"
+    parts = re.split(f"({address})", text)
+    link = Markup('<a href="{0}" rel="noopener" target="_blank">{0}</a>')
+    return Markup("").join(link.format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
 # Of a message, a remedy and a kind; empty for no message.

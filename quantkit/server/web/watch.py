@@ -234,17 +234,24 @@ class Watch:
             quietly(button.click, asked(handlers, turn), [run_id, sent], [self.notice, *parts])
         self.notify.click(None, None, None, js="() => qkNotify()", api_visibility="private")
         given, shown = [run_id, sent, self.again], [self.notice, *parts]
-        quietly(self.cancel.click, acting(store.cancel), given, shown)
+        cancelled = quietly(self.cancel.click, acting(store.cancel), given, shown)
         resumed = quietly(self.resume.click, acting(store.resume), given, shown)
         quietly(resumed.then, lambda: "", None, self.again)
         quietly(self.delete.click, lambda: gr.update(visible=True), None, self.confirm)
-        quietly(self.keep.click, lambda: gr.update(visible=False), None, self.confirm)
+        kept = quietly(self.keep.click, lambda: gr.update(visible=False), None, self.confirm)
+        for done, to in (
+            (cancelled, "#job-head h2"),
+            (resumed, "#job-head h2"),
+            (kept, "#delete"),
+        ):
+            done.then(None, None, None, js=f"() => qkFocus('{to}')", api_visibility="private")
         deleted = [run_id, self.confirm, self.notice, *areas, *parts]
         quietly(self.delete_now.click, asked(handlers, delete), run_id, deleted).then(
             None,
             run_id,
             None,
-            js="(id) => { if (!id) history.pushState(null, '', location.pathname) }",
+            js="(id) => { if (!id) { history.pushState(null, '', location.pathname);"
+            " qkFocus('.qk-header h1') } }",
             api_visibility="private",
         )
 
