@@ -146,3 +146,24 @@ def test_the_focus_is_not_lost(browser: Any, tmp_path: Path) -> None:  # noqa: F
         expect(page.locator("#form-error")).to_contain_text("filled in as for that run")
         page.locator("#profile").get_by_label("Demo:").check()
         expect(page.locator("#form-error")).to_have_count(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_start_stays_where_somebody_aims_at_it(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+    width: int,
+) -> None:
+    """Whatever the preview says, and however long a run takes with each profile."""
+    at = "document.querySelector('#start').getBoundingClientRect().top + scrollY"
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _visitors):
+        page = open_page(browser, url, width)
+        page.locator("#start").wait_for()
+        page.wait_for_timeout(500)
+        before = page.evaluate(at)
+        page.locator("#model input").fill("demo:smollm2-135m")
+        page.keyboard.press("Tab")
+        page.locator("#plan .qk-sizes").first.wait_for()
+        page.wait_for_timeout(500)
+        assert page.evaluate(at) == before

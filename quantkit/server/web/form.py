@@ -110,7 +110,12 @@ class Form:
         self._publish()
 
     def _beside(self) -> None:
-        """What the choice comes to, what is in its way, and the button: one column, in sight."""
+        """The button, what is in its way, and what the choice comes to: one column, in sight. The
+        button is the first, for what is above it moves it while somebody aims.
+        """
+        with gr.Row(elem_classes="qk-buttons"):
+            self.start_button = gr.Button("Start", variant="primary", elem_id="start")
+        self.error = gr.HTML(visible=False, elem_id="form-error")
         self.plan = gr.HTML(_NO_PLAN, elem_id="plan")
         self.token = gr.Textbox(
             label="Hugging Face token",
@@ -121,9 +126,6 @@ class Form:
         )
         # Changes once who types a token or a revision has stopped.
         self.settled = gr.Textbox(visible="hidden", max_length=30, elem_id="settled")
-        self.error = gr.HTML(visible=False, elem_id="form-error")
-        with gr.Row(elem_classes="qk-buttons"):
-            self.start_button = gr.Button("Start", variant="primary", elem_id="start")
 
     def _size(self) -> None:
         self.kind = gr.Radio(
