@@ -33,6 +33,7 @@ PLAN = Plan(
         downloaded=2_000_000_000,
         fetched=0,
         base=2_000_000_000,
+        equalized=0,
         compared=2_000_000_000,
         calibrated=100_000_000,
         hidden_states=0,
