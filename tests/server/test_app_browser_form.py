@@ -132,3 +132,26 @@ def test_a_run_is_told_of_in_the_tab_and_by_a_notification(
         assert page.evaluate("told[0]") == "demo:smollm2-135m: finished."
         page.get_by_role("link", name="Back to all runs").click()
         expect(page).to_have_title("quantkit")
+
+
+@pytest.mark.slow
+def test_the_demo_is_preselected_with_the_least_work(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    from playwright.sync_api import expect
+
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _):
+        page = open_page(browser, url)
+
+        def choose(model: str) -> None:
+            page.locator("#model input").fill(model)
+            page.locator("#model input").press("Enter")
+
+        profile = page.locator("#profile")
+        expect(profile.get_by_label("Standard")).to_be_checked()
+        choose("demo:smollm2-135m")
+        expect(profile.get_by_label("Demo:")).to_be_checked()
+        choose("a/b")
+        expect(profile.get_by_label("Standard")).to_be_checked()
+        profile.get_by_label("Quick look").check()
+        choose("demo:smollm2-135m")
+        expect(page.locator("#plan")).to_contain_text("apache-2.0")
+        expect(profile.get_by_label("Quick look")).to_be_checked()

@@ -6,6 +6,7 @@ pytest tests/server/test_app_preview.py
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from plans import PLAN, ask
 from tiny_models import tiny_llama
 
 from quantkit import hub, sandbox
-from quantkit.config import RunConfig
+from quantkit.config import DEMO_MODEL, RunConfig
 from quantkit.config.budgets import Budget
 from quantkit.config.targets import BitsPerWeight, FitsMemory, LikeMix
 from quantkit.errors import NeedsToken, QuantkitError
@@ -33,17 +34,21 @@ from quantkit.sandbox import api
 from quantkit.sandbox.untrusted import build
 from quantkit.server.executors import local, registry
 from quantkit.server.executors.hf_jobs.executor import HfJobs
+from quantkit.server.executors.protocol import choose
 from quantkit.server.previews import talk
 from quantkit.server.previews.estimate import _key, _Known, _known, estimate
 from quantkit.server.previews.sizes import with_sizes
+from quantkit.server.runs import compared
 from quantkit.server.runs.record import load_record
 from quantkit.server.runs.request import RunForm, to_config
 from quantkit.server.runs.store import RunStore
 from quantkit.server.web import form_handlers as handlers_module
 from quantkit.server.web import previews, view
+from quantkit.server.web.form import suited
 from quantkit.server.web.form_handlers import Client
 from quantkit.server.web.handlers import Handlers
-from quantkit.server.web.visitor import Visitors
+from quantkit.server.web.page import build_app
+from quantkit.server.web.visitor import COOKIE, Visitors
 from quantkit.tensors import to_json
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
@@ -206,8 +211,117 @@ def test_a_run_too_large_for_the_page(handlers: Handlers, monkeypatch: pytest.Mo
         handlers.start(RunForm("a/b"), "", ME)
 
 
+def test_several_models_elsewhere(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its machine, time, price and limit, and their sum; what is too large for this
+    machine is no matter there.
+    """
+    monkeypatch.setattr(local, "memory_here", lambda environment: 4e9)
+    form = RunForm("a/b, a/c", machine="t4-small")
+    *_, last = handlers.preview(form, "", ME)
+    offer = choose(
+        HfJobs().offers(ask(RunConfig("a/b", targets=(LikeMix("Q4_K_M"),))), None), "t4-small"
+    )
+    assert last.html.count(f"Job: t4-small (1x T4): ${offer.most_usd:.2f} at most") == 2
+    assert last.html.count(f"<td>{previews.usd(offer.usd)}</td>") == 2
+    cost, most = previews.usd(2 * offer.usd), 2 * offer.most_usd
+    assert f"all at once: together {cost}, ${most:.2f} at most" in last.html
+    assert "this machine" not in last.html and len(handlers.start(form, "hf_token", ME)) == 2
+    *_, here = handlers.preview(dataclasses.replace(form, machine="here"), "", ME)
+    assert here.html.count("needs about 5.00 GB of memory") == 2 and "one after" not in here.html
+
+
+def test_profiles_elsewhere_have_their_price(handlers: Handlers) -> None:
+    """Each may have another machine: a quicker one costs more."""
+    *_, here = handlers.preview(RunForm("a/b"), "", ME)
+    assert here.takes["standard"] == "57 min"
+    *_, away = handlers.preview(RunForm("a/b", machine="auto"), "", ME)
+    assert away.takes and all(", $" in said or "under" in said for said in away.takes.values())
+
+
+def test_the_demo_is_refused_elsewhere_by_the_preview_too(handlers: Handlers) -> None:
+    form = RunForm(DEMO_MODEL, machine="auto")
+    *_, last = handlers.preview(form, "hf_token", ME)
+    assert "only on this machine" in last.html and "parameters" not in last.html
+    *_, several = handlers.preview(dataclasses.replace(form, model=f"{DEMO_MODEL}, a/b"), "", ME)
+    assert "only on this machine" in several.html and "Job: " in several.html
+    with pytest.raises(QuantkitError, match="only on this machine"):
+        handlers.start(form, "hf_token", ME)
+
+
+def test_what_lies_here_is_no_download(handlers: Handlers) -> None:
+    assert "Download" in shown(handlers)
+    footprint = dataclasses.replace(PLAN.footprint, downloaded=0)
+    assert "Download" not in previews.preview(dataclasses.replace(PLAN, footprint=footprint))
+
+
+def test_the_demo_has_the_least_work_unless_somebody_chose() -> None:
+    assert suited(DEMO_MODEL, "standard", "") == ("demo", "demo")
+    assert suited("a/b", "demo", "demo") == ("standard", "")
+    for profile, chosen in (("standard", "hand"), ("thorough", ""), ("demo", "hand")):
+        for model in (DEMO_MODEL, "a/b", None):
+            assert suited(model, profile, chosen) == (profile, chosen)
+
+
+def called(handlers: Handlers, name: str, **given: Any) -> dict[str, Any]:
+    """What an endpoint of the API answers to somebody who is not signed in."""
+    app = build_app(handlers.store, handlers.visitors)
+    (endpoint,) = [f for f in app.fns.values() if f.api_name == name]
+    asks = SimpleNamespace(client=None, cookies={})
+    bound = inspect.signature(endpoint.fn).bind(request=asks, **given)
+    bound.apply_defaults()
+    return endpoint.fn(*bound.args)
+
+
+def test_the_api_tells_prices_and_limits(handlers: Handlers) -> None:
+    told = called(handlers, "estimate", model="a/b", machine="t4-small")
+    offer = told["offer"]
+    assert offer in told["offers"] and offer["machine"] == "t4-small"
+    assert offer["usd"] == pytest.approx(offer["usd_per_hour"] * offer["seconds"] / 3600, abs=1e-3)
+    assert offer["most_usd"] == pytest.approx(offer["usd_per_hour"] * offer["hours"], abs=0.01)
+    assert called(handlers, "estimate", model="a/b")["offer"] is None
+    token = SimpleNamespace(token="hf_token")
+    started = called(handlers, "start_job", model="a/b", machine="t4-small", token=token)
+    same = ("machine", "hours", "usd_per_hour", "most_usd")
+    assert {n: started[n] for n in same} == {n: offer[n] for n in same}
+    here = called(handlers, "start_job", model="a/b")
+    assert here["most_usd"] is None and here["machine"] is None
+
+
+def test_who_is_not_signed_in_is_asked_for_a_token(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a place elsewhere is chosen, and where Start needs one."""
+    app = build_app(handlers.store, handlers.visitors)
+    ids = {getattr(block, "elem_id", None): block._id for block in app.blocks.values()}
+    asks = SimpleNamespace(client=None, cookies={COOKIE: handlers.visitors.new_key()})
+
+    def shows_field(event: tuple[str, str], **fields: Any) -> bool:
+        target = (ids[event[0]], event[1])
+        (fn,) = [f for f in app.fns.values() if target in f.targets and ids["token"] in outputs(f)]
+        values = [
+            fields.get(str(block.elem_id), getattr(block, "value", None)) for block in fn.inputs
+        ]
+        answer = fn.fn(asks, None, None, *values)
+        last = list(answer)[-1] if inspect.isgenerator(answer) else answer
+        return bool(last[outputs(fn).index(ids["token"])].get("visible"))
+
+    def outputs(fn: Any) -> list[int]:
+        return [block._id for block in fn.outputs]
+
+    away = {"model": "a/b", "where": "hf_jobs"}
+    assert not shows_field(("model", "change"), model="a/b")
+    assert shows_field(("model", "change"), **away) and shows_field(("start", "click"), **away)
+
+    def private(repo: str, token: str | None) -> dict[str, int]:
+        raise NeedsToken(f"{repo} is private.")
+
+    monkeypatch.setattr(compared, "gguf_files", private)
+    beside = {"model": "a/b", "compare-with": "lab/m-GGUF"}
+    assert shows_field(("start", "click"), **beside)
+
+
 def test_an_order_for_a_job(handlers: Handlers) -> None:
-    with pytest.raises(QuantkitError, match="nobody is signed in"):
+    with pytest.raises(NeedsToken, match="nobody is signed in"):
         handlers.start(RunForm("a/b", machine="auto"), "", ME)
     (run,) = handlers.start(RunForm("a/b", machine="t4-small"), "hf_token", ME)
     record = load_record(handlers.store.root / run)
@@ -246,7 +360,7 @@ def test_an_estimate_is_the_plan_in_json(tmp_path: Path) -> None:
         client = gradio_client.Client(url, verbose=False)
         told = client.predict(model, like="Q4_K_M", profile="demo", api_name="/estimate")
     plan = build(Plan, told)
-    assert told == to_json(plan)
+    assert told == {**to_json(plan), "offers": [], "offer": None}
     assert [budget.target for budget in plan.sizes.budgets] == ["like Q4_K_M"]
     assert plan.model.n_parameters > 0 and plan.estimates.seconds > 0
 

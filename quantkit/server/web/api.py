@@ -16,6 +16,7 @@ import gradio as gr
 
 from quantkit.errors import NeedsToken, QuantkitError, UsageError
 from quantkit.hub import jobs
+from quantkit.server.executors.protocol import Offer
 from quantkit.server.runs.request import RunForm, models_of, to_config
 from quantkit.server.web import view, words
 from quantkit.server.web.form_handlers import Client, checked_token
@@ -78,11 +79,12 @@ def add_endpoints(handlers: Handlers) -> frozenset[str]:
         context: int = 8192,
         family: str = "",
         levels: str = "",
+        machine: str = "here",
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
         """Return what a run would take, before anything runs: architecture, license, sizes, time,
-        disk.
+        disk; and the machines elsewhere that it fits on, each with time, price and limit.
 
         Args:
             model: owner/name on the Hugging Face Hub, its URL, or demo:smollm2-135m.
@@ -95,6 +97,7 @@ def add_endpoints(handlers: Handlers) -> frozenset[str]:
             context: tokens of context that have to fit, too.
             family: stock mixes with commas, such as Q3_K_M,Q4_K_M: a file of each one's size.
             levels: types to choose from with commas, such as Q4_K,Q6_K; empty for the profile's.
+            machine: here, or auto or a name for a Hugging Face Job, billed to the caller.
         """
         form = RunForm(
             model,
@@ -108,11 +111,14 @@ def add_endpoints(handlers: Handlers) -> frozenset[str]:
             levels=_listed(levels),
             profile=profile,
             revision=revision,
+            machine=machine,
         )
         to_config(form, handlers.store.public)  # what is wrong is said before it is counted
         client, secret = caller("", request, user, token)
         handlers.allow("preview", client)
-        return to_json(handlers.estimate(form, secret or None, client))
+        plan, offers, chosen = handlers.estimate(form, secret or None, client)
+        told = {"offers": [_offer(o) for o in offers], "offer": chosen and _offer(chosen)}
+        return {**to_json(plan), **told}
 
     @told
     def start_job(
@@ -137,7 +143,8 @@ def add_endpoints(handlers: Handlers) -> frozenset[str]:
         user: gr.OAuthProfile | None = None,
         token: gr.OAuthToken | None = None,
     ) -> dict:
-        """Start turning a model into a GGUF. Returns the job's id and the key for later calls.
+        """Start turning a model into a GGUF. Returns the job's id and the key for later calls, and
+        of a Hugging Face Job its machine, price and limit.
 
         Args:
             model: owner/name on the Hugging Face Hub, its URL, or demo:smollm2-135m.
@@ -184,7 +191,11 @@ def add_endpoints(handlers: Handlers) -> frozenset[str]:
         if len(models_of(model)) > 1:
             raise UsageError("Those are several models.", "Start a job for each.")
         (job_id,) = handlers.start(form, secret, client)
-        return {"job_id": job_id, "key": key}
+        run = handlers.store.view(job_id, client.owner)
+        price, hours = run.usd_per_hour, run.hours
+        most = round(price * hours, 2) if price is not None and hours is not None else None
+        paid = {"usd_per_hour": price, "hours": hours, "most_usd": most}
+        return {"job_id": job_id, "key": key, "machine": run.machine, **paid}
 
     @told
     def job_status(
@@ -324,6 +335,12 @@ def add_endpoints(handlers: Handlers) -> frozenset[str]:
     for endpoint in others:
         gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=8)
     return frozenset(made.__name__ for made in (estimate, start_job, job_status, *others))
+
+
+def _offer(offer: Offer) -> dict[str, Any]:
+    """An offer as JSON, with what it comes to."""
+    usd = {"usd": round(offer.usd, 4), "most_usd": round(offer.most_usd, 2)}
+    return {**to_json(offer), **usd}
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
 from quantkit.server.web.events import asked, growing, quietly
 from quantkit.server.web.form_handlers import Client
 from quantkit.server.web.handlers import Handlers
-from quantkit.server.web.previews import about
 from quantkit.tensors import METHODS
 
 _SUGGESTIONS: list[Any] = [
@@ -51,6 +50,7 @@ _SETTLED = (
 # What was said of the choice before this one.
 _CLEARED = "() => ({ __type__: 'update', value: '', visible: false })"
 _ANY_MACHINE = [("the cheapest that finishes within 8 hours", AUTO)]
+_USUAL = "standard"
 _PROFILES = [
     ("Demo: a try, with the least work", "demo"),
     ("Quick look", "fast"),
@@ -91,7 +91,7 @@ class Form:
             value=None,
             label="Model",
             info=f"Type to search the Hugging Face Hub, or paste an id or address{places}"
-            " Several ids, with commas between, are done one after the other.",
+            " Several ids, with commas between, are one run each.",
             allow_custom_value=True,
             elem_id="model",
         )
@@ -99,12 +99,13 @@ class Form:
         self._size()
         self.profile = gr.Radio(
             profiles({}),
-            value="standard",
+            value=_USUAL,
             label="Quality",
             info="More work makes a better file of the same size.",
             elem_id="profile",
             elem_classes="qk-stack",
         )
+        self.chosen = gr.Textbox("", visible=False, max_length=10)  # as `suited` has it
         self._where()
         self._advanced()
         self._publish()
@@ -119,7 +120,8 @@ class Form:
         self.plan = gr.HTML(_NO_PLAN, elem_id="plan")
         self.token = gr.Textbox(
             label="Hugging Face token",
-            info="For gated and private models, and to publish. Never stored.",
+            info="For gated and private models, to publish, and for what runs elsewhere, in your"
+            " account. Never stored.",
             type="password",
             visible=False,
             elem_id="token",
@@ -329,12 +331,13 @@ class Form:
             *fields, typed = values
             form = self.read(fields)
             for shown in handlers.preview(form, token or typed, client):
-                wanted = bool(shown.wants_token or typed or form.publish)
+                elsewhere = form.machine != HERE
+                wanted = bool(shown.wants_token or typed or form.publish or elsewhere)
                 yield [
                     shown.html or _NO_PLAN,
                     gr.update(visible=wanted and not handlers.sign_in),
                     gr.update(choices=[*_ANY_MACHINE, *shown.machines]),
-                    gr.update(choices=profiles(shown.seconds)),
+                    gr.update(choices=profiles(shown.takes)),
                 ]
 
         by_kind: dict[str, list[gr.components.Component | gr.Row]] = {
@@ -348,6 +351,9 @@ class Form:
             self.where,
             self.machine,
         )
+        preselected = [self.profile, self.chosen]
+        quietly(self.model.input, suited, [self.model, *preselected], preselected)
+        quietly(self.profile.input, lambda: "hand", None, self.chosen)
         self.model.key_up(
             asked(handlers, search),
             self.typed,
@@ -384,12 +390,24 @@ class Form:
         )
 
 
-def profiles(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+def profiles(takes: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the profiles as choices, with what a run of the model takes where that is known."""
     return [
-        (f"{title} · about {about(seconds[name])}" if name in seconds else title, name)
+        (f"{title} · about {takes[name]}" if name in takes else title, name)
         for title, name in _PROFILES
     ]
+
+
+def suited(model: str | None, profile: str, chosen: str) -> tuple[str, str]:
+    """Return the profile that is preselected for a model, and by whom it was `chosen` then: by
+    "hand", as the "demo"'s, or, empty, by nobody. What was chosen by hand stays.
+    """
+    is_demo = str(model or "").strip() == DEMO_MODEL
+    if is_demo and profile == _USUAL and not chosen:
+        return "demo", "demo"
+    if not is_demo and profile == "demo" and chosen == "demo":
+        return _USUAL, ""
+    return profile, chosen
 
 
 def visibility(elem_id: str) -> gr.Radio:

@@ -59,7 +59,7 @@ class Shown:
     html: str
     wants_token: bool = False
     machines: tuple[tuple[str, str], ...] = ()  # to choose from: what they are called, their names
-    seconds: Mapping[str, float] = field(default_factory=dict)  # that the run takes, by profile
+    takes: Mapping[str, str] = field(default_factory=dict)  # what the run takes, by profile
 
 
 class FormHandlers:
@@ -165,10 +165,8 @@ class FormHandlers:
         """Where the run is to be done, and on which device. Raises QuantkitError when it cannot be
         done there.
         """
-        executor, machine = registry.asked(check_machine(form.machine))
+        executor, machine = _place(form, config)
         if executor.is_remote:
-            if config.model == DEMO_MODEL:
-                raise UsageError("The demo's model is only on this machine.", "Run it here.")
             executor.check(token)
             plan = self._plan(config, token, client)
             offer = choose(executor.offers(plan, token), machine)
@@ -190,9 +188,36 @@ class FormHandlers:
             executor.name, estimate_seconds=needs.seconds, stage_seconds=needs.by_stage
         ), config.device
 
-    def estimate(self, form: RunForm, token: str | None, client: Client) -> Plan:
-        """Return the planner's answer. Raises QuantkitError."""
-        return self._plan(to_config(form, self.store.public), token, client)
+    def estimate(
+        self, form: RunForm, token: str | None, client: Client
+    ) -> tuple[Plan, list[Offer], Offer | None]:
+        """Return the planner's answer, the machines elsewhere that the run fits on, and the one of
+        them that the form wants. Raises QuantkitError.
+        """
+        config = to_config(form, self.store.public)
+        _place(form, config)  # what is refused, at once
+        plan = self._plan(config, token, client)
+        return plan, *self._offers(form, config, plan, token)
+
+    def _offers(
+        self, form: RunForm, config: RunConfig, plan: Plan, token: str | None
+    ) -> tuple[list[Offer], Offer | None]:
+        """The machines elsewhere that a run fits on, and the one that the form wants: None for
+        this machine. Raises QuantkitError where there is no such one.
+        """
+        wanted, machine = _place(form, config)
+        offered: list[Offer] = []
+        chosen = None
+        for executor in self.remote if config.model != DEMO_MODEL else ():
+            try:
+                found = executor.offers(plan, token)
+                offered += found
+                if executor is wanted:
+                    chosen = choose(found, machine)
+            except QuantkitError:
+                if wanted.is_remote:
+                    raise
+        return offered, chosen
 
     def _plan(
         self, config: RunConfig, token: str | None, client: Client, looked: Looked | None = None
@@ -218,12 +243,13 @@ class FormHandlers:
                 yield from self._preview_of_many(forms, secret, client)
                 return
             config = to_config(form, self.store.public)
+            _place(form, config)  # what Start refuses
             if not known_times(RunConfig(config.model, config.revision), secret):
                 yield Shown(previews.looking(config.model))
             for first in self._first_facts(config, secret, client):
                 known = known_times(config, secret)
-                seconds = {name: float(times.seconds) for name, times in known.items()}
-                yield Shown(previews.looked_at(first), seconds=seconds)
+                takes = {name: previews.takes(times.seconds) for name, times in known.items()}
+                yield Shown(previews.looked_at(first), takes=takes)
             yield self._preview(form, config, secret, client)
         except QuantkitError as error:
             yield Shown(self.notice(error), isinstance(error, NeedsToken))
@@ -241,10 +267,13 @@ class FormHandlers:
         for form in forms:
             try:
                 config = to_config(form, self.store.public)
+                _place(form, config)
                 for _ in self._first_facts(config, token, client):
                     pass
                 plan = self._plan(config, token, client)
-                rows.append(previews.Planned(form.model, plan, self._why_not_here(plan)))
+                _, chosen = self._offers(form, config, plan, token)
+                why_not = "" if chosen else self._why_not_here(plan)
+                rows.append(previews.Planned(form.model, plan, why_not, chosen))
             except QuantkitError as error:
                 wants_token |= isinstance(error, NeedsToken)
                 said = f"{error.message} {self.page.remedy(error)}".strip()
@@ -281,18 +310,7 @@ class FormHandlers:
         self, form: RunForm, config: RunConfig, token: str | None, client: Client
     ) -> Shown:
         plan = self._plan(config, token, client)
-        offered: list[Offer] = []
-        chosen = None
-        wanted, machine = registry.asked(check_machine(form.machine))
-        for executor in self.remote if config.model != DEMO_MODEL else ():
-            try:
-                found = executor.offers(plan, token)
-                offered += found
-                if executor is wanted:
-                    chosen = choose(found, machine)
-            except QuantkitError:
-                if wanted.is_remote:
-                    raise
+        offered, chosen = self._offers(form, config, plan, token)
         contexts = (t.n_context for t in config.targets if t.n_context)
         html = previews.preview(
             plan,
@@ -303,8 +321,8 @@ class FormHandlers:
             chosen=chosen,
             published=(config.publish, form.visibility) if config.publish else None,
         )
-        seconds = _seconds(plan, wanted, machine, token)
-        return Shown(html, machines=tuple(previews.machine_choices(offered)), seconds=seconds)
+        takes = _takes(plan, *_place(form, config), token)
+        return Shown(html, machines=tuple(previews.machine_choices(offered)), takes=takes)
 
     def search(self, text: str, client: Client) -> list[str]:
         """Return the names of models for what was typed so far; empty when the Hub does not
@@ -326,19 +344,32 @@ class FormHandlers:
             return []
 
 
-def _seconds(plan: Plan, place: Executor, machine: str, token: str | None) -> dict[str, float]:
-    """What the run takes there with every profile, those left out that do not fit."""
-    found: dict[str, float] = {}
+def _place(form: RunForm, config: RunConfig) -> tuple[Executor, str]:
+    """Where the form wants the run to be done. Raises UsageError where that is not possible."""
+    executor, machine = registry.asked(check_machine(form.machine))
+    if executor.is_remote and config.model == DEMO_MODEL:
+        raise UsageError("The demo's model is only on this machine.", "Run it here.")
+    if lacks := executor.lacks():
+        raise UsageError(*lacks)
+    return executor, machine
+
+
+def _takes(plan: Plan, place: Executor, machine: str, token: str | None) -> dict[str, str]:
+    """What the run takes there with every profile, those left out that do not fit. Each may have
+    another machine, so it is told with its price.
+    """
+    found: dict[str, str] = {}
     for name, times in plan.profiles.items():
         if not place.is_remote:
-            found[name] = times.seconds
+            found[name] = previews.takes(times.seconds)
             continue
         needs = dataclasses.replace(
             plan.estimates, cpu=times.cpu, gpu=times.gpu, seconds=times.seconds
         )
         try:
             offers = place.offers(dataclasses.replace(plan, estimates=needs), token)
-            found[name] = choose(offers, machine).seconds
+            offer = choose(offers, machine)
+            found[name] = previews.takes(offer.seconds, offer.usd)
         except QuantkitError:
             continue
     return found

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_space
 
+from quantkit.errors import NeedsToken
 from quantkit.server.runs.store import RunStore
 from quantkit.server.web.api import add_endpoints
 from quantkit.server.web.events import asked, quietly, said
@@ -118,15 +119,22 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
         def start(client: Client, token: str, *values: Any) -> list[Any]:
             *fields, typed = values
             ids: list[str] = []
+            lacking: list[bool] = []  # a token
 
             def do() -> str:
-                ids.extend(handlers.start(form.read(fields), token or typed, client))
+                try:
+                    ids.extend(handlers.start(form.read(fields), token or typed, client))
+                except NeedsToken:
+                    lacking.append(True)
+                    raise
                 n = len(ids)
                 return notice(f"{n} runs are queued.", "They are below.", "info") if n > 1 else ""
 
             told, ok = handlers.told(do)
             if not ok:
-                return ["", said(told), *[gr.skip()] * (1 + len(areas) + len(parts))]
+                asks = bool(lacking) and not sign_in
+                field = gr.update(visible=True) if asks else gr.skip()
+                return ["", said(told), field, *[gr.skip()] * (len(areas) + len(parts))]
             new = ids[0] if len(ids) == 1 else ""
             return [new, said(told), "", *opened(new), *refresh(new, client.owner, {})]
 

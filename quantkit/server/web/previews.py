@@ -61,6 +61,7 @@ class Planned:
     model: str
     plan: Plan | None
     why_not: str = ""
+    offer: Offer | None = None  # of the machine elsewhere that it is done on
 
     @property
     def sizes(self) -> str:
@@ -72,13 +73,33 @@ class Planned:
     @property
     def time(self) -> str:
         """Return what it takes."""
+        if self.offer is not None:
+            return about(self.offer.seconds)
         return about(self.plan.estimates.seconds) if self.plan is not None else ""
+
+    @property
+    def cost(self) -> str:
+        """Return what it costs."""
+        return usd(self.offer.usd) if self.offer is not None else ""
+
+    @property
+    def limit(self) -> str:
+        """Return where it is done, and what it costs at most."""
+        return f"{self.offer.title}: {limit(self.offer)}" if self.offer is not None else ""
 
 
 def of_many(rows: Sequence[Planned], n_left: int) -> str:
     """Return the plans of several models as HTML; `n_left` of them are still looked at."""
-    total = sum(row.plan.estimates.seconds for row in rows if row.plan and not row.why_not)
-    return _of_many(rows, n_left, about(total))
+    offers = [row.offer for row in rows if row.offer is not None]
+    here = sum(row.plan.estimates.seconds for row in rows if row.plan and not row.why_not)
+    together = ""
+    if offers:
+        most = sum(offer.most_usd for offer in offers)
+        cost = usd(sum(offer.usd for offer in offers))
+        together = f"One run each, all at once: together {cost}, ${most:.2f} at most."
+    elif here:
+        together = f"One run each, one after the other: about {about(here)} on this machine."
+    return _of_many(rows, n_left, together, bool(offers))
 
 
 def parameters(n: int) -> str:
@@ -123,7 +144,7 @@ def preview(
 
 def _facts(plan: Plan, context: int | None) -> list[tuple[str, str]]:
     model, sizes = plan.model, plan.sizes
-    facts = _model(model.n_parameters, model.license, model.gated, model.download_bytes)
+    facts = _model(model.n_parameters, model.license, model.gated, plan.footprint.downloaded)
     facts.append(("File", _budget(sizes.budgets, model.n_parameters)))
     if context is not None:
         beside = size(plan.context.n_bytes(context))
@@ -199,22 +220,31 @@ def _places(
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
     for offer in shown:
-        limit = f"${offer.most_usd:.2f} at most (stops after {offer.hours} h)"
-        time = about(offer.seconds)
-        places.append(_Place(offer.title, limit, time, _usd(offer.usd), offer == chosen))
+        time, cost = about(offer.seconds), usd(offer.usd)
+        places.append(_Place(offer.title, limit(offer), time, cost, offer == chosen))
     return places
+
+
+def limit(offer: Offer) -> str:
+    """Return what a run costs there at most."""
+    return f"${offer.most_usd:.2f} at most (stops after {offer.hours} h)"
 
 
 def machine_choices(offers: Sequence[Offer]) -> list[tuple[str, str]]:
     """Return the machines of offers as choices: what each is called, takes and costs."""
     return [
-        (f"{o.title.removeprefix('Job: ')}: {about(o.seconds)}, {_usd(o.usd)}", o.machine)
-        for o in offers
+        (f"{o.title.removeprefix('Job: ')}: {takes(o.seconds, o.usd)}", o.machine) for o in offers
     ]
 
 
-def _usd(usd: float) -> str:
-    return "under $0.01" if usd < 0.01 else f"${usd:.2f}"
+def takes(seconds: float, price: float | None = None) -> str:
+    """Return what a run takes, and what it costs where it does."""
+    return about(seconds) + (f", {usd(price)}" if price is not None else "")
+
+
+def usd(price: float) -> str:
+    """Return a price, for people."""
+    return "under $0.01" if price < 0.01 else f"${price:.2f}"
 
 
 def about(seconds: float) -> str:

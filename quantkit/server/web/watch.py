@@ -68,6 +68,13 @@ class Watch:
                     max_length=2000,
                     elem_id="others",
                 )
+                self.others_token = gr.Textbox(
+                    label="Hugging Face token",
+                    info="For a gated or private repository. It is never stored.",
+                    type="password",
+                    visible=not self._handlers.sign_in,
+                    elem_id="others-token",
+                )
                 with gr.Row(elem_classes="qk-buttons"):
                     self.measure = gr.Button("Measure them", elem_id="measure", size="sm")
                 self.others_notice = gr.HTML(visible=False, elem_id="others-notice")
@@ -255,20 +262,22 @@ class Watch:
             api_visibility="private",
         )
 
-        def measure(client: Client, token: str, current: str, known: Any, named: str) -> list[Any]:
+        def measure(client: Client, token: str, current: str, *fields: Any) -> list[Any]:
+            known, named, typed = fields
+
             def do() -> str:
-                handlers.compare_with(current, named, client, token)
+                handlers.compare_with(current, named, client, token or typed)
                 gr.Info("The comparison is queued.")
                 return ""
 
-            told, _ = handlers.told(do)
-            return [said(told), *changed(current, client, known)]
+            told, ok = handlers.told(do)
+            return [said(told), "" if ok else gr.skip(), *changed(current, client, known)]
 
         quietly(
             self.measure.click,
             asked(handlers, measure),
-            [run_id, sent, self.others],
-            [self.others_notice, *parts],
+            [run_id, sent, self.others, self.others_token],
+            [self.others_notice, self.others_token, *parts],
         )
         self._wire_publish(run_id, parts, changed)
         self._wire_talk(run_id)
