@@ -266,7 +266,7 @@ def called(handlers: Handlers, name: str, **given: Any) -> dict[str, Any]:
     """What an endpoint of the API answers to somebody who is not signed in."""
     app = build_app(handlers.store, handlers.visitors)
     (endpoint,) = [f for f in app.fns.values() if f.api_name == name]
-    asks = SimpleNamespace(client=None, cookies={})
+    asks = SimpleNamespace(client=None, cookies={}, headers={})
     bound = inspect.signature(endpoint.fn).bind(request=asks, **given)
     bound.apply_defaults()
     return endpoint.fn(*bound.args)
