@@ -124,7 +124,7 @@ def _check_levels(run: Run, base: GgufFile, budgets: Sequence[Budget]) -> None:
     if missing:
         raise QuantkitError(
             f"The levels of {run.dir.path} were made for other sizes: {min(missing)} is missing.",
-            "Start again with another --out.",
+            "Start a new run (with another --out).",
         )
 
 

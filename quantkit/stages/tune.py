@@ -102,7 +102,7 @@ def _tune_all(
     if reason:
         raise QuantkitError(
             f"The search counted on tuning, but {reason}.",
-            "Free that memory and resume, or start again with --tuning 0 and another --out.",
+            "Free that memory and resume, or start a new run (with --tuning 0 and another --out).",
         )
     seen: list[dict[str, CandidateKey]] = []
     outputs: list[Path] = []

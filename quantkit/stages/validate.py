@@ -321,7 +321,7 @@ def _items(run: Run) -> tuple[TaskItems | None, str]:
         return choice_items.load("everyday", limit=n_items), ""
     reason = hub.why_offline(hub.resolve_token())
     if reason:
-        return None, f"no --tasks file was given, and {reason}"
+        return None, f"no tasks were given, and {reason}"
     try:
         return choice_items.load("piqa", limit=n_items), ""
     except EvaluationError as error:  # a data set that nobody asked for fails no run

@@ -279,7 +279,7 @@ def add_endpoints(handlers: Handlers) -> frozenset[str]:
 
         Args:
             job_id: as `start_job` returned it.
-            repo: owner/name; empty for that of the last time, else the caller's, by the model.
+            repo: owner/name; empty: that of the last time, else MODEL-GGUF of the caller's.
             visibility: model (private if that is private or gated), private or public.
             collection: the title of one, made if there is none, or the end of its URL; or empty.
             key: as `start_job` returned it.
