@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from quantkit.run.provenance import COMMIT_FILE, code_version  # noqa: E402
+from quantkit.server.web.first_run import SIGN_IN  # noqa: E402
 
 SOURCES = ("app.py", "LICENSE", "quantkit", "evaluators")
 FOR_THE_WHEEL = ("pyproject.toml", "README.md")
@@ -154,6 +155,8 @@ def card(docker: bool) -> str:
             continue
         if line.startswith("sdk_version:"):
             line = f"sdk_version: {gradio_version()}"
+        if line == "hf_oauth: true":
+            line = SIGN_IN.rstrip()
         lines.append("sdk: docker\napp_port: 7860" if docker and line == "sdk: gradio" else line)
     return "\n".join(lines) + "\n"
 

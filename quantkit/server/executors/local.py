@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
+from quantkit.machine.kind import memory_here
 from quantkit.planning.nouns import Plan
 from quantkit.server.executors.protocol import ON_PLAN, SHARE, Executor, Order
 from quantkit.sizes import size
@@ -49,17 +48,3 @@ class Local(Executor):
                 f" after {most_seconds / 3600:.0f}; it may need half as long again."
             )
         return ""
-
-
-def memory_here(environment: Mapping[str, str]) -> int:
-    """Return the bytes of memory: what a Space says it has, else what the system says; 0 when
-    unknown.
-    """
-    said = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(Gi|G|Mi)?B?", environment.get("MEMORY", ""))
-    if said:
-        unit = {"Gi": 2**30, "G": 10**9, "Mi": 2**20, None: 1}[said[2]]
-        return int(float(said[1]) * unit)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0

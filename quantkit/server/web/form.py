@@ -4,7 +4,7 @@ enough.
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +13,7 @@ import gradio as gr
 from quantkit.config import DEMO_MODEL
 from quantkit.config.devices import DEVICES
 from quantkit.ggml.types import QUANTIZED, STOCK_MIXES
+from quantkit.machine.kind import uses_gpu
 from quantkit.server.executors.registry import AUTO, HERE
 from quantkit.server.runs.request import CALIBRATION_TEXTS, FAMILIES, RunForm
 from quantkit.server.web.events import asked, growing, quietly
@@ -190,6 +191,8 @@ class Form:
 
     def _where(self) -> None:
         here = "On this Space, free" if self._handlers.on_space else "On this machine"
+        if self._handlers.on_space and uses_gpu(os.environ):
+            here += ", on its GPU"
         self.where = gr.Radio(
             [(here, HERE), *((e.title, e.name) for e in self._handlers.remote)],
             value=HERE,
@@ -260,7 +263,7 @@ class Form:
             self.seed = gr.Number(
                 0, label="Seed", info="The same seed gives the same file.", precision=0
             )
-            has_gpu = shutil.which("nvidia-smi") is not None
+            has_gpu = uses_gpu(os.environ)
             self.device = gr.Radio(
                 ["cpu", "cuda"],
                 value="cuda" if has_gpu else "cpu",

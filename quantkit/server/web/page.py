@@ -12,7 +12,7 @@ from quantkit.errors import NeedsToken
 from quantkit.server.runs.store import RunStore
 from quantkit.server.web.api import add_endpoints
 from quantkit.server.web.events import asked, quietly, said
-from quantkit.server.web.first_run import missing
+from quantkit.server.web.first_run import duplicate, hardware, missing
 from quantkit.server.web.form import Form
 from quantkit.server.web.form_handlers import Client
 from quantkit.server.web.handlers import CHUNKS, SWITCHES, Handlers
@@ -85,7 +85,8 @@ def build_app(store: RunStore, visitors: Visitors) -> gr.Blocks:
     with Page(title="quantkit", analytics_enabled=False) as app:
         gr.HTML(_HEADER)
         if lacks := missing(os.environ):
-            gr.HTML(first_run(lacks), elem_id="first-run")
+            told = first_run(lacks, hardware(os.environ), duplicate(os.environ))
+            gr.HTML(told, elem_id="first-run")
         if sign_in:
             gr.LoginButton(elem_id="sign-in", size="sm")
         # Both in the page and not in the server's session: a tab goes on after the server

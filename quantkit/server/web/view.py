@@ -82,7 +82,7 @@ head, stages, strip, curve = macro("head"), macro("stages"), macro("strip"), mac
 log, files, share = macro("log"), macro("files"), macro("share")
 # Of the worker's output; of the visitor's runs.
 raw_log, run_list = macro("raw_log"), macro("run_list")
-first_run = macro("first_run")  # of what a Space lacks
+first_run = macro("first_run")  # of what a Space lacks, its machine, where it is copied
 
 
 def filled_in(left_out: Sequence[str], published_to: str | None) -> str:
