@@ -25,6 +25,10 @@ from huggingface_hub import HfApi, Volume
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from quantkit.errors import QuantkitError, UsageError  # noqa: E402
+from quantkit.hub.client import Asked, call, hf_api, resolve_token  # noqa: E402
+from quantkit.hub.reference import parse_reference  # noqa: E402
+from quantkit.hub.upload import check_account  # noqa: E402
 from quantkit.run.provenance import COMMIT_FILE, code_version  # noqa: E402
 from quantkit.server.web.first_run import SIGN_IN  # noqa: E402
 
@@ -53,7 +57,7 @@ class Staged:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when everything was pushed (or shown), 1 when something is missing."""
+    """Returns 0 when everything was pushed (or shown), 1 when that failed, 2 when it cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
     parser.add_argument("--space", required=True, metavar="USER/NAME")
     parser.add_argument("--dry-run", action="store_true", help="show the files and push nothing")
@@ -65,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--bucket", metavar="USER/NAME", help=f"keep the state in this bucket, mounted at {STATE}"
     )
     arguments = parser.parse_args(argv)
+    token = resolve_token()
+    try:
+        for name in filter(None, (arguments.space, arguments.bucket)):
+            check(name, token, arguments.dry_run)
+    except QuantkitError as error:
+        sys.stderr.write(f"deploy: {error}\n")
+        return 2
     with tempfile.TemporaryDirectory(prefix="quantkit-space-") as scratch:
         folder = Path(scratch, "space")
         try:
@@ -79,12 +90,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"state in {arguments.bucket} at {STATE}" if arguments.bucket else "no bucket"
         print(f"{arguments.space}: {kind}, {where}")
         if not arguments.dry_run:
-            print(push(folder, arguments.space, kind, arguments.private, arguments.bucket))
+            try:
+                print(
+                    push(folder, arguments.space, kind, arguments.private, arguments.bucket, token)
+                )
+            except QuantkitError as error:
+                sys.stderr.write(f"deploy: {error}\n")
+                return 1
     return 0
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def check(name: str, token: str | None, offline: bool) -> None:
+    """Raise QuantkitError where nothing could be pushed under a name: nobody waits for the wheel
+    to be told.
+    """
+    if not parse_reference(name, allow_local=False).is_on_hub or name.count("/") != 1:
+        raise UsageError(f"{name} is not an owner and a name.", "Write USER/NAME.")
+    if not offline:
+        check_account(name, token)
 
 
 def stage(folder: Path, docker: bool = False) -> None:
@@ -147,7 +174,7 @@ def requirements() -> str:
 
 
 def card(docker: bool) -> str:
-    """The Space's README.md, its Gradio version taken from requirements.txt."""
+    """The Space's README.md, with what the code knows: Gradio's version, and sign-in."""
     text = (ROOT / "spaces" / "card.md").read_text("utf-8")
     lines = []
     for line in text.splitlines():
@@ -181,9 +208,21 @@ def staged_files(folder: Path) -> list[Staged]:
     ]
 
 
-def push(folder: Path, space: str, kind: str, private: bool, bucket: str | None) -> str:
-    """Create the Space if there is none and push `folder` in one commit. Returns its address."""
-    api = HfApi(library_name="quantkit")
+def push(
+    folder: Path, space: str, kind: str, private: bool, bucket: str | None, token: str | None
+) -> str:
+    """Create the Space if there is none and push `folder` in one commit. Returns its address.
+
+    Raises QuantkitError.
+    """
+    api = hf_api(token)
+    asked = Asked(thing=f"the Space {space}", writing=True)
+    return call(lambda: _push(api, folder, space, kind, private, bucket), asked, token)
+
+
+def _push(
+    api: HfApi, folder: Path, space: str, kind: str, private: bool, bucket: str | None
+) -> str:
     volumes = None
     if bucket:
         api.create_bucket(bucket, private=True, exist_ok=True)

@@ -66,13 +66,27 @@ def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
     no token, it may not write, the namespace is someone else's, or a public repository of that
     name exists and `private` was asked for.
     """
+    full_id = check_account(repo_id, token)
+    api, asked = hf_api(token), Asked(full_id, writing=True)
+    try:
+        remote = call(lambda: api.model_info(full_id), asked, token)
+    except ModelNotFound:
+        return full_id  # created when there is something to put in it
+    _check_privacy(full_id, private, bool(remote.private))
+    call(lambda: api.auth_check(full_id, write=True), asked, token)
+    return full_id
+
+
+def check_account(repo_id: str, token: str | None) -> str:
+    """Return the full id of a repository in a namespace that `token` may write to. Raises
+    QuantkitError.
+    """
     if token is None:
         raise _NEED_TOKEN
     api = hf_api(token)
     account = call(lambda: api.whoami(token=token), Asked(writing=True), token)
     full_id = _full_id(repo_id, str(account["name"]))
     namespace = full_id.split("/")[0]
-    asked = Asked(full_id, writing=True)
     orgs = {org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read"}
     if namespace not in {account["name"], *orgs}:
         raise QuantkitError(
@@ -84,12 +98,6 @@ def check_write(repo_id: str, token: str | None, private: bool = False) -> str:
             f"This token is read-only, and cannot publish to {full_id}.",
             "Make a token with write permission for it on the Hub's settings page.",
         )
-    try:
-        remote = call(lambda: api.model_info(full_id), asked, token)
-    except ModelNotFound:
-        return full_id  # created when there is something to put in it
-    _check_privacy(full_id, private, bool(remote.private))
-    call(lambda: api.auth_check(full_id, write=True), asked, token)
     return full_id
 
 

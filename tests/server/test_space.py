@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 import app_fixtures as fixtures
 import pytest
 from hub_jobs import Job
-from hub_server import ALICE, BOB, HubServer, running_hub
+from hub_server import ALICE, BOB, SECRETS, HubServer, running_hub
 from itsdangerous import TimestampSigner
 
 from quantkit.errors import QuantkitError, UsageError
@@ -41,6 +41,7 @@ from quantkit.server.runs.limits import CLEAN, DELETE, Limits, what_is_due
 from quantkit.server.runs.mirror import Mirror, state_folder
 from quantkit.server.runs.record import load_record
 from quantkit.server.runs.store import RunStore
+from quantkit.server.web.first_run import SIGN_IN
 from quantkit.server.web.page import build_app
 from quantkit.server.web.visitor import Visitors
 from quantkit.tensors import to_json
@@ -69,9 +70,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.mark.slow
-def test_the_dry_run_shows_exactly_what_is_pushed(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dry_run_shows_exactly_what_is_pushed(hub: HubServer, tmp_path: Path) -> None:
     deploy = load_deploy()
     done = subprocess.run(
         [sys.executable, "spaces/deploy.py", "--space", "alice/quantkit", "--dry-run"],
@@ -90,23 +89,56 @@ def test_the_dry_run_shows_exactly_what_is_pushed(
     assert not hub.repos
 
     hub.add_model("alice/quantkit", {"quantkit/old.py": "x", "mine.txt": "x"}, kind="space")
-    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: ALICE, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url())
-    monkeypatch.setenv("HF_TOKEN", ALICE)
     deploy.stage(tmp_path / "stage")
-    real = deploy.HfApi
-    monkeypatch.setattr(deploy, "HfApi", lambda **kw: real(endpoint=hub.url(), token=ALICE, **kw))
     n_commits = len(hub.repos["space", "alice/quantkit"].commits)
-    deploy.push(tmp_path / "stage", "alice/quantkit", "gradio", False, None)
+    deploy.push(tmp_path / "stage", "alice/quantkit", "gradio", False, None, ALICE)
     repo = hub.repos["space", "alice/quantkit"]
     assert len(repo.commits) == n_commits + 1
     pushed = {p: hashlib.sha256(b.data).hexdigest()[:12] for p, b in repo.head.files.items()}
     assert pushed.pop("mine.txt"), "what others put there is gone"
     assert pushed == shown
     assert "volumes" not in repo.extra
-    deploy.push(tmp_path / "stage", "alice/quantkit", "gradio", False, "alice/state")
+    deploy.push(tmp_path / "stage", "alice/quantkit", "gradio", False, "alice/state", ALICE)
     (volume,) = repo.extra["volumes"]  # of a Space that was there before
     assert (volume["source"], volume["mountPath"]) == ("alice/state", "/data")
+
+
+@pytest.mark.parametrize(
+    ("space", "token", "said"),
+    [
+        ("alice/quantkit", None, "needs a token"),
+        ("alice/quantkit", SECRETS[3], "does not accept this token"),
+        ("quantkit", ALICE, "quantkit is not an owner and a name. Write USER/NAME."),
+        ("alice/quant kit", ALICE, "is not a model's id"),
+        ("bob/quantkit", ALICE, "belongs to alice, who cannot publish under bob"),
+    ],
+)
+def test_what_cannot_be_pushed_is_said_first(
+    space: str,
+    token: str | None,
+    said: str,
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was a traceback, after the list of all files."""
+    deploy = load_deploy()
+    monkeypatch.setattr(deploy, "resolve_token", lambda: token)
+    assert deploy.main(["--space", space]) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err and len(err.splitlines()) == 1, err
+
+
+def test_a_refused_push_is_a_sentence(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the Hub wants a paid plan for a Space."""
+    deploy = load_deploy()
+    monkeypatch.setattr(deploy, "resolve_token", lambda: ALICE)
+    monkeypatch.setattr(deploy, "stage", lambda folder, docker: folder.mkdir())
+    hub.fail_next("/api/repos/create", 402, times=9)
+    assert deploy.main(["--space", "alice/quantkit"]) == 1
+    assert "The Hub requires payment for this." in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -132,7 +164,7 @@ def test_the_wheel_holds_what_a_job_runs(tmp_path: Path) -> None:
 def test_card_and_requirements() -> None:
     deploy = load_deploy()
     card, docker = deploy.card(False), deploy.card(True)
-    assert f"sdk_version: {deploy.gradio_version()}" in card and "hf_oauth: true" in card
+    assert f"sdk_version: {deploy.gradio_version()}" in card and f"\n{SIGN_IN}" in docker
     scopes = re.findall(r"^- ([a-z-]+)$", card.split("hf_oauth_scopes:")[1].split("tags:")[0], re.M)
     assert scopes[:3] == ["gated-repos", "contribute-repos", "jobs"]
     assert not {"write-repos", "manage-repos", "read-repos", "email"} & set(scopes)
