@@ -461,4 +461,5 @@ def test_the_planner_says_that_a_token_is_needed(
         with pytest.raises(NeedsToken):
             handlers.start(RunForm("bob/gated"), "", ME)
     assert last.wants_token and "Agree and access repository" in last.html
-    assert "Enter a token" in last.html and "hf auth" not in last.html
+    assert "Enter a token of an account that has access." in last.html
+    assert "hf auth" not in last.html

@@ -17,7 +17,7 @@ from quantkit.server.runs.request import RunForm
 
 _NOT_IN_THE_FORM = (
     *("levels_from", "max_types", "tuning", "tensors", "eval_text", "tasks"),
-    *("split_bytes", "collection"),
+    *("equalize", "split_bytes", "collection"),
 )
 
 

@@ -94,7 +94,7 @@ def of_page(sign_in: bool, public: bool) -> Audience:
     how = (
         "Sign in above with an account that has access."
         if sign_in
-        else "Enter a token of an account that has access below."
+        else "Enter a token of an account that has access."
     )
     fields = {option: f"“{label}”" for option, label in FIELDS.items()}
     return Audience(fields, how, not public)
