@@ -145,7 +145,7 @@ def test_from_the_form_to_the_end(
     assert seen.remote == RemoteState(
         "voyage 1", "https://ship.example/1", "cutter", "COMPLETED", 60.0, 0.5
     )
-    assert "Voyage on cutter" in view.head(seen) and "$0.50 so far" in view.head(seen)
+    assert "Voyage on cutter" in view.head(seen) and "$0.50 in all" in view.head(seen)
     assert "search 4" in store.log_tail(run, OWNER)
     assert state(store, here) == "queued", "what is done elsewhere waits for no place here"
     assert RunStore(store.root).view(run, OWNER).executor == "ship"
