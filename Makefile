@@ -27,7 +27,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m quantkit run demo:smollm2-135m --like Q4_K_M --profile demo --methods gptq,imatrix --calibration english --out runs/demo
+	$(BIN)/python -m quantkit run demo:smollm2-135m --like Q4_K_M --profile demo --methods gptq,imatrix --calibration english --equalize --out runs/demo
 
 app: install
 	$(BIN)/quantkit app

@@ -133,7 +133,9 @@ def test_a_field_of_several_models() -> None:
 @pytest.mark.parametrize(
     "form",
     [
-        RunForm("a/b", "like", "Q5_K_M", seed=3, revision="v1", levels=("Q4_K", "Q8_0")),
+        RunForm(
+            "a/b", "like", "Q5_K_M", seed=3, equalize=True, revision="v1", levels=("Q4_K", "Q8_0")
+        ),
         RunForm("a/b", "size", size="5GB", types='{"token_embd": "Q8_0"}', visibility="private"),
         RunForm("a/b", "bpw", bpw=4.25, methods=("gptq",), publish="me/x", prefer="speed"),
         RunForm("a/b", "family", family=("Q3_K_M", "Q6_K"), calibration="docs:2,code"),

@@ -17,7 +17,7 @@ from quantkit.server.runs.request import RunForm
 
 _NOT_IN_THE_FORM = (
     *("levels_from", "max_types", "tuning", "tensors", "eval_text", "tasks"),
-    *("equalize", "split_bytes", "collection"),
+    *("split_bytes", "collection"),
 )
 
 
@@ -50,6 +50,7 @@ def form_of(config: RunConfig, order: Order) -> Again:
         revision=config.revision or "",
         levels=config.levels or (),
         prefer=config.prefer,
+        equalize=config.equalize,
         methods=config.methods,
         calibration=",".join(named) or AUTO,
         types=json.dumps(dict(config.types)) if config.types else "",

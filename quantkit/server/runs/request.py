@@ -69,6 +69,7 @@ class RunForm:
     revision: str = ""
     levels: tuple[str, ...] = ()
     prefer: str = "quality"  # one of PREFERENCES
+    equalize: bool = False
     methods: tuple[str, ...] = METHODS
     calibration: str = "auto"
     types: str = ""
@@ -118,6 +119,7 @@ def to_config(form: RunForm, public: bool) -> RunConfig:
         profile=_one_of(form.profile, "profile", tuple(PROFILES)),
         levels=_names(form.levels, "level") or None,
         prefer=_one_of(form.prefer, "preference", PREFERENCES),
+        equalize=bool(form.equalize),
         methods=_methods(form.methods),
         types=_types(_text(form.types, "type map", _MAX_TYPES_TEXT)),
         calibration=_calibration(_text(form.calibration, "calibration", 300)),

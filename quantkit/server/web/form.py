@@ -232,6 +232,11 @@ class Form:
                 label="Prefer",
                 info="Below 4 bits the best types answer at half the speed of others on a CPU.",
             )
+            self.equalize = gr.Checkbox(
+                label="Equalize channels",
+                info="Outliers cost less; adapters of the original do not fit the file.",
+                elem_id="equalize",
+            )
             self.methods = gr.CheckboxGroup(
                 list(METHODS),
                 value=list(METHODS),
@@ -292,7 +297,7 @@ class Form:
             **{"family": self.family, "profile": self.profile},
             **{"where": self.where, "machine": self.machine},
             **{"revision": self.revision, "levels": self.levels, "prefer": self.prefer},
-            **{"methods": self.methods},
+            **{"equalize": self.equalize, "methods": self.methods},
             **{"compare": self.compare, "own_text": self.own_text},
             **{"calibration": self.calibration, "types": self.types, "seed": self.seed},
             **{"device": self.device, "publish": self.repo, "visibility": self.visibility},
@@ -369,7 +374,14 @@ class Form:
         )
         shown: list[Any] = [self.model, self.kind, self.like, self.size, self.bpw, self.memory]
         shown += [self.devices, self.context, self.family, self.profile, self.where, self.machine]
-        shown += [self.levels, self.prefer, self.types, self.visibility, self.settled]
+        shown += [
+            self.levels,
+            self.prefer,
+            self.equalize,
+            self.types,
+            self.visibility,
+            self.settled,
+        ]
         gr.on(
             [field.input for field in self.fields if hasattr(field, "input")],
             None,
