@@ -273,7 +273,7 @@ def test_one_address_does_not_fill_the_queue(page: Page, address: str) -> None:
         assert places == {page.visitors.place(counted(address.format(1)))}
     finally:
         for made in started:
-            page.call("cancel_job", made)
+            page.call("cancel_job", {name: made[name] for name in ("job_id", "key")})
 
 
 def test_a_jobs_files_do_not_stop_others(page: Page) -> None:
