@@ -144,6 +144,9 @@ def test_the_first_screen_of_a_result(browser: Any, tmp_path: Path) -> None:  # 
         page.evaluate("navigator.clipboard.writeText = (text) => { window.copied = text }")
         page.get_by_role("button", name="Copy the command for llama.cpp").click()
         page.wait_for_function("(window.copied || '').startsWith('llama-server -m ')")
+        page.locator(".qk-back a").focus()
+        expect(page.get_by_text("Copied", exact=True)).to_have_count(0)
+        expect(page.locator(".qk-back a")).to_be_focused()  # the button does not take it back
         assert page.locator("#job-report details:not([open])").count() >= 3
         page.get_by_role("button", name="Share", exact=True).click()
         link = page.locator("#share-link")
