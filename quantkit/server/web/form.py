@@ -382,14 +382,8 @@ class Form:
             self.visibility,
             self.settled,
         ]
-        gr.on(
-            [field.input for field in self.fields if hasattr(field, "input")],
-            None,
-            None,
-            self.error,
-            js=_CLEARED,
-            api_visibility="private",
-        )
+        changed = [field.input for field in self.fields if hasattr(field, "input")]
+        gr.on(changed, None, None, self.error, js=_CLEARED, api_visibility="private")
         for typed in (self.token, self.revision, self.repo):
             typed.change(None, self.settled, self.settled, js=_SETTLED, api_visibility="private")
         gr.on(
