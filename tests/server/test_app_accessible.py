@@ -144,7 +144,7 @@ def test_the_focus_is_not_lost(browser: Any, tmp_path: Path) -> None:  # noqa: F
         expect(page.locator(".qk-header h1")).to_be_focused()
         page.wait_for_timeout(1000)
         expect(page.locator("#form-error")).to_contain_text("filled in as for that run")
-        page.locator("#profile").get_by_label("Demo:").check()
+        page.locator("#profile").get_by_label("Quick look").check()
         expect(page.locator("#form-error")).to_have_count(0)
 
 
