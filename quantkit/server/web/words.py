@@ -22,6 +22,7 @@ FIELDS = {
     **{"fits": "Other memory", "levels": "Levels", "types": "Pinned types", "methods": "Methods"},
     **{"profile": "Quality", "calibration": "Calibration text", "revision": "Revision"},
     **{"seed": "Seed", "device": "Device", "compare": "Compare with"},
+    "equalize": "Equalize channels",
 }
 ARGUMENTS = {
     **{name: name for name in ("like", "size", "bpw", "family", "levels", "profile", "seed")},
