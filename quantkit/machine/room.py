@@ -8,10 +8,13 @@ there is least of.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
@@ -59,29 +62,26 @@ def limits() -> list[Free]:
     """
     import resource
 
-    pages = _pages()
+    taken = _own()
     kinds = {
-        "-v": (resource.RLIMIT_AS, pages[0]),
-        "-m": (resource.RLIMIT_RSS, pages[1]),
-        "-d": (resource.RLIMIT_DATA, pages[5]),
+        "-v": (resource.RLIMIT_AS, taken.vms),
+        "-m": (resource.RLIMIT_RSS, taken.rss),
+        "-d": (resource.RLIMIT_DATA, getattr(taken, "data", 0)),  # Linux alone tells it
     }
     found = []
-    for option, (kind, taken) in kinds.items():
+    for option, (kind, n_bytes) in kinds.items():
         soft = resource.getrlimit(kind)[0]
         if soft != resource.RLIM_INFINITY:
-            found.append(Free(max(0, soft - taken), f"by `ulimit {option}`", taken))
+            found.append(Free(max(0, soft - n_bytes), f"by `ulimit {option}`", n_bytes))
     return found
 
 
-def _pages() -> list[int]:
-    """Bytes of this process: address space, resident, shared, code, 0, data; zeros where the
-    system does not tell.
-    """
+def _own() -> Any:
+    """What this process has; zeros where the system does not tell."""
     try:
-        words = (_PROC / "self" / "statm").read_text("utf-8").split()
-        return [int(word) * os.sysconf("SC_PAGE_SIZE") for word in words]
-    except (OSError, ValueError):
-        return [0] * 7
+        return psutil.Process().memory_info()
+    except (psutil.Error, OSError):
+        return SimpleNamespace(rss=0, vms=0)
 
 
 def kills() -> dict[str, int]:
@@ -103,11 +103,8 @@ def kills() -> dict[str, int]:
 
 def _machine() -> Iterator[Free]:
     try:
-        lines = (_PROC / "meminfo").read_text("utf-8").splitlines()
-        for line in lines:
-            if line.startswith("MemAvailable"):
-                yield Free(1024 * int(line.split()[1]), "on this machine", _pages()[1])
-    except (OSError, ValueError, IndexError):
+        yield Free(psutil.virtual_memory().available, "on this machine", _own().rss)
+    except (psutil.Error, OSError):
         return
 
 
@@ -129,7 +126,7 @@ def _groups() -> Iterator[Free]:
                 yield Free(
                     max(0, int(said) - int(used) + cached),
                     "in this container or group",
-                    _pages()[1],
+                    _own().rss,
                 )
             except (OSError, ValueError):
                 continue

@@ -279,5 +279,5 @@ def test_memory_that_forks_share_is_counted_once(
             time.sleep(0.01)
         counted = keeper.memory_holders(os.getpid())
         working.result()
-    assert len(tree) == 3 and server in counted
-    assert [pid for pid in tree if pid in counted] == [tree[-1]]
+    assert len(tree) == 3 and server in [process.pid for process in counted]
+    assert [process for process in tree if process in counted] == [tree[-1]]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import app_fixtures as fixtures
+import psutil
 import pytest
 from plans import PLAN
 
@@ -56,7 +57,8 @@ def kept(
 ) -> dict:
     """How a program ended under the keeper."""
     limits = map(str, (memory, busy, seconds))
-    command = [sys.executable, "-I", "-S", keeper.__file__, *limits]
+    packages = str(Path(psutil.__file__).parents[1])
+    command = [sys.executable, "-I", "-S", keeper.__file__, packages, *limits]
     child = subprocess.Popen(
         [*command, sys.executable, "-c", code, *arguments],
         stdin=subprocess.PIPE,
@@ -170,7 +172,7 @@ def test_a_preview_dies_with_its_server(tmp_path: Path, number: signal.Signals) 
         assert len(theirs) >= 2, "the keeper and the planner"
         server.send_signal(number)
         server.wait()
-        until(lambda: not any(Path(f"/proc/{pid}/stat").exists() for pid in theirs))
+        until(lambda: not any(process.is_running() for process in theirs))
 
 
 @pytest.fixture

@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from quantkit.sandbox import secrets
 from quantkit.server.executors.protocol import LOG_FILE
 
 # What only the server needs to know.
 _SERVER_VARIABLES = ("OAUTH_CLIENT_ID",)
+_PROC = Path("/proc")
 _NICE = 15  # the page answers first, then its previews
 
 
@@ -78,17 +81,19 @@ def started_at(pid: int | None) -> str | None:
         return None
     try:
         # The name in parentheses may hold anything, so fields are counted from behind it.
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        # Not psutil's time, which moves when somebody sets the clock.
+        fields = (_PROC / f"{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         pass
-    if Path("/proc/self/stat").exists():
+    if (_PROC / "self/stat").exists():
         return None
-    try:  # no /proc: whether it is there is all that can be known
-        os.kill(pid, 0)
-    except OSError:
+    try:  # not Linux
+        process = psutil.Process(pid)
+        gone = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return None if gone else repr(process.create_time())
+    except psutil.Error:
         return None
-    return "?"
 
 
 def age_seconds(pid: int | None, pid_started: str | None) -> float | None:
@@ -98,7 +103,7 @@ def age_seconds(pid: int | None, pid_started: str | None) -> float | None:
     if not is_alive(pid, pid_started) or not (pid_started or "").isdecimal():
         return None
     try:
-        up = float(Path("/proc/uptime").read_text("ascii").split()[0])
+        up = float((_PROC / "uptime").read_text("ascii").split()[0])
     except (OSError, ValueError, IndexError):
         return None
     return max(0.0, up - int(pid_started or 0) / os.sysconf("SC_CLK_TCK"))

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from quantkit.config import PROFILES, RunConfig
 from quantkit.errors import NeedsToken, QuantkitError
 from quantkit.files import write_json
@@ -154,10 +156,11 @@ def _ask(config: RunConfig, token: str | None, public: bool, looked: Looked | No
         # Whatever it leaves in its folder for temporary files goes with this one.
         asked = write_json(Path(folder) / "asked.json", config)
         limits = [str(n) for n in (bounds.memory_bytes, bounds.busy_seconds, bounds.seconds)]
+        packages = str(Path(psutil.__file__).parents[1])
         command = [sys.executable, "-m", "quantkit.server.previews.plan_child", str(asked)]
         with secrets.handed_on(worker_secrets(token, public)) as (more, descriptors):
             child = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_KEEPER), *limits, *command],
+                [sys.executable, "-I", "-S", str(_KEEPER), packages, *limits, *command],
                 stdin=subprocess.PIPE,  # closes with this process: then it ends
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
