@@ -168,7 +168,7 @@ class Session:
                 self._process = _Here(theirs, answers, self.share)
             else:
                 given = {"requests": theirs, "answers": answers, "logits": self._logits}
-                if holds_weights:
+                if holds_weights and sys.platform == "linux":
                     given[WEIGHTS] = weights = os.memfd_create(WEIGHTS)
                 self._process = launch(given, parts, writable)
         except BaseException:
@@ -287,7 +287,7 @@ def _shared_file() -> int:
     """A file in memory that can grow and never shrink: whoever reads beyond the end of one would be
     killed.
     """
-    if not hasattr(os, "memfd_create"):
+    if sys.platform != "linux":
         with tempfile.TemporaryFile() as file:
             return os.dup(file.fileno())
     import fcntl

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -150,8 +151,11 @@ class SlotFile:
         while len(data):  # a call writes 2 GiB at most
             n_bytes = os.pwrite(self._file.fileno(), data.data, at)
             data, at = data[n_bytes:], at + n_bytes
-        if is_large:
-            os.fdatasync(self._file.fileno())  # now, and not while the caller waits in `flush`
+        if is_large:  # now, and not while the caller waits in `flush`
+            if sys.platform == "linux":
+                os.fdatasync(self._file.fileno())
+            else:
+                os.fsync(self._file.fileno())
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None

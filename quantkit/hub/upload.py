@@ -207,20 +207,18 @@ def _local_files(folder: Path) -> list[PublishedFile]:
 
 
 def _position(path: Path) -> int:
-    """How far this process has read an open file; 0 where the system does not tell (not Linux).
+    """How far this process has read an open file; 0 where it has none open.
 
     Neither of huggingface_hub's two ways to upload says how far it is. Both read the file through a
     descriptor of this process, and no faster than they send it.
     """
-    best, target = 0, str(path.resolve())
-    try:
-        for name in os.listdir("/proc/self/fd"):
+    best = 0
+    with suppress(OSError):
+        target = path.stat()
+        for name in os.listdir("/dev/fd"):
             with suppress(OSError):  # closed in the meantime
-                if os.readlink(f"/proc/self/fd/{name}") == target:
-                    first_line = Path(f"/proc/self/fdinfo/{name}").read_text().splitlines()[0]
-                    best = max(best, int(first_line.removeprefix("pos:")))
-    except (OSError, ValueError):
-        return best
+                if os.path.samestat(os.fstat(int(name)), target):
+                    best = max(best, os.lseek(int(name), 0, os.SEEK_CUR))
     return best
 
 

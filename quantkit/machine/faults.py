@@ -72,15 +72,17 @@ def explain(
 # ---- disks, files and limits
 
 _TOLD = {
-    errno.ENOSPC: r"No space left on device|os error 28\b",
-    errno.EDQUOT: r"[Dd]isk quota exceeded|os error 122\b",
-    errno.EROFS: r"Read-only file system|os error 30\b",
-    errno.EACCES: r"Permission denied|os error 13\b",
-    errno.EIO: r"Input/output error|os error 5\b",
-    errno.EMFILE: r"Too many open files|os error 24\b",
-    errno.EFBIG: r"File too large|os error 27\b",
-    errno.ENAMETOOLONG: r"File name too long|os error 36\b",
+    errno.ENOSPC: r"No space left on device",
+    errno.EDQUOT: r"[Dd]isk quota exceeded",
+    errno.EROFS: r"Read-only file system",
+    errno.EACCES: r"Permission denied",
+    errno.EIO: r"Input/output error",
+    errno.EMFILE: r"Too many open files",
+    errno.EFBIG: r"File too large",
+    errno.ENAMETOOLONG: r"File name too long",
 }
+
+_UNCLEAN = getattr(errno, "EUCLEAN", errno.EIO)  # Linux's, of a damaged file system
 
 # What a write or an open file is told without its path.
 _WITHOUT_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
@@ -96,7 +98,8 @@ def _of_system(error: BaseException, run: Path | None) -> QuantkitError | None:
     elif isinstance(error, OSError):
         number, path = error.errno, error.filename
     else:
-        number = next((n for n, words in _TOLD.items() if re.search(words, text)), None)
+        said = (n for n, words in _TOLD.items() if re.search(rf"{words}|os error {n}\b", text))
+        number = next(said, None)
     if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in text:
         shown = error.object.encode("utf-8", "backslashreplace").decode()[:200]
         return QuantkitError(f"The name {shown} is not UTF-8.", "Rename the file.")
@@ -155,7 +158,7 @@ def _of_path(number: int, path: Any, place: Place, run: Path | None) -> Quantkit
         )
     if number == errno.EROFS:
         return QuantkitError(f"{shown} is on a read-only disk.", f"{otherwise}.")
-    if number in (errno.EIO, errno.ESTALE, errno.EUCLEAN):
+    if number in (errno.EIO, errno.ESTALE, _UNCLEAN):
         return QuantkitError(
             f"The disk of {shown} is failing: the system reports an input/output error.",
             f"Check the disk. With a sound one, {_AGAIN}.",
