@@ -791,7 +791,8 @@ def _set_limits(job: Told, namespaces: bool) -> None:
     scratch = 0 if job.writable else SCRATCH_BYTES
     _lower(resource.RLIMIT_FSIZE, max(job.file_bytes, scratch))
     _lower(resource.RLIMIT_DATA, memory)
-    _lower(resource.RLIMIT_AS, job.address_bytes or memory + _SPARE_BYTES)
+    if LINUX:  # macOS has mapped more before anything begins, and refuses
+        _lower(resource.RLIMIT_AS, job.address_bytes or memory + _SPARE_BYTES)
     _lower(resource.RLIMIT_NOFILE, 1024)
     if namespaces and sys.platform == "linux":  # elsewhere it would count the user's other programs
         _lower(resource.RLIMIT_NPROC, job.n_processes)
@@ -904,8 +905,8 @@ def in_memory(told: Mapping[str, object]) -> Iterator[int]:
     """
     import tempfile
 
-    named = not hasattr(os, "memfd_create")
-    with tempfile.TemporaryFile() if named else os.fdopen(os.memfd_create("job"), "w+b") as file:
+    number = os.memfd_create("job") if hasattr(os, "memfd_create") else None  # Linux has it
+    with tempfile.TemporaryFile() if number is None else os.fdopen(number, "w+b") as file:
         file.write(json.dumps(told).encode())
         file.seek(0)
         yield file.fileno()
@@ -1036,6 +1037,8 @@ def _attempt(job: Told, flags: int) -> tuple[int, int] | None:
 
 def _init(job: Told, flags: int, ids: tuple[int, int], keeper: int, writing: int) -> None:
     """Set the namespaces up, start the worker, wait for it, and tell how it ended."""
+    if not LINUX:
+        os.setpgid(0, 0)  # whoever ends it ends its worker
     alone = bool(flags & NEW_PID)  # its parent is out of sight then
     if not die_with_parent(0 if alone else keeper):
         return
@@ -1081,9 +1084,9 @@ def _keep(job: Told, init: int, told: int) -> Verdict:
             why = "wall"
         else:
             number = number or _only_child(init)
-            why = _too_much(number, job) if number else None
+            why = _too_much(number or 0, job)  # of 0 there is nothing to be read
     if why is not None:
-        os.kill(init, signal.SIGKILL)
+        (os.kill if LINUX else os.killpg)(init, signal.SIGKILL)
     elif writes_too_much(job):
         why = "bytes"  # all of it was written since the last look
     text = b"" if why is not None else os.read(told, 2**16)
