@@ -208,6 +208,7 @@ def test_every_field_is_compared_but_where_it_is_published_and_what_it_is_measur
         "e.txt",
         "t.jsonl",
         ("other.gguf",),
+        True,
         1,
         "cuda",
         "me/it",
