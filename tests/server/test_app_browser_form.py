@@ -155,3 +155,24 @@ def test_the_demo_is_preselected_with_the_least_work(browser: Any, tmp_path: Pat
         choose("demo:smollm2-135m")
         expect(page.locator("#plan")).to_contain_text("apache-2.0")
         expect(profile.get_by_label("Quick look")).to_be_checked()
+
+
+@pytest.mark.slow
+def test_an_id_typed_over_a_slow_line_is_planned(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every key asks for suggestions. While nobody could hear the answers yet they were too many
+    for one address, the plan's among them, and the preview waited forever.
+    """
+    from playwright.sync_api import expect
+
+    monkeypatch.setattr(form_handlers, "estimate", plans.ask_small)
+    with fixtures.serving(tmp_path / "runs", schedule=False) as (url, _, _visitors):
+        page = open_page(browser, url)
+        slow = {"offline": False, "latency": 1500, "downloadThroughput": -1, "uploadThroughput": -1}
+        page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", slow)
+        page.locator("#model input").press_sequentially("alice/a-model-of-a-rather-long-name")
+        page.keyboard.press("Tab")
+        expect(page.locator("#plan")).to_contain_text("Q4_K_M", timeout=30_000)

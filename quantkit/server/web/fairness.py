@@ -16,7 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.sandbox.untrusted import Damaged, parse
 
 WAITING_EACH = 5
-UNHEARD_EACH = 16  # answers; a page hears its own within a second
+UNHEARD_EACH = 64  # answers; a page hears its own within a second, and asks with every key typed
 _QUEUES = ("/gradio_api/queue/join", "/gradio_api/call/")
 _SAID = "You have several requests waiting already. Wait for one of them to be answered."
 
