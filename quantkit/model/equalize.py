@@ -108,9 +108,8 @@ def equalize(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Powers:
     """Return the powers that equalize the model's channels on the text `ids` (n_sequences,
-    n_tokens). Parameters of a model that is not streamed are multiplied by them.
-
-    Raises QuantkitError where a block does not answer as before, bit for bit.
+    n_tokens). Parameters of a model that is not streamed are multiplied by them. A place whose
+    powers would change an answer keeps what it has.
     """
     found = Powers()
     states, calls = model.trace(ids)
