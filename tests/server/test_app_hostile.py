@@ -225,7 +225,7 @@ def test_a_forged_cookie_is_nobody(site: tuple[str, RunStore, Visitors, str]) ->
     url, _, visitors, key = site
     forged = Visitors(b"other").new_key()
     said = call(url, "job_status", {"job_id": "hers", "key": forged})
-    assert "There is no such run" in said
+    assert "That is not a key" in said  # and whether there is such a run is not told
     assert visitors.check(key) and visitors.check(forged) is None
 
 
