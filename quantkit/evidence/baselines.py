@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from quantkit.config.levels import around
 from quantkit.evidence.report.schema import GIVEN, STOCK, UNIFORM
 from quantkit.ggml.native import Floats
 from quantkit.ggml.types import FILE_TYPES, QUANTIZED, STOCK_MIXES
-from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.gguf_file.sound import check_sound
 from quantkit.hub import given
 from quantkit.llamacpp.stock import StockRecipe, make_stock, stock_bytes
-from quantkit.run.artifacts import Artifacts
 
 
 @dataclass(frozen=True)
@@ -62,25 +58,6 @@ def stock_baselines(
         Baseline(STOCK, str(r), partial(_made, base.path, r, imatrix, folder), is_rival)
         for r, is_rival in chosen.items()
     ]
-
-
-def importances(artifacts: Artifacts) -> dict[str, Floats]:
-    """Return the importance matrix for the model as it was given, which these files are made of:
-    where channels were equalized, their inputs were divided by powers of two.
-    """
-    imatrix = read_imatrix(artifacts.imatrix)
-    if not artifacts.powers.exists():
-        return imatrix
-    from quantkit.model.equalize import Powers
-    from quantkit.model.row_maps import load_row_maps
-
-    powers, maps = Powers.load(artifacts.powers), load_row_maps(artifacts.row_maps)
-    for name in imatrix.keys() & maps.keys():
-        power = powers.columns.get(maps[name].parameter)
-        if power is not None:
-            times = np.exp2(2 * power.numpy().astype(np.float32))
-            imatrix[name] = imatrix[name] * maps[name].in_file_order(times)
-    return imatrix
 
 
 def _recipes() -> list[StockRecipe]:

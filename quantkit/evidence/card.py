@@ -25,8 +25,7 @@ _EQUALIZED = (
     "Channels are equalized: powers of two were moved from what writes them to the layers that read"
     " them, so that rounding costs less. At full precision the model answers as before, bit for"
     " bit, but its weights are others: adapters that were made for the original do not fit this"
-    " file, and the importance matrix is that of the equalized model. llama.cpp's files were made"
-    " of the original."
+    " file. llama.cpp's files were made of the original, whose importance matrix is beside them."
 )
 _TAGS = ("gguf", "llama.cpp", "quantized", "quantkit", "imatrix", "gptq")
 PROJECT = "https://github.com/quantkit/quantkit"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import load_file
 
 from quantkit.config.levels import LevelPlan
@@ -28,8 +29,10 @@ from quantkit.gptq.donors import open_donors
 from quantkit.gptq.errors import Errors
 from quantkit.gptq.units import Unit, Work
 from quantkit.model.blockwise import compute_dtype
+from quantkit.model.equalize import Powers
 from quantkit.model.opening import open_model
 from quantkit.model.row_maps import load_row_maps
+from quantkit.run.artifacts import Artifacts
 from quantkit.run.folder import read_as, read_json
 from quantkit.run.stage import Run
 from quantkit.sources.snapshot import load_quantized
@@ -170,10 +173,28 @@ def _write_imatrix(run: Run) -> None:
     importances: dict[str, tuple[native.Floats, int | native.Floats]] = {}
     for path in sorted(run.artifacts.importances.glob(f"block-*{PARTIAL}")):
         importances |= {n: (d.diagonal, d.n_tokens) for n, d in load_importances(path).items()}
+    _undo_equalizing(run.artifacts, importances)
     about = read_json(run.artifacts.calibration)
     names = [f"{domain['name']} ({domain['source']})" for domain in about["domains"]]
     n_chunks = about["n_tokens"]["train"] // about["n_ctx"]
     write_imatrix(run.artifacts.imatrix, importances, names, n_chunks, about["n_ctx"])
+
+
+def _undo_equalizing(
+    artifacts: Artifacts, importances: dict[str, tuple[native.Floats, int | native.Floats]]
+) -> None:
+    """Make it the imatrix of the model as it was given, which others quantize and llama.cpp's own
+    files are made of: where channels were equalized, inputs were divided by powers of two.
+    """
+    if not artifacts.powers.exists():
+        return
+    powers, maps = Powers.load(artifacts.powers), load_row_maps(artifacts.row_maps)
+    for name in importances.keys() & maps.keys():
+        power = powers.columns.get(maps[name].parameter)
+        if power is not None:
+            diagonal, n_tokens = importances[name]
+            times = maps[name].in_file_order(np.exp2(2 * power.numpy().astype(np.float32)))
+            importances[name] = diagonal * times, n_tokens
 
 
 def _open(path: Path, base: GgufFile, plan: LevelPlan, level: QuantType, again: bool) -> SlotFile:

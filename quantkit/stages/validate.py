@@ -49,6 +49,7 @@ from quantkit.evidence.report.text import without_folders
 from quantkit.evidence.room import make_room
 from quantkit.files import sha256_file
 from quantkit.gguf_file.base import load_base, load_original
+from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
 from quantkit.llamacpp.place import weights_room
 from quantkit.run.check import Check, load_checks
@@ -267,7 +268,7 @@ def _not_made(name: str, error: Exception) -> Check:
 
 def _baselines(run: Run, base: GgufFile, outputs: Sequence[Output]) -> list[Baseline]:
     """Stock files around our sizes, our own uniform files around them, and what the user named."""
-    imatrix = baselines.importances(run.artifacts)
+    imatrix = read_imatrix(run.artifacts.imatrix)
     effort = run.profile.effort
     like = {str(t): t.mix for t in run.config.targets if t.mix}
     sizes = {o.n_bytes: like.get(o.budget.target) for o in outputs}

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.quantized import Source, check_equalizable
 from quantkit.errors import UsageError
-from quantkit.evidence.baselines import importances
 from quantkit.files import sha256_file
 from quantkit.gguf_file.imatrix import read_imatrix
 from quantkit.gguf_file.read import GgufFile
@@ -73,12 +72,10 @@ def test_the_file_is_better_and_the_evidence_that_of_the_given_model(runs: tuple
     names = {check["name"]: check for check in report(equalized)["outputs"][0]["integrity"]}  # type: ignore[index]
     assert names["logits of the equalized model against the original's"]["passed"] is True
     assert all(check["passed"] for check in names.values())
-    mine, theirs = importances(bases[1]), read_imatrix(bases[0].imatrix)
+    theirs, mine = (read_imatrix(base.imatrix) for base in bases)
     assert mine.keys() == theirs.keys()
     for name in theirs:  # llama.cpp's files are made of the given model, with importances of it
         np.testing.assert_allclose(mine[name], theirs[name], rtol=0.05)
-    spoiled = read_imatrix(bases[1].imatrix)["blk.0.attn_q.weight"]
-    assert not np.allclose(spoiled, theirs["blk.0.attn_q.weight"], rtol=0.5)
 
 
 @pytest.mark.slow
