@@ -121,11 +121,13 @@ def equalize(
         answer = partial(_answer, model, index, tried, tried_call, tried_shared)
         with torch.no_grad(), model.holding(index):
             wanted = answer()
-            places = _places(block, answer)
+            places = _places(block, answer, wanted)
             with _inputs(block, {place.readers[0] for place in places}) as seen:
                 states = model.run_block(index, states, calls[index].with_shared_kv(shared))
             for place in places:
                 moved = _moved(block, place, _best_power(block, place, seen[place.readers[0]]))
+                if not moved:
+                    continue
                 before = _multiply(block, moved)
                 if _equal(answer(), wanted):
                     found.add(moved, f"{model.block_name(index)}.")
@@ -263,9 +265,9 @@ class _Group:
     before: tuple[str, ...]
 
 
-def _places(block: nn.Module, answer: _Answer) -> list[Place]:
-    """The places of a block, each tried."""
-    wanted, found = answer(), []
+def _places(block: nn.Module, answer: _Answer, wanted: list[torch.Tensor]) -> list[Place]:
+    """The places of a block, each tried: whether it answers what is `wanted`."""
+    found = []
     for group in _groups(block, answer):
         for place in _candidates(block, group):
             if _holds(block, place, answer, wanted):
