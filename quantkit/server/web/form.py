@@ -119,13 +119,10 @@ class Form:
             self.start_button = gr.Button("Start", variant="primary", elem_id="start")
         self.error = gr.HTML(visible=False, elem_id="form-error")
         self.plan = gr.HTML(_NO_PLAN, elem_id="plan")
-        self.token = gr.Textbox(
-            label="Hugging Face token",
-            info="For gated and private models, to publish, and for what runs elsewhere, in your"
+        self.token = token_field(
+            "For gated and private models, to publish, and for what runs elsewhere, in your"
             " account. Never stored.",
-            type="password",
-            visible=False,
-            elem_id="token",
+            "token",
         )
         # Changes once who types a token or a revision has stopped.
         self.settled = gr.Textbox(visible="hidden", max_length=30, elem_id="settled")
@@ -417,6 +414,13 @@ def suited(model: str | None, profile: str, chosen: str) -> tuple[str, str]:
     if not is_demo and profile == "demo" and chosen == "demo":
         return _USUAL, ""
     return profile, chosen
+
+
+def token_field(info: str, elem_id: str, visible: bool = False) -> gr.Textbox:
+    """Make the field of a token, for who cannot sign in."""
+    return gr.Textbox(
+        label="Hugging Face token", info=info, type="password", visible=visible, elem_id=elem_id
+    )
 
 
 def visibility(elem_id: str) -> gr.Radio:

@@ -13,7 +13,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evidence.report.text import CAPTIONS
 from quantkit.server.web.charts import PLOTS
 from quantkit.server.web.events import asked, growing, quietly, said
-from quantkit.server.web.form import visibility
+from quantkit.server.web.form import token_field, visibility
 from quantkit.server.web.form_handlers import Client, checked_token
 from quantkit.server.web.handlers import CHUNKS, COLLECTION, SWITCHES, Handlers
 
@@ -40,12 +40,9 @@ class Watch:
             self.edit = gr.Button("Edit and start again", elem_id="edit", visible=False, size="sm")
             self.delete = gr.Button("Delete", elem_id="delete", visible=False, size="sm")
         # What was given before is gone: tokens are kept in the worker's environment only.
-        self.again = gr.Textbox(
-            label="Hugging Face token",
-            info="To resume a run that needs one: for a gated or private model, or to publish.",
-            type="password",
-            visible=False,
-            elem_id="resume-token",
+        self.again = token_field(
+            "To resume a run that needs one: for a gated or private model, or to publish.",
+            "resume-token",
         )
         with gr.Row(visible=False, elem_classes="qk-confirm", elem_id="confirm") as self.confirm:
             gr.HTML("<p>Permanently delete this run and all its files?</p>")
@@ -68,12 +65,10 @@ class Watch:
                     max_length=2000,
                     elem_id="others",
                 )
-                self.others_token = gr.Textbox(
-                    label="Hugging Face token",
-                    info="For a gated or private repository. It is never stored.",
-                    type="password",
-                    visible=not self._handlers.sign_in,
-                    elem_id="others-token",
+                self.others_token = token_field(
+                    "For a gated or private repository. It is never stored.",
+                    "others-token",
+                    not self._handlers.sign_in,
                 )
                 with gr.Row(elem_classes="qk-buttons"):
                     self.measure = gr.Button("Measure them", elem_id="measure", size="sm")
@@ -156,12 +151,8 @@ class Watch:
             elem_id="repo",
         )
         self.visibility = visibility("visibility")
-        self.token = gr.Textbox(
-            label="Hugging Face token",
-            info="With write access. It is never stored.",
-            type="password",
-            visible=not self._handlers.sign_in,
-            elem_id="publish-token",
+        self.token = token_field(
+            "With write access. It is never stored.", "publish-token", not self._handlers.sign_in
         )
         self.chunks["collection"] = self.collection = gr.Textbox(
             label="Collection",
